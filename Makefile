@@ -1,0 +1,43 @@
+# Every target sets up what it needs: .venv is made on first use and again when its dependencies change.
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo '  PYTHON=python3.12 picks the interpreter of a new .venv, WORKERS=4 the test processes, ARGS="-k exits" goes to pytest'
+
+install: $(STAMP) ## make .venv with the package (editable) and all it needs
+	@echo 'Ready: $(VENV)/bin/consistentee --help'
+
+demo: $(STAMP) ## train, evaluate and try a small model: a few minutes on 2 cores, no model hub
+	@$(RUN) consistentee demo
+
+test: $(STAMP) ## run the tests
+	@$(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: $(STAMP) ## formatting, lint and types
+	@$(RUN) ruff format --check --quiet .
+	@$(RUN) ruff check --quiet .
+	@$(RUN) pyright
+
+format: $(STAMP) ## format the code and fix what lint can fix
+	@$(RUN) ruff format --quiet .
+	@$(RUN) ruff check --quiet --fix .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(VENV)/bin/python -c '' 2>/dev/null || { \
+	  $(PYTHON) -c 'import sys; sys.exit("" if sys.version_info < (3, 10) else 0)' 2>/dev/null || { \
+	    echo 'Python 3.10 or newer is needed, "$(PYTHON)" is not: name one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV); }
+	@$(RUN) pip --version >/dev/null 2>&1 || $(RUN) ensurepip >/dev/null
+	@echo 'Installing into $(VENV) (minutes, the first time) ...'
+	@$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,66 @@
+"""The errors that are about the user's data and installation rather than about one argument."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+
+class DataError(ValueError):
+    """Something is wrong with a data file; the message says where, what, and what to do about it.
+
+    Args:
+        problem: What is wrong, a full sentence.
+        file: The file (or hub data set) at fault.
+        row: Where in the file, counted from 1.
+        unit: What `row` counts: "line" of a text file, "row" of a table that has no lines.
+        remedy: What to do about it, a full sentence.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        row: int | None = None,
+        unit: str = "line",
+        remedy: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = None if file is None else os.fspath(file)
+        self.row = row
+        self.remedy = remedy
+        place = [] if self.file is None else [self.file]
+        if row is not None:
+            place.append(f"{unit} {row}")
+        message = f"{', '.join(place)}: {problem}" if place else problem
+        super().__init__(f"{message} {remedy}" if remedy else message)
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is needed and not installed; the message names the extra that brings it."""
+
+
+def require_extra(extra: str, module: str) -> ModuleType:
+    """Import a module that an extra of this package brings.
+
+    Args:
+        extra: The extra's name, e.g. "plot".
+        module: The module to import, e.g. "matplotlib".
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtraError: The module is not installed. One that is installed but broken raises its own error.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f'This needs {module}, which is not installed. Install it with: pip install "consistentee[{extra}]"',
+            name=module,
+        ) from error

@@ -1,0 +1,283 @@
+"""Files as rows: CSV, TSV, JSON lines, Parquet, `datasets` folders and plain text, read one row at a time.
+
+Every complaint names the file, the row counted from 1, and what to do. How lines become rows is in `parsing`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from consistentee.errors import DataError
+from consistentee.parsing import Numbered, decoded_lines, file_lines, parse, quoted
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+"""File ending to format; for prediction every other ending is plain text, one text a line."""
+
+KNOWN_TEXT_COLUMNS = (
+    ("text_a", "text_b"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("premise", "hypothesis"),
+    ("text",),
+    ("sentence",),
+)
+"""Columns that are taken for the text where none are named."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one file, read as they are asked for.
+
+    Args:
+        file: Name for messages.
+        rows: Pairs of the row's number, from 1, and its values by column.
+        unit: What the number counts, "line" or "row".
+        class_labels: Class names by column, where the file itself declares them (`datasets.ClassLabel`).
+        skipped: Collects the errors of broken rows, which are then left out; None raises the first.
+    """
+
+    file: str
+    rows: Iterator[tuple[int, Mapping[str, Any]]]
+    unit: str = "line"
+    class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    skipped: list[DataError] | None = None
+
+    def error(self, row: int | None, problem: str, remedy: str) -> DataError:
+        """The error that is to be raised about a row of this table."""
+        return DataError(problem, file=self.file, row=row, unit=self.unit, remedy=remedy)
+
+    def with_columns(self) -> tuple[tuple[str, ...], Table]:
+        """The columns of the first row, and the same table with that row still to come.
+
+        Raises:
+            DataError: There is no row.
+        """
+        rows = iter(self.rows)
+        first = next(rows, None)
+        if first is None:
+            raise self.error(None, "There is no row of data in it.", "Give a file with at least one row.")
+        return tuple(first[1]), replace(self, rows=itertools.chain([first], rows))
+
+    def texts_of(self, row: int, values: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
+        """The text columns of a row, checked to be text that is not empty."""
+        return tuple(self._text(row, column, self.value_of(row, values, column)) for column in columns)
+
+    def value_of(self, row: int, values: Mapping[str, Any], column: str) -> Any:
+        """One column of a row.
+
+        Raises:
+            DataError: The row has no such column; the message lists those it has.
+        """
+        if column not in values:
+            raise self.error(row, f'There is no column "{column}".', f"Columns here: {quoted(values)}.")
+        return values[column]
+
+    def _text(self, row: int, column: str, value: Any) -> str:
+        if value is None or value == "" or (isinstance(value, str) and not value.strip()):
+            raise self.error(
+                row, f'The text in column "{column}" is empty.', f"Fill it in or remove the {self.unit}."
+            )
+        if not isinstance(value, str):
+            raise self.error(
+                row,
+                f'Column "{column}" must hold text, got {type(value).__name__} {str(value)[:40]!r}.',
+                "Name the column that holds the text, or write the value as a string.",
+            )
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                problem = f'The text in column "{column}" holds half a surrogate pair, which is no character.'
+                raise self.error(row, problem, "Write the character as UTF-8.") from None
+        return value
+
+
+def open_table(
+    path: str | os.PathLike[str],
+    *,
+    splits: Sequence[str] = ("train",),
+    header: Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> Table:
+    """The rows of a CSV, TSV, JSON lines or Parquet file or of a folder written by `datasets.save_to_disk`.
+
+    Args:
+        path: File or folder.
+        splits: Where the folder holds several splits, the first of these that is there is read.
+        header: Column names of a TSV file without a header line.
+        skip_broken: Whether broken rows are left out and kept in the table's `skipped`, rather than raised.
+
+    Returns:
+        The table. Errors inside the file are raised while its rows are read.
+
+    Raises:
+        DataError: The file is missing, or of no known format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError("There is no such file or folder.", file=path, remedy="Check the path.")
+    if path.is_dir():
+        return _datasets_folder(path, splits)
+    match FORMATS.get(path.suffix.lower()):
+        case "parquet":
+            return _parquet(path)
+        case "csv" | "tsv" | "jsonl" as file_format:
+            skipped = [] if skip_broken else None
+            return Table(
+                str(path), parse(file_lines(path), str(path), file_format, header, skipped), skipped=skipped
+            )
+        case _:
+            remedy = f"Give a file that ends in {', '.join(FORMATS)}, or a folder written by datasets.save_to_disk."
+            raise DataError(f'The ending "{path.suffix}" is not known.', file=path, remedy=remedy)
+
+
+def table_of(dataset: Dataset, file: str, *, skip_broken: bool = False) -> Table:
+    """The rows of a `datasets.Dataset`, with class indices turned into class names (-1, no label, into None)."""
+    names = _declared_names(dataset.features)
+    return Table(
+        file, _named_classes(enumerate(dataset, start=1), names), "row", names, [] if skip_broken else None
+    )
+
+
+def read_texts(
+    source: str | os.PathLike[str] | IO[str] | IO[bytes], text_columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, ...]]:
+    """Texts to predict, one after the other, without ever holding the whole input.
+
+    Args:
+        source: A file, "-" for standard input, or an open stream. Files go by their ending: `.csv` and `.tsv` with a
+            header line, `.jsonl`, `.parquet`, anything else plain text. A stream is JSON lines if it starts with "{",
+            else plain text, or, where `text_columns` are named, a table with a header line (TSV if that has a tab).
+            Plain text holds one text a line; a tab separates the two texts of a pair.
+        text_columns: One or two columns; by default the first of KNOWN_TEXT_COLUMNS that the input has.
+
+    Yields:
+        Tuples of one text, or of two for pairs; the same number throughout.
+
+    Raises:
+        DataError: A file that is missing or empty, a row that is broken or whose text is empty, bytes that are not
+            UTF-8, or no column that can be taken for the text.
+    """
+    if text_columns is not None and len(text_columns) not in (1, 2):
+        raise ValueError(f"text_columns must be one column or two, got {len(text_columns)}.")
+    if isinstance(source, (str, os.PathLike)) and os.fspath(source) != "-":
+        path = Path(source)
+        if not path.is_file():
+            raise DataError(
+                "There is no such file.", file=path, remedy='Check the path, or give "-" for standard input.'
+            )
+        if FORMATS.get(path.suffix.lower()) == "parquet":
+            table = _parquet(path)
+        else:
+            file_format = FORMATS.get(path.suffix.lower(), "text")
+            table = Table(str(path), parse(file_lines(path), str(path), file_format))
+    else:
+        if isinstance(source, (str, os.PathLike)):
+            stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
+        else:
+            stream, file = source, str(getattr(source, "name", "the stream"))
+        table = Table(file, _guessed_format(decoded_lines(stream, file), file, text_columns))
+    return _texts(table, text_columns)
+
+
+def _texts(table: Table, text_columns: Sequence[str] | None) -> Iterator[tuple[str, ...]]:
+    columns, table = table.with_columns()
+    if text_columns is None:
+        fitting = [known for known in KNOWN_TEXT_COLUMNS if set(known) <= set(columns)]
+        if not fitting:
+            raise table.error(
+                None,
+                f"None of its columns is known to hold the text; it has {quoted(columns)}.",
+                "Name the text columns.",
+            )
+        text_columns = fitting[0]
+    for row, values in table.rows:
+        yield table.texts_of(row, values, text_columns)
+
+
+def _guessed_format(lines: Numbered, file: str, text_columns: Sequence[str] | None) -> Numbered:
+    first = next(lines, None)
+    if first is None:
+        raise DataError("There is nothing in it.", file=file, remedy="Give at least one text.")
+    table_format = "text" if text_columns is None else "tsv" if "\t" in first[1] else "csv"
+    file_format = "jsonl" if first[1].lstrip().startswith("{") else table_format
+    yield from parse(itertools.chain([first], lines), file, file_format)
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Features
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(
+            f"This is not a Parquet file: {error}.", file=path, remedy="Check the file."
+        ) from None
+    names = _declared_names(
+        Features.from_arrow_schema(file.schema_arrow)
+    )  # there where `datasets` wrote the file
+
+    def rows() -> Numbered:
+        with file:
+            batches = file.iter_batches(batch_size=1024)
+            yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
+
+    return Table(str(path), _named_classes(rows(), names), "row", names)
+
+
+def _datasets_folder(path: Path, splits: Sequence[str]) -> Table:
+    import datasets
+
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        remedy = "Give a file, or a folder written by datasets.save_to_disk."
+        raise DataError("This folder is not a saved datasets folder.", file=path, remedy=remedy)
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.Dataset):
+        return table_of(loaded, str(path))
+    split = next((name for name in splits if name in loaded), None)
+    if split is None:
+        remedy = f"Save it with a split named {' or '.join(splits)}, or give one split's own folder."
+        raise DataError(
+            f"This folder has only the splits {quoted(str(name) for name in loaded)}.",
+            file=path,
+            remedy=remedy,
+        )
+    return table_of(loaded[split], str(path / split))
+
+
+def _declared_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    from datasets import ClassLabel
+
+    return {
+        column: tuple(str(name).strip() for name in feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, ClassLabel)
+    }
+
+
+def _named_classes(rows: Iterable[tuple[int, Any]], names: Mapping[str, tuple[str, ...]]) -> Numbered:
+    for number, values in rows:
+        named = {
+            column: by_index[values[column]] if values[column] is not None and values[column] >= 0 else None
+            for column, by_index in names.items()
+        }
+        yield number, {**values, **named}

@@ -1,0 +1,274 @@
+"""How to train: `TrainingConfig`, its checks, and recipe files. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+Head = Literal["attention", "shared_pooler"]
+Pooling = Literal["auto", "cls", "mean"]
+PolicyInput = Literal["state", "signals", "state+signals"]
+PolicyData = Literal["held_out", "seen"]
+Estimator = Literal["exact", "sampled"]
+Reward = Literal["hardness", "uniform"]
+RewardLoss = Literal["cross_entropy", "error"]
+HardnessMeasure = Literal["memorized_layer", "forgetting_events", "final_loss", "entropy", "el2n", "uniform"]
+Criterion = Literal["policy", "confidence", "entropy", "patience"]
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained. Every field is a command-line option of the same name and a key of a recipe.
+
+    The defaults are what paired comparisons supported (docs/experiments.md); the paper's own values are in `recipes/`.
+    """
+
+    # Model
+    head: Head = "attention"
+    """Internal classifier: `attention` (own query pooling per layer) or `shared_pooler` (the paper's)."""
+    pooling: Pooling = "auto"
+    """What a shared pooler reads: `cls`, `mean`, or what suits the backbone (`auto`)."""
+    num_queries: int = 4
+    """Learned queries per layer of an `attention` head."""
+    head_dropout: float = 0.1
+    """Dropout before each classifier's last layer."""
+    ensemble_decay: float = 0.5
+    """Share of the layers before in a layer's prediction, 0 (alone) up to 1 (exclusive)."""
+    policy_input: PolicyInput = "state+signals"
+    """What the policy reads: the pooled state, the classifiers' signals, or both."""
+    policy_hidden_size: int = 32
+    """Width of the policy network."""
+    policy_dropout: float = 0.5
+    """Dropout on the pooled state that the policy reads."""
+
+    # Data
+    max_length: int = 128
+    """Tokens per input; longer inputs are cut."""
+    validation_fraction: float = 0.2
+    """Share of the training rows kept from the classifiers: for selection, and for the policy if `held_out`."""
+    policy_data: PolicyData = "held_out"
+    """Rows the policy learns from: the validation rows, cross-fitted, or rows the classifiers have `seen`."""
+
+    # Optimisation
+    batch_size: int = 32
+    """Instances per optimizer step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: int = 1
+    """Parts a batch is cut into to save memory; does not change the result."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of the backbone in the warm-up."""
+    consistent_learning_rate: float | None = None
+    """Peak learning rate of the backbone in the consistent phase; by default the warm-up's."""
+    head_learning_rate: float = 1e-3
+    """Peak learning rate of new parameters (poolers and classifiers)."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on matrices only."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """After the warm-up ramp: fall to zero at the planned end, or stay."""
+    warmup_ratio: float = 0.1
+    """Share of all steps over which the learning rate rises from zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    mixed_precision: MixedPrecision = "auto"
+    """`auto`: bf16 where the hardware computes in it, full precision elsewhere."""
+    group_by_length: bool = True
+    """Batch inputs of similar length, so that little is padded."""
+
+    # Phase 1: warm-up on the weighted sum of all classifiers' losses
+    warmup_epochs: float = 2.0
+    """Epochs of the warm-up."""
+    distillation: float = 0.0
+    """Weight of KL(last layer || layer) in the warm-up."""
+
+    # Phases 2 and 3: policy, then classifiers and backbone; repeated
+    rounds: int = 2
+    """How often phases 2 and 3 are repeated."""
+    consistent_epochs: float = 0.5
+    """Epochs of the consistent phase in each round."""
+    weighted_sum_share: float = 0.3
+    """Share of the weighted-sum loss mixed into the consistent loss, 0 (the paper) to 1."""
+    estimator: Estimator = "exact"
+    """Policy gradient: the exact one, or REINFORCE from `num_rollouts` samples."""
+    num_rollouts: int = 8
+    """Exit layers drawn per instance by `sampled`."""
+    reward: Reward = "hardness"
+    """Price per layer falls with the instance's hardness, or is `uniform`."""
+    reward_loss: RewardLoss = "error"
+    """What a bad exit costs: `cross_entropy` (the paper) or `error` (0 or 1)."""
+    hardness: HardnessMeasure = "memorized_layer"
+    """Measure behind the `hardness` reward."""
+    layer_costs: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08)
+    """Prices of one layer to choose from by validation; one value fixes it."""
+    policy_epochs: int = 40
+    """Epochs of each policy fit on cached states."""
+    policy_batch_size: int = 128
+    """Instances per step of a policy fit."""
+    policy_learning_rate: float = 3e-3
+    """Learning rate of a policy fit."""
+    policy_weight_decay: float = 0.01
+    """Weight decay of a policy fit."""
+    entropy_bonus: float = 0.01
+    """Weight of the exit distribution's entropy in the policy's objective, falling to zero over the fit."""
+    price_warmup: float = 0.3
+    """Share of a policy fit over which the price rises from zero: quality first, then speed."""
+    initial_exit_bias: float = -1.0
+    """Exit logit of an untrained policy; negative = go deep."""
+    policy_folds: int = 5
+    """Folds of the cross-fitted policy on held-out rows."""
+    patience: int = 2
+    """Stop after this many rounds without a better validation score."""
+    max_accuracy_loss: float = 0.0
+    """The default threshold may lose this much validation accuracy (0.01 = one point) against the last layer."""
+
+    # Run
+    seed: int = 0
+    """Seed of splits, order, initial weights and dropout."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the end of each phase is always one."""
+    max_cache_mb: float = 1024.0
+    """Pooled states above this size are kept in a memory-mapped file."""
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "all"] = "none"
+    """Experiment tracker, through accelerate."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field_ in dataclasses.fields(self):
+            choices = get_args(hints[field_.name])
+            if choices and all(isinstance(choice, str) for choice in choices):
+                require_choice(field_.name, getattr(self, field_.name), choices)
+        object.__setattr__(self, "layer_costs", tuple(float(cost) for cost in self.layer_costs))
+        for name in ("head_dropout", "ensemble_decay", "policy_dropout", "warmup_ratio", "price_warmup"):
+            require_range(name, getattr(self, name), 0, 1, open_end=True)
+        for name in ("weighted_sum_share", "max_accuracy_loss"):
+            require_range(name, getattr(self, name), 0, 1)
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}.")
+        positive = (
+            "num_queries policy_hidden_size max_length batch_size gradient_accumulation_steps learning_rate "
+            "head_learning_rate max_grad_norm warmup_epochs policy_epochs policy_batch_size policy_learning_rate "
+            "patience checkpoint_every max_cache_mb"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        not_negative = "weight_decay distillation rounds consistent_epochs policy_weight_decay entropy_bonus"
+        for name in not_negative.split():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.consistent_learning_rate is not None and not self.consistent_learning_rate > 0:
+            raise ValueError(f"consistent_learning_rate must be above 0, got {self.consistent_learning_rate}.")
+        if self.num_rollouts < 2:
+            raise ValueError(f"num_rollouts must be at least 2, got {self.num_rollouts}.")
+        if self.policy_folds < 2:
+            raise ValueError(f"policy_folds must be at least 2, got {self.policy_folds}.")
+        if not self.layer_costs or min(self.layer_costs) < 0:
+            raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(self.layer_costs)}.")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size must be a multiple of gradient_accumulation_steps, got {self.batch_size} "
+                f"and {self.gradient_accumulation_steps}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, ready for JSON or YAML."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """Settings from plain values.
+
+        Raises:
+            ValueError: if a key is unknown (with the nearest known one) or a value has the wrong type.
+        """
+        return cls(**checked_settings(values))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: training settings, and optionally what to train on."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    backbone: str | None = None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe: keys of `TrainingConfig`, and optionally `task` and `backbone`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a YAML mapping, or a key or value is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Recipe {path} does not exist. Give the path of a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"Recipe {path} is not valid YAML: {error}".replace("\n", " ")) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"Recipe {path} must be a mapping of settings, got {type(values).__name__}.")
+    names = {key: values.pop(key) for key in ("task", "backbone") if key in values}
+    try:
+        settings = checked_settings(values)
+        TrainingConfig(**settings)
+    except ValueError as error:
+        raise ValueError(f"Recipe {path}: {error}") from error
+    return Recipe(settings=settings, **names)
+
+
+def checked_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings with each value in its field's type; raises ValueError on an unknown key or a wrong type."""
+    hints = get_type_hints(TrainingConfig)
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            suggestion = f' Did you mean "{near[0]}"?' if near else ""
+            raise ValueError(f'"{key}" is not a training setting.{suggestion}')
+        settings[key] = _checked_value(key, value, hints[key])
+    return settings
+
+
+def _checked_value(key: str, value: Any, hint: Any) -> Any:
+    if key == "layer_costs":
+        costs = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_checked_value("each of layer_costs", cost, float) for cost in costs)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} must be true or false, got {value!r}.")
+        return value
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{key} must be a whole number, got {value!r}.")
+        return value
+    if hint is float or type(None) in get_args(hint):
+        if value is None and hint is not float:
+            return None
+        try:
+            return float(value)  # YAML reads 1e-5 as text
+        except (TypeError, ValueError):
+            raise ValueError(f"{key} must be a number, got {value!r}.") from None
+    require_choice(key, value, get_args(hint))
+    return value
+
+
+def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(map(str, choices))}, got "{value}".')
+
+
+def require_range(name: str, value: float, low: float, high: float, open_end: bool = False) -> None:
+    """Raise ValueError unless low <= value <= high (below high with `open_end`)."""
+    if not (low <= value < high if open_end else low <= value <= high):
+        raise ValueError(f"{name} must be in [{low}, {high}{')' if open_end else ']'}, got {value}.")

@@ -1,0 +1,90 @@
+"""Configurations of the models: what a saved folder needs to know to rebuild them."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from consistentee.config import Head, PolicyInput, require_choice, require_range
+
+
+class EncoderClassifierConfig(PreTrainedConfig):
+    """What the configurations of both models share: a nested encoder configuration and its sizes."""
+
+    sub_configs_defaults = {"encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
+
+    encoder_config: PreTrainedConfig | dict[str, Any] | None = None
+    head: str = "attention"
+    pooling: str = "mean"
+    num_queries: int = 4
+    head_dropout: float = 0.1
+    task: str | None = None
+    max_length: int = 128
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        require_choice("head", self.head, get_args(Head))
+        require_choice("pooling", self.pooling, ("cls", "mean"))
+        require_range("head_dropout", self.head_dropout, 0, 1, open_end=True)
+        if self.num_queries < 1:
+            raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers of the backbone, hence of possible exits."""
+        return int(self.encoder_config.num_hidden_layers)  # type: ignore[union-attr]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's states."""
+        encoder = self.encoder_config
+        return int(getattr(encoder, "hidden_size", None) or encoder.dim)  # type: ignore[union-attr]
+
+
+class EarlyExitConfig(EncoderClassifierConfig):
+    """Configuration of an `EarlyExitForSequenceClassification`.
+
+    Args:
+        encoder_config: the backbone's own configuration (nested), as an object or a dict with `model_type`.
+        head: `attention` (own query pooling per layer) or `shared_pooler` (the paper's).
+        pooling: `cls` or `mean`, what `shared_pooler` reads.
+        num_queries: learned queries per layer of `attention`.
+        head_dropout: dropout before each classifier's last layer, in [0, 1).
+        ensemble_decay: share of the previous layers' running prediction in a layer's prediction, in [0, 1). 0 means
+            that every layer speaks for itself alone.
+        policy_input: what the policy reads: `state`, `signals` or `state+signals`.
+        policy_hidden_size: width of the policy network.
+        policy_dropout: dropout on the state the policy reads, in [0, 1).
+        initial_exit_bias: exit logit of an untrained policy; negative = go deep.
+        threshold: an input leaves at the first layer whose exit score exceeds it.
+        criterion: the exit rule the threshold belongs to.
+        task: name of the task it was trained for, or None.
+        max_length: tokens per input in training; longer inputs are cut to it.
+    """
+
+    model_type = "consistentee"
+    ensemble_decay: float = 0.5
+    policy_input: str = "state+signals"
+    policy_hidden_size: int = 32
+    policy_dropout: float = 0.5
+    initial_exit_bias: float = -1.0
+    threshold: float = 0.5
+    criterion: str = "policy"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        require_choice("policy_input", self.policy_input, get_args(PolicyInput))
+        for name in ("ensemble_decay", "policy_dropout"):
+            require_range(name, getattr(self, name), 0, 1, open_end=True)
+
+
+class FullDepthConfig(EncoderClassifierConfig):
+    """Configuration of a `FullDepthForSequenceClassification`: the plain model, one classifier at the top.
+
+    Args:
+        encoder_config, head, pooling, num_queries, head_dropout, task, max_length: as in `EarlyExitConfig`.
+    """
+
+    model_type = "consistentee_full_depth"

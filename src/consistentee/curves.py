@@ -1,0 +1,67 @@
+"""The trade-off between accuracy and layers over all thresholds: the curve, one number for it, and a point on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from consistentee.exits import candidate_thresholds, choose_exit_layer
+
+BUDGETS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+SMOOTHING = 9
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one threshold gives: share right, mean exit layer (1-based), and layers over mean exit layer."""
+
+    threshold: float
+    accuracy: float
+    mean_exit_layer: float
+    layer_speedup: float
+
+
+def trade_off_curve(scores: Tensor, layer_logits: Tensor, labels: Tensor, criterion: str) -> list[CurvePoint]:
+    """Accuracy and mean exit layer at every threshold worth trying, from "all leave at once" to "none leaves early".
+
+    Args:
+        scores: (rows, layers), exit scores.
+        layer_logits: (rows, layers, classes).
+        labels: (rows,), int64.
+        criterion: one of `CRITERIA`, whose thresholds these are.
+    """
+    num_layers = scores.shape[1]
+    right = (layer_logits.argmax(-1) == labels[:, None]).float()
+    points: list[CurvePoint] = []
+    for threshold in candidate_thresholds(scores, criterion):
+        exit_layer = choose_exit_layer(scores, threshold)
+        mean = float(exit_layer.float().mean())
+        accuracy = float(right.gather(1, exit_layer[:, None] - 1).mean())
+        points.append(CurvePoint(threshold, accuracy, mean, num_layers / mean))
+    return points
+
+
+def curve_score(points: Sequence[CurvePoint]) -> float:
+    """Mean over `BUDGETS` of the best accuracy at that layer speed-up or more: one number for a whole curve."""
+    best = [max((p.accuracy for p in points if p.layer_speedup >= budget), default=0.0) for budget in BUDGETS]
+    return sum(best) / len(best)
+
+
+def choose_threshold(points: Sequence[CurvePoint], accuracy_floor: float) -> float:
+    """The threshold with the fewest layers whose accuracy stays at or above a floor.
+
+    The accuracy is smoothed over neighbouring thresholds first: on few rows the curve has lucky bumps, and the first
+    one above the floor would be picked. If none reaches the floor, the threshold with the best smoothed accuracy.
+    """
+    ordered = sorted(points, key=lambda point: point.mean_exit_layer)
+    half = min(SMOOTHING // 2, len(ordered) // 8)
+    smoothed = []
+    for position in range(len(ordered)):
+        near = ordered[max(0, position - half) : position + half + 1]
+        smoothed.append(sum(point.accuracy for point in near) / len(near))
+    for point, accuracy in zip(ordered, smoothed, strict=True):
+        if accuracy >= accuracy_floor and point.accuracy >= accuracy_floor:
+            return point.threshold
+    return max(zip(smoothed, ordered, strict=True), key=lambda pair: pair[0])[1].threshold

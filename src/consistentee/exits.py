@@ -1,0 +1,279 @@
+"""When an input leaves: the exit distribution, what a criterion may look at, and the criteria themselves.
+
+Everything here is a pure function of tensors. `exit_probs` are conditional probabilities (leave at layer t *given*
+that t was reached); `exit_distribution` is the probability that t is the exit layer, and its rows sum to one.
+A criterion turns the internal classifiers' outputs into one *exit score* per layer, higher = readier to leave;
+an input leaves at the first layer whose score exceeds the threshold, and at the last layer in any case.
+Exit layers are 1-based: the exit layer is the number of layers executed.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from consistentee.config import Criterion
+
+CRITERIA: tuple[str, ...] = get_args(Criterion)
+
+SIGNAL_NAMES = (
+    "log_odds",
+    "margin",
+    "entropy",
+    "energy",
+    "agreement",
+    "streak",
+    "previous_probability",
+    "mean_probability",
+    "depth",
+)
+NUM_SIGNALS = len(SIGNAL_NAMES)
+
+
+def exit_distribution(exit_probs: Tensor) -> Tensor:
+    """Probability that each layer is the exit layer.
+
+    Args:
+        exit_probs: (batch, layers), conditional exit probabilities in [0, 1]. The last column is ignored: whoever
+            reaches the last layer leaves there.
+
+    Returns:
+        (batch, layers), rows sum to 1.
+
+    Source: ConsistentEE (arXiv:2312.11882), policy network section; their `pi(exit | h_t)` is `exit_probs[:, t]`.
+
+    Example:
+        >>> exit_distribution(torch.tensor([[0.5, 0.5, 0.1]]))
+        tensor([[0.5000, 0.2500, 0.2500]])
+    """
+    forced = torch.cat([exit_probs[:, :-1], torch.ones_like(exit_probs[:, -1:])], dim=1)
+    reached = torch.cumprod(1 - exit_probs[:, :-1], dim=1)
+    reached = torch.cat([torch.ones_like(forced[:, :1]), reached], dim=1)
+    return forced * reached
+
+
+def log_exit_distribution(exit_logits: Tensor) -> Tensor:
+    """Logarithm of the exit distribution, computed from logits so that it stays finite.
+
+    Args:
+        exit_logits: (batch, layers), logits of the conditional exit probabilities; the last column is ignored.
+
+    Returns:
+        (batch, layers), `log(exit_distribution(sigmoid(exit_logits)))`.
+    """
+    log_exit = torch.nn.functional.logsigmoid(exit_logits[:, :-1])
+    log_stay = torch.nn.functional.logsigmoid(-exit_logits[:, :-1])
+    zeros = torch.zeros_like(exit_logits[:, :1])
+    log_reached = torch.cat([zeros, torch.cumsum(log_stay, dim=1)], dim=1)
+    return torch.cat([log_exit, zeros], dim=1) + log_reached
+
+
+def classifier_signals(layer_logits: Tensor) -> Tensor:
+    """Cheap figures about each internal classifier and the ones before it: what a policy may see beside the state.
+
+    Args:
+        layer_logits: (batch, layers, classes), the classifiers' logits from the first layer on. A prefix of the
+            layers gives the same figures for those layers: nothing looks ahead.
+
+    Returns:
+        (batch, layers, NUM_SIGNALS), in the order of `SIGNAL_NAMES`: log-odds of the top class (clipped to +-10,
+        divided by 5), margin of the top two probabilities, entropy over log(classes), log-sum-exp of the logits
+        divided by 10 (energy), share of the earlier layers that agree with this prediction (1 at the first layer),
+        length of the current run of equal predictions over the layers seen, the previous layer's and the mean
+        earlier probability of the class predicted here, and the layer number over 12.
+
+    Raises:
+        ValueError: if there are fewer than 2 classes.
+    """
+    if layer_logits.shape[-1] < 2:
+        raise ValueError(f"layer_logits must have at least 2 classes, got {layer_logits.shape[-1]}.")
+    logits = layer_logits.float()
+    num_layers, num_classes = logits.shape[1:]
+    log_probs = logits.log_softmax(-1)  # (batch, layers, classes)
+    probs = log_probs.exp()
+    top = probs.topk(2, dim=-1)
+    top_probability, prediction = top.values[..., 0], top.indices[..., 0]  # (batch, layers)
+    rest = (1 - top_probability).clamp_min(1e-7)
+    log_odds = (top_probability.clamp_min(1e-7).log() - rest.log()).clamp(-10, 10) / 5
+    margin = top_probability - top.values[..., 1]
+    entropy = -(probs * log_probs).sum(-1) / torch.log(torch.tensor(float(num_classes)))
+    energy = logits.logsumexp(-1) / 10
+
+    # [b, t, s]: what layer s says about the class that layer t predicts, for s < t.
+    steps = torch.arange(num_layers, device=logits.device)
+    earlier = (steps[None, :] < steps[:, None]).float()  # (layers, layers)
+    count = earlier.sum(1).clamp_min(1)
+    seen = probs.gather(2, prediction[:, None, :].expand(-1, num_layers, -1)).transpose(1, 2)  # (batch, t, s)
+    mean_probability = (seen * earlier).sum(-1) / count
+    same = (prediction[:, :, None] == prediction[:, None, :]).float()
+    agreement = (same * earlier).sum(-1) / count
+    previous_probability = torch.cat(
+        [top_probability[:, :1], torch.diagonal(seen, offset=-1, dim1=1, dim2=2)], dim=1
+    )
+    first = steps == 0
+    agreement = torch.where(first, torch.ones_like(agreement), agreement)
+    mean_probability = torch.where(first, top_probability, mean_probability)
+    streak = prediction_streak(prediction).float() / (steps + 1)
+    depth = ((steps + 1) / 12).expand_as(margin)
+    return torch.stack(
+        [
+            log_odds,
+            margin,
+            entropy,
+            energy,
+            agreement,
+            streak,
+            previous_probability,
+            mean_probability,
+            depth.to(margin.dtype),
+        ],
+        dim=-1,
+    )
+
+
+def prediction_streak(predictions: Tensor) -> Tensor:
+    """How many layers in a row, up to and including this one, predict the same class.
+
+    Args:
+        predictions: (batch, layers), integer classes.
+
+    Returns:
+        (batch, layers), int64, at least 1.
+
+    Example:
+        >>> prediction_streak(torch.tensor([[1, 1, 0, 0, 0]]))
+        tensor([[1, 2, 1, 2, 3]])
+    """
+    steps = torch.arange(predictions.shape[1], device=predictions.device)
+    changed = torch.ones_like(predictions, dtype=torch.bool)
+    changed[:, 1:] = predictions[:, 1:] != predictions[:, :-1]
+    start = torch.where(changed, steps, torch.zeros_like(steps)).cummax(dim=1).values
+    return steps - start + 1
+
+
+def policy_scores(exit_probs: Tensor) -> Tensor:
+    """Exit score of the trained policy: its exit probability. (batch, layers) in [0, 1].
+
+    Source: ConsistentEE (arXiv:2312.11882); the paper's threshold is 0.5.
+    """
+    return exit_probs
+
+
+def confidence_scores(layer_logits: Tensor) -> Tensor:
+    """Largest class probability of every internal classifier.
+
+    Args:
+        layer_logits: (batch, layers, classes).
+
+    Returns:
+        (batch, layers) in [1 / classes, 1].
+    """
+    return layer_logits.float().softmax(-1).amax(-1)
+
+
+def entropy_scores(layer_logits: Tensor) -> Tensor:
+    """One minus the normalised entropy of every internal classifier, so that higher means surer.
+
+    Args:
+        layer_logits: (batch, layers, classes).
+
+    Returns:
+        (batch, layers) in [0, 1].
+
+    Source: DeeBERT (arXiv:2004.12993) and FastBERT (arXiv:2004.02178); ours is 1 - FastBERT's "speed" uncertainty.
+    """
+    log_probs = layer_logits.float().log_softmax(-1)
+    return 1 + (log_probs.exp() * log_probs).sum(-1) / torch.log(torch.tensor(float(layer_logits.shape[-1])))
+
+
+def patience_scores(layer_logits: Tensor) -> Tensor:
+    """Length of the run of equal predictions; a threshold of p - 0.5 waits for a run of p layers.
+
+    Args:
+        layer_logits: (batch, layers, classes).
+
+    Returns:
+        (batch, layers), floats from 1 to layers.
+
+    Source: PABEE (arXiv:2006.04152). Their counter starts at 0 with the first prediction, ours at 1.
+    """
+    return prediction_streak(layer_logits.argmax(-1)).float()
+
+
+def exit_scores(criterion: str, layer_logits: Tensor, exit_probs: Tensor | None) -> Tensor:
+    """Exit score of every layer under a criterion, (batch, layers).
+
+    Args:
+        criterion: one of `CRITERIA`.
+        layer_logits: (batch, layers, classes), or a prefix of the layers.
+        exit_probs: (batch, layers), needed by `policy` only.
+
+    Raises:
+        ValueError: if the criterion is unknown, or `policy` is asked for without `exit_probs`.
+    """
+    if criterion == "policy":
+        if exit_probs is None:
+            raise ValueError('criterion "policy" needs exit_probs, got None.')
+        return policy_scores(exit_probs)
+    if criterion == "confidence":
+        return confidence_scores(layer_logits)
+    if criterion == "entropy":
+        return entropy_scores(layer_logits)
+    if criterion == "patience":
+        return patience_scores(layer_logits)
+    raise ValueError(f'criterion must be one of {", ".join(CRITERIA)}, got "{criterion}".')
+
+
+def choose_exit_layer(scores: Tensor, threshold: float) -> Tensor:
+    """Exit layer of every instance: the first layer whose score exceeds the threshold, else the last.
+
+    Args:
+        scores: (batch, layers), exit scores.
+        threshold: compared with `>`.
+
+    Returns:
+        (batch,), int64, 1-based: the number of layers executed.
+
+    Source: ConsistentEE (arXiv:2312.11882), inference; the first t with pi(exit | h_t) > 0.5.
+
+    Example:
+        >>> choose_exit_layer(torch.tensor([[0.2, 0.7, 0.9], [0.1, 0.1, 0.1]]), 0.5)
+        tensor([2, 3])
+    """
+    leaves = scores > threshold
+    leaves[:, -1] = True
+    return leaves.int().argmax(dim=1) + 1
+
+
+def check_threshold(threshold: float, criterion: str = "policy") -> float:
+    """Return the threshold as a float, or raise if the criterion cannot use it.
+
+    Raises:
+        ValueError: policy, confidence and entropy take [0, 1]; patience takes a positive number of layers.
+    """
+    value = float(threshold)
+    if criterion == "patience":
+        if not value > 0:
+            raise ValueError(f"threshold must be above 0 for patience (layers in agreement), got {threshold}.")
+    elif not 0 <= value <= 1:
+        raise ValueError(f"threshold must be in [0, 1] for {criterion}, got {threshold}.")
+    return value
+
+
+def candidate_thresholds(scores: Tensor, criterion: str, limit: int = 200) -> list[float]:
+    """Thresholds that are worth trying on these scores, ascending: from "all leave at once" to "nobody leaves early".
+
+    Args:
+        scores: (instances, layers), exit scores.
+        criterion: one of `CRITERIA`; patience has one threshold between each two whole numbers.
+        limit: at most this many (quantiles of the scores).
+    """
+    if criterion == "patience":
+        return [streak + 0.5 for streak in range(scores.shape[1])]
+    early = scores[:, :-1].flatten().double()
+    quantiles = torch.linspace(0, 1, limit, dtype=torch.double)
+    ordered = early.sort().values
+    picked = ordered[(quantiles * (len(ordered) - 1)).round().long()]
+    return sorted({0.0, 1.0, *(min(max(float(value), 0.0), 1.0) for value in picked)})

@@ -1,0 +1,183 @@
+"""The gradient steps under both kinds of training: which rows, which learning rate, which process takes what.
+
+A step is a pure function of the run's seed and the step's number: its rows, its dropout and its learning rate follow
+from them alone. That is what makes an interrupted run end where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from consistentee.batches import LengthGroupedBatches, TokenizedDataset
+from consistentee.config import TrainingConfig
+from consistentee.states import Collate
+
+Figures = dict[str, Tensor]
+LossAndFigures = Callable[[Any, Tensor], tuple[Tensor, Figures]]
+"""(output, labels) -> loss of every row, (rows,), and figures of every row for the progress bar, each (rows,)."""
+
+
+def make_accelerator(config: TrainingConfig, output_dir: str) -> Accelerator:
+    """An accelerator with the configured precision and trackers."""
+    return Accelerator(
+        mixed_precision=resolve_precision(config.mixed_precision),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=output_dir,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def resolve_precision(mixed_precision: str) -> str:
+    """`no`, `bf16` or `fp16`: the given one, or for `auto` bf16 where the hardware computes in it, else full precision."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    native = "AMX" in capabilities or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return "bf16" if native else "no"
+
+
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Backbone and new parameters apart, each with and without weight decay; the policy is trained elsewhere."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "is_backbone": is_backbone}
+        for (is_backbone, decays), parameters in groups.items()
+    ]
+
+
+def schedule_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """What the peak learning rates are multiplied by at a step: a linear rise, then a linear fall or a constant."""
+    rise = math.ceil(config.warmup_ratio * total_steps)
+    if step < rise:
+        return (step + 1) / rise
+    if config.schedule == "constant":
+        return 1.0
+    return max(0.0, (total_steps - step) / max(1, total_steps - rise))
+
+
+@dataclass
+class Optimisation:
+    """A model, its optimizer and its rows, and the number of steps taken so far.
+
+    Attributes:
+        model: as prepared by the accelerator; its `forward` is what is called.
+        total_steps: planned length of the whole run, which the learning rate follows.
+        step: optimizer steps taken.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    dataset: TokenizedDataset
+    collate: Collate
+    config: TrainingConfig
+    total_steps: int
+    step: int = 0
+    checkpoint: Callable[[], None] = lambda: None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.batches = LengthGroupedBatches(
+            self.dataset.lengths,
+            self.config.batch_size,
+            seed=self.config.seed,
+            group_by_length=self.config.group_by_length,
+        )
+
+    def run(
+        self, until: int, loss_of: LossAndFigures, *, phase: str, learning_rate: float, before_step: Callable[[], None]
+    ) -> None:
+        """Take steps until `step` reaches `until`.
+
+        Args:
+            loss_of: gives every row's loss and figures from the model's output.
+            phase: name on the progress bar and in the tracker.
+            learning_rate: the backbone's peak in this phase.
+            before_step: puts the model's parts into the right modes.
+        """
+        bar = tqdm(
+            total=until,
+            initial=self.step,
+            desc=phase,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            leave=False,
+        )
+        while self.step < until:
+            epoch, offset = divmod(self.step, len(self.batches))
+            self.batches.set_epoch(epoch, offset)
+            for rows in self.batches:
+                self._step(rows, loss_of, learning_rate, before_step)
+                bar.update()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in self.figures.items()}, refresh=False)
+                if self.config.tracker != "none":
+                    self.accelerator.log({f"{phase}/{name}": v for name, v in self.figures.items()}, step=self.step)
+                if self.step % self.config.checkpoint_every == 0 and self.step < until:
+                    self.checkpoint()
+                if self.step >= until:
+                    break
+        bar.close()
+
+    def _step(
+        self, rows: Sequence[int], loss_of: LossAndFigures, learning_rate: float, before_step: Callable[[], None]
+    ) -> None:
+        accelerator = self.accelerator
+        torch.manual_seed(step_seed(self.config.seed, self.step, accelerator.process_index))
+        factor = schedule_factor(self.step, self.total_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * (learning_rate if group["is_backbone"] else self.config.head_learning_rate)
+        self.model.train()
+        before_step()
+
+        share = math.ceil(len(rows) / accelerator.num_processes)
+        mine = list(rows[accelerator.process_index * share :][:share])
+        real = torch.tensor([1.0] * len(mine) + [0.0] * (share - len(mine)), device=accelerator.device)
+        mine += [rows[0]] * (share - len(mine))  # equally many rows on every process; the extra ones weigh nothing
+        parts = torch.arange(share).split(math.ceil(share / self.config.gradient_accumulation_steps))
+        totals: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            batch = self.collate([self.dataset[mine[index]] for index in part.tolist()])
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items() if name != "index"}
+            labels = batch.pop("labels")
+            last = number == len(parts) - 1
+            with _synchronised_when(last, accelerator, self.model):
+                output = self.model(**batch)
+                losses, figures = loss_of(output, labels)
+                weights = real[part.to(real.device)]
+                # Processes average their gradients, hence the factor: the mean over the whole batch comes out.
+                loss = (losses * weights).sum() / len(rows) * accelerator.num_processes
+                accelerator.backward(loss)
+            for name, values in {"loss": losses.detach(), **figures}.items():
+                totals[name] = totals.get(name, torch.zeros((), device=real.device)) + (values * weights).sum()
+        accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        for name, total in totals.items():
+            value = float(accelerator.reduce(total)) / len(rows)
+            before = self.figures.get(name, value)
+            self.figures[name] = 0.95 * before + 0.05 * value  # smoothed, for reading
+
+
+def step_seed(seed: int, step: int, process_index: int) -> int:
+    """Seed of one step on one process, well mixed."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1_009 + process_index)
+    return int(torch.randint(2**62, (1,), generator=generator))
+
+
+def _synchronised_when(last: bool, accelerator: Accelerator, model: nn.Module) -> Any:
+    """Gradients are exchanged between processes at the last part of a batch only."""
+    return torch.enable_grad() if last else accelerator.no_sync(model)

@@ -1,0 +1,280 @@
+"""Phase 2: policies on cached states. Fitting, cross-fitting, and the choice of price and threshold by validation.
+
+With the backbone and the classifiers frozen, states, losses and rewards are constants: a policy is a small network on
+a table, and fits in seconds. On held-out rows it is cross-fitted: each fold is judged by policies that have not seen
+it, so one held-out part serves both to train the policy and to choose its price and threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from consistentee.config import TrainingConfig
+from consistentee.curves import choose_threshold, curve_score, trade_off_curve
+from consistentee.exits import (
+    CRITERIA,
+    choose_exit_layer,
+    classifier_signals,
+    exit_distribution,
+    exit_scores,
+)
+from consistentee.hardness import hardness
+from consistentee.heads import PolicyNetwork
+from consistentee.losses import exact_policy_loss, policy_entropy, sampled_policy_loss
+from consistentee.rewards import reward_losses, rewards
+from consistentee.states import LayerStates
+
+NewPolicy = Callable[[], PolicyNetwork]
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """How a policy did on rows it has not seen, at one price.
+
+    Attributes:
+        layer_cost: the price.
+        score: mean over `BUDGETS` of the best accuracy at that layer speed-up or more.
+        reward: mean over rows of the expected reward.
+        accuracy, mean_exit_layer: at threshold 0.5.
+        first_layer_share: share of rows that leave at layer 1 at threshold 0.5.
+        collapsed: the policy sends (nearly) everything out at layer 1 although that costs accuracy.
+    """
+
+    layer_cost: float
+    score: float
+    reward: float
+    accuracy: float
+    mean_exit_layer: float
+    first_layer_share: float
+    collapsed: bool
+
+
+@dataclass(frozen=True)
+class PolicyChoice:
+    """The outcome of phase 2: a policy, its price, thresholds by criterion, and the reports of all prices."""
+
+    policy: PolicyNetwork
+    layer_cost: float
+    thresholds: dict[str, float]
+    scores: dict[str, float]
+    reports: tuple[PolicyReport, ...]
+    exit_probs: Tensor
+
+    @property
+    def report(self) -> PolicyReport:
+        """The report of the chosen price."""
+        return next(report for report in self.reports if report.layer_cost == self.layer_cost)
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything but the tensors, for the training record."""
+        return {
+            "layer_cost": self.layer_cost,
+            "thresholds": self.thresholds,
+            "scores": self.scores,
+            "prices": [asdict(report) for report in self.reports],
+        }
+
+
+def layer_rewards(states: LayerStates, row_hardness: Tensor, config: TrainingConfig, layer_cost: float) -> Tensor:
+    """Reward of leaving at each layer, (rows, layers), for cached states under the configured reward."""
+    losses = reward_losses(config.reward_loss, states.layer_logits, states.labels)
+    return rewards(losses, layer_cost, row_hardness if config.reward == "hardness" else None)
+
+
+def fit_policy(
+    policy: PolicyNetwork,
+    states: LayerStates,
+    row_hardness: Tensor,
+    *,
+    layer_cost: float,
+    config: TrainingConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> PolicyNetwork:
+    """Fit a policy on cached states by policy gradient.
+
+    The price rises from zero over the first `price_warmup` of the fit (the policy first learns which layers are good,
+    then to save), and the entropy bonus falls to zero over it: both keep a high price from collapsing the policy.
+
+    Args:
+        policy: a new policy network; trained in place.
+        states: with `pooled`.
+        row_hardness: (rows,) in [0, 1].
+        layer_cost: price of one layer.
+        config: the estimator, reward and optimisation settings are read.
+        seed: of order, dropout and rollouts; the caller's random state is left untouched.
+        device: where to compute.
+
+    Returns:
+        The policy, in evaluation mode, on the CPU.
+    """
+    if states.pooled is None:
+        raise ValueError("states must hold pooled states to fit a policy, got None. Run with keep_pooled=True.")
+    losses = reward_losses(config.reward_loss, states.layer_logits, states.labels)
+    weights = row_hardness if config.reward == "hardness" else torch.zeros(len(states))
+    signals = classifier_signals(states.layer_logits) if policy.needs_signals else None
+    num_rows = len(states)
+    total = config.policy_epochs * -(-num_rows // config.policy_batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        order_generator = torch.Generator().manual_seed(seed)
+        rollout_generator = torch.Generator(device=device).manual_seed(seed)
+        policy = policy.to(device).train()
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.policy_learning_rate, weight_decay=config.policy_weight_decay
+        )
+        step = 0
+        for _ in range(config.policy_epochs):
+            for rows in torch.randperm(num_rows, generator=order_generator).split(config.policy_batch_size):
+                progress = step / total
+                for group in optimizer.param_groups:
+                    group["lr"] = config.policy_learning_rate * (1 - progress)
+                price = layer_cost * min(1.0, progress / config.price_warmup if config.price_warmup else 1.0)
+                reward = rewards(losses[rows], price, weights[rows]).to(device)
+                exit_logits = policy(
+                    states.pooled[rows].float().to(device), None if signals is None else signals[rows].to(device)
+                )
+                if config.estimator == "exact":
+                    loss = exact_policy_loss(exit_logits, reward)
+                else:
+                    loss = sampled_policy_loss(exit_logits, reward, config.num_rollouts, rollout_generator)
+                bonus = config.entropy_bonus * (1 - progress)
+                loss = (loss - bonus * policy_entropy(exit_logits)).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+                optimizer.step()
+                step += 1
+    return policy.cpu().eval()
+
+
+@torch.no_grad()
+def policy_exit_probs(policy: PolicyNetwork, states: LayerStates, batch_size: int = 1024) -> Tensor:
+    """Conditional exit probabilities of cached states, (rows, layers)."""
+    if states.pooled is None:
+        raise ValueError("states must hold pooled states, got None. Run with keep_pooled=True.")
+    parts: list[Tensor] = []
+    for rows in torch.arange(len(states)).split(batch_size):
+        signals = classifier_signals(states.layer_logits[rows]) if policy.needs_signals else None
+        parts.append(policy(states.pooled[rows].float(), signals).sigmoid())
+    return torch.cat(parts)
+
+
+def choose_policy(
+    new_policy: NewPolicy,
+    policy_states: LayerStates,
+    validation_states: LayerStates | None,
+    *,
+    config: TrainingConfig,
+    layer_costs: Sequence[float],
+    seed: int,
+    forgetting_counts: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    on_fit: Callable[[], None] | None = None,
+) -> PolicyChoice:
+    """Fit a policy at each price, judge it on rows it has not seen, and choose price and thresholds.
+
+    Args:
+        new_policy: makes an untrained policy network.
+        policy_states: rows the policy learns from.
+        validation_states: other rows to judge it by; None cross-fits on `policy_states`.
+        config: settings.
+        layer_costs: prices to try.
+        seed: of folds and fits.
+        forgetting_counts: (rows of policy_states,), for that hardness measure.
+        on_fit: called after each fit, to move a progress bar.
+    """
+    measure = config.hardness
+    policy_hardness = hardness(
+        measure, policy_states.layer_logits, policy_states.labels, forgetting_counts=forgetting_counts
+    )
+    judged = policy_states if validation_states is None else validation_states
+    if validation_states is None:
+        judged_hardness = policy_hardness
+    else:  # forgetting is counted on the policy's rows only; the judged rows are priced by their memorized layer
+        other = "memorized_layer" if measure == "forgetting_events" else measure
+        judged_hardness = hardness(other, judged.layer_logits, judged.labels)
+
+    def fit(rows: Tensor | None, layer_cost: float, fit_seed: int) -> PolicyNetwork:
+        part = policy_states if rows is None else policy_states.select(rows)
+        weights = policy_hardness if rows is None else policy_hardness[rows]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fit_seed)
+            policy = new_policy()
+        fitted = fit_policy(
+            policy, part, weights, layer_cost=layer_cost, config=config, seed=fit_seed, device=device
+        )
+        if on_fit is not None:
+            on_fit()
+        return fitted
+
+    whole: dict[float, PolicyNetwork] = {}
+    probs: dict[float, Tensor] = {}
+    reports: list[PolicyReport] = []
+    for layer_cost in layer_costs:
+        if validation_states is None:
+            probs[layer_cost] = _cross_fitted_probs(fit, policy_states, layer_cost, config.policy_folds, seed)
+        else:
+            whole[layer_cost] = fit(None, layer_cost, seed)
+            probs[layer_cost] = policy_exit_probs(whole[layer_cost], judged)
+        reward = layer_rewards(judged, judged_hardness, config, layer_cost)
+        reports.append(_report(judged, probs[layer_cost], reward, layer_cost))
+
+    standing = [report for report in reports if not report.collapsed] or reports
+    best = max(standing, key=lambda report: report.score).layer_cost
+    policy = whole[best] if best in whole else fit(None, best, seed)
+    thresholds, scores = {}, {}
+    for criterion in CRITERIA:
+        values = exit_scores(criterion, judged.layer_logits, probs[best])
+        points = trade_off_curve(values, judged.layer_logits, judged.labels, criterion)
+        full = float((judged.layer_logits[:, -1].argmax(-1) == judged.labels).float().mean())
+        thresholds[criterion] = choose_threshold(points, full - config.max_accuracy_loss)
+        scores[criterion] = curve_score(points)
+    return PolicyChoice(
+        policy=policy,
+        layer_cost=best,
+        thresholds=thresholds,
+        scores=scores,
+        reports=tuple(reports),
+        exit_probs=probs[best],
+    )
+
+
+def _cross_fitted_probs(
+    fit: Callable[[Tensor | None, float, int], PolicyNetwork],
+    states: LayerStates,
+    layer_cost: float,
+    folds: int,
+    seed: int,
+) -> Tensor:
+    """Exit probabilities of every row from a policy that was fitted without it, (rows, layers)."""
+    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))
+    fold_of = torch.empty_like(order)
+    fold_of[order] = torch.arange(len(states)) % min(folds, len(states))
+    probs = torch.empty_like(states.exit_probs)
+    for fold in range(int(fold_of.max()) + 1):
+        policy = fit((fold_of != fold).nonzero().squeeze(1), layer_cost, seed)
+        outside = (fold_of == fold).nonzero().squeeze(1)
+        probs[outside] = policy_exit_probs(policy, states.select(outside))
+    return probs
+
+
+def _report(states: LayerStates, probs: Tensor, reward: Tensor, layer_cost: float) -> PolicyReport:
+    right = (states.layer_logits.argmax(-1) == states.labels[:, None]).float()
+    exit_layer = choose_exit_layer(probs, 0.5)
+    accuracy = float(right.gather(1, exit_layer[:, None] - 1).mean())
+    first_share = float((exit_layer == 1).float().mean())
+    points = trade_off_curve(probs, states.layer_logits, states.labels, "policy")
+    return PolicyReport(
+        layer_cost=layer_cost,
+        score=curve_score(points),
+        reward=float((exit_distribution(probs) * reward).sum(1).mean()),
+        accuracy=accuracy,
+        mean_exit_layer=float(exit_layer.float().mean()),
+        first_layer_share=first_share,
+        collapsed=first_share > 0.95 and accuracy < float(right[:, -1].mean()) - 0.01,
+    )

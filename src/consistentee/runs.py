@@ -1,0 +1,338 @@
+"""One training run around its phases: start or resume it, remember how far it came, save what it made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
+
+from consistentee import checkpoints
+from consistentee.atomic import write_json
+from consistentee.batches import TokenizedDataset, collate, tokenize
+from consistentee.config import TrainingConfig
+from consistentee.data import TextDataset, stratified_split
+from consistentee.heads import PolicyNetwork
+from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
+from consistentee.model_card import write_model_card
+from consistentee.optimisation import Optimisation, make_accelerator, parameter_groups
+from consistentee.states import LayerStates, run_all_layers, run_full_depth
+
+Report = Callable[[str], None]
+Model = EarlyExitForSequenceClassification | FullDepthForSequenceClassification
+RECORD = "training_record.json"
+MAX_SEEN_ROWS = 10_000  # of the rows the classifiers have seen, at most these teach the policy
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """A run's parts. `progress` is all it needs to remember beside weights and optimizer, as plain JSON values."""
+
+    kind: str
+    config: TrainingConfig
+    output_dir: Path
+    task: str | None
+    report: Report
+    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    accelerator: Accelerator
+    optimisation: Optimisation
+    train: TokenizedDataset
+    validation: TokenizedDataset
+    seen: TokenizedDataset
+    identity: dict[str, Any]
+    progress: dict[str, Any]
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best round's weights wait."""
+        return self.output_dir / checkpoints.FOLDER / "best.safetensors"
+
+    def say(self, message: str) -> None:
+        """Show a line, once, whatever the number of processes."""
+        if self.accelerator.is_main_process:
+            self.report(message)
+
+    def steps_of(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs, rounded."""
+        return round(epochs * len(self.optimisation.batches))
+
+    def states(self, dataset: TokenizedDataset, description: str, *, keep_pooled: bool = False) -> LayerStates:
+        """All layers' outputs for a data set under the current weights."""
+        return run_all_layers(
+            self.model,
+            dataset,
+            collate=self.optimisation.collate,
+            accelerator=self.accelerator,
+            keep_pooled=keep_pooled,
+            memory_limit_mb=self.config.max_cache_mb,
+            scratch_dir=self.output_dir / checkpoints.FOLDER / "states",
+            description=description,
+        )
+
+    @property
+    def policy_rows(self) -> TokenizedDataset:
+        """What the policy learns from: the validation rows (cross-fitted), or rows the classifiers have seen."""
+        return self.validation if self.config.policy_data == "held_out" else self.seen
+
+    def logits(self, dataset: TokenizedDataset, description: str) -> Tensor:
+        """The full-depth model's logits for a data set, (rows, classes)."""
+        return run_full_depth(
+            self.model,
+            dataset,
+            collate=self.optimisation.collate,
+            accelerator=self.accelerator,
+            description=description,
+        )
+
+    def new_policy(self) -> PolicyNetwork:
+        """An untrained policy network for this model."""
+        return self.model.new_policy()
+
+    def from_main_process(self, value: T | None) -> T:
+        """What the main process has, on every process."""
+        if self.accelerator.num_processes > 1:
+            (value,) = broadcast_object_list([value])
+        return cast(T, value)
+
+    def keep_best(self) -> None:
+        """Remember the present weights as the best so far."""
+        if self.accelerator.is_main_process:
+            checkpoints.save_weights(self.best_path, self.model.state_dict())
+        self.accelerator.wait_for_everyone()
+
+    def checkpoint(self) -> None:
+        """Make this moment one from which `resume` can go on."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            optimizer = {
+                "optimizer": self.optimisation.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            self.progress["checkpoints"] += 1
+            checkpoints.save_checkpoint(
+                self.output_dir,
+                self.progress["checkpoints"],
+                weights=self.model.state_dict(),
+                optimizer=optimizer,
+                progress={**self.progress, "step": self.optimisation.step, "identity": self.identity},
+            )
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, folder: Path) -> None:
+        """Go back to a checkpoint's moment.
+
+        Raises:
+            ValueError: if it belongs to a run with other settings, data or backbone.
+        """
+        weights, optimizer, progress = checkpoints.load_checkpoint(folder)
+        _check_same_run(progress.pop("identity"), self.identity, self.output_dir)
+        self.model.load_state_dict(weights)
+        self.optimisation.optimizer.load_state_dict(optimizer["optimizer"])
+        if self.accelerator.scaler is not None and optimizer["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(optimizer["scaler"])
+        self.optimisation.step = progress.pop("step")
+        self.progress.clear()
+        self.progress.update(progress)
+        self.say(f"Resumed at step {self.optimisation.step} of {self.optimisation.total_steps}.")
+
+    def save(self, record: dict[str, Any], *, thresholds: dict[str, float] | None = None) -> Path:
+        """Write the finished model with its record and card, then remove the checkpoints.
+
+        Everything is first written beside its place. The record is moved last: a folder with a record is complete.
+        """
+        if self.accelerator.is_main_process:
+            self.model.config.task = self.task
+            self.model.config.max_length = self.config.max_length
+            if thresholds is not None:
+                self.model.config.threshold = thresholds["policy"]
+                record = {**record, "thresholds": thresholds}
+            record = {
+                "kind": self.kind,
+                "task": self.task,
+                "backbone": self.identity["backbone"],
+                "config": self.config.to_dict(),
+                "data": self.identity["data"],
+                "environment": environment(self.accelerator),
+                **record,
+            }
+            partial_dir = self.output_dir / checkpoints.FOLDER / "model"
+            shutil.rmtree(partial_dir, ignore_errors=True)
+            self.model.save_pretrained(partial_dir)
+            self.tokenizer.save_pretrained(partial_dir)
+            write_model_card(partial_dir, record)
+            write_json(partial_dir / RECORD, record)
+            for path in sorted(partial_dir.iterdir(), key=lambda path: path.name == RECORD):
+                os.replace(path, self.output_dir / path.name)
+            checkpoints.remove_checkpoints(self.output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.config.tracker != "none":
+            self.accelerator.end_training()
+        self.say(f"Saved to {self.output_dir}")
+        return self.output_dir
+
+
+def start_run(
+    model_class: type[Model],
+    *,
+    backbone: str | Path,
+    train_data: TextDataset,
+    output_dir: str | Path,
+    config: TrainingConfig,
+    task: str | None,
+    resume: bool,
+    report: Report,
+) -> Run | None:
+    """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
+    output_dir = Path(output_dir)
+    kind = "early_exit" if model_class is EarlyExitForSequenceClassification else "full_depth"
+    newest = checkpoints.latest_checkpoint(output_dir)
+    if (output_dir / RECORD).is_file():
+        if resume:
+            report(f"{output_dir} holds a finished model: nothing to resume.")
+            return None
+        raise FileExistsError(f"Output folder {output_dir} holds a finished model. Choose another, or remove it.")
+    if newest is not None and not resume:
+        raise FileExistsError(
+            f"Output folder {output_dir} holds an unfinished run. Continue it with --resume, or remove it."
+        )
+
+    set_seed(config.seed)
+    accelerator = make_accelerator(config, str(output_dir))
+    tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    total_epochs = config.warmup_epochs + config.rounds * config.consistent_epochs
+    model = _new_model(model_class, backbone, train_data, config)
+    if isinstance(model, EarlyExitForSequenceClassification):
+        model.policy.requires_grad_(False)  # fitted on its own, on cached states
+    kept, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)
+    seen = kept[:MAX_SEEN_ROWS] if config.policy_data == "seen" else []
+    parts = [tokenize(train_data.select(rows), tokenizer, config.max_length) for rows in (kept, held, seen)]
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    optimisation = Optimisation(
+        accelerator=accelerator,
+        model=prepared,
+        optimizer=optimizer,
+        dataset=parts[0],
+        collate=partial(collate, tokenizer=tokenizer),
+        config=config,
+        total_steps=0,
+    )
+    run = Run(
+        kind=kind,
+        config=config,
+        output_dir=output_dir,
+        task=task,
+        report=report,
+        tokenizer=tokenizer,
+        model=accelerator.unwrap_model(prepared),
+        accelerator=accelerator,
+        optimisation=optimisation,
+        train=parts[0],
+        validation=parts[1],
+        seen=parts[2],
+        identity={
+            "kind": kind,
+            "backbone": str(backbone),
+            "config": config.to_dict(),
+            "data": {
+                "source": train_data.source,
+                "train_rows": len(kept),
+                "validation_rows": len(held),
+                "fingerprint": fingerprint(train_data),
+            },
+        },
+        progress={
+            "checkpoints": 0,
+            "rounds_done": 0,
+            "policy_fitted": False,
+            "training_done": False,
+            "best_score": None,
+            "best_round": 0,
+            "layer_cost": None,
+            "history": [],
+            "forgetting": [],
+        },
+    )
+    optimisation.total_steps = run.steps_of(total_epochs)
+    optimisation.checkpoint = run.checkpoint
+    if config.tracker != "none":
+        settings = {name: value for name, value in config.to_dict().items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("consistentee", config=settings)
+    run.say(
+        f"{model.num_layers} layers, {len(train_data.label_names)} classes, {len(kept)} training and {len(held)} "
+        f"validation rows, {optimisation.total_steps} steps, {accelerator.device}, precision "
+        f"{accelerator.mixed_precision}"
+    )
+    if newest is not None:
+        run.restore(newest)
+    elif resume:
+        run.say("No checkpoint to resume from: starting at the beginning.")
+    return run
+
+
+def _new_model(model_class: type[Model], backbone: str | Path, train_data: TextDataset, config: TrainingConfig) -> Model:
+    head: dict[str, Any] = {
+        "label_names": train_data.label_names,
+        "pooling": config.pooling,
+        "head": config.head,
+        "num_queries": config.num_queries,
+        "head_dropout": config.head_dropout,
+    }
+    if model_class is FullDepthForSequenceClassification:
+        return FullDepthForSequenceClassification.from_backbone(backbone, **head)
+    return EarlyExitForSequenceClassification.from_backbone(
+        backbone,
+        **head,
+        ensemble_decay=config.ensemble_decay,
+        policy_input=config.policy_input,
+        policy_hidden_size=config.policy_hidden_size,
+        policy_dropout=config.policy_dropout,
+        initial_exit_bias=config.initial_exit_bias,
+    )
+
+
+def fingerprint(data: TextDataset) -> str:
+    """Hash of all rows: two runs with the same one saw the same data."""
+    digest = hashlib.sha256()
+    for texts, label in zip(data.texts, data.labels, strict=True):
+        digest.update("\x1f".join([*texts, str(label)]).encode() + b"\x1e")
+    return digest.hexdigest()[:16]
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    device = accelerator.device
+    return {
+        **{name: version(name) for name in ("consistentee", "torch", "transformers", "accelerate")},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "mixed_precision": str(accelerator.mixed_precision),
+    }
+
+
+def _check_same_run(saved: dict[str, Any], current: dict[str, Any], output_dir: Path) -> None:
+    flat_saved = {**saved["config"], **saved["data"], "kind": saved["kind"], "backbone": saved["backbone"]}
+    flat_current = {**current["config"], **current["data"], "kind": current["kind"], "backbone": current["backbone"]}
+    for name, value in flat_current.items():
+        if flat_saved.get(name) != value:
+            raise ValueError(
+                f"The unfinished run in {output_dir} has {name} = {flat_saved.get(name)}, this one {value}. "
+                "Resume with the same settings and data, or choose another output folder."
+            )

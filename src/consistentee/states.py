@@ -1,0 +1,176 @@
+"""One pass over a data set with every layer run for every row: what evaluation reads and the policy learns from.
+
+Kept states are half precision, and go to a memory-mapped file beyond a size, so that a policy can be fitted on data
+whose states do not fit into memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from consistentee.batches import TokenizedDataset
+from consistentee.model import EarlyExitForSequenceClassification
+
+Collate = Callable[[list[dict]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """Every layer's outputs for every row of a data set, on the CPU, in the data set's order.
+
+    Attributes:
+        classifier_logits: (rows, layers, classes), float32, each classifier's own logits.
+        layer_logits: (rows, layers, classes), float32, each layer's prediction as an exit there would give it.
+        exit_probs: (rows, layers), float32, the policy's conditional exit probabilities.
+        labels: (rows,), int64.
+        pooled: (rows, layers, hidden), float16, the states; None where they were not kept. May be memory-mapped.
+    """
+
+    classifier_logits: Tensor
+    layer_logits: Tensor
+    exit_probs: Tensor
+    labels: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Tensor) -> LayerStates:
+        """The rows of these indices."""
+        picked = {name: getattr(self, name) for name in (field.name for field in fields(self))}
+        return replace(self, **{name: None if value is None else value[rows] for name, value in picked.items()})
+
+
+@torch.no_grad()
+def run_all_layers(
+    model: EarlyExitForSequenceClassification,
+    dataset: TokenizedDataset,
+    *,
+    collate: Collate,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+    keep_pooled: bool = False,
+    memory_limit_mb: float = math.inf,
+    scratch_dir: Path | None = None,
+    description: str | None = None,
+) -> LayerStates:
+    """Run every layer for every row, rows of similar length together, and bring the results into the rows' order.
+
+    Args:
+        model: the (unwrapped) model; left in the mode it was in.
+        dataset: rows to run.
+        collate: turns a list of items into a padded batch.
+        batch_size: rows per process and step.
+        accelerator: shares the rows among its processes; every process returns all rows, and the pooled states are
+            kept by the main process only.
+        keep_pooled: whether to keep the states.
+        memory_limit_mb: states larger than this go to a memory-mapped file in `scratch_dir`.
+        description: label of the progress bar; none without it.
+
+    Raises:
+        ValueError: if the states exceed the limit and there is no `scratch_dir`.
+    """
+    accelerator = accelerator or Accelerator()
+    rows, layers = len(dataset), model.num_layers
+    results = {
+        "classifier_logits": torch.empty(rows, layers, model.config.num_labels),
+        "layer_logits": torch.empty(rows, layers, model.config.num_labels),
+        "exit_probs": torch.empty(rows, layers),
+    }
+    if keep_pooled and accelerator.is_main_process:
+        shape = (rows, layers, model.config.hidden_size)
+        results["pooled"] = _state_storage(shape, memory_limit_mb, scratch_dir)
+    wanted = ("classifier_logits", "layer_logits", "exit_probs", *(("pooled",) if keep_pooled else ()))
+
+    def all_layers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        output = model(**inputs, all_layers=True)
+        return {name: output[name] for name in wanted}
+
+    _run_rows(model, dataset, all_layers, results, collate, batch_size, accelerator, description)
+    return LayerStates(labels=dataset.labels.clone(), **results)
+
+
+@torch.no_grad()
+def run_full_depth(
+    model: PreTrainedModel,
+    dataset: TokenizedDataset,
+    *,
+    collate: Collate,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+    description: str | None = None,
+) -> Tensor:
+    """Logits of a plain sequence classifier for every row, (rows, classes), float32, on the CPU; as `run_all_layers`."""
+    results = {"logits": torch.empty(len(dataset), model.config.num_labels)}
+    accelerator = accelerator or Accelerator()
+
+    def full_depth(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": model(**inputs).logits}
+
+    _run_rows(model, dataset, full_depth, results, collate, batch_size, accelerator, description)
+    return results["logits"]
+
+
+def _run_rows(
+    model: PreTrainedModel,
+    dataset: TokenizedDataset,
+    run: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    results: dict[str, Tensor],
+    collate: Collate,
+    batch_size: int,
+    accelerator: Accelerator,
+    description: str | None,
+) -> None:
+    """Run all rows, shared among the processes, and put what comes out into `results`, row by row."""
+    rows = len(dataset)
+    order = np.argsort(-dataset.lengths, kind="stable")  # longest first: if memory runs out, it does so at once
+    step = batch_size * accelerator.num_processes
+    was_training = model.training
+    model.eval()
+    silent = description is None or not accelerator.is_main_process
+    try:
+        for start in tqdm(range(0, rows, step), desc=description, disable=silent, leave=False):
+            share = math.ceil(min(step, rows - start) / accelerator.num_processes)
+            first = start + accelerator.process_index * share
+            mine = order[first : min(first + share, start + step)].tolist()
+            padded = mine + [int(order[-1])] * (share - len(mine))  # equally many rows on every process
+            batch = collate([dataset[row] for row in padded])
+            inputs = {
+                name: batch[name].to(accelerator.device)
+                for name in ("input_ids", "attention_mask", "token_type_ids")
+                if name in batch
+            }
+            with accelerator.autocast():
+                output = run(inputs)
+            index = torch.tensor(mine + [-1] * (share - len(mine)), device=accelerator.device)
+            index = accelerator.gather(index).cpu()
+            real = index >= 0
+            for name, value in output.items():
+                gathered = accelerator.gather(value.float().contiguous()).cpu()
+                if name in results:
+                    results[name][index[real]] = gathered[real].to(results[name].dtype)
+    finally:
+        model.train(was_training)
+
+
+def _state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_dir: Path | None) -> Tensor:
+    if math.prod(shape) * 2 <= memory_limit_mb * 1e6:
+        return torch.empty(shape, dtype=torch.float16)
+    if scratch_dir is None:
+        raise ValueError(
+            f"States of shape {shape} exceed {memory_limit_mb} MB and there is no scratch_dir to map them from. "
+            "Give one, or a higher max_cache_mb."
+        )
+    scratch_dir.mkdir(parents=True, exist_ok=True)
+    mapped = np.lib.format.open_memmap(scratch_dir / "pooled.npy", mode="w+", dtype=np.float16, shape=shape)
+    return torch.from_numpy(mapped)

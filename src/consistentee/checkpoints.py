@@ -23,7 +23,12 @@ PROGRESS = "progress.json"
 
 
 def save_checkpoint(
-    output_dir: Path, number: int, *, weights: dict[str, Tensor], optimizer: dict[str, Any], progress: dict[str, Any]
+    output_dir: Path,
+    number: int,
+    *,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    progress: dict[str, Any],
 ) -> None:
     """Write checkpoint `number` (rising within a run) and remove the ones before it."""
     folder = output_dir / FOLDER

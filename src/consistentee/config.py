@@ -14,6 +14,7 @@ import yaml
 Head = Literal["attention", "shared_pooler"]
 Pooling = Literal["auto", "cls", "mean"]
 PolicyInput = Literal["state", "signals", "state+signals"]
+PolicyInputChoice = Literal["auto", "state", "signals", "state+signals"]
 PolicyData = Literal["held_out", "seen"]
 Estimator = Literal["exact", "sampled"]
 Reward = Literal["hardness", "uniform"]
@@ -41,8 +42,9 @@ class TrainingConfig:
     """Dropout before each classifier's last layer."""
     ensemble_decay: float = 0.5
     """Share of the layers before in a layer's prediction, 0 (alone) up to 1 (exclusive)."""
-    policy_input: PolicyInput = "state+signals"
-    """What the policy reads: the pooled state, the classifiers' signals, or both."""
+    policy_input: PolicyInputChoice = "auto"
+    """What the policy reads: the pooled state, the classifiers' signals, or both; `auto` lets validation decide
+    whether the state earns its place beside the signals."""
     policy_hidden_size: int = 32
     """Width of the policy network."""
     policy_dropout: float = 0.5
@@ -103,10 +105,12 @@ class TrainingConfig:
     """What a bad exit costs: `cross_entropy` (the paper) or `error` (0 or 1)."""
     hardness: HardnessMeasure = "memorized_layer"
     """Measure behind the `hardness` reward."""
-    layer_costs: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08)
+    layer_costs: tuple[float, ...] = (0.02, 0.04, 0.08)
     """Prices of one layer to choose from by validation; one value fixes it."""
     policy_epochs: int = 40
-    """Epochs of each policy fit on cached states."""
+    """Epochs of each policy fit on cached states, or more where these are fewer than `policy_min_steps`."""
+    policy_min_steps: int = 400
+    """Least number of steps of a policy fit: few rows need more epochs."""
     policy_batch_size: int = 128
     """Instances per step of a policy fit."""
     policy_learning_rate: float = 3e-3
@@ -119,7 +123,7 @@ class TrainingConfig:
     """Share of a policy fit over which the price rises from zero: quality first, then speed."""
     initial_exit_bias: float = -1.0
     """Exit logit of an untrained policy; negative = go deep."""
-    policy_folds: int = 5
+    policy_folds: int = 4
     """Folds of the cross-fitted policy on held-out rows."""
     patience: int = 2
     """Stop after this many rounds without a better validation score."""
@@ -151,23 +155,25 @@ class TrainingConfig:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}.")
         positive = (
             "num_queries policy_hidden_size max_length batch_size gradient_accumulation_steps learning_rate "
-            "head_learning_rate max_grad_norm warmup_epochs policy_epochs policy_batch_size policy_learning_rate "
-            "patience checkpoint_every max_cache_mb"
+            "head_learning_rate max_grad_norm warmup_epochs policy_epochs policy_min_steps policy_batch_size "
+            "policy_learning_rate patience checkpoint_every max_cache_mb"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         not_negative = "weight_decay distillation rounds consistent_epochs policy_weight_decay entropy_bonus"
         for name in not_negative.split():
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.consistent_learning_rate is not None and not self.consistent_learning_rate > 0:
-            raise ValueError(f"consistent_learning_rate must be above 0, got {self.consistent_learning_rate}.")
+            raise ValueError(
+                f"consistent_learning_rate must be above 0, got {self.consistent_learning_rate}."
+            )
         if self.num_rollouts < 2:
             raise ValueError(f"num_rollouts must be at least 2, got {self.num_rollouts}.")
         if self.policy_folds < 2:
             raise ValueError(f"policy_folds must be at least 2, got {self.policy_folds}.")
-        if not self.layer_costs or min(self.layer_costs) < 0:
+        if not self.layer_costs or not all(cost >= 0 for cost in self.layer_costs):
             raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(self.layer_costs)}.")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
@@ -232,7 +238,7 @@ def checked_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
+            near = difflib.get_close_matches(str(key), hints, n=1)
             suggestion = f' Did you mean "{near[0]}"?' if near else ""
             raise ValueError(f'"{key}" is not a training setting.{suggestion}')
         settings[key] = _checked_value(key, value, hints[key])
@@ -255,6 +261,8 @@ def _checked_value(key: str, value: Any, hint: Any) -> Any:
         if value is None and hint is not float:
             return None
         try:
+            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+                raise TypeError
             return float(value)  # YAML reads 1e-5 as text
         except (TypeError, ValueError):
             raise ValueError(f"{key} must be a number, got {value!r}.") from None

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from consistentee.config import Head, PolicyInput, require_choice, require_range
+from consistentee.config import Criterion, Head, PolicyInput, require_choice, require_range
 
 
 class EncoderClassifierConfig(PreTrainedConfig):
@@ -76,6 +76,7 @@ class EarlyExitConfig(EncoderClassifierConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         require_choice("policy_input", self.policy_input, get_args(PolicyInput))
+        require_choice("criterion", self.criterion, get_args(Criterion))
         for name in ("ensemble_decay", "policy_dropout"):
             require_range(name, getattr(self, name), 0, 1, open_end=True)
 

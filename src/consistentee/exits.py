@@ -256,7 +256,9 @@ def check_threshold(threshold: float, criterion: str = "policy") -> float:
     value = float(threshold)
     if criterion == "patience":
         if not value > 0:
-            raise ValueError(f"threshold must be above 0 for patience (layers in agreement), got {threshold}.")
+            raise ValueError(
+                f"threshold must be above 0 for patience (layers in agreement), got {threshold}."
+            )
     elif not 0 <= value <= 1:
         raise ValueError(f"threshold must be in [0, 1] for {criterion}, got {threshold}.")
     return value
@@ -268,11 +270,13 @@ def candidate_thresholds(scores: Tensor, criterion: str, limit: int = 200) -> li
     Args:
         scores: (instances, layers), exit scores.
         criterion: one of `CRITERIA`; patience has one threshold between each two whole numbers.
-        limit: at most this many (quantiles of the scores).
+        limit: at most this many quantiles of the scores; 0 and 1 come on top.
     """
     if criterion == "patience":
         return [streak + 0.5 for streak in range(scores.shape[1])]
     early = scores[:, :-1].flatten().double()
+    if len(early) == 0:  # a single layer: whatever the threshold, all leave there
+        return [0.0, 1.0]
     quantiles = torch.linspace(0, 1, limit, dtype=torch.double)
     ordered = early.sort().values
     picked = ordered[(quantiles * (len(ordered) - 1)).round().long()]

@@ -82,6 +82,8 @@ def hardness(
         return ((last.softmax(-1) - target).norm(dim=-1) / 2**0.5).clamp(0, 1)
     if measure == "forgetting_events":
         if forgetting_counts is None:
-            raise ValueError('hardness "forgetting_events" needs forgetting_counts from the warm-up, got None.')
+            raise ValueError(
+                'hardness "forgetting_events" needs forgetting_counts from the warm-up, got None.'
+            )
         return forgetting_counts.float() / forgetting_counts.max().clamp_min(1)
     raise ValueError(f'hardness must be one of {", ".join(HARDNESS_MEASURES)}, got "{measure}".')

@@ -46,6 +46,7 @@ class AttentionPooling(nn.Module):
         nn.init.normal_(self.queries, std=hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """The tokens' weighted means; padding weighs nothing."""
         keys = self.norm(hidden_states)
         scores = torch.einsum("qh,bth->bqt", self.queries.to(keys.dtype), keys).float()
         scores = scores.masked_fill(attention_mask[:, None] == 0, torch.finfo(scores.dtype).min)
@@ -64,6 +65,7 @@ class AttentionClassifier(nn.Module):
         self.output = nn.Linear(hidden_size, num_labels)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled state (batch, hidden) and logits (batch, classes)."""
         pooled = torch.tanh(self.dense(self.pooling(hidden_states, attention_mask)))
         return pooled, self.output(self.dropout(pooled))
 
@@ -103,7 +105,10 @@ class InternalClassifiers(nn.Module):
             self.dropout = nn.Dropout(dropout)
             self.layers = nn.ModuleList(nn.Linear(hidden_size, num_labels) for _ in range(num_layers))
 
-    def forward(self, layer_index: int, hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, layer_index: int, hidden_states: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled state (batch, hidden) and logits (batch, classes) of one layer, 0-based."""
         if self.head == "attention":
             return self.layers[layer_index](hidden_states, attention_mask)
         pooled = torch.tanh(self.pooler(pool_tokens(hidden_states, attention_mask, self.pooling)))
@@ -171,7 +176,9 @@ class PolicyNetwork(nn.Module):
         here = slice(first_layer_index, first_layer_index + pooled.shape[1])
         logits = self.exit_bias[here].expand(pooled.shape[:2])
         if "state" in self.policy_input:
-            state = self.state_dropout(pooled.to(self.exit_bias.dtype))
+            state = pooled.to(self.exit_bias.dtype)
+            if self.training and self.state_dropout.p:  # one mask for all layers of an instance: fewer random numbers
+                state = state * self.state_dropout(state.new_ones(len(state), 1, state.shape[2]))
             hidden = torch.einsum("blh,lhw->blw", state, self.state_weight[here]) + self.state_bias[here]
             logits = logits + (nn.functional.gelu(hidden) * self.state_output[here]).sum(-1)
         if self.needs_signals:

@@ -1,7 +1,8 @@
 """The three training losses: the weighted sum of the warm-up, the consistent exit loss and the policy's gradient.
 
 An episode of early exiting has only as many outcomes as there are layers, so the expected reward is a finite sum and
-its gradient needs no sampling: `exact_policy_loss`. `sampled_policy_loss` is the paper's REINFORCE with a mean baseline.
+its gradient needs no sampling: `exact_policy_loss`. `sampled_policy_loss` is the paper's REINFORCE with a mean
+baseline.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def layer_losses(layer_logits: Tensor, labels: Tensor) -> Tensor:
     """
     batch, num_layers, num_classes = layer_logits.shape
     flat = layer_logits.float().reshape(batch * num_layers, num_classes)
-    return functional.cross_entropy(flat, labels.repeat_interleave(num_layers), reduction="none").view(batch, num_layers)
+    return functional.cross_entropy(flat, labels.repeat_interleave(num_layers), reduction="none").view(
+        batch, num_layers
+    )
 
 
 def weighted_sum_loss(losses: Tensor) -> Tensor:

@@ -203,16 +203,21 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
                 output.loss = nn.functional.cross_entropy(output.logits, labels)
         return output if return_dict else output.to_tuple()
 
-    def new_policy(self) -> PolicyNetwork:
-        """An untrained policy network as the configuration has it."""
+    def new_policy(self, policy_input: str | None = None) -> PolicyNetwork:
+        """An untrained policy network as the configuration has it, or with another input."""
         return PolicyNetwork(
             num_layers=self.num_layers,
             hidden_size=self.config.hidden_size,
-            policy_input=self.config.policy_input,
+            policy_input=policy_input or self.config.policy_input,
             policy_hidden_size=self.config.policy_hidden_size,
             dropout=self.config.policy_dropout,
             initial_exit_bias=self.config.initial_exit_bias,
         )
+
+    def set_policy(self, policy: PolicyNetwork) -> None:
+        """Put another policy network into the model; the configuration follows."""
+        self.config.policy_input = policy.policy_input
+        self.policy = policy.to(self.device)
 
     def exit_rule(self, criterion: str | None = None, threshold: float | None = None) -> tuple[str, float]:
         """The criterion and threshold that a call would use, checked.
@@ -233,7 +238,9 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
         signals = classifier_signals(layer_logits) if self.policy.needs_signals else None
         return self.policy(pooled, signals)
 
-    def _run_all_layers(self, state: backbones.EncoderState, criterion: str, threshold: float) -> EarlyExitOutput:
+    def _run_all_layers(
+        self, state: backbones.EncoderState, criterion: str, threshold: float
+    ) -> EarlyExitOutput:
         pooled_layers: list[Tensor] = []
         logits_layers: list[Tensor] = []
         for index in range(self.num_layers):
@@ -257,7 +264,9 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
             exit_probs=exit_probs,
         )
 
-    def _run_with_exits(self, state: backbones.EncoderState, criterion: str, threshold: float) -> EarlyExitOutput:
+    def _run_with_exits(
+        self, state: backbones.EncoderState, criterion: str, threshold: float
+    ) -> EarlyExitOutput:
         batch = state.hidden_states.shape[0]
         device = state.hidden_states.device
         rows = torch.arange(batch, device=device)  # which inputs are still inside
@@ -369,7 +378,9 @@ def _labels(num_labels: int | None, label_names: Sequence[str] | None) -> dict[s
             raise ValueError("num_labels or label_names must be given, got neither.")
         label_names = [f"LABEL_{index}" for index in range(num_labels)]
     elif num_labels is not None and num_labels != len(label_names):
-        raise ValueError(f"num_labels must equal the number of label_names, got {num_labels} and {len(label_names)}.")
+        raise ValueError(
+            f"num_labels must equal the number of label_names, got {num_labels} and {len(label_names)}."
+        )
     if len(label_names) < 2:
         raise ValueError(f"num_labels must be at least 2, got {len(label_names)}.")
     return {
@@ -380,5 +391,9 @@ def _labels(num_labels: int | None, label_names: Sequence[str] | None) -> dict[s
 
 AutoConfig.register("consistentee", EarlyExitConfig, exist_ok=True)
 AutoConfig.register("consistentee_full_depth", FullDepthConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitForSequenceClassification, exist_ok=True)
-AutoModelForSequenceClassification.register(FullDepthConfig, FullDepthForSequenceClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    EarlyExitConfig, EarlyExitForSequenceClassification, exist_ok=True
+)
+AutoModelForSequenceClassification.register(
+    FullDepthConfig, FullDepthForSequenceClassification, exist_ok=True
+)

@@ -7,6 +7,7 @@ it, so one held-out part serves both to train the policy and to choose its price
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -72,6 +73,7 @@ class PolicyChoice:
     def to_dict(self) -> dict[str, object]:
         """Everything but the tensors, for the training record."""
         return {
+            "policy_input": self.policy.policy_input,
             "layer_cost": self.layer_cost,
             "thresholds": self.thresholds,
             "scores": self.scores,
@@ -79,7 +81,9 @@ class PolicyChoice:
         }
 
 
-def layer_rewards(states: LayerStates, row_hardness: Tensor, config: TrainingConfig, layer_cost: float) -> Tensor:
+def layer_rewards(
+    states: LayerStates, row_hardness: Tensor, config: TrainingConfig, layer_cost: float
+) -> Tensor:
     """Reward of leaving at each layer, (rows, layers), for cached states under the configured reward."""
     losses = reward_losses(config.reward_loss, states.layer_logits, states.labels)
     return rewards(losses, layer_cost, row_hardness if config.reward == "hardness" else None)
@@ -93,6 +97,7 @@ def fit_policy(
     layer_cost: float,
     config: TrainingConfig,
     seed: int,
+    rows: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> PolicyNetwork:
     """Fit a policy on cached states by policy gradient.
@@ -103,23 +108,29 @@ def fit_policy(
     Args:
         policy: a new policy network; trained in place.
         states: with `pooled`.
-        row_hardness: (rows,) in [0, 1].
+        row_hardness: (rows of `states`,) in [0, 1].
         layer_cost: price of one layer.
         config: the estimator, reward and optimisation settings are read.
         seed: of order, dropout and rollouts; the caller's random state is left untouched.
+        rows: indices of the rows to fit on; all of them if missing. States are read a batch at a time.
         device: where to compute.
 
     Returns:
         The policy, in evaluation mode, on the CPU.
     """
     if states.pooled is None:
-        raise ValueError("states must hold pooled states to fit a policy, got None. Run with keep_pooled=True.")
+        raise ValueError(
+            "states must hold pooled states to fit a policy, got None. Run with keep_pooled=True."
+        )
     losses = reward_losses(config.reward_loss, states.layer_logits, states.labels)
     weights = row_hardness if config.reward == "hardness" else torch.zeros(len(states))
     signals = classifier_signals(states.layer_logits) if policy.needs_signals else None
-    num_rows = len(states)
-    total = config.policy_epochs * -(-num_rows // config.policy_batch_size)
-    with torch.random.fork_rng(devices=[]):
+    rows = torch.arange(len(states)) if rows is None else rows
+    steps_per_epoch = math.ceil(len(rows) / config.policy_batch_size)
+    epochs = max(config.policy_epochs, math.ceil(config.policy_min_steps / steps_per_epoch))
+    total = epochs * steps_per_epoch
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=_generators_of(device)):
         torch.manual_seed(seed)
         order_generator = torch.Generator().manual_seed(seed)
         rollout_generator = torch.Generator(device=device).manual_seed(seed)
@@ -128,15 +139,19 @@ def fit_policy(
             policy.parameters(), lr=config.policy_learning_rate, weight_decay=config.policy_weight_decay
         )
         step = 0
-        for _ in range(config.policy_epochs):
-            for rows in torch.randperm(num_rows, generator=order_generator).split(config.policy_batch_size):
+        for _ in range(epochs):
+            for positions in torch.randperm(len(rows), generator=order_generator).split(
+                config.policy_batch_size
+            ):
+                batch = rows[positions]
                 progress = step / total
                 for group in optimizer.param_groups:
                     group["lr"] = config.policy_learning_rate * (1 - progress)
                 price = layer_cost * min(1.0, progress / config.price_warmup if config.price_warmup else 1.0)
-                reward = rewards(losses[rows], price, weights[rows]).to(device)
+                reward = rewards(losses[batch], price, weights[batch]).to(device)
                 exit_logits = policy(
-                    states.pooled[rows].float().to(device), None if signals is None else signals[rows].to(device)
+                    states.pooled[batch].float().to(device),
+                    None if signals is None else signals[batch].to(device),
                 )
                 if config.estimator == "exact":
                     loss = exact_policy_loss(exit_logits, reward)
@@ -153,14 +168,16 @@ def fit_policy(
 
 
 @torch.no_grad()
-def policy_exit_probs(policy: PolicyNetwork, states: LayerStates, batch_size: int = 1024) -> Tensor:
-    """Conditional exit probabilities of cached states, (rows, layers)."""
+def policy_exit_probs(
+    policy: PolicyNetwork, states: LayerStates, rows: Tensor | None = None, batch_size: int = 1024
+) -> Tensor:
+    """Conditional exit probabilities of cached states, or of these rows of them, (rows, layers)."""
     if states.pooled is None:
         raise ValueError("states must hold pooled states, got None. Run with keep_pooled=True.")
     parts: list[Tensor] = []
-    for rows in torch.arange(len(states)).split(batch_size):
-        signals = classifier_signals(states.layer_logits[rows]) if policy.needs_signals else None
-        parts.append(policy(states.pooled[rows].float(), signals).sigmoid())
+    for batch in (torch.arange(len(states)) if rows is None else rows).split(batch_size):
+        signals = classifier_signals(states.layer_logits[batch]) if policy.needs_signals else None
+        parts.append(policy(states.pooled[batch].float(), signals).sigmoid())
     return torch.cat(parts)
 
 
@@ -200,13 +217,18 @@ def choose_policy(
         judged_hardness = hardness(other, judged.layer_logits, judged.labels)
 
     def fit(rows: Tensor | None, layer_cost: float, fit_seed: int) -> PolicyNetwork:
-        part = policy_states if rows is None else policy_states.select(rows)
-        weights = policy_hardness if rows is None else policy_hardness[rows]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=_generators_of(device)):
             torch.manual_seed(fit_seed)
             policy = new_policy()
         fitted = fit_policy(
-            policy, part, weights, layer_cost=layer_cost, config=config, seed=fit_seed, device=device
+            policy,
+            policy_states,
+            policy_hardness,
+            layer_cost=layer_cost,
+            config=config,
+            seed=fit_seed,
+            rows=rows,
+            device=device,
         )
         if on_fit is not None:
             on_fit()
@@ -259,7 +281,7 @@ def _cross_fitted_probs(
     for fold in range(int(fold_of.max()) + 1):
         policy = fit((fold_of != fold).nonzero().squeeze(1), layer_cost, seed)
         outside = (fold_of == fold).nonzero().squeeze(1)
-        probs[outside] = policy_exit_probs(policy, states.select(outside))
+        probs[outside] = policy_exit_probs(policy, states, outside)
     return probs
 
 
@@ -278,3 +300,9 @@ def _report(states: LayerStates, probs: Tensor, reward: Tensor, layer_cost: floa
         first_layer_share=first_share,
         collapsed=first_share > 0.95 and accuracy < float(right[:, -1].mean()) - 0.01,
     )
+
+
+def _generators_of(device: torch.device | str) -> list[torch.device]:
+    """Devices beside the CPU whose random state seeding would touch."""
+    device = torch.device(device)
+    return [device] if device.type == "cuda" else []

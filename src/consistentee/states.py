@@ -7,8 +7,10 @@ whose states do not fit into memory.
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +47,6 @@ class LayerStates:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, rows: Tensor) -> LayerStates:
-        """The rows of these indices."""
-        picked = {name: getattr(self, name) for name in (field.name for field in fields(self))}
-        return replace(self, **{name: None if value is None else value[rows] for name, value in picked.items()})
-
 
 @torch.no_grad()
 def run_all_layers(
@@ -75,6 +72,7 @@ def run_all_layers(
             kept by the main process only.
         keep_pooled: whether to keep the states.
         memory_limit_mb: states larger than this go to a memory-mapped file in `scratch_dir`.
+        scratch_dir: where that file goes. It has no name and is gone when the states are.
         description: label of the progress bar; none without it.
 
     Raises:
@@ -110,7 +108,10 @@ def run_full_depth(
     accelerator: Accelerator | None = None,
     description: str | None = None,
 ) -> Tensor:
-    """Logits of a plain sequence classifier for every row, (rows, classes), float32, on the CPU; as `run_all_layers`."""
+    """Logits of a plain sequence classifier for every row, (rows, classes), float32, on the CPU.
+
+    Arguments as in `run_all_layers`.
+    """
     results = {"logits": torch.empty(len(dataset), model.config.num_labels)}
     accelerator = accelerator or Accelerator()
 
@@ -133,11 +134,11 @@ def _run_rows(
 ) -> None:
     """Run all rows, shared among the processes, and put what comes out into `results`, row by row."""
     rows = len(dataset)
-    order = np.argsort(-dataset.lengths, kind="stable")  # longest first: if memory runs out, it does so at once
+    order = np.argsort(-dataset.lengths, kind="stable")  # longest first: out of memory at once, or not at all
     step = batch_size * accelerator.num_processes
     was_training = model.training
     model.eval()
-    silent = description is None or not accelerator.is_main_process
+    silent = description is None or not accelerator.is_main_process or None  # None: on a terminal only
     try:
         for start in tqdm(range(0, rows, step), desc=description, disable=silent, leave=False):
             share = math.ceil(min(step, rows - start) / accelerator.num_processes)
@@ -164,13 +165,17 @@ def _run_rows(
 
 
 def _state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_dir: Path | None) -> Tensor:
-    if math.prod(shape) * 2 <= memory_limit_mb * 1e6:
+    size = 2 * math.prod(shape)  # bytes
+    if size <= memory_limit_mb * 1e6:
         return torch.empty(shape, dtype=torch.float16)
     if scratch_dir is None:
         raise ValueError(
             f"States of shape {shape} exceed {memory_limit_mb} MB and there is no scratch_dir to map them from. "
-            "Give one, or a higher max_cache_mb."
+            "Give one, or a higher memory_limit_mb."
         )
     scratch_dir.mkdir(parents=True, exist_ok=True)
-    mapped = np.lib.format.open_memmap(scratch_dir / "pooled.npy", mode="w+", dtype=np.float16, shape=shape)
-    return torch.from_numpy(mapped)
+    # A file without a name goes when the last tensor on it goes, however the process ends.
+    with tempfile.TemporaryFile(dir=scratch_dir) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while writing
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))

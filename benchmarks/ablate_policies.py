@@ -1,0 +1,165 @@
+"""Compare policies on one trained model's frozen classifiers: input, reward, price, data, estimator, collapse guards.
+
+    python benchmarks/ablate_policies.py runs/results/e5-12l_sst2_weighted_1 --task sst2 --data-dir DATA/glue/SST-2 \
+        --max-train-samples 10000 --json ablation.json
+
+Policies learn on the rows that training kept from the classifiers (or on rows these have seen) and are judged on the
+task's evaluation rows by the best accuracy at a layer speed-up or more. The rows of training are cut again as the run
+cut them, from its record. Each variant is fitted with several seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from consistentee import TrainingConfig, load_task, open_model
+from consistentee.atomic import write_json
+from consistentee.batches import collate, tokenize
+from consistentee.curves import BUDGETS, curve_score, trade_off_curve
+from consistentee.data import stratified_split
+from consistentee.exits import choose_exit_layer, exit_scores
+from consistentee.hardness import hardness
+from consistentee.policy_training import fit_policy, policy_exit_probs
+from consistentee.states import LayerStates, run_all_layers
+
+PRICES = (0.01, 0.02, 0.04, 0.08)
+COLLAPSE_PRICES = (0.1, 0.3)
+GUARDS_OFF = {"initial_exit_bias": 0.0, "price_warmup": 0.0, "entropy_bonus": 0.0}
+INPUTS: dict[str, dict[str, Any]] = {
+    "state": {"policy_input": "state"},
+    "signals": {"policy_input": "signals"},
+    "state+signals": {"policy_input": "state+signals"},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **INPUTS,
+    **{f"{name}, seen rows": {**values, "policy_data": "seen"} for name, values in INPUTS.items()},
+    "state+signals, uniform reward": {"policy_input": "state+signals", "reward": "uniform"},
+    "state+signals, cross-entropy": {"policy_input": "state+signals", "reward_loss": "cross_entropy"},
+    "state+signals, sampled": {"policy_input": "state+signals", "estimator": "sampled"},
+    **{
+        f"state+signals, {measure}": {"policy_input": "state+signals", "hardness": measure}
+        for measure in ("final_loss", "entropy", "el2n")
+    },
+}
+GUARDS: dict[str, dict[str, Any]] = {
+    "no guard": GUARDS_OFF,
+    "deep start": {**GUARDS_OFF, "initial_exit_bias": -1.0},
+    "price warm-up": {**GUARDS_OFF, "price_warmup": 0.3},
+    "entropy bonus": {**GUARDS_OFF, "entropy_bonus": 0.01},
+    "all three": {},
+}
+
+
+def main() -> None:
+    """Cache the states, fit every variant, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--max-train-samples", type=int)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    saved = open_model(options.model)
+    config = TrainingConfig.from_dict(saved.record["config"])
+    train_data, evaluation = load_task(options.task, options.data_dir, need_train=True, label_names=saved.label_names)
+    if train_data is None:
+        raise SystemExit("There are no training rows.")
+    train_data = train_data.max_samples(options.max_train_samples, seed=0)
+    kept, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)
+
+    def states(rows: Any) -> LayerStates:
+        return run_all_layers(
+            saved.early_exit_model,
+            tokenize(rows, saved.tokenizer, saved.max_length),
+            collate=partial(collate, tokenizer=saved.tokenizer),
+            keep_pooled=True,
+            description="states",
+        )
+
+    held_states = states(train_data.select(held))
+    seen_states = states(train_data.select(kept[: len(held)]))  # as many rows as are held out
+    judged = states(evaluation)
+
+    rows: list[dict[str, Any]] = []
+    for criterion in ("confidence", "entropy", "patience"):
+        scores = exit_scores(criterion, judged.layer_logits, None)
+        rows.append({"name": criterion, "price": None, **_figures([scores], judged, criterion)})
+    for name, changes in VARIANTS.items():
+        for price in PRICES:
+            probs = _fits(saved, replace(config, **changes), seen_states, held_states, judged, price, options.seeds)
+            rows.append({"name": name, "price": price, **_figures(probs, judged, "policy")})
+    for name, changes in GUARDS.items():
+        for price in COLLAPSE_PRICES:
+            changed = replace(config, policy_input="state+signals", reward_loss="cross_entropy", **changes)
+            probs = _fits(saved, changed, seen_states, held_states, judged, price, options.seeds)
+            rows.append({"name": f"collapse, {name}", "price": price, **_figures(probs, judged, "policy")})
+    Console(width=150).print(_table(rows))
+    if options.json is not None:
+        write_json(options.json, {"model": str(options.model), "rows": rows})
+
+
+def _fits(
+    saved: Any, config: TrainingConfig, seen: LayerStates, held: LayerStates, judged: LayerStates, price: float, seeds: int
+) -> list[Tensor]:
+    """Exit probabilities of the judged rows under the policies of several seeds."""
+    source = seen if config.policy_data == "seen" else held
+    weights = hardness(config.hardness, source.layer_logits, source.labels)
+    model = saved.early_exit_model
+    model.config.initial_exit_bias = config.initial_exit_bias
+    probs: list[Tensor] = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        policy = model.new_policy(config.policy_input)
+        policy = fit_policy(policy, source, weights, layer_cost=price, config=config, seed=seed)
+        probs.append(policy_exit_probs(policy, judged))
+    return probs
+
+
+def _figures(scores_of_seeds: list[Tensor], judged: LayerStates, criterion: str) -> dict[str, Any]:
+    """Means over seeds: score, accuracy at each budget, and what threshold 0.5 gives."""
+    right = (judged.layer_logits.argmax(-1) == judged.labels[:, None]).float()
+    curves = [trade_off_curve(scores, judged.layer_logits, judged.labels, criterion) for scores in scores_of_seeds]
+    exits = [choose_exit_layer(scores, 0.5) for scores in scores_of_seeds]
+    return {
+        "score": statistics.mean(map(curve_score, curves)),
+        "accuracy_at": {
+            str(budget): statistics.mean(
+                max((point.accuracy for point in curve if point.layer_speedup >= budget), default=0.0) for curve in curves
+            )
+            for budget in BUDGETS
+        },
+        "first_layer_share": statistics.mean(float((layer == 1).float().mean()) for layer in exits),
+        "mean_exit_layer": statistics.mean(float(layer.float().mean()) for layer in exits),
+        "accuracy": statistics.mean(float(right.gather(1, layer[:, None] - 1).mean()) for layer in exits),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    columns = ["criterion", "price", "score", *(f"{budget:g}x" for budget in BUDGETS), "layer at 0.5", "acc", "at layer 1"]
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            "" if row["price"] is None else f"{row['price']:g}",
+            f"{100 * row['score']:.2f}",
+            *(f"{100 * value:.1f}" for value in row["accuracy_at"].values()),
+            f"{row['mean_exit_layer']:.1f}",
+            f"{100 * row['accuracy']:.1f}",
+            f"{100 * row['first_layer_share']:.0f} %",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Train and measure every method on every pair of backbone and task: the figures behind docs/results.md.
+
+    python benchmarks/run_results.py --models DIR --data DIR --output runs/results \
+        --backbones e5-12l mpnet-12l --tasks m-cid sst2 --seeds 1 2 3
+
+Each finished cell is one JSON file in the output folder and is not run again; an interrupted cell is resumed. Then
+`python benchmarks/render_results.py runs/results` writes the page.
+
+Methods, all with the same rows, split, heads, epochs, batches and learning rates:
+
+    plain       one classifier at the top (`consistentee finetune`), at full depth
+    weighted    all classifiers on the layer-weighted sum of their losses throughout, then a policy
+    consistent  the defaults of `consistentee train`: warm-up, then policy and consistent phase in turn
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from consistentee import TextDataset, TrainingConfig, finetune, load_task, open_model, train
+from consistentee.atomic import write_json
+from consistentee.batches import collate, tokenize
+from consistentee.curves import trade_off_curve
+from consistentee.exits import CRITERIA, choose_exit_layer, exit_scores
+from consistentee.hardness import memorized_layer
+from consistentee.metrics import compute_metrics
+from consistentee.states import LayerStates, run_all_layers, run_full_depth
+from consistentee.tasks import get_task
+
+FOLDERS = {"sst2": "glue/SST-2", "mrpc": "glue/MRPC", "rte": "glue/RTE", "m-cid": "M-CID", "stackoverflow": "StackOverflow"}
+MAX_TRAIN_ROWS = {"sst2": 10_000, "stackoverflow": 5_000}
+WARMUP_EPOCHS = {"sst2": 2.0, "stackoverflow": 2.0, "mrpc": 3.0, "rte": 3.0, "m-cid": 6.0}
+METHODS = ("plain", "weighted", "consistent")
+
+
+def main() -> None:
+    """Run the cells that are not there yet, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folder that holds one folder per backbone")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the data sets")
+    parser.add_argument("--output", type=Path, required=True, help="where the cells go")
+    parser.add_argument("--backbones", nargs="+", default=["e5-12l", "mpnet-12l"])
+    parser.add_argument("--tasks", nargs="+", default=list(FOLDERS), choices=list(FOLDERS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for backbone in options.backbones:
+            for task in options.tasks:
+                for method in options.methods:
+                    path = options.output / f"{backbone}_{task}_{method}_{seed}.json"
+                    if not path.is_file():
+                        print(f"== {path.stem}", flush=True)
+                        run_cell(options.models / backbone, options.data / FOLDERS[task], task, method, seed, path)
+
+
+def run_cell(backbone: Path, data_dir: Path, task: str, method: str, seed: int, path: Path) -> None:
+    """Train one method on one task with one backbone and write what it does on the evaluation rows."""
+    train_data, _ = load_task(task, data_dir, need_train=True)
+    assert train_data is not None
+    train_data = train_data.max_samples(MAX_TRAIN_ROWS.get(task), seed=0)
+    config = TrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task])
+    if method == "weighted":  # as many epochs, all of them on the weighted sum
+        total = config.warmup_epochs + config.rounds * config.consistent_epochs
+        config = replace(config, warmup_epochs=total, rounds=0)
+    folder = path.with_suffix("")
+    fit = finetune if method == "plain" else train
+    started = time.time()
+    fit(
+        backbone=backbone,
+        train_data=train_data,
+        output_dir=folder,
+        config=config,
+        task=task,
+        resume=True,
+        report=partial(print, flush=True),
+    )
+    minutes = (time.time() - started) / 60
+    saved = open_model(folder)
+    _, evaluation = load_task(task, data_dir, label_names=saved.label_names)
+    figures = _figures_of(saved, evaluation, task)
+    record = {key: saved.record.get(key) for key in ("data", "environment", "warmup", "history", "best_round", "policy")}
+    cell = {"backbone": backbone.name, "task": task, "method": method, "seed": seed, "minutes": minutes}
+    write_json(path, cell | {"num_examples": len(evaluation), "config": asdict(config)} | record | figures)
+
+
+def _figures_of(saved, evaluation: TextDataset, task: str) -> dict:
+    rows = tokenize(evaluation, saved.tokenizer, saved.max_length)
+    options = {"collate": partial(collate, tokenizer=saved.tokenizer)}
+    if saved.record["kind"] == "full_depth":
+        predictions = run_full_depth(saved.model, rows, **options).argmax(-1)
+        return {"metrics": compute_metrics(get_task(task).metrics, predictions.numpy(), rows.labels.numpy())}
+    states = run_all_layers(saved.model, rows, **options)
+    return _exit_figures(states, saved.record["thresholds"], task)
+
+
+def _exit_figures(states: LayerStates, thresholds: dict[str, float], task: str) -> dict:
+    right = (states.layer_logits.argmax(-1) == states.labels[:, None]).float()
+    num_layers = right.shape[1]
+    layers = memorized_layer(states.classifier_logits, states.labels)
+    figures: dict = {
+        "per_layer_accuracy": right.mean(0).tolist(),
+        "classifier_accuracy": _accuracy_by_layer(states.classifier_logits, states.labels),
+        "memorized_layer_histogram": torch.bincount(layers - 1, minlength=num_layers).tolist(),
+        "oracle_speedup": num_layers / float(_first_right(right).float().mean()),
+        "criteria": {},
+    }
+    for criterion in CRITERIA:
+        scores = exit_scores(criterion, states.layer_logits, states.exit_probs)
+        exit_layer = choose_exit_layer(scores, thresholds[criterion])
+        predictions = states.layer_logits.argmax(-1).gather(1, exit_layer[:, None] - 1).squeeze(1)
+        figures["criteria"][criterion] = {
+            "threshold": thresholds[criterion],
+            "metrics": compute_metrics(get_task(task).metrics, predictions.numpy(), states.labels.numpy()),
+            "mean_exit_layer": float(exit_layer.float().mean()),
+            "exit_histogram": torch.bincount(exit_layer - 1, minlength=num_layers).tolist(),
+            "curve": [
+                [point.threshold, point.accuracy, point.mean_exit_layer]
+                for point in trade_off_curve(scores, states.layer_logits, states.labels, criterion)
+            ],
+        }
+    return figures
+
+
+def _accuracy_by_layer(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    return (logits.argmax(-1) == labels[:, None]).float().mean(0).tolist()
+
+
+def _first_right(right: torch.Tensor) -> torch.Tensor:
+    """The first layer that is right, the last where none is: (rows, layers) -> (rows,), 1-based."""
+    any_right = right.max(1).values > 0
+    return torch.where(any_right, right.argmax(1) + 1, torch.full_like(any_right, right.shape[1], dtype=torch.long))
+
+
+if __name__ == "__main__":
+    main()

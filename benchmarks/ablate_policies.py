@@ -25,7 +25,7 @@ from torch import Tensor
 from consistentee import TrainingConfig, load_task, open_model
 from consistentee.atomic import write_json
 from consistentee.batches import collate, tokenize
-from consistentee.curves import BUDGETS, curve_score, trade_off_curve
+from consistentee.curves import BUDGETS, CurvePoint, curve_score, trade_off_curve
 from consistentee.data import stratified_split
 from consistentee.exits import choose_exit_layer, exit_scores
 from consistentee.hardness import hardness
@@ -62,7 +62,9 @@ GUARDS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Cache the states, fit every variant, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--task", required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -72,7 +74,9 @@ def main() -> None:
     options = parser.parse_args()
     saved = open_model(options.model)
     config = TrainingConfig.from_dict(saved.record["config"])
-    train_data, evaluation = load_task(options.task, options.data_dir, need_train=True, label_names=saved.label_names)
+    train_data, evaluation = load_task(
+        options.task, options.data_dir, need_train=True, label_names=saved.label_names
+    )
     if train_data is None:
         raise SystemExit("There are no training rows.")
     train_data = train_data.max_samples(options.max_train_samples, seed=0)
@@ -97,7 +101,9 @@ def main() -> None:
         rows.append({"name": criterion, "price": None, **_figures([scores], judged, criterion)})
     for name, changes in VARIANTS.items():
         for price in PRICES:
-            probs = _fits(saved, replace(config, **changes), seen_states, held_states, judged, price, options.seeds)
+            probs = _fits(
+                saved, replace(config, **changes), seen_states, held_states, judged, price, options.seeds
+            )
             rows.append({"name": name, "price": price, **_figures(probs, judged, "policy")})
     for name, changes in GUARDS.items():
         for price in COLLAPSE_PRICES:
@@ -110,7 +116,13 @@ def main() -> None:
 
 
 def _fits(
-    saved: Any, config: TrainingConfig, seen: LayerStates, held: LayerStates, judged: LayerStates, price: float, seeds: int
+    saved: Any,
+    config: TrainingConfig,
+    seen: LayerStates,
+    held: LayerStates,
+    judged: LayerStates,
+    price: float,
+    seeds: int,
 ) -> list[Tensor]:
     """Exit probabilities of the judged rows under the policies of several seeds."""
     source = seen if config.policy_data == "seen" else held
@@ -129,14 +141,14 @@ def _fits(
 def _figures(scores_of_seeds: list[Tensor], judged: LayerStates, criterion: str) -> dict[str, Any]:
     """Means over seeds: score, accuracy at each budget, and what threshold 0.5 gives."""
     right = (judged.layer_logits.argmax(-1) == judged.labels[:, None]).float()
-    curves = [trade_off_curve(scores, judged.layer_logits, judged.labels, criterion) for scores in scores_of_seeds]
+    curves = [
+        trade_off_curve(scores, judged.layer_logits, judged.labels, criterion) for scores in scores_of_seeds
+    ]
     exits = [choose_exit_layer(scores, 0.5) for scores in scores_of_seeds]
     return {
         "score": statistics.mean(map(curve_score, curves)),
         "accuracy_at": {
-            str(budget): statistics.mean(
-                max((point.accuracy for point in curve if point.layer_speedup >= budget), default=0.0) for curve in curves
-            )
+            str(budget): statistics.mean(_best_accuracy(curve, budget) for curve in curves)
             for budget in BUDGETS
         },
         "first_layer_share": statistics.mean(float((layer == 1).float().mean()) for layer in exits),
@@ -145,9 +157,13 @@ def _figures(scores_of_seeds: list[Tensor], judged: LayerStates, criterion: str)
     }
 
 
+def _best_accuracy(curve: list[CurvePoint], layer_speedup: float) -> float:
+    return max((point.accuracy for point in curve if point.layer_speedup >= layer_speedup), default=0.0)
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
-    columns = ["criterion", "price", "score", *(f"{budget:g}x" for budget in BUDGETS), "layer at 0.5", "acc", "at layer 1"]
-    table = Table(*columns)
+    speeds = [f"{budget:g}x" for budget in BUDGETS]
+    table = Table("criterion", "price", "score", *speeds, "layer at 0.5", "acc", "at layer 1")
     for row in rows:
         table.add_row(
             row["name"],

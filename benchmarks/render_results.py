@@ -1,6 +1,6 @@
 """Write docs/results.md from the cells of run_results.py.
 
-    python benchmarks/render_results.py runs/results docs/results.md
+Usage: python benchmarks/render_results.py runs/results docs/results.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main() -> None:
     """Read the cells, write the page."""
     if len(sys.argv) != 3:
         sys.exit("usage: python benchmarks/render_results.py CELLS_FOLDER PAGE.md")
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(sys.argv[1]).glob("*.json"))]
+    cells = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(sys.argv[1]).glob("*.json"))
+    ]
     if not cells:
         sys.exit(f"{sys.argv[1]} holds no finished cell. Run benchmarks/run_results.py first.")
     write_text(sys.argv[2], page(cells))
@@ -38,22 +40,24 @@ def page(cells: Sequence[Cell]) -> str:
         "Figures are means over the seeds given in each row. Accuracy is on the official dev rows (test rows for M-CID "
         "and StackOverflow), which nothing was chosen on. SST-2 uses 10,000 training rows, StackOverflow 5,000.",
         "## Accuracy and layers saved",
-        "*Plain* is the same backbone fine-tuned with one classifier at the top, at full depth, on the same rows. *At the "
-        "default threshold* is what a user gets: price and threshold were chosen on validation rows. *At best* sweeps "
-        "the threshold on the evaluation rows: the most layers saved with an accuracy no lower than plain's, or at most 1 "
-        "point lower; for every criterion alike, so it compares them but flatters all.",
+        "*Plain* is the same backbone fine-tuned with one classifier at the top, at full depth, on the same rows. "
+        "*At the default threshold* is what a user gets: price and threshold were chosen on validation rows. *At best* sweeps "
+        "the threshold on the evaluation rows: the most layers saved with an accuracy no lower than plain's, or at "
+        "most 1 point lower; for every criterion alike, so it compares them but flatters all.",
         _gain_table(cells),
         "## Policy against confidence, and the consistent objective against the weighted sum",
-        "Best accuracy at a layer speed-up or more, in percent, thresholds swept on the evaluation rows. All four rows of "
+        "Best accuracy at a layer speed-up or more, in percent, thresholds swept on the evaluation rows. All rows of "
         "a block had the same training rows and as many epochs.",
         _speed_table(cells),
         "## Accuracy of every internal classifier alone",
         "The paper's first mechanism: classifiers that need not be right everywhere become better where they are used.",
         _layer_table(cells, "classifier_accuracy", lambda value: f"{100 * value:.1f}"),
         "## Memorized layers",
-        "Evaluation rows by memorized layer (the lowest layer from which all are right; the last also holds those it gets "
-        "wrong), consistent training.",
-        _layer_table([cell for cell in cells if cell["method"] == "consistent"], "memorized_layer_histogram", _count),
+        "Evaluation rows by memorized layer (the lowest layer from which all are right; the last also holds those it "
+        "gets wrong), consistent training.",
+        _layer_table(
+            [cell for cell in cells if cell["method"] == "consistent"], "memorized_layer_histogram", _count
+        ),
         "## Convergence of the iteration",
         "Validation rows, cross-fitted policy; the score is the mean accuracy at six layer speed-ups from 1.25 to 4.",
         _round_table(cells),
@@ -64,7 +68,11 @@ def page(cells: Sequence[Cell]) -> str:
 def layers_saved_at(cell: Cell, criterion: str, accuracy_floor: float) -> float:
     """Most layers saved, 0 to 1, on the curve of a criterion with at least this accuracy; 0 where none has it."""
     depth = len(cell["per_layer_accuracy"])
-    fits = [1 - layer / depth for _, accuracy, layer in cell["criteria"][criterion]["curve"] if accuracy >= accuracy_floor]
+    fits = [
+        1 - layer / depth
+        for _, accuracy, layer in cell["criteria"][criterion]["curve"]
+        if accuracy >= accuracy_floor
+    ]
     return max(fits, default=0.0)
 
 
@@ -90,11 +98,14 @@ def _gain_table(cells: Sequence[Cell]) -> str:
         policy = [cell["criteria"]["policy"] for _, cell in both]
         saved = [
             [
-                _mean(layers_saved_at(cell, criterion, reference - allowed) for reference, (_, cell) in zip(plain, both, strict=True))
+                _mean(
+                    layers_saved_at(cell, criterion, accuracy - allowed)
+                    for accuracy, (_, cell) in zip(plain, both, strict=True)
+                )
                 for allowed in ALLOWANCES
             ]
             for criterion in ("policy", "confidence")
-        ]  # fmt: skip
+        ]
         depth = len(both[0][1]["per_layer_accuracy"])
         marks.append((saved[0][0], saved[0][1]))
         rows.append(
@@ -119,11 +130,23 @@ def _gain_table(cells: Sequence[Cell]) -> str:
 
 
 def _speed_table(cells: Sequence[Cell]) -> str:
-    header = ["backbone", "task", "training", "criterion", "seeds", *(f"{speed:g}x" for speed in SPEEDS), "oracle"]
+    header = [
+        "backbone",
+        "task",
+        "training",
+        "criterion",
+        "seeds",
+        *(f"{speed:g}x" for speed in SPEEDS),
+        "oracle",
+    ]
     rows: list[list[str]] = []
     for backbone, task in _pairs(cells):
         for method in ("weighted", "consistent"):
-            found = [cell for cell in cells if (cell["backbone"], cell["task"], cell["method"]) == (backbone, task, method)]
+            found = [
+                cell
+                for cell in cells
+                if (cell["backbone"], cell["task"], cell["method"]) == (backbone, task, method)
+            ]
             if not found:
                 continue
             oracle = f"{_mean(cell['oracle_speedup'] for cell in found):.1f}x"
@@ -140,7 +163,11 @@ def _layer_table(cells: Sequence[Cell], key: str, shown: Callable[[float], str])
     rows: list[list[str]] = []
     for backbone, task in _pairs(cells):
         for method in ("weighted", "consistent"):
-            found = [cell for cell in cells if (cell["backbone"], cell["task"], cell["method"]) == (backbone, task, method)]
+            found = [
+                cell
+                for cell in cells
+                if (cell["backbone"], cell["task"], cell["method"]) == (backbone, task, method)
+            ]
             if found:
                 means = [_mean(column) for column in zip(*(cell[key] for cell in found), strict=True)]
                 rows.append([backbone, task, method, str(len(found)), *map(shown, means)])
@@ -148,7 +175,17 @@ def _layer_table(cells: Sequence[Cell], key: str, shown: Callable[[float], str])
 
 
 def _round_table(cells: Sequence[Cell]) -> str:
-    header = ["backbone", "task", "seed", "round", "score", "reward", "accuracy at 0.5", "mean exit layer at 0.5", "kept"]
+    header = [
+        "backbone",
+        "task",
+        "seed",
+        "round",
+        "score",
+        "reward",
+        "accuracy at 0.5",
+        "mean exit layer at 0.5",
+        "kept",
+    ]
     rows = [
         [
             cell["backbone"],
@@ -183,13 +220,21 @@ def _pairs(cells: Sequence[Cell]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: (pair[0], TASKS.index(pair[1])))
 
 
-def _paired_seeds(cells: Sequence[Cell], backbone: str, task: str, methods: tuple[str, str]) -> list[tuple[Cell, Cell]]:
+def _paired_seeds(
+    cells: Sequence[Cell], backbone: str, task: str, methods: tuple[str, str]
+) -> list[tuple[Cell, Cell]]:
     """The two methods' cells of every seed that both have."""
     by_method = [
-        {cell["seed"]: cell for cell in cells if (cell["backbone"], cell["task"], cell["method"]) == (backbone, task, method)}
+        {
+            cell["seed"]: cell
+            for cell in cells
+            if (cell["backbone"], cell["task"], cell["method"]) == (backbone, task, method)
+        }
         for method in methods
     ]
-    return [(by_method[0][seed], by_method[1][seed]) for seed in sorted(by_method[0].keys() & by_method[1].keys())]
+    return [
+        (by_method[0][seed], by_method[1][seed]) for seed in sorted(by_method[0].keys() & by_method[1].keys())
+    ]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -33,7 +33,13 @@ from consistentee.metrics import compute_metrics
 from consistentee.states import LayerStates, run_all_layers, run_full_depth
 from consistentee.tasks import get_task
 
-FOLDERS = {"sst2": "glue/SST-2", "mrpc": "glue/MRPC", "rte": "glue/RTE", "m-cid": "M-CID", "stackoverflow": "StackOverflow"}
+FOLDERS = {
+    "sst2": "glue/SST-2",
+    "mrpc": "glue/MRPC",
+    "rte": "glue/RTE",
+    "m-cid": "M-CID",
+    "stackoverflow": "StackOverflow",
+}
 MAX_TRAIN_ROWS = {"sst2": 10_000, "stackoverflow": 5_000}
 WARMUP_EPOCHS = {"sst2": 2.0, "stackoverflow": 2.0, "mrpc": 3.0, "rte": 3.0, "m-cid": 6.0}
 METHODS = ("plain", "weighted", "consistent")
@@ -41,8 +47,12 @@ METHODS = ("plain", "weighted", "consistent")
 
 def main() -> None:
     """Run the cells that are not there yet, one after another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder that holds one folder per backbone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", type=Path, required=True, help="folder that holds one folder per backbone"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the data sets")
     parser.add_argument("--output", type=Path, required=True, help="where the cells go")
     parser.add_argument("--backbones", nargs="+", default=["e5-12l", "mpnet-12l"])
@@ -57,13 +67,16 @@ def main() -> None:
                     path = options.output / f"{backbone}_{task}_{method}_{seed}.json"
                     if not path.is_file():
                         print(f"== {path.stem}", flush=True)
-                        run_cell(options.models / backbone, options.data / FOLDERS[task], task, method, seed, path)
+                        run_cell(
+                            options.models / backbone, options.data / FOLDERS[task], task, method, seed, path
+                        )
 
 
 def run_cell(backbone: Path, data_dir: Path, task: str, method: str, seed: int, path: Path) -> None:
     """Train one method on one task with one backbone and write what it does on the evaluation rows."""
     train_data, _ = load_task(task, data_dir, need_train=True)
-    assert train_data is not None
+    if train_data is None:
+        raise SystemExit(f"{data_dir} holds no training rows.")
     train_data = train_data.max_samples(MAX_TRAIN_ROWS.get(task), seed=0)
     config = TrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task])
     if method == "weighted":  # as many epochs, all of them on the weighted sum
@@ -85,7 +98,8 @@ def run_cell(backbone: Path, data_dir: Path, task: str, method: str, seed: int, 
     saved = open_model(folder)
     _, evaluation = load_task(task, data_dir, label_names=saved.label_names)
     figures = _figures_of(saved, evaluation, task)
-    record = {key: saved.record.get(key) for key in ("data", "environment", "warmup", "history", "best_round", "policy")}
+    keys = ("data", "environment", "warmup", "history", "best_round", "policy")
+    record = {key: saved.record.get(key) for key in keys}
     cell = {"backbone": backbone.name, "task": task, "method": method, "seed": seed, "minutes": minutes}
     write_json(path, cell | {"num_examples": len(evaluation), "config": asdict(config)} | record | figures)
 
@@ -135,7 +149,9 @@ def _accuracy_by_layer(logits: torch.Tensor, labels: torch.Tensor) -> list[float
 def _first_right(right: torch.Tensor) -> torch.Tensor:
     """The first layer that is right, the last where none is: (rows, layers) -> (rows,), 1-based."""
     any_right = right.max(1).values > 0
-    return torch.where(any_right, right.argmax(1) + 1, torch.full_like(any_right, right.shape[1], dtype=torch.long))
+    return torch.where(
+        any_right, right.argmax(1) + 1, torch.full_like(any_right, right.shape[1], dtype=torch.long)
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, ClassVar, cast, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -13,7 +13,9 @@ from consistentee.config import Criterion, Head, PolicyInput, require_choice, re
 class EncoderClassifierConfig(PreTrainedConfig):
     """What the configurations of both models share: a nested encoder configuration and its sizes."""
 
-    sub_configs_defaults = {"encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")
+    }
 
     encoder_config: PreTrainedConfig | dict[str, Any] | None = None
     head: str = "attention"
@@ -32,15 +34,24 @@ class EncoderClassifierConfig(PreTrainedConfig):
             raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
 
     @property
+    def encoder(self) -> PreTrainedConfig:
+        """The backbone's own configuration; `encoder_config` once it has been read."""
+        return cast(PreTrainedConfig, self.encoder_config)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.id2label or {})
+
+    @property
     def num_hidden_layers(self) -> int:
         """Number of layers of the backbone, hence of possible exits."""
-        return int(self.encoder_config.num_hidden_layers)  # type: ignore[union-attr]
+        return int(self.encoder.num_hidden_layers)
 
     @property
     def hidden_size(self) -> int:
         """Width of the backbone's states."""
-        encoder = self.encoder_config
-        return int(getattr(encoder, "hidden_size", None) or encoder.dim)  # type: ignore[union-attr]
+        return int(getattr(self.encoder, "hidden_size", None) or self.encoder.dim)
 
 
 class EarlyExitConfig(EncoderClassifierConfig):

@@ -79,7 +79,7 @@ def hardness(
         return (-(log_probs.exp() * log_probs).sum(-1) / limit).clamp(0, 1)
     if measure == "el2n":
         target = torch.nn.functional.one_hot(labels, last.shape[-1])
-        return ((last.softmax(-1) - target).norm(dim=-1) / 2**0.5).clamp(0, 1)
+        return (torch.linalg.vector_norm(last.softmax(-1) - target, dim=-1) / 2**0.5).clamp(0, 1)
     if measure == "forgetting_events":
         if forgetting_counts is None:
             raise ValueError(

@@ -177,7 +177,9 @@ class PolicyNetwork(nn.Module):
         logits = self.exit_bias[here].expand(pooled.shape[:2])
         if "state" in self.policy_input:
             state = pooled.to(self.exit_bias.dtype)
-            if self.training and self.state_dropout.p:  # one mask for all layers of an instance: fewer random numbers
+            if (
+                self.training and self.state_dropout.p
+            ):  # one mask for all layers of an instance: fewer random numbers
                 state = state * self.state_dropout(state.new_ones(len(state), 1, state.shape[2]))
             hidden = torch.einsum("blh,lhw->blw", state, self.state_weight[here]) + self.state_bias[here]
             logits = logits + (nn.functional.gelu(hidden) * self.state_output[here]).sum(-1)

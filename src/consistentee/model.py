@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class EarlyExitOutput(ModelOutput):
             cross-entropy at the exit layer otherwise.
         logits: (batch, classes), the prediction at the exit layer.
         exit_layer: (batch,), int64, 1-based: layers executed.
-        layer_logits: (batch, layers, classes), every layer's prediction as an exit there would give it; all layers only.
+        layer_logits: (batch, layers, classes), every layer's prediction as an exit there gives it; all layers only.
         classifier_logits: (batch, layers, classes), every classifier's own logits before ensembling; all layers only.
         pooled: (batch, layers, hidden), the states; all layers only.
         exit_probs: (batch, layers), conditional exit probabilities; all layers only.
@@ -99,7 +99,8 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
     """An encoder with a classifier and an exit policy after every layer.
 
     Example:
-        >>> model = EarlyExitForSequenceClassification.from_backbone("bert-base-uncased", num_labels=2)  # doctest: +SKIP
+        >>> name = "google-bert/bert-base-uncased"
+        >>> model = EarlyExitForSequenceClassification.from_backbone(name, num_labels=2)  # doctest: +SKIP
         >>> output = model(**tokenizer(["a fine film"], return_tensors="pt"))  # doctest: +SKIP
         >>> output.logits.argmax(-1), output.exit_layer  # doctest: +SKIP
 
@@ -111,12 +112,12 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
 
     def __init__(self, config: EarlyExitConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder_config)
+        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder)
         self.num_layers = backbones.num_layers(self.backbone)
         self.classifiers = InternalClassifiers(
             num_layers=self.num_layers,
             hidden_size=config.hidden_size,
-            num_labels=config.num_labels,
+            num_labels=config.num_classes,
             head=config.head,
             pooling=config.pooling,
             num_queries=config.num_queries,
@@ -151,7 +152,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
         backbone = backbones.load_backbone(name_or_path)
         config = EarlyExitConfig(
             encoder_config=backbone.config,
-            attn_implementation=backbone.config._attn_implementation,
+            **_attention_of(backbone),
             pooling=resolve_pooling(pooling, backbone),
             **_labels(num_labels, label_names),
             **config_values,
@@ -195,12 +196,12 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
         if self.training if all_layers is None else all_layers:
             output = self._run_all_layers(state, rule, limit)
             if labels is not None:
-                losses = layer_losses(output.classifier_logits, labels)
+                losses = layer_losses(cast(Tensor, output.classifier_logits), labels)
                 output.loss = weighted_sum_loss(losses).mean()
         else:
             output = self._run_with_exits(state, rule, limit)
             if labels is not None:
-                output.loss = nn.functional.cross_entropy(output.logits, labels)
+                output.loss = nn.functional.cross_entropy(cast(Tensor, output.logits), labels)
         return output if return_dict else output.to_tuple()
 
     def new_policy(self, policy_input: str | None = None) -> PolicyNetwork:
@@ -270,7 +271,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
         batch = state.hidden_states.shape[0]
         device = state.hidden_states.device
         rows = torch.arange(batch, device=device)  # which inputs are still inside
-        output_logits = torch.empty(batch, self.config.num_labels, device=device)
+        output_logits = torch.empty(batch, self.config.num_classes, device=device)
         exit_layer = torch.full((batch,), self.num_layers, device=device)
         passed: Tensor | None = None  # (rows, layers passed, classes), the survivors' predictions so far
         for index in range(self.num_layers):
@@ -310,12 +311,12 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
 
     def __init__(self, config: FullDepthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder_config)
+        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder)
         self.num_layers = backbones.num_layers(self.backbone)
         self.classifiers = InternalClassifiers(
             num_layers=1,
             hidden_size=config.hidden_size,
-            num_labels=config.num_labels,
+            num_labels=config.num_classes,
             head=config.head,
             pooling=config.pooling,
             num_queries=config.num_queries,
@@ -337,7 +338,7 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
         backbone = backbones.load_backbone(name_or_path)
         config = FullDepthConfig(
             encoder_config=backbone.config,
-            attn_implementation=backbone.config._attn_implementation,
+            **_attention_of(backbone),
             pooling=resolve_pooling(pooling, backbone),
             **_labels(num_labels, label_names),
             **config_values,
@@ -363,13 +364,18 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
         _, logits = self.classifiers(0, state.hidden_states, state.attention_mask)
         logits = logits.float()
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output if return_dict else output.to_tuple()
 
 
 def resolve_pooling(pooling: str, backbone: PreTrainedModel) -> str:
     """`cls` or `mean`: the given one, or what suits the backbone's type if `auto`."""
     return backbones.architecture_of(backbone.config).pooling if pooling == "auto" else pooling
+
+
+def _attention_of(backbone: PreTrainedModel) -> dict[str, Any]:
+    """The backbone's attention implementation; a new outer configuration would otherwise reset it."""
+    return {"attn_implementation": backbone.config._attn_implementation}
 
 
 def _labels(num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:

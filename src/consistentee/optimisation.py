@@ -6,19 +6,29 @@ from them alone. That is what makes an interrupted run end where an uninterrupte
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from consistentee.batches import LengthGroupedBatches, TokenizedDataset
 from consistentee.config import TrainingConfig
+from consistentee.errors import require_extra
 from consistentee.states import Collate
+
+PATIENCE_OF_PROCESSES = timedelta(days=1)  # the others wait while the main process fits policies
 
 Figures = dict[str, Tensor]
 LossAndFigures = Callable[[Any, Tensor], tuple[Tensor, Figures]]
@@ -26,17 +36,34 @@ LossAndFigures = Callable[[Any, Tensor], tuple[Tensor, Figures]]
 
 
 def make_accelerator(config: TrainingConfig, output_dir: str) -> Accelerator:
-    """An accelerator with the configured precision and trackers."""
+    """An accelerator with the configured precision and tracker.
+
+    Raises:
+        ImportError: the tracker is not installed.
+        ValueError: fp16 without a GPU.
+    """
+    if config.tracker == "tensorboard":
+        require_extra("tensorboard", "tensorboard")
+    elif config.tracker in ("wandb", "mlflow") and importlib.util.find_spec(config.tracker) is None:
+        raise ImportError(
+            f"tracker {config.tracker} is not installed. Install it with: pip install {config.tracker}"
+        )
+    # A run before this one in the same process may have had another precision, to which accelerate would hold this one.
+    AcceleratorState._reset_state()
     return Accelerator(
+        cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available(),
         mixed_precision=resolve_precision(config.mixed_precision),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=output_dir,
-        step_scheduler_with_optimizer=False,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Optimisation` does its own
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE_OF_PROCESSES)],
     )
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """`no`, `bf16` or `fp16`: the given one, or for `auto` bf16 where the hardware computes in it, else full precision."""
+    """`no`, `bf16` or `fp16`: the given one, or for `auto` bf16 where the hardware computes in it, else `no`."""
+    if mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("mixed_precision fp16 needs a GPU, and there is none. Use auto, bf16 or no.")
     if mixed_precision != "auto":
         return mixed_precision
     if torch.cuda.is_available():
@@ -53,7 +80,11 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         if parameter.requires_grad:
             groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "is_backbone": is_backbone}
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "is_backbone": is_backbone,
+        }
         for (is_backbone, decays), parameters in groups.items()
     ]
 
@@ -98,41 +129,53 @@ class Optimisation:
         )
 
     def run(
-        self, until: int, loss_of: LossAndFigures, *, phase: str, learning_rate: float, before_step: Callable[[], None]
+        self,
+        until: int,
+        loss_of: LossAndFigures,
+        *,
+        phase: str,
+        learning_rate: float,
+        before_step: Callable[[], object] = lambda: None,
     ) -> None:
         """Take steps until `step` reaches `until`.
 
         Args:
+            until: the step to stop at.
             loss_of: gives every row's loss and figures from the model's output.
             phase: name on the progress bar and in the tracker.
             learning_rate: the backbone's peak in this phase.
-            before_step: puts the model's parts into the right modes.
+            before_step: called with the model in training mode, to put parts of it into another.
+
+        Raises:
+            FloatingPointError: the loss is infinite or not a number.
         """
-        bar = tqdm(
-            total=until,
-            initial=self.step,
-            desc=phase,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            leave=False,
-        )
-        while self.step < until:
-            epoch, offset = divmod(self.step, len(self.batches))
-            self.batches.set_epoch(epoch, offset)
-            for rows in self.batches:
-                self._step(rows, loss_of, learning_rate, before_step)
-                bar.update()
-                bar.set_postfix({name: f"{value:.3f}" for name, value in self.figures.items()}, refresh=False)
-                if self.config.tracker != "none":
-                    self.accelerator.log({f"{phase}/{name}": v for name, v in self.figures.items()}, step=self.step)
-                if self.step % self.config.checkpoint_every == 0 and self.step < until:
-                    self.checkpoint()
-                if self.step >= until:
-                    break
-        bar.close()
+        self.figures.clear()
+        silent = not self.accelerator.is_main_process or None  # None: on a terminal only
+        with tqdm(
+            total=until, initial=self.step, desc=phase, unit="step", disable=silent, leave=False
+        ) as bar:
+            while self.step < until:
+                epoch, offset = divmod(self.step, len(self.batches))
+                self.batches.set_epoch(epoch, offset)
+                for rows in itertools.islice(self.batches, until - self.step):
+                    self._step(rows, loss_of, learning_rate, before_step)
+                    bar.update()
+                    bar.set_postfix(
+                        {name: f"{value:.3f}" for name, value in self.figures.items()}, refresh=False
+                    )
+                    if self.config.tracker != "none":
+                        self.accelerator.log(
+                            {f"{phase}/{name}": v for name, v in self.figures.items()}, step=self.step
+                        )
+                    if self.step % self.config.checkpoint_every == 0 and self.step < until:
+                        self.checkpoint()
 
     def _step(
-        self, rows: Sequence[int], loss_of: LossAndFigures, learning_rate: float, before_step: Callable[[], None]
+        self,
+        rows: Sequence[int],
+        loss_of: LossAndFigures,
+        learning_rate: float,
+        before_step: Callable[[], object],
     ) -> None:
         accelerator = self.accelerator
         torch.manual_seed(step_seed(self.config.seed, self.step, accelerator.process_index))
@@ -145,15 +188,16 @@ class Optimisation:
         share = math.ceil(len(rows) / accelerator.num_processes)
         mine = list(rows[accelerator.process_index * share :][:share])
         real = torch.tensor([1.0] * len(mine) + [0.0] * (share - len(mine)), device=accelerator.device)
-        mine += [rows[0]] * (share - len(mine))  # equally many rows on every process; the extra ones weigh nothing
+        # Equally many rows on every process; the extra ones weigh nothing.
+        mine += [rows[0]] * (share - len(mine))
         parts = torch.arange(share).split(math.ceil(share / self.config.gradient_accumulation_steps))
         totals: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
             batch = self.collate([self.dataset[mine[index]] for index in part.tolist()])
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items() if name != "index"}
             labels = batch.pop("labels")
-            last = number == len(parts) - 1
-            with _synchronised_when(last, accelerator, self.model):
+            last = number == len(parts) - 1  # only then are gradients exchanged between processes
+            with nullcontext() if last else accelerator.no_sync(self.model):
                 output = self.model(**batch)
                 losses, figures = loss_of(output, labels)
                 weights = real[part.to(real.device)]
@@ -161,23 +205,26 @@ class Optimisation:
                 loss = (losses * weights).sum() / len(rows) * accelerator.num_processes
                 accelerator.backward(loss)
             for name, values in {"loss": losses.detach(), **figures}.items():
-                totals[name] = totals.get(name, torch.zeros((), device=real.device)) + (values * weights).sum()
+                totals[name] = (
+                    totals.get(name, torch.zeros((), device=real.device)) + (values * weights).sum()
+                )
         accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        for name, total in totals.items():
-            value = float(accelerator.reduce(total)) / len(rows)
-            before = self.figures.get(name, value)
-            self.figures[name] = 0.95 * before + 0.05 * value  # smoothed, for reading
+        sums = cast(Tensor, accelerator.reduce(torch.stack([*totals.values()])))
+        means: list[float] = (sums / len(rows)).tolist()
+        for name, value in zip(totals, means, strict=True):
+            self.figures[name] = 0.95 * self.figures.get(name, value) + 0.05 * value  # smoothed, for reading
+        scaled = accelerator.scaler is not None  # a scaler leaves out steps that overflow
+        if not scaled and not math.isfinite(self.figures["loss"]):
+            raise FloatingPointError(
+                f"loss must be finite, got {self.figures['loss']} at step {self.step}. Lower learning_rate or "
+                "head_learning_rate, or take mixed_precision no."
+            )
 
 
 def step_seed(seed: int, step: int, process_index: int) -> int:
     """Seed of one step on one process, well mixed."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1_009 + process_index)
     return int(torch.randint(2**62, (1,), generator=generator))
-
-
-def _synchronised_when(last: bool, accelerator: Accelerator, model: nn.Module) -> Any:
-    """Gradients are exchanged between processes at the last part of a batch only."""
-    return torch.enable_grad() if last else accelerator.no_sync(model)

@@ -191,7 +191,7 @@ def choose_policy(
     seed: int,
     forgetting_counts: Tensor | None = None,
     device: torch.device | str = "cpu",
-    on_fit: Callable[[], None] | None = None,
+    on_fit: Callable[[], object] | None = None,
 ) -> PolicyChoice:
     """Fit a policy at each price, judge it on rows it has not seen, and choose price and thresholds.
 

@@ -25,22 +25,28 @@ from consistentee.atomic import write_json
 from consistentee.batches import TokenizedDataset, collate, tokenize
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
-from consistentee.heads import PolicyNetwork
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.model_card import write_model_card
 from consistentee.optimisation import Optimisation, make_accelerator, parameter_groups
+from consistentee.saved import RECORD_FILE
 from consistentee.states import LayerStates, run_all_layers, run_full_depth
 
 Report = Callable[[str], None]
 Model = EarlyExitForSequenceClassification | FullDepthForSequenceClassification
-RECORD = "training_record.json"
 MAX_SEEN_ROWS = 10_000  # of the rows the classifiers have seen, at most these teach the policy
 T = TypeVar("T")
 
 
 @dataclass
 class Run:
-    """A run's parts. `progress` is all it needs to remember beside weights and optimizer, as plain JSON values."""
+    """A run's parts.
+
+    Attributes:
+        validation: rows kept from the classifiers, for every choice.
+        policy_rows: what the policy learns from: the validation rows (cross-fitted), or rows the classifiers have seen.
+        identity: what a resumed run must share with the one it goes on with.
+        progress: all there is to remember beside weights and optimizer, as plain JSON values.
+    """
 
     kind: str
     config: TrainingConfig
@@ -51,9 +57,8 @@ class Run:
     model: Any
     accelerator: Accelerator
     optimisation: Optimisation
-    train: TokenizedDataset
     validation: TokenizedDataset
-    seen: TokenizedDataset
+    policy_rows: TokenizedDataset
     identity: dict[str, Any]
     progress: dict[str, Any]
 
@@ -68,10 +73,12 @@ class Run:
             self.report(message)
 
     def steps_of(self, epochs: float) -> int:
-        """Optimizer steps in so many epochs, rounded."""
-        return round(epochs * len(self.optimisation.batches))
+        """Optimizer steps in so many epochs, rounded; at least one unless there are no epochs."""
+        return max(1, round(epochs * len(self.optimisation.batches))) if epochs else 0
 
-    def states(self, dataset: TokenizedDataset, description: str, *, keep_pooled: bool = False) -> LayerStates:
+    def states(
+        self, dataset: TokenizedDataset, description: str, *, keep_pooled: bool = False
+    ) -> LayerStates:
         """All layers' outputs for a data set under the current weights."""
         return run_all_layers(
             self.model,
@@ -80,14 +87,9 @@ class Run:
             accelerator=self.accelerator,
             keep_pooled=keep_pooled,
             memory_limit_mb=self.config.max_cache_mb,
-            scratch_dir=self.output_dir / checkpoints.FOLDER / "states",
+            scratch_dir=self.output_dir / checkpoints.FOLDER,
             description=description,
         )
-
-    @property
-    def policy_rows(self) -> TokenizedDataset:
-        """What the policy learns from: the validation rows (cross-fitted), or rows the classifiers have seen."""
-        return self.validation if self.config.policy_data == "held_out" else self.seen
 
     def logits(self, dataset: TokenizedDataset, description: str) -> Tensor:
         """The full-depth model's logits for a data set, (rows, classes)."""
@@ -99,9 +101,12 @@ class Run:
             description=description,
         )
 
-    def new_policy(self) -> PolicyNetwork:
-        """An untrained policy network for this model."""
-        return self.model.new_policy()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put weights of this run into the model, whose policy may have got another input since the start."""
+        if self.kind == "early_exit" and self.progress["policy_input"] is not None:
+            policy = self.model.new_policy(self.progress["policy_input"])
+            self.model.set_policy(policy.requires_grad_(False))
+        self.model.load_state_dict(weights)
 
     def from_main_process(self, value: T | None) -> T:
         """What the main process has, on every process."""
@@ -141,13 +146,13 @@ class Run:
         """
         weights, optimizer, progress = checkpoints.load_checkpoint(folder)
         _check_same_run(progress.pop("identity"), self.identity, self.output_dir)
-        self.model.load_state_dict(weights)
-        self.optimisation.optimizer.load_state_dict(optimizer["optimizer"])
-        if self.accelerator.scaler is not None and optimizer["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(optimizer["scaler"])
         self.optimisation.step = progress.pop("step")
         self.progress.clear()
         self.progress.update(progress)
+        self.load_weights(weights)
+        self.optimisation.optimizer.load_state_dict(optimizer["optimizer"])
+        if self.accelerator.scaler is not None and optimizer["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(optimizer["scaler"])
         self.say(f"Resumed at step {self.optimisation.step} of {self.optimisation.total_steps}.")
 
     def save(self, record: dict[str, Any], *, thresholds: dict[str, float] | None = None) -> Path:
@@ -175,13 +180,14 @@ class Run:
             self.model.save_pretrained(partial_dir)
             self.tokenizer.save_pretrained(partial_dir)
             write_model_card(partial_dir, record)
-            write_json(partial_dir / RECORD, record)
-            for path in sorted(partial_dir.iterdir(), key=lambda path: path.name == RECORD):
+            write_json(partial_dir / RECORD_FILE, record)
+            for path in sorted(partial_dir.iterdir(), key=lambda path: path.name == RECORD_FILE):
                 os.replace(path, self.output_dir / path.name)
             checkpoints.remove_checkpoints(self.output_dir)
         self.accelerator.wait_for_everyone()
         if self.config.tracker != "none":
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # `end_training` would also part the processes for good
+                tracker.finish()
         self.say(f"Saved to {self.output_dir}")
         return self.output_dir
 
@@ -199,39 +205,53 @@ def start_run(
 ) -> Run | None:
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir = Path(output_dir)
-    kind = "early_exit" if model_class is EarlyExitForSequenceClassification else "full_depth"
+    accelerator = make_accelerator(config, str(output_dir))
     newest = checkpoints.latest_checkpoint(output_dir)
-    if (output_dir / RECORD).is_file():
-        if resume:
+    if (output_dir / RECORD_FILE).is_file():
+        if not resume:
+            raise FileExistsError(
+                f"Output folder {output_dir} holds a finished model. Choose another, or remove it."
+            )
+        if accelerator.is_main_process:
+            checkpoints.remove_checkpoints(output_dir)  # the run may have ended just before it did
             report(f"{output_dir} holds a finished model: nothing to resume.")
-            return None
-        raise FileExistsError(f"Output folder {output_dir} holds a finished model. Choose another, or remove it.")
+        return None
     if newest is not None and not resume:
         raise FileExistsError(
             f"Output folder {output_dir} holds an unfinished run. Continue it with --resume, or remove it."
         )
 
     set_seed(config.seed)
-    accelerator = make_accelerator(config, str(output_dir))
-    tokenizer = AutoTokenizer.from_pretrained(str(backbone))
-    total_epochs = config.warmup_epochs + config.rounds * config.consistent_epochs
     model = _new_model(model_class, backbone, train_data, config)
     if isinstance(model, EarlyExitForSequenceClassification):
         model.policy.requires_grad_(False)  # fitted on its own, on cached states
+    tokenizer = AutoTokenizer.from_pretrained(str(backbone))
     kept, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)
-    seen = kept[:MAX_SEEN_ROWS] if config.policy_data == "seen" else []
-    parts = [tokenize(train_data.select(rows), tokenizer, config.max_length) for rows in (kept, held, seen)]
+    if len(held) < 2:
+        raise ValueError(
+            f"validation rows must be at least 2, got {len(held)} of {len(train_data)} rows. "
+            "Give more rows, or a higher validation_fraction."
+        )
+    train_part = train_data.select(kept)
+    train_rows = tokenize(train_part, tokenizer, config.max_length)
+    validation = tokenize(train_data.select(held), tokenizer, config.max_length)
+    policy_rows = validation
+    if config.policy_data == "seen":
+        policy_rows = tokenize(
+            train_part.max_samples(MAX_SEEN_ROWS, config.seed), tokenizer, config.max_length
+        )
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     optimisation = Optimisation(
         accelerator=accelerator,
         model=prepared,
         optimizer=optimizer,
-        dataset=parts[0],
+        dataset=train_rows,
         collate=partial(collate, tokenizer=tokenizer),
         config=config,
         total_steps=0,
     )
+    kind = "early_exit" if model_class is EarlyExitForSequenceClassification else "full_depth"
     run = Run(
         kind=kind,
         config=config,
@@ -242,9 +262,8 @@ def start_run(
         model=accelerator.unwrap_model(prepared),
         accelerator=accelerator,
         optimisation=optimisation,
-        train=parts[0],
-        validation=parts[1],
-        seen=parts[2],
+        validation=validation,
+        policy_rows=policy_rows,
         identity={
             "kind": kind,
             "backbone": str(backbone),
@@ -264,14 +283,19 @@ def start_run(
             "best_score": None,
             "best_round": 0,
             "layer_cost": None,
+            "policy_input": None,
             "history": [],
             "forgetting": [],
         },
     )
-    optimisation.total_steps = run.steps_of(total_epochs)
+    optimisation.total_steps = run.steps_of(config.warmup_epochs) + config.rounds * run.steps_of(
+        config.consistent_epochs
+    )
     optimisation.checkpoint = run.checkpoint
     if config.tracker != "none":
-        settings = {name: value for name, value in config.to_dict().items() if isinstance(value, (int, float, str))}
+        settings = {
+            name: value for name, value in config.to_dict().items() if isinstance(value, (int, float, str))
+        }
         accelerator.init_trackers("consistentee", config=settings)
     run.say(
         f"{model.num_layers} layers, {len(train_data.label_names)} classes, {len(kept)} training and {len(held)} "
@@ -285,7 +309,9 @@ def start_run(
     return run
 
 
-def _new_model(model_class: type[Model], backbone: str | Path, train_data: TextDataset, config: TrainingConfig) -> Model:
+def _new_model(
+    model_class: type[Model], backbone: str | Path, train_data: TextDataset, config: TrainingConfig
+) -> Model:
     head: dict[str, Any] = {
         "label_names": train_data.label_names,
         "pooling": config.pooling,
@@ -299,7 +325,7 @@ def _new_model(model_class: type[Model], backbone: str | Path, train_data: TextD
         backbone,
         **head,
         ensemble_decay=config.ensemble_decay,
-        policy_input=config.policy_input,
+        policy_input="state+signals" if config.policy_input == "auto" else config.policy_input,
         policy_hidden_size=config.policy_hidden_size,
         policy_dropout=config.policy_dropout,
         initial_exit_bias=config.initial_exit_bias,
@@ -307,8 +333,8 @@ def _new_model(model_class: type[Model], backbone: str | Path, train_data: TextD
 
 
 def fingerprint(data: TextDataset) -> str:
-    """Hash of all rows: two runs with the same one saw the same data."""
-    digest = hashlib.sha256()
+    """Hash of all rows and label names: two runs with the same one saw the same data."""
+    digest = hashlib.sha256("\x1f".join(data.label_names).encode() + b"\x1e")
     for texts, label in zip(data.texts, data.labels, strict=True):
         digest.update("\x1f".join([*texts, str(label)]).encode() + b"\x1e")
     return digest.hexdigest()[:16]
@@ -328,11 +354,14 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _check_same_run(saved: dict[str, Any], current: dict[str, Any], output_dir: Path) -> None:
-    flat_saved = {**saved["config"], **saved["data"], "kind": saved["kind"], "backbone": saved["backbone"]}
-    flat_current = {**current["config"], **current["data"], "kind": current["kind"], "backbone": current["backbone"]}
-    for name, value in flat_current.items():
-        if flat_saved.get(name) != value:
+    def flat(identity: dict[str, Any]) -> dict[str, Any]:
+        data = {"data fingerprint": identity["data"]["fingerprint"]}
+        return {"kind": identity["kind"], "backbone": identity["backbone"], **data, **identity["config"]}
+
+    before = flat(saved)
+    for name, value in flat(current).items():
+        if before.get(name) != value:
             raise ValueError(
-                f"The unfinished run in {output_dir} has {name} = {flat_saved.get(name)}, this one {value}. "
+                f"The unfinished run in {output_dir} has {name} = {before.get(name)}, this one {value}. "
                 "Resume with the same settings and data, or choose another output folder."
             )

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from consistentee.batches import TokenizedDataset
 from consistentee.model import EarlyExitForSequenceClassification
 
-Collate = Callable[[list[dict]], dict[str, Tensor]]
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def run_all_layers(
         ValueError: if the states exceed the limit and there is no `scratch_dir`.
     """
     accelerator = accelerator or Accelerator()
-    rows, layers = len(dataset), model.num_layers
+    rows, layers, classes = len(dataset), model.num_layers, cast(int, model.config.num_labels)
     results = {
-        "classifier_logits": torch.empty(rows, layers, model.config.num_labels),
-        "layer_logits": torch.empty(rows, layers, model.config.num_labels),
+        "classifier_logits": torch.empty(rows, layers, classes),
+        "layer_logits": torch.empty(rows, layers, classes),
         "exit_probs": torch.empty(rows, layers),
     }
     if keep_pooled and accelerator.is_main_process:
@@ -112,7 +113,7 @@ def run_full_depth(
 
     Arguments as in `run_all_layers`.
     """
-    results = {"logits": torch.empty(len(dataset), model.config.num_labels)}
+    results = {"logits": torch.empty(len(dataset), cast(int, model.config.num_labels))}
     accelerator = accelerator or Accelerator()
 
     def full_depth(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,10 +155,10 @@ def _run_rows(
             with accelerator.autocast():
                 output = run(inputs)
             index = torch.tensor(mine + [-1] * (share - len(mine)), device=accelerator.device)
-            index = accelerator.gather(index).cpu()
+            index = cast(Tensor, accelerator.gather(index)).cpu()
             real = index >= 0
             for name, value in output.items():
-                gathered = accelerator.gather(value.float().contiguous()).cpu()
+                gathered = cast(Tensor, accelerator.gather(value.float().contiguous())).cpu()
                 if name in results:
                     results[name][index[real]] = gathered[real].to(results[name].dtype)
     finally:

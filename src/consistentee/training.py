@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from consistentee import checkpoints
 from consistentee.config import TrainingConfig
@@ -27,12 +26,16 @@ from consistentee.data import TextDataset
 from consistentee.exits import choose_exit_layer, exit_distribution, exit_scores
 from consistentee.hardness import memorized_layer
 from consistentee.losses import consistent_loss, distillation_loss, layer_losses, weighted_sum_loss
-from consistentee.model import EarlyExitForSequenceClassification, EarlyExitOutput, FullDepthForSequenceClassification
+from consistentee.model import (
+    EarlyExitForSequenceClassification,
+    FullDepthForSequenceClassification,
+)
 from consistentee.optimisation import Figures
 from consistentee.policy_training import PolicyChoice, choose_policy
 from consistentee.runs import Report, Run, start_run
 from consistentee.states import LayerStates
 
+AUTO_INPUTS = ("signals", "state+signals")
 FORGETTING_CHECKS = 8  # looks at the policy's rows during warm-up, for the forgetting-events measure
 
 
@@ -112,7 +115,7 @@ def train(
             run.checkpoint()
 
     # On the best round's weights, the price and the threshold.
-    model.load_state_dict(checkpoints.load_weights(run.best_path))
+    run.load_weights(checkpoints.load_weights(run.best_path))
     choice, states = _fit_policies(run, "final policy", all_prices=True)
     _report_choice(run, choice)
     return run.save(_training_record(run, choice, states), thresholds=choice.thresholds)
@@ -154,7 +157,6 @@ def finetune(
             _top_losses,
             phase=f"epoch {number + 1}",
             learning_rate=run.config.learning_rate,
-            before_step=lambda: None,
         )
         logits = run.logits(run.validation, "validation")
         accuracy = float((logits.argmax(-1) == run.validation.labels).float().mean())
@@ -165,32 +167,37 @@ def finetune(
             run.keep_best()
         progress["rounds_done"] = number + 1
         run.checkpoint()
-    run.model.load_state_dict(checkpoints.load_weights(run.best_path))
+    run.load_weights(checkpoints.load_weights(run.best_path))
     figures = {"accuracy": progress["best_score"], "num_examples": len(run.validation)}
     return run.save({"validation": figures, "history": progress["history"]})
 
 
-# The losses of the phases: (output, labels) -> loss of every row, and figures of every row for the progress bar.
+# The losses of the phases: (output, labels) -> loss of every row, and figures of every row for the progress bar. The
+# output is an `EarlyExitOutput` of all layers, or in `_top_losses` a `SequenceClassifierOutput`.
 
 
-def _weighted_sum_losses(output: EarlyExitOutput, labels: Tensor, *, distillation: float) -> tuple[Tensor, Figures]:
+def _weighted_sum_losses(output: Any, labels: Tensor, *, distillation: float) -> tuple[Tensor, Figures]:
     losses = weighted_sum_loss(layer_losses(output.classifier_logits, labels))
     if distillation:
         losses = losses + distillation * distillation_loss(output.classifier_logits)
     return losses, {"accuracy": (output.classifier_logits[:, -1].argmax(-1) == labels).float()}
 
 
-def _consistent_losses(output: EarlyExitOutput, labels: Tensor, *, weighted_sum_share: float) -> tuple[Tensor, Figures]:
+def _consistent_losses(output: Any, labels: Tensor, *, weighted_sum_share: float) -> tuple[Tensor, Figures]:
     at_exit = consistent_loss(layer_losses(output.layer_logits, labels), output.exit_probs)
     everywhere = weighted_sum_loss(layer_losses(output.classifier_logits, labels))
     probability = exit_distribution(output.exit_probs)  # (rows, layers)
     layers = torch.arange(1, probability.shape[1] + 1, device=probability.device, dtype=probability.dtype)
     right = (output.layer_logits.argmax(-1) == labels[:, None]).float()
-    figures = {"exit_layer": probability @ layers, "accuracy": (probability * right).sum(1), "reward": -at_exit.detach()}
+    figures = {
+        "exit_layer": probability @ layers,
+        "accuracy": (probability * right).sum(1),
+        "reward": -at_exit.detach(),
+    }
     return weighted_sum_share * everywhere + (1 - weighted_sum_share) * at_exit, figures
 
 
-def _top_losses(output: SequenceClassifierOutput, labels: Tensor) -> tuple[Tensor, Figures]:
+def _top_losses(output: Any, labels: Tensor) -> tuple[Tensor, Figures]:
     losses = torch.nn.functional.cross_entropy(output.logits, labels, reduction="none")
     return losses, {"accuracy": (output.logits.argmax(-1) == labels).float()}
 
@@ -201,7 +208,11 @@ def _top_losses(output: SequenceClassifierOutput, labels: Tensor) -> tuple[Tenso
 def _warm_up(run: Run, until: int) -> None:
     """Phase 1. For the forgetting-events measure it stops now and then to see which of the policy's rows are right."""
     counting = run.config.hardness == "forgetting_events"
-    stops = [round(until * part / FORGETTING_CHECKS) for part in range(1, FORGETTING_CHECKS + 1)] if counting else [until]
+    stops = (
+        [round(until * part / FORGETTING_CHECKS) for part in range(1, FORGETTING_CHECKS + 1)]
+        if counting
+        else [until]
+    )
     for stop in stops:
         if run.optimisation.step >= stop:
             continue
@@ -219,34 +230,47 @@ def _warm_up(run: Run, until: int) -> None:
         run.checkpoint()
 
 
-def _fit_policies(run: Run, description: str, *, all_prices: bool = False) -> tuple[PolicyChoice, LayerStates]:
+def _fit_policies(
+    run: Run, description: str, *, all_prices: bool = False
+) -> tuple[PolicyChoice, LayerStates]:
     """Phase 2: cache the states, fit policies, and put the chosen one into the model on every process.
 
-    All prices are tried the first time and on the final weights; the rounds between keep the price they began with.
+    All prices and policy inputs are tried the first time and on the final weights; the rounds between keep those they
+    began with.
     """
-    config = run.config
-    prices = config.layer_costs if all_prices or run.progress["layer_cost"] is None else (run.progress["layer_cost"],)
+    config, progress = run.config, run.progress
+    prices, inputs = config.layer_costs, (config.policy_input,)
+    if config.policy_input == "auto":
+        inputs = AUTO_INPUTS
+    if progress["layer_cost"] is not None and not all_prices:
+        prices, inputs = (progress["layer_cost"],), (progress["policy_input"],)
     cross_fitted = config.policy_data == "held_out"
     states = run.states(run.policy_rows, f"{description}: states", keep_pooled=True)
-    validation = None if cross_fitted else run.states(run.validation, f"{description}: validation", keep_pooled=True)
+    validation = (
+        None if cross_fitted else run.states(run.validation, f"{description}: validation", keep_pooled=True)
+    )
     choice: PolicyChoice | None = None
     if run.accelerator.is_main_process:
-        fits = len(prices) * config.policy_folds + 1 if cross_fitted else len(prices)
-        with tqdm(total=fits, desc=f"{description}: fits", unit="fit", leave=False) as bar:
-            choice = choose_policy(
-                run.new_policy,
-                states,
-                validation,
-                config=config,
-                layer_costs=prices,
-                seed=config.seed,
-                forgetting_counts=_forgetting_counts(run.progress["forgetting"]),
-                device=run.accelerator.device,
-                on_fit=bar.update,
-            )
+        fits = len(inputs) * (len(prices) * config.policy_folds + 1 if cross_fitted else len(prices))
+        with tqdm(total=fits, desc=f"{description}: fits", unit="fit", disable=None, leave=False) as bar:
+            choices = [
+                choose_policy(
+                    partial(run.model.new_policy, policy_input),
+                    states,
+                    validation,
+                    config=config,
+                    layer_costs=prices,
+                    seed=config.seed,
+                    forgetting_counts=_forgetting_counts(progress["forgetting"]),
+                    device=run.accelerator.device,
+                    on_fit=bar.update,
+                )
+                for policy_input in inputs
+            ]
+        choice = max(choices, key=lambda choice: (not choice.report.collapsed, choice.report.score))
     choice = run.from_main_process(choice)
-    run.model.policy.load_state_dict(choice.policy.state_dict())
-    run.progress["layer_cost"] = choice.layer_cost
+    run.model.set_policy(choice.policy.requires_grad_(False))
+    progress.update(layer_cost=choice.layer_cost, policy_input=choice.policy.policy_input)
     return choice, states if validation is None else validation
 
 
@@ -289,8 +313,8 @@ def _report_classifiers(run: Run) -> dict[str, Any]:
     dead = [layer for layer, value in enumerate(accuracies, start=1) if value <= majority + 0.005]
     if dead:
         run.say(
-            f"No better than the majority class: layer {', '.join(map(str, dead))}. Inputs that leave there are guesses. "
-            "Try a higher head_learning_rate, head: attention, or more warmup_epochs."
+            f"No better than the majority class: layer {', '.join(map(str, dead))}. Inputs that leave there are "
+            "guesses. Try a higher head_learning_rate, head: attention, or more warmup_epochs."
         )
     layers = memorized_layer(states.classifier_logits, states.labels)
     return {
@@ -314,7 +338,8 @@ def _report_collapses(run: Run, choice: PolicyChoice) -> None:
 def _report_choice(run: Run, choice: PolicyChoice) -> None:
     _report_collapses(run, choice)
     run.say(
-        f"Chosen on validation: weights of round {run.progress['best_round']}, layer cost {choice.layer_cost:g}, "
+        f"Chosen on validation: weights of round {run.progress['best_round']}, policy on "
+        f"{choice.policy.policy_input.replace('+', ' and ')}, layer cost {choice.layer_cost:g}, "
         f"threshold {choice.thresholds['policy']:.4f}"
     )
 

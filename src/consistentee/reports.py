@@ -1,0 +1,94 @@
+"""Evaluations as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from consistentee.evaluation import Evaluation
+
+
+def evaluation_report(evaluation: Evaluation) -> RenderableType:
+    """Everything a reader of the terminal wants: models side by side, then layer by layer.
+
+    Args:
+        evaluation: the figures.
+
+    Returns:
+        Something that a rich console prints.
+    """
+    parts: list[RenderableType] = [_models(evaluation)]
+    reference = evaluation.reference
+    if reference is not None:
+        parts.append(
+            Text(
+                f"Difference to the plain model on the same {evaluation.num_examples:,} inputs: "
+                f"{100 * reference.accuracy_difference:+.2f} points of accuracy "
+                f"(standard error {100 * reference.standard_error:.2f})."
+            )
+        )
+    parts += [Text(""), _layers(evaluation)]
+    return Group(*parts)
+
+
+def _models(evaluation: Evaluation) -> Table:
+    """One row for each way to predict: the plain model, the last layer, the exit rule, other rules."""
+    depth = evaluation.num_hidden_layers
+    names = [name for name in evaluation.metrics if name != "accuracy"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in ("accuracy %", *names, "mean exit layer", "layer speed-up", "layers saved %"):
+        table.add_column(name, justify="right")
+
+    def row(
+        title: str, accuracy: float, metrics: dict[str, float] | None, mean_exit_layer: float, style: str
+    ) -> None:
+        others = ["" if metrics is None else f"{metrics[name]:.3f}" for name in names]
+        table.add_row(
+            title,
+            f"{100 * accuracy:.2f}",
+            *others,
+            f"{mean_exit_layer:.2f} / {depth}",
+            f"{depth / mean_exit_layer:.2f}x",
+            f"{100 * (1 - mean_exit_layer / depth):.1f}",
+            style=style,
+        )
+
+    reference = evaluation.reference
+    if reference is not None:
+        row("plain model", reference.accuracy, reference.metrics, depth, "")
+    row("last layer, no exits", evaluation.per_layer_accuracy[-1], None, depth, "")
+    own = f"{evaluation.criterion} > {evaluation.threshold:.4g}"
+    row(own, evaluation.accuracy, evaluation.metrics, evaluation.mean_exit_layer, "bold")
+    for name, rival in evaluation.other_criteria.items():
+        if rival.point is not None:
+            row(
+                f"{name} > {rival.threshold:.4g}", rival.point.accuracy, None, rival.point.mean_exit_layer, ""
+            )
+    return table
+
+
+def _layers(evaluation: Evaluation) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in (
+        "layer",
+        "leave here",
+        "share %",
+        "their accuracy %",
+        "accuracy % if all left here",
+        "classifier alone %",
+    ):
+        table.add_column(name, justify="right")
+    for index, left in enumerate(evaluation.exit_histogram):
+        right = evaluation.exit_accuracy[index]
+        table.add_row(
+            str(index + 1),
+            f"{left:,}",
+            f"{100 * left / evaluation.num_examples:.1f}",
+            "" if right is None else f"{100 * right:.2f}",
+            f"{100 * evaluation.per_layer_accuracy[index]:.2f}",
+            f"{100 * evaluation.classifier_accuracy[index]:.2f}",
+        )
+    return table

@@ -1,0 +1,203 @@
+"""A saved model folder, opened: model, tokenizer, training record, and the exit rule that a call is to use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from consistentee.atomic import write_json
+from consistentee.backbones import PICKLE_SUFFIXES
+from consistentee.configuration import EncoderClassifierConfig
+from consistentee.exits import CRITERIA, check_threshold
+from consistentee.model import EarlyExitForSequenceClassification
+from consistentee.model_card import write_model_card
+
+RECORD_FILE = "training_record.json"
+"""What the training leaves in the folder: settings, rounds, thresholds, figures."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What a folder holds.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: its Hugging Face tokenizer.
+        record: the training record; empty where the folder has none.
+        name: the folder or hub name, for messages.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    record: Mapping[str, Any]
+    name: str
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Class names by index."""
+        names: dict[Any, Any] = dict(self.model.config.id2label or {})
+        return tuple(str(names[index]) for index in sorted(names))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per input: what it was trained with, else what its tokenizer allows, at most 512."""
+        if isinstance(self.model.config, EncoderClassifierConfig):
+            return self.model.config.max_length
+        return min(int(self.tokenizer.model_max_length), 512)
+
+    @property
+    def early_exit_model(self) -> EarlyExitForSequenceClassification:
+        """The model, known to have exits.
+
+        Raises:
+            ValueError: it is another kind of model.
+        """
+        if not isinstance(self.model, EarlyExitForSequenceClassification):
+            raise ValueError(
+                f'Model "{self.name}" has no exits (it is a {type(self.model).__name__}). '
+                "Give a folder that `consistentee train` saved; a plain model can be its --reference."
+            )
+        return self.model
+
+    def exit_rule(self, criterion: str | None = None, threshold: float | None = None) -> tuple[str, float]:
+        """Criterion and threshold to use: the given ones, the saved ones, or those the training record knows.
+
+        Args:
+            criterion: one of `exits.CRITERIA`; None takes the saved one.
+            threshold: None takes the saved one, for another criterion the one that training chose for it.
+
+        Raises:
+            ValueError: an unknown criterion, a threshold that does not fit, or none to be found.
+        """
+        config = self.early_exit_model.config
+        rule = config.criterion if criterion is None else criterion
+        if rule not in CRITERIA:
+            raise ValueError(f'criterion must be one of {", ".join(CRITERIA)}, got "{rule}".')
+        if threshold is None:
+            threshold = config.threshold if rule == config.criterion else self.known_threshold(rule)
+        if threshold is None:
+            raise ValueError(
+                f'Model "{self.name}" has no threshold for criterion "{rule}". Give one with --threshold.'
+            )
+        return rule, check_threshold(threshold, rule)
+
+    def known_threshold(self, criterion: str) -> float | None:
+        """The threshold that training chose for a criterion on its validation rows, or None."""
+        value = (self.record.get("thresholds") or {}).get(criterion)
+        return None if value is None else float(value)
+
+
+def open_model(name_or_path: str | Path, device: str | torch.device | None = None) -> SavedModel:
+    """Open a model folder, ours or a plain Hugging Face classifier.
+
+    Weights are read from safetensors files only, and code that comes with a model is not run.
+
+    Args:
+        name_or_path: folder, or name on the hub.
+        device: where the model goes; None takes a GPU if there is one.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it lacks config or weights.
+        OSError: the hub has no such model, or a file cannot be read.
+        ValueError: it is not a text classifier, or its weights are pickled or incomplete.
+    """
+    name = str(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+    elif isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f'Model folder "{name}" does not exist. Check the path; a hub name reads "user/name".'
+        )
+    source = str(path) if path.is_dir() else name
+    try:
+        with _quiet_loading():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        place = "" if path.is_dir() else " (there is no such folder, so the hub was asked)"
+        raise kind(f'Model "{name}" could not be loaded{place}: {" ".join(str(error).split())}') from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f'Model "{name}" lacks weights that its config asks for, such as "{min(report["missing_keys"])}". '
+            "Give the folder of a trained classifier, not of an encoder alone."
+        )
+    place = torch.device(device) if device is not None else default_device()
+    return SavedModel(model.to(place).eval(), tokenizer, read_record(path), name)
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The training record of a folder; empty where there is none.
+
+    Raises:
+        ValueError: the file is not the JSON that training wrote.
+    """
+    path = Path(folder) / RECORD_FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Restore it, or remove it.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} must hold a JSON object. Restore it, or remove it.")
+    return record
+
+
+def record_evaluation(folder: str | Path, figures: Mapping[str, Any]) -> None:
+    """Put the figures of an evaluation into a folder's training record and its model card.
+
+    Args:
+        folder: a saved folder.
+        figures: an `Evaluation` as a dict, without its curves, or accuracy and metrics of a plain model.
+    """
+    record = {**read_record(folder), "evaluation": dict(figures)}
+    write_json(Path(folder) / RECORD_FILE, record)
+    write_model_card(folder, record)
+
+
+def default_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f'Model folder "{folder}" has no config.json. Give the folder of a saved model.'
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(file.suffix in PICKLE_SUFFIXES for file in folder.iterdir()):
+        raise ValueError(
+            f'Model folder "{folder}" has pickled weights only, and opening a pickle can run code. '
+            "Convert them to safetensors if you trust their source."
+        )
+    raise FileNotFoundError(f'Model folder "{folder}" has no model.safetensors. Copy the weights there.')
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep back the loading report and bar of transformers; what matters in them is checked."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

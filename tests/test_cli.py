@@ -1,0 +1,426 @@
+"""The command line: exit codes, one line for a failure, recipe precedence, files that are whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from consistentee import __version__
+from consistentee.cli import main
+from consistentee.config import TrainingConfig
+from consistentee.data import TextDataset
+from consistentee.saved import RECORD_FILE
+from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
+
+COLUMNS = ("--text-columns", "text", "--label-column", "label")
+
+
+@dataclasses.dataclass
+class Files:
+    """Saved models and data that the tests share; none of them is written to."""
+
+    model: Path
+    plain: Path
+    backbone: Path
+    train: Path
+    evaluation: Path
+
+
+@dataclasses.dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    root = tmp_path_factory.mktemp("cli")
+    backbone = tiny_backbone(root / "backbone")
+    torch.manual_seed(3)
+    return Files(
+        model=tiny_model(root / "model", backbone, initial_exit_bias=0.0),
+        plain=tiny_full_depth_model(root / "plain", backbone),
+        backbone=backbone,
+        train=write_csv(root / "train.csv", tiny_dataset(60, seed=1)),
+        evaluation=write_csv(root / "evaluation.csv", tiny_dataset(30, seed=2)),
+    )
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def training(files: Files, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace `train` and `finetune` by something that notes its arguments and leaves a saved model."""
+    calls: list[dict[str, Any]] = []
+
+    def fake(source: Path) -> Callable[..., Path]:
+        def run(**arguments: Any) -> Path:
+            calls.append(arguments)
+            shutil.copytree(source, arguments["output_dir"])
+            return arguments["output_dir"]
+
+        return run
+
+    monkeypatch.setattr("consistentee.training.train", fake(files.model))
+    monkeypatch.setattr("consistentee.training.finetune", fake(files.plain))
+    return calls
+
+
+def one_line(outcome: Outcome) -> str:
+    """The single line on standard error."""
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("consistentee: ")
+    return outcome.err
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ("trian", 'Unknown command "trian"'),
+            ("train", "--output-dir requires an argument"),
+            ("train --output-dir o --no-such 1", "Unknown option"),
+            ("train --output-dir o --task sst2", "Give --backbone"),
+            ("train --output-dir o --backbone b", "Give --task, or --train-file"),
+            ("train --output-dir o --backbone b --task sst2 --train-file f", "exclude each other"),
+            ("train --output-dir o --backbone b --train-file f", "needs --text-columns and --label-column"),
+            ("train --output-dir o --backbone b --task sst2 --text-columns a", "a task knows its own"),
+            (
+                "train --output-dir o --backbone b --task sst2 --eval-file e",
+                "--eval-file goes with --train-file",
+            ),
+            (
+                "train --output-dir o --backbone b --train-file f --text-columns a b c --label-column y",
+                "one column or two, got 3",
+            ),
+            (
+                "train --output-dir o --backbone b --train-file f --text-columns a --label-column y --data-dir d",
+                "--data-dir goes with --task",
+            ),
+            ("train --output-dir o --backbone b --task sst", 'Did you mean "sst2"'),
+            ("train --output-dir o --backbone b --task sst2 --head none", "Choose from"),
+            ("train --output-dir o --backbone b --task sst2 --batch-size many", "unable to convert"),
+            (
+                "train --output-dir o --backbone b --task sst2 --batch-size 0",
+                "batch_size must be above 0, got 0",
+            ),
+            (
+                "train --output-dir o --backbone b --task sst2 --max-train-samples 1",
+                "must be at least 2, got 1",
+            ),
+            ("evaluate", "requires an argument"),
+            ("evaluate m --criterion mood", "Choose from"),
+            ("evaluate m --plot p.bmp", "must end in .png"),
+            ("evaluate m --max-samples 0", "--max-samples must be at least 1, got 0"),
+            ("predict m --batch-size 0", "--batch-size must be at least 1, got 0"),
+            ("predict m f --text-columns a b c", "one column or two, got 3"),
+            ("predict m f g", "Unused Tokens"),
+        ],
+    )
+    def test_exit_code_2_and_one_line(self, call: Call, arguments: str, message: str) -> None:
+        outcome = call(*arguments.split())
+        assert outcome.code == 2
+        assert message in one_line(outcome)
+        assert outcome.out == ""
+
+    def test_a_threshold_that_does_not_fit(self, call: Call, files: Files) -> None:
+        for command in (["predict", files.model, files.train], ["evaluate", files.model]):
+            outcome = call(*command, "--threshold", 1.5)
+            assert outcome.code == 2
+            assert "threshold must be in [0, 1] for policy, got 1.5" in one_line(outcome)
+
+    def test_another_criterion_needs_a_threshold_that_the_record_may_have(
+        self, call: Call, files: Files, tmp_path: Path
+    ) -> None:
+        arguments = ["--eval-file", files.evaluation, *COLUMNS, "--criterion", "confidence"]
+        outcome = call("evaluate", files.model, *arguments)
+        assert outcome.code == 2
+        assert "Give one with --threshold" in one_line(outcome)
+        folder = Path(shutil.copytree(files.model, tmp_path / "model"))
+        (folder / RECORD_FILE).write_text('{"thresholds": {"confidence": 0.75}}', encoding="utf-8")
+        outcome = call("evaluate", folder, *arguments)
+        assert outcome.code == 0
+        assert "confidence > 0.75" in outcome.out
+
+    def test_help_and_version(self, call: Call) -> None:
+        assert __version__ in call("--version").out
+        assert "finetune" in call("--help").out
+        text = " ".join(call("train", "--help").out.replace("│", " ").split())
+        for field in dataclasses.fields(TrainingConfig):
+            assert f"--{field.name.replace('_', '-')}"[:28] in text
+        assert "Peak learning rate of the backbone in the warm-up. [default: 5e-05]" in text
+
+    def test_answers_before_torch_is_imported(self) -> None:
+        code = (
+            "import sys; sys.argv = ['/usr/bin/consistentee']; from consistentee.cli import main\n"
+            "assert main(['--help']) == 0 and main(['train']) == 2 and 'torch' not in sys.modules\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+class TestFailures:
+    def test_exit_code_1_and_one_line(self, call: Call, files: Files, tmp_path: Path) -> None:
+        for arguments, message in (
+            (["evaluate", tmp_path / "no", "--task", "sst2"], "does not exist. Check the path"),
+            (["evaluate", files.plain, "--task", "sst2"], "has no exits"),
+            (
+                ["evaluate", files.model, "--task", "sst2", "--data-dir", tmp_path / "no"],
+                "There is no such folder",
+            ),
+            (["evaluate", files.model, "--eval-file", tmp_path / "no.csv", *COLUMNS], "no such file"),
+            (["predict", files.model, tmp_path / "no.txt"], "There is no such file"),
+            (
+                ["train", "--output-dir", tmp_path / "o", "--config", tmp_path / "no.yaml"],
+                "Give the path of a YAML",
+            ),
+        ):
+            outcome = call(*arguments)
+            assert outcome.code == 1
+            assert message in one_line(outcome)
+
+    def test_a_recipe_with_a_wrong_key(self, call: Call, tmp_path: Path) -> None:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text("learning_rat: 1e-5\n", encoding="utf-8")
+        outcome = call("train", "--output-dir", tmp_path / "o", "--config", recipe)
+        assert outcome.code == 1
+        assert 'Did you mean "learning_rate"?' in one_line(outcome)
+
+    def test_a_surprise_names_its_type_and_debug_shows_where(
+        self, call: Call, files: Files, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("two\nlines")
+
+        monkeypatch.setattr("consistentee.prediction.Predictor.from_pretrained", fail)
+        outcome = call("predict", files.model, files.train)
+        assert outcome.code == 1
+        assert "RuntimeError: two lines (run again with --debug for the traceback)" in one_line(outcome)
+        outcome = call("predict", files.model, files.train, "--debug")
+        assert outcome.code == 1
+        assert "Traceback" in outcome.err
+
+    @pytest.mark.parametrize("command", ["train", "finetune"])
+    def test_interrupted(
+        self, call: Call, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    ) -> None:
+        def interrupt(**_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"consistentee.training.{command}", interrupt)
+        arguments = ["--train-file", files.train, *COLUMNS, "--backbone", files.backbone]
+        outcome = call(command, *arguments, "--output-dir", tmp_path / "o")
+        assert outcome.code == 130
+        assert (
+            one_line(outcome) == "consistentee: Interrupted. Continue with the same command and --resume.\n"
+        )
+
+
+class TestTrain:
+    def test_command_line_before_recipe_before_defaults(
+        self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]
+    ) -> None:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(
+            f"task: mrpc\nbackbone: {files.backbone}\nlearning_rate: 1e-5\nbatch_size: 16\ngroup_by_length: false\n"
+            "layer_costs: [0.5]\npatience: 7\n",
+            encoding="utf-8",
+        )
+        data = ["--train-file", files.train, "--eval-file", files.evaluation, *COLUMNS]
+        options = ["--batch-size", 8, "--layer-costs", 0.02, 0.04, "--group-by-length", "--seed", 5]
+        outcome = call("train", "--config", recipe, *data, *options, "--output-dir", tmp_path / "o")
+        assert outcome.code == 0, outcome.err
+        (arguments,) = training
+        config = arguments["config"]
+        assert config == TrainingConfig(
+            learning_rate=1e-5,
+            batch_size=8,
+            layer_costs=(0.02, 0.04),
+            group_by_length=True,
+            patience=7,
+            seed=5,
+        )
+        assert arguments["backbone"] == str(files.backbone)
+        assert arguments["task"] is None  # files on the command line win over the recipe's task
+        assert arguments["resume"] is False
+        assert len(arguments["train_data"]) == 60
+
+    def test_task_of_a_recipe_with_a_local_folder(
+        self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]
+    ) -> None:
+        (tmp_path / "r.yaml").write_text("task: sst2\n", encoding="utf-8")
+        for name, rows in (("train", 20), ("dev", 10)):
+            texts = [f"{text}\t{label}" for (text,), label in zip(*_columns(tiny_dataset(rows)), strict=True)]
+            (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *texts]), encoding="utf-8")
+        outcome = call(
+            *("train", "--config", tmp_path / "r.yaml", "--data-dir", tmp_path, "--backbone", files.backbone),
+            *("--max-train-samples", 12, "--resume", "--output-dir", tmp_path / "o"),
+        )
+        assert outcome.code == 0, outcome.err
+        assert training[0]["task"] == "sst2"
+        assert training[0]["resume"] is True
+        assert len(training[0]["train_data"]) == 12
+        assert "On 10 rows that training has not seen" in outcome.out
+
+    def test_figures_go_into_the_folder(
+        self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]
+    ) -> None:
+        data = ["--train-file", files.train, *COLUMNS, "--backbone", files.backbone]
+        for command in ("train", "finetune"):
+            folder = tmp_path / command
+            outcome = call(command, *data, "--output-dir", folder)
+            assert outcome.code == 0, outcome.err
+            record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+            assert record["evaluation"]["num_examples"] == 6
+            assert "curve" not in record["evaluation"]
+            assert "Measured on 6 rows" in (folder / "README.md").read_text(encoding="utf-8")
+        first, second = training
+        assert first["train_data"].texts == second["train_data"].texts  # the plain model sees the same rows
+        # Without an evaluation file some rows were held out; they can be evaluated on again.
+        held_out = tmp_path / "train" / "held_out.jsonl"
+        assert str(held_out) in outcome.out or (tmp_path / "finetune" / "held_out.jsonl").is_file()
+        kept = {text for (text,) in first["train_data"].texts}
+        rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+        assert len(rows) == 6
+        assert len(first["train_data"]) == 54
+        assert {row["label"] for row in rows} == {"negative", "positive"}
+        assert len(kept) > 40
+        outcome = call("evaluate", tmp_path / "train", "--eval-file", held_out, *COLUMNS)
+        assert outcome.code == 0, outcome.err
+
+    def test_really_trains(self, call: Call, files: Files, tmp_path: Path) -> None:
+        options = "--warmup-epochs 1 --rounds 0 --policy-input signals --policy-epochs 1 --policy-min-steps 1"
+        data = [
+            "--train-file",
+            files.train,
+            "--eval-file",
+            files.evaluation,
+            *COLUMNS,
+            "--backbone",
+            files.backbone,
+        ]
+        options += " --policy-folds 2 --layer-costs 0.02 --mixed-precision no"
+        outcome = call("train", *data, "--output-dir", tmp_path / "o", *options.split())
+        assert outcome.code == 0, outcome.err
+        outcome = call("train", *data, "--output-dir", tmp_path / "o", *options.split())
+        assert outcome.code == 1
+        assert "holds a finished model" in one_line(outcome)
+
+
+class TestEvaluate:
+    def test_table_json_and_picture(self, call: Call, files: Files, tmp_path: Path) -> None:
+        outcome = call(
+            *("evaluate", files.model, "--eval-file", files.evaluation, *COLUMNS, "--threshold", 0.5),
+            *("--criterion", "policy", "patience", "--criterion", "entropy", "--reference", files.plain),
+            *("--json", tmp_path / "e.json", "--plot", tmp_path / "e.png"),
+        )
+        assert outcome.code == 0, outcome.err
+        assert "plain model" in outcome.out
+        assert "policy > 0.5" in outcome.out
+        figures = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+        assert figures["num_examples"] == 30
+        assert figures["criterion"] == "policy"
+        assert set(figures["other_criteria"]) == {"patience", "entropy"}
+        assert 0 <= figures["reference"]["accuracy"] <= 1
+        assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_no_data_and_contradicting_data(self, call: Call, files: Files) -> None:
+        outcome = call("evaluate", files.model)
+        assert outcome.code == 2
+        assert "Give --task with --data-dir, or --eval-file" in one_line(outcome)
+        outcome = call("evaluate", files.model, "--task", "sst2", "--eval-file", files.evaluation, *COLUMNS)
+        assert outcome.code == 2
+
+    def test_max_samples(self, call: Call, files: Files, tmp_path: Path) -> None:
+        data = ["--eval-file", files.evaluation, *COLUMNS, "--max-samples", 10, "--json", tmp_path / "e.json"]
+        assert call("evaluate", files.model, *data).code == 0
+        assert json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["num_examples"] == 10
+
+
+class TestPredict:
+    def test_lines_in_the_order_of_the_input(self, call: Call, files: Files) -> None:
+        outcome = call("predict", files.model, files.evaluation, "--batch-size", 4)
+        assert outcome.code == 0
+        assert outcome.err == ""
+        lines = [json.loads(line) for line in outcome.out.splitlines()]
+        assert [line["text"] for line in lines] == [text for (text,) in tiny_dataset(30, seed=2).texts]
+        assert set(lines[0]) == {"text", "label", "score", "exit_layer"}
+
+    def test_standard_input_and_pairs(
+        self, call: Call, files: Files, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO("a film\tbäd\n".encode()), encoding="utf-8")
+        )
+        outcome = call("predict", files.model)
+        assert outcome.code == 0
+        assert json.loads(outcome.out)["text"] == ["a film", "bäd"]
+        assert "bäd" in outcome.out
+
+    def test_output_is_whole_or_not_there(self, call: Call, files: Files, tmp_path: Path) -> None:
+        outcome = call("predict", files.model, files.evaluation, "--output", tmp_path / "p.jsonl")
+        assert (outcome.code, outcome.out) == (0, "")
+        before = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
+        assert len(before.splitlines()) == 30
+        broken = tmp_path / "broken.txt"
+        broken.write_text("good\n" * 50 + "\nbad\n", encoding="utf-8")
+        outcome = call("predict", files.model, broken, "--output", tmp_path / "p.jsonl", "--batch-size", 4)
+        assert outcome.code == 1
+        assert "broken.txt, line 51: The line is empty" in one_line(outcome)
+        assert (tmp_path / "p.jsonl").read_text(encoding="utf-8") == before
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_a_reader_that_has_had_enough(self, files: Files, tmp_path: Path) -> None:
+        texts = tmp_path / "texts.txt"
+        texts.write_text("a good film and a bad plot\n" * 800, encoding="utf-8")
+        command = [sys.executable, "-m", "consistentee", "predict", str(files.model), str(texts)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode == 0
+
+
+def _columns(rows: TextDataset) -> tuple[list[tuple[str, ...]], list[int]]:
+    return rows.texts, rows.labels
+
+
+def test_importing_the_package_is_enough_for_the_auto_classes(files: Files) -> None:
+    code = (
+        "import sys, consistentee\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        "print(type(Auto.from_pretrained(sys.argv[1])).__name__)\n"
+        "[getattr(consistentee, name) for name in consistentee.__all__]\n"
+    )
+    command = [sys.executable, "-c", code, str(files.model)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert result.stdout.split()[0] == "EarlyExitForSequenceClassification"

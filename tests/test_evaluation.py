@@ -1,0 +1,246 @@
+"""Figures against a hand-made example and against the model's real exits; references; what a saved folder may lack."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+from consistentee.curves import CurvePoint
+from consistentee.evaluation import (
+    class_columns,
+    evaluate_layers,
+    evaluate_model,
+    evaluate_plain,
+    predict_classes,
+)
+from consistentee.prediction import Predictor
+from consistentee.saved import RECORD_FILE, SavedModel, open_model, record_evaluation
+from tiny import (
+    LABEL_NAMES,
+    save,
+    tiny_backbone,
+    tiny_dataset,
+    tiny_full_depth_model,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model with random heads, and its backbone and a plain sibling beside it."""
+    root = tmp_path_factory.mktemp("evaluation")
+    backbone = tiny_backbone(root / "backbone")
+    torch.manual_seed(1)
+    tiny_full_depth_model(root / "plain", backbone)
+    return tiny_model(root / "model", backbone, initial_exit_bias=0.0)
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> SavedModel:
+    return open_model(folder, "cpu")
+
+
+def logits_of(classes: list[list[int]]) -> Tensor:
+    """(rows, layers, 2) logits whose argmax are these classes."""
+    return torch.nn.functional.one_hot(torch.tensor(classes), 2).float() * 2
+
+
+# Four rows, three layers: what each layer predicts, and when the policy leaves at threshold 0.5.
+CLASSES = [[0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 0]]
+LABELS = torch.tensor([0, 0, 1, 1])
+EXIT_PROBS = torch.tensor([[0.9, 0.9, 0.0], [0.8, 0.9, 0.0], [0.1, 0.9, 0.0], [0.2, 0.3, 0.0]])
+
+
+def test_hand_made_example() -> None:
+    evaluation = evaluate_layers(
+        logits_of(CLASSES),
+        EXIT_PROBS,
+        LABELS,
+        threshold=0.5,
+        metrics=("accuracy", "f1"),
+        other_criteria={"patience": 1.5, "confidence": None},
+        reference_predictions=torch.tensor([0, 1, 0, 1]),
+    )
+    # exit layers 1, 1, 2, 3; right: yes, no, yes, no
+    assert evaluation.num_hidden_layers == 3
+    assert evaluation.num_examples == 4
+    assert evaluation.exit_histogram == [2, 1, 1]
+    assert evaluation.exit_accuracy == [0.5, 1.0, 0.0]
+    assert evaluation.accuracy == 0.5
+    assert evaluation.metrics == {"accuracy": 0.5, "f1": pytest.approx(0.5)}
+    assert evaluation.mean_exit_layer == 1.75
+    assert evaluation.layer_speedup == pytest.approx(3 / 1.75)
+    assert evaluation.layers_saved == pytest.approx(1 - 1.75 / 3)
+    assert evaluation.per_layer_accuracy == [0.5, 1.0, 0.75]
+    assert evaluation.classifier_accuracy == evaluation.per_layer_accuracy
+    assert evaluation.other_criteria["confidence"].point is None
+    # a run of two equal predictions: rows leave at 2, 3, 3, 2, all but none wrong
+    assert evaluation.other_criteria["patience"].point == CurvePoint(1.5, 1.0, 2.5, 3 / 2.5)
+    reference = evaluation.reference
+    assert reference is not None
+    assert reference.accuracy == 0.5
+    assert reference.accuracy_difference == 0.0
+    differences = torch.tensor([0.0, 0.0, 1.0, -1.0])
+    assert reference.standard_error == pytest.approx(float(differences.std()) / 2)
+
+
+def test_exit_accuracy_is_none_where_nobody_leaves() -> None:
+    evaluation = evaluate_layers(logits_of(CLASSES), EXIT_PROBS, LABELS, threshold=1.0)
+    assert evaluation.exit_histogram == [0, 0, 4]
+    assert evaluation.exit_accuracy == [None, None, 0.75]
+    assert evaluation.layers_saved == 0.0
+
+
+def test_curve_reaches_from_the_first_layer_to_the_last() -> None:
+    evaluation = evaluate_layers(logits_of(CLASSES), EXIT_PROBS, LABELS)
+    depths = [point.mean_exit_layer for point in evaluation.curve]
+    assert min(depths) == 1.0
+    assert max(depths) == 3.0
+    deepest = max(evaluation.curve, key=lambda point: point.mean_exit_layer)
+    assert deepest.accuracy == evaluation.per_layer_accuracy[-1]
+    assert deepest.layer_speedup == 1.0
+
+
+def test_json_holds_what_scripts_rely_on() -> None:
+    evaluation = evaluate_layers(logits_of(CLASSES), EXIT_PROBS, LABELS)
+    figures = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
+    wanted = (
+        "num_hidden_layers num_examples threshold criterion accuracy metrics mean_exit_layer layer_speedup "
+        "layers_saved exit_histogram exit_accuracy per_layer_accuracy curve reference"
+    )
+    assert set(wanted.split()) <= set(figures)
+    assert figures["reference"] is None
+    assert set(figures["curve"][0]) == {"threshold", "accuracy", "mean_exit_layer", "layer_speedup"}
+    assert "curve" not in evaluation.summary()
+
+
+def test_no_rows_and_bad_thresholds_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        evaluate_layers(torch.empty(0, 3, 2), torch.empty(0, 3), torch.empty(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\] for policy, got 1.5"):
+        evaluate_layers(logits_of(CLASSES), EXIT_PROBS, LABELS, threshold=1.5)
+
+
+@pytest.mark.parametrize("criterion, threshold", [("policy", 0.5), ("confidence", 0.55), ("patience", 1.5)])
+def test_agrees_with_real_exits(saved: SavedModel, criterion: str, threshold: float) -> None:
+    rows = tiny_dataset(50)
+    evaluation = evaluate_model(saved, rows, criteria=[criterion], threshold=threshold, batch_size=16)
+    predictions = Predictor(saved).predict(rows.texts, criterion=criterion, threshold=threshold, batch_size=7)
+    right = [p.label == LABEL_NAMES[label] for p, label in zip(predictions, rows.labels, strict=True)]
+    layers = [p.exit_layer for p in predictions]
+    assert evaluation.accuracy == pytest.approx(sum(right) / 50)
+    assert evaluation.mean_exit_layer == pytest.approx(sum(layers) / 50)
+    assert evaluation.exit_histogram == [layers.count(layer) for layer in (1, 2, 3)]
+    assert set(evaluation.metrics) == {"accuracy", "f1", "matthews"}
+
+
+def test_label_order_of_the_data_does_not_matter(saved: SavedModel) -> None:
+    rows = tiny_dataset(40)
+    turned = replace(rows, labels=[1 - label for label in rows.labels], label_names=("Positive", "NEGATIVE"))
+    first, second = (evaluate_model(saved, data) for data in (rows, turned))
+    assert first.accuracy == second.accuracy
+    assert first.per_layer_accuracy == second.per_layer_accuracy
+
+
+def test_labels_that_differ_are_refused(saved: SavedModel) -> None:
+    rows = replace(tiny_dataset(8), label_names=("bad", "good"))
+    with pytest.raises(ValueError, match=r'got "negative", "positive" and "bad", "good"'):
+        evaluate_model(saved, rows)
+
+
+def test_plain_model_as_reference(saved: SavedModel, folder: Path) -> None:
+    rows = tiny_dataset(40)
+    plain = open_model(folder.parent / "plain", "cpu")
+    evaluation = evaluate_model(saved, rows, reference=plain)
+    alone = evaluate_plain(plain, rows)
+    assert evaluation.reference is not None
+    assert evaluation.reference.accuracy == alone["accuracy"]
+    assert evaluation.reference.accuracy_difference == pytest.approx(evaluation.accuracy - alone["accuracy"])
+    with pytest.raises(ValueError, match=r"has no exits .* can be its --reference"):
+        evaluate_model(plain, rows)
+
+
+def test_hugging_face_classifier_as_reference(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    save(BertForSequenceClassification(config), tokenizer, tmp_path)
+    plain = open_model(tmp_path, "cpu")
+    rows = tiny_dataset(10)
+    predictions = predict_classes(plain, rows, batch_size=3)
+    batch = tokenizer([text for (text,) in rows.texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        wanted = plain.model(**batch).logits.argmax(-1)
+    assert torch.equal(predictions, wanted)
+    assert class_columns(plain, ("no", "yes")) == [0, 1]  # LABEL_0 and LABEL_1 say nothing
+    with pytest.raises(ValueError, match="must agree"):
+        class_columns(plain, ("no", "perhaps", "yes"))
+
+
+def test_thresholds_of_other_criteria_come_from_the_record(saved: SavedModel, folder: Path) -> None:
+    assert saved.exit_rule() == ("policy", 0.5)
+    with pytest.raises(ValueError, match=r'no threshold for criterion "entropy". Give one with --threshold'):
+        saved.exit_rule("entropy")
+    with pytest.raises(ValueError, match="criterion must be one of policy, confidence, entropy, patience"):
+        saved.exit_rule("mood", 0.5)
+    with_record = replace(saved, record={"thresholds": {"entropy": 0.25}})
+    assert with_record.exit_rule("entropy") == ("entropy", 0.25)
+    evaluation = evaluate_model(with_record, tiny_dataset(12), criteria=["policy", "entropy", "patience"])
+    assert evaluation.criterion == "policy"
+    assert evaluation.other_criteria["entropy"].threshold == 0.25
+    assert evaluation.other_criteria["patience"].point is None
+
+
+def test_evaluation_is_recorded_in_the_folder(folder: Path, saved: SavedModel, tmp_path: Path) -> None:
+    evaluation = evaluate_model(saved, tiny_dataset(12))
+    (tmp_path / RECORD_FILE).write_text('{"kind": "early_exit", "seed": 3}', encoding="utf-8")
+    record_evaluation(tmp_path, evaluation.summary())
+    record = json.loads((tmp_path / RECORD_FILE).read_text(encoding="utf-8"))
+    assert record["seed"] == 3
+    assert record["evaluation"]["accuracy"] == evaluation.accuracy
+    assert "Measured on 12 rows" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", RECORD_FILE]
+
+
+class TestOpenModel:
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r'nowhere" does not exist'):
+            open_model(tmp_path / "nowhere")
+
+    def test_folder_without_config(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+            open_model(tmp_path)
+
+    def test_folder_without_weights(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+        with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+            open_model(tmp_path)
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(ValueError, match="pickled weights only"):
+            open_model(tmp_path)
+
+    def test_encoder_without_classifier(self, folder: Path) -> None:
+        with pytest.raises(
+            ValueError, match="Give the folder of a trained classifier, not of an encoder alone"
+        ):
+            open_model(folder.parent / "backbone")
+
+    def test_broken_record(self, folder: Path, tmp_path: Path) -> None:
+        for path in folder.iterdir():
+            (tmp_path / path.name).symlink_to(path)
+        (tmp_path / RECORD_FILE).write_text("{", encoding="utf-8")
+        with pytest.raises(ValueError, match="is not valid JSON"):
+            open_model(tmp_path)

@@ -41,9 +41,9 @@ def page(cells: Sequence[Cell]) -> str:
         "and StackOverflow), which nothing was chosen on. SST-2 uses 10,000 training rows, StackOverflow 5,000.",
         "## Accuracy and layers saved",
         "*Plain* is the same backbone fine-tuned with one classifier at the top, at full depth, on the same rows. "
-        "*At the default threshold* is what a user gets: price and threshold were chosen on validation rows. *At best* sweeps "
-        "the threshold on the evaluation rows: the most layers saved with an accuracy no lower than plain's, or at "
-        "most 1 point lower; for every criterion alike, so it compares them but flatters all.",
+        "*At the default threshold* is what a user gets: price and threshold were chosen on validation rows. *At best* "
+        "sweeps the threshold on the evaluation rows: the most layers saved with an accuracy no lower than plain's, or "
+        "at most 1 point lower; for every criterion alike, so it compares them but flatters all.",
         _gain_table(cells),
         "## Policy against confidence, and the consistent objective against the weighted sum",
         "Best accuracy at a layer speed-up or more, in percent, thresholds swept on the evaluation rows. All rows of "

@@ -20,10 +20,13 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 
-from consistentee import TextDataset, TrainingConfig, finetune, load_task, open_model, train
+from consistentee import SavedModel, TextDataset, TrainingConfig, finetune, load_task, open_model, train
 from consistentee.atomic import write_json
 from consistentee.batches import collate, tokenize
 from consistentee.curves import trade_off_curve
@@ -104,21 +107,24 @@ def run_cell(backbone: Path, data_dir: Path, task: str, method: str, seed: int, 
     write_json(path, cell | {"num_examples": len(evaluation), "config": asdict(config)} | record | figures)
 
 
-def _figures_of(saved, evaluation: TextDataset, task: str) -> dict:
+def _figures_of(saved: SavedModel, evaluation: TextDataset, task: str) -> dict[str, Any]:
     rows = tokenize(evaluation, saved.tokenizer, saved.max_length)
-    options = {"collate": partial(collate, tokenizer=saved.tokenizer)}
+    batches = partial(collate, tokenizer=saved.tokenizer)
+    full_precision = Accelerator(kwargs_handlers=[AutocastKwargs(enabled=False)])
     if saved.record["kind"] == "full_depth":
-        predictions = run_full_depth(saved.model, rows, **options).argmax(-1)
+        predictions = run_full_depth(saved.model, rows, collate=batches, accelerator=full_precision).argmax(
+            -1
+        )
         return {"metrics": compute_metrics(get_task(task).metrics, predictions.numpy(), rows.labels.numpy())}
-    states = run_all_layers(saved.model, rows, **options)
+    states = run_all_layers(saved.early_exit_model, rows, collate=batches, accelerator=full_precision)
     return _exit_figures(states, saved.record["thresholds"], task)
 
 
-def _exit_figures(states: LayerStates, thresholds: dict[str, float], task: str) -> dict:
+def _exit_figures(states: LayerStates, thresholds: dict[str, float], task: str) -> dict[str, Any]:
     right = (states.layer_logits.argmax(-1) == states.labels[:, None]).float()
     num_layers = right.shape[1]
     layers = memorized_layer(states.classifier_logits, states.labels)
-    figures: dict = {
+    figures: dict[str, Any] = {
         "per_layer_accuracy": right.mean(0).tolist(),
         "classifier_accuracy": _accuracy_by_layer(states.classifier_logits, states.labels),
         "memorized_layer_histogram": torch.bincount(layers - 1, minlength=num_layers).tolist(),

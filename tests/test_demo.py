@@ -134,7 +134,10 @@ def test_what_is_there_is_not_downloaded_again(tmp_path: Path, monkeypatch: pyte
 
 def test_a_dozen_sentences_from_all_layers() -> None:
     rows = TextDataset(
-        [(f"Not [bold]{n}[/bold]",) for n in range(40)], [n % 2 for n in range(40)], ("no", "yes"), "x"
+        [(f"Not [bold]{n}[/bold]" + " and so on" * 20,) for n in range(40)],
+        [n % 2 for n in range(40)],
+        ("no", "yes"),
+        "x",
     )
     predictions = [Prediction("yes", 0.75, 1 if n < 37 else 2 + n % 3) for n in range(40)]
     console = Console(width=80, record=True, file=io.StringIO())

@@ -78,8 +78,8 @@ def hardness(
         limit = torch.log(torch.tensor(float(last.shape[-1])))
         return (-(log_probs.exp() * log_probs).sum(-1) / limit).clamp(0, 1)
     if measure == "el2n":
-        target = torch.nn.functional.one_hot(labels, last.shape[-1])
-        return (torch.linalg.vector_norm(last.softmax(-1) - target, dim=-1) / 2**0.5).clamp(0, 1)
+        error = last.softmax(-1) - torch.nn.functional.one_hot(labels, last.shape[-1])
+        return (error.square().sum(-1) / 2).sqrt().clamp(0, 1)
     if measure == "forgetting_events":
         if forgetting_counts is None:
             raise ValueError(

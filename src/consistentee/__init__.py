@@ -84,7 +84,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# How the console script and `python -m consistentee` look while the package is imported.
-_COMMAND_LINE = ("consistentee", "consistentee.exe", "-m")
+# How the console script looks while the package is imported.
+_COMMAND_LINE = ("consistentee", "consistentee.exe")
 if os.path.basename(sys.argv[0] if sys.argv else "") not in _COMMAND_LINE:
     importlib.import_module("consistentee.model")  # registers its classes

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
+from typing_extensions import Self
 
 from consistentee import backbones
-from consistentee.configuration import EarlyExitConfig, FullDepthConfig
+from consistentee.configuration import EarlyExitConfig, EncoderClassifierConfig, FullDepthConfig
 from consistentee.exits import check_threshold, choose_exit_layer, classifier_signals, exit_scores
 from consistentee.heads import InternalClassifiers, PolicyNetwork
 from consistentee.losses import layer_losses, weighted_sum_loss
@@ -82,12 +83,68 @@ def ensemble_layers(classifier_logits: Tensor, decay: float) -> Tensor:
 
 
 class _EncoderClassifier(PreTrainedModel):
-    """What both models share: weights in safetensors, initialisation of new parameters, input checks."""
+    """What both models share: a backbone run layer by layer, and how to put classifiers on a pretrained one."""
 
     base_model_prefix = "backbone"
+    main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
-    main_input_name = "input_ids"
+    config: EncoderClassifierConfig
+
+    def __init__(self, config: EncoderClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder)
+        self.num_layers = backbones.num_layers(self.backbone)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str | Path,
+        *,
+        num_labels: int | None = None,
+        label_names: Sequence[str] | None = None,
+        pooling: str = "auto",
+        **config_values: Any,
+    ) -> Self:
+        """A pretrained encoder with fresh classifiers, and policies where the model has them, on top.
+
+        Args:
+            name_or_path: hub name or local folder of an encoder of a supported type.
+            num_labels: number of classes; or give `label_names`.
+            label_names: the classes' names in order of their index.
+            pooling: `cls`, `mean`, or `auto` for what suits the backbone.
+            **config_values: further fields of the model's configuration, such as `head` or `policy_input`.
+
+        Raises:
+            ValueError: if the type is not supported, or neither `num_labels` nor `label_names` is given.
+            OSError: if there is no such model.
+        """
+        backbone = backbones.load_backbone(name_or_path)
+        config_class: Any = cls.config_class
+        config = config_class(
+            encoder_config=backbone.config,
+            # A new outer configuration would otherwise reset the backbone's.
+            attn_implementation=backbone.config._attn_implementation,
+            pooling=resolve_pooling(pooling, backbone),
+            **_labels(num_labels, label_names),
+            **config_values,
+        )
+        return cls(config, backbone=backbone)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def _new_classifiers(self, num_layers: int) -> InternalClassifiers:
+        return InternalClassifiers(
+            num_layers=num_layers,
+            hidden_size=self.config.hidden_size,
+            num_labels=self.config.num_classes,
+            head=self.config.head,
+            pooling=self.config.pooling,
+            num_queries=self.config.num_queries,
+            dropout=self.config.head_dropout,
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -111,57 +168,10 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
     config: EarlyExitConfig
 
     def __init__(self, config: EarlyExitConfig, backbone: PreTrainedModel | None = None) -> None:
-        super().__init__(config)
-        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder)
-        self.num_layers = backbones.num_layers(self.backbone)
-        self.classifiers = InternalClassifiers(
-            num_layers=self.num_layers,
-            hidden_size=config.hidden_size,
-            num_labels=config.num_classes,
-            head=config.head,
-            pooling=config.pooling,
-            num_queries=config.num_queries,
-            dropout=config.head_dropout,
-        )
+        super().__init__(config, backbone)
+        self.classifiers = self._new_classifiers(self.num_layers)
         self.policy = self.new_policy()
         self.post_init()
-
-    @classmethod
-    def from_backbone(
-        cls,
-        name_or_path: str | Path,
-        *,
-        num_labels: int | None = None,
-        label_names: Sequence[str] | None = None,
-        pooling: str = "auto",
-        **config_values: Any,
-    ) -> EarlyExitForSequenceClassification:
-        """A pretrained encoder with fresh classifiers and policies on top.
-
-        Args:
-            name_or_path: hub name or local folder of an encoder of a supported type.
-            num_labels: number of classes; or give `label_names`.
-            label_names: the classes' names in order of their index.
-            pooling: `cls`, `mean`, or `auto` for what suits the backbone.
-            **config_values: further fields of `EarlyExitConfig`, such as `head` or `policy_input`.
-
-        Raises:
-            ValueError: if the type is not supported, or neither `num_labels` nor `label_names` is given.
-            OSError: if there is no such model.
-        """
-        backbone = backbones.load_backbone(name_or_path)
-        config = EarlyExitConfig(
-            encoder_config=backbone.config,
-            **_attention_of(backbone),
-            pooling=resolve_pooling(pooling, backbone),
-            **_labels(num_labels, label_names),
-            **config_values,
-        )
-        return cls(config, backbone=backbone)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embeddings."""
-        return self.backbone.get_input_embeddings()
 
     def forward(
         self,
@@ -310,44 +320,9 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
     config: FullDepthConfig
 
     def __init__(self, config: FullDepthConfig, backbone: PreTrainedModel | None = None) -> None:
-        super().__init__(config)
-        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder)
-        self.num_layers = backbones.num_layers(self.backbone)
-        self.classifiers = InternalClassifiers(
-            num_layers=1,
-            hidden_size=config.hidden_size,
-            num_labels=config.num_classes,
-            head=config.head,
-            pooling=config.pooling,
-            num_queries=config.num_queries,
-            dropout=config.head_dropout,
-        )
+        super().__init__(config, backbone)
+        self.classifiers = self._new_classifiers(1)
         self.post_init()
-
-    @classmethod
-    def from_backbone(
-        cls,
-        name_or_path: str | Path,
-        *,
-        num_labels: int | None = None,
-        label_names: Sequence[str] | None = None,
-        pooling: str = "auto",
-        **config_values: Any,
-    ) -> FullDepthForSequenceClassification:
-        """A pretrained encoder with one fresh classifier; arguments as in `EarlyExitForSequenceClassification`."""
-        backbone = backbones.load_backbone(name_or_path)
-        config = FullDepthConfig(
-            encoder_config=backbone.config,
-            **_attention_of(backbone),
-            pooling=resolve_pooling(pooling, backbone),
-            **_labels(num_labels, label_names),
-            **config_values,
-        )
-        return cls(config, backbone=backbone)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embeddings."""
-        return self.backbone.get_input_embeddings()
 
     def forward(
         self,
@@ -371,11 +346,6 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
 def resolve_pooling(pooling: str, backbone: PreTrainedModel) -> str:
     """`cls` or `mean`: the given one, or what suits the backbone's type if `auto`."""
     return backbones.architecture_of(backbone.config).pooling if pooling == "auto" else pooling
-
-
-def _attention_of(backbone: PreTrainedModel) -> dict[str, Any]:
-    """The backbone's attention implementation; a new outer configuration would otherwise reset it."""
-    return {"attn_implementation": backbone.config._attn_implementation}
 
 
 def _labels(num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:

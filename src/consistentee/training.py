@@ -162,7 +162,9 @@ def finetune(
         accuracy = float((logits.argmax(-1) == run.validation.labels).float().mean())
         run.say(f"Epoch {number + 1} of {len(ends)}: validation accuracy {accuracy:.4f}")
         progress["history"].append({"epoch": number + 1, "accuracy": accuracy})
-        if progress["best_score"] is None or accuracy >= progress["best_score"]:  # of equals, the longer trained
+        if (
+            progress["best_score"] is None or accuracy >= progress["best_score"]
+        ):  # of equals, the longer trained
             progress.update(best_score=accuracy, best_round=number)
             run.keep_best()
         progress["rounds_done"] = number + 1

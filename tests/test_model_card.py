@@ -60,7 +60,7 @@ def test_figures_of_an_evaluation() -> None:
     assert "| difference, paired | +0.0 points (standard error 0.0) |" in card
     assert "| 1 | 2 | 100.0 % | 100.0 % |" in card
     assert "policy 0.6, patience 2.5" in card
-    assert "threshold=0.8" in card  # between the saved one and never
+    assert "threshold=0.9" in card  # another than the saved one
 
 
 def test_without_an_evaluation_validation_figures_are_called_so() -> None:

@@ -125,8 +125,8 @@ def _metric_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _usage(exits: bool, record: Mapping[str, Any]) -> list[str]:
     thresholds: Mapping[str, float] = record.get("thresholds") or {}
-    deeper = round((1 + thresholds.get("policy", 0.5)) / 2, 2)
-    other = f", threshold={deeper}" if exits else ""
+    turned = other_threshold(thresholds.get("policy", 0.5))
+    other = f", threshold={turned}" if exits else ""
     lines = [
         "```python",
         "from consistentee import Predictor",
@@ -136,13 +136,18 @@ def _usage(exits: bool, record: Mapping[str, Any]) -> list[str]:
         "```",
         "",
         "```",
-        f"consistentee predict this-folder texts.txt{f' --threshold {deeper}' if exits else ''}",
+        f"consistentee predict this-folder texts.txt{f' --threshold {turned}' if exits else ''}",
         "```",
     ]
     if exits and thresholds:
         listed = ", ".join(f"{name} {value:.4g}" for name, value in thresholds.items())
         lines += ["", f"Thresholds chosen on validation rows, by exit rule: {listed}."]
     return lines
+
+
+def other_threshold(threshold: float) -> float:
+    """A policy threshold clearly on the other side of the given one, to show what turning the dial does."""
+    return 0.5 if threshold > 0.6 else 0.9
 
 
 def _training(record: Mapping[str, Any]) -> list[str]:

@@ -76,15 +76,15 @@ NEUTRAL_BELOW = (
     0.5  # on the scale from -4 to 4: raters who do not agree on the sign average to something near 0
 )
 EVALUATION_SHARE = 0.2
-TRAIN_ROWS = 3000  # enough for a real result, few enough for minutes on two cores
+TRAIN_ROWS = 3200  # enough for a real result, few enough for minutes on two cores
 SENTENCES, SEARCHED = 12, 300  # sentences shown, and among how many they are looked for
 SETTINGS = TrainingConfig(
     max_length=64,
     warmup_epochs=1.0,
     rounds=2,
     consistent_epochs=0.5,
-    layer_costs=(0.02, 0.08),
-    policy_input="signals",  # 600 validation rows say too little about 6 x 384 inputs of a state
+    layer_costs=(0.01, 0.03),
+    policy_input="signals",  # 640 validation rows say too little about 6 x 384 inputs of a state
     policy_folds=3,
 )
 

@@ -165,7 +165,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
     """
 
     config_class = EarlyExitConfig
-    config: EarlyExitConfig
+    config: EarlyExitConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: EarlyExitConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config, backbone)
@@ -317,7 +317,7 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
     """The plain model: the same backbone with one classifier, of the same kind, at the top. The reference."""
 
     config_class = FullDepthConfig
-    config: FullDepthConfig
+    config: FullDepthConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: FullDepthConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config, backbone)

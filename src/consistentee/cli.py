@@ -158,7 +158,7 @@ def evaluate(
     if plot is not None:
         from consistentee.plots import plot_evaluation
 
-        plot_evaluation(evaluation, plot, title=f"{Path(model).name}, {rows.source}")
+        plot_evaluation(evaluation, plot, title=f"{Path(model).name}, {Path(rows.source).name}")
         _say(f"Picture written to {plot}")
 
 

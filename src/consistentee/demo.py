@@ -80,12 +80,14 @@ TRAIN_ROWS = 3200  # enough for a real result, few enough for minutes on two cor
 SENTENCES, SEARCHED = 12, 300  # sentences shown, and among how many they are looked for
 SETTINGS = TrainingConfig(
     max_length=64,
+    learning_rate=1e-4,  # a small encoder takes and needs more
     warmup_epochs=1.0,
     rounds=2,
     consistent_epochs=0.5,
-    layer_costs=(0.01, 0.03),
+    layer_costs=(0.02, 0.05),
     policy_input="signals",  # 640 validation rows say too little about 6 x 384 inputs of a state
     policy_folds=3,
+    max_accuracy_loss=0.01,  # up to a point, to show what it buys
 )
 
 

@@ -36,7 +36,9 @@ def page(cells: Sequence[Cell]) -> str:
     """The whole page."""
     parts = [
         "# Results",
-        f"Made by `benchmarks/run_results.py` and `benchmarks/render_results.py`; {_environment(cells)} "
+        "Made by `python benchmarks/run_results.py --models MODELS --data DATA --output CELLS --backbones "
+        f"{_named(cells, 'backbone')} --tasks {_named(cells, 'task')} --seeds {_named(cells, 'seed')}` and "
+        f"`python benchmarks/render_results.py CELLS docs/results.md`; {_environment(cells)} "
         "Figures are means over the seeds given in each row. Accuracy is on the official dev rows (test rows for M-CID "
         "and StackOverflow), which nothing was chosen on. SST-2 uses 10,000 training rows, StackOverflow 5,000.",
         "## Accuracy and layers saved",
@@ -216,6 +218,10 @@ def _environment(cells: Sequence[Cell]) -> str:
         f"{versions}, {environment['device']} with {environment['threads']} thread(s), precision "
         f"{environment['mixed_precision']}, {minutes:.0f} minutes of training in all."
     )
+
+
+def _named(cells: Sequence[Cell], key: str) -> str:
+    return " ".join(sorted({str(cell[key]) for cell in cells}))
 
 
 def _pairs(cells: Sequence[Cell]) -> list[tuple[str, str]]:

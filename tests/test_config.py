@@ -116,6 +116,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("policy_data", "new", 'policy_data must be one of held_out, seen, got "new"'),
     ("estimator", "mc", 'estimator must be one of exact, sampled, got "mc"'),
     ("reward", "none", 'reward must be one of hardness, uniform, got "none"'),
+    ("prices", "all", 'prices must be one of range, each, got "all"'),
     ("reward_loss", "mse", 'reward_loss must be one of cross_entropy, error, got "mse"'),
     ("hardness", "mood", 'hardness must be one of memorized_layer, .*, got "mood"'),
     ("mixed_precision", "int8", 'mixed_precision must be one of auto, no, bf16, fp16, got "int8"'),
@@ -125,6 +126,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("policy_folds", 1, "policy_folds must be at least 2, got 1"),
     ("layer_costs", (), r"layer_costs must hold at least one price >= 0, got \[\]"),
     ("layer_costs", (0.1, -0.1), r"layer_costs must hold at least one price >= 0, got \[0.1, -0.1\]"),
+    ("layer_costs", (0.0, 0.1), r"layer_costs must be above 0 for a range of prices, got \[0.0, 0.1\]"),
     ("layer_costs", (math.nan,), r"layer_costs must hold at least one price >= 0, got \[nan\]"),
     ("consistent_learning_rate", 0.0, "consistent_learning_rate must be above 0, got 0.0"),
     *[

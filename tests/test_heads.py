@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from consistentee.exits import NUM_SIGNALS
+from consistentee.exits import NUM_SIGNALS, classifier_signals, confidence_scores
 from consistentee.heads import AttentionPooling, InternalClassifiers, PolicyNetwork, pool_tokens
 
 LAYERS, HIDDEN, CLASSES = 3, 8, 4
@@ -153,10 +153,22 @@ def test_the_policy_reads_what_it_is_told_to():
         "state+signals": (True, True),
     }.items():
         network = policy(policy_input).eval()
+        for parameter in network.parameters():  # beside signals the other parts begin at zero
+            torch.nn.init.normal_(parameter)
         before = network(pooled, signals)
         changes = (network(pooled + 1, signals), network(pooled, signals + 1))
         assert tuple(not torch.equal(before, after) for after in changes) == reads
         assert network.needs_signals == reads[1]
+
+
+@pytest.mark.parametrize("policy_input", ["signals", "state+signals"])
+def test_an_untrained_policy_with_signals_is_the_confidence_criterion(policy_input: str):
+    layer_logits = torch.randn(50, LAYERS, 3)
+    pooled = torch.randn(50, LAYERS, HIDDEN)
+    logits = policy(policy_input).eval()(pooled, classifier_signals(layer_logits))
+    assert torch.equal(logits.argsort(0), confidence_scores(layer_logits).argsort(0))
+    confidence = confidence_scores(layer_logits)
+    torch.testing.assert_close(logits, torch.logit(confidence) - 1)  # the initial exit bias
 
 
 def test_missing_signals_are_an_error():

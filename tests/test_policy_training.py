@@ -29,6 +29,7 @@ CONFIG = TrainingConfig(
     policy_learning_rate=3e-2,
     policy_folds=2,
     reward="uniform",
+    prices="each",
 )
 
 
@@ -112,6 +113,54 @@ def test_a_policy_with_signals_is_fitted_too(policy_input: str):
     torch.testing.assert_close(probs, policy_exit_probs(policy, states))
     if "state" in policy_input:
         assert (choose_exit_layer(probs, 0.5) == first_right).float().mean() > 0.95
+
+
+def priced_states(rows: int = 1200, seed: int = 1) -> tuple[LayerStates, Tensor]:
+    """Rows wrong before the last layer with a probability that their state tells, and right there."""
+    generator = torch.Generator().manual_seed(seed)
+    risk = torch.rand(rows, generator=generator)
+    right = (torch.rand(rows, generator=generator) >= risk)[:, None].repeat(1, LAYERS)
+    right[:, -1] = True
+    pooled = torch.zeros(rows, LAYERS, HIDDEN)
+    pooled[..., 0] = (2 * risk - 1)[:, None]
+    return states_of(right, torch.randint(2, (rows,), generator=generator), pooled), risk
+
+
+def test_a_policy_for_a_range_of_prices_orders_rows_by_the_price_at_which_they_should_leave():
+    """Going on from layer 1 to the last is worth the risk and costs 3 prices: leave where risk < 3 * price."""
+    states, risk = priced_states()
+    config = replace(CONFIG, policy_epochs=40)
+    low, high = 0.02, 0.3
+    policy = fit_policy(
+        new_policy(),
+        states,
+        torch.zeros(1200),
+        layer_cost=0.08,
+        price_range=(low, high),
+        config=config,
+        seed=0,
+    )
+    fresh, risk = priced_states(seed=2)
+    score = policy_exit_probs(policy, fresh)[:, 0]
+    ranks = torch.stack([score.argsort().argsort(), (-risk).argsort().argsort()]).float()
+    assert torch.corrcoef(ranks)[0, 1] > 0.97
+    leaves = score > 0.5  # at the reference price
+    assert (leaves == (risk < 3 * 0.08)).float().mean() > 0.9
+    # One price alone has no reason to order rows that are far from it.
+    for threshold in (0.2, 0.8):
+        assert 0 < (score > threshold).float().mean() < 1
+
+
+def test_a_choice_over_a_range_of_prices_is_one_policy_at_their_geometric_mean():
+    config = replace(CONFIG, prices="range")
+    choice = choose(telling_states()[0], config=config, layer_costs=(0.01, 0.16))
+    assert choice.layer_cost == pytest.approx(0.04)
+    assert [report.layer_cost for report in choice.reports] == [choice.layer_cost]
+    fixed = choose(telling_states()[0], config=config, layer_costs=(0.04,))
+    assert fixed.layer_cost == 0.04
+    assert not torch.equal(fixed.exit_probs, choice.exit_probs)
+    each = choose(telling_states()[0], layer_costs=(0.04,))
+    assert torch.equal(fixed.exit_probs, each.exit_probs)
 
 
 def test_a_fit_comes_close_to_the_best_reward_there_is():

@@ -19,6 +19,7 @@ PolicyData = Literal["held_out", "seen"]
 Estimator = Literal["exact", "sampled"]
 Reward = Literal["hardness", "uniform"]
 RewardLoss = Literal["cross_entropy", "error"]
+Prices = Literal["range", "each"]
 HardnessMeasure = Literal["memorized_layer", "forgetting_events", "final_loss", "entropy", "el2n", "uniform"]
 Criterion = Literal["policy", "confidence", "entropy", "patience"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
@@ -105,15 +106,18 @@ class TrainingConfig:
     """What a bad exit costs: `cross_entropy` (the paper) or `error` (0 or 1)."""
     hardness: HardnessMeasure = "memorized_layer"
     """Measure behind the `hardness` reward."""
-    layer_costs: tuple[float, ...] = (0.02, 0.04, 0.08)
-    """Prices of one layer to choose from by validation; one value fixes it."""
+    layer_costs: tuple[float, ...] = (0.002, 0.2)
+    """Prices of one layer: the ends of a range, or those to choose from; one value fixes it."""
+    prices: Prices = "range"
+    """`range`: one policy learns all prices from the lowest to the highest of `layer_costs`, and the threshold dials
+    among them. `each`: one policy for each of `layer_costs` (the paper's), of which validation chooses."""
     policy_epochs: int = 40
     """Epochs of each policy fit on cached states, or more where these are fewer than `policy_min_steps`."""
     policy_min_steps: int = 400
     """Least number of steps of a policy fit: few rows need more epochs."""
     policy_batch_size: int = 128
     """Instances per step of a policy fit."""
-    policy_learning_rate: float = 3e-3
+    policy_learning_rate: float = 1e-3
     """Learning rate of a policy fit."""
     policy_weight_decay: float = 0.01
     """Weight decay of a policy fit."""
@@ -175,6 +179,11 @@ class TrainingConfig:
             raise ValueError(f"policy_folds must be at least 2, got {self.policy_folds}.")
         if not self.layer_costs or not all(cost >= 0 for cost in self.layer_costs):
             raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(self.layer_costs)}.")
+        if self.prices == "range" and min(self.layer_costs) == 0 < max(self.layer_costs):
+            raise ValueError(
+                f"layer_costs must be above 0 for a range of prices, got {list(self.layer_costs)}. "
+                "Start it at a small price such as 0.001, or take prices: each."
+            )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size must be a multiple of gradient_accumulation_steps, got {self.batch_size} "

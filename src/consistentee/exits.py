@@ -30,6 +30,7 @@ SIGNAL_NAMES = (
     "depth",
 )
 NUM_SIGNALS = len(SIGNAL_NAMES)
+LOG_ODDS_SCALE = 5.0  # the signal is the log-odds divided by this
 
 
 def exit_distribution(exit_probs: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def classifier_signals(layer_logits: Tensor) -> Tensor:
     top = probs.topk(2, dim=-1)
     top_probability, prediction = top.values[..., 0], top.indices[..., 0]  # (batch, layers)
     rest = (1 - top_probability).clamp_min(1e-7)
-    log_odds = (top_probability.clamp_min(1e-7).log() - rest.log()).clamp(-10, 10) / 5
+    log_odds = (top_probability.clamp_min(1e-7).log() - rest.log()).clamp(-10, 10) / LOG_ODDS_SCALE
     margin = top_probability - top.values[..., 1]
     entropy = -(probs * log_probs).sum(-1) / torch.log(torch.tensor(float(num_classes)))
     energy = logits.logsumexp(-1) / 10

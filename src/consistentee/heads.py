@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from consistentee.exits import NUM_SIGNALS
+from consistentee.exits import LOG_ODDS_SCALE, NUM_SIGNALS, SIGNAL_NAMES
+
+LOG_ODDS = SIGNAL_NAMES.index("log_odds")
 
 
 def pool_tokens(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
@@ -119,7 +121,9 @@ class PolicyNetwork(nn.Module):
     """Exit logits from the pooled state, the classifier's signals, or the sum of both branches.
 
     The state branch is the paper's: per layer Linear(hidden, 32), GELU, Linear(32, 1). The signal branch is one small
-    network shared by all layers (the layer number is among the signals).
+    network shared by all layers (the layer number is among the signals), beside a weight on the log-odds of the
+    predicted class. With signals, both networks begin at zero: an untrained policy is the confidence criterion, and
+    what it learns are corrections to that.
 
     Args:
         policy_input: `state`, `signals` or `state+signals`.
@@ -150,8 +154,13 @@ class PolicyNetwork(nn.Module):
             nn.init.normal_(self.state_weight, std=hidden_size**-0.5)
             nn.init.normal_(self.state_output, std=width**-0.5)
         if "signals" in policy_input:
+            self.confidence_weight = nn.Parameter(torch.tensor(1.0))
             self.signal_hidden = nn.Linear(NUM_SIGNALS, width)
             self.signal_output = nn.Linear(width, 1)
+            nn.init.zeros_(self.signal_output.weight)
+            nn.init.zeros_(self.signal_output.bias)
+            if "state" in policy_input:
+                nn.init.zeros_(self.state_output)
         self.exit_bias = nn.Parameter(torch.full((num_layers,), float(initial_exit_bias)))
 
     @property
@@ -186,6 +195,8 @@ class PolicyNetwork(nn.Module):
         if self.needs_signals:
             if signals is None:
                 raise ValueError(f'policy_input "{self.policy_input}" needs signals, got None.')
-            hidden = nn.functional.gelu(self.signal_hidden(signals.to(self.exit_bias.dtype)))
-            logits = logits + self.signal_output(hidden).squeeze(-1)
+            signals = signals.to(self.exit_bias.dtype)
+            hidden = nn.functional.gelu(self.signal_hidden(signals))
+            log_odds = LOG_ODDS_SCALE * signals[..., LOG_ODDS]
+            logits = logits + self.confidence_weight * log_odds + self.signal_output(hidden).squeeze(-1)
         return logits.float()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from consistentee.config import TrainingConfig
 from consistentee.curves import choose_threshold, curve_score, trade_off_curve
@@ -95,12 +96,19 @@ def fit_policy(
     row_hardness: Tensor,
     *,
     layer_cost: float,
+    price_range: tuple[float, float] | None = None,
     config: TrainingConfig,
     seed: int,
     rows: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> PolicyNetwork:
     """Fit a policy on cached states by policy gradient.
+
+    With a `price_range` one policy learns every price in it. Each instance of a batch draws a price of its own, and
+    its exit logits are those of the network plus `slope * log(price / layer_cost)`, slope > 0 being learned with the
+    network. A higher price thus moves all exit logits up alike, so moving the threshold of the finished policy is
+    the same as setting another price: the exit probability orders (instance, layer) pairs by the price at which
+    leaving there becomes worthwhile, the reservation price of optimal stopping.
 
     The price rises from zero over the first `price_warmup` of the fit (the policy first learns which layers are good,
     then to save), and the entropy bonus falls to zero over it: both keep a high price from collapsing the policy.
@@ -109,7 +117,8 @@ def fit_policy(
         policy: a new policy network; trained in place.
         states: with `pooled`.
         row_hardness: (rows of `states`,) in [0, 1].
-        layer_cost: price of one layer.
+        layer_cost: price of one layer, at which the exit probabilities are those of threshold 0.5.
+        price_range: lowest and highest price to learn for, both above 0; None for `layer_cost` alone.
         config: the estimator, reward and optimisation settings are read.
         seed: of order, dropout and rollouts; the caller's random state is left untouched.
         rows: indices of the rows to fit on; all of them if missing. States are read a batch at a time.
@@ -135,8 +144,12 @@ def fit_policy(
         order_generator = torch.Generator().manual_seed(seed)
         rollout_generator = torch.Generator(device=device).manual_seed(seed)
         policy = policy.to(device).train()
+        slope = torch.zeros(
+            (), device=device, requires_grad=True
+        )  # through softplus, so that it stays positive
+        parameters = [*policy.parameters(), slope]
         optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.policy_learning_rate, weight_decay=config.policy_weight_decay
+            parameters, lr=config.policy_learning_rate, weight_decay=config.policy_weight_decay
         )
         step = 0
         for _ in range(epochs):
@@ -147,12 +160,16 @@ def fit_policy(
                 progress = step / total
                 for group in optimizer.param_groups:
                     group["lr"] = config.policy_learning_rate * (1 - progress)
-                price = layer_cost * min(1.0, progress / config.price_warmup if config.price_warmup else 1.0)
-                reward = rewards(losses[batch], price, weights[batch]).to(device)
+                prices = _draw_prices(len(batch), layer_cost, price_range, order_generator)
+                rise = min(1.0, progress / config.price_warmup if config.price_warmup else 1.0)
+                reward = rewards(losses[batch], rise * prices, weights[batch]).to(device)
                 exit_logits = policy(
                     states.pooled[batch].float().to(device),
                     None if signals is None else signals[batch].to(device),
                 )
+                if price_range is not None:
+                    above = (prices / layer_cost).log().to(device)
+                    exit_logits = exit_logits + functional.softplus(slope) * above[:, None]
                 if config.estimator == "exact":
                     loss = exact_policy_loss(exit_logits, reward)
                 else:
@@ -161,10 +178,20 @@ def fit_policy(
                 loss = (loss - bonus * policy_entropy(exit_logits)).mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 step += 1
     return policy.cpu().eval()
+
+
+def _draw_prices(
+    count: int, layer_cost: float, price_range: tuple[float, float] | None, generator: torch.Generator
+) -> Tensor:
+    """A price for every instance, (count,): log-uniform in the range, or the one price."""
+    if price_range is None:
+        return torch.full((count,), layer_cost)
+    low, high = map(math.log, price_range)
+    return (low + (high - low) * torch.rand(count, generator=generator)).exp()
 
 
 @torch.no_grad()
@@ -193,18 +220,23 @@ def choose_policy(
     device: torch.device | str = "cpu",
     on_fit: Callable[[], object] | None = None,
 ) -> PolicyChoice:
-    """Fit a policy at each price, judge it on rows it has not seen, and choose price and thresholds.
+    """Fit a policy for the range of prices or one at each, judge it on rows it has not seen, and choose.
 
     Args:
         new_policy: makes an untrained policy network.
         policy_states: rows the policy learns from.
         validation_states: other rows to judge it by; None cross-fits on `policy_states`.
         config: settings.
-        layer_costs: prices to try.
+        layer_costs: prices, at least one: the ends of the range, or those to try, as `config.prices` says. The price
+            of a policy for a range is the geometric mean of its ends.
         seed: of folds and fits.
         forgetting_counts: (rows of policy_states,), for that hardness measure.
         on_fit: called after each fit, to move a progress bar.
     """
+    price_range = None
+    if config.prices == "range" and min(layer_costs) < max(layer_costs):
+        price_range = min(layer_costs), max(layer_costs)
+        layer_costs = (math.sqrt(price_range[0] * price_range[1]),)
     measure = config.hardness
     policy_hardness = hardness(
         measure, policy_states.layer_logits, policy_states.labels, forgetting_counts=forgetting_counts
@@ -225,6 +257,7 @@ def choose_policy(
             policy_states,
             policy_hardness,
             layer_cost=layer_cost,
+            price_range=price_range,
             config=config,
             seed=fit_seed,
             rows=rows,

@@ -34,12 +34,12 @@ def reward_losses(kind: str, layer_logits: Tensor, labels: Tensor) -> Tensor:
     raise ValueError(f'reward_loss must be one of {", ".join(REWARD_LOSSES)}, got "{kind}".')
 
 
-def rewards(losses: Tensor, layer_cost: float, hardness: Tensor | None = None) -> Tensor:
+def rewards(losses: Tensor, layer_cost: float | Tensor, hardness: Tensor | None = None) -> Tensor:
     """Reward for leaving at each layer: `-loss_t - layer_cost * t * (1 - hardness)`.
 
     Args:
         losses: (batch, layers), the loss of leaving at each layer (`reward_losses`).
-        layer_cost: price of one layer, >= 0.
+        layer_cost: price of one layer, >= 0; one for all, or (batch,) one for each instance.
         hardness: (batch,) in [0, 1], or None for the uniform (plain) reward. An easy instance (0) pays the full
             price per layer, a hard one (1) uses all layers for nothing.
 
@@ -47,7 +47,7 @@ def rewards(losses: Tensor, layer_cost: float, hardness: Tensor | None = None) -
         (batch, layers).
 
     Raises:
-        ValueError: if `layer_cost` is negative.
+        ValueError: if a `layer_cost` is negative.
 
     Source: ConsistentEE (arXiv:2312.11882), hardness-guided reward; their alpha -> `layer_cost`, ML / L -> `hardness`.
 
@@ -55,10 +55,11 @@ def rewards(losses: Tensor, layer_cost: float, hardness: Tensor | None = None) -
         >>> rewards(torch.tensor([[0.5, 0.1]]), 0.1, torch.tensor([0.5]))
         tensor([[-0.5500, -0.2000]])
     """
-    if layer_cost < 0:
-        raise ValueError(f"layer_cost must be >= 0, got {layer_cost}.")
+    costs = torch.as_tensor(layer_cost, dtype=losses.dtype, device=losses.device)
+    if costs.numel() and float(costs.min()) < 0:
+        raise ValueError(f"layer_cost must be >= 0, got {float(costs.min()):g}.")
     layers = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
-    price = layer_cost * layers.expand_as(losses)
+    price = costs.reshape(-1, 1) * layers.expand_as(losses)
     if hardness is not None:
         price = price * (1 - hardness[:, None].to(losses.dtype))
     return -losses - price

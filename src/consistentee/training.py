@@ -245,7 +245,9 @@ def _fit_policies(
     if config.policy_input == "auto":
         inputs = AUTO_INPUTS
     if progress["layer_cost"] is not None and not all_prices:
-        prices, inputs = (progress["layer_cost"],), (progress["policy_input"],)
+        inputs = (progress["policy_input"],)
+        if config.prices == "each":
+            prices = (progress["layer_cost"],)
     cross_fitted = config.policy_data == "held_out"
     states = run.states(run.policy_rows, f"{description}: states", keep_pooled=True)
     validation = (
@@ -253,7 +255,8 @@ def _fit_policies(
     )
     choice: PolicyChoice | None = None
     if run.accelerator.is_main_process:
-        fits = len(inputs) * (len(prices) * config.policy_folds + 1 if cross_fitted else len(prices))
+        num_prices = 1 if config.prices == "range" else len(prices)
+        fits = len(inputs) * (num_prices * config.policy_folds + 1 if cross_fitted else num_prices)
         with tqdm(total=fits, desc=f"{description}: fits", unit="fit", disable=None, leave=False) as bar:
             choices = [
                 choose_policy(
@@ -333,7 +336,7 @@ def _report_collapses(run: Run, choice: PolicyChoice) -> None:
             run.say(
                 f"Layer cost {report.layer_cost:g} collapsed: {report.first_layer_share:.0%} leave at layer 1 with "
                 f"accuracy {report.accuracy:.3f}. "
-                + ("All prices did; try lower layer_costs." if choice.report.collapsed else "It is not used.")
+                + ("Try lower layer_costs." if choice.report.collapsed else "It is not used.")
             )
 
 

@@ -11,6 +11,7 @@ cut them, from its record. Each variant is fitted with several seeds.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from dataclasses import replace
 from functools import partial
@@ -32,7 +33,8 @@ from consistentee.hardness import hardness
 from consistentee.policy_training import fit_policy, policy_exit_probs
 from consistentee.states import LayerStates, run_all_layers
 
-PRICES = (0.01, 0.02, 0.04, 0.08)
+RANGE = (0.002, 0.2)
+PRICES = (0.005, 0.02, 0.08)
 COLLAPSE_PRICES = (0.1, 0.3)
 GUARDS_OFF = {"initial_exit_bias": 0.0, "price_warmup": 0.0, "entropy_bonus": 0.0}
 INPUTS: dict[str, dict[str, Any]] = {
@@ -43,6 +45,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     **INPUTS,
     **{f"{name}, seen rows": {**values, "policy_data": "seen"} for name, values in INPUTS.items()},
+    **{f"{name}, one price": {**values, "prices": "each"} for name, values in INPUTS.items()},
     "state+signals, uniform reward": {"policy_input": "state+signals", "reward": "uniform"},
     "state+signals, cross-entropy": {"policy_input": "state+signals", "reward_loss": "cross_entropy"},
     "state+signals, sampled": {"policy_input": "state+signals", "estimator": "sampled"},
@@ -98,16 +101,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for criterion in ("confidence", "entropy", "patience"):
         scores = exit_scores(criterion, judged.layer_logits, None)
-        rows.append({"name": criterion, "price": None, **_figures([scores], judged, criterion)})
+        rows.append({"name": criterion, "price": "", **_figures([scores], judged, criterion)})
     for name, changes in VARIANTS.items():
-        for price in PRICES:
-            probs = _fits(
-                saved, replace(config, **changes), seen_states, held_states, judged, price, options.seeds
-            )
-            rows.append({"name": name, "price": price, **_figures(probs, judged, "policy")})
+        changed = replace(config, **changes)
+        for price in PRICES if changed.prices == "each" else (None,):
+            probs = _fits(saved, changed, seen_states, held_states, judged, price, options.seeds)
+            rows.append({"name": name, "price": price or "range", **_figures(probs, judged, "policy")})
     for name, changes in GUARDS.items():
         for price in COLLAPSE_PRICES:
-            changed = replace(config, policy_input="state+signals", reward_loss="cross_entropy", **changes)
+            changed = replace(config, policy_input="state", reward_loss="cross_entropy", **changes)
             probs = _fits(saved, changed, seen_states, held_states, judged, price, options.seeds)
             rows.append({"name": f"collapse, {name}", "price": price, **_figures(probs, judged, "policy")})
     Console(width=150).print(_table(rows))
@@ -121,10 +123,10 @@ def _fits(
     seen: LayerStates,
     held: LayerStates,
     judged: LayerStates,
-    price: float,
+    price: float | None,
     seeds: int,
 ) -> list[Tensor]:
-    """Exit probabilities of the judged rows under the policies of several seeds."""
+    """Exit probabilities of the judged rows under the policies of several seeds; without a price, for the range."""
     source = seen if config.policy_data == "seen" else held
     weights = hardness(config.hardness, source.layer_logits, source.labels)
     model = saved.early_exit_model
@@ -133,7 +135,15 @@ def _fits(
     for seed in range(seeds):
         torch.manual_seed(seed)
         policy = model.new_policy(config.policy_input)
-        policy = fit_policy(policy, source, weights, layer_cost=price, config=config, seed=seed)
+        policy = fit_policy(
+            policy,
+            source,
+            weights,
+            layer_cost=math.sqrt(RANGE[0] * RANGE[1]) if price is None else price,
+            price_range=RANGE if price is None else None,
+            config=config,
+            seed=seed,
+        )
         probs.append(policy_exit_probs(policy, judged))
     return probs
 
@@ -167,7 +177,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             row["name"],
-            "" if row["price"] is None else f"{row['price']:g}",
+            str(row["price"]),
             f"{100 * row['score']:.2f}",
             *(f"{100 * value:.1f}" for value in row["accuracy_at"].values()),
             f"{row['mean_exit_layer']:.1f}",

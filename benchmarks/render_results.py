@@ -1,6 +1,6 @@
 """Write docs/results.md from the cells of run_results.py.
 
-Usage: python benchmarks/render_results.py runs/results docs/results.md
+Usage: python benchmarks/render_results.py benchmarks/results docs/results.md
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def page(cells: Sequence[Cell]) -> str:
     """The whole page."""
     parts = [
         "# Results",
-        "Made by `python benchmarks/run_results.py --models MODELS --data DATA --output CELLS --backbones "
+        "Made by `python benchmarks/run_results.py --models MODELS --data DATA --runs RUNS --backbones "
         f"{_named(cells, 'backbone')} --tasks {_named(cells, 'task')} --seeds {_named(cells, 'seed')}` and "
-        f"`python benchmarks/render_results.py CELLS docs/results.md`; {_environment(cells)} "
+        f"`python benchmarks/render_results.py benchmarks/results docs/results.md`; {_environment(cells)} "
         "Figures are means over the seeds given in each row. Accuracy is on the official dev rows (test rows for M-CID "
         "and StackOverflow), which nothing was chosen on. SST-2 uses 10,000 training rows, StackOverflow 5,000.",
         "## Accuracy and layers saved",
@@ -213,10 +213,9 @@ def _round_table(cells: Sequence[Cell]) -> str:
 def _environment(cells: Sequence[Cell]) -> str:
     environment = cells[0]["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("consistentee", "torch", "transformers"))
-    minutes = sum(cell["minutes"] for cell in cells)
     return (
         f"{versions}, {environment['device']} with {environment['threads']} thread(s), precision "
-        f"{environment['mixed_precision']}, {minutes:.0f} minutes of training in all."
+        f"{environment['mixed_precision']}."
     )
 
 

@@ -1,10 +1,10 @@
 """Train and measure every method on every pair of backbone and task: the figures behind docs/results.md.
 
-    python benchmarks/run_results.py --models DIR --data DIR --output runs/results \
+    python benchmarks/run_results.py --models DIR --data DIR --runs runs/results \
         --backbones e5-12l mpnet-12l --tasks m-cid sst2 --seeds 1 2 3
 
-Each finished cell is one JSON file in the output folder and is not run again; an interrupted cell is resumed. Then
-`python benchmarks/render_results.py runs/results` writes the page.
+Each finished cell is one JSON file in `benchmarks/results` and is not run again; an interrupted cell is resumed from
+its run's folder. Then `python benchmarks/render_results.py benchmarks/results docs/results.md` writes the page.
 
 Methods, all with the same rows, split, heads, epochs, batches and learning rates:
 
@@ -16,7 +16,7 @@ Methods, all with the same rows, split, heads, epochs, batches and learning rate
 from __future__ import annotations
 
 import argparse
-import time
+import json
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
 from consistentee import SavedModel, TextDataset, TrainingConfig, finetune, load_task, open_model, train
-from consistentee.atomic import write_json
+from consistentee.atomic import write_text
 from consistentee.batches import collate, tokenize
 from consistentee.curves import trade_off_curve
 from consistentee.exits import CRITERIA, choose_exit_layer, exit_scores
@@ -46,6 +46,7 @@ FOLDERS = {
 MAX_TRAIN_ROWS = {"sst2": 10_000, "stackoverflow": 5_000}
 WARMUP_EPOCHS = {"sst2": 2.0, "stackoverflow": 2.0, "mrpc": 3.0, "rte": 3.0, "m-cid": 6.0}
 METHODS = ("plain", "weighted", "consistent")
+CELLS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -57,7 +58,10 @@ def main() -> None:
         "--models", type=Path, required=True, help="folder that holds one folder per backbone"
     )
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the data sets")
-    parser.add_argument("--output", type=Path, required=True, help="where the cells go")
+    parser.add_argument("--runs", type=Path, required=True, help="where the trained models go")
+    parser.add_argument(
+        "--output", type=Path, default=CELLS, help="where the figures go (default: %(default)s)"
+    )
     parser.add_argument("--backbones", nargs="+", default=["e5-12l", "mpnet-12l"])
     parser.add_argument("--tasks", nargs="+", default=list(FOLDERS), choices=list(FOLDERS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -67,16 +71,24 @@ def main() -> None:
         for backbone in options.backbones:
             for task in options.tasks:
                 for method in options.methods:
-                    path = options.output / f"{backbone}_{task}_{method}_{seed}.json"
-                    if not path.is_file():
-                        print(f"== {path.stem}", flush=True)
-                        run_cell(
-                            options.models / backbone, options.data / FOLDERS[task], task, method, seed, path
+                    name = f"{backbone}_{task}_{method}_{seed}"
+                    if not (options.output / f"{name}.json").is_file():
+                        print(f"== {name}", flush=True)
+                        cell = run_cell(
+                            options.models / backbone,
+                            options.data / FOLDERS[task],
+                            task,
+                            method,
+                            seed,
+                            options.runs / name,
                         )
+                        write_text(options.output / f"{name}.json", json.dumps(cell) + "\n")
 
 
-def run_cell(backbone: Path, data_dir: Path, task: str, method: str, seed: int, path: Path) -> None:
-    """Train one method on one task with one backbone and write what it does on the evaluation rows."""
+def run_cell(
+    backbone: Path, data_dir: Path, task: str, method: str, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Train one method on one task with one backbone, and measure what it does on the evaluation rows."""
     train_data, _ = load_task(task, data_dir, need_train=True)
     if train_data is None:
         raise SystemExit(f"{data_dir} holds no training rows.")
@@ -85,9 +97,7 @@ def run_cell(backbone: Path, data_dir: Path, task: str, method: str, seed: int, 
     if method == "weighted":  # as many epochs, all of them on the weighted sum
         total = config.warmup_epochs + config.rounds * config.consistent_epochs
         config = replace(config, warmup_epochs=total, rounds=0)
-    folder = path.with_suffix("")
     fit = finetune if method == "plain" else train
-    started = time.time()
     fit(
         backbone=backbone,
         train_data=train_data,
@@ -97,14 +107,26 @@ def run_cell(backbone: Path, data_dir: Path, task: str, method: str, seed: int, 
         resume=True,
         report=partial(print, flush=True),
     )
-    minutes = (time.time() - started) / 60
     saved = open_model(folder)
     _, evaluation = load_task(task, data_dir, label_names=saved.label_names)
     figures = _figures_of(saved, evaluation, task)
     keys = ("data", "environment", "warmup", "history", "best_round", "policy")
     record = {key: saved.record.get(key) for key in keys}
-    cell = {"backbone": backbone.name, "task": task, "method": method, "seed": seed, "minutes": minutes}
-    write_json(path, cell | {"num_examples": len(evaluation), "config": asdict(config)} | record | figures)
+    record["data"].pop("source")  # where the files lie here is nobody's business
+    cell = {"backbone": backbone.name, "task": task, "method": method, "seed": seed}
+    cell |= {"num_examples": len(evaluation), "config": asdict(config)}
+    return _rounded(cell | record | figures)
+
+
+def _rounded(value: Any) -> Any:
+    """The same with every fraction cut to five digits: cells are kept under version control."""
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
+    return value
 
 
 def _figures_of(saved: SavedModel, evaluation: TextDataset, task: str) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class TrainingConfig:
     among them. `each`: one policy for each of `layer_costs` (the paper's), of which validation chooses."""
     policy_epochs: int = 40
     """Epochs of each policy fit on cached states, or more where these are fewer than `policy_min_steps`."""
-    policy_min_steps: int = 400
+    policy_min_steps: int = 100
     """Least number of steps of a policy fit: few rows need more epochs."""
     policy_batch_size: int = 128
     """Instances per step of a policy fit."""

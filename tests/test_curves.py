@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from consistentee.curves import BUDGETS, CurvePoint, choose_threshold, curve_score, trade_off_curve
-from consistentee.exits import CRITERIA, choose_exit_layer, exit_scores
+from consistentee.curves import (
+    BUDGETS,
+    CurvePoint,
+    budget_hits,
+    choose_threshold,
+    curve_score,
+    trade_off_curve,
+)
+from consistentee.exits import CRITERIA, choose_exit_layer, confidence_scores, exit_scores
 
 
 def point(threshold: float, accuracy: float, mean_exit_layer: float) -> CurvePoint:
@@ -82,3 +89,15 @@ def test_choose_threshold_passes_over_a_lucky_bump():
 def test_choose_threshold_accepts_a_flat_curve_at_the_floor():
     points = [point(i / 40, 0.9, 1 + i / 4) for i in range(40)]
     assert choose_threshold(points, 0.9) == 0.0
+
+
+def test_budget_hits_add_up_to_the_score():
+    torch.manual_seed(0)
+    layer_logits, labels = torch.randn(60, 5, 3), torch.randint(3, (60,))
+    scores = confidence_scores(layer_logits)
+    points = trade_off_curve(scores, layer_logits, labels, "confidence")
+    hits = budget_hits(scores, layer_logits, labels, points)
+    assert hits.shape == (60,)
+    assert int(hits.min()) >= 0
+    assert int(hits.max()) <= len(BUDGETS)
+    assert float(hits.double().mean()) / len(BUDGETS) == pytest.approx(curve_score(points))

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -340,6 +340,7 @@ POLICY_EFFECTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     *(({"hardness": name}, {}) for name in ("final_loss", "entropy", "el2n", "uniform")),
     ({"layer_costs": (0.5,)}, {}),
     ({"layer_costs": (0.02, 0.5)}, {}),
+    ({"prices": "each"}, {"layer_costs": (0.02, 0.5)}),
     ({"policy_epochs": 3}, {}),
     ({"policy_min_steps": 50}, {}),
     ({"policy_batch_size": 8}, {}),
@@ -558,7 +559,7 @@ def test_a_collapse_is_reported(
     layer_costs: tuple[float, ...],
     remedy: str,
 ) -> None:
-    collapsed = choice_for(layer_costs=layer_costs, reward="uniform", policy_epochs=20)
+    collapsed = choice_for(layer_costs=layer_costs, prices="each", reward="uniform", policy_epochs=20)
 
     def choose(*args: Any, **kwargs: Any) -> PolicyChoice:
         reports = {"reports": collapsed.reports, "layer_cost": collapsed.layer_cost}
@@ -575,42 +576,49 @@ def test_a_collapse_is_reported(
     ]
 
 
-def test_rounds_stop_when_nothing_is_gained(
-    quick_train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = iter([0.5, 0.7, 0.7, 0.6, 0.9, 0.9, 0.9])
+def scored(scores: Iterator[float], hits: Iterator[list[int]] | None = None) -> Callable[..., PolicyChoice]:
+    """`choose_policy` with these scores, and hits of the judged rows; by default none, hence without any error."""
 
     def choose(*args: Any, **kwargs: Any) -> PolicyChoice:
         choice, score = choose_policy(*args, **kwargs), next(scores)
-        return dataclasses.replace(
-            choice, reports=tuple(dataclasses.replace(r, score=score) for r in choice.reports)
-        )
+        reports = tuple(dataclasses.replace(report, score=score) for report in choice.reports)
+        of_rows = torch.zeros_like(choice.hits) if hits is None else torch.tensor(next(hits))
+        return dataclasses.replace(choice, reports=reports, hits=of_rows)
 
-    monkeypatch.setattr(training, "choose_policy", choose)
+    return choose
+
+
+def test_rounds_stop_when_nothing_is_gained(
+    quick_train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [0.5, 0.7, 0.6, 0.65, 0.9, 0.9, 0.9]
+    monkeypatch.setattr(training, "choose_policy", scored(iter(scores)))
     said: list[str] = []
     record = read_record(quick_train(said.append, rounds=6, patience=2, consistent_epochs=0.5))
-    assert [entry["score"] for entry in record["history"]] == [
-        0.5,
-        0.7,
-        0.7,
-        0.6,
-    ]  # and the last for the final choice
+    # and one more for the final choice
+    assert [entry["score"] for entry in record["history"]] == [0.5, 0.7, 0.6, 0.65]
     assert record["best_round"] == 1
-    assert "Stopped early: no better validation score for 2 rounds." in said
+    assert "Stopped early: 2 rounds in turn with a worse validation score." in said
+
+
+@pytest.mark.parametrize("last_score,kept", [(0.67, 1), (0.69, 3), (0.7, 3)])
+def test_a_later_round_is_kept_if_it_is_no_worse_than_a_standard_error(
+    quick_train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, last_score: float, kept: int
+) -> None:
+    rows = 30
+    same, other = [3] * rows, [3, 3, 2] * (rows // 3)  # one row in three loses one budget of six
+    error = (10 / rows * 20 / rows * rows / (rows - 1)) ** 0.5 / 6 / rows**0.5
+    assert 0.01 < error < 0.03
+    scores = iter([0.5, 0.7, 0.6, last_score, 0.9])
+    monkeypatch.setattr(training, "choose_policy", scored(scores, iter([same, same, other, other, other])))
+    record = read_record(quick_train(rounds=3, patience=5, consistent_epochs=0.5))
+    assert record["best_round"] == kept
 
 
 def test_the_best_rounds_weights_are_saved(
     quick_train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([0.9, 0.5, 0.5])
-
-    def choose(*args: Any, **kwargs: Any) -> PolicyChoice:
-        choice, score = choose_policy(*args, **kwargs), next(scores)
-        return dataclasses.replace(
-            choice, reports=tuple(dataclasses.replace(r, score=score) for r in choice.reports)
-        )
-
-    monkeypatch.setattr(training, "choose_policy", choose)
+    monkeypatch.setattr(training, "choose_policy", scored(iter([0.9, 0.5, 0.5])))
     kept = read_weights(quick_train(schedule="constant"))
     monkeypatch.undo()
     without_rounds = read_weights(

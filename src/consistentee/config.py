@@ -130,7 +130,7 @@ class TrainingConfig:
     policy_folds: int = 4
     """Folds of the cross-fitted policy on held-out rows."""
     patience: int = 2
-    """Stop after this many rounds without a better validation score."""
+    """Stop after this many rounds in turn that are worse on validation rows by more than a standard error."""
     max_accuracy_loss: float = 0.0
     """The default threshold may lose this much validation accuracy (0.01 = one point) against the last layer."""
 

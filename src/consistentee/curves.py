@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from consistentee.exits import candidate_thresholds, choose_exit_layer
@@ -47,6 +48,26 @@ def curve_score(points: Sequence[CurvePoint]) -> float:
     """Mean over `BUDGETS` of the best accuracy at that layer speed-up or more: one number for a whole curve."""
     best = [max((p.accuracy for p in points if p.layer_speedup >= budget), default=0.0) for budget in BUDGETS]
     return sum(best) / len(best)
+
+
+def budget_hits(scores: Tensor, layer_logits: Tensor, labels: Tensor, points: Sequence[CurvePoint]) -> Tensor:
+    """At how many of the `BUDGETS` a row is right, with each budget's best threshold; their mean gives `curve_score`.
+
+    Args:
+        scores, layer_logits, labels: as in `trade_off_curve`.
+        points: the curve of these scores.
+
+    Returns:
+        (rows,), int64.
+    """
+    right = (layer_logits.argmax(-1) == labels[:, None]).long()
+    hits = torch.zeros_like(labels)
+    for budget in BUDGETS:
+        fast = [point for point in points if point.layer_speedup >= budget]
+        if fast:
+            best = max(fast, key=lambda point: point.accuracy)
+            hits += right.gather(1, choose_exit_layer(scores, best.threshold)[:, None] - 1).squeeze(1)
+    return hits
 
 
 def choose_threshold(points: Sequence[CurvePoint], accuracy_floor: float) -> float:

@@ -281,6 +281,7 @@ def start_run(
             "policy_fitted": False,
             "training_done": False,
             "best_score": None,
+            "best_hits": [],
             "best_round": 0,
             "layer_cost": None,
             "policy_input": None,

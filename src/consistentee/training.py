@@ -3,7 +3,7 @@
     phase 1  warm-up      backbone + classifiers on the layer-weighted sum of their losses
     phase 2  policy       fitted on cached states; judged on rows nobody has trained on
     phase 3  consistent   backbone + classifiers on the expected loss at the exit layer
-    phases 2 and 3 repeat; the best round by validation is kept, then price and threshold are chosen on it
+    phases 2 and 3 repeat; of the rounds that validation finds no worse the last is kept, then the threshold is chosen
 
 Source: ConsistentEE (AAAI 2024, arXiv:2312.11882). Differences: the exact policy gradient by default, a policy on
 held-out rows (cross-fitted), some weighted sum kept in phase 3, one learning-rate schedule over all phases.
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from consistentee import checkpoints
 from consistentee.config import TrainingConfig
+from consistentee.curves import BUDGETS
 from consistentee.data import TextDataset
 from consistentee.exits import choose_exit_layer, exit_distribution, exit_scores
 from consistentee.hardness import memorized_layer
@@ -100,7 +101,7 @@ def train(
             stale = number - progress["best_round"] >= config.patience
             progress["training_done"] = stale or number == config.rounds or round_steps == 0
             if stale and number < config.rounds:
-                run.say(f"Stopped early: no better validation score for {config.patience} rounds.")
+                run.say(f"Stopped early: {config.patience} rounds in turn with a worse validation score.")
             run.checkpoint()
         if not progress["training_done"]:
             # Phase 3: an instance's loss comes from where it leaves.
@@ -114,7 +115,7 @@ def train(
             progress.update(rounds_done=number + 1, policy_fitted=False)
             run.checkpoint()
 
-    # On the best round's weights, the price and the threshold.
+    # On the kept round's weights, the policy and the threshold.
     run.load_weights(checkpoints.load_weights(run.best_path))
     choice, states = _fit_policies(run, "final policy", all_prices=True)
     _report_choice(run, choice)
@@ -289,7 +290,11 @@ def _forgetting_counts(checks: list[list[int]]) -> Tensor | None:
 
 
 def _record_round(run: Run, number: int, choice: PolicyChoice, states: LayerStates) -> None:
-    """Note how the round did on validation rows, say it, and keep the weights if they are the best so far."""
+    """Note how the round did on validation rows, say it, and keep its weights if none did better.
+
+    A round that is within one standard error of the best score counts as no worse and is kept in its place: it has
+    had more training, at falling learning rates.
+    """
     report, progress = choice.report, run.progress
     figures = asdict(report) | {
         "round": number,
@@ -303,9 +308,19 @@ def _record_round(run: Run, number: int, choice: PolicyChoice, states: LayerStat
         f"mean exit layer {report.mean_exit_layer:.2f}, reward {report.reward:.4f} (layer cost {report.layer_cost:g})"
     )
     _report_collapses(run, choice)
+    hits = choice.hits.tolist()
     if progress["best_score"] is None or report.score > progress["best_score"]:
-        progress.update(best_score=report.score, best_round=number)
+        progress.update(best_score=report.score, best_hits=hits, best_round=number)
         run.keep_best()
+    elif report.score >= progress["best_score"] - _standard_error(hits, progress["best_hits"]):
+        progress.update(best_round=number)
+        run.keep_best()
+
+
+def _standard_error(hits: list[int], best_hits: list[int]) -> float:
+    """Of the difference between two scores on the same rows, from each row's hits at the `BUDGETS`."""
+    differences = torch.tensor(hits, dtype=torch.float64) - torch.tensor(best_hits, dtype=torch.float64)
+    return float(differences.std() / len(BUDGETS) / len(hits) ** 0.5)
 
 
 def _report_classifiers(run: Run) -> dict[str, Any]:

@@ -84,8 +84,6 @@ SETTINGS = TrainingConfig(
     warmup_epochs=1.0,
     rounds=2,
     consistent_epochs=0.5,
-    layer_costs=(0.02, 0.05),
-    policy_input="signals",  # 640 validation rows say too little about 6 x 384 inputs of a state
     policy_folds=3,
     max_accuracy_loss=0.01,  # up to a point, to show what it buys
 )

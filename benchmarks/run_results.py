@@ -110,9 +110,9 @@ def run_cell(
     saved = open_model(folder)
     _, evaluation = load_task(task, data_dir, label_names=saved.label_names)
     figures = _figures_of(saved, evaluation, task)
-    keys = ("data", "environment", "warmup", "history", "best_round", "policy")
-    record = {key: saved.record.get(key) for key in keys}
-    record["data"].pop("source")  # where the files lie here is nobody's business
+    keys = ("environment", "warmup", "history", "best_round", "policy")
+    record: dict[str, Any] = {key: saved.record.get(key) for key in keys}
+    record["data"] = {name: value for name, value in saved.record["data"].items() if name != "source"}
     cell = {"backbone": backbone.name, "task": task, "method": method, "seed": seed}
     cell |= {"num_examples": len(evaluation), "config": asdict(config)}
     return _rounded(cell | record | figures)

@@ -56,6 +56,7 @@ def build(backbone_folder: Callable[[str], Path]) -> Build:
     def build(model_type: str = "bert", **config_values: Any) -> EarlyExitForSequenceClassification:
         values = {"label_names": LABELS, "initial_exit_bias": 0.0, **config_values}
         model = EarlyExitForSequenceClassification.from_backbone(backbone_folder(model_type), **values).eval()
+        tiny.unsettle(model)
         with torch.no_grad():
             for parameter in (*model.classifiers.layers.parameters(), *model.policy.parameters()):
                 parameter.mul_(2)

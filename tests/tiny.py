@@ -146,12 +146,24 @@ def write_csv(path: Path, dataset: TextDataset) -> Path:
 
 
 def tiny_model(folder: Path, backbone: Path, **config_values: Any) -> Path:
-    """Save an early-exit model with random heads on a backbone folder, with its tokenizer; returns the folder."""
+    """Save an early-exit model with random heads and policy on a backbone folder, with its tokenizer."""
     model = EarlyExitForSequenceClassification.from_backbone(
         backbone, **{"label_names": LABEL_NAMES, "max_length": 64, **config_values}
     )
+    unsettle(model)
     save(model, PreTrainedTokenizerFast.from_pretrained(backbone), folder)
     return folder
+
+
+def unsettle(model: EarlyExitForSequenceClassification) -> None:
+    """Give random weights to what a policy begins with at zero, and let confidence weigh nothing: exits everywhere."""
+    policy: Any = model.policy
+    with torch.no_grad():
+        if policy.needs_signals:
+            policy.confidence_weight.zero_()
+            policy.signal_output.weight.normal_(std=0.3)
+        if "state" in policy.policy_input:
+            policy.state_output.normal_()
 
 
 def tiny_full_depth_model(folder: Path, backbone: Path, **config_values: Any) -> Path:

@@ -146,7 +146,7 @@ def test_a_policy_for_a_range_of_prices_orders_rows_by_the_price_at_which_they_s
     assert torch.corrcoef(ranks)[0, 1] > 0.97
     leaves = score > 0.5  # at the reference price
     assert (leaves == (risk < 3 * 0.08)).float().mean() > 0.9
-    # One price alone has no reason to order rows that are far from it.
+    # Other thresholds, standing for other prices, do not send all rows the same way.
     for threshold in (0.2, 0.8):
         assert 0 < (score > threshold).float().mean() < 1
 

@@ -56,6 +56,9 @@ def page(cells: Sequence[Cell]) -> str:
         "Best accuracy at a layer speed-up or more, in percent, thresholds swept on the evaluation rows. All rows of "
         "a block had the same training rows and as many epochs.",
         _speed_table(cells),
+        "Means over pairs of backbone and task (seeds of a pair averaged first); differences in points with their "
+        "standard error over the pairs.",
+        _difference_table(cells),
         "## Accuracy of every internal classifier alone",
         "The paper's first mechanism would show here: classifiers that need not be right everywhere should become "
         "better where inputs leave. Compare `consistent` with `weighted`.",
@@ -173,6 +176,51 @@ def _speed_table(cells: Sequence[Cell]) -> str:
                 values = [_percent(accuracy_at(cell, criterion, speed) for cell in found) for speed in SPEEDS]
                 rows.append([backbone, task, method, criterion, str(len(found)), *values, oracle])
     return _table(header, rows)
+
+
+def _difference_table(cells: Sequence[Cell]) -> str:
+    """What the policy adds to confidence, and the weighted sum to the consistent objective, pair by pair."""
+    at: dict[
+        tuple[str, str, str, str], list[float]
+    ] = {}  # (backbone, task, training, criterion) to one per speed
+    for backbone, task in _pairs(cells):
+        for method in TRAININGS:
+            found = [c for c in cells if (c["backbone"], c["task"], c["method"]) == (backbone, task, method)]
+            for criterion in ("policy", "confidence", "patience") if found else ():
+                at[backbone, task, method, criterion] = [
+                    100 * _mean(accuracy_at(cell, criterion, speed) for cell in found) for speed in SPEEDS
+                ]
+    rows: list[list[str]] = []
+    for method in TRAININGS:
+        pairs = [key[:2] for key in at if key[2:] == (method, "policy")]
+        for criterion in ("policy", "confidence", "patience") if pairs else ():
+            columns = zip(*(at[pair[0], pair[1], method, criterion] for pair in pairs), strict=True)
+            rows.append([method, criterion, str(len(pairs)), *(f"{_mean(column):.1f}" for column in columns)])
+        if len(pairs) > 1:
+            ours, theirs = (
+                [at[pair[0], pair[1], method, name] for pair in pairs] for name in ("policy", "confidence")
+            )
+            rows.append([method, "policy - confidence", str(len(pairs)), *_differences(ours, theirs)])
+    both = [
+        key[:2]
+        for key in at
+        if key[2:] == ("weighted", "policy") and (key[0], key[1], "consistent", "policy") in at
+    ]
+    if len(both) > 1:
+        weighted, consistent = (
+            [at[pair[0], pair[1], name, "policy"] for pair in both] for name in ("weighted", "consistent")
+        )
+        rows.append(["weighted - consistent", "policy", str(len(both)), *_differences(weighted, consistent)])
+    return _table(["training", "criterion", "pairs", *(f"{speed:g}x" for speed in SPEEDS)], rows)
+
+
+def _differences(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> list[str]:
+    """Mean difference over the pairs and its standard error, for each speed."""
+    shown: list[str] = []
+    for our, their in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        gaps = [a - b for a, b in zip(our, their, strict=True)]
+        shown.append(f"{_mean(gaps):+.1f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}")
+    return shown
 
 
 def _layer_table(cells: Sequence[Cell], key: str, shown: Callable[[float], str]) -> str:

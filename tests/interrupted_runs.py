@@ -113,6 +113,8 @@ def run(
 
 
 def main(backbone: Path, output: Path) -> None:
+    # A shell's background job starts with Ctrl-C ignored, and what it starts inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes: dict[str, list[Outcome]] = {}
     for name, how in UNINTERRUPTED.items():
         outcomes[name] = [run(how, backbone, output / name, lambda: None, resume=False)]

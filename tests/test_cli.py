@@ -216,7 +216,7 @@ class TestFailures:
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("two\nlines")
 
-        monkeypatch.setattr("consistentee.prediction.Predictor.from_pretrained", fail)
+        monkeypatch.setattr("consistentee.engine.Engine.from_pretrained", fail)
         outcome = call("predict", files.model, files.train)
         assert outcome.code == 1
         assert "RuntimeError: two lines (run again with --debug for the traceback)" in one_line(outcome)

@@ -16,7 +16,7 @@ from consistentee import demo
 from consistentee.data import TextDataset, load_files
 from consistentee.demo import Download, parse_snippets, read_snippets, split_snippets, unpack_encoder
 from consistentee.errors import DataError
-from consistentee.prediction import Prediction
+from consistentee.engine import Prediction
 
 LINES = (
     "1\t2.3\tA film to remember.",

@@ -19,7 +19,7 @@ from consistentee.evaluation import (
     evaluate_plain,
     predict_classes,
 )
-from consistentee.prediction import Predictor
+from consistentee.engine import Engine
 from consistentee.saved import RECORD_FILE, SavedModel, open_model, record_evaluation
 from tiny import (
     LABEL_NAMES,
@@ -132,7 +132,7 @@ def test_no_rows_and_bad_thresholds_are_refused() -> None:
 def test_agrees_with_real_exits(saved: SavedModel, criterion: str, threshold: float) -> None:
     rows = tiny_dataset(50)
     evaluation = evaluate_model(saved, rows, criteria=[criterion], threshold=threshold, batch_size=16)
-    predictions = Predictor(saved).predict(rows.texts, criterion=criterion, threshold=threshold, batch_size=7)
+    predictions = Engine(saved).predict(rows.texts, criterion=criterion, threshold=threshold, batch_size=7)
     right = [p.label == LABEL_NAMES[label] for p, label in zip(predictions, rows.labels, strict=True)]
     layers = [p.exit_layer for p in predictions]
     assert evaluation.accuracy == pytest.approx(sum(right) / 50)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from consistentee.configuration import EarlyExitConfig, FullDepthConfig
     from consistentee.curves import CurvePoint
     from consistentee.data import TextDataset, load_files, load_task
+    from consistentee.engine import Engine, ExitRule, Prediction, Predictor
     from consistentee.errors import DataError, MissingExtraError
     from consistentee.evaluation import Evaluation, evaluate_layers, evaluate_model
     from consistentee.model import (
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         EarlyExitOutput,
         FullDepthForSequenceClassification,
     )
-    from consistentee.prediction import Prediction, Predictor
     from consistentee.saved import SavedModel, open_model
     from consistentee.training import finetune, train
 
@@ -37,7 +37,9 @@ __all__ = [
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
+    "Engine",
     "Evaluation",
+    "ExitRule",
     "FullDepthConfig",
     "FullDepthForSequenceClassification",
     "MissingExtraError",
@@ -62,10 +64,10 @@ _HOMES = {
     "configuration": ("EarlyExitConfig", "FullDepthConfig"),
     "curves": ("CurvePoint",),
     "data": ("TextDataset", "load_files", "load_task"),
+    "engine": ("Engine", "ExitRule", "Prediction", "Predictor"),
     "errors": ("DataError", "MissingExtraError"),
     "evaluation": ("Evaluation", "evaluate_layers", "evaluate_model"),
     "model": ("EarlyExitForSequenceClassification", "EarlyExitOutput", "FullDepthForSequenceClassification"),
-    "prediction": ("Prediction", "Predictor"),
     "saved": ("SavedModel", "open_model"),
     "training": ("finetune", "train"),
 }

@@ -31,6 +31,7 @@ __all__ = [
     "architecture_of",
     "build_backbone",
     "embed",
+    "embed_tokens",
     "embedding_projection",
     "encoder_layers",
     "load_backbone",
@@ -136,14 +137,29 @@ def _row_mask(mask: object) -> Tensor | None:
     )
 
 
+def embed_tokens(
+    backbone: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None = None
+) -> Tensor:
+    """Embed and map the embedding size to the hidden size where the two differ: what goes into the first layer.
+
+    Args:
+        backbone: a base model of a type whose embeddings need no mask: all but deberta-v2.
+        input_ids: (batch, tokens) int64, padded with the model's padding id.
+        token_type_ids: (batch, tokens) int64, ignored where the backbone does not tell them apart.
+
+    Returns:
+        (batch, tokens, hidden).
+    """
+    hidden_states = _embed_tokens(backbone, input_ids, token_type_ids)
+    projection = embedding_projection(backbone)
+    return hidden_states if projection is None else projection(hidden_states)
+
+
 def _embed_plain(
     backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
 ) -> EncoderState:
-    """Embed, map the embedding size to the hidden size where the two differ; one mask serves every layer."""
-    hidden_states = _embed_tokens(backbone, input_ids, token_type_ids)
-    projection = embedding_projection(backbone)
-    if projection is not None:
-        hidden_states = projection(hidden_states)
+    """Embed; one mask serves every layer."""
+    hidden_states = embed_tokens(backbone, input_ids, token_type_ids)
     mask = create_bidirectional_mask(backbone.config, hidden_states, attention_mask)
     return EncoderState(hidden_states, attention_mask, per_row={"layer_mask": _row_mask(mask)})
 

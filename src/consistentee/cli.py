@@ -171,7 +171,10 @@ def predict(
     text_columns: Columns = None,
     criterion: Criterion | None = None,
     threshold: float | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    backend: str = "torch",
     output: Path | None = None,
     debug: Flag = False,
 ) -> None:
@@ -183,23 +186,26 @@ def predict(
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
-        batch_size: Inputs that start together.
+        batch_size: Inputs that go through the model together. [default: as many as are fastest, from a growing window]
+        dtype: Precision: float32, bfloat16, float16 or int8.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        backend: What runs the layers: torch.
         output: Write here instead of to standard output; the file appears when it is complete.
         debug: Show tracebacks and the messages of other libraries.
     """
     if text_columns is not None and len(text_columns) > 2:
         raise UsageError(f"--text-columns takes one column or two, got {len(text_columns)}.")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {batch_size}.")
+    from consistentee.engine import Engine
     from consistentee.files import read_texts
-    from consistentee.prediction import Predictor
 
-    predictor = Predictor.from_pretrained(model)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype, backend=backend)
     if file == "-" and sys.stdin.isatty():
         print("Reading texts from standard input, one a line; end with Ctrl-D.", file=sys.stderr)  # noqa: T201
     texts_in = read_texts(file, text_columns)
     windows = _usage(
-        lambda: predictor.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
+        lambda: engine.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
     )
     with _text_stream(output) as stream:
         for texts, predictions in windows:

@@ -29,12 +29,12 @@ from rich.table import Table
 from consistentee.atomic import write_json, write_text
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
+from consistentee.engine import Engine, Prediction
 from consistentee.errors import DataError, MissingExtraError
 from consistentee.evaluation import evaluate_model
 from consistentee.exits import CRITERIA
 from consistentee.model_card import other_threshold
 from consistentee.plots import plot_evaluation
-from consistentee.prediction import Prediction, Predictor
 from consistentee.reports import evaluation_report
 from consistentee.saved import open_model, read_record, record_evaluation
 from consistentee.training import finetune, train
@@ -151,7 +151,7 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
 
     step(5, "A dozen of these sentences, and the layer at which each left")
     shown = evaluation_rows.select(np.random.default_rng(seed).permutation(len(evaluation_rows))[:SEARCHED])
-    console.print(sentence_table(shown, Predictor(saved).predict(shown.texts)))
+    console.print(sentence_table(shown, Engine(saved).predict(shown.texts)))
 
     minutes = (time.monotonic() - started) / 60
     say(f"\nDone in {minutes:.1f} minutes. The model lies in {model_dir}. What to type next:")

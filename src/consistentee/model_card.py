@@ -129,10 +129,10 @@ def _usage(exits: bool, record: Mapping[str, Any]) -> list[str]:
     other = f", threshold={turned}" if exits else ""
     lines = [
         "```python",
-        "from consistentee import Predictor",
+        "from consistentee import Engine",
         "",
-        'predictor = Predictor.from_pretrained("this-folder")',
-        f'predictor.predict(["some text"]{other})',
+        'engine = Engine.from_pretrained("this-folder")',
+        f'engine.predict(["some text"]{other})',
         "```",
         "",
         "```",

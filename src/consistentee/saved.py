@@ -134,7 +134,7 @@ def open_model(name_or_path: str | Path, device: str | torch.device | None = Non
             f'Model "{name}" lacks weights that its config asks for, such as "{min(report["missing_keys"])}". '
             "Give the folder of a trained classifier, not of an encoder alone."
         )
-    place = torch.device(device) if device is not None else default_device()
+    place = default_device() if device is None else usable_device(device)
     return SavedModel(model.to(place).eval(), tokenizer, read_record(path), name)
 
 
@@ -171,6 +171,21 @@ def record_evaluation(folder: str | Path, figures: Mapping[str, Any]) -> None:
 def default_device() -> torch.device:
     """The first GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device by this name.
+
+    Raises:
+        ValueError: torch does not know it, or it is not there.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        known = "cpu, cuda, cuda:1, ..." if torch.cuda.is_available() else "cpu (torch sees no GPU here)"
+        raise ValueError(f'device must be one that is there: {known}, got "{device}".') from error
+    return place
 
 
 def _check_folder(folder: Path) -> None:

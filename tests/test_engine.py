@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
-from consistentee.prediction import Prediction, Predictor
+from consistentee.engine import Engine, Prediction
 from tiny import (
     LABEL_NAMES,
     save,
@@ -34,43 +34,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def predictor(folder: Path) -> Predictor:
-    return Predictor.from_pretrained(folder, device="cpu")
+def engine(folder: Path) -> Engine:
+    return Engine.from_pretrained(folder, device="cpu")
 
 
-def oracle(predictor: Predictor, text: str, threshold: float) -> Prediction:
+def oracle(engine: Engine, text: str, threshold: float) -> Prediction:
     """Run all layers for one text, then choose."""
     with torch.no_grad():
-        output = predictor.saved.model(
-            **predictor.saved.tokenizer(text, return_tensors="pt"), all_layers=True, threshold=threshold
+        output = engine.saved.model(
+            **engine.saved.tokenizer(text, return_tensors="pt"), all_layers=True, threshold=threshold
         )
     score, label = output.logits.softmax(-1).max(-1)
     return Prediction(LABEL_NAMES[int(label)], float(score), int(output.exit_layer))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 200])
-def test_agrees_with_the_oracle_in_the_order_of_the_input(predictor: Predictor, batch_size: int) -> None:
+def test_agrees_with_the_oracle_in_the_order_of_the_input(engine: Engine, batch_size: int) -> None:
     with torch.no_grad():
-        inputs = predictor.saved.tokenizer(TEXTS, return_tensors="pt", padding=True)
-        first = predictor.saved.model(**inputs, all_layers=True).exit_probs[:, 0].sort().values
+        inputs = engine.saved.tokenizer(TEXTS, return_tensors="pt", padding=True)
+        first = engine.saved.model(**inputs, all_layers=True).exit_probs[:, 0].sort().values
     threshold = float(
         first[len(TEXTS) // 2 - 1 : len(TEXTS) // 2 + 1].mean()
     )  # half of them leave at layer 1
-    predictions = predictor.predict(TEXTS, threshold=threshold, batch_size=batch_size)
+    predictions = engine.predict(TEXTS, threshold=threshold, batch_size=batch_size)
     assert len({prediction.exit_layer for prediction in predictions}) > 1
     for text, prediction in zip(TEXTS, predictions, strict=True):
-        wanted = oracle(predictor, text, threshold)
+        wanted = oracle(engine, text, threshold)
         assert (prediction.label, prediction.exit_layer) == (wanted.label, wanted.exit_layer)
         assert prediction.score == pytest.approx(wanted.score, abs=1e-5)
 
 
-def test_threshold_turns_depth(predictor: Predictor) -> None:
-    assert {p.exit_layer for p in predictor.predict(TEXTS[:5], threshold=0.0)} == {1}
-    assert {p.exit_layer for p in predictor.predict(TEXTS[:5], threshold=1.0)} == {3}
-    assert {p.exit_layer for p in predictor.predict(TEXTS[:5], threshold=9, criterion="patience")} == {3}
+def test_threshold_turns_depth(engine: Engine) -> None:
+    assert {p.exit_layer for p in engine.predict(TEXTS[:5], threshold=0.0)} == {1}
+    assert {p.exit_layer for p in engine.predict(TEXTS[:5], threshold=1.0)} == {3}
+    assert {p.exit_layer for p in engine.predict(TEXTS[:5], threshold=9, criterion="patience")} == {3}
 
 
-def test_streams_without_an_end(predictor: Predictor) -> None:
+def test_streams_without_an_end(engine: Engine) -> None:
     read = 0
 
     def endless() -> Iterator[str]:
@@ -79,47 +79,47 @@ def test_streams_without_an_end(predictor: Predictor) -> None:
             read += 1
             yield text
 
-    found = list(itertools.islice(predictor.stream(endless(), batch_size=4), 10))
-    assert [p.exit_layer for p in found] == [p.exit_layer for p in predictor.predict(TEXTS[:10])]
+    found = list(itertools.islice(engine.stream(endless(), batch_size=4), 10))
+    assert [p.exit_layer for p in found] == [p.exit_layer for p in engine.predict(TEXTS[:10])]
     assert read == 12  # windows of 4 and 8
 
 
-def test_windows_grow_and_keep_texts_beside_predictions(predictor: Predictor) -> None:
-    windows = list(predictor.windows(TEXTS[:20], batch_size=4))
+def test_windows_grow_and_keep_texts_beside_predictions(engine: Engine) -> None:
+    windows = list(engine.windows(TEXTS[:20], batch_size=4))
     assert [len(texts) for texts, _ in windows] == [4, 8, 8]
     assert [text for texts, _ in windows for (text,) in texts] == TEXTS[:20]
 
 
-def test_no_texts_give_no_predictions(predictor: Predictor) -> None:
-    assert predictor.predict([]) == []
+def test_no_texts_give_no_predictions(engine: Engine) -> None:
+    assert engine.predict([]) == []
 
 
-def test_pairs(predictor: Predictor) -> None:
-    one, other = predictor.predict([("a film", "good"), ("good film and it was dull", "bad")])
+def test_pairs(engine: Engine) -> None:
+    one, other = engine.predict([("a film", "good"), ("good film and it was dull", "bad")])
     assert one.label in LABEL_NAMES
     assert 0.5 <= other.score <= 1
 
 
-def test_complaints_say_which_text(predictor: Predictor) -> None:
+def test_complaints_say_which_text(engine: Engine) -> None:
     with pytest.raises(ValueError, match=r"Text 3 is empty. Leave it out"):
-        predictor.predict(["good", "bad", " \n"])
+        engine.predict(["good", "bad", " \n"])
     with pytest.raises(ValueError, match="Text 2 must be a string or a pair of strings, got 7"):
-        predictor.predict(["good", 7])
+        engine.predict(["good", 7])
     with pytest.raises(ValueError, match="texts must be a list of texts, got one text"):
-        predictor.predict("good")
+        engine.predict("good")
 
 
-def test_options_are_checked_before_anything_is_read(predictor: Predictor) -> None:
+def test_options_are_checked_before_anything_is_read(engine: Engine) -> None:
     with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\] for policy, got 2"):
-        predictor.stream(["good"], threshold=2)
+        engine.stream(["good"], threshold=2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        predictor.stream(["good"], batch_size=0)
+        engine.stream(["good"], batch_size=0)
     with pytest.raises(ValueError, match='no threshold for criterion "entropy"'):
-        predictor.stream(["good"], criterion="entropy")
+        engine.stream(["good"], criterion="entropy")
 
 
 def test_plain_model_runs_all_its_layers(folder: Path) -> None:
-    plain = Predictor.from_pretrained(folder.parent / "plain", device="cpu")
+    plain = Engine.from_pretrained(folder.parent / "plain", device="cpu")
     assert {prediction.exit_layer for prediction in plain.predict(TEXTS[:3])} == {3}
     with pytest.raises(ValueError, match="has no exits: threshold and criterion must not be given"):
         plain.predict(["good"], threshold=0.5)
@@ -131,10 +131,10 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     )
     save(BertForSequenceClassification(config), tiny_tokenizer(), tmp_path)
     with pytest.raises(ValueError, match="was not saved by this library"):
-        Predictor.from_pretrained(tmp_path)
+        Engine.from_pretrained(tmp_path)
 
 
-def test_pipeline_gives_the_same_labels(folder: Path, predictor: Predictor) -> None:
+def test_pipeline_gives_the_same_labels(folder: Path, engine: Engine) -> None:
     classify = pipeline("text-classification", model=str(folder), device="cpu")
     found = [row["label"] for row in classify(TEXTS[:8])]
-    assert found == [prediction.label for prediction in predictor.predict(TEXTS[:8])]
+    assert found == [prediction.label for prediction in engine.predict(TEXTS[:8])]

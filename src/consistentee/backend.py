@@ -1,0 +1,66 @@
+"""What the engine asks of a backend: run one layer on some rows, classify there, keep some rows, pool rows.
+
+A *batch* is whatever a backend makes of token rows: hidden states, padded or packed, and what the layers need beside
+them. The engine never looks inside; it counts rows, drops those that left and joins what is left of several batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+TokenRow = Mapping[str, Sequence[int]]
+"""One tokenized input, as `batches.encode_texts` gives it: `input_ids` and, where there are any, `token_type_ids`."""
+
+BatchT = TypeVar("BatchT")
+
+
+class Backend(Protocol[BatchT]):
+    """Runs a model layer by layer.
+
+    Attributes:
+        name: `torch`, `onnxruntime`, ...: what `Engine.backend` reports.
+        dtype: `float32`, `bfloat16`, `float16` or `int8`.
+        device: where logits and pooled states come back.
+        num_layers: layers of the model.
+    """
+
+    name: str
+    dtype: str
+    device: torch.device
+    num_layers: int
+
+    def start(self, rows: Sequence[TokenRow]) -> BatchT:
+        """Embed the rows: the batch before the first layer, rows in the order given (at least one)."""
+        ...
+
+    def run_layer(self, layer_index: int, batch: BatchT) -> BatchT:
+        """The batch after one more layer, 0-based. The given one may be overwritten."""
+        ...
+
+    def classify(self, layer_index: int, batch: BatchT) -> tuple[Tensor, Tensor]:
+        """Pooled states (rows, hidden) and the classifier's logits (rows, classes) of a layer, float32."""
+        ...
+
+    def select(self, batch: BatchT, rows: Sequence[int]) -> BatchT:
+        """Keep some rows (at least one), ascending indices into the batch."""
+        ...
+
+    def merge(self, batches: Sequence[BatchT]) -> BatchT:
+        """One batch of the rows of several (at least one), in their order; all stand before the same layer."""
+        ...
+
+    def can_merge(self, one: BatchT, other: BatchT) -> bool:
+        """Whether `merge` takes the two together at no cost in padding."""
+        ...
+
+    def lengths(self, batch: BatchT) -> Sequence[int]:
+        """Real tokens of every row."""
+        ...
+
+    def computed_tokens(self, batch: BatchT) -> int:
+        """Token positions that the linear maps of one layer compute, padding included."""
+        ...

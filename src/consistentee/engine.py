@@ -1,0 +1,450 @@
+"""Inference whose clock agrees with the layers it saves.
+
+After a layer, rows that leave go out and the rest close up, so that every later layer costs what its survivors cost;
+classifiers and policy look at each layer only as far as the exit rule needs them. Two modes:
+
+- *latency* (a `batch_size`): one batch after another goes straight through, its rows sorted by length among their
+  neighbours.
+- *throughput* (no `batch_size`): a window of inputs moves through the model layer by layer, and the survivors of all
+  its batches are pooled, so that the batches of deep layers are as full as those of the first. Batches are sized by
+  tokens, not by rows. Memory is bounded by the window: at most `WINDOW_ROWS` inputs and their hidden states.
+
+What comes out is what running all layers and choosing afterwards gives, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from consistentee.backend import Backend, TokenRow
+from consistentee.batches import encode_texts
+from consistentee.decisions import ExitDecisions, RowFigures, log_softmax
+from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
+from consistentee.saved import SavedModel, open_model
+from consistentee.torch_backend import torch_backend
+
+BATCHES_PER_WINDOW = 64
+"""Latency mode: batches that are sorted by length together; more saves padding, fewer answer earlier."""
+
+WINDOW_ROWS = 1024
+"""Throughput mode: inputs on their way at a time, at most."""
+
+FIRST_WINDOW_ROWS = 64
+"""Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
+
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Throughput mode: tokens that go through a layer together. More hardly helps and falls out of the caches."""
+
+Text = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one input.
+
+    Args:
+        label: name of the class.
+        score: its probability at the exit layer, in [0, 1].
+        exit_layer: layers executed, from 1.
+    """
+
+    label: str
+    score: float
+    exit_layer: int
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When rows leave.
+
+    Args:
+        criterion: `policy`, `confidence`, `entropy` or `patience`; None: nothing leaves before the last layer.
+        threshold: a row leaves at the first layer whose exit score exceeds it.
+        exit_layers: leave there instead, 1-based, one for each row of a `run`: to study speed. The criterion is still
+            computed, so that the cost is real.
+    """
+
+    criterion: str | None
+    threshold: float = 0.0
+    exit_layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def full_depth(cls) -> ExitRule:
+        """All layers for all rows; no classifier but the last is computed."""
+        return cls(None)
+
+    @classmethod
+    def forced(cls, exit_layers: Sequence[int]) -> ExitRule:
+        """Every row leaves where it is told to; the policy is computed all the same."""
+        return cls("policy", exit_layers=tuple(exit_layers))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What `Engine.run` gives, in the order of the rows.
+
+    Args:
+        labels: class indices.
+        scores: their probabilities at the exit layer.
+        exit_layers: layers executed, from 1.
+        real_tokens, computed_tokens: summed over the layers; `1 - real / computed` is the share of padding.
+    """
+
+    labels: list[int]
+    scores: list[float]
+    exit_layers: list[int]
+    real_tokens: int
+    computed_tokens: int
+
+
+@dataclass
+class _Flight:
+    """Rows on their way: a backend's batch, whose they are, and what they bring along."""
+
+    batch: Any
+    rows: list[int]
+    figures: RowFigures | None
+
+
+@dataclass
+class _Record:
+    """Answers as they come in."""
+
+    labels: list[int]
+    scores: list[float]
+    exit_layers: list[int]
+    real_tokens: int = 0
+    computed_tokens: int = 0
+
+
+class Engine:
+    """A saved model, ready to predict fast.
+
+    Args:
+        saved: a model that `open_model` opened: one with exits, or a plain one, which always runs all its layers.
+        dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU).
+        backend: `torch`.
+
+    Raises:
+        ValueError: a model that is not of this library, a dtype or backend that is not there.
+
+    Several threads may use one engine at the same time.
+
+    On a GPU the host learns after each layer who leaves, which is one wait per layer; the copy is a few bytes a row.
+
+    Example:
+        >>> engine = Engine.from_pretrained("runs/sst2")  # doctest: +SKIP
+        >>> engine.predict(["A fine film.", "Dull."])  # doctest: +SKIP
+        [Prediction(label='positive', score=0.98, exit_layer=2), Prediction(label='negative', score=0.97, exit_layer=3)]
+    """
+
+    def __init__(self, saved: SavedModel, *, dtype: str = "float32", backend: str = "torch") -> None:
+        if not isinstance(
+            saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)
+        ):
+            raise ValueError(
+                f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
+                "Give a folder that `consistentee train` or `consistentee finetune` saved."
+            )
+        self.saved = saved
+        self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
+        self._classes = saved.model.config.num_classes
+        self._tokens = BATCH_TOKENS["cuda" if self.backend.device.type == "cuda" else "cpu"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = "auto",
+        dtype: str = "float32",
+        backend: str = "torch",
+    ) -> Engine:
+        """Open a model folder (or a name on the hub).
+
+        Args:
+            name_or_path: what `consistentee train` saved.
+            device: where to compute; `auto` (or None) takes a GPU if there is one.
+            dtype: see the class.
+            backend: see the class.
+
+        Raises:
+            OSError: there is no such model.
+            ValueError: it is not a model of this library, or it does not run so.
+        """
+        return cls(
+            open_model(name_or_path, None if device == "auto" else device), dtype=dtype, backend=backend
+        )
+
+    def predict(
+        self,
+        texts: Iterable[Text],
+        *,
+        batch_size: int | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+    ) -> list[Prediction]:
+        """Predictions for texts or pairs of texts, in their order.
+
+        Args:
+            texts: strings, or tuples of one text or two.
+            batch_size: inputs that start together (latency mode); None: throughput mode.
+            threshold: an input leaves at the first layer whose exit score exceeds it; None takes the saved one.
+            criterion: `policy`, `confidence`, `entropy` or `patience`; None takes the saved one.
+
+        Raises:
+            ValueError: a text is empty (the message says which), or the threshold does not fit the criterion.
+        """
+        return list(self.stream(texts, batch_size=batch_size, threshold=threshold, criterion=criterion))
+
+    def stream(
+        self,
+        texts: Iterable[Text],
+        *,
+        batch_size: int | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+    ) -> Iterator[Prediction]:
+        """As `predict`, but lazily: of an endless input only a window is held at a time."""
+        windows = self.windows(texts, batch_size=batch_size, threshold=threshold, criterion=criterion)
+        return (prediction for _, predictions in windows for prediction in predictions)
+
+    def windows(
+        self,
+        texts: Iterable[Text],
+        *,
+        batch_size: int | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+    ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
+        """As `stream`, window by window, the texts beside their predictions.
+
+        The first window is small (one batch), so that answers begin early; each next one is twice as large, up to
+        `WINDOW_ROWS` inputs, or `BATCHES_PER_WINDOW` batches. Inside a window rows of similar length run together.
+
+        Yields:
+            The texts of a window and their predictions, both in the order of the input.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        return self._windows(_checked(texts), batch_size, self.rule(criterion, threshold))
+
+    def rule(self, criterion: str | None = None, threshold: float | None = None) -> ExitRule:
+        """The exit rule of a call: the given one, or the saved one.
+
+        Raises:
+            ValueError: a threshold that does not fit, or either for a model without exits.
+        """
+        if isinstance(self.saved.model, EarlyExitForSequenceClassification):
+            return ExitRule(*self.saved.exit_rule(criterion, threshold))
+        if threshold is not None or criterion is not None:
+            raise ValueError(
+                f'Model "{self.saved.name}" has no exits: threshold and criterion must not be given.'
+            )
+        return ExitRule.full_depth()
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[TokenRow], *, batch_size: int | None, rule: ExitRule) -> Answers:
+        """Answers for tokenized rows.
+
+        Args:
+            rows: what `encode_texts` gives, none longer than the model's positions.
+            batch_size: inputs that start together (latency mode); None: throughput mode, all rows one window.
+            rule: when they leave.
+
+        Raises:
+            ValueError: forced exit layers that are not one for each row, or not among the layers.
+        """
+        self._check_forced(rule, len(rows))
+        record = _Record([0] * len(rows), [0.0] * len(rows), [0] * len(rows))
+        decisions = self._decisions(rule)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+        if batch_size is None:
+            parts = self._token_batches(order, rows)
+            self._move(parts, rows, rule, decisions, record, pooled=True)
+        else:
+            for start in range(0, len(order), batch_size):
+                self._move([order[start : start + batch_size]], rows, rule, decisions, record, pooled=False)
+        return Answers(
+            record.labels, record.scores, record.exit_layers, record.real_tokens, record.computed_tokens
+        )
+
+    def _decisions(self, rule: ExitRule) -> ExitDecisions | None:
+        model = self.saved.model
+        if rule.criterion is None or not isinstance(model, EarlyExitForSequenceClassification):
+            return None
+        return ExitDecisions(model, rule.criterion)
+
+    def _check_forced(self, rule: ExitRule, rows: int) -> None:
+        if rule.exit_layers is None:
+            return
+        if len(rule.exit_layers) != rows:
+            raise ValueError(
+                f"exit_layers must be one for each of {rows} rows, got {len(rule.exit_layers)} of them."
+            )
+        depth = self.backend.num_layers
+        wrong = next((layer for layer in rule.exit_layers if not 1 <= layer <= depth), None)
+        if wrong is not None:
+            raise ValueError(f"exit_layers must be in [1, {depth}], got {wrong}.")
+
+    def _token_batches(self, order: Sequence[int], rows: Sequence[TokenRow]) -> list[list[int]]:
+        """Rows in batches of about `BATCH_TOKENS` tokens."""
+        batches: list[list[int]] = [[]]
+        tokens = 0
+        for row in order:
+            length = len(rows[row]["input_ids"])
+            if batches[-1] and tokens + length > self._tokens:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(row)
+            tokens += length
+        return batches
+
+    def _move(
+        self,
+        parts: Sequence[list[int]],
+        rows: Sequence[TokenRow],
+        rule: ExitRule,
+        decisions: ExitDecisions | None,
+        record: _Record,
+        *,
+        pooled: bool,
+    ) -> None:
+        """Take some batches through the model layer by layer until the last row has left."""
+        flights = [self._start(part, rows, decisions) for part in parts if part]
+        for layer_index in range(self.backend.num_layers):
+            flights = [
+                left
+                for flight in flights
+                if (left := self._pass_layer(flight, layer_index, rule, decisions, record))
+            ]
+            if pooled:
+                flights = self._pooled(flights)
+
+    def _start(self, part: list[int], rows: Sequence[TokenRow], decisions: ExitDecisions | None) -> _Flight:
+        batch = self.backend.start([rows[row] for row in part])
+        return _Flight(batch, part, decisions.begin(len(part), self._classes) if decisions else None)
+
+    def _pass_layer(
+        self,
+        flight: _Flight,
+        layer_index: int,
+        rule: ExitRule,
+        decisions: ExitDecisions | None,
+        record: _Record,
+    ) -> _Flight | None:
+        """Run one layer, write down who leaves there, and give the rest; None if nobody is left."""
+        backend = self.backend
+        batch = backend.run_layer(layer_index, flight.batch)
+        record.real_tokens += sum(backend.lengths(batch))
+        record.computed_tokens += backend.computed_tokens(batch)
+        is_last = layer_index == backend.num_layers - 1
+        if decisions is None or flight.figures is None:
+            if not is_last:
+                return _Flight(batch, flight.rows, None)
+            logits = backend.classify(layer_index, batch)[1].cpu().numpy()
+            _write(record, flight.rows, range(len(flight.rows)), logits, layer_index)
+            return None
+        scores = decisions.step(flight.figures, *backend.classify(layer_index, batch))
+        if is_last:
+            leavers = list(range(len(flight.rows)))
+        elif rule.exit_layers is not None:
+            leavers = [p for p, row in enumerate(flight.rows) if rule.exit_layers[row] == layer_index + 1]
+        else:
+            leavers = np.flatnonzero(scores > rule.threshold).tolist()
+        if not leavers:
+            return _Flight(batch, flight.rows, flight.figures)
+        _write(record, flight.rows, leavers, flight.figures.prediction_logits, layer_index)
+        if len(leavers) == len(flight.rows):
+            return None
+        gone = set(leavers)
+        stay = [position for position in range(len(flight.rows)) if position not in gone]
+        left = [flight.rows[position] for position in stay]
+        return _Flight(backend.select(batch, stay), left, flight.figures.select(stay))
+
+    def _pooled(self, flights: list[_Flight]) -> list[_Flight]:
+        """Join neighbours as long as together they are no larger than one batch."""
+        joined: list[_Flight] = []
+        waiting: list[_Flight] = []
+        tokens = 0
+        for flight in flights:
+            size = sum(self.backend.lengths(flight.batch))
+            if waiting and (
+                tokens + size > self._tokens or not self.backend.can_merge(waiting[-1].batch, flight.batch)
+            ):
+                joined.append(self._merge(waiting))
+                waiting, tokens = [], 0
+            waiting.append(flight)
+            tokens += size
+        return [*joined, self._merge(waiting)] if waiting else joined
+
+    def _merge(self, flights: Sequence[_Flight]) -> _Flight:
+        if len(flights) == 1:
+            return flights[0]
+        batch = self.backend.merge([flight.batch for flight in flights])
+        figures = [flight.figures for flight in flights if flight.figures is not None]
+        rows = [row for flight in flights for row in flight.rows]
+        return _Flight(batch, rows, RowFigures.merge(figures) if figures else None)
+
+    def _windows(
+        self, texts: Iterator[tuple[str, ...]], batch_size: int | None, rule: ExitRule
+    ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
+        size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
+        largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
+        names, tokenizer = self.saved.label_names, self.saved.tokenizer
+        while window := list(itertools.islice(texts, size)):
+            rows = encode_texts(window, tokenizer, self.saved.max_length)
+            answers = self.run(rows, batch_size=batch_size, rule=rule)
+            found = zip(answers.labels, answers.scores, answers.exit_layers, strict=True)
+            yield window, [Prediction(names[label], score, layer) for label, score, layer in found]
+            size = min(2 * size, largest)
+
+
+Predictor = Engine
+"""The name this class had before it was fast."""
+
+
+def make_backend(model: Any, dtype: str, backend: str) -> Backend[Any]:
+    """A backend by name.
+
+    Raises:
+        ValueError: there is no such backend or dtype, or the model does not run so.
+    """
+    if dtype not in ("float32", "bfloat16", "float16", "int8"):
+        raise ValueError(f'dtype must be one of float32, bfloat16, float16, int8, got "{dtype}".')
+    if backend != "torch":
+        raise ValueError(f'backend must be "torch", got "{backend}".')
+    return torch_backend(model, dtype)
+
+
+def _write(
+    record: _Record, rows: Sequence[int], leavers: Sequence[int] | range, logits: Any, layer_index: int
+) -> None:
+    """Note labels, scores and exit layers of the rows that leave."""
+    leaving = logits[list(leavers)]
+    labels = leaving.argmax(1)
+    scores = np.exp(log_softmax(leaving)[np.arange(len(leaving)), labels])
+    for position, label, score in zip(leavers, labels.tolist(), scores.tolist(), strict=True):
+        row = rows[position]
+        record.labels[row], record.scores[row] = label, score
+        record.exit_layers[row] = layer_index + 1
+
+
+def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
+    """Tuples of texts, each known to be there."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of texts, got one text. Put it into a list.")
+    for position, row in enumerate(texts, start=1):
+        parts = tuple(row) if isinstance(row, (tuple, list)) else (row,)
+        if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"Text {position} must be a string or a pair of strings, got {row!r:.60}.")
+        if not all(part.strip() for part in parts):
+            raise ValueError(f"Text {position} is empty. Leave it out, or give at least one word.")
+        yield parts

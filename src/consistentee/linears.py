@@ -1,0 +1,86 @@
+"""Linear maps for inference: weights laid out once for the processor that runs them.
+
+`torch.nn.functional.linear` takes plain row-major weights, which the CPU library rearranges at every call. Here that
+happens once, when the map is made; int8 maps quantise their weights per output and their inputs per call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+"""(rows, inputs) to (rows, outputs)."""
+
+ROWS_HINT = 256  # rows for which the CPU library picks its layout of the weights
+INT8_ENGINES = ("x86", "fbgemm", "onednn")
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, dtype: str, device: torch.device) -> Linear:
+    """The fastest linear map at hand.
+
+    Args:
+        weight: (outputs, inputs), float32.
+        bias: (outputs,), float32, or None.
+        dtype: `float32`, `bfloat16`, `float16` or `int8`; int8 takes and gives float32.
+        device: where it runs; int8 runs on CPU only.
+
+    Raises:
+        ValueError: int8 is asked for where there is none.
+    """
+    if dtype == "int8":
+        return _int8_linear(weight, bias, device)
+    kind: torch.dtype = getattr(torch, dtype)
+    weight = weight.detach().to(device, kind).contiguous()
+    bias = None if bias is None else bias.detach().to(device, kind)
+    if device.type == "cpu" and has_prepacked_weights() and kind != torch.float16:
+        run: Any = torch.ops.mkldnn._linear_pointwise
+        prepacked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        return lambda rows: run(rows, prepacked, bias, "none", [], "")
+    return lambda rows: torch.nn.functional.linear(rows, weight, bias)
+
+
+def has_prepacked_weights() -> bool:
+    """Whether this build of torch can lay weights out in advance (oneDNN on CPU)."""
+    try:
+        return bool(
+            torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._linear_pointwise
+            and torch.ops.mkldnn._reorder_linear_weight
+        )
+    except AttributeError:
+        return False
+
+
+def has_int8(device: torch.device) -> bool:
+    """Whether int8 maps run here: on CPU, with one of torch's engines for x86."""
+    return device.type == "cpu" and _int8_engine() is not None
+
+
+def _int8_engine() -> str | None:
+    supported = torch.backends.quantized.supported_engines
+    return next((engine for engine in INT8_ENGINES if engine in supported), None)
+
+
+def _int8_linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> Linear:
+    engine = _int8_engine()
+    if device.type != "cpu" or engine is None:
+        raise ValueError(
+            f'dtype "int8" runs on CPU with one of the engines {", ".join(INT8_ENGINES)}, got device '
+            f'"{device.type}". Take bfloat16 or float16 there.'
+        )
+    torch.backends.quantized.engine = engine
+    weight = weight.detach().to("cpu", torch.float32)
+    scales = (weight.abs().amax(1) / 127).clamp_min(1e-12).double()  # symmetric, one per output
+    zero_points = torch.zeros(len(weight), dtype=torch.int64)
+    with warnings.catch_warnings():  # torch announces another home for these; the operators stay
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
+        prepacked = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.detach())
+    run: Any = torch.ops.quantized.linear_dynamic
+    # Seven bits for the inputs: processors without VNNI add two products in 16 bits, which 8 bits would overflow.
+    return lambda rows: run(rows, prepacked, True)

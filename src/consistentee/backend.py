@@ -7,6 +7,7 @@ them. The engine never looks inside; it counts rows, drops those that left and j
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,6 +17,24 @@ TokenRow = Mapping[str, Sequence[int]]
 """One tokenized input, as `batches.encode_texts` gives it: `input_ids` and, where there are any, `token_type_ids`."""
 
 BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What `Engine.run` gives, in the order of the rows.
+
+    Args:
+        labels: class indices.
+        scores: their probabilities at the exit layer.
+        exit_layers: layers executed, from 1.
+        real_tokens, computed_tokens: summed over the layers; `1 - real / computed` is the share of padding.
+    """
+
+    labels: list[int]
+    scores: list[float]
+    exit_layers: list[int]
+    real_tokens: int
+    computed_tokens: int
 
 
 class Backend(Protocol[BatchT]):

@@ -187,7 +187,8 @@ def predict(
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
         batch_size: Inputs that go through the model together. [default: as many as are fastest, from a growing window]
-        dtype: Precision: float32, bfloat16, float16 or int8.
+        dtype: Precision: float32, bfloat16, float16, int8, or auto: the fastest that keeps the labels of float32 on
+            the first inputs; what it is, is said on standard error.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         backend: What runs the layers: torch.
         output: Write here instead of to standard output; the file appears when it is complete.
@@ -207,8 +208,12 @@ def predict(
     windows = _usage(
         lambda: engine.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
     )
+    said = False
     with _text_stream(output) as stream:
         for texts, predictions in windows:
+            if engine.choice is not None and not said:
+                print(engine.choice, file=sys.stderr)  # noqa: T201
+                said = True
             for text, prediction in zip(texts, predictions, strict=True):
                 line = {
                     "text": text[0] if len(text) == 1 else list(text),

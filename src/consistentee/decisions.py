@@ -82,21 +82,25 @@ class ExitDecisions:
     def __init__(self, model: EarlyExitForSequenceClassification, criterion: str) -> None:
         self.criterion = criterion
         self._decay = np.float32(model.config.ensemble_decay)
+        self._on_host = model.device.type == "cpu"
         policy: Any = model.policy
         self._exit_bias: Floats = _host(policy.exit_bias)
         self._reads_state = criterion == "policy" and "state" in policy.policy_input
         self._reads_signals = criterion == "policy" and policy.needs_signals
+        outputs: list[Floats] = []  # of the hidden layers, (layers, width) each
+        self._output_bias = np.float32(0)
         if self._reads_state:
-            self._state = [
-                part.detach().float().to(model.device)
-                for part in (policy.state_weight, policy.state_bias, policy.state_output)
-            ]
+            weights = policy.state_weight.detach().float()
+            weights = _host(weights) if self._on_host else weights
+            self._state: list[tuple[Any, Floats]] = list(zip(weights, _host(policy.state_bias), strict=True))
+            outputs.append(_host(policy.state_output))
         if self._reads_signals:
-            self._hidden = policy.signal_hidden.weight.detach().float().cpu()
-            self._hidden_bias = policy.signal_hidden.bias.detach().float().cpu()
-            self._output: Floats = _host(policy.signal_output.weight)[0]
+            self._hidden: Floats = np.ascontiguousarray(_host(policy.signal_hidden.weight).T)
+            self._hidden_bias = _host(policy.signal_hidden.bias)
+            outputs.append(_host(policy.signal_output.weight).repeat(model.num_layers, axis=0))
             self._output_bias = np.float32(policy.signal_output.bias.item())
             self._confidence_weight = np.float32(policy.confidence_weight.item())
+        self._output = np.concatenate(outputs, axis=1) if outputs else np.empty((model.num_layers, 0))
 
     def begin(self, rows: int, classes: int) -> RowFigures:
         """Figures of rows that have passed no layer."""
@@ -113,16 +117,14 @@ class ExitDecisions:
         Returns:
             (rows,), the exit scores of this layer: higher means readier to leave.
         """
-        index = figures.layers
-        from_state = self._state_logits(index, pooled) if self._reads_state else None
         logits: Floats = classifier_logits.cpu().numpy()
         if self._decay:  # `model.ensemble_step`
             logits = log_softmax(logits)
-            if index:
+            if figures.layers:
                 logits = self._decay * figures.prediction_logits + (1 - self._decay) * logits
         figures.prediction_logits = logits
         if self.criterion == "policy":
-            return self._policy_scores(figures, from_state)
+            return self._policy_scores(figures, pooled)
         if self.criterion == "patience":
             _pass_layer(figures, None, logits.argmax(1))
             return figures.streak.astype(np.float32)
@@ -133,26 +135,30 @@ class ExitDecisions:
         entropy = (np.exp(log_probabilities) * log_probabilities).sum(1)
         return (1 + entropy / math.log(logits.shape[1])).astype(np.float32)
 
-    def _state_logits(self, index: int, pooled: Tensor) -> Tensor:
-        """(rows,), the part of the exit logits that reads the state, on its device."""
-        weight, bias, output = (part[index] for part in self._state)
-        return torch.nn.functional.gelu(torch.addmm(bias, pooled, weight)) @ output
-
-    def _policy_scores(self, figures: RowFigures, from_state: Tensor | None) -> Floats:
+    def _policy_scores(self, figures: RowFigures, pooled: Tensor) -> Floats:
         index = figures.layers
-        exit_logits = np.full(len(figures.streak), self._exit_bias[index])
-        if from_state is not None:
-            exit_logits += from_state.cpu().numpy()
+        signals: Floats | None = None
         if self._reads_signals:
-            signals = _signals(figures)
-            hidden = torch.addmm(self._hidden_bias, torch.from_numpy(signals), self._hidden.T)
-            hidden = torch.nn.functional.gelu(hidden).numpy()
-            log_odds = LOG_ODDS_SCALE * signals[:, 0]
-            exit_logits += self._confidence_weight * log_odds + hidden @ self._output + self._output_bias
+            signals = _signals_of_one(figures) if len(figures.streak) == 1 else _signals(figures)
         else:
             figures.layers += 1
+        exit_logits = self._exit_bias[index] + self._branches(index, pooled, signals)
+        if signals is not None:
+            exit_logits = exit_logits + self._confidence_weight * LOG_ODDS_SCALE * signals[:, 0]
         # Beyond +-80 it is 0 or 1 in float32 all the same, and exp does not overflow.
         return np.reciprocal(1 + np.exp(-exit_logits.clip(-80, 80)), dtype=np.float32)
+
+    def _branches(self, index: int, pooled: Tensor, signals: Floats | None) -> Floats:
+        """(rows,), what the policy's hidden layers on state and signals add to the exit logits, in one go."""
+        hidden: list[Floats] = []
+        if self._reads_state:
+            weight, bias = self._state[index]
+            states = pooled.numpy() @ weight if self._on_host else torch.mm(pooled, weight).cpu().numpy()
+            hidden.append(states + bias)
+        if signals is not None:
+            hidden.append(signals @ self._hidden + self._hidden_bias)
+        both = torch.from_numpy(hidden[0] if len(hidden) == 1 else np.concatenate(hidden, axis=1))
+        return torch.nn.functional.gelu(both).numpy() @ self._output[index] + self._output_bias
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -192,6 +198,49 @@ def _signals(figures: RowFigures) -> Floats:
     signals[:, 5] = figures.streak / (passed + 1)
     signals[:, 8] = (passed + 1) / 12
     return signals
+
+
+def _signals_of_one(figures: RowFigures) -> Floats:
+    """As `_signals` for a single row, (1, NUM_SIGNALS), in plain numbers: thirty numpy calls would take longer."""
+    logits = figures.prediction_logits[0].tolist()
+    top_logit = max(logits)
+    prediction = logits.index(top_logit)
+    powers = [math.exp(logit - top_logit) for logit in logits]
+    log_sum = math.log(sum(powers))
+    log_probabilities = [logit - top_logit - log_sum for logit in logits]
+    probabilities = [math.exp(value) for value in log_probabilities]
+    best = probabilities[prediction]
+    second = max(value for label, value in enumerate(probabilities) if label != prediction)
+    entropy = -sum(p * log_p for p, log_p in zip(probabilities, log_probabilities, strict=True))
+    # In float32 as everywhere: what is left beside a probability near 1 is coarse there, and the signal with it.
+    rest = max(float(1 - np.float32(best)), float(TINY))
+    log_odds = math.log(max(best, float(TINY))) - math.log(rest)
+    passed = figures.layers
+    votes, sums, last = figures.votes[0], figures.probability_sums[0], figures.last_probabilities[0]
+    before = (
+        (votes[prediction] / passed, last[prediction], sums[prediction] / passed)
+        if passed
+        else (1, best, best)
+    )
+    streak = int(figures.streak[0]) + 1 if prediction == int(figures.last_prediction[0]) else 1
+    votes[prediction] += 1
+    sums += probabilities
+    last[:] = probabilities
+    figures.streak[0], figures.last_prediction[0] = streak, prediction
+    figures.layers += 1
+    agreement, previous_probability, mean_probability = before
+    signals = (
+        min(max(log_odds, -10), 10) / LOG_ODDS_SCALE,
+        best - second,
+        entropy / math.log(len(logits)),
+        (top_logit + log_sum) / 10,
+        agreement,
+        streak / (passed + 1),
+        previous_probability,
+        mean_probability,
+        (passed + 1) / 12,
+    )
+    return np.array([signals], dtype=np.float32)
 
 
 def _pass_layer(figures: RowFigures, probabilities: Floats | None, prediction: Ints) -> None:

@@ -15,20 +15,22 @@ What comes out is what running all layers and choosing afterwards gives, in the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 
-from consistentee.backend import Backend, TokenRow
+from consistentee.backend import Answers, Backend, TokenRow
 from consistentee.batches import encode_texts
 from consistentee.decisions import ExitDecisions, RowFigures, log_softmax
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
+from consistentee.precision import Candidate, Choice, choose
 from consistentee.saved import SavedModel, open_model
-from consistentee.torch_backend import torch_backend
+from consistentee.torch_backend import ExitModel, torch_backend, torch_dtypes
 
 BATCHES_PER_WINDOW = 64
 """Latency mode: batches that are sorted by length together; more saves padding, fewer answer earlier."""
@@ -41,6 +43,11 @@ FIRST_WINDOW_ROWS = 64
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Throughput mode: tokens that go through a layer together. More hardly helps and falls out of the caches."""
+
+CALIBRATION_ROWS = 256
+"""`auto`: inputs on which the candidates are compared."""
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 Text = str | tuple[str, ...]
 
@@ -86,24 +93,6 @@ class ExitRule:
         return cls("policy", exit_layers=tuple(exit_layers))
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What `Engine.run` gives, in the order of the rows.
-
-    Args:
-        labels: class indices.
-        scores: their probabilities at the exit layer.
-        exit_layers: layers executed, from 1.
-        real_tokens, computed_tokens: summed over the layers; `1 - real / computed` is the share of padding.
-    """
-
-    labels: list[int]
-    scores: list[float]
-    exit_layers: list[int]
-    real_tokens: int
-    computed_tokens: int
-
-
 @dataclass
 class _Flight:
     """Rows on their way: a backend's batch, whose they are, and what they bring along."""
@@ -129,8 +118,14 @@ class Engine:
 
     Args:
         saved: a model that `open_model` opened: one with exits, or a plain one, which always runs all its layers.
-        dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU).
+        dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU); `auto` takes the fastest that
+            keeps the labels of float32 on the first `CALIBRATION_ROWS` inputs, which wait for it (or on those given
+            to `calibrate`), and says which in `choice`. Other precisions than float32 may leave at other layers.
         backend: `torch`.
+
+    Attributes:
+        backend: what runs the layers.
+        choice: what `auto` chose and why; None without `auto`, and until it has chosen.
 
     Raises:
         ValueError: a model that is not of this library, a dtype or backend that is not there.
@@ -154,7 +149,12 @@ class Engine:
                 "Give a folder that `consistentee train` or `consistentee finetune` saved."
             )
         self.saved = saved
-        self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
+        self.choice: Choice | None = None
+        self._candidates = candidates(saved.model, backend) if dtype == "auto" else ()
+        self._choosing = Lock()
+        self.backend: Backend[Any] = make_backend(
+            saved.model, "float32" if dtype == "auto" else dtype, backend
+        )
         self._classes = saved.model.config.num_classes
         self._tokens = BATCH_TOKENS["cuda" if self.backend.device.type == "cuda" else "cpu"]
 
@@ -276,6 +276,51 @@ class Engine:
             record.labels, record.scores, record.exit_layers, record.real_tokens, record.computed_tokens
         )
 
+    def calibrate(
+        self,
+        texts: Iterable[Text],
+        *,
+        batch_size: int | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+    ) -> Choice:
+        """Let an engine with `dtype="auto"` choose on these texts, instead of on the first it meets.
+
+        Args:
+            texts: at least one, such as those it will be used on; the arguments are those of `predict`.
+
+        Raises:
+            ValueError: no text, or an engine whose precision was given.
+        """
+        rule = self.rule(criterion, threshold)
+        window = list(_checked(texts))
+        if not window:
+            raise ValueError("texts must hold at least one text to calibrate on, got none.")
+        with self._choosing:
+            if not self._candidates:
+                raise ValueError(
+                    f'calibrate needs an engine with dtype "auto" that has not chosen yet, got "{self.backend.dtype}".'
+                )
+            return self._choose(window, batch_size, rule)
+
+    def _choose(self, window: Sequence[tuple[str, ...]], batch_size: int | None, rule: ExitRule) -> Choice:
+        """Compare the candidates on some texts and go on with the best."""
+        rows = encode_texts(window, self.saved.tokenizer, self.saved.max_length)
+        reference = (self.backend.name, self.backend.dtype)
+        engines = {
+            candidate: self if candidate == reference else Engine(self.saved, dtype=candidate[1])
+            for candidate in self._candidates
+        }
+
+        def one_pass(engine: Engine) -> Callable[[], Answers]:
+            return lambda: engine.run(rows, batch_size=batch_size, rule=rule)
+
+        passes = {candidate: one_pass(engine) for candidate, engine in engines.items()}
+        self.choice = choose(passes, reference, len(rows))
+        self.backend = engines[self.choice.backend, self.choice.dtype].backend
+        self._candidates = ()
+        return self.choice
+
     def _decisions(self, rule: ExitRule) -> ExitDecisions | None:
         model = self.saved.model
         if rule.criterion is None or not isinstance(model, EarlyExitForSequenceClassification):
@@ -396,6 +441,12 @@ class Engine:
     def _windows(
         self, texts: Iterator[tuple[str, ...]], batch_size: int | None, rule: ExitRule
     ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
+        if self._candidates:
+            sample = list(itertools.islice(texts, CALIBRATION_ROWS))
+            with self._choosing:
+                if sample and self._candidates:
+                    self._choose(sample, batch_size, rule)
+            texts = itertools.chain(sample, texts)
         size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
         largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
         names, tokenizer = self.saved.label_names, self.saved.tokenizer
@@ -411,17 +462,22 @@ Predictor = Engine
 """The name this class had before it was fast."""
 
 
-def make_backend(model: Any, dtype: str, backend: str) -> Backend[Any]:
+def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
     """A backend by name.
 
     Raises:
         ValueError: there is no such backend or dtype, or the model does not run so.
     """
-    if dtype not in ("float32", "bfloat16", "float16", "int8"):
-        raise ValueError(f'dtype must be one of float32, bfloat16, float16, int8, got "{dtype}".')
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype must be one of auto, {", ".join(DTYPES)}, got "{dtype}".')
     if backend != "torch":
         raise ValueError(f'backend must be "torch", got "{backend}".')
     return torch_backend(model, dtype)
+
+
+def candidates(model: ExitModel, backend: str) -> tuple[Candidate, ...]:
+    """Backends and dtypes that a model runs in here, torch in float32 first."""
+    return tuple((backend, dtype) for dtype in torch_dtypes(model))
 
 
 def _write(

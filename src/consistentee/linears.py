@@ -20,7 +20,9 @@ ROWS_HINT = 256  # rows for which the CPU library picks its layout of the weight
 INT8_ENGINES = ("x86", "fbgemm", "onednn")
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, dtype: str, device: torch.device) -> Linear:
+def make_linear(
+    weight: Tensor, bias: Tensor | None, dtype: str, device: torch.device, *, prepack: bool = True
+) -> Linear:
     """The fastest linear map at hand.
 
     Args:
@@ -28,6 +30,7 @@ def make_linear(weight: Tensor, bias: Tensor | None, dtype: str, device: torch.d
         bias: (outputs,), float32, or None.
         dtype: `float32`, `bfloat16`, `float16` or `int8`; int8 takes and gives float32.
         device: where it runs; int8 runs on CPU only.
+        prepack: lay the weights out for the processor; not worth it for a few rows at a time.
 
     Raises:
         ValueError: int8 is asked for where there is none.
@@ -37,7 +40,7 @@ def make_linear(weight: Tensor, bias: Tensor | None, dtype: str, device: torch.d
     kind: torch.dtype = getattr(torch, dtype)
     weight = weight.detach().to(device, kind).contiguous()
     bias = None if bias is None else bias.detach().to(device, kind)
-    if device.type == "cpu" and has_prepacked_weights() and kind != torch.float16:
+    if prepack and device.type == "cpu" and has_prepacked_weights() and kind != torch.float16:
         run: Any = torch.ops.mkldnn._linear_pointwise
         prepacked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
         return lambda rows: run(rows, prepacked, bias, "none", [], "")

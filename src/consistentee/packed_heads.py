@@ -48,17 +48,19 @@ class _AttentionClassifier:
             )  # (hidden, queries, hidden)
             dense = (weight * norm.weight).flatten(1)
             bias = module.dense.bias + (weight * norm.bias).sum((1, 2))
-            self.queries = (queries * norm.weight).T.to(device, storage_dtype(dtype))  # (hidden, queries)
+            self.queries = (queries * norm.weight).to(device, storage_dtype(dtype)).contiguous()
         self.eps, self.shape = norm.eps, list(norm.normalized_shape)
-        self.dense = make_linear(dense, bias, dtype, device)
+        self.dense = make_linear(
+            dense, bias, dtype, device, prepack=False
+        )  # few rows: plain weights are as fast
         # Few classes: not worth quantising, and the last thing that should be.
         output = "float32" if dtype == "int8" else dtype
-        self.output = make_linear(module.output.weight, module.output.bias, output, device)
+        self.output = make_linear(module.output.weight, module.output.bias, output, device, prepack=False)
 
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         tokens = batch.hidden_states
         normalised = torch.nn.functional.layer_norm(tokens, self.shape, None, None, self.eps)
-        scores = normalised @ self.queries  # (tokens, queries)
+        scores = torch.nn.functional.linear(normalised, self.queries)  # (tokens, queries)
         groups = batch.layout.groups
         parts = [self._pool(normalised, scores, group) for group in groups]
         pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -85,9 +87,10 @@ class _PooledClassifier:
     ) -> None:
         module: Any = classifiers.layers[index]
         self.pooling = classifiers.pooling
-        self.pooler = make_linear(classifiers.pooler.weight, classifiers.pooler.bias, dtype, device)
+        pooler = classifiers.pooler
+        self.pooler = make_linear(pooler.weight, pooler.bias, dtype, device, prepack=False)
         output = "float32" if dtype == "int8" else dtype
-        self.output = make_linear(module.weight, module.bias, output, device)
+        self.output = make_linear(module.weight, module.bias, output, device, prepack=False)
 
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         pooled = self.pooler(self._pool(batch)).tanh_()

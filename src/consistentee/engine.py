@@ -21,12 +21,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 
 from consistentee.backend import Answers, Backend, TokenRow
 from consistentee.batches import encode_texts
-from consistentee.decisions import ExitDecisions, RowFigures, log_softmax
+from consistentee.decisions import ExitDecisions
+from consistentee.flights import ExitRule, run_rows
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.precision import Candidate, Choice, choose
 from consistentee.saved import SavedModel, open_model
@@ -40,9 +40,6 @@ WINDOW_ROWS = 1024
 
 FIRST_WINDOW_ROWS = 64
 """Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
-
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Throughput mode: tokens that go through a layer together. More hardly helps and falls out of the caches."""
 
 CALIBRATION_ROWS = 256
 """`auto`: inputs on which the candidates are compared."""
@@ -65,52 +62,6 @@ class Prediction:
     label: str
     score: float
     exit_layer: int
-
-
-@dataclass(frozen=True)
-class ExitRule:
-    """When rows leave.
-
-    Args:
-        criterion: `policy`, `confidence`, `entropy` or `patience`; None: nothing leaves before the last layer.
-        threshold: a row leaves at the first layer whose exit score exceeds it.
-        exit_layers: leave there instead, 1-based, one for each row of a `run`: to study speed. The criterion is still
-            computed, so that the cost is real.
-    """
-
-    criterion: str | None
-    threshold: float = 0.0
-    exit_layers: tuple[int, ...] | None = None
-
-    @classmethod
-    def full_depth(cls) -> ExitRule:
-        """All layers for all rows; no classifier but the last is computed."""
-        return cls(None)
-
-    @classmethod
-    def forced(cls, exit_layers: Sequence[int]) -> ExitRule:
-        """Every row leaves where it is told to; the policy is computed all the same."""
-        return cls("policy", exit_layers=tuple(exit_layers))
-
-
-@dataclass
-class _Flight:
-    """Rows on their way: a backend's batch, whose they are, and what they bring along."""
-
-    batch: Any
-    rows: list[int]
-    figures: RowFigures | None
-
-
-@dataclass
-class _Record:
-    """Answers as they come in."""
-
-    labels: list[int]
-    scores: list[float]
-    exit_layers: list[int]
-    real_tokens: int = 0
-    computed_tokens: int = 0
 
 
 class Engine:
@@ -149,14 +100,14 @@ class Engine:
                 "Give a folder that `consistentee train` or `consistentee finetune` saved."
             )
         self.saved = saved
+        self._model: ExitModel = saved.model
+        self._decisions: dict[str, ExitDecisions] = {}
         self.choice: Choice | None = None
         self._candidates = candidates(saved.model, backend) if dtype == "auto" else ()
         self._choosing = Lock()
         self.backend: Backend[Any] = make_backend(
             saved.model, "float32" if dtype == "auto" else dtype, backend
         )
-        self._classes = saved.model.config.num_classes
-        self._tokens = BATCH_TOKENS["cuda" if self.backend.device.type == "cuda" else "cpu"]
 
     @classmethod
     def from_pretrained(
@@ -250,7 +201,6 @@ class Engine:
             )
         return ExitRule.full_depth()
 
-    @torch.inference_mode()
     def run(self, rows: Sequence[TokenRow], *, batch_size: int | None, rule: ExitRule) -> Answers:
         """Answers for tokenized rows.
 
@@ -262,19 +212,19 @@ class Engine:
         Raises:
             ValueError: forced exit layers that are not one for each row, or not among the layers.
         """
-        self._check_forced(rule, len(rows))
-        record = _Record([0] * len(rows), [0.0] * len(rows), [0] * len(rows))
-        decisions = self._decisions(rule)
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-        if batch_size is None:
-            parts = self._token_batches(order, rows)
-            self._move(parts, rows, rule, decisions, record, pooled=True)
-        else:
-            for start in range(0, len(order), batch_size):
-                self._move([order[start : start + batch_size]], rows, rule, decisions, record, pooled=False)
-        return Answers(
-            record.labels, record.scores, record.exit_layers, record.real_tokens, record.computed_tokens
+        decisions = self._decisions_under(rule.criterion)
+        classes = self._model.config.num_classes
+        return run_rows(
+            self.backend, rows, batch_size=batch_size, rule=rule, decisions=decisions, num_classes=classes
         )
+
+    def _decisions_under(self, criterion: str | None) -> ExitDecisions | None:
+        """The criterion's arithmetic, made once; None where nothing leaves early."""
+        if criterion is None or not isinstance(self._model, EarlyExitForSequenceClassification):
+            return None
+        if criterion not in self._decisions:
+            self._decisions[criterion] = ExitDecisions(self._model, criterion)
+        return self._decisions[criterion]
 
     def calibrate(
         self,
@@ -321,123 +271,6 @@ class Engine:
         self._candidates = ()
         return self.choice
 
-    def _decisions(self, rule: ExitRule) -> ExitDecisions | None:
-        model = self.saved.model
-        if rule.criterion is None or not isinstance(model, EarlyExitForSequenceClassification):
-            return None
-        return ExitDecisions(model, rule.criterion)
-
-    def _check_forced(self, rule: ExitRule, rows: int) -> None:
-        if rule.exit_layers is None:
-            return
-        if len(rule.exit_layers) != rows:
-            raise ValueError(
-                f"exit_layers must be one for each of {rows} rows, got {len(rule.exit_layers)} of them."
-            )
-        depth = self.backend.num_layers
-        wrong = next((layer for layer in rule.exit_layers if not 1 <= layer <= depth), None)
-        if wrong is not None:
-            raise ValueError(f"exit_layers must be in [1, {depth}], got {wrong}.")
-
-    def _token_batches(self, order: Sequence[int], rows: Sequence[TokenRow]) -> list[list[int]]:
-        """Rows in batches of about `BATCH_TOKENS` tokens."""
-        batches: list[list[int]] = [[]]
-        tokens = 0
-        for row in order:
-            length = len(rows[row]["input_ids"])
-            if batches[-1] and tokens + length > self._tokens:
-                batches.append([])
-                tokens = 0
-            batches[-1].append(row)
-            tokens += length
-        return batches
-
-    def _move(
-        self,
-        parts: Sequence[list[int]],
-        rows: Sequence[TokenRow],
-        rule: ExitRule,
-        decisions: ExitDecisions | None,
-        record: _Record,
-        *,
-        pooled: bool,
-    ) -> None:
-        """Take some batches through the model layer by layer until the last row has left."""
-        flights = [self._start(part, rows, decisions) for part in parts if part]
-        for layer_index in range(self.backend.num_layers):
-            flights = [
-                left
-                for flight in flights
-                if (left := self._pass_layer(flight, layer_index, rule, decisions, record))
-            ]
-            if pooled:
-                flights = self._pooled(flights)
-
-    def _start(self, part: list[int], rows: Sequence[TokenRow], decisions: ExitDecisions | None) -> _Flight:
-        batch = self.backend.start([rows[row] for row in part])
-        return _Flight(batch, part, decisions.begin(len(part), self._classes) if decisions else None)
-
-    def _pass_layer(
-        self,
-        flight: _Flight,
-        layer_index: int,
-        rule: ExitRule,
-        decisions: ExitDecisions | None,
-        record: _Record,
-    ) -> _Flight | None:
-        """Run one layer, write down who leaves there, and give the rest; None if nobody is left."""
-        backend = self.backend
-        batch = backend.run_layer(layer_index, flight.batch)
-        record.real_tokens += sum(backend.lengths(batch))
-        record.computed_tokens += backend.computed_tokens(batch)
-        is_last = layer_index == backend.num_layers - 1
-        if decisions is None or flight.figures is None:
-            if not is_last:
-                return _Flight(batch, flight.rows, None)
-            logits = backend.classify(layer_index, batch)[1].cpu().numpy()
-            _write(record, flight.rows, range(len(flight.rows)), logits, layer_index)
-            return None
-        scores = decisions.step(flight.figures, *backend.classify(layer_index, batch))
-        if is_last:
-            leavers = list(range(len(flight.rows)))
-        elif rule.exit_layers is not None:
-            leavers = [p for p, row in enumerate(flight.rows) if rule.exit_layers[row] == layer_index + 1]
-        else:
-            leavers = np.flatnonzero(scores > rule.threshold).tolist()
-        if not leavers:
-            return _Flight(batch, flight.rows, flight.figures)
-        _write(record, flight.rows, leavers, flight.figures.prediction_logits, layer_index)
-        if len(leavers) == len(flight.rows):
-            return None
-        gone = set(leavers)
-        stay = [position for position in range(len(flight.rows)) if position not in gone]
-        left = [flight.rows[position] for position in stay]
-        return _Flight(backend.select(batch, stay), left, flight.figures.select(stay))
-
-    def _pooled(self, flights: list[_Flight]) -> list[_Flight]:
-        """Join neighbours as long as together they are no larger than one batch."""
-        joined: list[_Flight] = []
-        waiting: list[_Flight] = []
-        tokens = 0
-        for flight in flights:
-            size = sum(self.backend.lengths(flight.batch))
-            if waiting and (
-                tokens + size > self._tokens or not self.backend.can_merge(waiting[-1].batch, flight.batch)
-            ):
-                joined.append(self._merge(waiting))
-                waiting, tokens = [], 0
-            waiting.append(flight)
-            tokens += size
-        return [*joined, self._merge(waiting)] if waiting else joined
-
-    def _merge(self, flights: Sequence[_Flight]) -> _Flight:
-        if len(flights) == 1:
-            return flights[0]
-        batch = self.backend.merge([flight.batch for flight in flights])
-        figures = [flight.figures for flight in flights if flight.figures is not None]
-        rows = [row for flight in flights for row in flight.rows]
-        return _Flight(batch, rows, RowFigures.merge(figures) if figures else None)
-
     def _windows(
         self, texts: Iterator[tuple[str, ...]], batch_size: int | None, rule: ExitRule
     ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
@@ -478,19 +311,6 @@ def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
 def candidates(model: ExitModel, backend: str) -> tuple[Candidate, ...]:
     """Backends and dtypes that a model runs in here, torch in float32 first."""
     return tuple((backend, dtype) for dtype in torch_dtypes(model))
-
-
-def _write(
-    record: _Record, rows: Sequence[int], leavers: Sequence[int] | range, logits: Any, layer_index: int
-) -> None:
-    """Note labels, scores and exit layers of the rows that leave."""
-    leaving = logits[list(leavers)]
-    labels = leaving.argmax(1)
-    scores = np.exp(log_softmax(leaving)[np.arange(len(leaving)), labels])
-    for position, label, score in zip(leavers, labels.tolist(), scores.tolist(), strict=True):
-        row = rows[position]
-        record.labels[row], record.scores[row] = label, score
-        record.exit_layers[row] = layer_index + 1
 
 
 def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:

@@ -1,0 +1,224 @@
+"""Rows on their way through the layers: who leaves where, and how the rest stay together.
+
+A *flight* is a batch between two layers with what its rows bring along. It passes a layer, rows that leave are written
+down, the rest close up; in throughput mode neighbouring flights that have become small join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from consistentee.backend import Answers, Backend, TokenRow
+from consistentee.decisions import ExitDecisions, RowFigures, log_softmax
+
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Throughput mode: tokens that go through a layer together. More hardly helps and falls out of the caches."""
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When rows leave.
+
+    Args:
+        criterion: `policy`, `confidence`, `entropy` or `patience`; None: nothing leaves before the last layer.
+        threshold: a row leaves at the first layer whose exit score exceeds it.
+        exit_layers: leave there instead, 1-based, one for each row of a run: to study speed. The criterion is still
+            computed, so that the cost is real.
+    """
+
+    criterion: str | None
+    threshold: float = 0.0
+    exit_layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def full_depth(cls) -> ExitRule:
+        """All layers for all rows; no classifier but the last is computed."""
+        return cls(None)
+
+    @classmethod
+    def forced(cls, exit_layers: Sequence[int]) -> ExitRule:
+        """Every row leaves where it is told to; the policy is computed all the same."""
+        return cls("policy", exit_layers=tuple(exit_layers))
+
+    def check(self, rows: int, num_layers: int) -> None:
+        """Raise unless forced exit layers fit the rows and the model.
+
+        Raises:
+            ValueError: they are not one for each row, or not among the layers.
+        """
+        if self.exit_layers is None:
+            return
+        if len(self.exit_layers) != rows:
+            raise ValueError(
+                f"exit_layers must be one for each of {rows} rows, got {len(self.exit_layers)} of them."
+            )
+        wrong = next((layer for layer in self.exit_layers if not 1 <= layer <= num_layers), None)
+        if wrong is not None:
+            raise ValueError(f"exit_layers must be in [1, {num_layers}], got {wrong}.")
+
+
+@dataclass
+class Flight:
+    """Rows between two layers.
+
+    Args:
+        batch: the backend's.
+        rows: which of the run's rows they are.
+        figures: what the exit decisions carry along; None where nothing leaves early.
+    """
+
+    batch: Any
+    rows: list[int]
+    figures: RowFigures | None
+
+
+@torch.inference_mode()
+def run_rows(
+    backend: Backend[Any],
+    rows: Sequence[TokenRow],
+    *,
+    batch_size: int | None,
+    rule: ExitRule,
+    decisions: ExitDecisions | None,
+    num_classes: int,
+) -> Answers:
+    """Answers for tokenized rows.
+
+    Args:
+        backend: runs the layers.
+        rows: what `encode_texts` gives, none longer than the model's positions.
+        batch_size: rows that start together (latency mode); None: throughput mode, all rows one window.
+        rule: when they leave.
+        decisions: the arithmetic of the rule's criterion; None: all layers for all rows.
+        num_classes: classes of the model.
+
+    Raises:
+        ValueError: forced exit layers that do not fit.
+    """
+    rule.check(len(rows), backend.num_layers)
+    run = _Run(backend, rows, rule, decisions, num_classes)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    if batch_size is None:
+        run.move(run.token_batches(order), pooled=True)
+    else:
+        for start in range(0, len(order), batch_size):
+            run.move([order[start : start + batch_size]], pooled=False)
+    return Answers(run.labels, run.scores, run.exit_layers, run.real_tokens, run.computed_tokens)
+
+
+@dataclass
+class _Run:
+    """One call: its input, and the answers as they come in."""
+
+    backend: Backend[Any]
+    inputs: Sequence[TokenRow]
+    rule: ExitRule
+    decisions: ExitDecisions | None
+    num_classes: int
+    labels: list[int] = field(init=False)
+    scores: list[float] = field(init=False)
+    exit_layers: list[int] = field(init=False)
+    real_tokens: int = 0
+    computed_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        count = len(self.inputs)
+        self.labels, self.scores, self.exit_layers = [0] * count, [0.0] * count, [0] * count
+        self.most_tokens = BATCH_TOKENS["cuda" if self.backend.device.type == "cuda" else "cpu"]
+
+    def token_batches(self, order: Sequence[int]) -> list[list[int]]:
+        """Rows in batches of at most `BATCH_TOKENS` tokens, or of one row."""
+        batches: list[list[int]] = []
+        tokens = 0
+        for row in order:
+            length = len(self.inputs[row]["input_ids"])
+            if not batches or tokens + length > self.most_tokens:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(row)
+            tokens += length
+        return batches
+
+    def move(self, parts: Sequence[list[int]], *, pooled: bool) -> None:
+        """Take some batches through the model, layer by layer, until the last row has left."""
+        flights = [self._start(part) for part in parts]
+        for layer_index in range(self.backend.num_layers):
+            left = (self._pass_layer(flight, layer_index) for flight in flights)
+            flights = [flight for flight in left if flight is not None]
+            if pooled:
+                flights = self._join(flights)
+
+    def _start(self, part: list[int]) -> Flight:
+        batch = self.backend.start([self.inputs[row] for row in part])
+        figures = None if self.decisions is None else self.decisions.begin(len(part), self.num_classes)
+        return Flight(batch, part, figures)
+
+    def _pass_layer(self, flight: Flight, layer_index: int) -> Flight | None:
+        """Run one layer, write down who leaves there, and give the rest; None if nobody is left."""
+        backend = self.backend
+        batch = backend.run_layer(layer_index, flight.batch)
+        self.real_tokens += sum(backend.lengths(batch))
+        self.computed_tokens += backend.computed_tokens(batch)
+        is_last = layer_index == backend.num_layers - 1
+        if self.decisions is None or flight.figures is None:
+            if not is_last:
+                return Flight(batch, flight.rows, None)
+            logits = backend.classify(layer_index, batch)[1].cpu().numpy()
+            self._write(flight.rows, logits, layer_index)
+            return None
+        scores = self.decisions.step(flight.figures, *backend.classify(layer_index, batch))
+        leaves = self._leaves(flight.rows, scores, layer_index)
+        if not leaves.any():
+            return Flight(batch, flight.rows, flight.figures)
+        gone, stay = np.flatnonzero(leaves).tolist(), np.flatnonzero(~leaves).tolist()
+        self._write([flight.rows[p] for p in gone], flight.figures.prediction_logits[gone], layer_index)
+        if not stay:
+            return None
+        rows = [flight.rows[position] for position in stay]
+        return Flight(backend.select(batch, stay), rows, flight.figures.select(stay))
+
+    def _leaves(
+        self, rows: Sequence[int], scores: NDArray[np.float32], layer_index: int
+    ) -> NDArray[np.bool_]:
+        """Which rows leave here, (rows,)."""
+        if layer_index == self.backend.num_layers - 1:
+            return np.ones(len(rows), dtype=np.bool_)
+        if self.rule.exit_layers is not None:
+            return np.array([self.rule.exit_layers[row] == layer_index + 1 for row in rows], dtype=np.bool_)
+        return scores > self.rule.threshold
+
+    def _write(self, rows: Sequence[int], logits: NDArray[np.float32], layer_index: int) -> None:
+        """Note label, score and exit layer of rows that leave, by their logits (rows, classes)."""
+        labels = logits.argmax(1)
+        scores = np.exp(log_softmax(logits)[np.arange(len(logits)), labels])
+        for row, label, score in zip(rows, labels.tolist(), scores.tolist(), strict=True):
+            self.labels[row], self.scores[row], self.exit_layers[row] = label, score, layer_index + 1
+
+    def _join(self, flights: Sequence[Flight]) -> list[Flight]:
+        """Join neighbours as long as together they are no larger than one batch."""
+        groups: list[list[Flight]] = []
+        tokens = 0
+        for flight in flights:
+            size = sum(self.backend.lengths(flight.batch))
+            fits = bool(groups) and tokens + size <= self.most_tokens
+            if fits and self.backend.can_merge(groups[-1][-1].batch, flight.batch):
+                groups[-1].append(flight)
+                tokens += size
+            else:
+                groups.append([flight])
+                tokens = size
+        return [self._merged(group) for group in groups]
+
+    def _merged(self, flights: Sequence[Flight]) -> Flight:
+        if len(flights) == 1:
+            return flights[0]
+        batch = self.backend.merge([flight.batch for flight in flights])
+        figures = [flight.figures for flight in flights if flight.figures is not None]
+        rows = [row for flight in flights for row in flight.rows]
+        return Flight(batch, rows, RowFigures.merge(figures) if figures else None)

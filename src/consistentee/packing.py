@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from consistentee.linears import PREPACKED_ROWS
+
 MAX_GROUP_WASTE = 0.15
 """Share of padding that attention accepts inside a group of rows, before another group is begun."""
 
@@ -23,16 +25,18 @@ EXACT_TOKENS = 64
 COARSE_TOKENS = 1024
 
 
-def padded_count(tokens: int) -> int:
-    """Rows of the token matrix for so many tokens.
+def padded_count(tokens: int, dtype: torch.dtype) -> int:
+    """Rows of the token matrix for so many tokens on CPU.
 
-    A CPU library builds a new kernel for each new number of rows, so that numbers in between are rounded up: to
-    multiples of 16 above 64 tokens, of 64 above 1,024. What is added is 0 to 20 % of a small batch, 6 % of a large one
-    at most, 3 % on the average.
+    oneDNN builds a new kernel for each new number of rows and keeps it, so that the numbers it meets are rounded up: to
+    multiples of 16 above 64 tokens, of 64 above 1,024. float32 above `PREPACKED_ROWS` goes to BLAS, which needs none.
 
     Args:
         tokens: real tokens, at least 1.
+        dtype: of the hidden states.
     """
+    if dtype == torch.float32 and tokens > PREPACKED_ROWS:
+        return tokens
     step = 1 if tokens <= EXACT_TOKENS else 16 if tokens <= COARSE_TOKENS else 64
     return -(-tokens // step) * step
 
@@ -69,7 +73,6 @@ class Layout:
         self.lengths = tuple(lengths)
         self.device = device
         self.tokens = sum(self.lengths)
-        self.capacity = padded_count(self.tokens) if device.type == "cpu" else self.tokens
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -138,7 +141,7 @@ class PackedBatch:
     """Rows on their way through the layers.
 
     Args:
-        hidden_states: (layout.capacity, hidden); what lies beyond `layout.tokens` is filler without meaning.
+        hidden_states: (tokens or a few more, hidden); what lies beyond `layout.tokens` is filler without meaning.
         layout: where the rows lie.
     """
 
@@ -163,7 +166,8 @@ class PackedBatch:
 def pack(tokens: Tensor, lengths: Sequence[int]) -> PackedBatch:
     """A packed batch of (tokens, hidden) states."""
     layout = _layout(tuple(lengths), tokens.device)
-    filler = layout.capacity - len(tokens)
+    on_cpu = tokens.device.type == "cpu"
+    filler = padded_count(len(tokens), tokens.dtype) - len(tokens) if on_cpu else 0
     if filler:
         tokens = torch.cat([tokens, tokens.new_zeros(filler, tokens.shape[1])])
     return PackedBatch(tokens, layout)

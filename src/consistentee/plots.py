@@ -1,4 +1,4 @@
-"""The picture of an evaluation: what a saved layer costs in accuracy, and where the inputs leave; extra `plot`."""
+"""Pictures: of an evaluation (what a saved layer costs, where inputs leave) and of a benchmark; extra `plot`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from consistentee.curves import CurvePoint
     from consistentee.evaluation import Evaluation
+    from consistentee.speed import SpeedReport, SpeedRow
 
 WIDTH, HEIGHT, DPI = 12.0, 5.0, 100  # inches, inches, dots per inch: 1200 x 500
 FORMATS = (".png", ".pdf", ".svg")
@@ -52,6 +53,110 @@ def plot_evaluation(evaluation: Evaluation, path: str | Path, title: str | None 
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower())
     return path
+
+
+SPEED_NAMES = {
+    "transformers": ("transformers, all layers", "#999999"),
+    "engine-full-depth": ("engine, all layers", "#56B4E9"),
+    "engine": ("engine with exits", "#0072B2"),
+}
+
+
+def plot_speed(report: SpeedReport, path: str | Path, title: str | None = None) -> Path:
+    """Draw throughput of the competitors and, beside it, layers saved against time saved.
+
+    Args:
+        report: the figures.
+        path: the picture, PNG, PDF or SVG by its ending; written whole or not at all.
+        title: over the picture, such as the model's name.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: another ending.
+    """
+    path = Path(path)
+    check_plot(path)
+    figure_module = require_extra("plot", "matplotlib.figure")
+    figure = figure_module.Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
+    rows = {(row.batch_size, row.name): row for row in report.rows}
+    names = [name for name in SPEED_NAMES if any((size, name) in rows for size in sizes)]
+    _draw_bars(
+        left,
+        sizes,
+        [(*SPEED_NAMES[name], [rows[size, name].instances_per_second for size in sizes]) for name in names],
+        "inputs per second",
+        "Throughput",
+    )
+    exits = [rows.get((size, "engine")) for size in sizes]
+    _draw_speedups(right, sizes, [row for row in exits if row is not None])
+    if title:
+        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())
+    return path
+
+
+def _draw_speedups(axes: Axes, sizes: Sequence[int | None], rows: Sequence[SpeedRow]) -> None:
+    if not rows:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "This model has no exits.", ha="center", color=GREY, transform=axes.transAxes)
+        return
+    series = [
+        ("layer speed-up", BAR, [row.layer_speedup for row in rows]),
+        ("wall-clock speed-up", LINE, [row.wall_clock_speedup for row in rows]),
+    ]
+    _draw_bars(axes, sizes, series, "times faster than all layers", "Layers saved, and time saved")
+    for place, row in enumerate(rows):
+        efficiency = 0 if row.efficiency is None else row.efficiency
+        top = max(row.layer_speedup, row.wall_clock_speedup)
+        axes.annotate(
+            f"{efficiency:.2f}",
+            (place, top),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+            fontsize=10,
+        )
+    axes.axhline(1, color=GREY, linewidth=1, zorder=1)
+    axes.set_ylim(0, 1.3 * max(max(row.layer_speedup, row.wall_clock_speedup) for row in rows))
+    axes.text(
+        0.01,
+        0.86,
+        "figure above the bars: efficiency",
+        color=GREY,
+        fontsize=9,
+        transform=axes.transAxes,
+        va="top",
+    )
+
+
+def _draw_bars(
+    axes: Axes,
+    sizes: Sequence[int | None],
+    series: Sequence[tuple[str, str, Sequence[float]]],
+    y_label: str,
+    title: str,
+) -> None:
+    """Bars in groups, one group for each batch size; `series` are (label, colour, heights)."""
+    width = 0.8 / len(series)
+    for order, (label, colour, heights) in enumerate(series):
+        offset = (order - (len(series) - 1) / 2) * width
+        places = [place + offset for place in range(len(sizes))]
+        axes.bar(places, heights, width=0.92 * width, color=colour, label=label, zorder=3)
+    axes.set_xticks(
+        range(len(sizes)), ["throughput\nmode" if size is None else f"batch {size}" for size in sizes]
+    )
+    highest = max(max(heights) for _, _, heights in series)
+    axes.set_ylim(0, 1.2 * highest)
+    _frame(axes, "", y_label, title)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper left", ncols=len(series))
 
 
 def check_plot(path: Path) -> None:

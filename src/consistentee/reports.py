@@ -1,4 +1,4 @@
-"""Evaluations as tables for the terminal."""
+"""Evaluations and speed measurements as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from consistentee.evaluation import Evaluation
+from consistentee.speed import SpeedReport
 
 
 def evaluation_report(evaluation: Evaluation) -> RenderableType:
@@ -92,3 +93,54 @@ def _layers(evaluation: Evaluation) -> Table:
             f"{100 * evaluation.classifier_accuracy[index]:.2f}",
         )
     return table
+
+
+def speed_report(report: SpeedReport) -> RenderableType:
+    """What a benchmark found, mode by mode, and on what it ran.
+
+    Args:
+        report: the figures.
+
+    Returns:
+        Something that a rich console prints.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("batch", "", "dtype"):
+        table.add_column(name, no_wrap=True)
+    names = ("p50 ms", "p95 ms", "per s", "padding %", "layers", "clock", "efficiency", "vs transformers")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    before: object = ()
+    for row in report.rows:
+        size = "throughput" if row.batch_size is None else str(row.batch_size)
+        if before not in ((), size):
+            table.add_section()
+        table.add_row(
+            "" if before == size else size,
+            row.name,
+            row.dtype,
+            "" if row.latency_ms_p50 is None else f"{row.latency_ms_p50:.1f}",
+            "" if row.latency_ms_p95 is None else f"{row.latency_ms_p95:.1f}",
+            f"{row.instances_per_second:.1f}",
+            f"{100 * row.padding_share:.1f}",
+            f"{row.layer_speedup:.2f}x",
+            f"{row.wall_clock_speedup:.2f}x",
+            "" if row.efficiency is None else f"{row.efficiency:.2f}",
+            f"{row.speedup_over_transformers:.2f}x",
+            style="bold" if row.name == "engine" else "",
+        )
+        before = size
+    place, work = report.environment, report.workload
+    flags = f" ({', '.join(place['cpu_flags'])})" if place["cpu_flags"] else ""
+    return Group(
+        table,
+        Text(
+            f"{work['model']}: {work['num_hidden_layers']} layers of {work['hidden_size']}, {work['rows']:,} rows of "
+            f"{work['mean_tokens']:.1f} tokens on average. Layers: layer speed-up; clock: wall-clock speed-up against "
+            "the engine at full depth in this run; efficiency: the second over the first."
+        ),
+        Text(
+            f"{place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, transformers "
+            f"{place['transformers']}, seed {place['seed']}."
+        ),
+    )

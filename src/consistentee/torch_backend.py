@@ -65,8 +65,17 @@ def _classifier_index(model: ExitModel, layer_index: int) -> int:
     return layer_index if isinstance(model, EarlyExitForSequenceClassification) else 0
 
 
-def _token_tensors(rows: Sequence[TokenRow], width: int, padding: int, device: torch.device) -> list[Tensor]:
-    """`input_ids`, `attention_mask` and, where the rows have them, `token_type_ids`, (rows, width) int64."""
+def token_tensors(
+    rows: Sequence[TokenRow], width: int, backbone: PreTrainedModel, device: torch.device
+) -> list[Tensor]:
+    """`input_ids`, `attention_mask` and, where the rows have them, `token_type_ids`, (rows, width) int64.
+
+    Args:
+        rows: tokenized inputs of at most `width` tokens.
+        width: what they are padded to, on the right.
+        backbone: its padding id is the one by which roberta and its kin number positions.
+        device: where the tensors go.
+    """
 
     def padded(values: list[Sequence[int]], fill: int) -> Tensor:
         if all(len(value) == width for value in values):
@@ -74,6 +83,7 @@ def _token_tensors(rows: Sequence[TokenRow], width: int, padding: int, device: t
         return torch.tensor([[*v, *[fill] * (width - len(v))] for v in values], dtype=torch.int64).to(device)
 
     ids = [row["input_ids"] for row in rows]
+    padding = int(getattr(backbone.config, "pad_token_id", None) or 0)
     tensors = [padded(ids, padding), padded([[1] * len(row) for row in ids], 0)]
     if "token_type_ids" in rows[0]:
         tensors.append(padded([row["token_type_ids"] for row in rows], 0))
@@ -97,7 +107,7 @@ class PackedBackend:
         """Embed the rows."""
         lengths = [len(row["input_ids"]) for row in rows]
         width = max(lengths)
-        ids, mask, *types = _token_tensors(rows, width, _pad_token(self.model.backbone), self.device)
+        ids, mask, *types = token_tensors(rows, width, self.model.backbone, self.device)
         hidden_states = backbones.embed_tokens(self.model.backbone, ids, *types)
         tokens = hidden_states.flatten(0, 1)
         if min(lengths) < width:
@@ -163,7 +173,7 @@ class PaddedBackend:
         backbone = self.model.backbone
         most = int(getattr(backbone.config, "max_position_embeddings", max(lengths)))
         width = max(max(lengths), min(-(-max(lengths) // WIDTH_STEP) * WIDTH_STEP, most))
-        tensors = _token_tensors(rows, width, _pad_token(backbone), self.device)
+        tensors = token_tensors(rows, width, backbone, self.device)
         return PaddedBatch(backbones.embed(backbone, *tensors), lengths)
 
     def run_layer(self, layer_index: int, batch: PaddedBatch) -> PaddedBatch:
@@ -215,8 +225,3 @@ class PaddedBackend:
 
 def _joined(masks: list[Tensor | None]) -> Tensor | None:
     return None if masks[0] is None else torch.cat([mask for mask in masks if mask is not None])
-
-
-def _pad_token(backbone: PreTrainedModel) -> int:
-    """The padding id by which roberta and its kin number positions; any id elsewhere."""
-    return int(getattr(backbone.config, "pad_token_id", None) or 0)

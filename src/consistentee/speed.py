@@ -1,0 +1,373 @@
+"""How fast the engine is: `consistentee benchmark`.
+
+Competitors do the same rows in the same run, in turn: the engine with exits, the same engine at full depth, plain
+`transformers` at full depth on padded batches in the order of arrival, and the engine forced to the last layer with all
+its exits computed (what exits cost where nobody takes them). What counts is the ratio between them.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from consistentee.backend import Answers, TokenRow
+from consistentee.configuration import EarlyExitConfig
+from consistentee.engine import Engine
+from consistentee.flights import ExitRule
+from consistentee.model import EarlyExitForSequenceClassification
+from consistentee.packed_layers import storage_dtype
+from consistentee.saved import SavedModel
+from consistentee.timing import environment, paired_ratio, time_in_turn
+from consistentee.torch_backend import token_tensors
+
+ARRIVAL_BATCH = 32
+"""Rows of a padded batch that throughput mode is compared with."""
+
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+_MINILM = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert-base": {"model_type": "bert", "vocab_size": 30522, **_BASE},
+    "mpnet-base": {"model_type": "mpnet", "vocab_size": 30527, **_BASE},
+    "minilm-12l-shape": {"model_type": "bert", "vocab_size": 30522, **_MINILM},
+    "minilm-6l-shape": {"model_type": "bert", "vocab_size": 30522, **_MINILM, "num_hidden_layers": 6},
+}
+"""Shapes with random weights, for studying speed without a trained model."""
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One competitor in one mode.
+
+    Args:
+        name: `engine`, `engine-full-depth`, `engine-nobody-leaves` or `transformers`.
+        mode: `latency` or `throughput`.
+        batch_size: rows that start together; None in throughput mode.
+        latency_ms_p50, latency_ms_p95: of one batch; None in throughput mode.
+        instances_per_second: median over the repetitions.
+        padding_share: of the token positions that linear maps compute, in [0, 1).
+        mean_exit_layer: layers executed per row.
+        layer_speedup: layers of the model / mean exit layer.
+        wall_clock_speedup: against `engine-full-depth`, median of the repetitions' ratios.
+        wall_clock_speedup_quartiles: first and third quartile of the same.
+        efficiency: wall_clock_speedup / layer_speedup; None where nothing leaves.
+        speedup_over_transformers: likewise against `transformers`.
+        peak_memory_mb: of the device, on a GPU; None on CPU, where one process holds all competitors.
+    """
+
+    name: str
+    mode: str
+    batch_size: int | None
+    backend: str
+    dtype: str
+    latency_ms_p50: float | None
+    latency_ms_p95: float | None
+    instances_per_second: float
+    padding_share: float
+    mean_exit_layer: float
+    layer_speedup: float
+    wall_clock_speedup: float
+    wall_clock_speedup_quartiles: tuple[float, float]
+    efficiency: float | None
+    speedup_over_transformers: float
+    peak_memory_mb: float | None
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """What `measure_speed` found.
+
+    Args:
+        environment: hardware, versions, threads, seed.
+        workload: model shape, rows, tokens, how exits came about.
+        rows: one for each competitor, mode and batch size.
+    """
+
+    environment: dict[str, Any]
+    workload: dict[str, Any]
+    rows: tuple[SpeedRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "environment": self.environment,
+            "workload": self.workload,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def shape_model(
+    config_name: str, *, num_labels: int = 2, seed: int = 0, device: torch.device | None = None
+) -> SavedModel:
+    """A model with random weights of a named shape, without a tokenizer.
+
+    Raises:
+        ValueError: there is no such shape.
+    """
+    if config_name not in SHAPES:
+        raise ValueError(f'config-name must be one of {", ".join(SHAPES)}, got "{config_name}".')
+    values = dict(SHAPES[config_name])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    options: dict[str, Any] = {"encoder_config": config, "num_labels": num_labels, "max_length": 512}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = EarlyExitForSequenceClassification(EarlyExitConfig(**options))
+    if device is not None:
+        cast(torch.nn.Module, model).to(device)
+    return SavedModel(model.eval(), None, {}, config_name)
+
+
+def random_rows(count: int, sequence_length: int, vocab_size: int, seed: int) -> list[dict[str, list[int]]]:
+    """Rows of random token ids, all of one length; small ids, which are special in real vocabularies, are left out."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(min(1000, vocab_size // 2), vocab_size, (count, sequence_length))
+    return [{"input_ids": row} for row in ids.tolist()]
+
+
+def exit_distribution_shares(text: str, num_layers: int) -> list[float]:
+    """The share of rows that leave at each layer, from `even`, `last` or `p1,p2,...`.
+
+    Raises:
+        ValueError: it is none of these, has another number of entries than there are layers, or does not sum to one.
+    """
+    if text == "even":
+        return [1 / num_layers] * num_layers
+    if text == "last":
+        return [0.0] * (num_layers - 1) + [1.0]
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f'exit-distribution must be "even", "last" or shares such as 0.5,0.5, got "{text}".'
+        ) from None
+    if len(shares) != num_layers:
+        raise ValueError(
+            f"exit-distribution must have one share for each of {num_layers} layers, got {len(shares)}."
+        )
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-3:
+        raise ValueError(
+            f"exit-distribution must be shares >= 0 that sum to 1, got a sum of {sum(shares):g}."
+        )
+    return shares
+
+
+def exit_layers_of(shares: Sequence[float], count: int, seed: int) -> list[int]:
+    """Exit layers, 1-based, for so many rows: the shares as exactly as whole rows allow, shuffled.
+
+    Args:
+        shares: (layers,), summing to one.
+        count: rows.
+        seed: of the shuffle.
+    """
+    ends = np.round(np.cumsum(shares) / sum(shares) * count).astype(int)
+    layers = np.repeat(np.arange(1, len(shares) + 1), np.diff(ends, prepend=0)).tolist()
+    random.Random(seed).shuffle(layers)
+    return layers
+
+
+def measure_speed(
+    engine: Engine,
+    rows: Sequence[TokenRow],
+    *,
+    batch_sizes: Sequence[int] = (1, 8, 32, 128),
+    throughput: bool = True,
+    shares: Sequence[float] | None = None,
+    rule: ExitRule | None = None,
+    repeats: int = 5,
+    seed: int = 0,
+    tick: Callable[[str], object] = lambda _: None,
+) -> SpeedReport:
+    """Time the engine and its competitors.
+
+    Args:
+        engine: to be measured.
+        rows: tokenized inputs in the order of arrival; each batch size takes as many of them as it needs for a fair
+            share of its time: all in throughput mode, at most `16 * batch_size`, and at least 32.
+        batch_sizes: of latency mode.
+        throughput: measure throughput mode too.
+        shares: of rows that are forced to leave at each layer; None: the model's own rule decides.
+        rule: the model's own rule; None takes the saved one.
+        repeats: timed repetitions.
+        seed: of the forced exits.
+        tick: called with what is being measured after each pass.
+
+    Raises:
+        ValueError: no rows, no mode, or repeats below 1.
+    """
+    if not rows or repeats < 1 or not (batch_sizes or throughput) or any(size < 1 for size in batch_sizes):
+        raise ValueError(
+            "There must be at least one row, one repetition and one batch size (each at least 1) or throughput mode, "
+            f"got {len(rows)} rows, {repeats} repetitions and batch sizes {list(batch_sizes)}."
+        )
+    modes: list[int | None] = [*batch_sizes, *([None] if throughput else [])]
+    found: list[SpeedRow] = []
+    for size in modes:
+        chosen = list(rows) if size is None else list(rows[: max(16 * size, 32)])
+        forced = None if shares is None else exit_layers_of(shares, len(chosen), seed)
+        title = "throughput mode" if size is None else f"batch size {size}"
+        found += _Match(engine, chosen, size, forced, rule).play(repeats, lambda title=title: tick(title))
+    config: Any = engine.saved.model.config
+    lengths = [len(row["input_ids"]) for row in rows]
+    workload = {
+        "model": engine.saved.name.replace("\\", "/").rstrip("/").split("/")[-1],
+        "model_type": config.encoder.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "rows": len(rows),
+        "mean_tokens": statistics.mean(lengths),
+        "max_tokens": max(lengths),
+        "exits": "model" if shares is None else [round(share, 6) for share in shares],
+        "repeats": repeats,
+    }
+    return SpeedReport(environment(engine.backend.device, seed), workload, tuple(found))
+
+
+class _Match:
+    """The competitors on one set of rows, in one mode."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        rows: Sequence[TokenRow],
+        batch_size: int | None,
+        forced: Sequence[int] | None,
+        rule: ExitRule | None,
+    ) -> None:
+        self.engine, self.rows, self.batch_size = engine, rows, batch_size
+        own = rule or engine.rule()
+        self.depth = engine.backend.num_layers
+        has_exits = isinstance(engine.saved.model, EarlyExitForSequenceClassification)
+        self.rules: dict[str, tuple[ExitRule, list[int] | None]] = {
+            "engine-full-depth": (ExitRule.full_depth(), None)
+        }
+        if has_exits:
+            exits = None if forced is None else list(forced)
+            self.rules = {"engine": (own, exits), **self.rules}
+            self.rules["engine-nobody-leaves"] = (own, [self.depth] * len(rows))
+
+    def play(self, repeats: int, tick: Callable[[], object]) -> list[SpeedRow]:
+        """Time all, and make their rows of the report."""
+        device = self.engine.backend.device
+        answers = {name: [step() for step in self._steps(*rule)] for name, rule in self.rules.items()}
+        work: dict[str, Sequence[Callable[[], object]]] = {
+            name: self._steps(*rule) for name, rule in self.rules.items()
+        }
+        work["transformers"] = self._transformers()
+        memory = {name: _peak_memory(steps, device) for name, steps in work.items()}
+        with torch.inference_mode():
+            seconds = time_in_turn(work, device, repeats, tick)
+        return [self._row(name, seconds, answers.get(name), memory[name]) for name in work]
+
+    def _parts(self, size: int | None) -> list[range]:
+        """The rows batch by batch, in the order of arrival; all at once for None."""
+        step = size or len(self.rows)
+        return [range(start, min(start + step, len(self.rows))) for start in range(0, len(self.rows), step)]
+
+    def _steps(self, rule: ExitRule, exits: list[int] | None) -> list[Callable[[], Answers]]:
+        def step(part: range) -> Callable[[], Answers]:
+            rows = [self.rows[row] for row in part]
+            here = rule
+            if exits is not None:
+                here = ExitRule(rule.criterion, rule.threshold, tuple(exits[row] for row in part))
+            return lambda: self.engine.run(rows, batch_size=self.batch_size, rule=here)
+
+        return [step(part) for part in self._parts(self.batch_size)]
+
+    def _transformers(self) -> list[Callable[[], object]]:
+        """The backbone as Hugging Face runs it, padded, and the last classifier; labels and scores as lists."""
+        model: Any = self.engine.saved.model
+        classifiers, device = model.classifiers, self.engine.backend.device
+        last = len(classifiers.layers) - 1
+        kind = storage_dtype(self.engine.backend.dtype)
+        if model.dtype != kind:
+            model = copy.deepcopy(model).to(kind)
+            classifiers = model.classifiers
+
+        def step(part: range) -> Callable[[], object]:
+            rows = [self.rows[row] for row in part]
+
+            def run() -> object:
+                width = max(len(row["input_ids"]) for row in rows)
+                ids, mask, *types = token_tensors(rows, width, model.backbone, device)
+                inputs = {"token_type_ids": types[0]} if types and _has_token_types(model.backbone) else {}
+                states = model.backbone(input_ids=ids, attention_mask=mask, **inputs).last_hidden_state
+                top = classifiers(last, states, mask)[1].float().softmax(-1).max(-1)
+                return top.values.tolist(), top.indices.tolist()
+
+            return run
+
+        return [step(part) for part in self._parts(self.batch_size or ARRIVAL_BATCH)]
+
+    def _row(
+        self,
+        name: str,
+        seconds: dict[str, list[list[float]]],
+        answers: list[Answers] | None,
+        memory: float | None,
+    ) -> SpeedRow:
+        taken = seconds[name]
+        batches = [1000 * value for repetition in taken for value in repetition]
+        if answers is None:
+            mean_exit_layer, padding = float(self.depth), self._arrival_padding()
+        else:
+            mean_exit_layer = statistics.mean(layer for answer in answers for layer in answer.exit_layers)
+            padding = 1 - sum(a.real_tokens for a in answers) / sum(a.computed_tokens for a in answers)
+        layer_speedup = self.depth / mean_exit_layer
+        ratio, first, third = paired_ratio(seconds["engine-full-depth"], taken)
+        is_latency = self.batch_size is not None
+        is_ours = answers is not None
+        return SpeedRow(
+            name=name,
+            mode="latency" if is_latency else "throughput",
+            batch_size=self.batch_size,
+            backend=self.engine.backend.name if is_ours else "transformers",
+            dtype=self.engine.backend.dtype
+            if is_ours
+            else _name_of(storage_dtype(self.engine.backend.dtype)),
+            latency_ms_p50=float(np.percentile(batches, 50)) if is_latency else None,
+            latency_ms_p95=float(np.percentile(batches, 95)) if is_latency else None,
+            instances_per_second=len(self.rows) / statistics.median(sum(repetition) for repetition in taken),
+            padding_share=padding,
+            mean_exit_layer=mean_exit_layer,
+            layer_speedup=layer_speedup,
+            wall_clock_speedup=ratio,
+            wall_clock_speedup_quartiles=(first, third),
+            efficiency=ratio / layer_speedup if name == "engine" else None,
+            speedup_over_transformers=paired_ratio(seconds["transformers"], taken)[0],
+            peak_memory_mb=memory,
+        )
+
+    def _arrival_padding(self) -> float:
+        real = computed = 0
+        for part in self._parts(self.batch_size or ARRIVAL_BATCH):
+            lengths = [len(self.rows[row]["input_ids"]) for row in part]
+            real += sum(lengths)
+            computed += max(lengths) * len(lengths)
+        return 1 - real / computed
+
+
+def _peak_memory(steps: Sequence[Callable[[], object]], device: torch.device) -> float | None:
+    """MB that torch held on the GPU at most during one pass; None on CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        for step in steps:
+            step()
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def _has_token_types(backbone: Any) -> bool:
+    table = getattr(backbone.get_submodule("embeddings"), "token_type_embeddings", None)
+    return table is not None and table.num_embeddings > 1
+
+
+def _name_of(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")

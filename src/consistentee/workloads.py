@@ -1,0 +1,102 @@
+"""What a benchmark runs: an engine with a trained model on real texts, or a shape with random weights and rows."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consistentee.backend import TokenRow
+from consistentee.batches import encode_texts
+from consistentee.engine import Engine
+from consistentee.saved import usable_device
+from consistentee.speed import exit_distribution_shares, random_rows, shape_model
+
+READ_AT_MOST = 100_000
+"""Texts of a file among which the sample is drawn."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured.
+
+    Args:
+        engine: with its model.
+        rows: tokenized inputs in the order of arrival.
+    """
+
+    engine: Engine
+    rows: Sequence[TokenRow]
+
+    def shares(self, distribution: str | None) -> list[float] | None:
+        """The share of rows that are to leave at each layer; None: as the model's own rule has it.
+
+        Raises:
+            ValueError: the distribution makes no sense for this model.
+        """
+        if distribution is None:
+            return None
+        return exit_distribution_shares(distribution, self.engine.backend.num_layers)
+
+
+def shape_workload(
+    config_name: str,
+    *,
+    rows: int,
+    sequence_length: int,
+    num_labels: int = 2,
+    device: str | None = None,
+    dtype: str = "float32",
+    backend: str = "torch",
+    seed: int = 0,
+) -> Workload:
+    """Random weights of a named shape and random rows of one length.
+
+    Raises:
+        ValueError: an unknown shape, a length that the model's positions do not hold, or a precision that is chosen on
+            labels, which random weights do not have.
+    """
+    if dtype == "auto":
+        raise ValueError(
+            'dtype "auto" needs a trained model, whose labels it keeps. Give a dtype with config-name.'
+        )
+    saved = shape_model(
+        config_name,
+        num_labels=num_labels,
+        seed=seed,
+        device=None if device is None else usable_device(device),
+    )
+    encoder: Any = saved.model.config.encoder
+    most = encoder.max_position_embeddings - 2  # mpnet counts from 2
+    if not 1 <= sequence_length <= most:
+        raise ValueError(f"sequence-length must be in [1, {most}] for {config_name}, got {sequence_length}.")
+    engine = Engine(saved, dtype=dtype, backend=backend)
+    return Workload(engine, random_rows(rows, sequence_length, encoder.vocab_size, seed))
+
+
+def model_workload(
+    name_or_path: str,
+    texts: Iterable[tuple[str, ...]],
+    *,
+    rows: int,
+    device: str | None = None,
+    dtype: str = "float32",
+    backend: str = "torch",
+    seed: int = 0,
+) -> Workload:
+    """A saved model and a random sample of texts, in the order in which they arrive.
+
+    Raises:
+        ValueError: there are no texts.
+    """
+    engine = Engine.from_pretrained(name_or_path, device=device, dtype=dtype, backend=backend)
+    read = list(itertools.islice(texts, READ_AT_MOST))
+    if not read:
+        raise ValueError("There must be at least one text to measure with, got none.")
+    kept = sorted(random.Random(seed).sample(range(len(read)), min(rows, len(read))))
+    sample = [read[position] for position in kept]
+    if dtype == "auto":
+        engine.calibrate(sample)
+    return Workload(engine, encode_texts(sample, engine.saved.tokenizer, engine.saved.max_length))

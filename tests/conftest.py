@@ -25,6 +25,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker: threads of sev
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The same examples everywhere, no deadlines: these machines are slow at times.
+settings.register_profile(
+    "consistentee",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("consistentee")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

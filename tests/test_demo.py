@@ -15,8 +15,8 @@ from rich.console import Console
 from consistentee import demo
 from consistentee.data import TextDataset, load_files
 from consistentee.demo import Download, parse_snippets, read_snippets, split_snippets, unpack_encoder
-from consistentee.errors import DataError
 from consistentee.engine import Prediction
+from consistentee.errors import DataError
 
 LINES = (
     "1\t2.3\tA film to remember.",

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from consistentee.curves import CurvePoint
+from consistentee.engine import Engine
 from consistentee.evaluation import (
     class_columns,
     evaluate_layers,
@@ -19,7 +20,6 @@ from consistentee.evaluation import (
     evaluate_plain,
     predict_classes,
 )
-from consistentee.engine import Engine
 from consistentee.saved import RECORD_FILE, SavedModel, open_model, record_evaluation
 from tiny import (
     LABEL_NAMES,

@@ -43,7 +43,7 @@ def make_linear(
     kind: torch.dtype = getattr(torch, dtype)
     weight = weight.detach().to(device, kind).contiguous()
     bias = None if bias is None else bias.detach().to(device, kind)
-    if prepack and device.type == "cpu" and has_prepacked_weights() and kind != torch.float16:
+    if prepack and device.type == "cpu" and has_prepacked_weights(kind):
         run: Any = torch.ops.mkldnn._linear_pointwise
         prepacked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 2 * PREPACKED_ROWS)
         if kind != torch.float32:
@@ -58,14 +58,25 @@ def make_linear(
     return lambda rows: torch.nn.functional.linear(rows, weight, bias)
 
 
-def has_prepacked_weights() -> bool:
-    """Whether this build of torch can lay weights out in advance (oneDNN on CPU)."""
+def has_prepacked_weights(dtype: torch.dtype) -> bool:
+    """Whether torch can lay weights of this dtype out in advance on this processor (oneDNN on CPU)."""
+    if dtype == torch.bfloat16:
+        return has_fast_bfloat16()
     try:
         return bool(
-            torch.backends.mkldnn.is_available()
+            dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
             and torch.ops.mkldnn._linear_pointwise
             and torch.ops.mkldnn._reorder_linear_weight
         )
+    except AttributeError:
+        return False
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor (AVX512 or AVX-NE-CONVERT)."""
+    try:
+        return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except AttributeError:
         return False
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from consistentee import backbones
 from consistentee.backend import TokenRow
-from consistentee.linears import has_int8
+from consistentee.linears import has_fast_bfloat16, has_int8
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.packed_heads import PackedClassifiers
 from consistentee.packed_layers import LAYER_PARTS, PackedLayers, storage_dtype
@@ -53,7 +53,7 @@ def torch_dtypes(model: ExitModel) -> tuple[str, ...]:
         half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
         return ("float32", half)
     found = ["float32"]
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and has_fast_bfloat16():
         found.append("bfloat16")
     if has_int8(device) and model.config.encoder.model_type in LAYER_PARTS:
         found.append("int8")

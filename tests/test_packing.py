@@ -1,0 +1,84 @@
+"""Rows without padding: where their tokens lie, groups for attention, rows taken out and put together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consistentee.linears import PREPACKED_ROWS
+from consistentee.packing import MAX_GROUP_WASTE, Layout, PackedBatch, pack, padded_count
+
+CPU = torch.device("cpu")
+LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=12)
+
+
+def numbered(lengths: list[int]) -> PackedBatch:
+    """A batch whose token states are (row, position)."""
+    states = [(row, position) for row, length in enumerate(lengths) for position in range(length)]
+    return pack(torch.tensor(states, dtype=torch.float32), lengths)
+
+
+def rows_of(batch: PackedBatch) -> list[list[tuple[int, ...]]]:
+    """The states row by row."""
+    flat = [tuple(int(value) for value in state) for state in batch.hidden_states.tolist()]
+    starts = batch.layout.starts.tolist()
+    return [flat[start : start + n] for start, n in zip(starts, batch.layout.lengths, strict=True)]
+
+
+@given(LENGTHS)
+def test_groups_cover_every_token_once_and_waste_little(lengths: list[int]) -> None:
+    layout = Layout(lengths, CPU)
+    assert sum(group.rows for group in layout.groups) == len(lengths)
+    row = token = 0
+    for group in layout.groups:
+        inside = lengths[row : row + group.rows]
+        assert (group.start, group.end, group.width) == (token, token + sum(inside), max(inside))
+        assert 1 - sum(inside) / (group.rows * group.width) <= MAX_GROUP_WASTE + 1e-9
+        if group.padding is None:
+            assert set(inside) == {group.width}
+        else:
+            gather, scatter, mask = group.padding
+            assert mask.sum(1).tolist() == inside
+            assert gather[scatter].tolist() == list(range(group.start, group.end))
+            assert int(gather.min()) >= group.start
+            assert int(gather.max()) < group.end
+        row, token = row + group.rows, group.end
+
+
+@given(LENGTHS, st.data())
+def test_select_and_merge_keep_rows_whole(lengths: list[int], data: st.DataObject) -> None:
+    batch = numbered(lengths)
+    every = rows_of(batch)
+    kept = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
+    selected = batch.select(kept)
+    assert rows_of(selected) == [every[row] for row in kept]
+    assert rows_of(PackedBatch.merge([selected, batch])) == [*(every[row] for row in kept), *every]
+
+
+def test_first_tokens_and_rows_of_tokens() -> None:
+    layout = Layout([2, 1, 3], CPU)
+    assert layout.first_tokens.tolist() == [0, 2, 3]
+    assert layout.row_of_token.tolist() == [0, 0, 1, 2, 2, 2]
+    assert layout.tokens_of([0, 2]).tolist() == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_kernels_are_enough(dtype: torch.dtype) -> None:
+    counts = [padded_count(tokens, dtype) for tokens in range(1, 4097)]
+    assert all(count >= tokens for tokens, count in enumerate(counts, start=1))
+    assert counts == sorted(counts)
+    assert all(count - tokens <= max(0.25 * tokens, 1) for tokens, count in enumerate(counts, start=1))
+    met = {count for count in counts if dtype != torch.float32 or count <= PREPACKED_ROWS}
+    assert len(met) < 200
+    if dtype == torch.float32:
+        assert counts[PREPACKED_ROWS:] == list(range(PREPACKED_ROWS + 1, 4097))
+
+
+def test_filler_is_finite_and_beyond_the_rows() -> None:
+    batch = pack(torch.ones(65, 4), [60, 5])
+    assert batch.hidden_states.shape == (80, 4)
+    assert batch.layout.tokens == 65
+    assert torch.isfinite(batch.hidden_states).all()
+    assert len(pack(torch.ones(200, 4), [200]).hidden_states) == 200

@@ -41,7 +41,7 @@ def build(backbone: Path, classes: int, **values: object) -> EarlyExitForSequenc
         *((criterion, "signals") for criterion in CRITERIA if criterion != "policy"),
     ],
 )
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, 6, 50])
 @torch.no_grad()
 def test_step_by_step_as_all_at_once(
     backbone: Path, classes: int, decay: float, criterion: str, policy_input: str, rows: int

@@ -25,6 +25,10 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 TINY = np.float32(1e-7)
 
+NUMPY_ROWS = 32
+"""Products of more rows go to torch: numpy's BLAS would start threads of its own, which fight with torch's for the
+processor (12 layers of 384, batches of 128 on 2 cores: every layer half as slow again)."""
+
 
 @dataclass
 class RowFigures:
@@ -153,12 +157,21 @@ class ExitDecisions:
         hidden: list[Floats] = []
         if self._reads_state:
             weight, bias = self._state[index]
-            states = pooled.numpy() @ weight if self._on_host else torch.mm(pooled, weight).cpu().numpy()
+            states = (
+                _product(pooled.numpy(), weight) if self._on_host else torch.mm(pooled, weight).cpu().numpy()
+            )
             hidden.append(states + bias)
         if signals is not None:
-            hidden.append(signals @ self._hidden + self._hidden_bias)
+            hidden.append(_product(signals, self._hidden) + self._hidden_bias)
         both = torch.from_numpy(hidden[0] if len(hidden) == 1 else np.concatenate(hidden, axis=1))
-        return torch.nn.functional.gelu(both).numpy() @ self._output[index] + self._output_bias
+        return _product(torch.nn.functional.gelu(both).numpy(), self._output[index]) + self._output_bias
+
+
+def _product(rows: Floats, weight: Floats) -> Floats:
+    """Rows @ weight."""
+    if len(rows) <= NUMPY_ROWS:
+        return rows @ weight
+    return torch.matmul(torch.from_numpy(rows), torch.from_numpy(weight)).numpy()
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -1,0 +1,281 @@
+"""The engine is the oracle that runs all layers and then chooses: whatever the rows, batches, exits and backbones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from consistentee import flights
+from consistentee.backbones import SUPPORTED_MODEL_TYPES
+from consistentee.backend import Answers
+from consistentee.batches import encode_texts
+from consistentee.engine import Engine
+from consistentee.exits import CRITERIA, choose_exit_layer, exit_scores
+from consistentee.flights import ExitRule
+from consistentee.linears import has_int8
+from tiny import NEGATIVE, NEUTRAL, POSITIVE, tiny_backbone, tiny_model
+
+LAYERS = 4
+ROWS = 24
+CPU = torch.device("cpu")
+
+
+class Oracle:
+    """A model, some rows, and what every layer says about each of them alone."""
+
+    def __init__(self, folder: Path, model_type: str) -> None:
+        backbone = tiny_backbone(folder / "backbone", model_type, layers=LAYERS, seed=3)
+        torch.manual_seed(4)
+        path = tiny_model(folder / "model", backbone, initial_exit_bias=0.0, policy_input="state+signals")
+        self.engine = Engine.from_pretrained(path, device="cpu")
+        words = (*NEUTRAL, *POSITIVE, *NEGATIVE)
+        texts = [
+            (" ".join(words[(7 * row + i) % len(words)] for i in range(1 + row * row % 29)),)
+            for row in range(ROWS)
+        ]
+        self.texts = [texts[0], *texts[1:]]
+        self.rows = encode_texts(self.texts, self.engine.saved.tokenizer, self.engine.saved.max_length)
+        model: Any = self.engine.saved.model
+        with torch.no_grad():
+            outputs = [
+                model(**{name: torch.tensor([value]) for name, value in row.items()}, all_layers=True)
+                for row in self.rows
+            ]
+        self.layer_logits = torch.cat([output.layer_logits for output in outputs])  # (rows, layers, classes)
+        self.exit_probs = torch.cat([output.exit_probs for output in outputs])
+
+    def scores(self, criterion: str) -> Tensor:
+        """(rows, layers)."""
+        return exit_scores(criterion, self.layer_logits, self.exit_probs)
+
+    def thresholds(self, criterion: str) -> list[float]:
+        """Values between the scores, none so near to one that rounding decides; and beyond all of them."""
+        values = self.scores(criterion).flatten().unique().tolist()
+        gaps = [(a + b) / 2 for a, b in pairwise(values) if b - a > 1e-4]
+        return [0.0, *gaps, 1.0 if criterion != "patience" else LAYERS + 0.5]
+
+    def check(
+        self, answers: Answers, chosen: Sequence[int], exit_layers: Sequence[int], tolerance: float = 1e-4
+    ) -> None:
+        assert answers.exit_layers == list(exit_layers)
+        probabilities = self.layer_logits[list(chosen), torch.tensor(exit_layers) - 1].softmax(-1)
+        wanted = probabilities.max(-1)
+        assert answers.scores == pytest.approx(wanted.values.tolist(), abs=tolerance)
+        sure = (probabilities[:, 0] - probabilities[:, 1]).abs() > 2 * tolerance
+        labels = torch.tensor(answers.labels)
+        assert torch.equal(labels[sure], wanted.indices[sure])
+        lengths = [len(self.rows[row]["input_ids"]) for row in chosen]
+        real = sum(length * layer for length, layer in zip(lengths, exit_layers, strict=True))
+        assert answers.real_tokens == real <= answers.computed_tokens
+
+
+@pytest.fixture(scope="module")
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @functools.cache
+    def oracle(model_type: str) -> Oracle:
+        return Oracle(tmp_path_factory.mktemp(model_type.replace("-", "_")), model_type)
+
+    return oracle
+
+
+def few_tokens(tokens: int) -> Any:
+    """Throughput mode with small batches, so that even a few rows fill many and survivors join."""
+    return mock.patch.dict(flights.BATCH_TOKENS, {"cpu": tokens})
+
+
+CHOSEN = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=12)
+BATCH_SIZES = st.one_of(st.none(), st.integers(1, 13))
+BATCH_TOKENS = st.sampled_from([1, 16, 40, 100, 1024])
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@given(CHOSEN, BATCH_SIZES, BATCH_TOKENS, st.sampled_from(CRITERIA), st.data())
+def test_any_rows_batches_criteria_and_thresholds(
+    oracles: Any,
+    model_type: str,
+    chosen: list[int],
+    batch_size: int | None,
+    tokens: int,
+    criterion: str,
+    data: st.DataObject,
+) -> None:
+    oracle: Oracle = oracles(model_type)
+    threshold = data.draw(st.sampled_from(oracle.thresholds(criterion)))
+    wanted = choose_exit_layer(oracle.scores(criterion)[chosen], threshold).tolist()
+    with few_tokens(tokens):
+        answers = oracle.engine.run(
+            [oracle.rows[row] for row in chosen], batch_size=batch_size, rule=ExitRule(criterion, threshold)
+        )
+    oracle.check(answers, chosen, wanted)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("batch_size", [None, 1, 8, 100])
+@pytest.mark.parametrize("pattern", ["first", "last", "straggler", "in turn", "all but one stay"])
+def test_patterns_of_exits(oracles: Any, model_type: str, batch_size: int | None, pattern: str) -> None:
+    oracle: Oracle = oracles(model_type)
+    layers = {
+        "first": [1] * ROWS,
+        "last": [LAYERS] * ROWS,
+        "straggler": [LAYERS if row == 7 else 1 for row in range(ROWS)],
+        "in turn": [1 + row % LAYERS for row in range(ROWS)],
+        "all but one stay": [1 if row == 7 else LAYERS for row in range(ROWS)],
+    }[pattern]
+    with few_tokens(64):
+        answers = oracle.engine.run(oracle.rows, batch_size=batch_size, rule=ExitRule.forced(layers))
+    oracle.check(answers, range(ROWS), layers)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_full_depth_runs_every_layer(oracles: Any, model_type: str) -> None:
+    oracle: Oracle = oracles(model_type)
+    for batch_size in (None, 5):
+        answers = oracle.engine.run(oracle.rows, batch_size=batch_size, rule=ExitRule.full_depth())
+        assert answers.exit_layers == [LAYERS] * ROWS
+        # Without the ensemble over the layers passed: nobody asked them.
+        model: Any = oracle.engine.saved.model
+        with torch.no_grad():
+            outputs = [
+                model(**{name: torch.tensor([value]) for name, value in row.items()}, all_layers=True)
+                for row in oracle.rows
+            ]
+        last = torch.cat([output.classifier_logits[:, -1] for output in outputs]).softmax(-1).amax(-1)
+        assert answers.scores == pytest.approx(last.tolist(), abs=1e-4)
+
+
+def test_survivors_share_batches(oracles: Any) -> None:
+    """With every second row gone the rest need half the batches, not as many half-full ones."""
+    oracle: Oracle = oracles("bert")
+    backend: Any = oracle.engine.backend
+    sizes: list[list[int]] = [[] for _ in range(LAYERS)]
+    run_layer = type(backend).run_layer
+
+    def counted(layer_index: int, batch: Any) -> Any:
+        sizes[layer_index].append(batch.layout.tokens)
+        return run_layer(backend, layer_index, batch)
+
+    with few_tokens(64), mock.patch.object(backend, "run_layer", counted):
+        layers = [1 if row % 2 else LAYERS for row in range(ROWS)]
+        oracle.engine.run(oracle.rows, batch_size=None, rule=ExitRule.forced(layers))
+    assert sizes[1] == sizes[-1]
+    assert max(sizes[1]) <= 64
+    assert all(a + b > 64 for a, b in pairwise(sizes[1]))
+    assert len(sizes[1]) < len(sizes[0])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "deberta-v2", "modernbert"])
+def test_two_threads_use_one_engine(oracles: Any, model_type: str) -> None:
+    oracle: Oracle = oracles(model_type)
+    threshold = oracle.thresholds("policy")[len(oracle.thresholds("policy")) // 2]
+    rule = ExitRule("policy", threshold)
+    wanted = choose_exit_layer(oracle.scores("policy"), threshold).tolist()
+
+    def work(turn: int) -> tuple[list[int], Answers]:
+        chosen = [(turn + row) % ROWS for row in range(ROWS)]
+        rows = [oracle.rows[row] for row in chosen]
+        return chosen, oracle.engine.run(rows, batch_size=(None, 1, 4)[turn % 3], rule=rule)
+
+    with ThreadPoolExecutor(4) as pool:
+        for chosen, answers in pool.map(work, range(24)):
+            oracle.check(answers, chosen, [wanted[row] for row in chosen])
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_other_precisions_are_close(oracles: Any, model_type: str, dtype: str) -> None:
+    oracle: Oracle = oracles(model_type)
+    if dtype == "int8" and not has_int8(CPU):
+        pytest.skip("no int8 engine")
+    if dtype == "int8" and model_type in ("deberta-v2", "modernbert"):
+        with pytest.raises(
+            ValueError, match=f'dtype "int8" is there for bert, .* got a model of type "{model_type}"'
+        ):
+            Engine(oracle.engine.saved, dtype=dtype)
+        return
+    engine = Engine(oracle.engine.saved, dtype=dtype)
+    assert engine.backend.dtype == dtype
+    layers = [1 + row % LAYERS for row in range(ROWS)]
+    answers = engine.run(oracle.rows, batch_size=8, rule=ExitRule.forced(layers))
+    oracle.check(
+        answers, range(ROWS), layers, tolerance={"bfloat16": 0.06, "float16": 0.01, "int8": 0.06}[dtype]
+    )
+
+
+def test_no_rows(oracles: Any) -> None:
+    for batch_size in (None, 4):
+        answers = oracles("bert").engine.run([], batch_size=batch_size, rule=ExitRule("policy", 0.5))
+        assert answers == Answers([], [], [], 0, 0)
+
+
+def test_one_very_long_text_among_short_ones(oracles: Any) -> None:
+    engine: Engine = oracles("bert").engine
+    texts = ["good film", "the plot " * 5000, "bad"]
+    for batch_size in (None, 1, 3):
+        found = engine.predict(texts, batch_size=batch_size, threshold=1.0)
+        assert [p.label for p in found] == [engine.predict([text], threshold=1.0)[0].label for text in texts]
+
+
+def test_a_thousand_empty_texts_are_refused(oracles: Any) -> None:
+    with pytest.raises(ValueError, match="Text 1 is empty"):
+        oracles("bert").engine.predict([""] * 1000)
+
+
+def test_forced_exits_must_fit(oracles: Any) -> None:
+    engine, rows = oracles("bert").engine, oracles("bert").rows
+    with pytest.raises(ValueError, match="exit_layers must be one for each of 24 rows, got 1 of them"):
+        engine.run(rows, batch_size=1, rule=ExitRule.forced([1]))
+    with pytest.raises(ValueError, match=r"exit_layers must be in \[1, 4\], got 5"):
+        engine.run(rows[:1], batch_size=1, rule=ExitRule.forced([5]))
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"dtype": "float8"}, 'dtype must be one of auto, float32, bfloat16, float16, int8, got "float8"'),
+        ({"backend": "tensorrt"}, 'backend must be .*got "tensorrt"'),
+        ({"device": "quantum"}, "quantum"),
+    ],
+)
+def test_wrong_options(oracles: Any, values: dict[str, str], message: str) -> None:
+    folder = oracles("bert").engine.saved.name
+    with pytest.raises(ValueError, match=message):
+        Engine.from_pretrained(folder, **values)
+
+
+def test_auto_chooses_by_labels_and_speed(oracles: Any) -> None:
+    oracle: Oracle = oracles("bert")
+    texts = [text for (text,) in oracle.texts]
+    engine = Engine(oracle.engine.saved, dtype="auto")
+    assert engine.choice is None
+    choice = engine.calibrate(texts)
+    assert engine.choice == choice
+    assert (engine.backend.name, engine.backend.dtype) == (choice.backend, choice.dtype)
+    kept = {(trial.backend, trial.dtype): trial for trial in choice.trials}
+    assert kept[choice.backend, choice.dtype].labels_kept == 1
+    fastest = max(t.instances_per_second for t in choice.trials if t.labels_kept == 1)
+    assert kept[choice.backend, choice.dtype].instances_per_second == fastest
+    assert "chosen on the first 24 inputs" in str(choice)
+    with pytest.raises(ValueError, match="has not chosen yet"):
+        engine.calibrate(texts)
+    with pytest.raises(ValueError, match="at least one text to calibrate on, got none"):
+        Engine(oracle.engine.saved, dtype="auto").calibrate([])
+
+
+def test_auto_chooses_on_the_first_texts_and_drops_none(oracles: Any) -> None:
+    oracle: Oracle = oracles("bert")
+    texts = [text for (text,) in oracle.texts]
+    engine = Engine(oracle.engine.saved, dtype="auto")
+    found = engine.predict(texts, threshold=1.0)
+    assert engine.choice is not None
+    assert [p.label for p in found] == [p.label for p in oracle.engine.predict(texts, threshold=1.0)]

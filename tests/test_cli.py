@@ -7,8 +7,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -408,6 +410,109 @@ class TestPredict:
             process.stdout.close()
             assert process.stderr.read() == b""
         assert process.returncode == 0
+
+
+class TestBenchmark:
+    def test_table_json_and_picture(self, call: Call, files: Files, tmp_path: Path) -> None:
+        json_file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+        outcome = call(
+            *("benchmark", files.model, "--data-file", files.evaluation, "--exit-distribution", "even"),
+            *("--batch-sizes", "1,8", "--throughput", "--repeats", 1, "--json", json_file, "--plot", plot),
+        )
+        assert outcome.code == 0, outcome.err
+        assert "transformers" in outcome.out
+        figures = json.loads(json_file.read_text(encoding="utf-8"))
+        assert {"hardware", "torch", "threads", "seed"} <= set(figures["environment"])
+        wanted = "name mode batch_size backend dtype latency_ms_p50 latency_ms_p95 instances_per_second padding_share "
+        wanted += "mean_exit_layer layer_speedup wall_clock_speedup efficiency peak_memory_mb"
+        assert all(set(wanted.split()) <= set(row) for row in figures["rows"])
+        assert {row["batch_size"] for row in figures["rows"]} == {1, 8, None}
+        assert str(tmp_path) not in json_file.read_text(encoding="utf-8")
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+    def test_the_models_own_rule_and_one_mode(self, call: Call, files: Files, tmp_path: Path) -> None:
+        outcome = call(
+            *(
+                "benchmark",
+                files.model,
+                "--data-file",
+                files.evaluation,
+                "--threshold",
+                "1",
+                "--batch-sizes",
+                "4",
+            ),
+            *("--repeats", 1, "--json", tmp_path / "speed.json", "--dtype", "bfloat16"),
+        )
+        assert outcome.code == 0, outcome.err
+        rows = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["rows"]
+        assert {(row["batch_size"], row["dtype"], row["mean_exit_layer"]) for row in rows} == {
+            (4, "bfloat16", 3)
+        }
+
+    @pytest.mark.parametrize(
+        "arguments,message",
+        [
+            ("", "Give a model (with --data-file or --task), or --config-name"),
+            ("MODEL", "A model needs --data-file, or --task"),
+            ("--config-name bert-huge", "config-name must be one of"),
+            ("--config-name bert-base --sequence-length 9999", "sequence-length must be in"),
+            ("--config-name bert-base --dtype auto", "needs a trained model"),
+            ("--config-name bert-base --batch-sizes 0", "--batch-sizes must be whole numbers from 1 on"),
+            ("--config-name bert-base --repeats 0", "--repeats must be at least 1"),
+            ("MODEL --data-file FILE --exit-distribution 1,0", "one share for each of 3 layers, got 2"),
+            ("MODEL --data-file FILE --threshold 3", "threshold must be in [0, 1]"),
+        ],
+    )
+    def test_usage(self, call: Call, files: Files, arguments: str, message: str) -> None:
+        places = {"MODEL": files.model, "FILE": files.evaluation}
+        outcome = call("benchmark", *(places.get(word, word) for word in arguments.split()))
+        assert outcome.code == 2
+        assert message in one_line(outcome)
+
+
+class TestInterruptedPrediction:
+    def test_ctrl_c_leaves_whole_lines(self, files: Files, tmp_path: Path) -> None:
+        texts = tmp_path / "texts.txt"
+        texts.write_text("a good film and a bad plot\n" * 300_000, encoding="utf-8")
+        output = tmp_path / "whole.jsonl"
+        command = [sys.executable, "-m", "consistentee", "predict", str(files.model), str(texts)]
+        for target in ((), ("--output", str(output))):
+            with subprocess.Popen(
+                [*command, *target],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                preexec_fn=_hear_interrupts,
+            ) as process:
+                assert process.stdout is not None
+                if target:
+                    assert _eventually(lambda: len(list(tmp_path.iterdir())) > 1)
+                    lines = b""
+                else:
+                    lines = process.stdout.readline()
+                process.send_signal(signal.SIGINT)
+                rest, errors = process.communicate(timeout=60)
+            assert process.returncode == 130
+            assert errors.count(b"\n") == 1
+            assert (lines + rest).endswith(b"\n") or target
+            for line in (lines + rest).splitlines():
+                assert set(json.loads(line)) == {"text", "label", "score", "exit_layer"}
+        assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def _hear_interrupts() -> None:
+    """A job that a shell started in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _eventually(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _columns(rows: TextDataset) -> tuple[list[tuple[str, ...]], list[int]]:

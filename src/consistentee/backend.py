@@ -60,6 +60,10 @@ class Backend(Protocol[BatchT]):
         """The batch after one more layer, 0-based. The given one may be overwritten."""
         ...
 
+    def run_all_layers(self, batch: BatchT) -> BatchT:
+        """The batch after the last layer, for rows that may not leave before: no need to come back in between."""
+        ...
+
     def classify(self, layer_index: int, batch: BatchT) -> tuple[Tensor, Tensor]:
         """Pooled states (rows, hidden) and the classifier's logits (rows, classes) of a layer, float32."""
         ...

@@ -191,7 +191,7 @@ def predict(
         dtype: Precision: float32, bfloat16, float16, int8, or auto: the fastest that keeps the labels of float32 on
             the first inputs; what it is, is said on standard error.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
-        backend: What runs the layers: torch.
+        backend: What runs the layers: torch, onnxruntime, or auto (with a model).
         output: Write here instead of to standard output; the file appears when it is complete.
         debug: Show tracebacks and the messages of other libraries.
     """
@@ -272,7 +272,7 @@ def benchmark(
         throughput: Throughput mode alone, or beside the --batch-sizes given. [default: both]
         num_rows: Rows to take. [default: 512, or enough for four batches]
         repeats: Timed repetitions, after one that is not.
-        backend: What runs the layers: torch.
+        backend: What runs the layers: torch, onnxruntime, or auto (with a model).
         dtype: Precision: float32, bfloat16, float16, int8, or auto (with a model).
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         threads: Threads of the CPU. [default: what torch takes]

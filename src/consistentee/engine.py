@@ -28,6 +28,7 @@ from consistentee.batches import encode_texts
 from consistentee.decisions import ExitDecisions
 from consistentee.flights import ExitRule, run_rows
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
+from consistentee.onnx_backend import OnnxBackend, has_onnxruntime
 from consistentee.precision import Candidate, Choice, choose
 from consistentee.saved import SavedModel, open_model
 from consistentee.torch_backend import ExitModel, torch_backend, torch_dtypes
@@ -44,6 +45,7 @@ FIRST_WINDOW_ROWS = 64
 CALIBRATION_ROWS = 256
 """`auto`: inputs on which the candidates are compared."""
 
+BACKENDS = ("torch", "onnxruntime")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 Text = str | tuple[str, ...]
@@ -72,7 +74,8 @@ class Engine:
         dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU); `auto` takes the fastest that
             keeps the labels of float32 on the first `CALIBRATION_ROWS` inputs, which wait for it (or on those given
             to `calibrate`), and says which in `choice`. Other precisions than float32 may leave at other layers.
-        backend: `torch`.
+        backend: `torch`, `onnxruntime` (BERT and its kin, float32, CPU; extra `onnx`), or `auto`, which chooses as for
+            the dtype.
 
     Attributes:
         backend: what runs the layers.
@@ -103,11 +106,17 @@ class Engine:
         self._model: ExitModel = saved.model
         self._decisions: dict[str, ExitDecisions] = {}
         self.choice: Choice | None = None
-        self._candidates = candidates(saved.model, backend) if dtype == "auto" else ()
+        self._candidates: tuple[Candidate, ...] = ()
         self._choosing = Lock()
-        self.backend: Backend[Any] = make_backend(
-            saved.model, "float32" if dtype == "auto" else dtype, backend
-        )
+        if "auto" in (dtype, backend):
+            self._candidates = candidates(saved.model, dtype, backend)
+            backend, dtype = (
+                "torch" if backend == "auto" else backend,
+                "float32" if dtype == "auto" else dtype,
+            )
+            if (backend, dtype) not in self._candidates:
+                self._candidates = ()
+        self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
 
     @classmethod
     def from_pretrained(
@@ -234,7 +243,7 @@ class Engine:
         threshold: float | None = None,
         criterion: str | None = None,
     ) -> Choice:
-        """Let an engine with `dtype="auto"` choose on these texts, instead of on the first it meets.
+        """Let an engine with `auto` in dtype or backend choose on these texts, instead of on the first it meets.
 
         Args:
             texts: at least one, such as those it will be used on; the arguments are those of `predict`.
@@ -249,7 +258,8 @@ class Engine:
         with self._choosing:
             if not self._candidates:
                 raise ValueError(
-                    f'calibrate needs an engine with dtype "auto" that has not chosen yet, got "{self.backend.dtype}".'
+                    'calibrate needs an engine with dtype or backend "auto" that has not chosen yet, got '
+                    f'"{self.backend.dtype}" on "{self.backend.name}".'
                 )
             return self._choose(window, batch_size, rule)
 
@@ -258,7 +268,9 @@ class Engine:
         rows = encode_texts(window, self.saved.tokenizer, self.saved.max_length)
         reference = (self.backend.name, self.backend.dtype)
         engines = {
-            candidate: self if candidate == reference else Engine(self.saved, dtype=candidate[1])
+            candidate: self
+            if candidate == reference
+            else Engine(self.saved, dtype=candidate[1], backend=candidate[0])
             for candidate in self._candidates
         }
 
@@ -299,18 +311,26 @@ def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
     """A backend by name.
 
     Raises:
+        MissingExtraError: onnxruntime is asked for and not installed.
         ValueError: there is no such backend or dtype, or the model does not run so.
     """
     if dtype not in DTYPES:
         raise ValueError(f'dtype must be one of auto, {", ".join(DTYPES)}, got "{dtype}".')
-    if backend != "torch":
-        raise ValueError(f'backend must be "torch", got "{backend}".')
-    return torch_backend(model, dtype)
+    if backend == "torch":
+        return torch_backend(model, dtype)
+    if backend == "onnxruntime":
+        return OnnxBackend(model, dtype)
+    raise ValueError(f'backend must be one of auto, {", ".join(BACKENDS)}, got "{backend}".')
 
 
-def candidates(model: ExitModel, backend: str) -> tuple[Candidate, ...]:
-    """Backends and dtypes that a model runs in here, torch in float32 first."""
-    return tuple((backend, dtype) for dtype in torch_dtypes(model))
+def candidates(model: ExitModel, dtype: str, backend: str) -> tuple[Candidate, ...]:
+    """Backends and dtypes that a model runs in here and that were not excluded; the first is the reference."""
+    found = [("torch", kind) for kind in torch_dtypes(model)]
+    if has_onnxruntime(model):
+        found.append(("onnxruntime", "float32"))
+    return tuple(
+        (name, kind) for name, kind in found if backend in ("auto", name) and dtype in ("auto", kind)
+    ) or ((backend, dtype),)
 
 
 def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:

@@ -70,12 +70,12 @@ class Flight:
     Args:
         batch: the backend's.
         rows: which of the run's rows they are.
-        figures: what the exit decisions carry along; None where nothing leaves early.
+        figures: what the exit decisions carry along.
     """
 
     batch: Any
     rows: list[int]
-    figures: RowFigures | None
+    figures: RowFigures
 
 
 @torch.inference_mode()
@@ -147,32 +147,37 @@ class _Run:
 
     def move(self, parts: Sequence[list[int]], *, pooled: bool) -> None:
         """Take some batches through the model, layer by layer, until the last row has left."""
-        flights = [self._start(part) for part in parts]
+        if self.decisions is None:
+            for part in parts:
+                self._run_through(part)
+            return
+        flights = [self._start(part, self.decisions) for part in parts]
         for layer_index in range(self.backend.num_layers):
-            left = (self._pass_layer(flight, layer_index) for flight in flights)
+            left = (self._pass_layer(flight, layer_index, self.decisions) for flight in flights)
             flights = [flight for flight in left if flight is not None]
             if pooled:
                 flights = self._join(flights)
 
-    def _start(self, part: list[int]) -> Flight:
-        batch = self.backend.start([self.inputs[row] for row in part])
-        figures = None if self.decisions is None else self.decisions.begin(len(part), self.num_classes)
-        return Flight(batch, part, figures)
+    def _run_through(self, part: list[int]) -> None:
+        """All layers for some rows, and the last classifier."""
+        backend = self.backend
+        batch = backend.run_all_layers(backend.start([self.inputs[row] for row in part]))
+        self.real_tokens += backend.num_layers * sum(backend.lengths(batch))
+        self.computed_tokens += backend.num_layers * backend.computed_tokens(batch)
+        last = backend.num_layers - 1
+        self._write(part, backend.classify(last, batch)[1].cpu().numpy(), last)
 
-    def _pass_layer(self, flight: Flight, layer_index: int) -> Flight | None:
+    def _start(self, part: list[int], decisions: ExitDecisions) -> Flight:
+        batch = self.backend.start([self.inputs[row] for row in part])
+        return Flight(batch, part, decisions.begin(len(part), self.num_classes))
+
+    def _pass_layer(self, flight: Flight, layer_index: int, decisions: ExitDecisions) -> Flight | None:
         """Run one layer, write down who leaves there, and give the rest; None if nobody is left."""
         backend = self.backend
         batch = backend.run_layer(layer_index, flight.batch)
         self.real_tokens += sum(backend.lengths(batch))
         self.computed_tokens += backend.computed_tokens(batch)
-        is_last = layer_index == backend.num_layers - 1
-        if self.decisions is None or flight.figures is None:
-            if not is_last:
-                return Flight(batch, flight.rows, None)
-            logits = backend.classify(layer_index, batch)[1].cpu().numpy()
-            self._write(flight.rows, logits, layer_index)
-            return None
-        scores = self.decisions.step(flight.figures, *backend.classify(layer_index, batch))
+        scores = decisions.step(flight.figures, *backend.classify(layer_index, batch))
         leaves = self._leaves(flight.rows, scores, layer_index)
         if not leaves.any():
             return Flight(batch, flight.rows, flight.figures)
@@ -219,6 +224,5 @@ class _Run:
         if len(flights) == 1:
             return flights[0]
         batch = self.backend.merge([flight.batch for flight in flights])
-        figures = [flight.figures for flight in flights if flight.figures is not None]
         rows = [row for flight in flights for row in flight.rows]
-        return Flight(batch, rows, RowFigures.merge(figures) if figures else None)
+        return Flight(batch, rows, RowFigures.merge([flight.figures for flight in flights]))

@@ -105,11 +105,11 @@ class PackedLayers:
         config: Any = backbone.config
         self.num_heads = int(getattr(config, "num_attention_heads", None) or config.n_heads)
         parts = LAYER_PARTS[config.model_type]
-        modules = [list(_inner_layers(module)) for module in encoder_layers(backbone)]
+        modules = [list(inner_layers(module)) for module in encoder_layers(backbone)]
         built = [[_Layer(module, parts, dtype, device) for module in group] for group in modules]
         depth = num_layers(backbone)  # albert: fewer groups of weights than layers
         self.layers = [built[int(index / (depth / len(built)))] for index in range(depth)]
-        self._position_bias = _PositionBias(backbone, dtype, device) if config.model_type == "mpnet" else None
+        self._position_bias = PositionBias(backbone, dtype, device) if config.model_type == "mpnet" else None
 
     def run_layer(self, layer_index: int, batch: PackedBatch) -> PackedBatch:
         """The batch after one more layer, 0-based."""
@@ -181,7 +181,7 @@ class _Layer:
         return self.output_norm(self.down(self.activate(self.up(hidden_states))).add_(hidden_states))
 
 
-class _PositionBias:
+class PositionBias:
     """MPNet's relative position bias, (1, heads, width, width), computed once for the widest rows seen."""
 
     def __init__(self, backbone: PreTrainedModel, dtype: str, device: torch.device) -> None:
@@ -193,6 +193,7 @@ class _PositionBias:
 
     @torch.no_grad()
     def __call__(self, width: int) -> Tensor:
+        """(1, heads, width, width)."""
         widest = self._widest
         if widest.shape[-1] < width:
             size = -(-width // 64) * 64
@@ -206,7 +207,7 @@ def storage_dtype(dtype: str) -> torch.dtype:
     return torch.float32 if dtype == "int8" else getattr(torch, dtype)
 
 
-def _inner_layers(module: nn.Module) -> list[nn.Module]:
+def inner_layers(module: nn.Module) -> list[nn.Module]:
     """The layers inside an entry of the list: albert's are groups."""
     inner = getattr(module, "albert_layers", None)
     return [module] if inner is None else list(cast(nn.ModuleList, inner))

@@ -95,6 +95,13 @@ def _layers(evaluation: Evaluation) -> Table:
     return table
 
 
+SPEED_NAMES = {
+    "engine-full-depth": "all layers",
+    "engine-nobody-leaves": "nobody leaves",
+}
+"""Competitors by shorter names, below `engine`."""
+
+
 def speed_report(report: SpeedReport) -> RenderableType:
     """What a benchmark found, mode by mode, and on what it ran.
 
@@ -104,10 +111,10 @@ def speed_report(report: SpeedReport) -> RenderableType:
     Returns:
         Something that a rich console prints.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("batch", "", "dtype"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("batch", ""):
         table.add_column(name, no_wrap=True)
-    names = ("p50 ms", "p95 ms", "per s", "padding %", "layers", "clock", "efficiency", "vs transformers")
+    names = ("p50\nms", "p95\nms", "per\ns", "pad\n%", "layers", "clock", "effi-\nciency", "trans-\nformers")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     before: object = ()
@@ -117,11 +124,10 @@ def speed_report(report: SpeedReport) -> RenderableType:
             table.add_section()
         table.add_row(
             "" if before == size else size,
-            row.name,
-            row.dtype,
-            "" if row.latency_ms_p50 is None else f"{row.latency_ms_p50:.1f}",
-            "" if row.latency_ms_p95 is None else f"{row.latency_ms_p95:.1f}",
-            f"{row.instances_per_second:.1f}",
+            SPEED_NAMES.get(row.name, row.name),
+            _short(row.latency_ms_p50),
+            _short(row.latency_ms_p95),
+            _short(row.instances_per_second),
             f"{100 * row.padding_share:.1f}",
             f"{row.layer_speedup:.2f}x",
             f"{row.wall_clock_speedup:.2f}x",
@@ -131,16 +137,25 @@ def speed_report(report: SpeedReport) -> RenderableType:
         )
         before = size
     place, work = report.environment, report.workload
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in report.rows))
     flags = f" ({', '.join(place['cpu_flags'])})" if place["cpu_flags"] else ""
     return Group(
         table,
         Text(
             f"{work['model']}: {work['num_hidden_layers']} layers of {work['hidden_size']}, {work['rows']:,} rows of "
             f"{work['mean_tokens']:.1f} tokens on average. Layers: layer speed-up; clock: wall-clock speed-up against "
-            "the engine at full depth in this run; efficiency: the second over the first."
+            "the engine at full depth in this run; efficiency: the second over the first; last column: clock against "
+            "transformers at full depth."
         ),
         Text(
-            f"{place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, transformers "
-            f"{place['transformers']}, seed {place['seed']}."
+            f"{dtypes} on {place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, "
+            f"transformers {place['transformers']}, seed {place['seed']}."
         ),
     )
+
+
+def _short(value: float | None) -> str:
+    """At most five characters, but for millions."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"

@@ -60,7 +60,7 @@ def torch_dtypes(model: ExitModel) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _classifier_index(model: ExitModel, layer_index: int) -> int:
+def classifier_index(model: ExitModel, layer_index: int) -> int:
     """A plain model's only classifier sits on its last layer."""
     return layer_index if isinstance(model, EarlyExitForSequenceClassification) else 0
 
@@ -118,9 +118,15 @@ class PackedBackend:
         """The batch after one more layer."""
         return self._layers.run_layer(layer_index, batch)
 
+    def run_all_layers(self, batch: PackedBatch) -> PackedBatch:
+        """The batch after the last layer."""
+        for layer_index in range(self.num_layers):
+            batch = self.run_layer(layer_index, batch)
+        return batch
+
     def classify(self, layer_index: int, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Pooled states and logits, float32."""
-        pooled, logits = self._classifiers(_classifier_index(self.model, layer_index), batch)
+        pooled, logits = self._classifiers(classifier_index(self.model, layer_index), batch)
         return pooled.float(), logits.float()
 
     def select(self, batch: PackedBatch, rows: Sequence[int]) -> PackedBatch:
@@ -180,9 +186,15 @@ class PaddedBackend:
         """The batch after one more layer."""
         return PaddedBatch(backbones.run_layer(self.model.backbone, layer_index, batch.state), batch.lengths)
 
+    def run_all_layers(self, batch: PaddedBatch) -> PaddedBatch:
+        """The batch after the last layer."""
+        for layer_index in range(self.num_layers):
+            batch = self.run_layer(layer_index, batch)
+        return batch
+
     def classify(self, layer_index: int, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
         """Pooled states and logits, float32."""
-        index = _classifier_index(self.model, layer_index)
+        index = classifier_index(self.model, layer_index)
         state = batch.state
         pooled, logits = self.model.classifiers(index, state.hidden_states, state.attention_mask)
         return pooled.float(), logits.float()

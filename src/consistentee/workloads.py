@@ -58,9 +58,9 @@ def shape_workload(
         ValueError: an unknown shape, a length that the model's positions do not hold, or a precision that is chosen on
             labels, which random weights do not have.
     """
-    if dtype == "auto":
+    if "auto" in (dtype, backend):
         raise ValueError(
-            'dtype "auto" needs a trained model, whose labels it keeps. Give a dtype with config-name.'
+            '"auto" needs a trained model, whose labels it keeps. Give a dtype and a backend with config-name.'
         )
     saved = shape_model(
         config_name,
@@ -97,6 +97,6 @@ def model_workload(
         raise ValueError("There must be at least one text to measure with, got none.")
     kept = sorted(random.Random(seed).sample(range(len(read)), min(rows, len(read))))
     sample = [read[position] for position in kept]
-    if dtype == "auto":
+    if "auto" in (dtype, backend):
         engine.calibrate(sample)
     return Workload(engine, encode_texts(sample, engine.saved.tokenizer, engine.saved.max_length))

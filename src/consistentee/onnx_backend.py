@@ -1,0 +1,222 @@
+"""The engine's backend on ONNX Runtime: a session for each layer and each classifier, padded rows, CPU, float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from consistentee import backbones
+from consistentee.backend import TokenRow
+from consistentee.errors import require_extra
+from consistentee.onnx_graphs import HIDDEN, LENGTHS, POSITION_BIAS, TOKENS, Graph, add_classifier, add_layer
+from consistentee.packed_layers import LAYER_PARTS, PositionBias, inner_layers
+from consistentee.torch_backend import ExitModel, classifier_index, token_tensors
+
+Floats = NDArray[np.float32]
+
+MAX_MERGED_PADDING = 0.15
+"""Share of padding that joining two batches may bring."""
+
+MAX_SEGMENT_BYTES = 1_800_000_000
+"""A larger model does not fit into one protobuf message; its layers stay separate sessions."""
+
+
+def has_onnxruntime(model: ExitModel) -> bool:
+    """Whether this model can run on ONNX Runtime here."""
+    installed = find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+    return installed and model.device.type == "cpu" and model.config.encoder.model_type in LAYER_PARTS
+
+
+@dataclass(frozen=True)
+class OnnxBatch:
+    """Padded rows between two layers.
+
+    Args:
+        hidden_states: (rows, width, hidden); width is the longest row's.
+        lengths: real tokens of every row.
+    """
+
+    hidden_states: Floats
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def row_lengths(self) -> NDArray[np.int32]:
+        """(rows,)."""
+        return np.array(self.lengths, dtype=np.int32)
+
+    @cached_property
+    def is_token(self) -> NDArray[np.bool_]:
+        """(rows, 1, width)."""
+        return (np.arange(self.hidden_states.shape[1]) < self.row_lengths[:, None])[:, None]
+
+
+class OnnxBackend:
+    """A model on ONNX Runtime; see `backend.Backend`.
+
+    Threads are those of torch at the time when the process makes its first session: all sessions share one pool.
+
+    Args:
+        model: of a type in `LAYER_PARTS`, on CPU; its weights are copied.
+        dtype: `float32`.
+
+    Raises:
+        MissingExtraError: onnx or onnxruntime is not installed.
+        ValueError: a type, dtype, device or activation that this backend does not run.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, model: ExitModel, dtype: str = "float32") -> None:
+        model_type = model.config.encoder.model_type
+        if dtype != "float32" or model.device.type != "cpu" or model_type not in LAYER_PARTS:
+            raise ValueError(
+                f'backend "onnxruntime" runs {", ".join(LAYER_PARTS)} in float32 on CPU, got a model of type '
+                f'"{model_type}" in {dtype} on {model.device.type}. Take backend "torch".'
+            )
+        self.model = model
+        self.dtype = dtype
+        self.device = model.device
+        self.num_layers = model.num_layers
+        config: Any = model.backbone.config
+        self._num_heads = int(getattr(config, "num_attention_heads", None) or config.n_heads)
+        self._parts = LAYER_PARTS[model_type]
+        is_biased = model_type == "mpnet"
+        self._position_bias = PositionBias(model.backbone, dtype, model.device) if is_biased else None
+        groups = [inner_layers(module) for module in backbones.encoder_layers(model.backbone)]
+        self._groups = [
+            groups[int(index / (self.num_layers / len(groups)))] for index in range(self.num_layers)
+        ]
+        built = {id(group): self._segment([group]) for group in groups}
+        self._layers = [built[id(group)] for group in self._groups]
+        self._classifiers = [self._classifier(index) for index in range(len(model.classifiers.layers))]
+        self._whole: Any = None
+        self._making = Lock()
+
+    def start(self, rows: Sequence[TokenRow]) -> OnnxBatch:
+        """Embed the rows."""
+        lengths = tuple(len(row["input_ids"]) for row in rows)
+        ids, _, *types = token_tensors(rows, max(lengths), self.model.backbone, self.device)
+        return OnnxBatch(backbones.embed_tokens(self.model.backbone, ids, *types).float().numpy(), lengths)
+
+    def run_layer(self, layer_index: int, batch: OnnxBatch) -> OnnxBatch:
+        """The batch after one more layer."""
+        return self._run(self._layers[layer_index], batch)
+
+    def run_all_layers(self, batch: OnnxBatch) -> OnnxBatch:
+        """The batch after the last layer: all layers as one segment, made when first needed."""
+        if self._whole is None:
+            with self._making:
+                if self._whole is None:
+                    weights = 4 * sum(
+                        p.numel() for group in self._groups for m in group for p in m.parameters()
+                    )
+                    self._whole = self._segment(self._groups) if weights < MAX_SEGMENT_BYTES else False
+        if self._whole:
+            return self._run(self._whole, batch)
+        for layer_index in range(self.num_layers):
+            batch = self.run_layer(layer_index, batch)
+        return batch
+
+    def classify(self, layer_index: int, batch: OnnxBatch) -> tuple[Tensor, Tensor]:
+        """Pooled states and logits."""
+        feed: dict[str, Any] = {HIDDEN: batch.hidden_states}
+        classifiers = self.model.classifiers
+        if classifiers.head == "attention":
+            feed[TOKENS] = np.where(batch.is_token, np.float32(0), np.finfo(np.float32).min)
+        elif classifiers.pooling == "mean":
+            feed[TOKENS] = (batch.is_token / batch.row_lengths[:, None, None]).astype(np.float32)
+        session = self._classifiers[classifier_index(self.model, layer_index)]
+        pooled, logits = session.run(None, feed)
+        return torch.from_numpy(pooled), torch.from_numpy(logits)
+
+    def select(self, batch: OnnxBatch, rows: Sequence[int]) -> OnnxBatch:
+        """Keep some rows, and no more padding than they need."""
+        lengths = tuple(batch.lengths[row] for row in rows)
+        return OnnxBatch(batch.hidden_states[rows, : max(lengths)], lengths)
+
+    def merge(self, batches: Sequence[OnnxBatch]) -> OnnxBatch:
+        """Join batches, padded to the widest."""
+        if len(batches) == 1:
+            return batches[0]
+        lengths = tuple(length for batch in batches for length in batch.lengths)
+        hidden_states = np.zeros(
+            (len(lengths), max(lengths), batches[0].hidden_states.shape[2]), dtype=np.float32
+        )
+        start = 0
+        for batch in batches:
+            rows, width, _ = batch.hidden_states.shape
+            hidden_states[start : start + rows, :width] = batch.hidden_states
+            start += rows
+        return OnnxBatch(hidden_states, lengths)
+
+    def can_merge(self, one: OnnxBatch, other: OnnxBatch) -> bool:
+        """Batches of similar width."""
+        widths = one.hidden_states.shape[1], other.hidden_states.shape[1]
+        return min(widths) >= (1 - MAX_MERGED_PADDING) * max(widths)
+
+    def lengths(self, batch: OnnxBatch) -> Sequence[int]:
+        """Real tokens of every row."""
+        return batch.lengths
+
+    def computed_tokens(self, batch: OnnxBatch) -> int:
+        """Rows times width."""
+        return batch.hidden_states.shape[0] * batch.hidden_states.shape[1]
+
+    def _run(self, session: Any, batch: OnnxBatch) -> OnnxBatch:
+        feed: dict[str, Any] = {HIDDEN: batch.hidden_states, LENGTHS: batch.row_lengths}
+        if self._position_bias is not None:
+            feed[POSITION_BIAS] = self._position_bias(batch.hidden_states.shape[1]).contiguous().numpy()
+        return OnnxBatch(session.run(None, feed)[0], batch.lengths)
+
+    def _segment(self, groups: Sequence[list[Any]]) -> Any:
+        """A session that runs some consecutive layers."""
+        graph = Graph()
+        value = HIDDEN
+        bias = "" if self._position_bias is None else POSITION_BIAS
+        for group in groups:
+            for module in group:
+                value = add_layer(graph, value, module, self._parts, self._num_heads, bias)
+        inputs: dict[str, Sequence[int | str]] = {
+            HIDDEN: ("rows", "width", self._hidden_size),
+            LENGTHS: ("rows",),
+        }
+        if bias:
+            inputs[POSITION_BIAS] = (1, self._num_heads, "width", "width")
+        return _session(graph.serialize(inputs, {"output": value}))
+
+    def _classifier(self, index: int) -> Any:
+        graph = Graph()
+        classifiers = self.model.classifiers
+        pooled, logits = add_classifier(graph, HIDDEN, classifiers, index)
+        inputs: dict[str, Sequence[int | str]] = {HIDDEN: ("rows", "width", self._hidden_size)}
+        if classifiers.head == "attention" or classifiers.pooling == "mean":
+            inputs[TOKENS] = ("rows", 1, "width")
+        return _session(graph.serialize(inputs, {"pooled": pooled, "logits": logits}))
+
+    @property
+    def _hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+
+@cache
+def _share_threads() -> None:
+    """One pool for all sessions: each with threads of its own, those that wait would keep busy those that work."""
+    require_extra("onnx", "onnxruntime").set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+
+
+def _session(model: bytes) -> Any:
+    runtime: Any = require_extra("onnx", "onnxruntime")
+    _share_threads()
+    options = runtime.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

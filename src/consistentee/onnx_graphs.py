@@ -1,0 +1,182 @@
+"""Encoder layers and classifiers as ONNX graphs of ONNX Runtime's fused operators, written from a model's weights.
+
+What ONNX Runtime's own optimiser makes of an exported BERT (fused attention, skip connections with their norm, bias
+with GELU) is written down directly, one layer at a time, so that rows can leave between layers. The operators are in
+the domain `com.microsoft`; see ContribOperators.md of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from consistentee.errors import require_extra
+from consistentee.heads import InternalClassifiers
+from consistentee.packed_layers import LayerParts
+
+FUSED = "com.microsoft"
+OPSET, FUSED_OPSET = 17, 1
+
+HIDDEN, LENGTHS, POSITION_BIAS, TOKENS = "hidden_states", "lengths", "position_bias", "tokens"
+"""Inputs: (rows, width, hidden); (rows,) int32; (1, heads, width, width); what pooling needs to know of the tokens."""
+
+
+class Graph:
+    """A graph under construction; values are known by their names."""
+
+    def __init__(self) -> None:
+        self._onnx = require_extra("onnx", "onnx")
+        self._nodes: list[Any] = []
+        self._constants: list[Any] = []
+
+    def op(self, kind: str, *inputs: str, fused: bool = False, **attributes: Any) -> str:
+        """One operator; gives its first output. An empty input name stands for an optional one left out."""
+        name = f"v{len(self._nodes)}"
+        domain = {"domain": FUSED} if fused else {}
+        self._nodes.append(self._onnx.helper.make_node(kind, list(inputs), [name], **domain, **attributes))
+        return name
+
+    def constant(self, values: Tensor | Sequence[int]) -> str:
+        """Weights, float32, or a list of whole numbers, int64."""
+        is_tensor = isinstance(values, Tensor)
+        array = (
+            values.detach().float().cpu().contiguous().numpy()
+            if is_tensor
+            else np.array(values, dtype=np.int64)
+        )
+        name = f"c{len(self._constants)}"
+        self._constants.append(self._onnx.numpy_helper.from_array(array, name))
+        return name
+
+    def serialize(self, inputs: dict[str, Sequence[int | str]], outputs: dict[str, str]) -> bytes:
+        """The finished model.
+
+        Args:
+            inputs: shapes by name; `lengths` is int32, everything else float32.
+            outputs: names of values by the names they get.
+        """
+        helper, kinds = self._onnx.helper, self._onnx.TensorProto
+        for given, value in outputs.items():
+            self._nodes.append(helper.make_node("Identity", [value], [given]))
+        graph = helper.make_graph(
+            self._nodes,
+            "consistentee",
+            [
+                helper.make_tensor_value_info(
+                    name, kinds.INT32 if name == LENGTHS else kinds.FLOAT, list(shape)
+                )
+                for name, shape in inputs.items()
+            ],
+            [helper.make_tensor_value_info(name, kinds.FLOAT, None) for name in outputs],
+            initializer=self._constants,
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, FUSED_OPSET)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+
+
+def add_layer(
+    graph: Graph,
+    hidden_states: str,
+    module: nn.Module,
+    parts: LayerParts,
+    num_heads: int,
+    position_bias: str = "",
+) -> str:
+    """One post-norm layer.
+
+    Args:
+        graph: to add to.
+        hidden_states: (rows, width, hidden).
+        module: the layer; `parts` says where it keeps what.
+        parts: see `packed_layers`.
+        num_heads: of its attention.
+        position_bias: (1, heads, width, width), or "" where there is none.
+
+    Raises:
+        ValueError: an activation that is not there.
+    """
+
+    def part(path: str) -> Any:
+        return module.get_submodule(path)
+
+    inputs = [part(path) for path in (parts.query, parts.key, parts.value)]
+    weight, bias = (torch.cat([getattr(p, name) for p in inputs]) for name in ("weight", "bias"))
+    attended = graph.op(
+        "Attention",
+        *(hidden_states, graph.constant(weight.T), graph.constant(bias), LENGTHS),
+        *(("", position_bias) if position_bias else ()),
+        fused=True,
+        num_heads=num_heads,
+    )
+    hidden_states = _add_and_norm(
+        graph, attended, hidden_states, part(parts.attention_output), part(parts.attention_norm)
+    )
+    up = part(parts.up)
+    raised = graph.op("MatMul", hidden_states, graph.constant(up.weight.T))
+    activated = _activate(graph, raised, graph.constant(up.bias), part(parts.activation))
+    return _add_and_norm(graph, activated, hidden_states, part(parts.down), part(parts.output_norm))
+
+
+def _add_and_norm(graph: Graph, inputs: str, skipped: str, linear: Any, norm: Any) -> str:
+    mapped = graph.op("MatMul", inputs, graph.constant(linear.weight.T))
+    constants = [graph.constant(values) for values in (norm.weight, norm.bias, linear.bias)]
+    return graph.op(
+        "SkipLayerNormalization", mapped, skipped, *constants, fused=True, epsilon=float(norm.eps)
+    )
+
+
+def _activate(graph: Graph, inputs: str, bias: str, module: Any) -> str:
+    kind = type(module).__name__
+    if kind == "GELUActivation":
+        return graph.op("BiasGelu", inputs, bias, fused=True)
+    if kind in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
+        return graph.op("FastGelu", inputs, bias, fused=True)
+    if kind == "ReLU":
+        return graph.op("Relu", graph.op("Add", inputs, bias))
+    raise ValueError(
+        f'backend "onnxruntime" knows the activations gelu, gelu_new and relu, got {kind}. Take torch.'
+    )
+
+
+def add_classifier(
+    graph: Graph, hidden_states: str, classifiers: InternalClassifiers, index: int
+) -> tuple[str, str]:
+    """One internal classifier.
+
+    Args:
+        graph: to add to. Its input `tokens` is (rows, 1, width): for attention pooling 0 at real tokens and the lowest
+            float at padding, for mean pooling the weight of each token; `cls` needs none.
+        hidden_states: (rows, width, hidden).
+        classifiers: the model's.
+        index: which of them.
+
+    Returns:
+        Pooled states (rows, hidden) and logits (rows, classes).
+    """
+    module: Any = classifiers.layers[index]
+    if classifiers.head == "attention":
+        norm, queries = module.pooling.norm, module.pooling.queries
+        constants = [graph.constant(values) for values in (norm.weight, norm.bias)]
+        keys = graph.op("LayerNormalization", hidden_states, *constants, epsilon=float(norm.eps))
+        scores = graph.op("MatMul", keys, graph.constant(queries.T))
+        scores = graph.op("Add", graph.op("Transpose", scores, perm=[0, 2, 1]), TOKENS)
+        pooled = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), keys)
+        pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
+        dense, output = module.dense, module.output
+    else:
+        dense, output = classifiers.pooler, module
+        if classifiers.pooling == "cls":
+            pooled = graph.op("Gather", hidden_states, graph.constant([0]), axis=1)
+        else:
+            pooled = graph.op("MatMul", TOKENS, hidden_states)
+        pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
+    pooled = graph.op("Tanh", _linear(graph, pooled, dense))
+    return pooled, _linear(graph, pooled, output)
+
+
+def _linear(graph: Graph, inputs: str, linear: Any) -> str:
+    return graph.op("Gemm", inputs, graph.constant(linear.weight), graph.constant(linear.bias), transB=1)

@@ -1,0 +1,118 @@
+"""ONNX Runtime runs the same layers and classifiers as the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+
+from consistentee import onnx_backend
+from consistentee.engine import Engine
+from consistentee.flights import ExitRule
+from consistentee.onnx_backend import OnnxBackend
+from consistentee.packed_layers import LAYER_PARTS
+from consistentee.torch_backend import PackedBackend
+from test_packed import LAYERS, LENGTHS, alone, build, token_rows
+from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model
+
+CASES = [(model_type, {}, {}) for model_type in LAYER_PARTS]
+CASES += [
+    ("albert", {"num_hidden_groups": 2, "inner_group_num": 2}, {}),
+    ("bert", {"hidden_act": "relu"}, {}),
+    ("bert", {"hidden_act": "gelu_new"}, {}),
+    ("bert", {}, {"head": "shared_pooler", "pooling": "cls"}),
+    ("mpnet", {}, {"head": "shared_pooler", "pooling": "mean"}),
+]
+
+
+@pytest.mark.parametrize("model_type,config,values", CASES)
+@torch.no_grad()
+def test_layers_and_classifiers(
+    tmp_path: Path, model_type: str, config: dict[str, Any], values: dict[str, Any]
+) -> None:
+    model = build(tmp_path, model_type, config, **values)
+    rows = token_rows(model)
+    wanted = [alone(model, row) for row in rows]
+    backend, torchs = OnnxBackend(model), PackedBackend(model, "float32")
+    batch, other = backend.start(rows), torchs.start(rows)
+    for layer in range(LAYERS):
+        batch, other = backend.run_layer(layer, batch), torchs.run_layer(layer, other)
+        for row, states in enumerate(wanted):
+            found = torch.from_numpy(batch.hidden_states[row, : LENGTHS[row]])
+            torch.testing.assert_close(found, states[layer], atol=1e-4, rtol=1e-4)
+        for found, right in zip(backend.classify(layer, batch), torchs.classify(layer, other), strict=True):
+            torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+    whole = backend.run_all_layers(backend.start(rows))
+    for row, length in enumerate(LENGTHS):
+        one, same = (torch.from_numpy(b.hidden_states[row, :length]) for b in (whole, batch))
+        torch.testing.assert_close(one, same, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_leave_join_and_shed_padding(tmp_path: Path) -> None:
+    model = build(tmp_path, "mpnet")
+    rows = token_rows(model)
+    backend = OnnxBackend(model)
+    one, other = backend.run_layer(0, backend.start(rows[:4])), backend.run_layer(0, backend.start(rows[4:]))
+    kept = backend.select(one, [0, 1, 2])
+    assert kept.hidden_states.shape[1] == 9
+    assert backend.computed_tokens(kept) == 27
+    assert not backend.can_merge(kept, other)
+    joined = backend.run_layer(1, backend.merge([kept, other]))
+    for position, row in enumerate((0, 1, 2, 4, 5)):
+        found = torch.from_numpy(joined.hidden_states[position, : LENGTHS[row]])
+        torch.testing.assert_close(found, alone(model, rows[row])[1], atol=1e-4, rtol=1e-4)
+
+
+def test_one_segment_only_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tmp_path, "bert")
+    rows = token_rows(model)
+    with torch.no_grad():
+        whole = OnnxBackend(model)
+        wanted = whole.run_all_layers(whole.start(rows)).hidden_states
+        assert whole._whole
+        monkeypatch.setattr(onnx_backend, "MAX_SEGMENT_BYTES", 1)
+        parts = OnnxBackend(model)
+        found = parts.run_all_layers(parts.start(rows)).hidden_states
+        assert not parts._whole
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_engine_on_it(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone")
+    folder = tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0)
+    texts = [text for (text,) in tiny_dataset(40, seed=5).texts]
+    engine = Engine.from_pretrained(folder, device="cpu", backend="onnxruntime")
+    assert (engine.backend.name, engine.backend.dtype) == ("onnxruntime", "float32")
+    reference = Engine.from_pretrained(folder, device="cpu")
+    for criterion, threshold in (("confidence", 1.0), ("patience", 1.5)):
+        for batch_size in (None, 1, 7):
+            options: Any = {"batch_size": batch_size, "criterion": criterion, "threshold": threshold}
+            found, wanted = engine.predict(texts, **options), reference.predict(texts, **options)
+            assert [(p.label, p.exit_layer) for p in found] == [(p.label, p.exit_layer) for p in wanted]
+            assert [p.score for p in found] == pytest.approx([p.score for p in wanted], abs=1e-4)
+    plain = tiny_full_depth_model(tmp_path / "plain", backbone)
+    one, other = (
+        Engine.from_pretrained(plain, device="cpu", backend=name) for name in ("torch", "onnxruntime")
+    )
+    assert [p.label for p in one.predict(texts)] == [p.label for p in other.predict(texts)]
+    auto = Engine.from_pretrained(folder, device="cpu", backend="auto", dtype="auto")
+    choice = auto.calibrate(texts)
+    assert ("onnxruntime", "float32") in {(trial.backend, trial.dtype) for trial in choice.trials}
+    assert (auto.backend.name, auto.backend.dtype) == (choice.backend, choice.dtype)
+    assert auto.run([], batch_size=1, rule=ExitRule.full_depth()).labels == []
+
+
+def test_what_it_does_not_run(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r'backend "onnxruntime" runs bert, .* in bfloat16 on cpu. Take backend'
+    ):
+        OnnxBackend(build(tmp_path / "bert", "bert"), "bfloat16")
+    with pytest.raises(ValueError, match='got a model of type "modernbert"'):
+        OnnxBackend(build(tmp_path / "modernbert", "modernbert"))
+    with pytest.raises(ValueError, match="knows the activations gelu, gelu_new and relu, got SiLU"):
+        OnnxBackend(build(tmp_path / "silu", "bert", {"hidden_act": "silu"}))

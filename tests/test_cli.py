@@ -483,6 +483,7 @@ class TestInterruptedPrediction:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 preexec_fn=_hear_interrupts,
+                bufsize=0,  # so that nothing read ahead is lost between readline and communicate
             ) as process:
                 assert process.stdout is not None
                 if target:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from consistentee.decisions import ExitDecisions, RowFigures
+from consistentee.decisions import ExitDecisions, RowFigures, gelu
 from consistentee.exits import CRITERIA, exit_scores
 from consistentee.model import EarlyExitForSequenceClassification, ensemble_layers
 from tiny import tiny_backbone, unsettle
@@ -93,3 +93,10 @@ def test_extreme_logits_give_finite_scores(backbone: Path) -> None:
         for value in (1e4, -1e4, 0.0):
             logits = torch.tensor([[value, -value]]).repeat(rows, 1)
             assert np.isfinite(decisions.step(figures, torch.zeros(rows, 32), logits)).all()
+
+
+def test_gelu_is_torchs() -> None:
+    values = torch.linspace(-12, 12, 4801)
+    found = gelu(values.numpy())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, torch.nn.functional.gelu(values.double()).numpy(), atol=1e-6, rtol=1e-5)

@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 from consistentee import onnx_backend
 from consistentee.engine import Engine
 from consistentee.flights import ExitRule
-from consistentee.onnx_backend import OnnxBackend
+from consistentee.onnx_backend import OnnxBackend, full_model_session
 from consistentee.packed_layers import LAYER_PARTS
 from consistentee.torch_backend import PackedBackend
 from test_packed import LAYERS, LENGTHS, alone, build, token_rows
@@ -116,3 +116,22 @@ def test_what_it_does_not_run(tmp_path: Path) -> None:
         OnnxBackend(build(tmp_path / "modernbert", "modernbert"))
     with pytest.raises(ValueError, match="knows the activations gelu, gelu_new and relu, got SiLU"):
         OnnxBackend(build(tmp_path / "silu", "bert", {"hidden_act": "silu"}))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+@torch.no_grad()
+def test_the_rival_is_the_same_model(tmp_path: Path, model_type: str) -> None:
+    model = build(tmp_path, model_type)
+    session = full_model_session(model)
+    names = [given.name for given in session.get_inputs()]
+    assert names[:2] == ["input_ids", "attention_mask"]
+    for rows, width in ((1, 7), (5, 21)):
+        ids = torch.randint(4, 60, (rows, width))
+        values = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
+        wanted = model(**{name: values[name] for name in names}, all_layers=True).classifier_logits[:, -1]
+        found = session.run(None, {name: values[name].numpy() for name in names})[0]
+        torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-3)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any
@@ -17,9 +19,22 @@ from torch import Tensor
 from consistentee import backbones
 from consistentee.backend import TokenRow
 from consistentee.errors import require_extra
-from consistentee.onnx_graphs import HIDDEN, LENGTHS, POSITION_BIAS, TOKENS, Graph, add_classifier, add_layer
+from consistentee.onnx_graphs import (
+    HIDDEN,
+    IDS,
+    LENGTHS,
+    POSITION_BIAS,
+    POSITIONS,
+    TOKENS,
+    TYPES,
+    Graph,
+    add_classifier,
+    add_embeddings,
+    add_layer,
+    first_position,
+)
 from consistentee.packed_layers import LAYER_PARTS, PositionBias, inner_layers
-from consistentee.torch_backend import ExitModel, classifier_index, token_tensors
+from consistentee.torch_backend import ExitModel, classifier_index
 
 Floats = NDArray[np.float32]
 
@@ -62,7 +77,8 @@ class OnnxBatch:
 class OnnxBackend:
     """A model on ONNX Runtime; see `backend.Backend`.
 
-    Threads are those of torch at the time when the process makes its first session: all sessions share one pool.
+    It takes as many threads as torch has when it is made. Embeddings run there, too: torch's threads would wait busily
+    for more work while the first layers run.
 
     Args:
         model: of a type in `LAYER_PARTS`, on CPU; its weights are copied.
@@ -87,6 +103,10 @@ class OnnxBackend:
         self.device = model.device
         self.num_layers = model.num_layers
         config: Any = model.backbone.config
+        types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
+        self._has_types = types is not None and types.num_embeddings > 1
+        self._first_position = first_position(model.backbone)
+        self._embeddings = self._embedding_session()
         self._num_heads = int(getattr(config, "num_attention_heads", None) or config.n_heads)
         self._parts = LAYER_PARTS[model_type]
         is_biased = model_type == "mpnet"
@@ -104,8 +124,12 @@ class OnnxBackend:
     def start(self, rows: Sequence[TokenRow]) -> OnnxBatch:
         """Embed the rows."""
         lengths = tuple(len(row["input_ids"]) for row in rows)
-        ids, _, *types = token_tensors(rows, max(lengths), self.model.backbone, self.device)
-        return OnnxBatch(backbones.embed_tokens(self.model.backbone, ids, *types).float().numpy(), lengths)
+        width = max(lengths)
+        positions = np.arange(self._first_position, self._first_position + width)[None]
+        feed = {IDS: _padded([row["input_ids"] for row in rows], width), POSITIONS: positions}
+        if self._has_types:
+            feed[TYPES] = _padded([row.get("token_type_ids", ()) for row in rows], width)
+        return OnnxBatch(self._embeddings.run(None, feed)[0], lengths)
 
     def run_layer(self, layer_index: int, batch: OnnxBatch) -> OnnxBatch:
         """The batch after one more layer."""
@@ -191,7 +215,15 @@ class OnnxBackend:
         }
         if bias:
             inputs[POSITION_BIAS] = (1, self._num_heads, "width", "width")
-        return _session(graph.serialize(inputs, {"output": value}))
+        return make_session(graph.serialize(inputs, {"output": value}))
+
+    def _embedding_session(self) -> Any:
+        graph = Graph()
+        value = add_embeddings(graph, self.model.backbone, with_types=self._has_types)
+        inputs: dict[str, Sequence[int | str]] = {IDS: ("rows", "width"), POSITIONS: (1, "width")}
+        if self._has_types:
+            inputs[TYPES] = ("rows", "width")
+        return make_session(graph.serialize(inputs, {"output": value}))
 
     def _classifier(self, index: int) -> Any:
         graph = Graph()
@@ -200,23 +232,86 @@ class OnnxBackend:
         inputs: dict[str, Sequence[int | str]] = {HIDDEN: ("rows", "width", self._hidden_size)}
         if classifiers.head == "attention" or classifiers.pooling == "mean":
             inputs[TOKENS] = ("rows", 1, "width")
-        return _session(graph.serialize(inputs, {"pooled": pooled, "logits": logits}))
+        return make_session(graph.serialize(inputs, {"pooled": pooled, "logits": logits}))
 
     @property
     def _hidden_size(self) -> int:
         return int(self.model.config.hidden_size)
 
 
-@cache
-def _share_threads() -> None:
-    """One pool for all sessions: each with threads of its own, those that wait would keep busy those that work."""
-    require_extra("onnx", "onnxruntime").set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+def make_session(model: bytes) -> Any:
+    """A session on CPU, with as many threads as torch has.
 
+    Its threads stop to wait busily when its run ends: the next layer's session needs the processor.
 
-def _session(model: bytes) -> Any:
+    Args:
+        model: the serialized graph.
+    """
     runtime: Any = require_extra("onnx", "onnxruntime")
-    _share_threads()
     options = runtime.SessionOptions()
-    options.use_per_session_threads = False
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _padded(values: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
+    """(rows, width), zeros on the right."""
+    if all(len(value) == width for value in values):
+        return np.array(values, dtype=np.int64)
+    return np.array([[*value, *[0] * (width - len(value))] for value in values], dtype=np.int64)
+
+
+def full_model_session(model: ExitModel) -> Any:
+    """What people compare with: `torch.onnx.export` of the whole model, optimised by ONNX Runtime.
+
+    Args:
+        model: on CPU. Inputs of the session: `input_ids` and `attention_mask`, (rows, width) int64, and
+            `token_type_ids` where the model tells types apart; output: the last classifier's logits.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    require_extra("onnx", "onnxscript")
+    embeddings = model.backbone.get_submodule("embeddings")
+    types: Any = getattr(embeddings, "token_type_embeddings", None)
+    names = ["input_ids", "attention_mask"]
+    if types is not None and types.num_embeddings > 1:
+        names.append("token_type_ids")
+    ids = torch.arange(32, dtype=torch.int64).reshape(2, 16) + 5
+    example = (ids, torch.ones_like(ids), torch.zeros_like(ids))[: len(names)]
+    sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("width")}
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                _FullDepth(model).eval(),
+                example,
+                dynamo=True,
+                input_names=names,
+                output_names=["logits"],
+                dynamic_shapes=(sizes,) * len(names),
+                verbose=False,
+            )
+    finally:
+        exporter_log.setLevel(level)
+    return make_session(program.model_proto.SerializeToString())
+
+
+class _FullDepth(torch.nn.Module):
+    """All layers and the last classifier, to be exported."""
+
+    def __init__(self, model: ExitModel) -> None:
+        super().__init__()
+        self.backbone, self.classifiers = model.backbone, model.classifiers
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(rows, classes)."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        return self.classifiers(len(self.classifiers.layers) - 1, states, attention_mask)[1]

@@ -8,12 +8,14 @@ the domain `com.microsoft`; see ContribOperators.md of ONNX Runtime.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from consistentee.backbones import embedding_projection
 from consistentee.errors import require_extra
 from consistentee.heads import InternalClassifiers
 from consistentee.packed_layers import LayerParts
@@ -23,6 +25,9 @@ OPSET, FUSED_OPSET = 17, 1
 
 HIDDEN, LENGTHS, POSITION_BIAS, TOKENS = "hidden_states", "lengths", "position_bias", "tokens"
 """Inputs: (rows, width, hidden); (rows,) int32; (1, heads, width, width); what pooling needs to know of the tokens."""
+
+IDS, POSITIONS, TYPES = "input_ids", "positions", "token_type_ids"
+"""Inputs of the embeddings, int64: (rows, width); (1, width); (rows, width)."""
 
 
 class Graph:
@@ -56,19 +61,18 @@ class Graph:
         """The finished model.
 
         Args:
-            inputs: shapes by name; `lengths` is int32, everything else float32.
+            inputs: shapes by name; `lengths` is int32, ids, positions and types are int64, everything else float32.
             outputs: names of values by the names they get.
         """
         helper, kinds = self._onnx.helper, self._onnx.TensorProto
+        whole = {LENGTHS: kinds.INT32, IDS: kinds.INT64, POSITIONS: kinds.INT64, TYPES: kinds.INT64}
         for given, value in outputs.items():
             self._nodes.append(helper.make_node("Identity", [value], [given]))
         graph = helper.make_graph(
             self._nodes,
             "consistentee",
             [
-                helper.make_tensor_value_info(
-                    name, kinds.INT32 if name == LENGTHS else kinds.FLOAT, list(shape)
-                )
+                helper.make_tensor_value_info(name, whole.get(name, kinds.FLOAT), list(shape))
                 for name, shape in inputs.items()
             ],
             [helper.make_tensor_value_info(name, kinds.FLOAT, None) for name in outputs],
@@ -76,6 +80,43 @@ class Graph:
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, FUSED_OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+
+
+def add_embeddings(graph: Graph, backbone: PreTrainedModel, *, with_types: bool) -> str:
+    """Word, position and type embeddings, their norm, and the map to the hidden size where the model has one.
+
+    Args:
+        graph: to add to.
+        backbone: of a type in `LAYER_PARTS`.
+        with_types: whether `TYPES` is an input; else every token is of type 0.
+
+    Returns:
+        (rows, width, hidden).
+    """
+    embeddings: Any = backbone.get_submodule("embeddings")
+    words = graph.op("Gather", graph.constant(embeddings.word_embeddings.weight), IDS)
+    table = graph.constant(embeddings.position_embeddings.weight)
+    summed = graph.op("Add", words, graph.op("Gather", table, POSITIONS))
+    types = getattr(embeddings, "token_type_embeddings", None)
+    if types is not None and with_types:
+        summed = graph.op("Add", summed, graph.op("Gather", graph.constant(types.weight), TYPES))
+    elif types is not None:
+        summed = graph.op("Add", summed, graph.constant(types.weight[0]))
+    norm = embeddings.LayerNorm
+    constants = [graph.constant(values) for values in (norm.weight, norm.bias)]
+    hidden_states = graph.op("LayerNormalization", summed, *constants, epsilon=float(norm.eps))
+    projection: Any = embedding_projection(backbone)
+    if projection is None:
+        return hidden_states
+    mapped = graph.op("MatMul", hidden_states, graph.constant(projection.weight.T))
+    return graph.op("Add", mapped, graph.constant(projection.bias))
+
+
+def first_position(backbone: PreTrainedModel) -> int:
+    """Where a model begins to count positions: roberta and its kin behind the padding id."""
+    if backbone.config.model_type in ("roberta", "xlm-roberta", "mpnet"):
+        return int(cast(Any, backbone.get_submodule("embeddings")).padding_idx) + 1
+    return 0
 
 
 def add_layer(

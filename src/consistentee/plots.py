@@ -57,6 +57,7 @@ def plot_evaluation(evaluation: Evaluation, path: str | Path, title: str | None 
 
 SPEED_NAMES = {
     "transformers": ("transformers, all layers", "#999999"),
+    "onnxruntime": ("ONNX Runtime, all layers", "#CCBB44"),
     "engine-full-depth": ("engine, all layers", "#56B4E9"),
     "engine": ("engine with exits", "#0072B2"),
 }

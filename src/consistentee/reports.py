@@ -114,7 +114,7 @@ def speed_report(report: SpeedReport) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("batch", ""):
         table.add_column(name, no_wrap=True)
-    names = ("p50\nms", "p95\nms", "per\ns", "pad\n%", "layers", "clock", "effi-\nciency", "trans-\nformers")
+    names = ("p50\nms", "p95\nms", "per\ns", "pad\n%", "layers", "clock", "eff.", "vs\nHF")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     before: object = ()
@@ -144,8 +144,8 @@ def speed_report(report: SpeedReport) -> RenderableType:
         Text(
             f"{work['model']}: {work['num_hidden_layers']} layers of {work['hidden_size']}, {work['rows']:,} rows of "
             f"{work['mean_tokens']:.1f} tokens on average. Layers: layer speed-up; clock: wall-clock speed-up against "
-            "the engine at full depth in this run; efficiency: the second over the first; last column: clock against "
-            "transformers at full depth."
+            "the engine at full depth in this run; eff. (efficiency): the second over the first; vs HF: "
+            "times faster than transformers."
         ),
         Text(
             f"{dtypes} on {place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, "

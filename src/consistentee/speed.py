@@ -2,7 +2,8 @@
 
 Competitors do the same rows in the same run, in turn: the engine with exits, the same engine at full depth, plain
 `transformers` at full depth on padded batches in the order of arrival, and the engine forced to the last layer with all
-its exits computed (what exits cost where nobody takes them). What counts is the ratio between them.
+its exits computed (what exits cost where nobody takes them); in float32 on CPU and with the extra `onnx` also ONNX
+Runtime's optimised whole model. What counts is the ratio between them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 import numpy as np
@@ -20,9 +22,11 @@ from transformers import AutoConfig
 
 from consistentee.backend import Answers, TokenRow
 from consistentee.configuration import EarlyExitConfig
+from consistentee.decisions import log_softmax
 from consistentee.engine import Engine
 from consistentee.flights import ExitRule
 from consistentee.model import EarlyExitForSequenceClassification
+from consistentee.onnx_backend import full_model_session, has_onnxruntime
 from consistentee.packed_layers import storage_dtype
 from consistentee.saved import SavedModel
 from consistentee.timing import environment, paired_ratio, time_in_turn
@@ -47,7 +51,7 @@ class SpeedRow:
     """One competitor in one mode.
 
     Args:
-        name: `engine`, `engine-full-depth`, `engine-nobody-leaves` or `transformers`.
+        name: `engine`, `engine-full-depth`, `engine-nobody-leaves`, `transformers` or `onnxruntime`.
         mode: `latency` or `throughput`.
         batch_size: rows that start together; None in throughput mode.
         latency_ms_p50, latency_ms_p95: of one batch; None in throughput mode.
@@ -208,11 +212,14 @@ def measure_speed(
         )
     modes: list[int | None] = [*batch_sizes, *([None] if throughput else [])]
     found: list[SpeedRow] = []
+    full_session = _full_session(engine)
     for size in modes:
         chosen = list(rows) if size is None else list(rows[: max(16 * size, 32)])
         forced = None if shares is None else exit_layers_of(shares, len(chosen), seed)
         title = "throughput mode" if size is None else f"batch size {size}"
-        found += _Match(engine, chosen, size, forced, rule).play(repeats, lambda title=title: tick(title))
+        found += _Match(engine, chosen, size, forced, rule, full_session).play(
+            repeats, lambda title=title: tick(title)
+        )
     config: Any = engine.saved.model.config
     lengths = [len(row["input_ids"]) for row in rows]
     workload = {
@@ -239,7 +246,9 @@ class _Match:
         batch_size: int | None,
         forced: Sequence[int] | None,
         rule: ExitRule | None,
+        full_session: Any,
     ) -> None:
+        self.full_session = full_session
         self.engine, self.rows, self.batch_size = engine, rows, batch_size
         own = rule or engine.rule()
         self.depth = engine.backend.num_layers
@@ -260,6 +269,8 @@ class _Match:
             name: self._steps(*rule) for name, rule in self.rules.items()
         }
         work["transformers"] = self._transformers()
+        if self.full_session is not None:
+            work["onnxruntime"] = self._onnxruntime(self.full_session)
         memory = {name: _peak_memory(steps, device) for name, steps in work.items()}
         with torch.inference_mode():
             seconds = time_in_turn(work, device, repeats, tick)
@@ -305,6 +316,28 @@ class _Match:
 
         return [step(part) for part in self._parts(self.batch_size or ARRIVAL_BATCH)]
 
+    def _onnxruntime(self, session: Any) -> list[Callable[[], object]]:
+        """The whole model as ONNX Runtime optimises it, padded; labels and scores as lists."""
+        names = [given.name for given in session.get_inputs()]
+        model: Any = self.engine.saved.model
+        cpu = torch.device("cpu")
+
+        def step(part: range) -> Callable[[], object]:
+            rows = [self.rows[row] for row in part]
+
+            def run() -> object:
+                width = max(len(row["input_ids"]) for row in rows)
+                values = [tensor.numpy() for tensor in token_tensors(rows, width, model.backbone, cpu)]
+                if len(values) < len(names):
+                    values.append(np.zeros_like(values[0]))
+                logits = session.run(None, dict(zip(names, values, strict=False)))[0]
+                scores = np.exp(log_softmax(logits))
+                return scores.max(1).tolist(), scores.argmax(1).tolist()
+
+            return run
+
+        return [step(part) for part in self._parts(self.batch_size or ARRIVAL_BATCH)]
+
     def _row(
         self,
         name: str,
@@ -327,7 +360,7 @@ class _Match:
             name=name,
             mode="latency" if is_latency else "throughput",
             batch_size=self.batch_size,
-            backend=self.engine.backend.name if is_ours else "transformers",
+            backend=self.engine.backend.name if is_ours else name,
             dtype=self.engine.backend.dtype
             if is_ours
             else _name_of(storage_dtype(self.engine.backend.dtype)),
@@ -351,6 +384,14 @@ class _Match:
             real += sum(lengths)
             computed += max(lengths) * len(lengths)
         return 1 - real / computed
+
+
+def _full_session(engine: Engine) -> Any:
+    """ONNX Runtime's whole model beside a float32 engine on CPU; None where it is not there or not comparable."""
+    model: Any = engine.saved.model
+    if engine.backend.dtype != "float32" or not has_onnxruntime(model) or find_spec("onnxscript") is None:
+        return None
+    return full_model_session(model)
 
 
 def _peak_memory(steps: Sequence[Callable[[], object]], device: torch.device) -> float | None:

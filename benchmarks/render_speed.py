@@ -1,6 +1,6 @@
 """Markdown tables of what `benchmarks/run_speed.sh` measured.
 
-    python benchmarks/render_speed.py FOLDER > tables.md
+python benchmarks/render_speed.py FOLDER > tables.md
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def render(report: dict[str, Any]) -> str:
     for size in dict.fromkeys(row["batch_size"] for row in report["rows"]):
         full, exits = rows[size, "engine-full-depth"], rows.get((size, "engine"))
         rival, last = rows.get((size, "onnxruntime")), rows.get((size, "engine-nobody-leaves"))
-        beside = "" if rival is None else f"{full['instances_per_second'] / rival['instances_per_second']:.2f}x"
+        beside = (
+            "" if rival is None else f"{full['instances_per_second'] / rival['instances_per_second']:.2f}x"
+        )
         cells = ["", "", ""]
         if exits is not None and last is not None:
             low, high = exits["wall_clock_speedup_quartiles"]
@@ -42,10 +44,10 @@ def render(report: dict[str, Any]) -> str:
     work, place = report["workload"], report["environment"]
     engine = report["rows"][0]
     title = (
-        f"**{work['model']}, {engine['dtype']}, {engine['backend']}**: {work['rows']} rows of {work['mean_tokens']:.0f} "
-        f"tokens on average, {work['repeats']} repetitions, layer speed-up {engine['layer_speedup']:.2f}x; "
-        f"{place['hardware']} ({', '.join(place['cpu_flags'])}), {place['threads']} threads, torch {place['torch']}, "
-        f"transformers {place['transformers']}, seed {place['seed']}."
+        f"**{work['model']}, {engine['dtype']}, {engine['backend']}**: {work['rows']} rows of "
+        f"{work['mean_tokens']:.0f} tokens on average, {work['repeats']} repetitions, layer speed-up {engine['layer_speedup']:.2f}x; "
+        f"{place['hardware']} ({', '.join(place['cpu_flags'])}), {place['threads']} threads, "
+        f"torch {place['torch']}, transformers {place['transformers']}, seed {place['seed']}."
     )
     return "\n".join([title, "", HEADER, *lines])
 

@@ -150,14 +150,12 @@ def _draw_bars(
         offset = (order - (len(series) - 1) / 2) * width
         places = [place + offset for place in range(len(sizes))]
         axes.bar(places, heights, width=0.92 * width, color=colour, label=label, zorder=3)
-    axes.set_xticks(
-        range(len(sizes)), ["throughput\nmode" if size is None else f"batch {size}" for size in sizes]
-    )
+    axes.set_xticks(range(len(sizes)), ["throughput\nmode" if size is None else str(size) for size in sizes])
     highest = max(max(heights) for _, _, heights in series)
-    axes.set_ylim(0, 1.2 * highest)
-    _frame(axes, "", y_label, title)
+    axes.set_ylim(0, 1.3 * highest)  # room for the legend
+    _frame(axes, "batch size", y_label, title)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper left", ncols=len(series))
+    axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper left", ncols=2)
 
 
 def check_plot(path: Path) -> None:

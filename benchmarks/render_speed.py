@@ -43,11 +43,18 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"| {'throughput' if size is None else size} | {' | '.join([*cells, *ratios])} |")
     work, place = report["workload"], report["environment"]
     engine = report["rows"][0]
-    title = (
-        f"**{work['model']}, {engine['dtype']}, {engine['backend']}**: {work['rows']} rows of "
-        f"{work['mean_tokens']:.0f} tokens on average, {work['repeats']} repetitions, layer speed-up {engine['layer_speedup']:.2f}x; "
-        f"{place['hardware']} ({', '.join(place['cpu_flags'])}), {place['threads']} threads, "
-        f"torch {place['torch']}, transformers {place['transformers']}, seed {place['seed']}."
+    title = ", ".join(
+        [
+            f"**{work['model']}, {engine['dtype']}, {engine['backend']}**: {work['rows']} rows",
+            f"{work['mean_tokens']:.0f} tokens on average",
+            f"{work['repeats']} repetitions",
+            f"layer speed-up {engine['layer_speedup']:.2f}x",
+            f"{place['hardware']} ({' '.join(place['cpu_flags'])})",
+            f"{place['threads']} threads",
+            f"torch {place['torch']}",
+            f"transformers {place['transformers']}",
+            f"seed {place['seed']}.",
+        ]
     )
     return "\n".join([title, "", HEADER, *lines])
 

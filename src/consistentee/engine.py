@@ -114,7 +114,10 @@ class Engine:
                 "torch" if backend == "auto" else backend,
                 "float32" if dtype == "auto" else dtype,
             )
-            if (backend, dtype) not in self._candidates:
+            if (
+                backend,
+                dtype,
+            ) not in self._candidates:  # nothing to choose from: as if it had been asked for
                 self._candidates = ()
         self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
 
@@ -324,13 +327,13 @@ def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
 
 
 def candidates(model: ExitModel, dtype: str, backend: str) -> tuple[Candidate, ...]:
-    """Backends and dtypes that a model runs in here and that were not excluded; the first is the reference."""
+    """Backends and dtypes that a model runs in here, of those that were asked for; the first is the reference."""
     found = [("torch", kind) for kind in torch_dtypes(model)]
     if has_onnxruntime(model):
         found.append(("onnxruntime", "float32"))
     return tuple(
         (name, kind) for name, kind in found if backend in ("auto", name) and dtype in ("auto", kind)
-    ) or ((backend, dtype),)
+    )
 
 
 def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:

@@ -41,7 +41,7 @@ class Choice:
     Args:
         backend, dtype: the fastest candidate that kept every label.
         rows: size of the sample.
-        trials: all candidates; the first is the reference, torch in float32.
+        trials: all candidates; the first is the reference, torch in float32 unless other things were asked for.
     """
 
     backend: str

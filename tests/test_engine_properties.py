@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from consistentee.engine import Engine
 from consistentee.exits import CRITERIA, choose_exit_layer, exit_scores
 from consistentee.flights import ExitRule
 from consistentee.linears import has_int8
+from consistentee.torch_backend import PackedBackend
 from tiny import NEGATIVE, NEUTRAL, POSITIVE, tiny_backbone, tiny_model
 
 LAYERS = 4
@@ -94,26 +97,38 @@ def few_tokens(tokens: int) -> Any:
     return mock.patch.dict(flights.BATCH_TOKENS, {"cpu": tokens})
 
 
+@contextmanager
+def working_ahead(flights_ahead: int) -> Iterator[None]:
+    """As on a GPU: later flights are launched before an earlier one is settled, and batches go as two halves."""
+    with (
+        mock.patch.dict(flights.AHEAD, {"cpu": flights_ahead}),
+        mock.patch.object(flights, "SPLIT_TOKENS", 1),
+    ):
+        yield
+
+
 CHOSEN = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=12)
 BATCH_SIZES = st.one_of(st.none(), st.integers(1, 13))
 BATCH_TOKENS = st.sampled_from([1, 16, 40, 100, 1024])
+AHEAD = st.sampled_from([0, 1, 3])
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
-@given(CHOSEN, BATCH_SIZES, BATCH_TOKENS, st.sampled_from(CRITERIA), st.data())
+@given(CHOSEN, BATCH_SIZES, BATCH_TOKENS, AHEAD, st.sampled_from(CRITERIA), st.data())
 def test_any_rows_batches_criteria_and_thresholds(
     oracles: Any,
     model_type: str,
     chosen: list[int],
     batch_size: int | None,
     tokens: int,
+    ahead: int,
     criterion: str,
     data: st.DataObject,
 ) -> None:
     oracle: Oracle = oracles(model_type)
     threshold = data.draw(st.sampled_from(oracle.thresholds(criterion)))
     wanted = choose_exit_layer(oracle.scores(criterion)[chosen], threshold).tolist()
-    with few_tokens(tokens):
+    with few_tokens(tokens), working_ahead(ahead):
         answers = oracle.engine.run(
             [oracle.rows[row] for row in chosen], batch_size=batch_size, rule=ExitRule(criterion, threshold)
         )
@@ -135,6 +150,66 @@ def test_patterns_of_exits(oracles: Any, model_type: str, batch_size: int | None
     with few_tokens(64):
         answers = oracle.engine.run(oracle.rows, batch_size=batch_size, rule=ExitRule.forced(layers))
     oracle.check(answers, range(ROWS), layers)
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_the_next_flight_is_launched_before_the_host_decides(oracles: Any, batch_size: int | None) -> None:
+    oracle: Oracle = oracles("bert")
+    events: list[str] = []
+    launch, settle = flights._Run._launch, flights._Run._settle
+
+    def launched(*values: Any) -> Any:
+        events.append("launch")
+        return launch(*values)
+
+    def settled(*values: Any) -> Any:
+        events.append("settle")
+        return settle(*values)
+
+    with (
+        few_tokens(64),
+        working_ahead(1),
+        mock.patch.object(flights._Run, "_launch", launched),
+        mock.patch.object(flights._Run, "_settle", settled),
+    ):
+        rule = ExitRule.forced([LAYERS] * ROWS)
+        answers = oracle.engine.run(oracle.rows, batch_size=batch_size, rule=rule)
+    oracle.check(answers, range(ROWS), [LAYERS] * ROWS)
+    in_air = list(itertools.accumulate(1 if event == "launch" else -1 for event in events))
+    alone = sum(event == "settle" and left == 0 for event, left in zip(events, in_air, strict=True))
+    assert max(in_air) >= 2
+    assert alone == (
+        1 if batch_size is None else ROWS // batch_size
+    )  # only the very last of a window or batch
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_where_nobody_can_leave_only_what_counts_is_computed(
+    tmp_path: Path, criterion: str, decay: float
+) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone", layers=LAYERS)
+    path = tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0, ensemble_decay=decay)
+    engine = Engine.from_pretrained(path, device="cpu")
+    model: Any = engine.saved.model
+    rows = encode_texts([("good film",), ("a bad day",)], engine.saved.tokenizer, engine.saved.max_length)
+    classified: list[int] = []
+    classify = PackedBackend.classify
+
+    def noted(backend: PackedBackend, layer_index: int, batch: Any) -> Tensor:
+        classified.append(layer_index)
+        return classify(backend, layer_index, batch)
+
+    threshold = LAYERS - 1.0 if criterion == "patience" else 1.0
+    with mock.patch.object(PackedBackend, "classify", noted), torch.no_grad():
+        answers = engine.run(rows, batch_size=2, rule=ExitRule(criterion, threshold))
+        for row, score in zip(rows, answers.scores, strict=True):
+            inputs = {name: torch.tensor([value]) for name, value in row.items()}
+            wanted = model(**inputs, all_layers=True).layer_logits[0, -1].softmax(-1).max()
+            assert score == pytest.approx(float(wanted), abs=1e-5)
+    assert answers.exit_layers == [LAYERS, LAYERS]
+    assert classified == ([LAYERS - 1] if decay == 0 else list(range(LAYERS)))
+    assert not ExitRule(criterion, threshold - 0.01).never_leaves(LAYERS)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)

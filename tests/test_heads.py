@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from consistentee.exits import NUM_SIGNALS, classifier_signals, confidence_scores
-from consistentee.heads import AttentionPooling, InternalClassifiers, PolicyNetwork, pool_tokens
+from consistentee.heads import (
+    AttentionPooling,
+    InternalClassifiers,
+    PolicyNetwork,
+    exit_readings,
+    pool_tokens,
+)
 
 LAYERS, HIDDEN, CLASSES = 3, 8, 4
 HEADS = pytest.mark.parametrize(
@@ -16,7 +22,9 @@ HEADS = pytest.mark.parametrize(
 INPUTS = pytest.mark.parametrize("policy_input", ["state", "signals", "state+signals"])
 
 
-def classifiers(head: str, pooling: str = "mean", dropout: float = 0.0) -> InternalClassifiers:
+def classifiers(
+    head: str, pooling: str = "mean", dropout: float = 0.0, width: int = HIDDEN
+) -> InternalClassifiers:
     return InternalClassifiers(
         num_layers=LAYERS,
         hidden_size=HIDDEN,
@@ -24,6 +32,7 @@ def classifiers(head: str, pooling: str = "mean", dropout: float = 0.0) -> Inter
         head=head,
         pooling=pooling,
         num_queries=2,
+        width=width,
         dropout=dropout,
     )
 
@@ -188,3 +197,35 @@ def test_a_negative_bias_makes_a_young_policy_go_deep():
 def test_policy_takes_half_precision_states(policy_input: str):
     logits = policy(policy_input)(torch.randn(2, LAYERS, HIDDEN).half(), torch.randn(2, LAYERS, NUM_SIGNALS))
     assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", ["attention", "shared_pooler"])
+@pytest.mark.parametrize("policy_input", ["state", "signals"])
+def test_exit_readings_are_logits_and_what_the_policy_makes_of_the_state(
+    head: str, policy_input: str
+) -> None:
+    narrow = classifiers(head, width=6)
+    states, mask = torch.randn(2, 5, HIDDEN), torch.ones(2, 5)
+    network = PolicyNetwork(
+        num_layers=LAYERS,
+        hidden_size=6,
+        policy_input=policy_input,
+        policy_hidden_size=5,
+        dropout=0.0,
+        initial_exit_bias=0.0,
+    )
+    for layer in range(LAYERS):
+        pooled, logits = narrow(layer, states, mask)
+        assert pooled.shape == (2, 6)
+        weight, bias = exit_readings(narrow, network, layer)
+        found = pooled @ weight.T + bias
+        torch.testing.assert_close(found[:, :CLASSES], logits)
+        if policy_input == "state":
+            here = slice(layer, layer + 1)
+            torch.nn.init.normal_(network.state_output)
+            hidden = torch.nn.functional.gelu(found[:, CLASSES:])
+            wanted = (hidden * network.state_output[here]).sum(1) + network.exit_bias[layer]
+            torch.testing.assert_close(network(pooled[:, None], None, layer)[:, 0], wanted)
+        else:
+            assert found.shape == (2, CLASSES)
+    assert exit_readings(narrow, None, 0)[0].shape == (CLASSES, 6)

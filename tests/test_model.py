@@ -348,6 +348,7 @@ def test_from_backbone_takes_the_backbones_weights_and_suits_its_pooling(
         ({"num_labels": 2, "head": "linear"}, 'head must be one of attention, shared_pooler, got "linear"'),
         ({"num_labels": 2, "pooling": "max"}, 'pooling must be one of cls, mean, got "max"'),
         ({"num_labels": 2, "num_queries": 0}, "num_queries must be at least 1, got 0"),
+        ({"num_labels": 2, "classifier_hidden_size": 0}, "classifier_hidden_size must be at least 1"),
         ({"num_labels": 2, "head_dropout": 1.0}, r"head_dropout must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -304,6 +304,7 @@ EFFECTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"head": "shared_pooler"}, {}),
     ({"pooling": "cls"}, {"head": "shared_pooler", "pooling": "mean"}),
     ({"num_queries": 2}, {}),
+    ({"classifier_hidden_size": 5}, {}),
     ({"head_dropout": 0.5}, {}),
     ({"ensemble_decay": 0.0}, {}),
     ({"policy_input": "state"}, {}),

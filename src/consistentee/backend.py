@@ -43,7 +43,7 @@ class Backend(Protocol[BatchT]):
     Attributes:
         name: `torch`, `onnxruntime`, ...: what `Engine.backend` reports.
         dtype: `float32`, `bfloat16`, `float16` or `int8`.
-        device: where logits and pooled states come back.
+        device: where what classifiers say comes back.
         num_layers: layers of the model.
     """
 
@@ -64,8 +64,12 @@ class Backend(Protocol[BatchT]):
         """The batch after the last layer, for rows that may not leave before: no need to come back in between."""
         ...
 
-    def classify(self, layer_index: int, batch: BatchT) -> tuple[Tensor, Tensor]:
-        """Pooled states (rows, hidden) and the classifier's logits (rows, classes) of a layer, float32."""
+    def classify(self, layer_index: int, batch: BatchT) -> Tensor:
+        """What `heads.exit_readings` says of a layer's pooled states: (rows, classes + width), float32."""
+        ...
+
+    def pass_layer(self, layer_index: int, batch: BatchT) -> tuple[BatchT, Tensor]:
+        """`run_layer` and `classify` in one go."""
         ...
 
     def select(self, batch: BatchT, rows: Sequence[int]) -> BatchT:

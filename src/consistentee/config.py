@@ -39,6 +39,8 @@ class TrainingConfig:
     """What a shared pooler reads: `cls`, `mean`, or what suits the backbone (`auto`)."""
     num_queries: int = 4
     """Learned queries per layer of an `attention` head."""
+    classifier_hidden_size: int | None = None
+    """Width of the classifiers' hidden layer; by default the backbone's. Narrower exits cost less."""
     head_dropout: float = 0.1
     """Dropout before each classifier's last layer."""
     ensemble_decay: float = 0.5
@@ -169,6 +171,8 @@ class TrainingConfig:
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.classifier_hidden_size is not None and not self.classifier_hidden_size > 0:
+            raise ValueError(f"classifier_hidden_size must be above 0, got {self.classifier_hidden_size}.")
         if self.consistent_learning_rate is not None and not self.consistent_learning_rate > 0:
             raise ValueError(
                 f"consistent_learning_rate must be above 0, got {self.consistent_learning_rate}."

@@ -21,6 +21,7 @@ class EncoderClassifierConfig(PreTrainedConfig):
     head: str = "attention"
     pooling: str = "mean"
     num_queries: int = 4
+    classifier_hidden_size: int | None = None
     head_dropout: float = 0.1
     task: str | None = None
     max_length: int = 128
@@ -32,6 +33,10 @@ class EncoderClassifierConfig(PreTrainedConfig):
         require_range("head_dropout", self.head_dropout, 0, 1, open_end=True)
         if self.num_queries < 1:
             raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
+        if self.classifier_hidden_size is not None and self.classifier_hidden_size < 1:
+            raise ValueError(
+                f"classifier_hidden_size must be at least 1, or None, got {self.classifier_hidden_size}."
+            )
 
     @property
     def encoder(self) -> PreTrainedConfig:
@@ -53,6 +58,11 @@ class EncoderClassifierConfig(PreTrainedConfig):
         """Width of the backbone's states."""
         return int(getattr(self.encoder, "hidden_size", None) or self.encoder.dim)
 
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled states, which classifiers and policy read."""
+        return self.classifier_hidden_size or self.hidden_size
+
 
 class EarlyExitConfig(EncoderClassifierConfig):
     """Configuration of an `EarlyExitForSequenceClassification`.
@@ -62,6 +72,8 @@ class EarlyExitConfig(EncoderClassifierConfig):
         head: `attention` (own query pooling per layer) or `shared_pooler` (the paper's).
         pooling: `cls` or `mean`, what `shared_pooler` reads.
         num_queries: learned queries per layer of `attention`.
+        classifier_hidden_size: width of the pooled states, the classifiers' hidden layer; None: the backbone's. Most
+            of what an exit costs at small batches is the map to them.
         head_dropout: dropout before each classifier's last layer, in [0, 1).
         ensemble_decay: share of the previous layers' running prediction in a layer's prediction, in [0, 1). 0 means
             that every layer speaks for itself alone.
@@ -96,7 +108,8 @@ class FullDepthConfig(EncoderClassifierConfig):
     """Configuration of a `FullDepthForSequenceClassification`: the plain model, one classifier at the top.
 
     Args:
-        encoder_config, head, pooling, num_queries, head_dropout, task, max_length: as in `EarlyExitConfig`.
+        encoder_config, head, pooling, num_queries, classifier_hidden_size, head_dropout, task, max_length: as in
+            `EarlyExitConfig`.
     """
 
     model_type = "consistentee_full_depth"

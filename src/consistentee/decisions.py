@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from consistentee.exits import LOG_ODDS_SCALE
+from consistentee.exits import LOG_ODDS_SCALE, NUM_SIGNALS, SIGNAL_NAMES
 from consistentee.model import EarlyExitForSequenceClassification
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 TINY = np.float32(1e-7)
-ERF = tuple(np.float32(c) for c in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
+LOG_ODDS = SIGNAL_NAMES.index("log_odds")
+NUM_TERMS = NUM_SIGNALS + 1  # and a constant
 
 PRODUCT_ROWS = 32
 """A product takes so many rows at a time: for more, numpy's BLAS would start threads of its own, which fight with the
-backend's for the processor (12 layers of 384, batches of 128 on 2 cores: every layer half as slow again). torch's
-threads would do the same to another backend's, so that nothing here is left to torch."""
+backend's for the processor (12 layers of 384, batches of 128 on 2 cores: every layer half as slow again)."""
+
+ERF_VALUES = 2048
+"""Up to so many values torch's error function stays on the calling thread; its threads would do the same."""
+
+VOTES, LAST_PROBABILITIES, PROBABILITY_SUMS = 0, 1, 2
 
 
 @dataclass
@@ -39,27 +44,24 @@ class RowFigures:
     Args:
         layers: how many layers that is.
         prediction_logits: (rows, classes), the running prediction.
-        probability_sums: (rows, classes), sums of the layers' probabilities.
-        votes: (rows, classes), how many layers predicted the class.
-        last_probabilities: (rows, classes), those of the last layer.
-        last_prediction: (rows,), class predicted there.
+        passed: (rows, 3, classes): how many layers predicted the class, its probability at the last layer, and the sum
+            of its probabilities.
+        last_prediction: (rows,), class predicted at the last layer.
         streak: (rows,), layers in a row that predicted it.
     """
 
     layers: int
     prediction_logits: Floats
-    probability_sums: Floats
-    votes: Floats
-    last_probabilities: Floats
+    passed: Floats
     last_prediction: Ints
     streak: Ints
 
     @classmethod
     def none_passed(cls, rows: int, classes: int) -> RowFigures:
         """Rows before the first layer."""
-        zeros = [np.zeros((rows, classes), dtype=np.float32) for _ in range(4)]
-        no_class = np.full(rows, -1, dtype=np.int64)
-        return cls(0, zeros[0], zeros[1], zeros[2], zeros[3], no_class, np.zeros(rows, dtype=np.int64))
+        logits = np.zeros((rows, classes), dtype=np.float32)
+        passed = np.zeros((rows, 3, classes), dtype=np.float32)
+        return cls(0, logits, passed, np.full(rows, -1, dtype=np.int64), np.zeros(rows, dtype=np.int64))
 
     def select(self, rows: Sequence[int]) -> RowFigures:
         """The figures of some rows."""
@@ -73,8 +75,8 @@ class RowFigures:
         columns = zip(*(part._arrays() for part in parts), strict=True)
         return RowFigures(parts[0].layers, *(np.concatenate(column) for column in columns))
 
-    def _arrays(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "layers"]
+    def _arrays(self) -> tuple[Any, ...]:
+        return self.prediction_logits, self.passed, self.last_prediction, self.streak
 
 
 class ExitDecisions:
@@ -82,91 +84,102 @@ class ExitDecisions:
 
     Args:
         model: gives the ensemble's decay and the policy network.
-        criterion: `policy`, `confidence`, `entropy` or `patience`.
+        criterion: `policy`, `confidence`, `entropy` or `patience`; None: the running prediction alone, and scores of 0.
     """
 
-    def __init__(self, model: EarlyExitForSequenceClassification, criterion: str) -> None:
+    def __init__(self, model: EarlyExitForSequenceClassification, criterion: str | None) -> None:
         self.criterion = criterion
-        self._decay = np.float32(model.config.ensemble_decay)
-        self._on_host = model.device.type == "cpu"
+        self._classes = model.config.num_classes
+        self._decay = float(model.config.ensemble_decay)
         policy: Any = model.policy
-        self._exit_bias: Floats = _host(policy.exit_bias)
-        self._reads_state = criterion == "policy" and "state" in policy.policy_input
-        self._reads_signals = criterion == "policy" and policy.needs_signals
+        self._reads_state = "state" in policy.policy_input
+        self._reads_signals = policy.needs_signals
+        layers = model.num_layers
         outputs: list[Floats] = []  # of the hidden layers, (layers, width) each
-        self._output_bias = np.float32(0)
+        self._terms: Floats = np.zeros((layers, NUM_TERMS), dtype=np.float32)  # the exit logit's linear part
+        self._terms[:, NUM_SIGNALS] = _host(policy.exit_bias)
         if self._reads_state:
-            weights = policy.state_weight.detach().float()
-            weights = _host(weights) if self._on_host else weights
-            self._state: list[tuple[Any, Floats]] = list(zip(weights, _host(policy.state_bias), strict=True))
             outputs.append(_host(policy.state_output))
         if self._reads_signals:
-            self._hidden: Floats = np.ascontiguousarray(_host(policy.signal_hidden.weight).T)
-            self._hidden_bias = _host(policy.signal_hidden.bias)
-            outputs.append(_host(policy.signal_output.weight).repeat(model.num_layers, axis=0))
-            self._output_bias = np.float32(policy.signal_output.bias.item())
-            self._confidence_weight = np.float32(policy.confidence_weight.item())
-        self._output = np.concatenate(outputs, axis=1) if outputs else np.empty((model.num_layers, 0))
+            outputs.append(_host(policy.signal_output.weight).repeat(layers, axis=0))
+            hidden = [_host(policy.signal_hidden.weight), _host(policy.signal_hidden.bias)[:, None]]
+            self._hidden: Floats = np.ascontiguousarray(
+                np.concatenate(hidden, axis=1).T
+            )  # (NUM_TERMS, width)
+            self._terms[:, LOG_ODDS] = policy.confidence_weight.item() * LOG_ODDS_SCALE
+            self._terms[:, NUM_SIGNALS] += policy.signal_output.bias.item()
+        self._output = np.concatenate(outputs, axis=1)
 
     def begin(self, rows: int, classes: int) -> RowFigures:
         """Figures of rows that have passed no layer."""
         return RowFigures.none_passed(rows, classes)
 
-    def step(self, figures: RowFigures, pooled: Tensor, classifier_logits: Tensor) -> Floats:
+    def step(self, figures: RowFigures, readings: Floats) -> Floats:
         """Take the rows past one more layer.
 
         Args:
             figures: of the rows; brought up to date.
-            pooled: (rows, hidden), float32, on the model's device.
-            classifier_logits: (rows, classes), float32.
+            readings: (rows, classes + width), float32: what `heads.exit_readings` says of this layer.
 
         Returns:
             (rows,), the exit scores of this layer: higher means readier to leave.
         """
-        logits: Floats = classifier_logits.cpu().numpy()
-        if self._decay:  # `model.ensemble_step`
-            logits = log_softmax(logits)
-            if figures.layers:
-                logits = self._decay * figures.prediction_logits + (1 - self._decay) * logits
-        figures.prediction_logits = logits
+        if self.criterion == "policy" and self._reads_signals and len(readings) == 1:
+            return self._step_of_one(figures, readings[0])
+        self._predict(figures, readings[:, : self._classes])
+        logits = figures.prediction_logits
         if self.criterion == "policy":
-            return self._policy_scores(figures, pooled)
+            return self._policy_scores(figures, readings[:, self._classes :])
         if self.criterion == "patience":
-            _pass_layer(figures, None, logits.argmax(1))
+            _count(figures, logits.argmax(1))
             return figures.streak.astype(np.float32)
         figures.layers += 1
+        if self.criterion is None:
+            return np.zeros(len(readings), dtype=np.float32)
         log_probabilities = log_softmax(logits)
         if self.criterion == "confidence":
             return np.exp(log_probabilities.max(1))
         entropy = (np.exp(log_probabilities) * log_probabilities).sum(1)
         return (1 + entropy / math.log(logits.shape[1])).astype(np.float32)
 
-    def _policy_scores(self, figures: RowFigures, pooled: Tensor) -> Floats:
+    def _predict(self, figures: RowFigures, logits: Floats) -> None:
+        """Bring the running prediction up to date, as `model.ensemble_step` does."""
+        if self._decay:
+            logits = log_softmax(logits)
+            if figures.layers:
+                logits *= np.float32(1 - self._decay)
+                logits += np.float32(self._decay) * figures.prediction_logits
+        figures.prediction_logits = logits
+
+    def _policy_scores(self, figures: RowFigures, states: Floats) -> Floats:
         index = figures.layers
-        signals: Floats | None = None
-        if self._reads_signals:
-            signals = _signals_of_one(figures) if len(figures.streak) == 1 else _signals(figures)
-        else:
+        if not self._reads_signals:
             figures.layers += 1
-        exit_logits = self._exit_bias[index] + self._branches(index, pooled, signals)
-        if signals is not None:
-            exit_logits = exit_logits + self._confidence_weight * LOG_ODDS_SCALE * signals[:, 0]
+            exit_logits = _product(gelu(states), self._output[index]) + self._terms[index, NUM_SIGNALS]
+        else:
+            terms = _terms(figures)
+            hidden = _product(terms, self._hidden)
+            if self._reads_state:
+                hidden = np.concatenate([states, hidden], axis=1)
+            exit_logits = _product(gelu(hidden), self._output[index]) + _product(terms, self._terms[index])
         # Beyond +-80 it is 0 or 1 in float32 all the same, and exp does not overflow.
         return np.reciprocal(1 + np.exp(-exit_logits.clip(-80, 80)), dtype=np.float32)
 
-    def _branches(self, index: int, pooled: Tensor, signals: Floats | None) -> Floats:
-        """(rows,), what the policy's hidden layers on state and signals add to the exit logits, in one go."""
-        hidden: list[Floats] = []
+    def _step_of_one(self, figures: RowFigures, readings: Floats) -> Floats:
+        """As `step` for a single row, mostly in plain numbers: as many numpy calls would take longer."""
+        index = figures.layers
+        logits = readings[: self._classes].tolist()
+        if self._decay:
+            logits = _log_softmax_of_one(logits)
+            if index:
+                before, share = figures.prediction_logits[0].tolist(), self._decay
+                logits = [share * old + (1 - share) * new for old, new in zip(before, logits, strict=True)]
+        terms = _terms_of_one(figures, logits)
+        hidden = terms @ self._hidden
         if self._reads_state:
-            weight, bias = self._state[index]
-            states = (
-                _product(pooled.numpy(), weight) if self._on_host else torch.mm(pooled, weight).cpu().numpy()
-            )
-            hidden.append(states + bias)
-        if signals is not None:
-            hidden.append(_product(signals, self._hidden) + self._hidden_bias)
-        both = hidden[0] if len(hidden) == 1 else np.concatenate(hidden, axis=1)
-        return _product(gelu(both), self._output[index]) + self._output_bias
+            hidden = np.concatenate((readings[self._classes :], hidden))
+        exit_logit = float(gelu(hidden) @ self._output[index] + terms @ self._terms[index])
+        return np.array([1 / (1 + math.exp(min(max(-exit_logit, -80.0), 80.0)))], dtype=np.float32)
 
 
 def _product(rows: Floats, weight: Floats) -> Floats:
@@ -179,15 +192,17 @@ def _product(rows: Floats, weight: Floats) -> Floats:
 
 
 def gelu(values: Floats) -> Floats:
-    """GELU, `x * Phi(x)`, to the last digits of float32.
-
-    Source: the error function by Abramowitz and Stegun, formula 7.1.26, off by at most 1.5e-7.
-    """
-    scaled = np.abs(values) * np.float32(math.sqrt(0.5))
-    t = 1 / (1 + np.float32(0.3275911) * scaled)
-    polynomial = t * (ERF[0] + t * (ERF[1] + t * (ERF[2] + t * (ERF[3] + t * ERF[4]))))
-    tail = np.float32(0.5) * polynomial * np.exp(-scaled * scaled)  # 1 - Phi(|x|)
-    return values * np.where(values < 0, tail, 1 - tail)
+    """GELU, `x * Phi(x)`, of float32 values of any shape, on one thread."""
+    scaled = values * np.float32(math.sqrt(0.5))
+    if scaled.size <= ERF_VALUES:
+        erf = torch.erf(torch.from_numpy(scaled)).numpy()
+    else:
+        parts = torch.from_numpy(scaled).flatten().split(ERF_VALUES)
+        erf = torch.cat([torch.erf(part) for part in parts]).numpy().reshape(values.shape)
+    erf += 1
+    erf *= values
+    erf *= np.float32(0.5)
+    return erf
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -196,91 +211,104 @@ def log_softmax(logits: Floats) -> Floats:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def _signals(figures: RowFigures) -> Floats:
-    """The last row of `exits.classifier_signals` for each input, (rows, NUM_SIGNALS); takes the rows past the layer."""
+def _log_softmax_of_one(logits: list[float]) -> list[float]:
+    top = max(logits)
+    log_sum = top + math.log(sum([math.exp(logit - top) for logit in logits]))
+    return [logit - log_sum for logit in logits]
+
+
+def _terms(figures: RowFigures) -> Floats:
+    """The last row of `exits.classifier_signals` for each input, and a constant 1; takes the rows past the layer.
+
+    Returns:
+        (rows, NUM_TERMS).
+    """
     logits = figures.prediction_logits
     rows, classes = logits.shape
     every = np.arange(rows)
     passed = figures.layers
+    prediction = logits.argmax(1)
     top_logit = logits.max(1)
     shifted = logits - top_logit[:, None]
-    log_sum = np.log(np.exp(shifted).sum(1))
-    log_probabilities = shifted - log_sum[:, None]
-    probabilities = np.exp(log_probabilities)
-    prediction = logits.argmax(1)
-    best = probabilities[every, prediction]
-    second = np.partition(probabilities, classes - 2, axis=1)[:, classes - 2]
-    log_odds = np.log(np.maximum(best, TINY)) - np.log(np.maximum(1 - best, TINY))
-    signals = np.empty((rows, 9), dtype=np.float32)
-    signals[:, 0] = log_odds.clip(-10, 10) / LOG_ODDS_SCALE
-    signals[:, 1] = best - second
-    signals[:, 2] = -(probabilities * log_probabilities).sum(1) / math.log(classes)
-    signals[:, 3] = (top_logit + log_sum) / 10
+    probabilities = np.exp(shifted)
+    sums = probabilities.sum(1)
+    log_sum = np.log(sums)
+    probabilities /= sums[:, None]
+    best = np.reciprocal(sums)
+    rest = 1 - best
+    second = rest if classes == 2 else np.partition(probabilities, classes - 2, axis=1)[:, classes - 2]
+    log_odds = np.log(np.maximum(rest, TINY))  # of the rest; log_sum is that of the best, negative
+    terms = np.ones((rows, NUM_TERMS), dtype=np.float32)
+    terms[:, 0] = (-log_sum - log_odds).clip(-10, 10) / LOG_ODDS_SCALE
+    terms[:, 1] = best - second
+    terms[:, 2] = (log_sum - (probabilities * shifted).sum(1)) / math.log(classes)
+    terms[:, 3] = (top_logit + log_sum) / 10
     if passed:
-        signals[:, 4] = figures.votes[every, prediction] / passed
-        signals[:, 6] = figures.last_probabilities[every, prediction]
-        signals[:, 7] = figures.probability_sums[every, prediction] / passed
+        before = figures.passed[every, :, prediction]  # (rows, 3)
+        terms[:, 4] = before[:, VOTES] / passed
+        terms[:, 6] = before[:, LAST_PROBABILITIES]
+        terms[:, 7] = before[:, PROBABILITY_SUMS] / passed
     else:
-        signals[:, 4] = 1
-        signals[:, 6] = signals[:, 7] = best
-    _pass_layer(figures, probabilities, prediction)
-    signals[:, 5] = figures.streak / (passed + 1)
-    signals[:, 8] = (passed + 1) / 12
-    return signals
+        terms[:, 6] = terms[:, 7] = best
+    _count(figures, prediction)
+    figures.passed[every, VOTES, prediction] += 1
+    figures.passed[:, LAST_PROBABILITIES] = probabilities
+    figures.passed[:, PROBABILITY_SUMS] += probabilities
+    terms[:, 5] = figures.streak / (passed + 1)
+    terms[:, 8] = (passed + 1) / 12
+    return terms
 
 
-def _signals_of_one(figures: RowFigures) -> Floats:
-    """As `_signals` for a single row, (1, NUM_SIGNALS), in plain numbers: thirty numpy calls would take longer."""
-    logits = figures.prediction_logits[0].tolist()
+def _terms_of_one(figures: RowFigures, logits: list[float]) -> Floats:
+    """As `_terms` for a single row, given its running prediction, (NUM_TERMS,)."""
     top_logit = max(logits)
     prediction = logits.index(top_logit)
-    powers = [math.exp(logit - top_logit) for logit in logits]
-    log_sum = math.log(sum(powers))
-    log_probabilities = [logit - top_logit - log_sum for logit in logits]
-    probabilities = [math.exp(value) for value in log_probabilities]
-    best = probabilities[prediction]
-    second = max(value for label, value in enumerate(probabilities) if label != prediction)
-    entropy = -sum(p * log_p for p, log_p in zip(probabilities, log_probabilities, strict=True))
+    shifted = [logit - top_logit for logit in logits]
+    powers = [math.exp(value) for value in shifted]
+    total = sum(powers)
+    log_sum = math.log(total)
+    probabilities = [power / total for power in powers]
+    best = 1 / total
+    second = max(probabilities[:prediction] + probabilities[prediction + 1 :])
+    entropy = log_sum - sum([p * value for p, value in zip(probabilities, shifted, strict=True)])
     # In float32 as everywhere: what is left beside a probability near 1 is coarse there, and the signal with it.
     rest = max(float(1 - np.float32(best)), float(TINY))
-    log_odds = math.log(max(best, float(TINY))) - math.log(rest)
-    passed = figures.layers
-    votes, sums, last = figures.votes[0], figures.probability_sums[0], figures.last_probabilities[0]
-    before = (
-        (votes[prediction] / passed, last[prediction], sums[prediction] / passed)
-        if passed
-        else (1, best, best)
-    )
-    streak = int(figures.streak[0]) + 1 if prediction == int(figures.last_prediction[0]) else 1
-    votes[prediction] += 1
-    sums += probabilities
-    last[:] = probabilities
+    log_odds = -log_sum - math.log(rest)
+    count = figures.layers
+    passed = figures.passed[0]
+    if count:
+        votes, last, sums = passed[:, prediction].tolist()
+        before = (votes / count, last, sums / count)
+    else:
+        before = (1.0, best, best)
+    streak = int(figures.streak[0]) + 1 if prediction == figures.last_prediction[0] else 1
+    passed[VOTES, prediction] += 1
+    passed[LAST_PROBABILITIES] = probabilities
+    passed[PROBABILITY_SUMS] += probabilities
+    figures.prediction_logits = np.array([logits], dtype=np.float32)
     figures.streak[0], figures.last_prediction[0] = streak, prediction
     figures.layers += 1
     agreement, previous_probability, mean_probability = before
-    signals = (
-        min(max(log_odds, -10), 10) / LOG_ODDS_SCALE,
+    terms = (
+        min(max(log_odds, -10.0), 10.0) / LOG_ODDS_SCALE,
         best - second,
         entropy / math.log(len(logits)),
         (top_logit + log_sum) / 10,
         agreement,
-        streak / (passed + 1),
+        streak / (count + 1),
         previous_probability,
         mean_probability,
-        (passed + 1) / 12,
+        (count + 1) / 12,
+        1.0,
     )
-    return np.array([signals], dtype=np.float32)
+    return np.array(terms, dtype=np.float32)
 
 
-def _pass_layer(figures: RowFigures, probabilities: Floats | None, prediction: Ints) -> None:
+def _count(figures: RowFigures, prediction: Ints) -> None:
     """Count a layer that predicts these classes."""
     figures.streak = np.where(prediction == figures.last_prediction, figures.streak + 1, 1)
     figures.last_prediction = prediction
     figures.layers += 1
-    if probabilities is not None:
-        figures.votes[np.arange(len(prediction)), prediction] += 1
-        figures.probability_sums += probabilities
-        figures.last_probabilities = probabilities
 
 
 def _host(parameter: Tensor) -> Floats:

@@ -86,7 +86,12 @@ class Engine:
 
     Several threads may use one engine at the same time.
 
-    On a GPU the host learns after each layer who leaves, which is one wait per layer; the copy is a few bytes a row.
+    On a GPU the host must learn after each layer who leaves: a few bytes a row. It asks about one batch while the
+    device computes the next, without extra work; where a single batch is on its way it waits once a layer. In throughput
+    mode many are; in latency mode batches of at least `flights.SPLIT_TOKENS` tokens go as two halves.
+
+    Where the threshold is so high that nobody can leave, the policy is not computed, and classifiers only if the last
+    layer's prediction has a share of theirs (`ensemble_decay`).
 
     Example:
         >>> engine = Engine.from_pretrained("runs/sst2")  # doctest: +SKIP
@@ -104,7 +109,7 @@ class Engine:
             )
         self.saved = saved
         self._model: ExitModel = saved.model
-        self._decisions: dict[str, ExitDecisions] = {}
+        self._decisions: dict[str | None, ExitDecisions] = {}
         self.choice: Choice | None = None
         self._candidates: tuple[Candidate, ...] = ()
         self._choosing = Lock()
@@ -224,18 +229,25 @@ class Engine:
         Raises:
             ValueError: forced exit layers that are not one for each row, or not among the layers.
         """
-        decisions = self._decisions_under(rule.criterion)
+        decisions = self._decisions_under(rule)
         classes = self._model.config.num_classes
         return run_rows(
             self.backend, rows, batch_size=batch_size, rule=rule, decisions=decisions, num_classes=classes
         )
 
-    def _decisions_under(self, criterion: str | None) -> ExitDecisions | None:
-        """The criterion's arithmetic, made once; None where nothing leaves early."""
-        if criterion is None or not isinstance(self._model, EarlyExitForSequenceClassification):
+    def _decisions_under(self, rule: ExitRule) -> ExitDecisions | None:
+        """The rule's arithmetic, made once; None where the last classifier alone decides."""
+        model, criterion = self._model, rule.criterion
+        if criterion is None or not isinstance(model, EarlyExitForSequenceClassification):
             return None
+        if rule.never_leaves(model.num_layers):
+            if not model.config.ensemble_decay:
+                return None
+            criterion = (
+                None  # every classifier has its share in the last prediction, but nothing is to be decided
+            )
         if criterion not in self._decisions:
-            self._decisions[criterion] = ExitDecisions(self._model, criterion)
+            self._decisions[criterion] = ExitDecisions(model, criterion)
         return self._decisions[criterion]
 
     def calibrate(

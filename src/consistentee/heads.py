@@ -8,6 +8,8 @@ classifier per layer.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -57,17 +59,19 @@ class AttentionPooling(nn.Module):
 
 
 class AttentionClassifier(nn.Module):
-    """One layer's own pooling, `Linear(queries * hidden, hidden)`, tanh, and `Linear(hidden, classes)`."""
+    """One layer's own pooling, `Linear(queries * hidden, width)`, tanh, and `Linear(width, classes)`."""
 
-    def __init__(self, hidden_size: int, num_labels: int, num_queries: int, dropout: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_labels: int, num_queries: int, width: int, dropout: float
+    ) -> None:
         super().__init__()
         self.pooling = AttentionPooling(hidden_size, num_queries)
-        self.dense = nn.Linear(num_queries * hidden_size, hidden_size)
+        self.dense = nn.Linear(num_queries * hidden_size, width)
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden_size, num_labels)
+        self.output = nn.Linear(width, num_labels)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled state (batch, hidden) and logits (batch, classes)."""
+        """Pooled state (batch, width) and logits (batch, classes)."""
         pooled = torch.tanh(self.dense(self.pooling(hidden_states, attention_mask)))
         return pooled, self.output(self.dropout(pooled))
 
@@ -79,8 +83,9 @@ class InternalClassifiers(nn.Module):
         head: `attention` or `shared_pooler`.
         pooling: `cls` or `mean`, read by `shared_pooler` only.
         num_queries: learned queries per layer, read by `attention` only.
+        width: of the pooled states.
 
-    Shapes: hidden_states (batch, tokens, hidden), attention_mask (batch, tokens), pooled (batch, hidden), logits
+    Shapes: hidden_states (batch, tokens, hidden), attention_mask (batch, tokens), pooled (batch, width), logits
     (batch, classes).
     """
 
@@ -93,6 +98,7 @@ class InternalClassifiers(nn.Module):
         head: str,
         pooling: str,
         num_queries: int,
+        width: int,
         dropout: float,
     ) -> None:
         super().__init__()
@@ -100,17 +106,18 @@ class InternalClassifiers(nn.Module):
         self.pooling = pooling
         if head == "attention":
             self.layers = nn.ModuleList(
-                AttentionClassifier(hidden_size, num_labels, num_queries, dropout) for _ in range(num_layers)
+                AttentionClassifier(hidden_size, num_labels, num_queries, width, dropout)
+                for _ in range(num_layers)
             )
         else:
-            self.pooler = nn.Linear(hidden_size, hidden_size)
+            self.pooler = nn.Linear(hidden_size, width)
             self.dropout = nn.Dropout(dropout)
-            self.layers = nn.ModuleList(nn.Linear(hidden_size, num_labels) for _ in range(num_layers))
+            self.layers = nn.ModuleList(nn.Linear(width, num_labels) for _ in range(num_layers))
 
     def forward(
         self, layer_index: int, hidden_states: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Pooled state (batch, hidden) and logits (batch, classes) of one layer, 0-based."""
+        """Pooled state (batch, width) and logits (batch, classes) of one layer, 0-based."""
         if self.head == "attention":
             return self.layers[layer_index](hidden_states, attention_mask)
         pooled = torch.tanh(self.pooler(pool_tokens(hidden_states, attention_mask, self.pooling)))
@@ -172,7 +179,7 @@ class PolicyNetwork(nn.Module):
         """Exit logits of consecutive layers.
 
         Args:
-            pooled: (batch, layers, hidden), the states of `layers` consecutive layers.
+            pooled: (batch, layers, width), the states of `layers` consecutive layers.
             signals: (batch, layers, NUM_SIGNALS), or None for a policy on the state alone.
             first_layer_index: 0-based number of the first of these layers.
 
@@ -200,3 +207,25 @@ class PolicyNetwork(nn.Module):
             log_odds = LOG_ODDS_SCALE * signals[..., LOG_ODDS]
             logits = logits + self.confidence_weight * log_odds + self.signal_output(hidden).squeeze(-1)
         return logits.float()
+
+
+@torch.no_grad()
+def exit_readings(
+    classifiers: InternalClassifiers, policy: PolicyNetwork | None, index: int
+) -> tuple[Tensor, Tensor]:
+    """One linear map of a layer's pooled state to all that exit decisions ask of it.
+
+    Args:
+        classifiers, policy: the model's; None for a model without exits.
+        index: of the layer, 0-based.
+
+    Returns:
+        Weight (classes + width, pooled) and bias (classes + width,), float32: the classifier's logits and, for a policy
+        that reads the state, the inputs of its hidden units there.
+    """
+    module = classifiers.layers[index]
+    output = cast(nn.Linear, module.output if isinstance(module, AttentionClassifier) else module)
+    if policy is None or "state" not in policy.policy_input:
+        return output.weight.float(), output.bias.float()
+    weights = [output.weight.float(), policy.state_weight[index].T.float()]
+    return torch.cat(weights), torch.cat([output.bias.float(), policy.state_bias[index].float()])

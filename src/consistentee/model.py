@@ -143,6 +143,7 @@ class _EncoderClassifier(PreTrainedModel):
             head=self.config.head,
             pooling=self.config.pooling,
             num_queries=self.config.num_queries,
+            width=self.config.pooled_size,
             dropout=self.config.head_dropout,
         )
 
@@ -218,7 +219,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
         """An untrained policy network as the configuration has it, or with another input."""
         return PolicyNetwork(
             num_layers=self.num_layers,
-            hidden_size=self.config.hidden_size,
+            hidden_size=self.config.pooled_size,
             policy_input=policy_input or self.config.policy_input,
             policy_hidden_size=self.config.policy_hidden_size,
             dropout=self.config.policy_dropout,

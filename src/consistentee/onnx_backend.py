@@ -34,7 +34,7 @@ from consistentee.onnx_graphs import (
     first_position,
 )
 from consistentee.packed_layers import LAYER_PARTS, PositionBias, inner_layers
-from consistentee.torch_backend import ExitModel, classifier_index
+from consistentee.torch_backend import ExitModel, classifier_index, policy_of
 
 Floats = NDArray[np.float32]
 
@@ -72,6 +72,26 @@ class OnnxBatch:
     def is_token(self) -> NDArray[np.bool_]:
         """(rows, 1, width)."""
         return (np.arange(self.hidden_states.shape[1]) < self.row_lengths[:, None])[:, None]
+
+    @cached_property
+    def token_bias(self) -> Floats:
+        """(rows, 1, width): 0 at tokens, the lowest float at padding."""
+        if min(self.lengths) == self.hidden_states.shape[1]:
+            return np.zeros((len(self.lengths), 1, self.hidden_states.shape[1]), dtype=np.float32)
+        return np.where(self.is_token, np.float32(0), np.finfo(np.float32).min)
+
+    @cached_property
+    def pooling_weights(self) -> Floats:
+        """(rows, 1, width): each token's share of its row's mean."""
+        return (self.is_token / self.row_lengths[:, None, None]).astype(np.float32)
+
+    def moved_to(self, hidden_states: Floats) -> OnnxBatch:
+        """The same rows after a layer; what was worked out about them stays."""
+        batch = OnnxBatch(hidden_states, self.lengths)
+        for name in ("row_lengths", "is_token", "token_bias", "pooling_weights"):
+            if name in self.__dict__:
+                batch.__dict__[name] = self.__dict__[name]
+        return batch
 
 
 class OnnxBackend:
@@ -115,11 +135,17 @@ class OnnxBackend:
         self._groups = [
             groups[int(index / (self.num_layers / len(groups)))] for index in range(self.num_layers)
         ]
-        built = {id(group): self._segment([group]) for group in groups}
-        self._layers = [built[id(group)] for group in self._groups]
-        self._classifiers = [self._classifier(index) for index in range(len(model.classifiers.layers))]
+        self._shares_layers = len(groups) < self.num_layers
+        if self._shares_layers:  # a classifier in each session would bring the weights in each
+            built = {id(group): self._segment([group]) for group in groups}
+            self._layers = [built[id(group)] for group in self._groups]
+        else:
+            self._layers = [self._segment([group], self._index(layer)) for layer, group in enumerate(groups)]
+        self._classifiers: dict[int, Any] = {}
         self._whole: Any = None
         self._making = Lock()
+        self._layer_only: Any = require_extra("onnx", "onnxruntime").RunOptions()
+        self._layer_only.only_execute_path_to_fetches = True
 
     def start(self, rows: Sequence[TokenRow]) -> OnnxBatch:
         """Embed the rows."""
@@ -133,7 +159,12 @@ class OnnxBackend:
 
     def run_layer(self, layer_index: int, batch: OnnxBatch) -> OnnxBatch:
         """The batch after one more layer."""
-        return self._run(self._layers[layer_index], batch)
+        return self._run(self._layers[layer_index], batch)[0]
+
+    def pass_layer(self, layer_index: int, batch: OnnxBatch) -> tuple[OnnxBatch, Tensor]:
+        """`run_layer` and `classify`, in one session where layers do not share their weights."""
+        batch, readings = self._run(self._layers[layer_index], batch, self._pooling_feed(batch))
+        return batch, self.classify(layer_index, batch) if readings is None else torch.from_numpy(readings)
 
     def run_all_layers(self, batch: OnnxBatch) -> OnnxBatch:
         """The batch after the last layer: all layers as one segment, made when first needed."""
@@ -145,22 +176,24 @@ class OnnxBackend:
                     )
                     self._whole = self._segment(self._groups) if weights < MAX_SEGMENT_BYTES else False
         if self._whole:
-            return self._run(self._whole, batch)
+            return self._run(self._whole, batch)[0]
         for layer_index in range(self.num_layers):
             batch = self.run_layer(layer_index, batch)
         return batch
 
-    def classify(self, layer_index: int, batch: OnnxBatch) -> tuple[Tensor, Tensor]:
-        """Pooled states and logits."""
-        feed: dict[str, Any] = {HIDDEN: batch.hidden_states}
-        classifiers = self.model.classifiers
-        if classifiers.head == "attention":
-            feed[TOKENS] = np.where(batch.is_token, np.float32(0), np.finfo(np.float32).min)
-        elif classifiers.pooling == "mean":
-            feed[TOKENS] = (batch.is_token / batch.row_lengths[:, None, None]).astype(np.float32)
-        session = self._classifiers[classifier_index(self.model, layer_index)]
-        pooled, logits = session.run(None, feed)
-        return torch.from_numpy(pooled), torch.from_numpy(logits)
+    def classify(self, layer_index: int, batch: OnnxBatch) -> Tensor:
+        """Logits and what the policy reads."""
+        index = self._index(layer_index)
+        if index is None:
+            raise ValueError(
+                f"layer {layer_index} must have a classifier, got a model that has one at the top only."
+            )
+        if index not in self._classifiers:
+            with self._making:
+                if index not in self._classifiers:
+                    self._classifiers[index] = self._classifier(index)
+        feed = {HIDDEN: batch.hidden_states, **self._pooling_feed(batch)}
+        return torch.from_numpy(self._classifiers[index].run(None, feed)[0])
 
     def select(self, batch: OnnxBatch, rows: Sequence[int]) -> OnnxBatch:
         """Keep some rows, and no more padding than they need."""
@@ -195,14 +228,46 @@ class OnnxBackend:
         """Rows times width."""
         return batch.hidden_states.shape[0] * batch.hidden_states.shape[1]
 
-    def _run(self, session: Any, batch: OnnxBatch) -> OnnxBatch:
+    def _index(self, layer_index: int) -> int | None:
+        """Which classifier sits on a layer; a plain model's only one on the last."""
+        has_one = self._has_exits or layer_index == self.num_layers - 1
+        return classifier_index(self.model, layer_index) if has_one else None
+
+    @property
+    def _has_exits(self) -> bool:
+        return len(self.model.classifiers.layers) > 1 or self.num_layers == 1
+
+    @property
+    def _pools_by_tokens(self) -> bool:
+        classifiers = self.model.classifiers
+        return classifiers.head == "attention" or classifiers.pooling == "mean"
+
+    def _pooling_feed(self, batch: OnnxBatch) -> dict[str, Any]:
+        """What the classifiers' pooling needs to know of the tokens."""
+        if not self._pools_by_tokens:
+            return {}
+        return {
+            TOKENS: batch.pooling_weights if self.model.classifiers.head != "attention" else batch.token_bias
+        }
+
+    def _run(
+        self, session: Any, batch: OnnxBatch, pooling_feed: dict[str, Any] | None = None
+    ) -> tuple[OnnxBatch, Floats | None]:
+        """The batch behind a session, and its classifier's readings where it has one and they are asked for."""
         feed: dict[str, Any] = {HIDDEN: batch.hidden_states, LENGTHS: batch.row_lengths}
         if self._position_bias is not None:
             feed[POSITION_BIAS] = self._position_bias(batch.hidden_states.shape[1]).contiguous().numpy()
-        return OnnxBatch(session.run(None, feed)[0], batch.lengths)
+        outputs = len(session.get_outputs())
+        if outputs == 1:
+            return batch.moved_to(session.run(None, feed)[0]), None
+        if pooling_feed is None:
+            feed |= self._pooling_feed(batch)
+            return batch.moved_to(session.run(["output"], feed, self._layer_only)[0]), None
+        hidden_states, readings = session.run(None, feed | pooling_feed)
+        return batch.moved_to(hidden_states), readings
 
-    def _segment(self, groups: Sequence[list[Any]]) -> Any:
-        """A session that runs some consecutive layers."""
+    def _segment(self, groups: Sequence[list[Any]], index: int | None = None) -> Any:
+        """A session that runs some consecutive layers, and a classifier behind them."""
         graph = Graph()
         value = HIDDEN
         bias = "" if self._position_bias is None else POSITION_BIAS
@@ -215,7 +280,17 @@ class OnnxBackend:
         }
         if bias:
             inputs[POSITION_BIAS] = (1, self._num_heads, "width", "width")
-        return make_session(graph.serialize(inputs, {"output": value}))
+        outputs = {"output": value}
+        if index is not None:
+            outputs["readings"] = self._add_classifier(graph, value, index, inputs)
+        return make_session(graph.serialize(inputs, outputs))
+
+    def _add_classifier(
+        self, graph: Graph, hidden_states: str, index: int, inputs: dict[str, Sequence[int | str]]
+    ) -> str:
+        if self._pools_by_tokens:
+            inputs[TOKENS] = ("rows", 1, "width")
+        return add_classifier(graph, hidden_states, self.model.classifiers, policy_of(self.model), index)
 
     def _embedding_session(self) -> Any:
         graph = Graph()
@@ -227,12 +302,9 @@ class OnnxBackend:
 
     def _classifier(self, index: int) -> Any:
         graph = Graph()
-        classifiers = self.model.classifiers
-        pooled, logits = add_classifier(graph, HIDDEN, classifiers, index)
         inputs: dict[str, Sequence[int | str]] = {HIDDEN: ("rows", "width", self._hidden_size)}
-        if classifiers.head == "attention" or classifiers.pooling == "mean":
-            inputs[TOKENS] = ("rows", 1, "width")
-        return make_session(graph.serialize(inputs, {"pooled": pooled, "logits": logits}))
+        readings = self._add_classifier(graph, HIDDEN, index, inputs)
+        return make_session(graph.serialize(inputs, {"readings": readings}))
 
     @property
     def _hidden_size(self) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from consistentee.backbones import embedding_projection
 from consistentee.errors import require_extra
-from consistentee.heads import InternalClassifiers
+from consistentee.heads import InternalClassifiers, PolicyNetwork, exit_readings
 from consistentee.packed_layers import LayerParts
 
 FUSED = "com.microsoft"
@@ -184,19 +184,23 @@ def _activate(graph: Graph, inputs: str, bias: str, module: Any) -> str:
 
 
 def add_classifier(
-    graph: Graph, hidden_states: str, classifiers: InternalClassifiers, index: int
-) -> tuple[str, str]:
-    """One internal classifier.
+    graph: Graph,
+    hidden_states: str,
+    classifiers: InternalClassifiers,
+    policy: PolicyNetwork | None,
+    index: int,
+) -> str:
+    """One internal classifier, and what the policy reads there.
 
     Args:
         graph: to add to. Its input `tokens` is (rows, 1, width): for attention pooling 0 at real tokens and the lowest
             float at padding, for mean pooling the weight of each token; `cls` needs none.
         hidden_states: (rows, width, hidden).
-        classifiers: the model's.
+        classifiers, policy: the model's.
         index: which of them.
 
     Returns:
-        Pooled states (rows, hidden) and logits (rows, classes).
+        What `heads.exit_readings` says of the pooled states, (rows, classes + width).
     """
     module: Any = classifiers.layers[index]
     if classifiers.head == "attention":
@@ -207,17 +211,17 @@ def add_classifier(
         scores = graph.op("Add", graph.op("Transpose", scores, perm=[0, 2, 1]), TOKENS)
         pooled = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), keys)
         pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
-        dense, output = module.dense, module.output
+        dense = module.dense
     else:
-        dense, output = classifiers.pooler, module
+        dense = classifiers.pooler
         if classifiers.pooling == "cls":
             pooled = graph.op("Gather", hidden_states, graph.constant([0]), axis=1)
         else:
             pooled = graph.op("MatMul", TOKENS, hidden_states)
         pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
-    pooled = graph.op("Tanh", _linear(graph, pooled, dense))
-    return pooled, _linear(graph, pooled, output)
+    pooled = graph.op("Tanh", _linear(graph, pooled, dense.weight, dense.bias))
+    return _linear(graph, pooled, *exit_readings(classifiers, policy, index))
 
 
-def _linear(graph: Graph, inputs: str, linear: Any) -> str:
-    return graph.op("Gemm", inputs, graph.constant(linear.weight), graph.constant(linear.bias), transB=1)
+def _linear(graph: Graph, inputs: str, weight: Tensor, bias: Tensor) -> str:
+    return graph.op("Gemm", inputs, graph.constant(weight), graph.constant(bias), transB=1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistentee.heads import InternalClassifiers
+from consistentee.heads import InternalClassifiers, PolicyNetwork, exit_readings
 from consistentee.linears import make_linear
 from consistentee.packed_layers import storage_dtype
 from consistentee.packing import Group, PackedBatch
@@ -23,78 +23,81 @@ class PackedClassifiers:
 
     Args:
         classifiers: the model's own; their weights are copied.
-        dtype: `float32`, `bfloat16`, `float16` or `int8`.
+        policy: what else reads the pooled states; None where nothing does.
+        dtype: `float32`, `bfloat16`, `float16` or `int8`. What comes last is float32 always.
         device: where they run.
     """
 
-    def __init__(self, classifiers: InternalClassifiers, dtype: str, device: torch.device) -> None:
-        kind = _AttentionClassifier if classifiers.head == "attention" else _PooledClassifier
-        self.layers = [kind(classifiers, index, dtype, device) for index in range(len(classifiers.layers))]
+    def __init__(
+        self,
+        classifiers: InternalClassifiers,
+        policy: PolicyNetwork | None,
+        dtype: str,
+        device: torch.device,
+    ) -> None:
+        kind = _AttentionPooled if classifiers.head == "attention" else _Pooled
+        indices = range(len(classifiers.layers))
+        self._pooled = [kind(classifiers, index, dtype, device) for index in indices]
+        readings = [exit_readings(classifiers, policy, index) for index in indices]
+        self._readings = [tuple(part.to(device).clone() for part in reading) for reading in readings]
 
-    def __call__(self, index: int, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Pooled states (rows, hidden) and logits (rows, classes) of one classifier."""
-        return self.layers[index](batch)
+    def __call__(self, index: int, batch: PackedBatch) -> Tensor:
+        """What `exit_readings` says of one layer's rows, (rows, classes + width), float32."""
+        weight, bias = self._readings[index]
+        return torch.nn.functional.linear(self._pooled[index](batch).float(), weight, bias)
 
 
-class _AttentionClassifier:
+class _AttentionPooled:
+    """Pooled states of one layer by its own queries."""
+
     def __init__(
         self, classifiers: InternalClassifiers, index: int, dtype: str, device: torch.device
     ) -> None:
         module: Any = classifiers.layers[index]
         norm, queries = module.pooling.norm, module.pooling.queries
         with torch.no_grad():
-            weight = module.dense.weight.view(
-                -1, len(queries), norm.weight.shape[0]
-            )  # (hidden, queries, hidden)
+            # (width, queries, hidden)
+            weight = module.dense.weight.view(-1, len(queries), norm.weight.shape[0])
             dense = (weight * norm.weight).flatten(1)
             bias = module.dense.bias + (weight * norm.bias).sum((1, 2))
-            self.queries = (queries * norm.weight).to(device, storage_dtype(dtype)).contiguous()
+            self.queries = (queries * norm.weight).to(device, storage_dtype(dtype))[None, None].contiguous()
         self.eps, self.shape = norm.eps, list(norm.normalized_shape)
-        self.dense = make_linear(
-            dense, bias, dtype, device, prepack=False
-        )  # few rows: plain weights are as fast
-        # Few classes: not worth quantising, and the last thing that should be.
-        output = "float32" if dtype == "int8" else dtype
-        self.output = make_linear(module.output.weight, module.output.bias, output, device, prepack=False)
+        # Few rows: plain weights are as fast.
+        self.dense = make_linear(dense, bias, dtype, device, prepack=False)
 
-    def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: PackedBatch) -> Tensor:
         tokens = batch.hidden_states
         normalised = torch.nn.functional.layer_norm(tokens, self.shape, None, None, self.eps)
-        scores = torch.nn.functional.linear(normalised, self.queries)  # (tokens, queries)
-        groups = batch.layout.groups
-        parts = [self._pool(normalised, scores, group) for group in groups]
-        pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
-        pooled = self.dense(pooled).tanh_()
-        return pooled, self.output(pooled)
+        parts = [self._pool(normalised, group) for group in batch.layout.groups]
+        return self.dense(parts[0] if len(parts) == 1 else torch.cat(parts)).tanh_()
 
-    def _pool(self, normalised: Tensor, scores: Tensor, group: Group) -> Tensor:
+    def _pool(self, normalised: Tensor, group: Group) -> Tensor:
         """(rows, queries * hidden), the queries' weighted means of each row's tokens."""
+        mask = None
         if group.padding is None:
-            tokens, scores = normalised[group.start : group.end], scores[group.start : group.end]
+            tokens = normalised[group.start : group.end]
         else:
-            tokens, scores = (part.index_select(0, group.padding[0]) for part in (normalised, scores))
-        shape = (group.rows, group.width, -1)
-        scores = scores.view(shape).transpose(1, 2).float()  # (rows, queries, width)
-        if group.padding is not None:
-            scores = scores.masked_fill(~group.padding[2][:, None], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1).to(tokens.dtype)
-        return torch.bmm(weights, tokens.view(shape)).flatten(1)
+            tokens = normalised.index_select(0, group.padding[0])
+            mask = group.padding[2][:, None, None]  # (rows, 1, 1, width)
+        tokens = tokens.view(group.rows, 1, group.width, -1)  # one head as wide as the states
+        pooled = torch.nn.functional.scaled_dot_product_attention(
+            self.queries.expand(group.rows, -1, -1, -1), tokens, tokens, attn_mask=mask, scale=1.0
+        )
+        return pooled.flatten(1)
 
 
-class _PooledClassifier:
+class _Pooled:
+    """Pooled states by the pooler that all layers share."""
+
     def __init__(
         self, classifiers: InternalClassifiers, index: int, dtype: str, device: torch.device
     ) -> None:
-        module: Any = classifiers.layers[index]
         self.pooling = classifiers.pooling
         pooler = classifiers.pooler
         self.pooler = make_linear(pooler.weight, pooler.bias, dtype, device, prepack=False)
-        output = "float32" if dtype == "int8" else dtype
-        self.output = make_linear(module.weight, module.bias, output, device, prepack=False)
 
-    def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        pooled = self.pooler(self._pool(batch)).tanh_()
-        return pooled, self.output(pooled)
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        return self.pooler(self._pool(batch)).tanh_()
 
     def _pool(self, batch: PackedBatch) -> Tensor:
         """(rows, hidden), the first token or the mean of the tokens."""

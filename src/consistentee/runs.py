@@ -318,6 +318,7 @@ def _new_model(
         "pooling": config.pooling,
         "head": config.head,
         "num_queries": config.num_queries,
+        "classifier_hidden_size": config.classifier_hidden_size,
         "head_dropout": config.head_dropout,
     }
     if model_class is FullDepthForSequenceClassification:

@@ -87,7 +87,7 @@ def run_all_layers(
         "exit_probs": torch.empty(rows, layers),
     }
     if keep_pooled and accelerator.is_main_process:
-        shape = (rows, layers, model.config.hidden_size)
+        shape = (rows, layers, model.config.pooled_size)
         results["pooled"] = _state_storage(shape, memory_limit_mb, scratch_dir)
     wanted = ("classifier_logits", "layer_logits", "exit_probs", *(("pooled",) if keep_pooled else ()))
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from consistentee import backbones
 from consistentee.backend import TokenRow
+from consistentee.heads import PolicyNetwork, exit_readings
 from consistentee.linears import has_fast_bfloat16, has_int8
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.packed_heads import PackedClassifiers
@@ -65,6 +66,11 @@ def classifier_index(model: ExitModel, layer_index: int) -> int:
     return layer_index if isinstance(model, EarlyExitForSequenceClassification) else 0
 
 
+def policy_of(model: ExitModel) -> PolicyNetwork | None:
+    """A plain model has none."""
+    return model.policy if isinstance(model, EarlyExitForSequenceClassification) else None
+
+
 def token_tensors(
     rows: Sequence[TokenRow], width: int, backbone: PreTrainedModel, device: torch.device
 ) -> list[Tensor]:
@@ -101,7 +107,7 @@ class PackedBackend:
         self.device = model.device
         self.num_layers = model.num_layers
         self._layers = PackedLayers(model.backbone, dtype, model.device)
-        self._classifiers = PackedClassifiers(model.classifiers, dtype, model.device)
+        self._classifiers = PackedClassifiers(model.classifiers, policy_of(model), dtype, model.device)
 
     def start(self, rows: Sequence[TokenRow]) -> PackedBatch:
         """Embed the rows."""
@@ -124,10 +130,14 @@ class PackedBackend:
             batch = self.run_layer(layer_index, batch)
         return batch
 
-    def classify(self, layer_index: int, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Pooled states and logits, float32."""
-        pooled, logits = self._classifiers(classifier_index(self.model, layer_index), batch)
-        return pooled.float(), logits.float()
+    def classify(self, layer_index: int, batch: PackedBatch) -> Tensor:
+        """Logits and what the policy reads, float32."""
+        return self._classifiers(classifier_index(self.model, layer_index), batch)
+
+    def pass_layer(self, layer_index: int, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+        """`run_layer` and `classify`."""
+        batch = self.run_layer(layer_index, batch)
+        return batch, self.classify(layer_index, batch)
 
     def select(self, batch: PackedBatch, rows: Sequence[int]) -> PackedBatch:
         """Keep some rows."""
@@ -169,6 +179,8 @@ class PaddedBackend:
         if model.dtype != kind:
             self.model = copy.deepcopy(model)
             self.model.to(kind)
+        indices = range(len(model.classifiers.layers))
+        self._readings = [exit_readings(model.classifiers, policy_of(model), index) for index in indices]
         self.dtype = dtype
         self.device = model.device
         self.num_layers = model.num_layers
@@ -192,12 +204,17 @@ class PaddedBackend:
             batch = self.run_layer(layer_index, batch)
         return batch
 
-    def classify(self, layer_index: int, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
-        """Pooled states and logits, float32."""
+    def classify(self, layer_index: int, batch: PaddedBatch) -> Tensor:
+        """Logits and what the policy reads, float32."""
         index = classifier_index(self.model, layer_index)
         state = batch.state
-        pooled, logits = self.model.classifiers(index, state.hidden_states, state.attention_mask)
-        return pooled.float(), logits.float()
+        pooled, _ = self.model.classifiers(index, state.hidden_states, state.attention_mask)
+        return torch.nn.functional.linear(pooled.float(), *self._readings[index])
+
+    def pass_layer(self, layer_index: int, batch: PaddedBatch) -> tuple[PaddedBatch, Tensor]:
+        """`run_layer` and `classify`."""
+        batch = self.run_layer(layer_index, batch)
+        return batch, self.classify(layer_index, batch)
 
     def select(self, batch: PaddedBatch, rows: Sequence[int]) -> PaddedBatch:
         """Keep some rows; their padding stays."""

@@ -30,11 +30,11 @@ from consistentee.exits import exit_scores
 from consistentee.states import LayerStates, run_all_layers
 
 HEADS: dict[str, dict[str, Any]] = {
-    "4 queries, as wide as the backbone": {},
+    "4 queries, as wide as the backbone": {"classifier_hidden_size": None},
     "4 queries, 128": {"classifier_hidden_size": 128},
     "4 queries, 64": {"classifier_hidden_size": 64},
     "4 queries, 32": {"classifier_hidden_size": 32},
-    "1 query, as wide as the backbone": {"num_queries": 1},
+    "1 query, as wide as the backbone": {"num_queries": 1, "classifier_hidden_size": None},
     "1 query, 64": {"num_queries": 1, "classifier_hidden_size": 64},
 }
 
@@ -105,7 +105,9 @@ def _figures_of(states: LayerStates) -> dict[str, Any]:
 def _table(cells: list[dict[str, Any]], heads: list[str]) -> Table:
     """Accuracy in points, mean over tasks and seeds, and the paired difference to the first head."""
     measures = ("all layers", "last layer", "confidence", "policy")
-    by_key = {(cell["head"], cell["task"], cell["seed"]): cell for cell in cells}
+    by_key: dict[tuple[str, str, int], dict[str, Any]] = {
+        (cell["head"], cell["task"], cell["seed"]): cell for cell in cells
+    }
     keys = sorted({(cell["task"], cell["seed"]) for cell in cells})
     table = Table(
         "head", *measures, title=f"{len(keys)} pairs of task and seed, points; difference to the first"
@@ -113,8 +115,9 @@ def _table(cells: list[dict[str, Any]], heads: list[str]) -> Table:
     for head in heads:
         row = [head]
         for measure in measures:
-            values = [100 * by_key[head, *key][measure] for key in keys]
-            first = [100 * by_key[heads[0], *key][measure] for key in keys]
+            values, first = (
+                [100 * by_key[(name, *key)][measure] for key in keys] for name in (head, heads[0])
+            )
             changes = [value - base for value, base in zip(values, first, strict=True)]
             error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
             row.append(f"{statistics.mean(values):.1f} ({statistics.mean(changes):+.1f} ± {error:.1f})")

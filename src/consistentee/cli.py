@@ -237,6 +237,7 @@ def benchmark(
     config_name: str | None = None,
     sequence_length: int = 128,
     labels: int = 2,
+    classifier_hidden_size: int | None = None,
     exit_distribution: str | None = None,
     criterion: Criterion | None = None,
     threshold: float | None = None,
@@ -264,6 +265,7 @@ def benchmark(
         config_name: In place of a model: random weights of a shape, such as bert-base or minilm-12l-shape.
         sequence_length: Tokens of the random rows that go with --config-name.
         labels: Classes of the model that goes with --config-name.
+        classifier_hidden_size: Width of its exits. [default: what training gives]
         exit_distribution: Force exits: even, last, or the share of each layer (0.1,0.2,...). [default: the model's
             own rule; even with --config-name]
         criterion: Exit rule. [default: the saved one]
@@ -289,6 +291,7 @@ def benchmark(
         ("threads", threads),
         ("num-rows", num_rows),
         ("labels", labels - 1),
+        ("classifier-hidden-size", classifier_hidden_size),
     ):
         if value is not None and value < 1:
             raise UsageError(
@@ -301,6 +304,7 @@ def benchmark(
     import torch
 
     from consistentee.atomic import write_json
+    from consistentee.config import TrainingConfig
     from consistentee.reports import speed_report
     from consistentee.speed import measure_speed
     from consistentee.workloads import model_workload, shape_workload
@@ -314,12 +318,14 @@ def benchmark(
             if value is not None:
                 raise UsageError(f"--{name} goes with a model, not with --config-name.")
         name, tokens = config_name, sequence_length
+        width = classifier_hidden_size or TrainingConfig().classifier_hidden_size
         work = _usage(
             lambda: shape_workload(
                 name,
                 rows=count,
                 sequence_length=tokens,
                 num_labels=labels,
+                classifier_hidden_size=width,
                 device=place,
                 dtype=dtype,
                 backend=backend,

@@ -40,7 +40,7 @@ class TrainingConfig:
     num_queries: int = 4
     """Learned queries per layer of an `attention` head."""
     classifier_hidden_size: int | None = None
-    """Width of the classifiers' hidden layer; by default the backbone's. Narrower exits cost less."""
+    """Width of the hidden layer of an `attention` head; by default the backbone's. Narrower exits cost less."""
     head_dropout: float = 0.1
     """Dropout before each classifier's last layer."""
     ensemble_decay: float = 0.5

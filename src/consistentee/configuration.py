@@ -61,7 +61,8 @@ class EncoderClassifierConfig(PreTrainedConfig):
     @property
     def pooled_size(self) -> int:
         """Width of the pooled states, which classifiers and policy read."""
-        return self.classifier_hidden_size or self.hidden_size
+        width = self.classifier_hidden_size if self.head == "attention" else None
+        return width or self.hidden_size
 
 
 class EarlyExitConfig(EncoderClassifierConfig):
@@ -72,8 +73,8 @@ class EarlyExitConfig(EncoderClassifierConfig):
         head: `attention` (own query pooling per layer) or `shared_pooler` (the paper's).
         pooling: `cls` or `mean`, what `shared_pooler` reads.
         num_queries: learned queries per layer of `attention`.
-        classifier_hidden_size: width of the pooled states, the classifiers' hidden layer; None: the backbone's. Most
-            of what an exit costs at small batches is the map to them.
+        classifier_hidden_size: width of the pooled states, the hidden layer of `attention`; None: the backbone's. The
+            map to them is most of what an exit costs at small batches.
         head_dropout: dropout before each classifier's last layer, in [0, 1).
         ensemble_decay: share of the previous layers' running prediction in a layer's prediction, in [0, 1). 0 means
             that every layer speaks for itself alone.

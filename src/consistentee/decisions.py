@@ -27,6 +27,10 @@ TINY = np.float32(1e-7)
 LOG_ODDS = SIGNAL_NAMES.index("log_odds")
 NUM_TERMS = NUM_SIGNALS + 1  # and a constant
 
+FEW_ROWS = 6
+"""Up to so many rows are quicker in plain numbers: between two layers, which sweep the caches, each of some forty calls
+of numpy takes 5 us, and a loop's second row finds everything warm."""
+
 PRODUCT_ROWS = 32
 """A product takes so many rows at a time: for more, numpy's BLAS would start threads of its own, which fight with the
 backend's for the processor (12 layers of 384, batches of 128 on 2 cores: every layer half as slow again)."""
@@ -124,8 +128,8 @@ class ExitDecisions:
         Returns:
             (rows,), the exit scores of this layer: higher means readier to leave.
         """
-        if self.criterion == "policy" and self._reads_signals and len(readings) == 1:
-            return self._step_of_one(figures, readings[0])
+        if self.criterion == "policy" and self._reads_signals and len(readings) <= FEW_ROWS:
+            return self._step_of_few(figures, readings)
         self._predict(figures, readings[:, : self._classes])
         logits = figures.prediction_logits
         if self.criterion == "policy":
@@ -165,21 +169,16 @@ class ExitDecisions:
         # Beyond +-80 it is 0 or 1 in float32 all the same, and exp does not overflow.
         return np.reciprocal(1 + np.exp(-exit_logits.clip(-80, 80)), dtype=np.float32)
 
-    def _step_of_one(self, figures: RowFigures, readings: Floats) -> Floats:
-        """As `step` for a single row, mostly in plain numbers: as many numpy calls would take longer."""
+    def _step_of_few(self, figures: RowFigures, readings: Floats) -> Floats:
+        """As `step`, row by row in plain numbers."""
         index = figures.layers
-        logits = readings[: self._classes].tolist()
-        if self._decay:
-            logits = _log_softmax_of_one(logits)
-            if index:
-                before, share = figures.prediction_logits[0].tolist(), self._decay
-                logits = [share * old + (1 - share) * new for old, new in zip(before, logits, strict=True)]
-        terms = _terms_of_one(figures, logits)
+        terms = _terms_of_few(figures, readings[:, : self._classes].tolist(), self._decay)
         hidden = terms @ self._hidden
         if self._reads_state:
-            hidden = np.concatenate((readings[self._classes :], hidden))
-        exit_logit = float(gelu(hidden) @ self._output[index] + terms @ self._terms[index])
-        return np.array([1 / (1 + math.exp(min(max(-exit_logit, -80.0), 80.0)))], dtype=np.float32)
+            hidden = np.concatenate((readings[:, self._classes :], hidden), axis=1)
+        exit_logits = (gelu(hidden) @ self._output[index] + terms @ self._terms[index]).tolist()
+        scores = [1 / (1 + math.exp(min(max(-exit_logit, -80.0), 80.0))) for exit_logit in exit_logits]
+        return np.array(scores, dtype=np.float32)
 
 
 def _product(rows: Floats, weight: Floats) -> Floats:
@@ -209,12 +208,6 @@ def log_softmax(logits: Floats) -> Floats:
     """(rows, classes) to (rows, classes)."""
     shifted = logits - logits.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-def _log_softmax_of_one(logits: list[float]) -> list[float]:
-    top = max(logits)
-    log_sum = top + math.log(sum([math.exp(logit - top) for logit in logits]))
-    return [logit - log_sum for logit in logits]
 
 
 def _terms(figures: RowFigures) -> Floats:
@@ -259,48 +252,66 @@ def _terms(figures: RowFigures) -> Floats:
     return terms
 
 
-def _terms_of_one(figures: RowFigures, logits: list[float]) -> Floats:
-    """As `_terms` for a single row, given its running prediction, (NUM_TERMS,)."""
-    top_logit = max(logits)
-    prediction = logits.index(top_logit)
-    shifted = [logit - top_logit for logit in logits]
-    powers = [math.exp(value) for value in shifted]
-    total = sum(powers)
-    log_sum = math.log(total)
-    probabilities = [power / total for power in powers]
-    best = 1 / total
-    second = max(probabilities[:prediction] + probabilities[prediction + 1 :])
-    entropy = log_sum - sum([p * value for p, value in zip(probabilities, shifted, strict=True)])
-    # In float32 as everywhere: what is left beside a probability near 1 is coarse there, and the signal with it.
-    rest = max(float(1 - np.float32(best)), float(TINY))
-    log_odds = -log_sum - math.log(rest)
+def _terms_of_few(figures: RowFigures, logits: list[list[float]], decay: float) -> Floats:
+    """As `_predict` and `_terms`, given the classifier's logits, (rows, NUM_TERMS)."""
     count = figures.layers
-    passed = figures.passed[0]
-    if count:
-        votes, last, sums = passed[:, prediction].tolist()
-        before = (votes / count, last, sums / count)
-    else:
-        before = (1.0, best, best)
-    streak = int(figures.streak[0]) + 1 if prediction == figures.last_prediction[0] else 1
-    passed[VOTES, prediction] += 1
-    passed[LAST_PROBABILITIES] = probabilities
-    passed[PROBABILITY_SUMS] += probabilities
-    figures.prediction_logits = np.array([logits], dtype=np.float32)
-    figures.streak[0], figures.last_prediction[0] = streak, prediction
+    before = figures.prediction_logits.tolist() if decay and count else None
+    passed, streaks, last = figures.passed.tolist(), figures.streak.tolist(), figures.last_prediction.tolist()
+    terms: list[tuple[float, ...]] = []
+    tiny, scale, depth = float(TINY), math.log(len(logits[0])), (count + 1) / 12
+    for row, values in enumerate(logits):
+        if decay:
+            top = max(values)
+            log_sum = top + math.log(sum([math.exp(value - top) for value in values]))
+            values = [value - log_sum for value in values]
+            if before is not None:
+                values = [
+                    decay * old + (1 - decay) * new for old, new in zip(before[row], values, strict=True)
+                ]
+            logits[row] = values
+        top = max(values)
+        prediction = values.index(top)
+        shifted = [value - top for value in values]
+        powers = [math.exp(value) for value in shifted]
+        total = sum(powers)
+        log_sum = math.log(total)
+        probabilities = [power / total for power in powers]
+        best = 1 / total
+        second = max(probabilities[:prediction] + probabilities[prediction + 1 :])
+        entropy = log_sum - sum([p * value for p, value in zip(probabilities, shifted, strict=True)])
+        # In float32 as everywhere: what is left beside a probability near 1 is coarse there, and the signal with it.
+        log_odds = -log_sum - math.log(max(float(1 - np.float32(best)), tiny))
+        votes, last_probabilities, sums = passed[row]
+        agreement, previous, mean = 1.0, best, best
+        if count:
+            agreement, previous = votes[prediction] / count, last_probabilities[prediction]
+            mean = sums[prediction] / count
+        streaks[row] = streaks[row] + 1 if prediction == last[row] else 1
+        last[row] = prediction
+        votes[prediction] += 1
+        passed[row] = [
+            votes,
+            probabilities,
+            [old + new for old, new in zip(sums, probabilities, strict=True)],
+        ]
+        terms.append(
+            (
+                min(max(log_odds, -10.0), 10.0) / LOG_ODDS_SCALE,
+                best - second,
+                entropy / scale,
+                (top + log_sum) / 10,
+                agreement,
+                streaks[row] / (count + 1),
+                previous,
+                mean,
+                depth,
+                1.0,
+            )
+        )
+    figures.prediction_logits = np.array(logits, dtype=np.float32)
+    figures.passed = np.array(passed, dtype=np.float32)
+    figures.streak, figures.last_prediction = np.array(streaks), np.array(last)
     figures.layers += 1
-    agreement, previous_probability, mean_probability = before
-    terms = (
-        min(max(log_odds, -10.0), 10.0) / LOG_ODDS_SCALE,
-        best - second,
-        entropy / math.log(len(logits)),
-        (top_logit + log_sum) / 10,
-        agreement,
-        streak / (count + 1),
-        previous_probability,
-        mean_probability,
-        (count + 1) / 12,
-        1.0,
-    )
     return np.array(terms, dtype=np.float32)
 
 

@@ -87,8 +87,8 @@ class Engine:
     Several threads may use one engine at the same time.
 
     On a GPU the host must learn after each layer who leaves: a few bytes a row. It asks about one batch while the
-    device computes the next, without extra work; where a single batch is on its way it waits once a layer. In throughput
-    mode many are; in latency mode batches of at least `flights.SPLIT_TOKENS` tokens go as two halves.
+    device computes the next, without extra work; where a single batch is on its way it waits once a layer. In
+    throughput mode many are; in latency mode batches of at least `flights.SPLIT_TOKENS` tokens go as two halves.
 
     Where the threshold is so high that nobody can leave, the policy is not computed, and classifiers only if the last
     layer's prediction has a share of theirs (`ensemble_decay`).

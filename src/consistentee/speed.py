@@ -108,9 +108,21 @@ class SpeedReport:
 
 
 def shape_model(
-    config_name: str, *, num_labels: int = 2, seed: int = 0, device: torch.device | None = None
+    config_name: str,
+    *,
+    num_labels: int = 2,
+    classifier_hidden_size: int | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> SavedModel:
     """A model with random weights of a named shape, without a tokenizer.
+
+    Args:
+        config_name: one of `SHAPES`.
+        num_labels: classes.
+        classifier_hidden_size: see `EarlyExitConfig`.
+        seed: of the weights.
+        device: where it goes.
 
     Raises:
         ValueError: there is no such shape.
@@ -120,6 +132,7 @@ def shape_model(
     values = dict(SHAPES[config_name])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     options: dict[str, Any] = {"encoder_config": config, "num_labels": num_labels, "max_length": 512}
+    options["classifier_hidden_size"] = classifier_hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = EarlyExitForSequenceClassification(EarlyExitConfig(**options))
@@ -227,6 +240,7 @@ def measure_speed(
         "model_type": config.encoder.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
+        "classifier_hidden_size": config.pooled_size,
         "rows": len(rows),
         "mean_tokens": statistics.mean(lengths),
         "max_tokens": max(lengths),

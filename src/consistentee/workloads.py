@@ -47,6 +47,7 @@ def shape_workload(
     rows: int,
     sequence_length: int,
     num_labels: int = 2,
+    classifier_hidden_size: int | None = None,
     device: str | None = None,
     dtype: str = "float32",
     backend: str = "torch",
@@ -65,6 +66,7 @@ def shape_workload(
     saved = shape_model(
         config_name,
         num_labels=num_labels,
+        classifier_hidden_size=classifier_hidden_size,
         seed=seed,
         device=None if device is None else usable_device(device),
     )

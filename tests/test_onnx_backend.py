@@ -10,11 +10,13 @@ import torch
 
 pytest.importorskip("onnxruntime")
 
-from consistentee import onnx_backend
+from consistentee import onnx_backend, onnx_sessions
 from consistentee.engine import Engine
 from consistentee.flights import ExitRule
-from consistentee.onnx_backend import OnnxBackend, full_model_session
+from consistentee.onnx_backend import BoundOnnxBackend, OnnxBackend
+from consistentee.onnx_sessions import full_model_session
 from consistentee.packed_layers import LAYER_PARTS
+from consistentee.saved import open_model
 from consistentee.torch_backend import PackedBackend
 from test_packed import LAYERS, LENGTHS, alone, build, token_rows
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model
@@ -29,34 +31,49 @@ CASES += [
 ]
 
 
+BACKENDS = pytest.mark.parametrize("kind", [OnnxBackend, BoundOnnxBackend])
+
+
+def states_of(batch: Any, row: int, length: int) -> torch.Tensor:
+    return torch.as_tensor(batch.hidden_states[row, :length])
+
+
+@BACKENDS
 @pytest.mark.parametrize("model_type,config,values", CASES)
 @torch.no_grad()
 def test_layers_and_classifiers(
-    tmp_path: Path, model_type: str, config: dict[str, Any], values: dict[str, Any]
+    tmp_path: Path, kind: Any, model_type: str, config: dict[str, Any], values: dict[str, Any]
 ) -> None:
     model = build(tmp_path, model_type, config, **values)
     rows = token_rows(model)
     wanted = [alone(model, row) for row in rows]
-    backend, torchs = OnnxBackend(model), PackedBackend(model, "float32")
+    backend, torchs = kind(model), PackedBackend(model, "float32")
     batch, other = backend.start(rows), torchs.start(rows)
     for layer in range(LAYERS):
+        before = batch
         batch, other = backend.run_layer(layer, batch), torchs.run_layer(layer, other)
         for row, states in enumerate(wanted):
-            found = torch.from_numpy(batch.hidden_states[row, : LENGTHS[row]])
+            found = states_of(batch, row, LENGTHS[row])
             torch.testing.assert_close(found, states[layer], atol=1e-4, rtol=1e-4)
         right = torchs.classify(layer, other)
         torch.testing.assert_close(backend.classify(layer, batch), right, atol=2e-4, rtol=1e-3)
+        passed, readings = backend.pass_layer(layer, before)
+        torch.testing.assert_close(readings, right, atol=2e-4, rtol=1e-3)
+        for row, length in enumerate(LENGTHS):
+            one, same = states_of(passed, row, length), states_of(batch, row, length)
+            torch.testing.assert_close(one, same, atol=1e-5, rtol=1e-5)
     whole = backend.run_all_layers(backend.start(rows))
     for row, length in enumerate(LENGTHS):
-        one, same = (torch.from_numpy(b.hidden_states[row, :length]) for b in (whole, batch))
+        one, same = states_of(whole, row, length), states_of(batch, row, length)
         torch.testing.assert_close(one, same, atol=1e-4, rtol=1e-4)
 
 
+@BACKENDS
 @torch.no_grad()
-def test_rows_leave_join_and_shed_padding(tmp_path: Path) -> None:
+def test_rows_leave_join_and_shed_padding(tmp_path: Path, kind: Any) -> None:
     model = build(tmp_path, "mpnet")
     rows = token_rows(model)
-    backend = OnnxBackend(model)
+    backend = kind(model)
     one, other = backend.run_layer(0, backend.start(rows[:4])), backend.run_layer(0, backend.start(rows[4:]))
     kept = backend.select(one, [0, 1, 2])
     assert kept.hidden_states.shape[1] == 9
@@ -64,22 +81,23 @@ def test_rows_leave_join_and_shed_padding(tmp_path: Path) -> None:
     assert not backend.can_merge(kept, other)
     joined = backend.run_layer(1, backend.merge([kept, other]))
     for position, row in enumerate((0, 1, 2, 4, 5)):
-        found = torch.from_numpy(joined.hidden_states[position, : LENGTHS[row]])
+        found = states_of(joined, position, LENGTHS[row])
         torch.testing.assert_close(found, alone(model, rows[row])[1], atol=1e-4, rtol=1e-4)
 
 
-def test_one_segment_only_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@BACKENDS
+def test_one_segment_only_where_it_fits(tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tmp_path, "bert")
     rows = token_rows(model)
     with torch.no_grad():
-        whole = OnnxBackend(model)
+        whole = kind(model)
         wanted = whole.run_all_layers(whole.start(rows)).hidden_states
-        assert whole._whole
-        monkeypatch.setattr(onnx_backend, "MAX_SEGMENT_BYTES", 1)
-        parts = OnnxBackend(model)
+        assert whole._sessions.whole() is not None
+        monkeypatch.setattr(onnx_sessions, "MAX_SEGMENT_BYTES", 1)
+        parts = kind(model)
         found = parts.run_all_layers(parts.start(rows)).hidden_states
-        assert not parts._whole
-    assert found == pytest.approx(wanted, abs=1e-4)
+        assert parts._sessions.whole() is None
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted), atol=1e-4, rtol=1e-4)
 
 
 def test_engine_on_it(tmp_path: Path) -> None:
@@ -111,11 +129,46 @@ def test_what_it_does_not_run(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r'backend "onnxruntime" runs bert, .* in bfloat16 on cpu. Take backend'
     ):
-        OnnxBackend(build(tmp_path / "bert", "bert"), "bfloat16")
+        onnx_backend.onnx_backend(build(tmp_path / "bert", "bert"), "bfloat16")
     with pytest.raises(ValueError, match='got a model of type "modernbert"'):
-        OnnxBackend(build(tmp_path / "modernbert", "modernbert"))
+        onnx_backend.onnx_backend(build(tmp_path / "modernbert", "modernbert"), "float32")
     with pytest.raises(ValueError, match="knows the activations gelu, gelu_new and relu, got SiLU"):
         OnnxBackend(build(tmp_path / "silu", "bert", {"hidden_act": "silu"}))
+
+
+def test_a_gpu_needs_an_onnxruntime_that_knows_it() -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in runtime.get_available_providers():
+        pytest.skip("this onnxruntime has it")
+    with pytest.raises(ValueError, match=r"needs the CUDA provider .* Install onnxruntime-gpu"):
+        onnx_sessions.make_session(b"", torch.device("cuda", 0))
+
+
+def test_a_plain_model_has_one_classifier(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone")
+    plain: Any = open_model(tiny_full_depth_model(tmp_path / "plain", backbone), "cpu").model
+    rows = token_rows(plain)
+    for kind in (OnnxBackend, BoundOnnxBackend):
+        backend = kind(plain)
+        batch = backend.run_all_layers(backend.start(rows))
+        assert backend.classify(plain.num_layers - 1, batch).shape == (len(rows), plain.config.num_classes)
+        with pytest.raises(ValueError, match="Layer 0 has no classifier"):
+            backend.classify(0, batch)
+
+
+@torch.no_grad()
+def test_engine_on_bound_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"), initial_exit_bias=0.0)
+    texts = [text for (text,) in tiny_dataset(40, seed=6).texts]
+    wanted = Engine.from_pretrained(folder, device="cpu").predict(
+        texts, threshold=0.9, criterion="confidence"
+    )
+    monkeypatch.setattr(onnx_backend, "OnnxBackend", BoundOnnxBackend)
+    engine = Engine.from_pretrained(folder, device="cpu", backend="onnxruntime")
+    assert isinstance(engine.backend, BoundOnnxBackend)
+    for batch_size in (None, 1, 7):
+        found = engine.predict(texts, batch_size=batch_size, threshold=0.9, criterion="confidence")
+        assert [(p.label, p.exit_layer) for p in found] == [(p.label, p.exit_layer) for p in wanted]
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])

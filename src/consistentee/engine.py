@@ -28,7 +28,7 @@ from consistentee.batches import encode_texts
 from consistentee.decisions import ExitDecisions
 from consistentee.flights import ExitRule, run_rows
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
-from consistentee.onnx_backend import OnnxBackend, has_onnxruntime
+from consistentee.onnx_backend import has_onnxruntime, onnx_backend
 from consistentee.precision import Candidate, Choice, choose
 from consistentee.saved import SavedModel, open_model
 from consistentee.torch_backend import ExitModel, torch_backend, torch_dtypes
@@ -74,8 +74,8 @@ class Engine:
         dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU); `auto` takes the fastest that
             keeps the labels of float32 on the first `CALIBRATION_ROWS` inputs, which wait for it (or on those given
             to `calibrate`), and says which in `choice`. Other precisions than float32 may leave at other layers.
-        backend: `torch`, `onnxruntime` (BERT and its kin, float32, CPU; extra `onnx`), or `auto`, which chooses as for
-            the dtype.
+        backend: `torch`, `onnxruntime` (BERT and its kin in float32; extra `onnx`, on a GPU with onnxruntime-gpu), or
+            `auto`, which chooses as for the dtype.
 
     Attributes:
         backend: what runs the layers.
@@ -334,7 +334,7 @@ def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
     if backend == "torch":
         return torch_backend(model, dtype)
     if backend == "onnxruntime":
-        return OnnxBackend(model, dtype)
+        return onnx_backend(model, dtype)
     raise ValueError(f'backend must be one of auto, {", ".join(BACKENDS)}, got "{backend}".')
 
 

@@ -57,13 +57,20 @@ class Graph:
         self._constants.append(self._onnx.numpy_helper.from_array(array, name))
         return name
 
-    def serialize(self, inputs: dict[str, Sequence[int | str]], outputs: dict[str, str]) -> bytes:
+    def serialize(
+        self,
+        inputs: dict[str, Sequence[int | str]],
+        outputs: dict[str, str],
+        output_shapes: dict[str, Sequence[int | str]] | None = None,
+    ) -> bytes:
         """The finished model.
 
         Args:
             inputs: shapes by name; `lengths` is int32, ids, positions and types are int64, everything else float32.
             outputs: names of values by the names they get.
+            output_shapes: where they are known.
         """
+        shapes = output_shapes or {}
         helper, kinds = self._onnx.helper, self._onnx.TensorProto
         whole = {LENGTHS: kinds.INT32, IDS: kinds.INT64, POSITIONS: kinds.INT64, TYPES: kinds.INT64}
         for given, value in outputs.items():
@@ -75,7 +82,7 @@ class Graph:
                 helper.make_tensor_value_info(name, whole.get(name, kinds.FLOAT), list(shape))
                 for name, shape in inputs.items()
             ],
-            [helper.make_tensor_value_info(name, kinds.FLOAT, None) for name in outputs],
+            [helper.make_tensor_value_info(name, kinds.FLOAT, shapes.get(name)) for name in outputs],
             initializer=self._constants,
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, FUSED_OPSET)]

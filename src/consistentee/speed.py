@@ -26,7 +26,8 @@ from consistentee.decisions import log_softmax
 from consistentee.engine import Engine
 from consistentee.flights import ExitRule
 from consistentee.model import EarlyExitForSequenceClassification
-from consistentee.onnx_backend import full_model_session, has_onnxruntime
+from consistentee.onnx_backend import has_onnxruntime
+from consistentee.onnx_sessions import full_model_session
 from consistentee.packed_layers import storage_dtype
 from consistentee.saved import SavedModel
 from consistentee.timing import environment, paired_ratio, time_in_turn

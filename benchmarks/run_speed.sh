@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The figures of docs/performance.md, on this machine: about 20 minutes on 2 cores, or on a GPU with the first argument "gpu".
+# The figures of docs/performance.md, on this machine: about half an hour on 2 cores, or on a GPU with the first argument "gpu".
 #
 #     benchmarks/run_speed.sh cpu|gpu OUTPUT_FOLDER [MODEL RTE_FOLDER]
 #
@@ -32,6 +32,8 @@ minilm="--config-name minilm-12l-shape --sequence-length 32 --num-rows 128"
 base="--config-name bert-base --sequence-length 32"
 measure minilm-float32 $minilm
 measure minilm-float32-onnxruntime $minilm --backend onnxruntime
+measure minilm-float32-narrow-exits $minilm --classifier-hidden-size 64
+measure minilm-float32-narrow-exits-onnxruntime $minilm --classifier-hidden-size 64 --backend onnxruntime
 measure minilm-bfloat16 $minilm --dtype bfloat16
 measure minilm-int8 $minilm --dtype int8 --batch-sizes 1,8,32 --throughput
 measure base-float32 $base --num-rows 64 --batch-sizes 1,8,32 --throughput

@@ -16,28 +16,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from consistentee.linears import PREPACKED_ROWS
-
 MAX_GROUP_WASTE = 0.15
 """Share of padding that attention accepts inside a group of rows, before another group is begun."""
 
-EXACT_TOKENS = 64
-COARSE_TOKENS = 1024
+ROUNDING = ((8, 1), (64, 4), (1024, 16))
+"""Up to so many tokens, they are rounded up to multiples of the second number; beyond to multiples of 64."""
 
 
-def padded_count(tokens: int, dtype: torch.dtype) -> int:
+def padded_count(tokens: int) -> int:
     """Rows of the token matrix for so many tokens on CPU.
 
-    oneDNN builds a new kernel for each new number of rows and keeps it, so that the numbers it meets are rounded up: to
-    multiples of 16 above 64 tokens, of 64 above 1,024. float32 above `PREPACKED_ROWS` goes to BLAS, which needs none.
+    oneDNN builds a new kernel for each new number of rows and keeps it (in float32 of many tokens only for GELU, where
+    BLAS does the products), so that the numbers it meets are rounded up: to multiples of 4 above 8 tokens, of 16
+    above 64, of 64 above 1,024.
 
     Args:
         tokens: real tokens, at least 1.
-        dtype: of the hidden states.
     """
-    if dtype == torch.float32 and tokens > PREPACKED_ROWS:
-        return tokens
-    step = 1 if tokens <= EXACT_TOKENS else 16 if tokens <= COARSE_TOKENS else 64
+    step = next((step for most, step in ROUNDING if tokens <= most), 64)
     return -(-tokens // step) * step
 
 
@@ -167,7 +163,7 @@ def pack(tokens: Tensor, lengths: Sequence[int]) -> PackedBatch:
     """A packed batch of (tokens, hidden) states."""
     layout = _layout(tuple(lengths), tokens.device)
     on_cpu = tokens.device.type == "cpu"
-    filler = padded_count(len(tokens), tokens.dtype) - len(tokens) if on_cpu else 0
+    filler = padded_count(len(tokens)) - len(tokens) if on_cpu else 0
     if filler:
         tokens = torch.cat([tokens, tokens.new_zeros(filler, tokens.shape[1])])
     return PackedBatch(tokens, layout)

@@ -47,7 +47,7 @@ def render(report: dict[str, Any]) -> str:
         [
             f"**{work['model']}, {engine['dtype']}, {engine['backend']}**: {work['rows']} rows",
             f"{work['mean_tokens']:.0f} tokens on average",
-            f"exits {work['classifier_hidden_size']} wide",
+            f"exits {work.get('classifier_hidden_size', work['hidden_size'])} wide",
             f"{work['repeats']} repetitions",
             f"layer speed-up {engine['layer_speedup']:.2f}x",
             f"{place['hardware']} ({' '.join(place['cpu_flags'])})",

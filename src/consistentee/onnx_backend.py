@@ -101,7 +101,74 @@ class OnnxBatch:
         return batch
 
 
-class OnnxBackend:
+@dataclass(frozen=True)
+class BoundBatch:
+    """As `OnnxBatch`, in tensors on the backend's device."""
+
+    hidden_states: Tensor
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def row_lengths(self) -> Tensor:
+        """(rows,) int32."""
+        return torch.tensor(self.lengths, dtype=torch.int32).to(self.hidden_states.device)
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """(rows, 1, width) bool."""
+        positions = torch.arange(self.hidden_states.shape[1], device=self.hidden_states.device)
+        return (positions < self.row_lengths[:, None])[:, None]
+
+    @cached_property
+    def token_bias(self) -> Tensor:
+        """(rows, 1, width): 0 at tokens, the lowest float at padding."""
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros_like(self.is_token, dtype=torch.float32).masked_fill_(~self.is_token, lowest)
+
+    @cached_property
+    def pooling_weights(self) -> Tensor:
+        """(rows, 1, width): each token's share of its row's mean."""
+        return self.is_token / self.row_lengths[:, None, None]
+
+    def moved_to(self, hidden_states: Tensor) -> BoundBatch:
+        """The same rows after a layer; what was worked out about them stays."""
+        batch = BoundBatch(hidden_states, self.lengths)
+        batch.__dict__.update(self.__dict__ | {"hidden_states": hidden_states})
+        return batch
+
+
+AnyBatch = OnnxBatch | BoundBatch
+
+
+class _PaddedRows:
+    """What both backends say about padded rows, in numpy or in tensors."""
+
+    name = "onnxruntime"
+    dtype = "float32"
+    _sessions: OnnxSessions
+
+    def can_merge(self, one: AnyBatch, other: AnyBatch) -> bool:
+        """Batches of similar width."""
+        widths = one.hidden_states.shape[1], other.hidden_states.shape[1]
+        return min(widths) >= (1 - MAX_MERGED_PADDING) * max(widths)
+
+    def lengths(self, batch: AnyBatch) -> Sequence[int]:
+        """Real tokens of every row."""
+        return batch.lengths
+
+    def computed_tokens(self, batch: AnyBatch) -> int:
+        """Rows times width."""
+        return batch.hidden_states.shape[0] * batch.hidden_states.shape[1]
+
+    def _pooling_feed(self, batch: AnyBatch) -> dict[str, Any]:
+        """What the classifiers' pooling needs to know of the tokens."""
+        pooling = self._sessions.pooling
+        if pooling is None:
+            return {}
+        return {TOKENS: batch.token_bias if pooling == "bias" else batch.pooling_weights}
+
+
+class OnnxBackend(_PaddedRows):
     """A model on ONNX Runtime on CPU; see `backend.Backend`.
 
     It takes as many threads as torch has when it is made. Embeddings run there, too: torch's threads would wait busily
@@ -110,9 +177,6 @@ class OnnxBackend:
     Args:
         model: see `onnx_backend`.
     """
-
-    name = "onnxruntime"
-    dtype = "float32"
 
     def __init__(self, model: ExitModel) -> None:
         self.device = torch.device("cpu")
@@ -178,19 +242,6 @@ class OnnxBackend:
             start += rows
         return OnnxBatch(hidden_states, lengths)
 
-    def can_merge(self, one: OnnxBatch, other: OnnxBatch) -> bool:
-        """Batches of similar width."""
-        widths = one.hidden_states.shape[1], other.hidden_states.shape[1]
-        return min(widths) >= (1 - MAX_MERGED_PADDING) * max(widths)
-
-    def lengths(self, batch: OnnxBatch) -> Sequence[int]:
-        """Real tokens of every row."""
-        return batch.lengths
-
-    def computed_tokens(self, batch: OnnxBatch) -> int:
-        """Rows times width."""
-        return batch.hidden_states.shape[0] * batch.hidden_states.shape[1]
-
     def _layer_feed(self, batch: OnnxBatch) -> dict[str, Any]:
         feed: dict[str, Any] = {HIDDEN: batch.hidden_states, LENGTHS: batch.row_lengths}
         bias = self._sessions.position_bias
@@ -198,51 +249,8 @@ class OnnxBackend:
             feed[POSITION_BIAS] = bias(batch.hidden_states.shape[1]).contiguous().numpy()
         return feed
 
-    def _pooling_feed(self, batch: OnnxBatch) -> dict[str, Any]:
-        """What the classifiers' pooling needs to know of the tokens."""
-        pooling = self._sessions.pooling
-        if pooling is None:
-            return {}
-        return {TOKENS: batch.token_bias if pooling == "bias" else batch.pooling_weights}
 
-
-@dataclass(frozen=True)
-class BoundBatch:
-    """As `OnnxBatch`, in tensors on the backend's device."""
-
-    hidden_states: Tensor
-    lengths: tuple[int, ...]
-
-    @cached_property
-    def row_lengths(self) -> Tensor:
-        """(rows,) int32."""
-        return torch.tensor(self.lengths, dtype=torch.int32).to(self.hidden_states.device)
-
-    @cached_property
-    def is_token(self) -> Tensor:
-        """(rows, 1, width) bool."""
-        positions = torch.arange(self.hidden_states.shape[1], device=self.hidden_states.device)
-        return (positions < self.row_lengths[:, None])[:, None]
-
-    @cached_property
-    def token_bias(self) -> Tensor:
-        """(rows, 1, width): 0 at tokens, the lowest float at padding."""
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros_like(self.is_token, dtype=torch.float32).masked_fill_(~self.is_token, lowest)
-
-    @cached_property
-    def pooling_weights(self) -> Tensor:
-        """(rows, 1, width): each token's share of its row's mean."""
-        return self.is_token / self.row_lengths[:, None, None]
-
-    def moved_to(self, hidden_states: Tensor) -> BoundBatch:
-        """The same rows after a layer; what was worked out about them stays."""
-        batch = BoundBatch(hidden_states, self.lengths)
-        batch.__dict__.update(self.__dict__ | {"hidden_states": hidden_states})
-        return batch
-
-
-class BoundOnnxBackend:
+class BoundOnnxBackend(_PaddedRows):
     """A model on ONNX Runtime whose sessions read and write torch's tensors where they lie; see `backend.Backend`.
 
     For GPUs: nothing goes over the host but what classifiers say. It runs in the order of the stream that is torch's
@@ -251,9 +259,6 @@ class BoundOnnxBackend:
     Args:
         model: see `onnx_backend`.
     """
-
-    name = "onnxruntime"
-    dtype = "float32"
 
     def __init__(self, model: ExitModel) -> None:
         self.device = model.device
@@ -323,19 +328,6 @@ class BoundOnnxBackend:
             start += rows
         return BoundBatch(states, lengths)
 
-    def can_merge(self, one: BoundBatch, other: BoundBatch) -> bool:
-        """Batches of similar width."""
-        widths = one.hidden_states.shape[1], other.hidden_states.shape[1]
-        return min(widths) >= (1 - MAX_MERGED_PADDING) * max(widths)
-
-    def lengths(self, batch: BoundBatch) -> Sequence[int]:
-        """Real tokens of every row."""
-        return batch.lengths
-
-    def computed_tokens(self, batch: BoundBatch) -> int:
-        """Rows times width."""
-        return batch.hidden_states.shape[0] * batch.hidden_states.shape[1]
-
     def _move(self, session: Any, batch: BoundBatch) -> BoundBatch:
         """Layers without a classifier."""
         shapes = {OUTPUT: tuple(batch.hidden_states.shape)}
@@ -351,12 +343,6 @@ class BoundOnnxBackend:
         if bias is not None:
             feed[POSITION_BIAS] = bias(batch.hidden_states.shape[1]).contiguous()
         return feed
-
-    def _pooling_feed(self, batch: BoundBatch) -> dict[str, Tensor]:
-        pooling = self._sessions.pooling
-        if pooling is None:
-            return {}
-        return {TOKENS: batch.token_bias if pooling == "bias" else batch.pooling_weights}
 
     def _run(self, session: Any, feed: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
         """Run a session on tensors; outputs of these shapes, float32, in their order."""

@@ -243,9 +243,7 @@ class Engine:
         if rule.never_leaves(model.num_layers):
             if not model.config.ensemble_decay:
                 return None
-            criterion = (
-                None  # every classifier has its share in the last prediction, but nothing is to be decided
-            )
+            criterion = None  # every classifier has a share in the last prediction; nothing is decided
         if criterion not in self._decisions:
             self._decisions[criterion] = ExitDecisions(model, criterion)
         return self._decisions[criterion]

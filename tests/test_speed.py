@@ -128,7 +128,7 @@ def test_rows_of_the_report_belong_together(report: SpeedReport) -> None:
     assert rows["transformers", 8].speedup_over_transformers == 1
     engine = rows["engine", 8]
     assert engine.efficiency == pytest.approx(engine.wall_clock_speedup / engine.layer_speedup)
-    lengths = [len(row["input_ids"]) for row in ROWS[:32]]  # alone, they are rounded up and no more
+    lengths = [len(row["input_ids"]) for row in ROWS[:32]]  # short rows are computed as they are
     rounded = sum(padded_count(length) for length in lengths)
     assert rows["engine-full-depth", 1].padding_share == pytest.approx(1 - sum(lengths) / rounded)
     widths = [max(3 + row % 9 for row in range(start, min(start + 8, 70))) for start in range(0, 70, 8)]

@@ -19,7 +19,7 @@ from torch import Tensor
 MAX_GROUP_WASTE = 0.15
 """Share of padding that attention accepts inside a group of rows, before another group is begun."""
 
-ROUNDING = ((8, 1), (64, 4), (1024, 16))
+ROUNDING = ((64, 1), (1024, 16))
 """Up to so many tokens, they are rounded up to multiples of the second number; beyond to multiples of 64."""
 
 
@@ -27,8 +27,8 @@ def padded_count(tokens: int) -> int:
     """Rows of the token matrix for so many tokens on CPU.
 
     oneDNN builds a new kernel for each new number of rows and keeps it (in float32 of many tokens only for GELU, where
-    BLAS does the products), so that the numbers it meets are rounded up: to multiples of 4 above 8 tokens, of 16
-    above 64, of 64 above 1,024.
+    BLAS does the products), so that the numbers it meets are rounded up: to multiples of 16 above 64 tokens, of 64
+    above 1,024.
 
     Args:
         tokens: real tokens, at least 1.

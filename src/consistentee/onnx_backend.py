@@ -140,6 +140,15 @@ class BoundBatch:
 AnyBatch = OnnxBatch | BoundBatch
 
 
+def _fill(states: Any, batches: Sequence[AnyBatch]) -> None:
+    """Write batches one below the other into (rows, width, hidden) zeros."""
+    start = 0
+    for batch in batches:
+        rows, width, _ = batch.hidden_states.shape
+        states[start : start + rows, :width] = batch.hidden_states
+        start += rows
+
+
 class _PaddedRows:
     """What both backends say about padded rows, in numpy or in tensors."""
 
@@ -235,11 +244,7 @@ class OnnxBackend(_PaddedRows):
         hidden_states = np.zeros(
             (len(lengths), max(lengths), batches[0].hidden_states.shape[2]), dtype=np.float32
         )
-        start = 0
-        for batch in batches:
-            rows, width, _ = batch.hidden_states.shape
-            hidden_states[start : start + rows, :width] = batch.hidden_states
-            start += rows
+        _fill(hidden_states, batches)
         return OnnxBatch(hidden_states, lengths)
 
     def _layer_feed(self, batch: OnnxBatch) -> dict[str, Any]:
@@ -321,11 +326,7 @@ class BoundOnnxBackend(_PaddedRows):
             return batches[0]
         lengths = tuple(length for batch in batches for length in batch.lengths)
         states = batches[0].hidden_states.new_zeros(len(lengths), max(lengths), self._hidden_size)
-        start = 0
-        for batch in batches:
-            rows, width, _ = batch.hidden_states.shape
-            states[start : start + rows, :width] = batch.hidden_states
-            start += rows
+        _fill(states, batches)
         return BoundBatch(states, lengths)
 
     def _move(self, session: Any, batch: BoundBatch) -> BoundBatch:

@@ -458,19 +458,49 @@ def load_backbone(name_or_path: str | Path, **hub_kwargs: Any) -> PreTrainedMode
         OSError: the model can neither be found on the hub nor in the cache, or a file cannot be read.
         ValueError: the type is not supported, the weights are pickled or incomplete.
     """
+    return load_pretrained(
+        AutoModel,
+        name_or_path,
+        lambda model_type: _no_pooler(architecture_of(model_type)),
+        lambda config: architecture_of(config),
+        **hub_kwargs,
+    )
+
+
+def load_pretrained(
+    auto_class: Any,
+    name_or_path: str | Path,
+    options_of: Callable[[str], Mapping[str, Any]],
+    check: Callable[[PreTrainedConfig], object],
+    **hub_kwargs: Any,
+) -> PreTrainedModel:
+    """Load a pretrained model through one of transformers' Auto classes, as `load_backbone` and `load_decoder` do.
+
+    Args:
+        auto_class: such as `AutoModel`.
+        name_or_path: a folder with `config.json` and safetensors weights, or a model name on the hub.
+        options_of: what a model type wants beside; raises ValueError for one that is not supported.
+        check: called with the config of what was loaded; raises ValueError if it is of no use.
+        **hub_kwargs: handed to `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it lacks its config or its weights.
+        OSError: the model can neither be found on the hub nor in the cache, or a file cannot be read.
+        ValueError: the type is not supported, the weights are pickled or incomplete.
+    """
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, **hub_kwargs}
     name = _local_folder_or_name(name_or_path, str(options.get("subfolder") or ""))
     try:
         config_options = {key: value for key, value in options.items() if key != "trust_remote_code"}
         config_dict, _ = PreTrainedConfig.get_config_dict(name, **config_options)
-        architecture = architecture_of(str(config_dict.get("model_type")))
+        particular = options_of(str(config_dict.get("model_type")))
         with _quiet_loading_report():
-            backbone, report = AutoModel.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 name,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # _check_complete names them instead
                 output_loading_info=True,
-                **_no_pooler(architecture),
+                **particular,
                 **options,
             )
     except (OSError, SafetensorError) as error:
@@ -480,9 +510,9 @@ def load_backbone(name_or_path: str | Path, **hub_kwargs: Any) -> PreTrainedMode
         ) from error
     except ValueError as error:
         raise ValueError(f'Backbone "{name}" could not be loaded: {error}') from error
-    architecture_of(backbone.config)
+    check(model.config)
     _check_complete(name, report)
-    return backbone
+    return model
 
 
 def _no_pooler(architecture: Architecture) -> dict[str, bool]:

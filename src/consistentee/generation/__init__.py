@@ -1,0 +1,1 @@
+"""Token-level early exit in causal language models: data, training and generation."""

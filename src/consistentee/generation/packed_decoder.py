@@ -1,0 +1,322 @@
+"""Decoder layers as plain functions on a model's own weights, for generation.
+
+Hugging Face's modules spend more time between kernels than in them when a step has few tokens. Here a layer is about
+seventeen calls of torch, whatever the model type; `decoders.LayerParts` says where each keeps its weights. Only the
+query, key and value projections are copied (into one), all other weights are the model's own.
+
+What a layer attends to is the caller's: `run` takes a step whose `attend` writes the new keys and values and gives the
+attention's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from consistentee.generation import decoders
+from consistentee.generation.decoders import LayerParts
+
+Map = Callable[[Tensor], Tensor]
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and signed sines, each (tokens or 1, 1, rotated size): see `signed_rotary`."""
+
+
+class Step(Protocol):
+    """What attention asks of the caller: where tokens stand and what they may see."""
+
+    def rotary(self, layer_type: str) -> Rotary | None:
+        """Angles of the tokens of this step; None for learned positions."""
+        ...
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Write keys and values (tokens, key/value heads, head size), attend: (tokens, heads * head size)."""
+        ...
+
+
+class Layer:
+    """One layer.
+
+    Args:
+        module: Hugging Face's.
+        parts: where its parts lie.
+        norm: kind of its norms, as in the table.
+        config: of the model.
+        index: 0-based.
+        layer_type: full or sliding attention.
+    """
+
+    def __init__(
+        self, module: nn.Module, parts: LayerParts, norm: str, config: Any, index: int, layer_type: str
+    ) -> None:
+        def part(path: str) -> Any:
+            return module.get_submodule(path) if path else None
+
+        attention: Any = part(parts.attention)
+        self.index = index
+        self.layer_type = layer_type
+        self.num_heads = int(config.num_attention_heads)
+        self.num_key_value_heads = int(getattr(config, "num_key_value_heads", None) or self.num_heads)
+        self.head_size = int(getattr(attention, "head_dim", None) or attention.head_size)
+        self.scaling = float(attention.scaling)
+        self.softcap: float | None = getattr(attention, "attn_logit_softcapping", None)
+        self.input_norm = norm_function(part(parts.input_norm), norm)
+        self._qkv = linear_function(_fused_projection(part, parts))
+        self._heads_layout = parts.fused == "heads"
+        self._query_norm = norm_function(part(parts.query_norm), norm) if parts.query_norm else None
+        self._key_norm = norm_function(part(parts.key_norm), norm) if parts.key_norm else None
+        self._output = part(parts.attention_output)
+        self._add_output = adding_function(self._output)
+        self._output_norm = _optional_norm(part(parts.attention_output_norm), norm)
+        self._mlp_norm = norm_function(part(parts.mlp_norm), norm)
+        self._gate = linear_function(part(parts.gate)) if parts.gate else None
+        self._up = linear_function(part(parts.up))
+        self._add_down = adding_function(part(parts.down))
+        self._activation = _activation(part(parts.activation))
+        self._mlp_output_norm = _optional_norm(part(parts.mlp_output_norm), norm)
+        self._parallel = bool(getattr(module, "use_parallel_residual", False))
+
+    def __call__(self, hidden: Tensor, step: Step) -> Tensor:
+        """Hidden states after this layer: (tokens, hidden) -> (tokens, hidden)."""
+        query, key, value = self._project(self.input_norm(hidden), step.rotary(self.layer_type))
+        attended = step.attend(self, query, key, value)
+        after = _residual(hidden, attended, self._add_output, self._output_norm)
+        mlp_input = self._mlp_norm(hidden if self._parallel else after)
+        inner = self._activation(self._up(mlp_input) if self._gate is None else self._gate(mlp_input))
+        if self._gate is not None:
+            inner = inner * self._up(mlp_input)
+        return _residual(after, inner, self._add_down, self._mlp_output_norm)
+
+    def _project(self, normed: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (tokens, heads, size), rotated keys and values (tokens, key/value heads, size)."""
+        tokens, heads, pairs, size = len(normed), self.num_heads, self.num_key_value_heads, self.head_size
+        qkv = self._qkv(normed)
+        if self._heads_layout:
+            query, key, value = qkv.view(tokens, heads, 3 * size).chunk(3, dim=-1)
+        else:
+            by_head = qkv.view(tokens, heads + 2 * pairs, size)
+            value = by_head[:, heads + pairs :]
+            if self._query_norm is None and rotary is not None:  # one rotation for both
+                both = rotate(by_head[:, : heads + pairs], rotary)
+                return both[:, :heads], both[:, heads:], value
+            query, key = by_head[:, :heads], by_head[:, heads : heads + pairs]
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = self._query_norm(query), self._key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query, key, value
+
+    def causal_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of whole rows without padding, each token to itself and what is before it.
+
+        Args:
+            query: (rows, tokens, heads, size).
+            keys, values: (rows, key/value heads, tokens, size).
+
+        Returns:
+            (rows * tokens, heads * size).
+        """
+        rows, tokens, heads, size = query.shape
+        attended = functional.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, is_causal=True, scale=self.scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2).reshape(rows * tokens, heads * size)
+
+    def attention(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of equally many tokens per row.
+
+        Args:
+            query: (rows, tokens, heads, size).
+            keys, values: (rows, key/value heads, slots, size).
+            bias: (rows, tokens, slots), added to the scores; None where every token sees every slot.
+
+        Returns:
+            (rows * tokens, heads * size).
+        """
+        rows, tokens, heads, size = query.shape
+        pairs = self.num_key_value_heads
+        group = heads // pairs
+        if tokens == 1:  # the heads of a group stand where tokens would: no key is repeated
+            grouped = query.view(rows, pairs, group, size)
+        else:
+            grouped = query.view(rows, tokens, pairs, group, size).permute(0, 2, 3, 1, 4)
+            grouped = grouped.reshape(rows, pairs, group * tokens, size)
+        mask = None
+        if bias is not None:
+            slots = keys.shape[2]
+            mask = bias[:, None, None].expand(rows, 1, group, tokens, slots)
+            mask = mask.reshape(rows, 1, group * tokens, slots)
+        if self.softcap is None:
+            attended = functional.scaled_dot_product_attention(
+                grouped, keys, values, attn_mask=mask, scale=self.scaling
+            )
+        else:
+            scores = torch.matmul(grouped, keys.transpose(2, 3)) * self.scaling
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores = scores if mask is None else scores + mask
+            weights = scores.softmax(-1, dtype=torch.float32).to(grouped.dtype)
+            attended = torch.matmul(weights, values)
+        if tokens == 1:
+            return attended.reshape(rows, heads * size)
+        attended = attended.view(rows, pairs, group, tokens, size).permute(0, 3, 1, 2, 4)
+        return attended.reshape(rows * tokens, heads * size)
+
+
+class PackedDecoder:
+    """All layers of a model, and what stands before and behind them.
+
+    Args:
+        model: a Hugging Face causal language model of a type in `DECODERS`, in evaluation mode. Its weights are read
+            in place; make a new `PackedDecoder` where `signature` tells that they have changed.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        row = decoders.decoder_architecture(model.config)
+        kinds = decoders.layer_types(model.config)
+        self.model = model
+        self.layers = [
+            Layer(module, row.parts, row.norm, model.config, index, kinds[index])
+            for index, module in enumerate(decoders.decoder_layers(model))
+        ]
+        self.final_norm = norm_function(decoders.final_norm(model), row.norm)
+        self.layer_types = kinds
+        self.sliding_window = decoders.sliding_window(model.config)
+        self.signature = weight_signature(model)
+        weight = decoders.decoder_base(model).get_submodule(row.embeddings).weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self._plain_embedding = (
+            weight
+            if type(decoders.decoder_base(model).get_submodule(row.embeddings)) is (nn.Embedding)
+            and not row.positions
+            else None
+        )
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(tokens,) ids and positions -> (tokens, hidden)."""
+        if self._plain_embedding is not None:
+            return self._plain_embedding[tokens]
+        return decoders.embed_tokens(self.model, tokens[None], positions[None])[0]
+
+    def rotary(self, positions: Tensor) -> dict[str, Rotary | None]:
+        """Angles of (tokens,) positions for each attention type."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        tables = decoders.rotary_tables(self.model, like, positions[None])
+        return {kind: None if table is None else signed_rotary(*table) for kind, table in tables.items()}
+
+
+def signed_rotary(cos: Tensor, sin: Tensor) -> Rotary:
+    """Tables of Hugging Face, (1, tokens, size) each, in the form that `rotate` reads."""
+    half = sin.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    return cos[0].unsqueeze(1), signed[0].unsqueeze(1)
+
+
+def rotate(states: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate queries or keys by their positions: (tokens, heads, size), of which the first entries rotate."""
+    cos, sin = rotary
+    width = cos.shape[-1]
+    turned = states if width == states.shape[-1] else states[..., :width]
+    turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
+    return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], dim=-1)
+
+
+def norm_function(module: nn.Module, kind: str) -> Map:
+    """A norm as a function of (..., size)."""
+    norm: Any = module
+    if kind == "layer":
+        shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        return lambda states: functional.layer_norm(states, shape, weight, bias, eps)
+    weight, eps = rms_weight(norm, kind), float(getattr(norm, "variance_epsilon", None) or norm.eps)
+    shape = tuple(weight.shape)
+    return lambda states: functional.rms_norm(states, shape, weight, eps)
+
+
+def rms_weight(norm: Any, kind: str) -> Tensor:
+    """The factors of an RMS norm; stored minus one in gemma."""
+    weight = norm.weight.detach()
+    return weight if kind == "rms" else (weight.float() + 1).to(weight.dtype)
+
+
+def linear_function(module: nn.Module) -> Map:
+    """A linear map as a function of (tokens, inputs); a module of another kind (an adapter) stays what it is."""
+    if type(module) is nn.Linear:
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        return lambda states: functional.linear(states, weight, bias)
+    if type(module) is Conv1D:
+        weight, bias = module.weight.detach(), module.bias.detach()
+        return lambda states: torch.addmm(bias, states, weight)
+    return cast(Map, module)
+
+
+def adding_function(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """A linear map whose result is added to a first argument, in one call where there is no bias."""
+    if type(module) is nn.Linear and module.bias is None:
+        transposed = module.weight.detach().t()
+
+        def add(residual: Tensor | None, states: Tensor) -> Tensor:
+            if residual is None:
+                return torch.mm(states, transposed)
+            return torch.addmm(residual, states, transposed)
+
+        return add
+    run = linear_function(module)
+    return lambda residual, states: run(states) if residual is None else residual + run(states)
+
+
+def weight_signature(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Tells whether weights were replaced or changed in place since."""
+    return tuple(
+        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
+        for weight in model.parameters()
+    )
+
+
+def _residual(
+    residual: Tensor, states: Tensor, add: Callable[[Tensor | None, Tensor], Tensor], norm: Map | None
+) -> Tensor:
+    return add(residual, states) if norm is None else residual + norm(add(None, states))
+
+
+def _optional_norm(module: nn.Module | None, kind: str) -> Map | None:
+    return None if module is None else norm_function(module, kind)
+
+
+def _activation(module: Any) -> Map:
+    return (
+        functional.silu
+        if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation"
+        else module
+    )
+
+
+def _fused_projection(part: Callable[[str], Any], parts: LayerParts) -> nn.Module:
+    """Query, key and value projections as one."""
+    if parts.fused:
+        return part(parts.query)
+    modules = [part(path) for path in (parts.query, parts.key, parts.value)]
+    if any(type(module) is not nn.Linear for module in modules):
+        return _SideBySide(modules)
+    weight = torch.cat([module.weight.detach() for module in modules])
+    fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    fused.weight = nn.Parameter(weight, requires_grad=False)
+    if modules[0].bias is not None:
+        fused.bias = nn.Parameter(
+            torch.cat([module.bias.detach() for module in modules]), requires_grad=False
+        )
+    return fused
+
+
+class _SideBySide(nn.Module):
+    """Projections that are not plain linear maps (adapters), their outputs one behind the other."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(modules)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.cat([projection(states) for projection in self.projections], dim=-1)

@@ -1,0 +1,665 @@
+"""Prompts and their reference responses: loading them by task or from files, and their way into a causal model.
+
+A training row is the prompt's tokens, then the response's, then the end of text; only the last two are learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from consistentee.batches import TOKENIZED_AT_ONCE
+from consistentee.data import BROKEN_SHARE
+from consistentee.errors import DataError
+from consistentee.files import FORMATS, Table, open_table, table_of
+from consistentee.generation.tasks import END_MARKER, GenerationTask, Layout, get_generation_task
+from consistentee.generation.templates import PromptTemplate
+from consistentee.parsing import Numbered, decoded_lines, file_lines, parse, quoted, raise_or_skip
+from consistentee.tasks import plain_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+LOCAL_ENDINGS = (".jsonl", ".csv", ".parquet")
+PROMPT_COLUMNS = ("instruction", "prompt", "question", "article", "document", "text")
+INPUT_COLUMNS = ("input", "context")
+RESPONSE_COLUMNS = ("output", "response", "answer", "completion", "summary", "highlights")
+"""Columns that are taken where none are named, the first that is there."""
+
+SHORTEST_RESPONSE = 0.25  # of max_length: a response is not cut below this; the instruction is, after it
+
+
+Tokens = Sequence[int] | NDArray[np.int32]
+"""Token ids of one row."""
+
+
+@dataclass(frozen=True)
+class InstructionDataset:
+    """Instructions with the responses that are expected.
+
+    Args:
+        instructions: One a row. Where it and the input are "", the reference is a text to learn as a whole.
+        inputs: What the instruction is about, one a row; "" where it stands alone.
+        references: The responses, one a row, none empty.
+        source: Where the rows come from, for messages and records.
+    """
+
+    instructions: list[str]
+    inputs: list[str]
+    references: list[str]
+    source: str
+
+    def __post_init__(self) -> None:
+        counts = (len(self.instructions), len(self.inputs), len(self.references))
+        if len(set(counts)) > 1:
+            raise ValueError(f"instructions, inputs and references must be equally many, got {counts}.")
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def select(self, indices: Iterable[int]) -> InstructionDataset:
+        """The rows with these indices, in their order."""
+        rows = [int(index) for index in indices]
+        instructions, inputs = [self.instructions[row] for row in rows], [self.inputs[row] for row in rows]
+        return InstructionDataset(instructions, inputs, [self.references[row] for row in rows], self.source)
+
+    def max_samples(self, count: int | None, seed: int = 0) -> InstructionDataset:
+        """At most `count` rows drawn at random; the rows keep their order.
+
+        Args:
+            count: The number of rows to keep, at least 1; None keeps all.
+            seed: Same seed, same rows.
+        """
+        if count is not None and count < 1:
+            raise ValueError(f"count must be at least 1, got {count}.")
+        if count is None or count >= len(self):
+            return self
+        return self.select(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
+
+def split_rows(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split rows in two at random, both parts with at least one.
+
+    Args:
+        count: The number of rows, at least 2.
+        fraction: Share of the rows to hold out, in (0, 1).
+        seed: Same seed, same split.
+
+    Returns:
+        Indices of the rows kept and of the rows held out, both ascending.
+
+    Raises:
+        DataError: Fewer than two rows.
+        ValueError: A fraction outside (0, 1).
+
+    Example:
+        >>> kept, held = split_rows(10, fraction=0.2, seed=0)
+        >>> len(kept), len(held)
+        (8, 2)
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"fraction must be in (0, 1), got {fraction}.")
+    if count < 2:
+        raise DataError(f"Rows that are to be split: {count}.", remedy="Give at least two rows.")
+    held = min(max(1, round(fraction * count)), count - 1)
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
+
+
+def load_generation_task(
+    name: str, data_dir: str | os.PathLike[str] | None = None, *, need_train: bool = False
+) -> tuple[InstructionDataset | None, InstructionDataset]:
+    """Training and evaluation rows of a generation task, from the hub or from a local folder.
+
+    Published files hold a few rows without a response: they are left out.
+
+    Args:
+        name: A task of `tasks.GENERATION_TASKS`.
+        data_dir: The task's folder, or the folder that holds it, with files whose names begin with train and with
+            test, validation or dev, or with a single file; None loads from the hub.
+        need_train: Whether a missing training file is an error.
+
+    Returns:
+        The training rows (None where there are none) and the evaluation rows. Where there is one set of rows, its last
+        `GenerationTask.evaluation_rows` are the evaluation rows, or its last tenth where that would be over half.
+
+    Raises:
+        DataError: A missing or broken file; the message names file, row and remedy.
+        ValueError: An unknown task.
+    """
+    task = get_generation_task(name)
+    tables = _hub_tables(task) if data_dir is None else _local_tables(task, Path(data_dir))
+    sets = [_read(table, task.layouts, task.instruction) for table in tables if table is not None]
+    if tables[1] is None:
+        train, evaluation = _without_last(sets[0], task.evaluation_rows)
+    else:
+        train, evaluation = (sets[0] if len(sets) == 2 else None), sets[-1]
+    if need_train and train is None:
+        raise DataError(
+            f'There are no training rows of task "{task.name}".',
+            file=data_dir,
+            remedy=f"Put {' or '.join('train' + ending for ending in LOCAL_ENDINGS)} there.",
+        )
+    return train, evaluation
+
+
+def load_generation_files(
+    train_file: str | os.PathLike[str] | None,
+    eval_file: str | os.PathLike[str] | None,
+    *,
+    prompt_column: str | None = None,
+    input_column: str | None = None,
+    response_column: str | None = None,
+) -> tuple[InstructionDataset | None, InstructionDataset | None]:
+    """Training and evaluation rows from files of one's own.
+
+    Args:
+        train_file: CSV, TSV, JSON lines or Parquet file, or a `datasets.save_to_disk` folder, of instructions and
+            responses; or a `.txt` file of texts to learn: one a line, or, where there are blank lines, one between two
+            of them. None for none.
+        eval_file: The same; of a folder with several splits, "validation" is read, else "test".
+        prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the file has.
+        input_column: Column of the input; None takes the first of INPUT_COLUMNS, if there is one.
+        response_column: Column of the response; None takes the first of RESPONSE_COLUMNS that the file has.
+
+    Returns:
+        The training rows and the evaluation rows, each None where no file was given.
+
+    Raises:
+        DataError: A missing or broken file, an empty instruction or response; the message names file, row and remedy.
+        ValueError: No file, or the same column twice.
+    """
+    if train_file is None and eval_file is None:
+        raise ValueError("train_file or eval_file must be given, got neither.")
+    named = [column for column in (prompt_column, input_column, response_column) if column is not None]
+    if len(set(named)) < len(named):
+        raise ValueError(f"Columns must differ, got {quoted(named)}.")
+
+    def rows(
+        path: str | os.PathLike[str] | None, splits: tuple[str, ...] = ("train",)
+    ) -> InstructionDataset | None:
+        if path is None:
+            return None
+        if Path(path).suffix.lower() == ".txt" and not Path(path).is_dir():
+            return _plain_texts(Path(path))
+        columns, table = open_table(path, splits=splits).with_columns()
+        free = [column for column in columns if column not in named]  # a named column has its one role
+        prompt = prompt_column or _known(table, 1, free, PROMPT_COLUMNS, "instruction")
+        response = response_column or _known(table, 1, free, RESPONSE_COLUMNS, "response")
+        context = input_column or next((name for name in INPUT_COLUMNS if name in free), INPUT_COLUMNS[0])
+        for column in (prompt, response, *([] if input_column is None else [input_column])):
+            if column not in columns:
+                raise table.error(1, f'There is no column "{column}".', f"Columns here: {quoted(columns)}.")
+        return _read(table, (Layout(response, prompt, context),), "")
+
+    return rows(train_file), rows(eval_file, ("validation", "test"))
+
+
+def read_prompts(
+    source: str | os.PathLike[str] | IO[str] | IO[bytes],
+    *,
+    prompt_column: str | None = None,
+    input_column: str | None = None,
+) -> Iterator[dict[str, str]]:
+    """Prompts to respond to, one after the other, without ever holding the whole input.
+
+    Args:
+        source: A file, "-" for standard input, or an open stream. `.jsonl`, `.csv`, `.tsv` and `.parquet` hold columns,
+            every other file one prompt a line. A stream is JSON lines if it starts with "{".
+        prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the row has.
+        input_column: Column of the input, which rows may lack; None takes the first of INPUT_COLUMNS, if there is one.
+
+    Yields:
+        `prompt` and `input` ("" where there is none) of every prompt.
+
+    Raises:
+        DataError: A file that is missing or empty, a row that is broken or whose prompt is empty.
+    """
+    if isinstance(source, (str, os.PathLike)) and os.fspath(source) != "-":
+        path = Path(source)
+        if not path.is_file():
+            remedy = 'Check the path, or give "-" for standard input.'
+            raise DataError("There is no such file.", file=path, remedy=remedy)
+        if path.suffix.lower() in FORMATS:
+            table = open_table(path)
+        else:
+            table = Table(str(path), _one_a_line(file_lines(path), str(path), "prompt"))
+    else:
+        if isinstance(source, (str, os.PathLike)):
+            stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
+        else:
+            stream, file = source, str(getattr(source, "name", "the stream"))
+        table = Table(file, _lines_or_json(decoded_lines(stream, file), file))
+    return _prompts(table, prompt_column, input_column)
+
+
+def _prompts(table: Table, prompt_column: str | None, input_column: str | None) -> Iterator[dict[str, str]]:
+    _, table = table.with_columns()
+    for row, values in table.rows:
+        free = [column for column in values if column not in (prompt_column, input_column)]
+        prompt = prompt_column or _known(table, row, free, PROMPT_COLUMNS, "prompt")
+        context = input_column or next((name for name in INPUT_COLUMNS if name in free), None)
+        (text,) = table.texts_of(row, values, (prompt,))
+        yield {"prompt": text, "input": _optional_text(table, row, values, context)}
+
+
+def _lines_or_json(lines: Numbered, file: str) -> Numbered:
+    first = next(lines, None)
+    if first is not None:
+        lines = itertools.chain([first], lines)
+    is_json = first is not None and first[1].lstrip().startswith("{")
+    yield from parse(lines, file, "jsonl") if is_json else _one_a_line(lines, file, "prompt")
+
+
+def _one_a_line(lines: Numbered, file: str, column: str) -> Numbered:
+    """Lines as rows of one column; blank ones may only stand at the end."""
+    blank: int | None = None
+    for number, line in lines:
+        text = line.removesuffix("\n").removesuffix("\r")
+        if not text.strip():
+            blank = blank or number
+            continue
+        if blank is not None:
+            raise DataError("The line is empty.", file=file, row=blank, remedy="Remove it.")
+        yield number, {column: text}
+
+
+def _plain_texts(path: Path) -> InstructionDataset:
+    if not path.is_file():
+        raise DataError("There is no such file or folder.", file=path, remedy="Check the path.")
+    text = "".join(line for _, line in file_lines(path)).replace("\r\n", "\n").strip("\n")
+    blocks: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line.strip():
+            blocks[-1].append(line)
+        elif blocks[-1]:
+            blocks.append([])
+    blocks = [block for block in blocks if block]
+    if not blocks:
+        raise DataError("There is no text in it.", file=path, remedy="Give at least one text.")
+    texts = ["\n".join(block) for block in blocks] if len(blocks) > 1 else blocks[0]
+    return InstructionDataset([""] * len(texts), [""] * len(texts), texts, str(path))
+
+
+def _known(table: Table, row: int, columns: Sequence[str], known: Sequence[str], what: str) -> str:
+    """The first of the known columns that is there."""
+    found = next((name for name in known if name in columns), None)
+    if found is None:
+        problem = f"None of its columns is known to hold the {what}: {quoted(columns)}."
+        raise table.error(row, problem, f"Name the column, or call it one of {quoted(known)}.")
+    return found
+
+
+def _optional_text(table: Table, row: int, values: Mapping[str, Any], column: str | None) -> str:
+    value = None if column is None else values.get(column)
+    if column is None or value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    return table.texts_of(row, values, (column,))[0].strip()
+
+
+def _read(table: Table, layouts: Sequence[Layout], instruction: str) -> InstructionDataset:
+    """Every row of a table; broken ones raise, or are left out where the table collects them."""
+    columns, table = table.with_columns()
+    layout = next((layout for layout in layouts if set(layout.needed) <= set(columns)), None)
+    if layout is None:
+        wanted = " or ".join(f"({quoted(layout.needed)})" for layout in layouts)
+        remedy = f"Columns here: {quoted(columns)}. Rename those of the file."
+        raise table.error(1, f"It has none of the sets of columns {wanted}.", remedy)
+    data = InstructionDataset([], [], [], table.file)
+    for number, values in table.rows:
+        try:
+            asked, context, reference = _row(table, number, values, layout)
+        except DataError as error:
+            raise_or_skip(error, table.skipped)
+            continue
+        data.instructions.append(asked or instruction)
+        data.inputs.append(context)
+        data.references.append(reference)
+    if table.skipped:
+        if len(table.skipped) > BROKEN_SHARE * (len(data) + len(table.skipped)):
+            raise table.skipped[0]
+        _log.warning("Broken rows skipped: %d. The first: %s", len(table.skipped), table.skipped[0])
+    if not data:
+        raise table.error(None, "No row of it can be used.", "Give a file with at least one whole row.")
+    return data
+
+
+def _row(table: Table, number: int, values: Mapping[str, Any], layout: Layout) -> tuple[str, str, str]:
+    """Instruction ("" where the task has one for all rows), input and reference of a row."""
+    prompt, reference = (text.strip() for text in table.texts_of(number, values, layout.needed))
+    reference = reference.removesuffix(END_MARKER).rstrip()
+    if not reference:
+        problem = f'The text in column "{layout.response}" is empty.'
+        raise table.error(number, problem, f"Fill it in or remove the {table.unit}.")
+    if layout.instruction is None:
+        return "", prompt if layout.clean_input is None else layout.clean_input(prompt), reference
+    if layout.split_prompt is not None:
+        return *layout.split_prompt(prompt), reference
+    return prompt, _optional_text(table, number, values, layout.input), reference
+
+
+def _without_last(
+    data: InstructionDataset, count: int
+) -> tuple[InstructionDataset | None, InstructionDataset]:
+    """All rows but the last, and the last `count`: a tenth of the rows where that would leave less than half."""
+    count = count if 2 * count <= len(data) else max(1, len(data) // 10)
+    first = len(data) - count
+    train = replace(data.select(range(first)), source=f"{data.source}, all but the last {count} rows")
+    evaluation = replace(data.select(range(first, len(data))), source=f"{data.source}, the last {count} rows")
+    return train if len(train) else None, evaluation
+
+
+def _hub_tables(task: GenerationTask) -> tuple[Table, Table | None]:
+    import datasets
+
+    name = "/".join(part for part in (task.hub_path, task.hub_config) if part is not None)
+    split = task.evaluation_split
+    try:
+        splits = datasets.load_dataset(task.hub_path, task.hub_config)
+        train, evaluation = splits["train"], None if split is None else splits[split]
+    except Exception as error:  # whatever the network, the hub or the cache comes up with
+        reason = " ".join(str(error).split()) or type(error).__name__
+        remedy = "Check the network, or give --data-dir with the task's files."
+        raise DataError(
+            f"It could not be loaded from the hub: {reason}.", file=name, remedy=remedy
+        ) from error
+    return (
+        table_of(train, f"{name} train", skip_broken=True),  # nobody can correct the rows of the hub
+        None if evaluation is None else table_of(evaluation, f"{name} {split}", skip_broken=True),
+    )
+
+
+def _local_tables(task: GenerationTask, root: Path) -> tuple[Table | None, Table | None]:
+    if not root.is_dir():
+        raise DataError("There is no such folder.", file=root, remedy="Check --data-dir.")
+    names = {plain_name(name) for name in (task.name, *task.aliases)}
+    inner = sorted(path for path in root.iterdir() if path.is_dir() and plain_name(path.name) in names)
+    for folder in (*inner, root):  # the folder with the task's name is the surer one
+        files = sorted(
+            path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in LOCAL_ENDINGS
+        )
+        train = _one_file(files, "train")
+        evaluation = next(filter(None, (_one_file(files, stem) for stem in task.evaluation_files)), None)
+        if train is None and evaluation is None and len(files) == 1:
+            train = files[0]
+        if train is not None or evaluation is not None:
+            return (
+                None if train is None else open_table(train, skip_broken=True),
+                None if evaluation is None else open_table(evaluation, skip_broken=True),
+            )
+    looked_for = ", ".join(f"{stem}{LOCAL_ENDINGS[0]}" for stem in ("train", *task.evaluation_files))
+    raise DataError(
+        f'There is no file of task "{task.name}" in it or in its folder "{task.name}".',
+        file=root,
+        remedy=f"Give the folder that holds {looked_for} (or {', '.join(LOCAL_ENDINGS[1:])}), or a single file.",
+    )
+
+
+def _one_file(files: Sequence[Path], stem: str) -> Path | None:
+    """The file whose name is the stem, or the only one whose name begins with it."""
+    begin = [path for path in files if path.stem.lower().startswith(stem)]
+    exact = [path for path in begin if path.stem.lower() == stem]
+    found = exact or begin
+    if len(found) > 1:
+        remedy = f"Keep one, or name the one to read {stem}{found[0].suffix}."
+        names = quoted(path.name for path in found)
+        raise DataError(f"Several files begin with {stem}: {names}.", file=found[0].parent, remedy=remedy)
+    return found[0] if found else None
+
+
+# On the way into the model
+
+
+class TokenizedPrompts(Dataset[dict[str, Any]]):
+    """Tokenized prompts with their responses, held as one flat array of token ids.
+
+    Args:
+        prompts: Token ids of every prompt.
+        responses: Token ids of every response, equally many rows; a prompt or a response may be empty, not both.
+
+    An item is a dict of `input_ids` (list of int, prompt and response), `labels` (list of int, the same with IGNORED in
+    place of the prompt) and `index` (int, the row's own position in this dataset).
+    """
+
+    def __init__(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> None:
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"prompts and responses must be equally many, got {len(prompts)} and {len(responses)}."
+            )
+        self.prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)  # (rows,) tokens
+        self.lengths = self.prompt_lengths + np.array([len(row) for row in responses], dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        parts = itertools.chain.from_iterable(zip(prompts, responses, strict=True))
+        arrays = [np.asarray(part, dtype=np.int32) for part in parts]
+        # (tokens of all rows,)
+        self._flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}.")
+        end, prompt = int(self._ends[index]), int(self.prompt_lengths[index])
+        input_ids: list[int] = self._flat[end - int(self.lengths[index]) : end].tolist()
+        return {
+            "input_ids": input_ids,
+            "labels": [IGNORED] * prompt + input_ids[prompt:],
+            "index": int(index),
+        }
+
+
+def encode_rows(
+    dataset: InstructionDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+) -> TokenizedPrompts:
+    """Tokenize prompts and responses to train on.
+
+    Of a row that is too long the input is cut first, from its end, so that the template's own text stays whole; then
+    the response, but not below SHORTEST_RESPONSE of `max_length`; then the instruction. A response that is cut has no
+    end of text after it.
+
+    Args:
+        dataset: Instructions with responses.
+        tokenizer: A Hugging Face tokenizer with an end-of-text token.
+        template: How prompts are written.
+        max_length: The most tokens of a row.
+        max_prompt_length: The most tokens of a prompt; None leaves that to `max_length`.
+
+    Returns:
+        The tokenized rows, in the same order.
+
+    Raises:
+        ValueError: No end-of-text token, or lengths with no room for the template's own text.
+    """
+    for name, length, least in (
+        ("max_length", max_length, 2),
+        ("max_prompt_length", max_prompt_length, 1),
+    ):
+        if length is not None and length < least:
+            raise ValueError(f"{name} must be at least {least}, got {length}.")
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError("The tokenizer must have an end-of-text token, got none. Set tokenizer.eos_token.")
+    encoder = _PromptEncoder(tokenizer, template)
+    longest_prompt = max_length if max_prompt_length is None else min(max_prompt_length, max_length)
+    shortest_response = max(1, int(SHORTEST_RESPONSE * max_length))
+    prompts: list[NDArray[np.int32]] = []  # arrays at once: lists of a large data set would take gigabytes
+    responses: list[NDArray[np.int32]] = []
+    for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
+        part = dataset.select(range(start, min(start + TOKENIZED_AT_ONCE, len(dataset))))
+        asked = list(zip(part.instructions, part.inputs, strict=True))
+        for (instruction, context), prompt, bare in zip(
+            asked, encoder.prompts(asked), encoder.tokens_of(part.references), strict=True
+        ):
+            response = [*bare, end]
+            room = min(longest_prompt, max_length - len(response))
+            context, prompt = encoder.cut_input(instruction, context, prompt, room)
+            if len(prompt) > room:
+                left = max_length - min(len(prompt), longest_prompt)
+                response = response[: max(left, shortest_response)]
+                room = min(longest_prompt, max_length - len(response))
+                prompt = encoder.cut_instruction(instruction, context, prompt, room)
+            prompts.append(np.array(prompt, dtype=np.int32))
+            responses.append(np.array(response, dtype=np.int32))
+    return TokenizedPrompts(prompts, responses)
+
+
+def encode_prompts(
+    prompts: InstructionDataset | Iterable[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    *,
+    max_prompt_length: int,
+) -> list[list[int]]:
+    """Token ids of prompts to respond to, the same as in `encode_rows`.
+
+    Args:
+        prompts: A data set, or pairs of an instruction and an input ("" for none).
+        tokenizer: A Hugging Face tokenizer.
+        template: How prompts are written.
+        max_prompt_length: The most tokens of a prompt: of a longer one the input is cut from its end, then the
+            instruction.
+
+    Returns:
+        One list of token ids a prompt, not padded.
+
+    Raises:
+        DataError: A prompt of which no token is left.
+        ValueError: A `max_prompt_length` with no room for the template's own text.
+    """
+    if isinstance(prompts, InstructionDataset):
+        prompts = zip(prompts.instructions, prompts.inputs, strict=True)
+    asked = list(prompts)
+    encoder = _PromptEncoder(tokenizer, template)
+    encoded: list[list[int]] = []
+    for (instruction, context), prompt in zip(asked, encoder.prompts(asked), strict=True):
+        context, prompt = encoder.cut_input(instruction, context, prompt, max_prompt_length)
+        encoded.append(encoder.cut_instruction(instruction, context, prompt, max_prompt_length))
+    if [] in encoded:
+        row = encoded.index([]) + 1
+        raise DataError("The prompt has no token.", row=row, unit="prompt", remedy="Write one, or remove it.")
+    return encoded
+
+
+class _PromptEncoder:
+    """A tokenizer and a template together: prompts that keep to a limit."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        special: list[int] = tokenizer("a")["input_ids"]
+        starts = (start for start in range(len(special)) if special[start : start + len(bare)] == bare)
+        # Tokens that begin a text; those with which some tokenizers end one would end it before the response.
+        self.beginning = special[: next(starts, 0)]
+
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts with no special ones around them."""
+        return self.tokenizer([*texts], add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def prompts(self, asked: Iterable[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of the prompts of instructions with their inputs."""
+        texts = [self.template.render(instruction, context) for instruction, context in asked]
+        beginnings = [[] if text and self.template.holds_special_tokens else self.beginning for text in texts]
+        return [[*first, *rest] for first, rest in zip(beginnings, self.tokens_of(texts), strict=True)]
+
+    def cut_input(
+        self, instruction: str, context: str, prompt: list[int], limit: int
+    ) -> tuple[str, list[int]]:
+        """As much of the input as fits, and the prompt, which may still be too long where nothing fits."""
+        count = len(self.tokens_of([context])[0]) if context and len(prompt) > limit else 0
+        while context and len(prompt) > limit:
+            count -= len(prompt) - limit
+            context = self._first(context, count)
+            (prompt,) = self.prompts([(instruction, context)])
+        return context, prompt
+
+    def cut_instruction(self, instruction: str, context: str, prompt: list[int], limit: int) -> list[int]:
+        """The prompt with as much of the instruction as fits."""
+        count = len(self.tokens_of([instruction])[0]) if len(prompt) > limit else 0
+        fixed = len(prompt) - count
+        while len(prompt) > limit:
+            count -= len(prompt) - limit
+            instruction = self._first(instruction, count)
+            if not instruction:
+                raise ValueError(
+                    f"The prompt's length must be above the {fixed} tokens of the prompt template, got {limit}. "
+                    "Raise max_length or max_prompt_length, or take a shorter template."
+                )
+            (prompt,) = self.prompts([(instruction, context)])
+        return prompt
+
+    def _first(self, text: str, count: int) -> str:
+        """The first `count` tokens of a text."""
+        if count <= 0:
+            return ""
+        if not self.tokenizer.is_fast:
+            return str(self.tokenizer.decode(self.tokens_of([text])[0][:count])).rstrip()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return text[: encoded["offset_mapping"][:count][-1][1]].rstrip()
+
+
+def collate_rows(items: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str, Tensor]:
+    """A batch of tensors from items of different length, padded on the right to the longest.
+
+    Args:
+        items: Items of a `TokenizedPrompts`; at least one.
+        pad_token_id: Token of the padding; no attention is paid to it.
+
+    Returns:
+        `input_ids`, `attention_mask` (1 = real token) and `labels` (IGNORED on prompt and padding), each (rows, tokens)
+        int64, and `index`, (rows,) int64.
+    """
+    width = max(len(item["input_ids"]) for item in items)
+
+    def padded(rows: Iterable[Sequence[int]], padding: int) -> Tensor:  # (rows, tokens)
+        return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+    return {
+        "input_ids": padded((item["input_ids"] for item in items), pad_token_id),
+        "attention_mask": padded(([1] * len(item["input_ids"]) for item in items), 0),
+        "labels": padded((item["labels"] for item in items), IGNORED),
+        "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
+    }
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of different length, padded on the left so that all end, and go on, at the same place.
+
+    Args:
+        rows: Token ids of every row; at least one row.
+        pad_token_id: Token of the padding; no attention is paid to it.
+
+    Returns:
+        `input_ids` and `attention_mask` (1 = real token), both (rows, tokens) int64.
+
+    Example:
+        >>> pad_left([[5], [6, 7]], 0)[0].tolist()
+        [[0, 5], [6, 7]]
+    """
+    width = max(len(row) for row in rows)
+    input_ids = [[*[pad_token_id] * (width - len(row)), *row] for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(input_ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)

@@ -147,59 +147,29 @@ class TrainingConfig:
     """Experiment tracker, through accelerate."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field_ in dataclasses.fields(self):
-            choices = get_args(hints[field_.name])
-            if choices and all(isinstance(choice, str) for choice in choices):
-                require_choice(field_.name, getattr(self, field_.name), choices)
         object.__setattr__(self, "layer_costs", tuple(float(cost) for cost in self.layer_costs))
-        for name in ("head_dropout", "ensemble_decay", "policy_dropout", "warmup_ratio", "price_warmup"):
-            require_range(name, getattr(self, name), 0, 1, open_end=True)
-        for name in ("weighted_sum_share", "max_accuracy_loss"):
-            require_range(name, getattr(self, name), 0, 1)
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}.")
-        positive = (
-            "num_queries policy_hidden_size max_length batch_size gradient_accumulation_steps learning_rate "
-            "head_learning_rate max_grad_norm warmup_epochs policy_epochs policy_min_steps policy_batch_size "
-            "policy_learning_rate patience checkpoint_every max_cache_mb"
+        check_fields(
+            self,
+            positive=(
+                "num_queries policy_hidden_size max_length batch_size gradient_accumulation_steps learning_rate "
+                "head_learning_rate max_grad_norm warmup_epochs policy_epochs policy_min_steps policy_batch_size "
+                "policy_learning_rate patience checkpoint_every max_cache_mb"
+            ),
+            not_negative="weight_decay distillation rounds consistent_epochs policy_weight_decay entropy_bonus",
+            shares="weighted_sum_share max_accuracy_loss",
+            shares_below_one="head_dropout ensemble_decay policy_dropout warmup_ratio price_warmup",
         )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        not_negative = "weight_decay distillation rounds consistent_epochs policy_weight_decay entropy_bonus"
-        for name in not_negative.split():
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.classifier_hidden_size is not None and not self.classifier_hidden_size > 0:
             raise ValueError(f"classifier_hidden_size must be above 0, got {self.classifier_hidden_size}.")
         if self.consistent_learning_rate is not None and not self.consistent_learning_rate > 0:
             raise ValueError(
                 f"consistent_learning_rate must be above 0, got {self.consistent_learning_rate}."
             )
-        if self.num_rollouts < 2:
-            raise ValueError(f"num_rollouts must be at least 2, got {self.num_rollouts}.")
-        if self.policy_folds < 2:
-            raise ValueError(f"policy_folds must be at least 2, got {self.policy_folds}.")
-        if not self.layer_costs or not all(cost >= 0 for cost in self.layer_costs):
-            raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(self.layer_costs)}.")
-        if self.prices == "range" and min(self.layer_costs) == 0 < max(self.layer_costs):
-            raise ValueError(
-                f"layer_costs must be above 0 for a range of prices, got {list(self.layer_costs)}. "
-                "Start it at a small price such as 0.001, or take prices: each."
-            )
-        if self.batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"batch_size must be a multiple of gradient_accumulation_steps, got {self.batch_size} "
-                f"and {self.gradient_accumulation_steps}."
-            )
+        check_shared_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, ready for JSON or YAML."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        return plain_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
@@ -220,8 +190,13 @@ class Recipe:
     backbone: str | None = None
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe: keys of `TrainingConfig`, and optionally `task` and `backbone`.
+def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Recipe:
+    """Read a YAML recipe: keys of a training config, and optionally `task` and `backbone`.
+
+    Args:
+        path: the file.
+        config_class: whose keys they are, `TrainingConfig` or `GenerationTrainingConfig`; None takes what the recipe's
+            task asks for.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -237,17 +212,28 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(values, dict):
         raise ValueError(f"Recipe {path} must be a mapping of settings, got {type(values).__name__}.")
     names = {key: values.pop(key) for key in ("task", "backbone") if key in values}
+    if config_class is None:
+        config_class = config_class_of(names.get("task"))
     try:
-        settings = checked_settings(values)
-        TrainingConfig(**settings)
+        settings = checked_settings(values, config_class)
+        config_class(**settings)
     except ValueError as error:
         raise ValueError(f"Recipe {path}: {error}") from error
     return Recipe(settings=settings, **names)
 
 
-def checked_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def config_class_of(task: str | None) -> type[Any]:
+    """Whose keys a task's recipe has: `GenerationTrainingConfig` for one of generation, else `TrainingConfig`."""
+    # The other config is built on this module.
+    from consistentee.generation.config import GenerationTrainingConfig
+    from consistentee.generation.tasks import is_generation_task
+
+    return GenerationTrainingConfig if task and is_generation_task(str(task)) else TrainingConfig
+
+
+def checked_settings(values: Mapping[str, Any], config_class: type[Any] = TrainingConfig) -> dict[str, Any]:
     """The given settings with each value in its field's type; raises ValueError on an unknown key or a wrong type."""
-    hints = get_type_hints(TrainingConfig)
+    hints = get_type_hints(config_class)
     settings: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
@@ -262,25 +248,89 @@ def _checked_value(key: str, value: Any, hint: Any) -> Any:
     if key == "layer_costs":
         costs = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_checked_value("each of layer_costs", cost, float) for cost in costs)
-    if hint is bool:
+    kinds = get_args(hint) or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if bool in kinds:
         if not isinstance(value, bool):
             raise ValueError(f"{key} must be true or false, got {value!r}.")
         return value
-    if hint is int:
+    if int in kinds:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{key} must be a whole number, got {value!r}.")
         return value
-    if hint is float or type(None) in get_args(hint):
-        if value is None and hint is not float:
-            return None
+    if float in kinds:
         try:
             if isinstance(value, bool) or not isinstance(value, (int, float, str)):
                 raise TypeError
             return float(value)  # YAML reads 1e-5 as text
         except (TypeError, ValueError):
             raise ValueError(f"{key} must be a number, got {value!r}.") from None
-    require_choice(key, value, get_args(hint))
+    if str in kinds:
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be text, got {value!r}.")
+        return value
+    require_choice(key, value, kinds)
     return value
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """The settings of a training config as plain values, ready for JSON or YAML."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def check_fields(
+    config: Any, *, positive: str, not_negative: str, shares: str, shares_below_one: str
+) -> None:
+    """Raise ValueError unless all choices are among theirs and the named fields lie where they must.
+
+    Args:
+        config: a training config.
+        positive: names of fields that must be above 0, separated by spaces.
+        not_negative: of fields that must be >= 0.
+        shares: of fields that must be in [0, 1].
+        shares_below_one: of fields that must be in [0, 1).
+    """
+    hints = get_type_hints(type(config))
+    for field_ in dataclasses.fields(config):
+        choices = get_args(hints[field_.name])
+        if choices and all(isinstance(choice, str) for choice in choices):
+            require_choice(field_.name, getattr(config, field_.name), choices)
+    for name in shares_below_one.split():
+        require_range(name, getattr(config, name), 0, 1, open_end=True)
+    for name in shares.split():
+        require_range(name, getattr(config, name), 0, 1)
+    if not 0 < config.validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be between 0 and 1, got {config.validation_fraction}.")
+    for name in positive.split():
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(config, name)}.")
+    for name in not_negative.split():
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}.")
+
+
+def check_shared_fields(config: Any) -> None:
+    """Raise ValueError unless rollouts, folds, prices and the parts of a batch make sense, in either config."""
+    if config.num_rollouts < 2:
+        raise ValueError(f"num_rollouts must be at least 2, got {config.num_rollouts}.")
+    if config.policy_folds < 2:
+        raise ValueError(f"policy_folds must be at least 2, got {config.policy_folds}.")
+    if not config.layer_costs or not all(cost >= 0 for cost in config.layer_costs):
+        raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(config.layer_costs)}.")
+    if config.prices == "range" and min(config.layer_costs) == 0 < max(config.layer_costs):
+        raise ValueError(
+            f"layer_costs must be above 0 for a range of prices, got {list(config.layer_costs)}. "
+            "Start it at a small price such as 0.001, or take prices: each."
+        )
+    if config.batch_size % config.gradient_accumulation_steps:
+        raise ValueError(
+            f"batch_size must be a multiple of gradient_accumulation_steps, got {config.batch_size} "
+            f"and {config.gradient_accumulation_steps}."
+        )
 
 
 def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,22 @@ def trade_off_curve(scores: Tensor, layer_logits: Tensor, labels: Tensor, criter
         labels: (rows,), int64.
         criterion: one of `CRITERIA`, whose thresholds these are.
     """
+    right = layer_logits.argmax(-1) == labels[:, None]
+    return curve_of_thresholds(scores, right, candidate_thresholds(scores, criterion))
+
+
+def curve_of_thresholds(scores: Tensor, right: Tensor, thresholds: Iterable[float]) -> list[CurvePoint]:
+    """Accuracy and mean exit layer at each of some thresholds.
+
+    Args:
+        scores: (instances, layers), exit scores.
+        right: (instances, layers), bool, whether an exit at a layer would be right.
+        thresholds: to try.
+    """
     num_layers = scores.shape[1]
-    right = (layer_logits.argmax(-1) == labels[:, None]).float()
+    right = right.float()
     points: list[CurvePoint] = []
-    for threshold in candidate_thresholds(scores, criterion):
+    for threshold in thresholds:
         exit_layer = choose_exit_layer(scores, threshold)
         mean = float(exit_layer.float().mean())
         accuracy = float(right.gather(1, exit_layer[:, None] - 1).mean())
@@ -60,8 +72,13 @@ def budget_hits(scores: Tensor, layer_logits: Tensor, labels: Tensor, points: Se
     Returns:
         (rows,), int64.
     """
-    right = (layer_logits.argmax(-1) == labels[:, None]).long()
-    hits = torch.zeros_like(labels)
+    return hits_at_budgets(scores, layer_logits.argmax(-1) == labels[:, None], points)
+
+
+def hits_at_budgets(scores: Tensor, right: Tensor, points: Sequence[CurvePoint]) -> Tensor:
+    """As `budget_hits`, from which exits would be right, (instances, layers) bool; gives (instances,), int64."""
+    right = right.long()
+    hits = torch.zeros_like(right[:, 0])
     for budget in BUDGETS:
         fast = [point for point in points if point.layer_speedup >= budget]
         if fast:

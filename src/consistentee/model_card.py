@@ -30,6 +30,8 @@ def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> Path:
 
 def model_card(record: Mapping[str, Any]) -> str:
     """The text of the card, Markdown with YAML front matter."""
+    if str(record.get("kind")).endswith("_generation"):
+        return _generation_card(record)
     exits = record.get("kind") != "full_depth"
     task = record.get("task")
     backbone = str(record.get("backbone") or "an encoder")
@@ -60,6 +62,107 @@ def model_card(record: Mapping[str, Any]) -> str:
     lines += ["", "## Figures", "", *_figures(record), "", "## Use", "", *_usage(exits, record)]
     lines += ["", "## Training", "", *_training(record)]
     return "\n".join(lines) + "\n"
+
+
+def _generation_card(record: Mapping[str, Any]) -> str:
+    """The card of a causal language model, with or without exits."""
+    exits = record["kind"] == "early_exit_generation"
+    backbone = str(record.get("backbone") or "a language model")
+    front: dict[str, Any] = {
+        "library_name": "consistentee" if exits else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["consistentee", "early-exit", "text-generation"] if exits else ["text-generation"],
+    }
+    if _is_hub_name(backbone):
+        front["base_model"] = backbone
+    of_task = f" for {record['task']}" if record.get("task") else ""
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
+    if exits:
+        lines += [
+            f"# Early-exit language model{of_task}",
+            "",
+            f"`{_short(backbone)}` with an exit and a policy after every layer, trained the ConsistentEE way "
+            "([arXiv:2312.11882](https://arxiv.org/abs/2312.11882)): every generated token leaves at the layer that is "
+            "good enough for it. The threshold is the dial: higher is deeper, slower and safer.",
+        ]
+    else:
+        lines += [
+            f"# Plain language model{of_task}",
+            "",
+            f"`{_short(backbone)}` fine-tuned without exits: the reference for early exits.",
+        ]
+    lines += ["", "## Figures", ""]
+    lines += _text_figures(record.get("evaluation") or {}) + _token_figures(record.get("validation") or {})
+    lines += ["", "## Use", "", *_generation_usage(exits), "", "## Training", "", *_training(record)]
+    return "\n".join(lines) + "\n"
+
+
+def _text_figures(evaluation: Mapping[str, Any]) -> list[str]:
+    """What an evaluation found of generated texts; nothing where there is none."""
+    if not evaluation:
+        return []
+    rows = [(name, f"{value:.4g}") for name, value in (evaluation.get("metrics") or {}).items()]
+    if "mean_exit_layer" in evaluation:
+        depth = evaluation["num_hidden_layers"]
+        rows += [
+            ("mean exit layer", f"{evaluation['mean_exit_layer']:.2f} of {depth}"),
+            ("layer speed-up", f"{evaluation['layer_speedup']:.2f}x"),
+        ]
+    count = evaluation.get("num_examples")
+    number = f"{count:,} " if count is not None else ""
+    lines = [f"Measured on {number}rows that training has not seen.", ""]
+    return [*lines, *_table(("figure", "value"), rows), ""]
+
+
+def _token_figures(validation: Mapping[str, Any]) -> list[str]:
+    """What selection saw of response tokens, each predicted from the reference text before it."""
+    if "accuracy" not in validation:
+        return ["None yet."]
+    lines = [
+        f"On {validation['num_examples']:,} response tokens of the validation texts, each predicted from the reference "
+        "text before it; they chose thresholds and stopping:",
+        "",
+    ]
+    rows = [("token accuracy", _percent(validation["accuracy"]))]
+    if "full_depth_accuracy" in validation:
+        rows += [
+            ("token accuracy of the last layer", _percent(validation["full_depth_accuracy"])),
+            ("mean exit layer", f"{validation['mean_exit_layer']:.2f}"),
+            ("layer speed-up", f"{validation['layer_speedup']:.2f}x"),
+        ]
+    lines += _table(("figure", "value"), rows)
+    if validation.get("criteria"):
+        lines += ["", "By exit rule, each at the threshold that training chose for it:", ""]
+        lines += _table(
+            ("exit rule", "threshold", "token accuracy", "mean exit layer"),
+            [
+                (
+                    name,
+                    f"{point['threshold']:.4g}",
+                    _percent(point["accuracy"]),
+                    f"{point['mean_exit_layer']:.2f}",
+                )
+                for name, point in validation["criteria"].items()
+            ],
+        )
+    return lines
+
+
+def _generation_usage(exits: bool) -> list[str]:
+    imports = ["import consistentee"] if exits else []
+    return [
+        "```python",
+        *imports,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+        'model = AutoModelForCausalLM.from_pretrained("this-folder")',
+        'model.generate(**tokenizer("some prompt", return_tensors="pt"), max_new_tokens=100)',
+        "```",
+        "",
+        "Prompts are to be written as in training: the template is in "
+        f"`{'config.json' if exits else 'training_record.json'}`.",
+    ]
 
 
 def _figures(record: Mapping[str, Any]) -> list[str]:

@@ -14,29 +14,51 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from consistentee.batches import LengthGroupedBatches, TokenizedDataset
-from consistentee.config import TrainingConfig
+from consistentee.batches import LengthGroupedBatches
 from consistentee.errors import require_extra
+from consistentee.generation.config import AnyTrainingConfig
 from consistentee.states import Collate
 
 PATIENCE_OF_PROCESSES = timedelta(days=1)  # the others wait while the main process fits policies
 
 Figures = dict[str, Tensor]
 LossAndFigures = Callable[[Any, Tensor], tuple[Tensor, Figures]]
-"""(output, labels) -> loss of every row, (rows,), and figures of every row for the progress bar, each (rows,)."""
+"""(output, labels) -> loss of every row, (rows,), and figures of every row for the progress bar, each (rows,), NaN for
+a row that has none."""
 
 
-def make_accelerator(config: TrainingConfig, output_dir: str) -> Accelerator:
+class Rows(Protocol):
+    """Tokenized rows: items for the collating function, and their lengths in tokens, (rows,)."""
+
+    lengths: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def make_accelerator(
+    config: AnyTrainingConfig, output_dir: str, *, unused_parameters: bool = False
+) -> Accelerator:
     """An accelerator with the configured precision and tracker.
+
+    Args:
+        config: settings.
+        output_dir: where the tracker writes.
+        unused_parameters: whether steps leave parameters out, which several processes must be told.
 
     Raises:
         ImportError: the tracker is not installed.
@@ -56,7 +78,10 @@ def make_accelerator(config: TrainingConfig, output_dir: str) -> Accelerator:
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=output_dir,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Optimisation` does its own
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE_OF_PROCESSES)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE_OF_PROCESSES),
+            DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
+        ],
     )
 
 
@@ -73,7 +98,7 @@ def resolve_precision(mixed_precision: str) -> str:
     return "bf16" if native else "no"
 
 
-def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: AnyTrainingConfig) -> list[dict[str, Any]]:
     """Backbone and new parameters apart, each with and without weight decay; the policy is trained elsewhere."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -89,7 +114,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     ]
 
 
-def schedule_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+def schedule_factor(step: int, total_steps: int, config: AnyTrainingConfig) -> float:
     """What the peak learning rates are multiplied by at a step: a linear rise, then a linear fall or a constant."""
     rise = math.ceil(config.warmup_ratio * total_steps)
     if step < rise:
@@ -107,16 +132,18 @@ class Optimisation:
         model: as prepared by the accelerator; its `forward` is what is called.
         total_steps: planned length of the whole run, which the learning rate follows.
         step: optimizer steps taken.
+        row_weights: (rows,), what a row's loss weighs in the mean over a batch; None where all weigh the same.
     """
 
     accelerator: Accelerator
     model: nn.Module
     optimizer: Any
-    dataset: TokenizedDataset
+    dataset: Rows
     collate: Collate
-    config: TrainingConfig
+    config: AnyTrainingConfig
     total_steps: int
     step: int = 0
+    row_weights: Tensor | None = None
     checkpoint: Callable[[], None] = lambda: None
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -136,6 +163,7 @@ class Optimisation:
         phase: str,
         learning_rate: float,
         before_step: Callable[[], object] = lambda: None,
+        objective: Callable[..., Any] | None = None,
     ) -> None:
         """Take steps until `step` reaches `until`.
 
@@ -145,6 +173,7 @@ class Optimisation:
             phase: name on the progress bar and in the tracker.
             learning_rate: the backbone's peak in this phase.
             before_step: called with the model in training mode, to put parts of it into another.
+            objective: handed to the model's `forward` with the labels, where losses are computed inside it.
 
         Raises:
             FloatingPointError: the loss is infinite or not a number.
@@ -158,7 +187,7 @@ class Optimisation:
                 epoch, offset = divmod(self.step, len(self.batches))
                 self.batches.set_epoch(epoch, offset)
                 for rows in itertools.islice(self.batches, until - self.step):
-                    self._step(rows, loss_of, learning_rate, before_step)
+                    self._step(rows, loss_of, learning_rate, before_step, objective)
                     bar.update()
                     bar.set_postfix(
                         {name: f"{value:.3f}" for name, value in self.figures.items()}, refresh=False
@@ -176,6 +205,7 @@ class Optimisation:
         loss_of: LossAndFigures,
         learning_rate: float,
         before_step: Callable[[], object],
+        objective: Callable[..., Any] | None,
     ) -> None:
         accelerator = self.accelerator
         torch.manual_seed(step_seed(self.config.seed, self.step, accelerator.process_index))
@@ -190,6 +220,9 @@ class Optimisation:
         real = torch.tensor([1.0] * len(mine) + [0.0] * (share - len(mine)), device=accelerator.device)
         # Equally many rows on every process; the extra ones weigh nothing.
         mine += [rows[0]] * (share - len(mine))
+        if self.row_weights is not None:
+            mean = self.row_weights[list(rows)].mean().clamp_min(torch.finfo(torch.float32).tiny)
+            real *= (self.row_weights[mine] / mean).to(real.device)
         parts = torch.arange(share).split(math.ceil(share / self.config.gradient_accumulation_steps))
         totals: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
@@ -198,26 +231,30 @@ class Optimisation:
             labels = batch.pop("labels")
             last = number == len(parts) - 1  # only then are gradients exchanged between processes
             with nullcontext() if last else accelerator.no_sync(self.model):
-                output = self.model(**batch)
+                inside = {} if objective is None else {"labels": labels, "objective": objective}
+                output = self.model(**batch, **inside)
                 losses, figures = loss_of(output, labels)
                 weights = real[part.to(real.device)]
                 # Processes average their gradients, hence the factor: the mean over the whole batch comes out.
                 loss = (losses * weights).sum() / len(rows) * accelerator.num_processes
                 accelerator.backward(loss)
-            for name, values in {"loss": losses.detach(), **figures}.items():
-                totals[name] = (
-                    totals.get(name, torch.zeros((), device=real.device)) + (values * weights).sum()
-                )
+            for name, values in {**figures, "loss": losses.detach()}.items():
+                known = torch.ones_like(weights) if name == "loss" else (~values.isnan()).to(weights.dtype)
+                known_values = values if name == "loss" else values.nan_to_num()
+                sums = torch.stack([(known_values * weights).sum(), (known * weights).sum()])
+                totals[name] = totals[name] + sums if name in totals else sums
         accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        sums = cast(Tensor, accelerator.reduce(torch.stack([*totals.values()])))
-        means: list[float] = (sums / len(rows)).tolist()
-        for name, value in zip(totals, means, strict=True):
+        reduced = cast(Tensor, accelerator.reduce(torch.stack([*totals.values()])))
+        for name, (total, weight) in zip(totals, reduced.tolist(), strict=True):
+            if weight == 0:
+                continue
+            value = float(total / weight)
             self.figures[name] = 0.95 * self.figures.get(name, value) + 0.05 * value  # smoothed, for reading
         scaled = accelerator.scaler is not None  # a scaler leaves out steps that overflow
-        if not scaled and not math.isfinite(self.figures["loss"]):
+        if not scaled and not math.isfinite(self.figures.get("loss", 0.0)):
             raise FloatingPointError(
                 f"loss must be finite, got {self.figures['loss']} at step {self.step}. Lower learning_rate or "
                 "head_learning_rate, or take mixed_precision no."

@@ -10,18 +10,22 @@ import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from consistentee.atomic import write_text
 from consistentee.config import Recipe, TrainingConfig, load_recipe
+from consistentee.generation.config import AnyTrainingConfig, GenerationTrainingConfig
+from consistentee.generation.tasks import is_generation_task
 
 if TYPE_CHECKING:
     from consistentee.data import TextDataset
 
 DATA = Group("Data", sort_key=1)
 SETTINGS = Group("Settings (also keys of a recipe)", sort_key=3)
+CLASSIFIER_SETTINGS = Group("Settings of classifiers only", sort_key=4)
+GENERATOR_SETTINGS = Group("Settings of text generators only", sort_key=5)
 
 HELD_OUT_SHARE = 0.1  # of the rows of a training file that comes without an evaluation file
 HELD_OUT_FILE = "held_out.jsonl"
@@ -29,6 +33,10 @@ HELD_OUT_FILE = "held_out.jsonl"
 Columns = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 NOT_GIVEN: Any = object()  # not None: "none" is a value that some settings have
 Flag = Annotated[bool, Parameter(negative=())]
+
+
+Kind = Literal["classification", "generation"]
+"""What a model is for."""
 
 
 class UsageError(ValueError):
@@ -41,11 +49,15 @@ class DataOptions:
     """Which rows to read: a task by name, or files of one's own.
 
     Args:
-        task: A task by name: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow.
+        task: A task by name: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow; to generate text: alpaca,
+            dolly, cnndm, xsum.
         data_dir: The task's local folder; without it the task comes from the model hub.
         eval_file: Rows to report on: CSV, TSV, JSONL, Parquet or a `datasets` folder.
-        text_columns: The column of the text, or the two columns of a pair.
-        label_column: The column of the label.
+        text_columns: To classify: the column of the text, or the two columns of a pair.
+        label_column: To classify: the column of the label.
+        prompt_column: To generate: the column of the instruction. [default: the usual names]
+        input_column: To generate: the column of what the instruction is about. [default: the usual names]
+        response_column: To generate: the column of the text to generate. [default: the usual names]
     """
 
     task: str | None = None
@@ -53,6 +65,43 @@ class DataOptions:
     eval_file: Path | None = None
     text_columns: Columns = None
     label_column: str | None = None
+    prompt_column: str | None = None
+    input_column: str | None = None
+    response_column: str | None = None
+
+    def check_kind(self, kind: Kind) -> None:
+        """Columns are those of the kind of rows.
+
+        Raises:
+            UsageError: a column that the other kind has.
+        """
+        if kind == "generation" and self.has_classifier_columns:
+            raise UsageError(
+                "--text-columns and --label-column go with rows to classify, and these are of text to generate."
+            )
+        if kind == "classification" and self.has_generator_columns:
+            raise UsageError(
+                "--prompt-column, --input-column and --response-column go with text to generate, and these are rows to "
+                "classify."
+            )
+
+    @property
+    def has_classifier_columns(self) -> bool:
+        """Whether columns of rows to classify are given."""
+        return bool(self.text_columns or self.label_column)
+
+    @property
+    def has_generator_columns(self) -> bool:
+        """Whether columns of text to generate are given."""
+        return any((self.prompt_column, self.input_column, self.response_column))
+
+    def generator_columns(self) -> dict[str, str | None]:
+        """The columns as `load_generation_files` takes them."""
+        return {
+            "prompt_column": self.prompt_column,
+            "input_column": self.input_column,
+            "response_column": self.response_column,
+        }
 
     def check_columns(self, file_option: str, file: Path | None) -> None:
         """Columns belong to files and files need them.
@@ -67,7 +116,10 @@ class DataOptions:
                 )
             return
         if not self.text_columns or not self.label_column:
-            raise UsageError(f"{file_option} needs --text-columns and --label-column.")
+            raise UsageError(
+                f"{file_option} needs --text-columns and --label-column to classify, or --response-column to generate "
+                "text."
+            )
         if len(self.text_columns) > 2:
             raise UsageError(f"--text-columns takes one column or two, got {len(self.text_columns)}.")
 
@@ -78,12 +130,36 @@ class TrainingDataOptions(DataOptions):
     """Which rows to train on.
 
     Args:
-        train_file: Rows to train on: CSV, TSV, JSONL, Parquet or a `datasets` folder.
+        train_file: Rows to train on: CSV, TSV, JSONL, Parquet or a `datasets` folder; to generate text also a .txt
+            file of texts.
         max_train_samples: Train on at most so many rows, every class with its share.
     """
 
     train_file: Path | None = None
     max_train_samples: int | None = None
+
+    def kind(self, recipe_task: str | None = None) -> Kind:
+        """What is to be trained: of a task its kind; of a file, generation with its columns or for a .txt file.
+
+        Args:
+            recipe_task: taken where the command line names neither task nor file.
+
+        Raises:
+            UsageError: columns of both kinds, or of the other kind.
+        """
+        if self.has_classifier_columns and self.has_generator_columns:
+            raise UsageError(
+                "--text-columns and --label-column (to classify) and --prompt-column, --input-column and "
+                "--response-column (to generate text) exclude each other: give one or the other."
+            )
+        if self.train_file is not None and self.task is None:
+            is_text = self.train_file.suffix.lower() == ".txt" and not self.train_file.is_dir()
+            kind: Kind = "generation" if self.has_generator_columns or is_text else "classification"
+        else:
+            task = self.task or recipe_task
+            kind = "generation" if task is not None and is_generation_task(task) else "classification"
+        self.check_kind(kind)
+        return kind
 
 
 def _field_docs(cls: type) -> dict[str, str]:
@@ -104,24 +180,48 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def _setting_options() -> type:
-    """A dataclass with every field of `TrainingConfig`, `NOT_GIVEN` where the command line does not give it."""
-    hints, docs = get_type_hints(TrainingConfig), _field_docs(TrainingConfig)
+    """A dataclass with every field of both training configs, `NOT_GIVEN` where the command line does not give it."""
+    classes = (TrainingConfig, GenerationTrainingConfig)
+    hints = [get_type_hints(cls) for cls in classes]
+    docs = [_field_docs(cls) for cls in classes]
+    defaults = [{field.name: field.default for field in dataclasses.fields(cls)} for cls in classes]
     fields: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(TrainingConfig):
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        shown = "" if default is None else f" [default: {default}]"
+    for name in dict.fromkeys([*defaults[0], *defaults[1]]):
+        of = [kind for kind in (0, 1) if name in defaults[kind]]
+        hint = _either(hints[0][name], hints[1][name]) if len(of) == 2 else hints[of[0]][name]
+        shown = [_shown(defaults[kind][name]) for kind in of]
+        default = f" [default: {shown[0]}]" if shown[0] else ""
+        if shown[-1] != shown[0]:
+            default += f" [default to generate text: {shown[-1]}]"
         parameter = Parameter(
-            help=f"{docs.get(field.name, '')}{shown}",
-            group=SETTINGS,
+            help=docs[of[0]].get(name, "") + default,
+            group=SETTINGS if len(of) == 2 else (CLASSIFIER_SETTINGS, GENERATOR_SETTINGS)[of[0]],
             show_default=False,
-            negative=None if hints[field.name] is bool else (),
-            consume_multiple=isinstance(field.default, tuple),
+            negative=None if hint is bool else (),
+            consume_multiple=isinstance(defaults[of[0]][name], tuple),
         )
-        fields.append((field.name, Annotated[hints[field.name], parameter], NOT_GIVEN))
+        fields.append((name, Annotated[hint, parameter], NOT_GIVEN))
     options = dataclasses.make_dataclass(
         "SettingOptions", fields, frozen=True, namespace={"__module__": __name__}
     )
     return Parameter(name="*")(options)
+
+
+def _shown(default: Any) -> str:
+    """A default as the help shows it; "" for none."""
+    if default is None:
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _either(first: Any, second: Any) -> Any:
+    """A type for what either of two fields takes: choices are joined."""
+    if first == second:
+        return first
+    if get_origin(first) is Literal and get_origin(second) is Literal:
+        choices = tuple(dict.fromkeys((*get_args(first), *get_args(second))))
+        return Literal[choices]
+    return first | second
 
 
 if TYPE_CHECKING:
@@ -130,27 +230,50 @@ else:
     SettingOptions = _setting_options()
 
 
-def training_config(settings: Any, recipe: Recipe) -> TrainingConfig:
+def training_config(
+    settings: Any, recipe: Recipe, config_class: type[AnyTrainingConfig] = TrainingConfig
+) -> AnyTrainingConfig:
     """The settings of a run: command line before recipe before defaults.
 
     Args:
         settings: the command line's `SettingOptions`, or None where none was given.
         recipe: the recipe file's.
+        config_class: `TrainingConfig` or `GenerationTrainingConfig`.
 
     Raises:
-        UsageError: a value is out of its range.
+        UsageError: a value is out of its range, or a setting belongs to the other kind of model.
     """
     values = {} if settings is None else vars(settings)
     given = {name: value for name, value in values.items() if value is not NOT_GIVEN}
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for name in given:
+        if name not in known:
+            kinds = ("text generators", "a classifier")
+            of, here = kinds if config_class is TrainingConfig else ("classifiers", "a text generator")
+            raise UsageError(f"--{name.replace('_', '-')} is a setting of {of}, and this trains {here}.")
     try:
-        return TrainingConfig.from_dict({**recipe.settings, **given})
+        return config_class.from_dict({**recipe.settings, **given})
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def read_recipe(path: Path | None) -> Recipe:
-    """The recipe file, or an empty recipe."""
-    return Recipe() if path is None else load_recipe(path)
+def read_recipe(path: Path | None, options: TrainingDataOptions | None = None) -> Recipe:
+    """The recipe file, or an empty recipe.
+
+    Args:
+        path: the file, or None.
+        options: say what is to be trained, hence which settings there are; where they do not, the recipe's task does.
+    """
+    if path is None:
+        return Recipe()
+    if options is None or (options.task is None and options.train_file is None):
+        return load_recipe(path)
+    return load_recipe(path, config_class_of_kind(options.kind()))
+
+
+def config_class_of_kind(kind: Kind) -> type[AnyTrainingConfig]:
+    """The training config of a kind of model."""
+    return GenerationTrainingConfig if kind == "generation" else TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -184,16 +307,9 @@ def training_data(options: TrainingDataOptions, recipe: Recipe, seed: int) -> Tr
     """
     from consistentee.data import load_files, load_task, stratified_split
 
-    if options.max_train_samples is not None and options.max_train_samples < 2:
-        raise UsageError(f"--max-train-samples must be at least 2, got {options.max_train_samples}.")
-    if options.train_file is not None and options.task is not None:
-        raise UsageError("--task and --train-file exclude each other: give one of them.")
-    if options.train_file is None and options.eval_file is not None:
-        raise UsageError("--eval-file goes with --train-file; a task brings its own evaluation rows.")
+    check_training_source(options)
     options.check_columns("--train-file", options.train_file)
     if options.train_file is not None:
-        if options.data_dir is not None:
-            raise UsageError("--data-dir goes with --task, not with --train-file.")
         train, evaluation = load_files(
             options.train_file, options.eval_file, options.text_columns or (), options.label_column or ""
         )
@@ -211,6 +327,18 @@ def training_data(options: TrainingDataOptions, recipe: Recipe, seed: int) -> Tr
         kept, held = stratified_split(train.labels, HELD_OUT_SHARE, seed)
         train, evaluation = train.select(kept), train.select(held)
     return TrainingData(task, train.max_samples(options.max_train_samples, seed), evaluation, held_out)
+
+
+def check_training_source(options: TrainingDataOptions) -> None:
+    """A task or a file, and what goes with it."""
+    if options.max_train_samples is not None and options.max_train_samples < 2:
+        raise UsageError(f"--max-train-samples must be at least 2, got {options.max_train_samples}.")
+    if options.train_file is not None and options.task is not None:
+        raise UsageError("--task and --train-file exclude each other: give one of them.")
+    if options.train_file is None and options.eval_file is not None:
+        raise UsageError("--eval-file goes with --train-file; a task brings its own evaluation rows.")
+    if options.train_file is not None and options.data_dir is not None:
+        raise UsageError("--data-dir goes with --task, not with --train-file.")
 
 
 def save_held_out(path: Path, rows: TextDataset, options: TrainingDataOptions) -> None:
@@ -242,6 +370,7 @@ def evaluation_data(
     """
     from consistentee.data import load_files, load_task
 
+    options.check_kind("classification")
     options.check_columns("--eval-file", options.eval_file)
     if options.eval_file is not None:
         if options.task is not None or options.data_dir is not None:

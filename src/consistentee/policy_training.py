@@ -8,14 +8,20 @@ it, so one held-out part serves both to train the policy and to choose its price
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from consistentee.config import TrainingConfig
-from consistentee.curves import budget_hits, choose_threshold, curve_score, trade_off_curve
+from consistentee.curves import (
+    CurvePoint,
+    budget_hits,
+    choose_threshold,
+    curve_score,
+    trade_off_curve,
+)
 from consistentee.exits import (
     CRITERIA,
     choose_exit_layer,
@@ -23,6 +29,7 @@ from consistentee.exits import (
     exit_distribution,
     exit_scores,
 )
+from consistentee.generation.config import AnyTrainingConfig
 from consistentee.hardness import hardness
 from consistentee.heads import PolicyNetwork
 from consistentee.losses import exact_policy_loss, policy_entropy, sampled_policy_loss
@@ -109,7 +116,51 @@ def fit_policy(
     rows: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> PolicyNetwork:
-    """Fit a policy on cached states by policy gradient.
+    """Fit a policy on cached states of classification by policy gradient, see `fit_policy_on`.
+
+    Args:
+        policy: a new policy network; trained in place.
+        states: with `pooled`.
+        row_hardness: (rows of `states`,) in [0, 1].
+        layer_cost, price_range, config, seed, rows, device: as in `fit_policy_on`.
+
+    Returns:
+        The policy, in evaluation mode, on the CPU.
+    """
+    if states.pooled is None:
+        raise ValueError(
+            "states must hold pooled states to fit a policy, got None. Run with keep_pooled=True."
+        )
+    return fit_policy_on(
+        policy,
+        states.pooled,
+        reward_losses(config.reward_loss, states.layer_logits, states.labels),
+        row_hardness,
+        classifier_signals(states.layer_logits) if policy.needs_signals else None,
+        layer_cost=layer_cost,
+        price_range=price_range,
+        config=config,
+        seed=seed,
+        rows=rows,
+        device=device,
+    )
+
+
+def fit_policy_on(
+    policy: PolicyNetwork,
+    pooled: Tensor,
+    losses: Tensor,
+    instance_hardness: Tensor,
+    signals: Tensor | None = None,
+    *,
+    layer_cost: float,
+    price_range: tuple[float, float] | None = None,
+    config: AnyTrainingConfig,
+    seed: int,
+    rows: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> PolicyNetwork:
+    """Fit a policy by policy gradient on instances, texts or tokens, whose states and losses are constants.
 
     With a `price_range` one policy learns every price in it. Each instance of a batch draws a price of its own, and
     its exit logits are those of the network plus `PRICE_SLOPE * log(price / layer_cost)`. A higher price thus moves
@@ -122,31 +173,28 @@ def fit_policy(
 
     Args:
         policy: a new policy network; trained in place.
-        states: with `pooled`.
-        row_hardness: (rows of `states`,) in [0, 1].
+        pooled: (instances, layers, hidden), their states.
+        losses: (instances, layers), what leaving at each layer costs in quality.
+        instance_hardness: (instances,) in [0, 1], for the `hardness` reward.
+        signals: (instances, layers, signals), for a policy that reads them.
         layer_cost: price of one layer, at which the exit probabilities are those of threshold 0.5.
         price_range: lowest and highest price to learn for, both above 0; None for `layer_cost` alone.
         config: the estimator, reward and optimisation settings are read.
         seed: of order, dropout and rollouts; the caller's random state is left untouched.
-        rows: indices of the rows to fit on; all of them if missing. States are read a batch at a time.
+        rows: indices of the instances to fit on; all of them if missing. States are read a batch at a time.
         device: where to compute.
 
     Returns:
         The policy, in evaluation mode, on the CPU.
     """
-    if states.pooled is None:
-        raise ValueError(
-            "states must hold pooled states to fit a policy, got None. Run with keep_pooled=True."
-        )
-    losses = reward_losses(config.reward_loss, states.layer_logits, states.labels)
-    weights = row_hardness if config.reward == "hardness" else torch.zeros(len(states))
-    signals = classifier_signals(states.layer_logits) if policy.needs_signals else None
-    rows = torch.arange(len(states)) if rows is None else rows
+    uniform = torch.zeros(len(losses))
+    weights = instance_hardness if config.reward == "hardness" else uniform
+    rows = torch.arange(len(losses)) if rows is None else rows
     steps_per_epoch = math.ceil(len(rows) / config.policy_batch_size)
     epochs = max(config.policy_epochs, math.ceil(config.policy_min_steps / steps_per_epoch))
     total = epochs * steps_per_epoch
     device = torch.device(device)
-    with torch.random.fork_rng(devices=_generators_of(device)):
+    with torch.random.fork_rng(devices=generators_of(device)):
         torch.manual_seed(seed)
         order_generator = torch.Generator().manual_seed(seed)
         rollout_generator = torch.Generator(device=device).manual_seed(seed)
@@ -167,7 +215,7 @@ def fit_policy(
                 rise = min(1.0, progress / config.price_warmup if config.price_warmup else 1.0)
                 reward = rewards(losses[batch], rise * prices, weights[batch]).to(device)
                 exit_logits = policy(
-                    states.pooled[batch].float().to(device),
+                    pooled[batch].float().to(device),
                     None if signals is None else signals[batch].to(device),
                 )
                 if price_range is not None:
@@ -252,7 +300,7 @@ def choose_policy(
         judged_hardness = hardness(other, judged.layer_logits, judged.labels)
 
     def fit(rows: Tensor | None, layer_cost: float, fit_seed: int) -> PolicyNetwork:
-        with torch.random.fork_rng(devices=_generators_of(device)):
+        with torch.random.fork_rng(devices=generators_of(device)):
             torch.manual_seed(fit_seed)
             policy = new_policy()
         fitted = fit_policy(
@@ -275,12 +323,17 @@ def choose_policy(
     reports: list[PolicyReport] = []
     for layer_cost in layer_costs:
         if validation_states is None:
-            probs[layer_cost] = _cross_fitted_probs(fit, policy_states, layer_cost, config.policy_folds, seed)
+            probs[layer_cost] = torch.empty_like(policy_states.exit_probs)
+            for inside, outside in cross_fitting(len(policy_states), config.policy_folds, seed):
+                policy = fit(inside, layer_cost, seed)
+                probs[layer_cost][outside] = policy_exit_probs(policy, policy_states, outside)
         else:
             whole[layer_cost] = fit(None, layer_cost, seed)
             probs[layer_cost] = policy_exit_probs(whole[layer_cost], judged)
         reward = layer_rewards(judged, judged_hardness, config, layer_cost)
-        reports.append(_report(judged, probs[layer_cost], reward, layer_cost))
+        right = judged.layer_logits.argmax(-1) == judged.labels[:, None]
+        points = trade_off_curve(probs[layer_cost], judged.layer_logits, judged.labels, "policy")
+        reports.append(policy_report(right, probs[layer_cost], reward, layer_cost, points))
 
     standing = [report for report in reports if not report.collapsed] or reports
     best = max(standing, key=lambda report: report.score).layer_cost
@@ -305,31 +358,31 @@ def choose_policy(
     )
 
 
-def _cross_fitted_probs(
-    fit: Callable[[Tensor | None, float, int], PolicyNetwork],
-    states: LayerStates,
-    layer_cost: float,
-    folds: int,
-    seed: int,
-) -> Tensor:
-    """Exit probabilities of every row from a policy that was fitted without it, (rows, layers)."""
-    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))
+def cross_fitting(count: int, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each fold, the indices of the rows outside it, which fit, and of those in it, which are judged."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     fold_of = torch.empty_like(order)
-    fold_of[order] = torch.arange(len(states)) % min(folds, len(states))
-    probs = torch.empty_like(states.exit_probs)
+    fold_of[order] = torch.arange(count) % min(folds, count)
     for fold in range(int(fold_of.max()) + 1):
-        policy = fit((fold_of != fold).nonzero().squeeze(1), layer_cost, seed)
-        outside = (fold_of == fold).nonzero().squeeze(1)
-        probs[outside] = policy_exit_probs(policy, states, outside)
-    return probs
+        yield (fold_of != fold).nonzero().squeeze(1), (fold_of == fold).nonzero().squeeze(1)
 
 
-def _report(states: LayerStates, probs: Tensor, reward: Tensor, layer_cost: float) -> PolicyReport:
-    right = (states.layer_logits.argmax(-1) == states.labels[:, None]).float()
+def policy_report(
+    right: Tensor, probs: Tensor, reward: Tensor, layer_cost: float, points: Sequence[CurvePoint]
+) -> PolicyReport:
+    """How a policy does on instances it has not seen.
+
+    Args:
+        right: (instances, layers), bool, whether an exit would be right.
+        probs: (instances, layers), conditional exit probabilities.
+        reward: (instances, layers), at the price.
+        layer_cost: the price.
+        points: the trade-off curve of these probabilities.
+    """
+    right = right.float()
     exit_layer = choose_exit_layer(probs, 0.5)
     accuracy = float(right.gather(1, exit_layer[:, None] - 1).mean())
     first_share = float((exit_layer == 1).float().mean())
-    points = trade_off_curve(probs, states.layer_logits, states.labels, "policy")
     return PolicyReport(
         layer_cost=layer_cost,
         score=curve_score(points),
@@ -341,7 +394,7 @@ def _report(states: LayerStates, probs: Tensor, reward: Tensor, layer_cost: floa
     )
 
 
-def _generators_of(device: torch.device | str) -> list[torch.device]:
+def generators_of(device: torch.device | str) -> list[torch.device]:
     """Devices beside the CPU whose random state seeding would touch."""
     device = torch.device(device)
     return [device] if device.type == "cuda" else []

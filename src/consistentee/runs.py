@@ -25,6 +25,7 @@ from consistentee.atomic import write_json
 from consistentee.batches import TokenizedDataset, collate, tokenize
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
+from consistentee.generation.config import AnyTrainingConfig
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.model_card import write_model_card
 from consistentee.optimisation import Optimisation, make_accelerator, parameter_groups
@@ -42,14 +43,15 @@ class Run:
     """A run's parts.
 
     Attributes:
-        validation: rows kept from the classifiers, for every choice.
+        config: `TrainingConfig`, or `GenerationTrainingConfig`.
+        validation: rows kept from the classifiers, for every choice: `TokenizedDataset`, or `TokenizedPrompts`.
         policy_rows: what the policy learns from: the validation rows (cross-fitted), or rows the classifiers have seen.
         identity: what a resumed run must share with the one it goes on with.
         progress: all there is to remember beside weights and optimizer, as plain JSON values.
     """
 
     kind: str
-    config: TrainingConfig
+    config: Any
     output_dir: Path
     task: str | None
     report: Report
@@ -57,8 +59,8 @@ class Run:
     model: Any
     accelerator: Accelerator
     optimisation: Optimisation
-    validation: TokenizedDataset
-    policy_rows: TokenizedDataset
+    validation: Any
+    policy_rows: Any
     identity: dict[str, Any]
     progress: dict[str, Any]
 
@@ -101,12 +103,27 @@ class Run:
             description=description,
         )
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights that training can have changed: everything but a backbone's frozen parameters."""
+        frozen = self._frozen()
+        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+
+    def _frozen(self) -> set[str]:
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        return {
+            name
+            for name, parameter in parameters
+            if name.startswith("backbone.") and not parameter.requires_grad
+        }
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Put weights of this run into the model, whose policy may have got another input since the start."""
         if self.kind == "early_exit" and self.progress["policy_input"] is not None:
             policy = self.model.new_policy(self.progress["policy_input"])
             self.model.set_policy(policy.requires_grad_(False))
-        self.model.load_state_dict(weights)
+        left_out = set(self.model.load_state_dict(weights, strict=False).missing_keys)
+        if left_out - self._frozen() or not weights.keys() <= self.model.state_dict().keys():
+            raise ValueError(f"The weights kept in {self.output_dir} are not of this model. Start anew.")
 
     def from_main_process(self, value: T | None) -> T:
         """What the main process has, on every process."""
@@ -117,7 +134,7 @@ class Run:
     def keep_best(self) -> None:
         """Remember the present weights as the best so far."""
         if self.accelerator.is_main_process:
-            checkpoints.save_weights(self.best_path, self.model.state_dict())
+            checkpoints.save_weights(self.best_path, self.weights())
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> None:
@@ -132,7 +149,7 @@ class Run:
             checkpoints.save_checkpoint(
                 self.output_dir,
                 self.progress["checkpoints"],
-                weights=self.model.state_dict(),
+                weights=self.weights(),
                 optimizer=optimizer,
                 progress={**self.progress, "step": self.optimisation.step, "identity": self.identity},
             )
@@ -156,16 +173,24 @@ class Run:
         self.say(f"Resumed at step {self.optimisation.step} of {self.optimisation.total_steps}.")
 
     def save(self, record: dict[str, Any], *, thresholds: dict[str, float] | None = None) -> Path:
-        """Write the finished model with its record and card, then remove the checkpoints.
+        """Write the finished classifier with its record and card, then remove the checkpoints."""
+        self.model.config.task = self.task
+        self.model.config.max_length = self.config.max_length
+        if thresholds is not None:
+            self.model.config.threshold = thresholds["policy"]
+            record = {**record, "thresholds": thresholds}
+        return self.write(self.model, record)
+
+    def write(self, model: Any, record: dict[str, Any]) -> Path:
+        """Write a finished model with its record and card, then remove the checkpoints.
 
         Everything is first written beside its place. The record is moved last: a folder with a record is complete.
+
+        Args:
+            model: what is written, by its `save_pretrained`.
+            record: figures, for the record.
         """
         if self.accelerator.is_main_process:
-            self.model.config.task = self.task
-            self.model.config.max_length = self.config.max_length
-            if thresholds is not None:
-                self.model.config.threshold = thresholds["policy"]
-                record = {**record, "thresholds": thresholds}
             record = {
                 "kind": self.kind,
                 "task": self.task,
@@ -177,7 +202,7 @@ class Run:
             }
             partial_dir = self.output_dir / checkpoints.FOLDER / "model"
             shutil.rmtree(partial_dir, ignore_errors=True)
-            self.model.save_pretrained(partial_dir)
+            model.save_pretrained(partial_dir)
             self.tokenizer.save_pretrained(partial_dir)
             write_model_card(partial_dir, record)
             write_json(partial_dir / RECORD_FILE, record)
@@ -190,6 +215,73 @@ class Run:
                 tracker.finish()
         self.say(f"Saved to {self.output_dir}")
         return self.output_dir
+
+    def begin(self, newest: Path | None, *, resume: bool, description: str) -> None:
+        """Plan the steps, start the tracker, and go back to the last checkpoint if there is one.
+
+        Args:
+            newest: that checkpoint.
+            resume: whether the caller expects one.
+            description: model and data, in words.
+        """
+        config, optimisation = self.config, self.optimisation
+        optimisation.total_steps = self.steps_of(config.warmup_epochs) + config.rounds * self.steps_of(
+            config.consistent_epochs
+        )
+        optimisation.checkpoint = self.checkpoint
+        if config.tracker != "none":
+            settings = {
+                name: value
+                for name, value in config.to_dict().items()
+                if isinstance(value, (int, float, str))
+            }
+            self.accelerator.init_trackers("consistentee", config=settings)
+        self.say(
+            f"{description}, {optimisation.total_steps} steps, {self.accelerator.device}, precision "
+            f"{self.accelerator.mixed_precision}"
+        )
+        if newest is not None:
+            self.restore(newest)
+        elif resume:
+            self.say("No checkpoint to resume from: starting at the beginning.")
+
+
+def open_output(
+    output_dir: Path,
+    *,
+    config: AnyTrainingConfig,
+    resume: bool,
+    report: Report,
+    unused_parameters: bool = False,
+) -> tuple[Accelerator, Path | None] | None:
+    """The accelerator of a run and its newest checkpoint, or None if the folder holds a finished model.
+
+    Args:
+        output_dir: the run's folder.
+        config: settings.
+        resume: whether to go on with what is there.
+        report: is told of a finished model.
+        unused_parameters: whether steps leave parameters out.
+
+    Raises:
+        FileExistsError: the folder holds another run and `resume` is not set.
+    """
+    accelerator = make_accelerator(config, str(output_dir), unused_parameters=unused_parameters)
+    newest = checkpoints.latest_checkpoint(output_dir)
+    if (output_dir / RECORD_FILE).is_file():
+        if not resume:
+            raise FileExistsError(
+                f"Output folder {output_dir} holds a finished model. Choose another, or remove it."
+            )
+        if accelerator.is_main_process:
+            checkpoints.remove_checkpoints(output_dir)  # the run may have ended just before it did
+            report(f"{output_dir} holds a finished model: nothing to resume.")
+        return None
+    if newest is not None and not resume:
+        raise FileExistsError(
+            f"Output folder {output_dir} holds an unfinished run. Continue it with --resume, or remove it."
+        )
+    return accelerator, newest
 
 
 def start_run(
@@ -205,21 +297,10 @@ def start_run(
 ) -> Run | None:
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir = Path(output_dir)
-    accelerator = make_accelerator(config, str(output_dir))
-    newest = checkpoints.latest_checkpoint(output_dir)
-    if (output_dir / RECORD_FILE).is_file():
-        if not resume:
-            raise FileExistsError(
-                f"Output folder {output_dir} holds a finished model. Choose another, or remove it."
-            )
-        if accelerator.is_main_process:
-            checkpoints.remove_checkpoints(output_dir)  # the run may have ended just before it did
-            report(f"{output_dir} holds a finished model: nothing to resume.")
+    opened = open_output(output_dir, config=config, resume=resume, report=report)
+    if opened is None:
         return None
-    if newest is not None and not resume:
-        raise FileExistsError(
-            f"Output folder {output_dir} holds an unfinished run. Continue it with --resume, or remove it."
-        )
+    accelerator, newest = opened
 
     set_seed(config.seed)
     model = _new_model(model_class, backbone, train_data, config)
@@ -289,24 +370,12 @@ def start_run(
             "forgetting": [],
         },
     )
-    optimisation.total_steps = run.steps_of(config.warmup_epochs) + config.rounds * run.steps_of(
-        config.consistent_epochs
+    run.begin(
+        newest,
+        resume=resume,
+        description=f"{model.num_layers} layers, {len(train_data.label_names)} classes, {len(kept)} training and "
+        f"{len(held)} validation rows",
     )
-    optimisation.checkpoint = run.checkpoint
-    if config.tracker != "none":
-        settings = {
-            name: value for name, value in config.to_dict().items() if isinstance(value, (int, float, str))
-        }
-        accelerator.init_trackers("consistentee", config=settings)
-    run.say(
-        f"{model.num_layers} layers, {len(train_data.label_names)} classes, {len(kept)} training and {len(held)} "
-        f"validation rows, {optimisation.total_steps} steps, {accelerator.device}, precision "
-        f"{accelerator.mixed_precision}"
-    )
-    if newest is not None:
-        run.restore(newest)
-    elif resume:
-        run.say("No checkpoint to resume from: starting at the beginning.")
     return run
 
 

@@ -110,32 +110,57 @@ def open_model(name_or_path: str | Path, device: str | torch.device | None = Non
         ValueError: it is not a text classifier, or its weights are pickled or incomplete.
     """
     name = str(name_or_path)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        _check_folder(path)
-    elif isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(
-            f'Model folder "{name}" does not exist. Check the path; a hub name reads "user/name".'
+    source = model_source(name_or_path)
+    with loading(name_or_path):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    source = str(path) if path.is_dir() else name
-    try:
-        with _quiet_loading():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        place = "" if path.is_dir() else " (there is no such folder, so the hub was asked)"
-        raise kind(f'Model "{name}" could not be loaded{place}: {" ".join(str(error).split())}') from error
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if report["missing_keys"]:
         raise ValueError(
             f'Model "{name}" lacks weights that its config asks for, such as "{min(report["missing_keys"])}". '
             "Give the folder of a trained classifier, not of an encoder alone."
         )
     place = default_device() if device is None else usable_device(device)
-    return SavedModel(model.to(place).eval(), tokenizer, read_record(path), name)
+    return SavedModel(model.to(place).eval(), tokenizer, read_record(source), name)
+
+
+def model_source(name_or_path: str | Path) -> str:
+    """What to open: the folder, checked to hold a model, or a name for the hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it lacks config or weights.
+        ValueError: its weights are pickled.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f'Model folder "{name}" does not exist. Check the path; a hub name reads "user/name".'
+        )
+    return name
+
+
+@contextmanager
+def loading(name_or_path: str | Path) -> Iterator[None]:
+    """Load a model in here: quietly, and errors say which model it was.
+
+    Raises:
+        OSError: the hub has no such model, or a file cannot be read.
+        ValueError: whatever else transformers finds wrong.
+    """
+    try:
+        with _quiet_loading():
+            yield
+    except (OSError, ValueError, KeyError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        is_folder = Path(name_or_path).expanduser().is_dir()
+        place = "" if is_folder else " (there is no such folder, so the hub was asked)"
+        reason = " ".join(str(error).split())
+        raise kind(f'Model "{name_or_path}" could not be loaded{place}: {reason}') from error
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -88,7 +89,7 @@ def run_all_layers(
     }
     if keep_pooled and accelerator.is_main_process:
         shape = (rows, layers, model.config.pooled_size)
-        results["pooled"] = _state_storage(shape, memory_limit_mb, scratch_dir)
+        results["pooled"] = state_storage(shape, memory_limit_mb, scratch_dir)
     wanted = ("classifier_logits", "layer_logits", "exit_probs", *(("pooled",) if keep_pooled else ()))
 
     def all_layers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,19 +135,11 @@ def _run_rows(
     description: str | None,
 ) -> None:
     """Run all rows, shared among the processes, and put what comes out into `results`, row by row."""
-    rows = len(dataset)
-    order = np.argsort(-dataset.lengths, kind="stable")  # longest first: out of memory at once, or not at all
-    step = batch_size * accelerator.num_processes
     was_training = model.training
     model.eval()
-    silent = description is None or not accelerator.is_main_process or None  # None: on a terminal only
     try:
-        for start in tqdm(range(0, rows, step), desc=description, disable=silent, leave=False):
-            share = math.ceil(min(step, rows - start) / accelerator.num_processes)
-            first = start + accelerator.process_index * share
-            mine = order[first : min(first + share, start + step)].tolist()
-            padded = mine + [int(order[-1])] * (share - len(mine))  # equally many rows on every process
-            batch = collate([dataset[row] for row in padded])
+        for mine, padding in row_shares(dataset.lengths, batch_size, accelerator, description):
+            batch = collate([dataset[row] for row in mine + padding])
             inputs = {
                 name: batch[name].to(accelerator.device)
                 for name in ("input_ids", "attention_mask", "token_type_ids")
@@ -154,18 +147,61 @@ def _run_rows(
             }
             with accelerator.autocast():
                 output = run(inputs)
-            index = torch.tensor(mine + [-1] * (share - len(mine)), device=accelerator.device)
-            index = cast(Tensor, accelerator.gather(index)).cpu()
-            real = index >= 0
-            for name, value in output.items():
-                gathered = cast(Tensor, accelerator.gather(value.float().contiguous())).cpu()
-                if name in results:
-                    results[name][index[real]] = gathered[real].to(results[name].dtype)
+            gather_into(results, output, torch.tensor(mine + [-1] * len(padding)), accelerator)
     finally:
         model.train(was_training)
 
 
-def _state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_dir: Path | None) -> Tensor:
+def row_shares(
+    lengths: NDArray[np.int64], batch_size: int, accelerator: Accelerator, description: str | None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows in batches of similar length, longest first: out of memory at once, or not at all.
+
+    Args:
+        lengths: (rows,), tokens of every row.
+        batch_size: rows per process and step.
+        accelerator: among whose processes every batch is shared.
+        description: label of the progress bar; none without it.
+
+    Yields:
+        This process's rows of a batch, and rows that fill them up to as many as every other process has.
+    """
+    rows = len(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    step = batch_size * accelerator.num_processes
+    silent = description is None or not accelerator.is_main_process or None  # None: on a terminal only
+    for start in tqdm(range(0, rows, step), desc=description, disable=silent, leave=False):
+        share = math.ceil(min(step, rows - start) / accelerator.num_processes)
+        first = start + accelerator.process_index * share
+        mine = order[first : min(first + share, start + step)].tolist()
+        yield mine, [int(order[-1])] * (share - len(mine))
+
+
+def gather_into(
+    results: Mapping[str, Tensor], output: Mapping[str, Tensor], index: Tensor, accelerator: Accelerator
+) -> None:
+    """Put what all processes computed into its places; what this process keeps no place for is dropped.
+
+    Args:
+        results: by name, (rows, ...), on the CPU.
+        output: by name, (rows of this process, ...); equally many on every process.
+        index: (rows of this process,), their places, -1 for what has none.
+        accelerator: whose processes take part.
+    """
+    places = cast(Tensor, accelerator.gather(index.to(accelerator.device))).cpu()
+    real = places >= 0
+    for name, value in output.items():
+        gathered = cast(Tensor, accelerator.gather(value.float().contiguous())).cpu()
+        if name in results:
+            results[name][places[real]] = gathered[real].to(results[name].dtype)
+
+
+def state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_dir: Path | None) -> Tensor:
+    """Room for states, float16: in memory, or beyond the limit in a memory-mapped file that has no name.
+
+    Raises:
+        ValueError: if the states exceed the limit and there is no `scratch_dir`.
+    """
     size = 2 * math.prod(shape)  # bytes
     if size <= memory_limit_mb * 1e6:
         return torch.empty(shape, dtype=torch.float16)

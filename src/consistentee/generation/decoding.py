@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistentee.generation import decoders
 from consistentee.generation.cache import DecoderCache
 from consistentee.generation.decoders import SLIDING
 from consistentee.generation.exit_heads import ExitHeads
 from consistentee.generation.exit_rules import ExitRule, ForcedRule
-from consistentee.generation.packed_decoder import Layer, PackedDecoder, Rotary, norm_function
+from consistentee.generation.greedy_head import GreedyHead
+from consistentee.generation.packed_decoder import Affine, Layer, Map, PackedDecoder, Rotary, affine_norm
 from consistentee.generation.skipped import SkippedKeysValues
 
 COMPACT_BELOW = 0.75
@@ -35,9 +37,38 @@ class ExitWeights:
         self.model = model
         self.decoder = PackedDecoder(model.backbone)
         self.heads: ExitHeads = model.exit_heads
-        kind = model.norm_kind
-        self.norms = [*(norm_function(norm, kind) for norm in self.heads.norms), self.decoder.final_norm]
+        kind = self.decoder.norm_kind
+        norms = [*self.heads.norms, decoders.final_norm(model.backbone)]
+        self._norms = [affine_norm(norm, kind) for norm in norms]
+        self._projections: dict[str, list[Map]] = {}
         self._skipped: SkippedKeysValues | None = None
+        self._greedy_head: GreedyHead | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self._norms)
+
+    def normed(self, layer_index: int, unit: Tensor) -> Tensor:
+        """States behind the norm of a layer's exit, from those behind `unit_norm`: (tokens, hidden)."""
+        factor, shift = self._norms[layer_index]
+        return unit * factor if shift is None else torch.addcmul(shift, unit, factor)
+
+    def projections(self, rule: ExitRule) -> list[Map]:
+        """Every layer's projection, with what the rule reads of the state before it."""
+        if rule.name not in self._projections:
+            readers = [self._unit_readers(rule, index) for index in range(self.num_layers - 1)]
+            self._projections[rule.name] = self.decoder.fused([None, *readers])
+        return self._projections[rule.name]
+
+    def _unit_readers(self, rule: ExitRule, layer_index: int) -> Affine | None:
+        """A rule's map of normed states as a map of states behind `unit_norm`."""
+        readers = rule.readers(layer_index)
+        if readers is None:
+            return None
+        (weight, bias), (factor, shift) = readers, self._norms[layer_index]
+        bias = bias if shift is None else bias + (weight.float() @ shift.float()).to(bias.dtype)
+        return (weight.float() * factor.float()).to(weight.dtype), bias
 
     @property
     def skipped(self) -> SkippedKeysValues:
@@ -59,16 +90,26 @@ class ExitWeights:
             device=self.decoder.device,
         )
 
+    def greedy(self, normed: Tensor, exit_layers: Sequence[int]) -> Tensor:
+        """The most probable token of each exit, (tokens,); arguments as in `logits`."""
+        if not self.heads.head_is_shared:
+            return self.logits(normed, exit_layers).max(-1).indices
+        if self._greedy_head is None:
+            self._greedy_head = GreedyHead(decoders.lm_head(self.model.backbone))
+        if self.heads.kind == "low_rank":
+            normed = self._each_layer(normed, exit_layers, self.heads.adapted)
+        return self._greedy_head(normed)
+
     def logits(self, normed: Tensor, exit_layers: Sequence[int]) -> Tensor:
         """Logits of exits at any layers: (tokens, hidden) normed states and their 1-based layers -> (tokens, words).
 
         A `shared` head reads all tokens at once, `separate` ones are read layer by layer.
         """
         if self.heads.kind == "shared":
-            return self.model.exit_logits(len(self.norms) - 1, normed)
+            return self.model.exit_logits(self.num_layers - 1, normed)
         if self.heads.kind == "low_rank":
             normed = self._each_layer(normed, exit_layers, self.heads.adapted)
-            return self.model.exit_logits(len(self.norms) - 1, normed)
+            return self.model.exit_logits(self.num_layers - 1, normed)
         return self._each_layer(normed, exit_layers, self.model.exit_logits)
 
     @staticmethod
@@ -253,10 +294,10 @@ class Decoding:
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return len(self._weights.norms)
+        return self._weights.num_layers
 
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, list[int]]:
-        """Run the prompts through all layers: (rows, tokens) -> logits of the first new token and its exit layers."""
+        """Run the prompts through all layers: (rows, tokens) -> as `step`."""
         rows, tokens = input_ids.shape
         held_back = 0 if self._full_depth_first_token or tokens == 1 else 1
         if not self._full_depth_first_token and tokens == 1:
@@ -277,16 +318,17 @@ class Decoding:
         window = self._weights.decoder.sliding_window
         self.cache.reserve(length)
         step = PromptStep(self.cache, rows, length, rotary, padding, window)
-        hidden = self._weights.decoder.embed(input_ids[:, :length].flatten(), flat_positions)
-        for layer in self._weights.decoder.layers:
-            hidden = layer(hidden, step)
+        decoder = self._weights.decoder
+        hidden = decoder.embed(input_ids[:, :length].flatten(), flat_positions)
+        for layer in decoder.layers:
+            hidden = layer(hidden, decoder.unit_norm(hidden), step)
         self._slot = length
         if held_back:
             return self.step(input_ids[:, -1])
         self._generated = 1
-        normed = self._weights.norms[-1](hidden.view(rows, length, -1)[:, -1])
-        exit_layers = [self.num_layers] * rows
-        return self._weights.logits(normed, exit_layers), exit_layers
+        newest = hidden.view(rows, length, -1)[:, -1]
+        normed = self._weights.normed(self.num_layers - 1, decoder.unit_norm(newest))
+        return normed, [self.num_layers] * rows
 
     def step(self, tokens: Tensor) -> tuple[Tensor, list[int]]:
         """Run one token of every row that is still running.
@@ -295,52 +337,60 @@ class Decoding:
             tokens: (rows still running,) int64.
 
         Returns:
-            Logits of the next tokens (rows, vocabulary) and the layers at which they left, 1-based.
+            States behind the exits' norms, (rows, hidden), which the head turns into the next tokens, and the layers
+            at which they left, 1-based.
         """
-        weights, rule, slot = self._weights, self._rule, self._slot
-        count, last = len(tokens), self.num_layers - 1
+        weights, decoder, rule, slot = self._weights, self._weights.decoder, self._rule, self._slot
+        count = len(tokens)
         if isinstance(rule, ForcedRule):
             rule.begin(self._generated, self._rows)
         self.cache.reserve(slot + 1)
         positions, rotary, bias = self._placing(slot, count)
-        step = TokenStep(self.cache, slot, self._places, rotary, bias, weights.decoder.sliding_window)
-        hidden = weights.decoder.embed(tokens, positions)
+        step = TokenStep(self.cache, slot, self._places, rotary, bias, decoder.sliding_window)
+        projections = weights.projections(rule)
+        before = hidden = decoder.embed(tokens, positions)
         inside = list(range(count))  # positions among the tokens
         exit_layers = [self.num_layers] * count
         left: list[tuple[list[int], Tensor, Tensor]] = []  # tokens, hidden and normed states
-        for index, layer in enumerate(weights.decoder.layers):
-            before, hidden = hidden, layer(hidden, step)
-            if index == last:
-                left.append((inside, hidden, weights.norms[last](hidden)))
-                break
-            if not rule.may_leave(index):
-                continue
-            normed = weights.norms[index](hidden) if rule.needs_normed else None
-            going = rule.leaves(index, before, hidden, normed)
-            if not any(going):
-                continue
-            if all(going):
-                for token in inside:
-                    exit_layers[token] = index + 1
-                left.append((inside, hidden, weights.norms[index](hidden) if normed is None else normed))
-                break
-            out = [place for place, goes in enumerate(going) if goes]
-            stay = [place for place, goes in enumerate(going) if not goes]
-            leaving = torch.tensor(out, device=hidden.device)
-            staying = torch.tensor(stay, device=hidden.device)
-            exits = hidden[leaving]
-            exits_normed = weights.norms[index](exits) if normed is None else normed[leaving]
-            left.append(([inside[place] for place in out], exits, exits_normed))
-            for place in out:
-                exit_layers[inside[place]] = index + 1
-            inside = [inside[place] for place in stay]
-            hidden = hidden[staying]
-            places = torch.tensor(inside, device=hidden.device)
-            step.keep(places if self._places is None else self._places[places], staying)
+        for index, layer in enumerate(decoder.layers):
+            unit = decoder.unit_norm(hidden)
+            looks = index > 0 and rule.may_leave(index - 1)
+            reads = looks and rule.readers(index - 1) is not None
+            going: list[bool] = []
+            qkv: Tensor | None = None
+            if reads:
+                qkv = projections[index](unit)
+                going = rule.decide(index - 1, qkv[:, layer.qkv_width :])
+            elif looks:
+                normed = weights.normed(index - 1, unit) if rule.needs_normed else None
+                going = rule.leaves(index - 1, before, hidden, normed)
+            if True in going:
+                out = [place for place, goes in enumerate(going) if goes]
+                for place in out:
+                    exit_layers[inside[place]] = index
+                if len(out) == len(inside):
+                    left.append((inside, hidden, weights.normed(index - 1, unit)))
+                    inside = []
+                    break
+                leaving = torch.tensor(out, device=hidden.device)
+                exits = weights.normed(index - 1, unit[leaving])
+                left.append(([inside[place] for place in out], hidden[leaving], exits))
+                stay = [place for place, goes in enumerate(going) if not goes]
+                inside = [inside[place] for place in stay]
+                staying = torch.tensor(stay, device=hidden.device)
+                hidden, unit = hidden[staying], unit[staying]
+                qkv = None if qkv is None else qkv[staying]
+                places = torch.tensor(inside, device=hidden.device)
+                step.keep(places if self._places is None else self._places[places], staying)
+            if qkv is None:
+                qkv = projections[index](unit)
+            before, hidden = hidden, layer.finish(hidden, qkv[:, : layer.qkv_width], step)
+        if inside:
+            left.append((inside, hidden, weights.normed(self.num_layers - 1, decoder.unit_norm(hidden))))
         self._slot, self._generated = slot + 1, self._generated + 1
         states, normed = _in_order(left, count)
         self._fill_skipped(states, exit_layers, slot, rotary)
-        return weights.logits(normed, exit_layers), exit_layers
+        return normed, exit_layers
 
     def keep(self, running: Sequence[int]) -> None:
         """Go on with these rows, by position among those still running; the others have finished."""

@@ -170,28 +170,27 @@ class ExactDecoding:
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return len(self._weights.norms)
+        return self._weights.num_layers
 
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, list[int]]:
         """As `Decoding.prefill`."""
         tokens = input_ids.shape[1]
         if self._first_token:
-            logits, exit_layers = self._prompts.prefill(input_ids)
+            normed, exit_layers = self._prompts.prefill(input_ids)
             self._generated = 1
         elif tokens > 1:
             self._prompts.prefill(input_ids[:, :-1])
         for row in self.rows:
             row.length = tokens if self._first_token else tokens - 1
         if self._first_token:
-            return logits, exit_layers  # pyright: ignore[reportPossiblyUnbound]
+            return normed, exit_layers  # pyright: ignore[reportPossiblyUnbound]
         return self.step(input_ids[:, -1])
 
     def step(self, tokens: Tensor) -> tuple[Tensor, list[int]]:
         """As `Decoding.step`."""
         advances = self.advance(tokens, [True] * len(self.rows))
         exit_layers = [advance.exit_layer for advance in advances]
-        normed = torch.stack([advance.normed[-1] for advance in advances])
-        return self._weights.logits(normed, exit_layers), exit_layers
+        return torch.stack([advance.normed[-1] for advance in advances]), exit_layers
 
     def advance(self, tokens: Tensor, may_leave: Sequence[bool]) -> list[Advance]:
         """Run one new token of every row, with the pending ones it meets.
@@ -203,7 +202,7 @@ class ExactDecoding:
         Returns:
             Where each row came to, in order.
         """
-        weights, decoder, rule = self._weights, self._weights.decoder, self._rule
+        decoder, rule = self._weights.decoder, self._rule
         if isinstance(rule, ForcedRule):
             rule.begin(self._generated, self._numbers)
         self._generated += 1
@@ -231,7 +230,7 @@ class ExactDecoding:
                 step = FlatStep(
                     decoder, self, [self.rows[number] for number, _ in flat], [s for _, s in flat]
                 )
-            before, hidden = hidden, layer(hidden, step)
+            before, hidden = hidden, layer(hidden, decoder.unit_norm(hidden), step)
             if index == self.num_layers - 1:
                 self._finish(inside, flat, hidden, advances)
                 break
@@ -259,6 +258,9 @@ class ExactDecoding:
         self.rows = [self.rows[number] for number in running]
         self._numbers = [self._numbers[number] for number in running]
 
+    def _normed(self, layer_index: int, hidden: Tensor) -> Tensor:
+        return self._weights.normed(layer_index, self._weights.decoder.unit_norm(hidden))
+
     def _going(
         self,
         index: int,
@@ -276,7 +278,7 @@ class ExactDecoding:
             [newest[number, self.rows[number].length - 1] for number in inside], device=hidden.device
         )
         after = hidden[places]
-        normed = self._weights.norms[index](after) if self._rule.needs_normed else None
+        normed = self._normed(index, after) if self._rule.needs_normed else None
         leaves = self._rule.leaves(index, before[places], after, normed)
         return {number for number, goes in zip(inside, leaves, strict=True) if goes and may_leave[number]}
 
@@ -294,13 +296,13 @@ class ExactDecoding:
             came = {slot: hidden[place] for place, (other, slot) in enumerate(flat) if other == number}
             deeper = [token for token in row.pending if token.slot not in came]
             row.pending = deeper + [Pending(slot, index + 1, came[slot]) for slot in sorted(came)]
-            advances[number] = Advance(index + 1, self._weights.norms[index](came[row.length - 1][None]))
+            advances[number] = Advance(index + 1, self._normed(index, came[row.length - 1][None]))
 
     def _finish(
         self, inside: list[int], flat: list[tuple[int, int]], hidden: Tensor, advances: dict[int, Advance]
     ) -> None:
         """Rows that came to the last layer have nothing pending any more."""
-        normed = self._weights.norms[-1](hidden)
+        normed = self._normed(self.num_layers - 1, hidden)
         for number in inside:
             came = sorted((slot, place) for place, (other, slot) in enumerate(flat) if other == number)
             places = torch.tensor([place for _, place in came], device=hidden.device)

@@ -11,16 +11,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from consistentee.generation.criteria import softmax_margin_scores, state_similarity_scores
+from consistentee.generation.packed_decoder import Affine
 
 
 class ExitRule(Protocol):
     """Decides at one layer about the tokens that are still inside."""
 
+    name: str
+    """Rules of one name and model read the same maps."""
     needs_normed: bool
-    """Whether the rule reads states behind the exit's norm; others have them computed for leaving tokens only."""
+    """Whether `leaves` reads states behind the exit's norm; others have them computed for leaving tokens only."""
 
     def may_leave(self, layer_index: int) -> bool:
         """Whether any token can leave here; False saves the look."""
+        ...
+
+    def readers(self, layer_index: int) -> Affine | None:
+        """The first thing that the rule does with states behind the exit's norm, where that is an affine map.
+
+        The next layer's projection then computes it on the way, and `decide` takes its outputs in place of `leaves`.
+        """
+        ...
+
+    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+        """Which tokens leave, from the outputs of `readers`, (tokens, outputs)."""
         ...
 
     def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
@@ -34,9 +48,26 @@ class ExitRule(Protocol):
         ...
 
 
-class NeverLeave:
+class _WithoutReaders:
+    """Rules that begin with something else than an affine map of normed states."""
+
+    def readers(self, layer_index: int) -> Affine | None:
+        """Nothing."""
+        return None
+
+    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+        """Never asked: there are no readings.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{type(self).__name__} has no readers.")
+
+
+class NeverLeave(_WithoutReaders):
     """All layers for every token."""
 
+    name = "never"
     needs_normed = False
 
     def may_leave(self, layer_index: int) -> bool:
@@ -57,6 +88,7 @@ class PolicyRule:
         dtype: in which it is computed, the model's.
     """
 
+    name = "policy"
     needs_normed = True
 
     def __init__(self, policy: Any, threshold: float, dtype: torch.dtype) -> None:
@@ -72,17 +104,22 @@ class PolicyRule:
         """Whether the threshold lets anybody go."""
         return self._limit < math.inf
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+    def readers(self, layer_index: int) -> Affine:
+        """The policy network's hidden layer."""
+        return self._weights[layer_index], self._biases[layer_index]
+
+    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
         """Compare exit logits with the threshold's."""
-        hidden = functional.linear(
-            cast(Tensor, normed), self._weights[layer_index], self._biases[layer_index]
-        )
-        logits: list[float] = torch.mv(functional.gelu(hidden), self._outputs[layer_index]).tolist()
+        logits: list[float] = torch.mv(functional.gelu(readings), self._outputs[layer_index]).tolist()
         limit = self._limits[layer_index]
         return [logit > limit for logit in logits]
 
+    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+        """Compare exit logits with the threshold's."""
+        return self.decide(layer_index, functional.linear(cast(Tensor, normed), *self.readers(layer_index)))
 
-class MarginRule:
+
+class MarginRule(_WithoutReaders):
     """Leave where the exit head is sure of its token: one LM head per layer and token.
 
     Args:
@@ -90,6 +127,7 @@ class MarginRule:
         threshold: in [0, 1].
     """
 
+    name = "softmax_margin"
     needs_normed = True
 
     def __init__(self, model: Any, threshold: float) -> None:
@@ -105,13 +143,14 @@ class MarginRule:
         return (scores > self._threshold).tolist()
 
 
-class SimilarityRule:
+class SimilarityRule(_WithoutReaders):
     """Leave where a layer hardly turned the state.
 
     Args:
         threshold: in [-1, 1].
     """
 
+    name = "state_similarity"
     needs_normed = False
 
     def __init__(self, threshold: float) -> None:
@@ -135,30 +174,39 @@ class ClassifierRule:
         dtype: in which it is computed, the model's.
     """
 
+    name = "confidence_classifier"
     needs_normed = True
 
     def __init__(self, classifier: Any, threshold: float, dtype: torch.dtype) -> None:
         self._limit = _logit(threshold)
-        self._weights = list(classifier.weight.detach().to(dtype).unbind(0))
-        self._limits = [self._limit - value for value in classifier.bias.detach().float().tolist()]
+        self._weights = list(classifier.weight.detach().to(dtype)[:, None].unbind(0))  # (1, hidden) each
+        self._biases = list(classifier.bias.detach().to(dtype)[:, None].unbind(0))
 
     def may_leave(self, layer_index: int) -> bool:
         """Whether the threshold lets anybody go."""
         return self._limit < math.inf
 
+    def readers(self, layer_index: int) -> Affine:
+        """The classifier itself."""
+        return self._weights[layer_index], self._biases[layer_index]
+
+    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+        """Compare logits with the threshold's."""
+        return (readings[:, 0] > self._limit).tolist()
+
     def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
         """Compare logits with the threshold's."""
-        logits: list[float] = torch.mv(cast(Tensor, normed), self._weights[layer_index]).tolist()
-        return [logit > self._limits[layer_index] for logit in logits]
+        return self.decide(layer_index, functional.linear(cast(Tensor, normed), *self.readers(layer_index)))
 
 
-class StaticRule:
+class StaticRule(_WithoutReaders):
     """Leave after a fixed number of layers.
 
     Args:
         threshold: layers to run.
     """
 
+    name = "static"
     needs_normed = False
 
     def __init__(self, threshold: float) -> None:
@@ -183,7 +231,7 @@ class ForcedRule:
 
     def __init__(self, inner: ExitRule, exit_layers: Sequence[Sequence[int]]) -> None:
         self._inner, self._exit_layers = inner, exit_layers
-        self.needs_normed = inner.needs_normed
+        self.name, self.needs_normed = inner.name, inner.needs_normed
         self._due: list[int] = []
 
     def begin(self, position: int, rows: Sequence[int]) -> None:
@@ -195,9 +243,21 @@ class ForcedRule:
         """As the inner rule has it."""
         return True
 
+    def readers(self, layer_index: int) -> Affine | None:
+        """The inner rule's."""
+        return self._inner.readers(layer_index)
+
+    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+        """Those whose layer this is."""
+        self._inner.decide(layer_index, readings)
+        return self._due_here(layer_index)
+
     def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
         """Those whose layer this is."""
         self._inner.leaves(layer_index, before, after, normed)
+        return self._due_here(layer_index)
+
+    def _due_here(self, layer_index: int) -> list[bool]:
         going = [due <= layer_index + 1 for due in self._due]
         self._due = [due for due, goes in zip(self._due, going, strict=True) if not goes]
         return going

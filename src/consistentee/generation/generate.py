@@ -92,6 +92,7 @@ def generate_tokens(
     """
     # Not a parameter of its own: Hugging Face would take it out of what it prepares.
     attention_mask: Tensor | None = model_kwargs.pop("attention_mask", None)
+    model_kwargs.pop("tokenizer", None)  # for stop strings, which are among the criteria by now
     values: Any = generation_config
     _check_search(values, options)
     if not values.use_cache:
@@ -125,7 +126,7 @@ def _rule(model: Any, options: GenerationOptions) -> ExitRule:
     if options.mode == "full":
         return NeverLeave()
     threshold = options.threshold
-    if options.mode == "lossless" and options.draft_threshold is not None and threshold is None:
+    if options.mode == "lossless" and options.criterion == "policy" and threshold is None:
         threshold = options.draft_threshold
     rule = model.exit_rule(options.criterion, threshold)
     return rule if options.forced_exit_layers is None else ForcedRule(rule, options.forced_exit_layers)
@@ -147,9 +148,10 @@ def _token_loop(
     streamer: Any,
 ) -> EarlyExitGenerateOutput:
     """One token of every running row per step."""
+    weights = model.exit_weights()
     recompute = options.skipped_states == "recompute" and options.mode == "early-exit"
     decoding = (ExactDecoding if recompute else Decoding)(
-        model.exit_weights(),
+        weights,
         _rule(model, options),
         attention_mask,
         _capacity(input_ids, config),
@@ -161,34 +163,29 @@ def _token_loop(
     layers: list[Tensor] = []
     scores: list[Tensor] = []
     raw: list[Tensor] = []
-    keeps = config.return_dict_in_generate
-    logits, exit_layers = decoding.prefill(input_ids)
+    keeps = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    greedy = not (logits_processor or config.do_sample or keeps)  # nobody asks for logits
+    normed, exit_layers = decoding.prefill(input_ids)
     while True:
-        whole = len(running) == batch
-        rows = None if whole else torch.tensor(running, device=device)
-        wanted = (
-            logits_processor or config.do_sample or (keeps and (config.output_scores or config.output_logits))
-        )
-        if wanted and rows is not None:  # processors know rows by their place in the batch
-            spread = logits.new_zeros(batch, logits.shape[-1])
-            spread[rows] = logits
-            logits = spread
-        if wanted:
-            logits = logits.float()
-        if keeps and config.output_logits:
-            raw.append(logits)
-        if logits_processor:
-            logits = logits_processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
-        if keeps and config.output_scores:
-            scores.append(logits)
-        if config.do_sample:
-            tokens = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
+        rows = None if len(running) == batch else torch.tensor(running, device=device)
+        if greedy:
+            tokens = weights.greedy(normed, exit_layers)
         else:
-            tokens = logits.argmax(-1)
+            logits = weights.logits(normed, exit_layers).float()
+            if rows is not None:  # processors know rows by their place in the batch
+                logits = logits.new_zeros(batch, logits.shape[-1]).index_copy_(0, rows, logits)
+            if config.output_logits and keeps:
+                raw.append(logits)
+            logits = logits_processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
+            if config.output_scores and keeps:
+                scores.append(logits)
+            if config.do_sample:
+                tokens = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
+            else:
+                tokens = logits.argmax(-1)
+            tokens = tokens if rows is None else tokens[rows]
         if rows is not None:
-            picked = tokens[rows] if wanted else tokens
-            tokens = torch.full((batch,), pad, device=device)
-            tokens[rows] = picked
+            tokens = torch.full((batch,), pad, device=device).index_copy_(0, rows, tokens)
         left = torch.zeros(batch, dtype=torch.int64, device=device)
         left[running] = torch.tensor(exit_layers, device=device)
         layers.append(left)
@@ -201,7 +198,7 @@ def _token_loop(
         if len(still) < len(running):
             decoding.keep(still)
             running = [running[place] for place in still]
-        logits, exit_layers = decoding.step(tokens if len(running) == batch else tokens[running])
+        normed, exit_layers = decoding.step(tokens if len(running) == batch else tokens[running])
     return EarlyExitGenerateOutput(
         sequences=input_ids,  # pyright: ignore[reportArgumentType]
         scores=tuple(scores) or None,  # pyright: ignore[reportArgumentType]
@@ -222,13 +219,21 @@ def _lossless_loop(
 ) -> EarlyExitGenerateOutput:
     """Rounds of drafts and verifications, until every row has ended."""
     batch, device = len(input_ids), input_ids.device
+    if streamer is not None and batch > 1:
+        raise ValueError(
+            f'streamer takes one text at a time in mode "lossless", got {batch}: rows end their drafts at different '
+            "times. Generate them one by one, or without a streamer."
+        )
     weights = model.exit_weights()
 
     def choose(row: int, before: Sequence[int], logits: Tensor) -> int:
-        if logits_processor:
-            so_far = torch.cat([input_ids[row], torch.tensor(list(before), dtype=torch.int64, device=device)])
-            logits = logits_processor(so_far[None], logits[None].float())[0]  # pyright: ignore[reportArgumentType]
-        return int(logits.argmax())
+        so_far = torch.cat([input_ids[row], torch.tensor(list(before), dtype=torch.int64, device=device)])
+        spread = logits.new_zeros(
+            batch, len(logits), dtype=torch.float32
+        )  # processors know rows by their place
+        spread[row] = logits
+        scores = logits_processor(so_far.expand(batch, -1), spread)  # pyright: ignore[reportArgumentType]
+        return int(scores[row].argmax())
 
     def ends(row: int, tokens: Sequence[int]) -> bool:
         so_far = torch.cat([input_ids[row], torch.tensor(list(tokens), dtype=torch.int64, device=device)])
@@ -244,7 +249,7 @@ def _lossless_loop(
     decoding = LosslessDecoding(
         exact,
         weights,
-        choose,
+        choose if logits_processor else None,
         draft_tokens=options.draft_tokens,
         clock=DraftClock() if options.adaptive_drafts else None,
     )
@@ -312,6 +317,10 @@ def _check_search(config: Any, options: GenerationOptions) -> None:
             raise ValueError(f"{name} does not go with exits, got {getattr(config, name)}. Leave it out.")
     if config.do_sample and options.mode == "lossless":
         raise ValueError('do_sample must be False in mode "lossless", got True: it verifies greedy text.')
+    if options.mode == "lossless" and (config.output_scores or config.output_logits):
+        raise ValueError(
+            'output_scores and output_logits must be False in mode "lossless", which keeps no logits.'
+        )
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise ValueError(f"{name} must be False with exits, got True: skipped layers have none.")

@@ -26,6 +26,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 16, 512
 
 Choose = Callable[[int, Sequence[int], Tensor], int]
 """(row, tokens generated so far, (vocabulary,) logits) -> the next token."""
+Chosen = Callable[[int, Sequence[int]], int]
+"""(index among the states of a pass, tokens generated so far) -> the next token."""
 
 
 @dataclass
@@ -85,7 +87,7 @@ class LosslessDecoding:
     Args:
         decoding: exact decoding; its rule says when a draft leaves.
         weights: of the model.
-        choose: how a token is taken from logits; greedy.
+        choose: how a token is taken from logits; None takes the most probable one.
         draft_tokens: drafts before a verification, at most.
         clock: decides whether drafting pays; None drafts always.
     """
@@ -94,7 +96,7 @@ class LosslessDecoding:
         self,
         decoding: ExactDecoding,
         weights: ExitWeights,
-        choose: Choose,
+        choose: Choose | None,
         *,
         draft_tokens: int,
         clock: DraftClock | None,
@@ -108,9 +110,10 @@ class LosslessDecoding:
 
     def prefill(self, input_ids: Tensor) -> None:
         """Run the prompts; the first token comes from the last layer."""
-        logits, exit_layers = self._decoding.prefill(input_ids)
+        normed, exit_layers = self._decoding.prefill(input_ids)
+        chosen = self._chosen(normed, exit_layers, self._numbers)
         for number, row in enumerate(self.rows):
-            row.tokens.append(self._choose(number, [], logits[number]))
+            row.tokens.append(chosen(number, []))
             row.exit_layers.append(exit_layers[number])
 
     def round(self) -> list[list[int]]:
@@ -128,19 +131,21 @@ class LosslessDecoding:
         device = self._weights.decoder.device
         advances = self._decoding.advance(torch.tensor(newest, device=device), may_leave)
         last = self._decoding.num_layers
-        states = [advance.normed for advance in advances]
+        owners = [
+            number for number, advance in zip(self._numbers, advances, strict=True) for _ in advance.normed
+        ]
         layers = [advance.exit_layer for advance in advances for _ in advance.normed]
-        logits = self._weights.logits(torch.cat(states), layers)
-        parts = logits.split([len(state) for state in states])
+        chosen = self._chosen(torch.cat([advance.normed for advance in advances]), layers, owners)
         certain: list[list[int]] = []
-        for position, (row, advance, part) in enumerate(zip(running, advances, parts, strict=True)):
+        end = 0
+        for position, (row, advance) in enumerate(zip(running, advances, strict=True)):
+            end += len(advance.normed)
             if advance.exit_layer < last:
-                before = row.tokens + row.drafts
-                row.drafts.append(self._choose(self._numbers[position], before, part[-1]))
+                row.drafts.append(chosen(end - 1, row.tokens + row.drafts))
                 row.draft_layers.append(advance.exit_layer)
                 certain.append([])
             else:
-                certain.append(self._verify(position, row, part))
+                certain.append(self._verify(position, row, end, chosen))
         self._time(time.perf_counter() - start, had_drafts or any(row.drafts for row in running), certain)
         return certain
 
@@ -149,14 +154,21 @@ class LosslessDecoding:
         self._decoding.keep(running)
         self._numbers = [self._numbers[number] for number in running]
 
-    def _verify(self, position: int, row: DraftedRow, logits: Tensor) -> list[int]:
+    def _chosen(self, normed: Tensor, exit_layers: list[int], owners: list[int]) -> Chosen:
+        """The tokens of a pass: at once where nothing depends on the text so far, else one by one when asked for."""
+        if self._choose is None:
+            tokens: list[int] = self._weights.greedy(normed, exit_layers).tolist()
+            return lambda index, before: tokens[index]
+        choose, logits = self._choose, self._weights.logits(normed, exit_layers)
+        return lambda index, before: choose(owners[index], before, logits[index])
+
+    def _verify(self, position: int, row: DraftedRow, end: int, chosen: Chosen) -> list[int]:
         """Keep the drafts that the full model would have chosen, and its own choice after them."""
-        number, last = self._numbers[position], self._decoding.num_layers
-        drafts, draft_layers = row.drafts, row.draft_layers
-        logits = logits[-len(drafts) - 1 :]  # a row's other tokens were certain before
+        last, drafts = self._decoding.num_layers, row.drafts
+        first = end - len(drafts) - 1  # a row's other tokens were certain before
         fresh: list[int] = []
-        for draft, layer, choices in zip(drafts, draft_layers, logits, strict=False):
-            token = self._choose(number, row.tokens + fresh, choices)
+        for number, (draft, layer) in enumerate(zip(drafts, row.draft_layers, strict=True)):
+            token = chosen(first + number, row.tokens + fresh)
             fresh.append(token)
             row.exit_layers.append(layer if token == draft else last)
             self.verified += 1
@@ -164,7 +176,7 @@ class LosslessDecoding:
                 break
             self.accepted += 1
         if fresh == drafts:
-            fresh.append(self._choose(number, row.tokens + fresh, logits[-1]))
+            fresh.append(chosen(end - 1, row.tokens + fresh))
             row.exit_layers.append(last)
         else:
             state = self._decoding.rows[position]

@@ -111,11 +111,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         """Number of layers, hence of possible exits."""
         return decoders.num_layers(self.backbone)
 
-    @property
-    def norm_kind(self) -> str:
-        """Kind of the backbone's norms, see `decoders.DecoderArchitecture`."""
-        return decoders.decoder_architecture(self.backbone.config).norm
-
     def new_policy(self) -> PolicyNetwork:
         """An untrained policy network as the configuration has it."""
         return PolicyNetwork(
@@ -263,7 +258,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
 
     def exit_weights(self) -> ExitWeights:
         """The weights laid out for decoding; made anew where they have changed."""
-        signature = (weight_signature(self.backbone), weight_signature(self.exit_heads))
+        signature = weight_signature(self)
         if self._weights is None or self._weights_signature != signature:
             self._weights, self._weights_signature = ExitWeights(self), signature
         return self._weights
@@ -333,6 +328,20 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
             inputs, generation_config, custom_generate=partial(generate_tokens, options=options), **kwargs
         )
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], *others: Any, **named: Any
+    ) -> dict[str, Any]:
+        """What goes to the decoding loop; Hugging Face would not hand tokenizer and streamer on to one of our own."""
+        tokenizer = kwargs.get("tokenizer")
+        streamer = named.get("streamer", others[-1] if others else None)
+        found = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *others, **named)
+        ours = {"tokenizer": tokenizer, "streamer": streamer}
+        return {**found, **{name: value for name, value in ours.items() if value is not None}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the weights laid out for decoding, which are made again when needed."""
+        return {**self.__dict__, "_weights": None, "_weights_signature": ()}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 Hugging Face's modules spend more time between kernels than in them when a step has few tokens. Here a layer is about
 seventeen calls of torch, whatever the model type; `decoders.LayerParts` says where each keeps its weights. Only the
-query, key and value projections are copied (into one), all other weights are the model's own.
+query, key and value projections are copied: into one, with the factors of the norm before them. The norm itself is then
+the same for everything that reads a state, and an exit's policy (`PackedDecoder.fused`) rides along in that product.
 
 What a layer attends to is the caller's: `run` takes a step whose `attend` writes the new keys and values and gives the
 attention's output.
@@ -10,7 +11,7 @@ attention's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,6 +24,8 @@ from consistentee.generation import decoders
 from consistentee.generation.decoders import LayerParts
 
 Map = Callable[[Tensor], Tensor]
+Affine = tuple[Tensor, Tensor]
+"""Weight (outputs, inputs) and bias (outputs,)."""
 Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each (tokens or 1, 1, rotated size): see `signed_rotary`."""
 
@@ -65,8 +68,11 @@ class Layer:
         self.head_size = int(getattr(attention, "head_dim", None) or attention.head_size)
         self.scaling = float(attention.scaling)
         self.softcap: float | None = getattr(attention, "attn_logit_softcapping", None)
-        self.input_norm = norm_function(part(parts.input_norm), norm)
-        self._qkv = linear_function(_fused_projection(part, parts))
+        self.qkv_width = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
+        self._qkv_modules = [part(path) for path in (parts.query, parts.key, parts.value) if path]
+        self._input_norm = part(parts.input_norm)
+        self._norm_kind = norm
+        self.qkv = self.projection(None)
         self._heads_layout = parts.fused == "heads"
         self._query_norm = norm_function(part(parts.query_norm), norm) if parts.query_norm else None
         self._key_norm = norm_function(part(parts.key_norm), norm) if parts.key_norm else None
@@ -81,9 +87,50 @@ class Layer:
         self._mlp_output_norm = _optional_norm(part(parts.mlp_output_norm), norm)
         self._parallel = bool(getattr(module, "use_parallel_residual", False))
 
-    def __call__(self, hidden: Tensor, step: Step) -> Tensor:
-        """Hidden states after this layer: (tokens, hidden) -> (tokens, hidden)."""
-        query, key, value = self._project(self.input_norm(hidden), step.rotary(self.layer_type))
+    def projection(self, readers: Affine | None) -> Map:
+        """Queries, keys and values from states behind `unit_norm`, and what else reads these states.
+
+        Args:
+            readers: an affine map of states behind `unit_norm`; its outputs come last.
+
+        Returns:
+            (tokens, hidden) -> (tokens, queries, keys and values, outputs of the readers).
+        """
+        factor, shift = affine_norm(self._input_norm, self._norm_kind)
+        parts = [plain_weights(module) for module in self._qkv_modules]
+        if any(part is None for part in parts):  # an adapter: run as it is
+            modules = self._qkv_modules
+
+            def run(unit: Tensor) -> Tensor:
+                normed = unit * factor if shift is None else torch.addcmul(shift, unit, factor)
+                outputs = [module(normed) for module in modules]
+                if readers is not None:
+                    outputs.append(functional.linear(unit, *readers))
+                return torch.cat(outputs, dim=-1)
+
+            return run
+        plain = [part for part in parts if part is not None]
+        weight = torch.cat([weight for weight, _ in plain])
+        biased = shift is not None or any(bias is not None for _, bias in plain)
+        bias = None
+        if biased or readers is not None:
+            zeros = weight.new_zeros(len(weight))
+            bias = torch.cat([weight.new_zeros(len(part)) if own is None else own for part, own in plain])
+            bias = bias if shift is None else bias + (weight.float() @ shift.float()).to(weight.dtype)
+            bias = bias if biased else zeros
+        weight = (weight.float() * factor.float()).to(weight.dtype)
+        if readers is not None and bias is not None:
+            weight = torch.cat([weight, readers[0].to(weight.dtype)])
+            bias = torch.cat([bias, readers[1].to(weight.dtype)])
+        return lambda unit: functional.linear(unit, weight, bias)
+
+    def __call__(self, hidden: Tensor, unit: Tensor, step: Step) -> Tensor:
+        """Hidden states after this layer: (tokens, hidden), and the same behind `unit_norm` -> (tokens, hidden)."""
+        return self.finish(hidden, self.qkv(unit), step)
+
+    def finish(self, hidden: Tensor, qkv: Tensor, step: Step) -> Tensor:
+        """Hidden states after this layer, from those before it and their queries, keys and values."""
+        query, key, value = self._split(qkv, step.rotary(self.layer_type))
         attended = step.attend(self, query, key, value)
         after = _residual(hidden, attended, self._add_output, self._output_norm)
         mlp_input = self._mlp_norm(hidden if self._parallel else after)
@@ -92,10 +139,9 @@ class Layer:
             inner = inner * self._up(mlp_input)
         return _residual(after, inner, self._add_down, self._mlp_output_norm)
 
-    def _project(self, normed: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (tokens, heads, size), rotated keys and values (tokens, key/value heads, size)."""
-        tokens, heads, pairs, size = len(normed), self.num_heads, self.num_key_value_heads, self.head_size
-        qkv = self._qkv(normed)
+        tokens, heads, pairs, size = len(qkv), self.num_heads, self.num_key_value_heads, self.head_size
         if self._heads_layout:
             query, key, value = qkv.view(tokens, heads, 3 * size).chunk(3, dim=-1)
         else:
@@ -183,7 +229,11 @@ class PackedDecoder:
             Layer(module, row.parts, row.norm, model.config, index, kinds[index])
             for index, module in enumerate(decoders.decoder_layers(model))
         ]
-        self.final_norm = norm_function(decoders.final_norm(model), row.norm)
+        self.norm_kind = row.norm
+        hidden = int(cast(Any, model.config).hidden_size)
+        input_norm = decoders.decoder_layers(model)[0].get_submodule(row.parts.input_norm)
+        self.unit_norm = unit_norm(hidden, row.norm, norm_epsilon(input_norm))
+        """What every norm of a state begins with: (tokens, hidden), scaled to unit variance."""
         self.layer_types = kinds
         self.sliding_window = decoders.sliding_window(model.config)
         self.signature = weight_signature(model)
@@ -201,6 +251,17 @@ class PackedDecoder:
         if self._plain_embedding is not None:
             return self._plain_embedding[tokens]
         return decoders.embed_tokens(self.model, tokens[None], positions[None])[0]
+
+    def fused(self, readers: Sequence[Affine | None]) -> list[Map]:
+        """Every layer's projection with something else that reads the state before it.
+
+        Args:
+            readers: for each layer an affine map of states behind `unit_norm`, or None.
+        """
+        return [
+            layer.qkv if more is None else layer.projection(more)
+            for layer, more in zip(self.layers, readers, strict=True)
+        ]
 
     def rotary(self, positions: Tensor) -> dict[str, Rotary | None]:
         """Angles of (tokens,) positions for each attention type."""
@@ -231,9 +292,29 @@ def norm_function(module: nn.Module, kind: str) -> Map:
     if kind == "layer":
         shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
         return lambda states: functional.layer_norm(states, shape, weight, bias, eps)
-    weight, eps = rms_weight(norm, kind), float(getattr(norm, "variance_epsilon", None) or norm.eps)
+    weight, eps = rms_weight(norm, kind), norm_epsilon(norm)
     shape = tuple(weight.shape)
     return lambda states: functional.rms_norm(states, shape, weight, eps)
+
+
+def norm_epsilon(norm: Any) -> float:
+    """What a norm adds to the variance."""
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
+
+
+def unit_norm(size: int, kind: str, epsilon: float) -> Map:
+    """The part of a norm that has no weights."""
+    shape = (size,)
+    if kind == "layer":
+        return lambda states: functional.layer_norm(states, shape, None, None, epsilon)
+    return lambda states: functional.rms_norm(states, shape, None, epsilon)
+
+
+def affine_norm(norm: Any, kind: str) -> tuple[Tensor, Tensor | None]:
+    """The rest of a norm: factors and shift (None for RMS norms), each (size,)."""
+    if kind == "layer":
+        return norm.weight.detach(), norm.bias.detach()
+    return rms_weight(norm, kind), None
 
 
 def rms_weight(norm: Any, kind: str) -> Tensor:
@@ -268,7 +349,7 @@ def adding_function(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tens
     return lambda residual, states: run(states) if residual is None else residual + run(states)
 
 
-def weight_signature(model: PreTrainedModel) -> tuple[Any, ...]:
+def weight_signature(model: nn.Module) -> tuple[Any, ...]:
     """Tells whether weights were replaced or changed in place since."""
     return tuple(
         (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
@@ -294,29 +375,10 @@ def _activation(module: Any) -> Map:
     )
 
 
-def _fused_projection(part: Callable[[str], Any], parts: LayerParts) -> nn.Module:
-    """Query, key and value projections as one."""
-    if parts.fused:
-        return part(parts.query)
-    modules = [part(path) for path in (parts.query, parts.key, parts.value)]
-    if any(type(module) is not nn.Linear for module in modules):
-        return _SideBySide(modules)
-    weight = torch.cat([module.weight.detach() for module in modules])
-    fused = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    fused.weight = nn.Parameter(weight, requires_grad=False)
-    if modules[0].bias is not None:
-        fused.bias = nn.Parameter(
-            torch.cat([module.bias.detach() for module in modules]), requires_grad=False
-        )
-    return fused
-
-
-class _SideBySide(nn.Module):
-    """Projections that are not plain linear maps (adapters), their outputs one behind the other."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        super().__init__()
-        self.projections = nn.ModuleList(modules)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return torch.cat([projection(states) for projection in self.projections], dim=-1)
+def plain_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (outputs, inputs) and bias of a plain linear map; None for any other module."""
+    if type(module) is nn.Linear:
+        return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if type(module) is Conv1D:
+        return module.weight.detach().t(), module.bias.detach()
+    return None

@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 
 from consistentee.generation import decoders
 from consistentee.generation.cache import DecoderCache
-from consistentee.generation.packed_decoder import Rotary, rms_weight, rotate
+from consistentee.generation.packed_decoder import (
+    Map,
+    Rotary,
+    norm_epsilon,
+    plain_weights,
+    rms_weight,
+    rotate,
+)
 
 
 class SkippedKeysValues:
@@ -40,7 +47,7 @@ class SkippedKeysValues:
         heads = int(values.num_attention_heads)
         self.num_key_value_heads = int(getattr(values, "num_key_value_heads", None) or heads)
         self._centred = row.norm == "layer"
-        self._eps = float(getattr(norms[0], "variance_epsilon", None) or norms[0].eps)
+        self._eps = norm_epsilon(norms[0])
         # (layers, 1, hidden)
         self._norm_weight = torch.stack(
             [norm.weight.detach() if self._centred else rms_weight(norm, row.norm) for norm in norms]
@@ -48,19 +55,22 @@ class SkippedKeysValues:
         self._norm_bias = (
             torch.stack([norm.bias.detach() for norm in norms])[:, None] if self._centred else None
         )
-        pairs = [_key_value_weights(layer, row.parts, heads, self.head_size) for layer in layers]
-        self._weight = torch.stack([weight for weight, _ in pairs])  # (layers, hidden, 2 * heads * size)
-        self._bias = (
-            None
-            if pairs[0][1] is None
-            else torch.stack([bias for _, bias in pairs if bias is not None])[:, None]
-        )
+        parts = [_key_value_weights(layer, row.parts, heads, self.head_size) for layer in layers]
+        pairs = [part for part in parts if isinstance(part, tuple)]
+        self._maps: list[Map] | None = None
+        self._weight = self._bias = None
+        if len(pairs) < len(parts):  # adapters: layer by layer
+            self._maps = [_as_map(part) for part in parts]
+        else:
+            self._weight = torch.stack([weight for weight, _ in pairs])  # (layers, hidden, 2 * heads * size)
+            biases = [bias for _, bias in pairs if bias is not None]
+            self._bias = torch.stack(biases)[:, None] if biases else None
         self._key_norm: Tensor | None = None
         if row.parts.key_norm:
             key_norms: list[Any] = [layer.get_submodule(row.parts.key_norm) for layer in layers]
             weights = [rms_weight(norm, row.norm) for norm in key_norms]
             self._key_norm = torch.stack(weights)[:, None, None]  # (layers, 1, 1, size)
-            self._key_eps = float(getattr(key_norms[0], "variance_epsilon", None) or key_norms[0].eps)
+            self._key_eps = norm_epsilon(key_norms[0])
         self._layer_types = decoders.layer_types(config)
 
     def compute(self, states: Tensor, first_layer: int, rotary: dict[str, Rotary | None]) -> Tensor:
@@ -82,7 +92,10 @@ class SkippedKeysValues:
         inputs = normed * self._norm_weight[first_layer:]  # (layers, tokens, hidden)
         if self._norm_bias is not None:
             inputs = inputs + self._norm_bias[first_layer:]
-        if self._bias is None:
+        if self._maps is not None or self._weight is None:
+            maps = (self._maps or [])[first_layer:]
+            both = torch.stack([run(states) for run, states in zip(maps, inputs, strict=True)])
+        elif self._bias is None:
             both = torch.bmm(inputs, self._weight[first_layer:])
         else:
             both = torch.baddbmm(self._bias[first_layer:], inputs, self._weight[first_layer:])
@@ -139,20 +152,34 @@ class SkippedKeysValues:
 
 def _key_value_weights(
     layer: Any, parts: decoders.LayerParts, heads: int, size: int
-) -> tuple[Tensor, Tensor | None]:
-    """Key and value weights of a layer, (hidden, 2 * heads * size), and their bias or None."""
-    if not parts.fused:
-        pair: list[Any] = [layer.get_submodule(path) for path in (parts.key, parts.value)]
-        bias = None if pair[0].bias is None else torch.cat([part.bias.detach() for part in pair])
-        return torch.cat([part.weight.detach() for part in pair]).t().contiguous(), bias
-    fused: Any = layer.get_submodule(parts.query)
-    weight = fused.weight.detach()
-    bias = None if fused.bias is None else fused.bias.detach()
-    if parts.fused == "blocks":  # Conv1D: (hidden, 3 * hidden), queries, keys, values
-        width = heads * size
-        return weight[:, width:].contiguous(), None if bias is None else bias[width:]
-    by_head = weight.view(heads, 3, size, -1)[:, 1:].transpose(0, 1)  # (2, heads, size, hidden)
-    flat = by_head.reshape(2 * heads * size, -1).t().contiguous()
-    if bias is None:
-        return flat, None
-    return flat, bias.view(heads, 3, size)[:, 1:].transpose(0, 1).reshape(-1)
+) -> tuple[Tensor, Tensor | None] | Map:
+    """Key and value weights of a layer, (hidden, 2 * heads * size), and their bias; a function if it has adapters."""
+    paths = (parts.query,) if parts.fused else (parts.key, parts.value)
+    modules = [layer.get_submodule(path) for path in paths]
+    plain = [found for found in map(plain_weights, modules) if found is not None]
+    if len(plain) < len(modules):
+        if not parts.fused:
+            return lambda states: torch.cat([module(states) for module in modules], dim=-1)
+        picked = _key_value_outputs(parts.fused, heads, size)
+        return lambda states: modules[0](states)[..., picked]
+    weight = torch.cat([found for found, _ in plain])
+    bias = None if plain[0][1] is None else torch.cat([own for _, own in plain if own is not None])
+    if parts.fused:
+        picked = _key_value_outputs(parts.fused, heads, size).to(weight.device)
+        weight, bias = weight[picked], None if bias is None else bias[picked]
+    return weight.t().contiguous(), bias
+
+
+def _key_value_outputs(layout: str, heads: int, size: int) -> Tensor:
+    """Which outputs of a fused projection are keys, and behind them values, head by head."""
+    outputs = torch.arange(3 * heads * size)
+    if layout == "blocks":
+        return outputs[heads * size :]
+    return outputs.view(heads, 3, size)[:, 1:].transpose(0, 1).reshape(-1)
+
+
+def _as_map(part: tuple[Tensor, Tensor | None] | Map) -> Map:
+    if not isinstance(part, tuple):
+        return part
+    weight, bias = part
+    return lambda states: functional.linear(states, weight.t(), bias)

@@ -1,0 +1,179 @@
+"""The command `benchmark`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from consistentee.config import Criterion
+from consistentee.options import Columns, Flag, UsageError, known_task
+from consistentee.terminal import console, progress_line, say, usage
+
+
+def benchmark(
+    model: str | None = None,
+    *,
+    data_file: Path | None = None,
+    task: str | None = None,
+    data_dir: Path | None = None,
+    text_columns: Columns = None,
+    config_name: str | None = None,
+    sequence_length: int = 128,
+    labels: int = 2,
+    classifier_hidden_size: int | None = None,
+    exit_distribution: str | None = None,
+    criterion: Criterion | None = None,
+    threshold: float | None = None,
+    batch_sizes: str | None = None,
+    throughput: Flag = False,
+    num_rows: int | None = None,
+    repeats: int = 5,
+    backend: str = "torch",
+    dtype: str = "float32",
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    plot: Path | None = None,
+    debug: Flag = False,
+) -> None:
+    """Measure speed: the engine with exits, the same at full depth, and plain transformers, in turn in one run.
+
+    Args:
+        model: Folder of a trained model, or its name on the hub; it needs --data-file or --task.
+        data_file: Texts: one a line (a tab separates the two of a pair), CSV, TSV, JSONL or Parquet.
+        task: Evaluation rows of a task by name.
+        data_dir: The task's local folder; without it the task comes from the model hub.
+        text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
+        config_name: In place of a model: random weights of a shape, such as bert-base or minilm-12l-shape.
+        sequence_length: Tokens of the random rows that go with --config-name.
+        labels: Classes of the model that goes with --config-name.
+        classifier_hidden_size: Width of its exits. [default: what training gives]
+        exit_distribution: Force exits: even, last, or the share of each layer (0.1,0.2,...). [default: the model's
+            own rule; even with --config-name]
+        criterion: Exit rule. [default: the saved one]
+        threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
+        batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128]
+        throughput: Throughput mode alone, or beside the --batch-sizes given. [default: both]
+        num_rows: Rows to take. [default: 512, or enough for four batches]
+        repeats: Timed repetitions, after one that is not.
+        backend: What runs the layers: torch, onnxruntime, or auto (with a model).
+        dtype: Precision: float32, bfloat16, float16, int8, or auto (with a model).
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        threads: Threads of the CPU. [default: what torch takes]
+        seed: Of random weights, rows and forced exits.
+        json_file: Write all figures to this file.
+        plot: Draw throughput and speed-ups into this PNG, PDF or SVG file.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    if (model is None) == (config_name is None):
+        raise UsageError("Give a model (with --data-file or --task), or --config-name: one of them.")
+    sizes = _batch_sizes(batch_sizes, throughput)
+    for name, value in (
+        ("repeats", repeats),
+        ("threads", threads),
+        ("num-rows", num_rows),
+        ("labels", labels - 1),
+        ("classifier-hidden-size", classifier_hidden_size),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(
+                f"--{name} must be at least {1 + (name == 'labels')}, got {value + (name == 'labels')}."
+            )
+    if plot is not None:  # before the work, not after it
+        from consistentee.plots import check_plot
+
+        usage(lambda: check_plot(plot))
+    import torch
+
+    from consistentee.atomic import write_json
+    from consistentee.config import TrainingConfig
+    from consistentee.reports import speed_report
+    from consistentee.speed import measure_speed
+    from consistentee.workloads import model_workload, shape_workload
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    count = num_rows or max(512, 4 * max(sizes, default=1))
+    place = None if device == "auto" else device
+    if config_name is not None:
+        for name, value in (("data-file", data_file), ("task", task), ("threshold", threshold)):
+            if value is not None:
+                raise UsageError(f"--{name} goes with a model, not with --config-name.")
+        name, tokens = config_name, sequence_length
+        width = classifier_hidden_size or TrainingConfig().classifier_hidden_size
+        work = usage(
+            lambda: shape_workload(
+                name,
+                rows=count,
+                sequence_length=tokens,
+                num_labels=labels,
+                classifier_hidden_size=width,
+                device=place,
+                dtype=dtype,
+                backend=backend,
+                seed=seed,
+            )
+        )
+        exit_distribution = exit_distribution or "even"
+    else:
+        texts = _benchmark_texts(data_file, task, data_dir, text_columns)
+        work = model_workload(
+            model or "", texts, rows=count, device=place, dtype=dtype, backend=backend, seed=seed
+        )
+    report = measure_speed(
+        work.engine,
+        work.rows,
+        batch_sizes=sizes,
+        throughput=throughput or batch_sizes is None,
+        shares=usage(lambda: work.shares(exit_distribution)),
+        rule=usage(lambda: work.engine.rule(criterion, threshold)),
+        repeats=repeats,
+        seed=seed,
+        tick=progress_line if sys.stderr.isatty() else lambda _: None,
+    )
+    console().print(speed_report(report))
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+        say(f"Figures written to {json_file}")
+    if plot is not None:
+        from consistentee.plots import plot_speed
+
+        plot_speed(
+            report, plot, title=f"{report.workload['model']}, {report.environment['threads']} thread(s)"
+        )
+        say(f"Picture written to {plot}")
+
+
+def _batch_sizes(text: str | None, throughput: bool) -> list[int]:
+    """Batch sizes of latency mode as given, or the usual ones."""
+    if text is None:
+        return [] if throughput else [1, 8, 32, 128]
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UsageError(f'--batch-sizes must be whole numbers from 1 on, such as 1,8,32, got "{text}".')
+    return sizes
+
+
+def _benchmark_texts(
+    data_file: Path | None, task: str | None, data_dir: Path | None, text_columns: Columns
+) -> Iterator[tuple[str, ...]]:
+    """The texts that a model is measured on."""
+    if (data_file is None) == (task is None):
+        raise UsageError("A model needs --data-file, or --task with --data-dir: one of them.")
+    if data_file is not None:
+        if data_dir is not None:
+            raise UsageError("--data-dir goes with --task, not with --data-file.")
+        from consistentee.files import read_texts
+
+        return read_texts(str(data_file), text_columns)
+    from consistentee.data import load_task
+
+    return iter(load_task(known_task(task or ""), data_dir)[1].texts)

@@ -1,0 +1,296 @@
+"""The commands that make text: `generate`, and what `train`, `finetune` and `evaluate` do for text generators."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from consistentee.config import Recipe
+from consistentee.generation.config import (
+    GenerationCriterion,
+    GenerationMode,
+    GenerationTrainingConfig,
+    SkippedStates,
+)
+from consistentee.generation.options import (
+    generation_evaluation_data,
+    generation_training_data,
+    save_held_out_texts,
+)
+from consistentee.options import (
+    DataOptions,
+    Flag,
+    TrainingDataOptions,
+    UsageError,
+)
+from consistentee.terminal import at_least_one, console, say, text_stream, usage
+
+if TYPE_CHECKING:
+    from consistentee.generation.generator import GeneratedText, TextGenerator
+
+MAX_TRAINING_TEXTS = 100
+"""Texts that are generated to report on after a training, at most: they take long."""
+
+
+def generate(
+    model: str,
+    file: str | None = None,
+    /,
+    *,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    input: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    prompt_column: str | None = None,
+    input_column: str | None = None,
+    mode: GenerationMode | None = None,
+    criterion: GenerationCriterion | None = None,
+    threshold: float | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 8,
+    do_sample: Flag = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    skipped_states: SkippedStates | None = None,
+    template: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    json_lines: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    show_exits: Flag = False,
+    output: Path | None = None,
+    debug: Flag = False,
+) -> None:
+    """Generate text: of one --prompt as it is written, of many prompts as JSON lines in the order of the prompts.
+
+    A JSON line has prompt, input (if there is one), text, exit_layers (one for each token, the end of the text
+    included) and mean_exit_layer.
+
+    Args:
+        model: Folder of a trained model, or its name on the hub.
+        file: Prompts: JSONL, CSV, TSV, Parquet, or one a line; "-" is standard input.
+        prompt: One prompt, in place of a file.
+        input: What the prompt is about, if it is about a text.
+        prompt_column: The column of the instruction. [default: the usual names]
+        input_column: The column of what the instruction is about. [default: the usual names]
+        mode: early-exit: tokens leave early; full: all layers; lossless: exits draft and all layers verify, which gives
+            the text of all layers. [default: the saved one]
+        criterion: Exit rule. [default: the saved one]
+        threshold: Leave at the first layer whose exit score exceeds it; for static, the layers to run. [default: the
+            one chosen in training]
+        max_new_tokens: Longest text. [default: what suits the model's task]
+        batch_size: Prompts that go through the model together.
+        do_sample: Draw tokens instead of taking the likeliest.
+        temperature: Of the draws: below 1 is safer, above 1 wilder. [default: the model's]
+        top_p: Draw from the likeliest tokens that have this share together. [default: the model's]
+        seed: Of the draws.
+        skipped_states: Keys and values of skipped layers: copy them from the exit's state, or recompute them. [default:
+            the saved way]
+        template: How prompts are written: auto, chat, alpaca, plain, or a file. [default: the saved one]
+        dtype: Precision.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        json_lines: A JSON line for --prompt, too.
+        show_exits: Show where each token left: in colours or marks, or as "pieces" in the JSON lines.
+        output: Write JSON lines here; the file appears when it is complete.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    at_least_one(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    _check_prompt_options(file, prompt, input, prompt_column, input_column)
+    from consistentee.generation.data import read_prompts
+    from consistentee.generation.generator import DecodingOptions, TextGenerator
+    from consistentee.generation.saved import open_generator
+
+    options = usage(
+        lambda: DecodingOptions(
+            mode=mode,
+            criterion=criterion,
+            threshold=threshold,
+            skipped_states=skipped_states,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    )
+    saved = open_generator(model, None if device == "auto" else device, dtype)
+    generator = TextGenerator(saved, template=saved.prompt_template(template))
+    options = usage(lambda: generator.check(options))
+    if prompt is not None and not json_lines and output is None:
+        _write_as_it_comes(generator, prompt, input or "", options, show_exits)
+        return
+    if prompt is not None:
+        prompts: Iterator[tuple[str, str]] = iter([(prompt, input or "")])
+    else:
+        if (file is None or file == "-") and sys.stdin.isatty():
+            print("Reading prompts from standard input, one a line; end with Ctrl-D.", file=sys.stderr)  # noqa: T201
+        rows = read_prompts(file or "-", prompt_column=prompt_column, input_column=input_column)
+        prompts = ((row["prompt"], row["input"]) for row in rows)
+    with text_stream(output) as stream:
+        for text in generator.generate_texts(prompts, batch_size=batch_size, options=options):
+            stream.write(json.dumps(_line(text, show_exits), ensure_ascii=False) + "\n")
+            stream.flush()
+
+
+def train_generator(
+    kind: Literal["train", "finetune"],
+    *,
+    backbone: str,
+    output_dir: Path,
+    config: GenerationTrainingConfig,
+    data: TrainingDataOptions,
+    recipe: Recipe,
+    resume: bool,
+) -> None:
+    """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
+    rows = generation_training_data(data, recipe, config.seed)
+    from accelerate import PartialState
+
+    from consistentee.generation import training
+    from consistentee.generation.evaluation import evaluate_generation, evaluate_plain_generation
+    from consistentee.generation.reports import generation_report
+    from consistentee.generation.saved import open_generator
+    from consistentee.saved import record_evaluation
+
+    folder = (training.train_generation if kind == "train" else training.finetune_generation)(
+        backbone=backbone,
+        train_data=rows.train,
+        output_dir=output_dir,
+        config=config,
+        task=rows.task,
+        resume=resume,
+        report=say,
+    )
+    if not PartialState().is_main_process:
+        return
+    if rows.held_out:
+        path = save_held_out_texts(folder, rows.evaluation, data)
+        say(f"The rows to report on were cut from the training file; they are in {path}")
+    evaluation_rows = rows.evaluation.max_samples(MAX_TRAINING_TEXTS, config.seed)
+    drawn = f" of {len(rows.evaluation):,}" if len(evaluation_rows) < len(rows.evaluation) else ""
+    say(f"On {len(evaluation_rows):,}{drawn} rows that training has not seen ({rows.evaluation.source}):")
+    saved = open_generator(folder, device=PartialState().device)
+    progress = sys.stderr.isatty()
+    if kind == "train":
+        evaluation = evaluate_generation(saved, evaluation_rows, progress=progress, seed=config.seed)
+        figures = evaluation.summary()
+        console().print(generation_report(evaluation))
+    else:
+        figures = evaluate_plain_generation(saved, evaluation_rows, progress=progress)
+        say(", ".join(f"{name} {value:.4f}" for name, value in figures["metrics"].items()))
+    record_evaluation(folder, figures)
+
+
+def evaluate_generator(
+    model: str,
+    *,
+    data: DataOptions,
+    criteria: Sequence[str],
+    threshold: float | None,
+    reference: str | None,
+    batch_size: int,
+    max_samples: int | None,
+    mode: Any,
+    max_new_tokens: Any,
+    curve_points: Any,
+    bertscore_model: Any,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """What `evaluate` does for a text generator; arguments are its options."""
+    if curve_points is not None and curve_points < 0:
+        raise UsageError(f"--curve-points must be at least 0, got {curve_points}.")
+    from consistentee.atomic import write_json
+    from consistentee.generation.criteria import GENERATION_CRITERIA
+    from consistentee.generation.evaluation import evaluate_generation
+    from consistentee.generation.reports import generation_report
+    from consistentee.generation.saved import open_generator
+
+    for name in criteria:
+        if name not in GENERATION_CRITERIA:
+            raise UsageError(
+                f'criterion must be one of {", ".join(GENERATION_CRITERIA)} for a text generator, got "{name}".'
+            )
+    saved = open_generator(model)
+    rule, limit = usage(lambda: saved.exit_rule(criteria[0] if criteria else None, threshold))
+    rows = generation_evaluation_data(data, saved.task).max_samples(max_samples)
+    evaluation = evaluate_generation(
+        saved,
+        rows,
+        criteria=[rule, *criteria[1:]],
+        threshold=limit,
+        mode=mode,
+        reference=None if reference is None else open_generator(reference),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        curve_points=curve_points or 0,
+        bertscore_model=bertscore_model,
+        progress=sys.stderr.isatty(),
+    )
+    console().print(generation_report(evaluation))
+    if json_file is not None:
+        write_json(json_file, evaluation.to_dict())
+        say(f"Figures written to {json_file}")
+    if plot is not None:
+        from consistentee.generation.plots import plot_generation
+
+        plot_generation(evaluation, plot, title=f"{Path(model).name}, {Path(rows.source).name}")
+        say(f"Picture written to {plot}")
+
+
+def _check_prompt_options(
+    file: str | None,
+    prompt: str | None,
+    input: str | None,
+    prompt_column: str | None,
+    input_column: str | None,
+) -> None:
+    if prompt is not None and file is not None:
+        raise UsageError("A file and --prompt exclude each other: give one of them.")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("--prompt must hold text, got none.")
+    if prompt is None and input is not None:
+        raise UsageError("--input goes with --prompt; a file has a column for it, see --input-column.")
+    if prompt is not None and (prompt_column or input_column):
+        raise UsageError("--prompt-column and --input-column go with a file, not with --prompt.")
+
+
+def _line(text: GeneratedText, show_exits: bool) -> dict[str, Any]:
+    """What a JSON line says."""
+    return {
+        "prompt": text.prompt,
+        **({"input": text.input} if text.input else {}),
+        "text": text.text,
+        "exit_layers": text.exit_layers,
+        "mean_exit_layer": round(text.mean_exit_layer, 4),
+        **({"pieces": text.pieces} if show_exits else {}),
+    }
+
+
+def _write_as_it_comes(
+    generator: TextGenerator, prompt: str, input: str, options: Any, show_exits: bool
+) -> None:
+    """The text on standard output, token by token; white space before its first letter is left out."""
+    from consistentee.generation.exit_colours import ExitPrinter
+
+    printer = ExitPrinter(console(), generator.saved.num_hidden_layers) if show_exits else None
+    begun = False
+
+    def show(piece: str, exit_layer: int) -> None:
+        nonlocal begun
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        if printer is not None:
+            printer.put(piece, exit_layer)
+        else:
+            sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    generator.stream(prompt, input, on_token=show, options=options)
+    if printer is not None:
+        printer.end()
+    else:
+        say("")

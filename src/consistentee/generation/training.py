@@ -1,0 +1,533 @@
+"""Training of a causal language model with exits, top to bottom: warm-up, then policy and exits in turn.
+
+    phase 1  warm-up      backbone + exits on the layer-weighted sum of their losses, estimated from a few layers a step
+    phase 2  policy       fitted on cached states of held-out response tokens; CALM's classifier on the same tokens
+    phase 3  consistent   backbone + exits on the loss at exits drawn from the policy, later tokens seeing what is left
+    phases 2 and 3 repeat; of the rounds that validation finds no worse the last is kept, with its thresholds
+
+Source: ConsistentEE (AAAI 2024, arXiv:2312.11882), generation. Differences: the exact policy gradient by default, a
+policy on held-out texts (cross-fitted), some weighted sum kept in phase 3, one learning-rate schedule over all phases,
+and any `exit_head` in place of one head per layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+from transformers.trainer_utils import set_seed
+
+from consistentee import checkpoints
+from consistentee.curves import BUDGETS
+from consistentee.generation.adapters import Adapters, add_adapters
+from consistentee.generation.config import GenerationTrainingConfig
+from consistentee.generation.data import InstructionDataset, collate_rows, encode_rows, split_rows
+from consistentee.generation.model import ConfidenceClassifier, EarlyExitForCausalLM
+from consistentee.generation.objectives import (
+    Objective,
+    ObjectiveOutput,
+    consistent_objective,
+    full_depth_objective,
+    response_counts,
+    weighted_sum_objective,
+)
+from consistentee.generation.policy_fit import (
+    TokenPolicyChoice,
+    choose_token_policy,
+    number_of_fits,
+    token_memorized_layer,
+)
+from consistentee.generation.templates import prompt_template
+from consistentee.generation.token_states import TokenStates, run_token_states
+from consistentee.optimisation import Figures, Optimisation, parameter_groups
+from consistentee.runs import Report, Run, open_output
+
+EARLY_EXIT, FULL_DEPTH = "early_exit_generation", "full_depth_generation"
+
+
+def train_generation(
+    *,
+    backbone: str | Path,
+    train_data: InstructionDataset,
+    output_dir: str | Path,
+    config: GenerationTrainingConfig | None = None,
+    task: str | None = None,
+    resume: bool = False,
+    report: Report = lambda message: None,
+) -> Path:
+    """Train a causal language model with exits and save it.
+
+    Args:
+        backbone: hub name or local folder of a supported causal language model.
+        train_data: instructions with responses. A `validation_fraction` of them is kept from the model.
+        output_dir: where checkpoints go during the run and the finished model afterwards.
+        config: settings; the defaults if missing.
+        task: name of the task, for the record.
+        resume: go on from the last checkpoint in `output_dir` if there is one.
+        report: is given lines of text to show.
+
+    Returns:
+        The folder of the saved model: weights (adapters merged), tokenizer, prompt template, thresholds, training
+        record, model card.
+
+    Raises:
+        FileExistsError: if `output_dir` holds another run and `resume` is not set.
+        ImportError: LoRA without peft.
+        ValueError: an unsupported backbone, too little data, or a resumed run with other settings or data.
+    """
+    config = config or GenerationTrainingConfig()
+    started = _start(
+        EARLY_EXIT,
+        backbone=backbone,
+        train_data=train_data,
+        output_dir=output_dir,
+        config=config,
+        task=task,
+        resume=resume,
+        report=report,
+    )
+    if started is None:
+        return Path(output_dir)
+    run, adapters = started
+    progress = run.progress
+    warmup_steps = run.steps_of(config.warmup_epochs)
+    round_steps = run.steps_of(config.consistent_epochs)
+    weighted_sum = {
+        "layers_per_step": config.layers_per_step,
+        "last_layer_share": config.last_layer_share,
+        "logit_rows": config.logit_rows,
+    }
+
+    # Phase 1: every exit learns every token, deeper layers weigh more.
+    _steps(run, warmup_steps, weighted_sum_objective(**weighted_sum), phase="warm-up")
+    if not progress["warmup_done"]:
+        progress["warmup_done"] = True
+        run.checkpoint()
+
+    # Phases 2 and 3, in turn.
+    fitted: tuple[TokenPolicyChoice, TokenStates] | None = None
+    while not progress["training_done"]:
+        number = progress["rounds_done"]
+        if not progress["policy_fitted"]:
+            # Phase 2: with everything else frozen, the policy learns when to leave.
+            fitted = _fit_policy(run, f"round {number} policy")
+            if number == 0:
+                progress["warmup"] = _report_exits(run, fitted[1])
+            _record_round(run, number, *fitted)
+            progress["policy_fitted"] = True
+            stale = number - progress["best_round"] >= config.patience
+            progress["training_done"] = stale or number == config.rounds or round_steps == 0
+            if stale and number < config.rounds:
+                run.say(f"Stopped early: {config.patience} rounds in turn with a worse validation score.")
+            run.checkpoint()
+        if not progress["training_done"]:
+            # Phase 3: a token's loss comes from where it leaves.
+            objective = consistent_objective(weighted_sum_share=config.weighted_sum_share, **weighted_sum)
+            _steps(
+                run,
+                warmup_steps + (number + 1) * round_steps,
+                objective,
+                phase=f"round {number + 1} consistent",
+            )
+            progress.update(rounds_done=number + 1, policy_fitted=False)
+            run.checkpoint()
+
+    # The kept round's weights, policy and thresholds; they are still here if it was the last.
+    if fitted is None or progress["best_round"] != progress["rounds_done"]:
+        run.load_weights(checkpoints.load_weights(run.best_path))
+        fitted = _fit_policy(run, "final policy")
+    choice, states = fitted
+    _report_choice(run, choice)
+    model = run.model
+    model.config.threshold = choice.thresholds["policy"]
+    model.config.thresholds = {
+        name: value for name, value in choice.thresholds.items() if name != model.config.criterion
+    }
+    adapters.merge()
+    return run.write(model, _training_record(run, choice, states))
+
+
+def finetune_generation(
+    *,
+    backbone: str | Path,
+    train_data: InstructionDataset,
+    output_dir: str | Path,
+    config: GenerationTrainingConfig | None = None,
+    task: str | None = None,
+    resume: bool = False,
+    report: Report = lambda message: None,
+) -> Path:
+    """Fine-tune the plain language model by the same recipe: the reference for every claim.
+
+    Same rows, batches, learning rates and schedule as `train_generation`, and as many steps as all its phases together;
+    the best epoch by validation token accuracy is kept. What is saved is a plain Hugging Face model. Arguments and
+    errors as in `train_generation`.
+    """
+    config = config or GenerationTrainingConfig()
+    if config.backbone_training == "frozen":
+        raise ValueError(
+            "backbone_training must be full or lora to fine-tune the plain model, got frozen. "
+            "A frozen backbone is its own reference."
+        )
+    started = _start(
+        FULL_DEPTH,
+        backbone=backbone,
+        train_data=train_data,
+        output_dir=output_dir,
+        config=config,
+        task=task,
+        resume=resume,
+        report=report,
+    )
+    if started is None:
+        return Path(output_dir)
+    run, adapters = started
+    progress = run.progress
+    per_epoch = run.steps_of(1.0)
+    ends = [*range(per_epoch, run.optimisation.total_steps, per_epoch), run.optimisation.total_steps]
+    objective = full_depth_objective(logit_rows=config.logit_rows)
+    for number, end in list(enumerate(ends))[progress["rounds_done"] :]:
+        _steps(run, end, objective, phase=f"epoch {number + 1}")
+        states = _token_states(run, "validation", keep_pooled=False, last_layer_only=True)
+        figures = {"accuracy": states.per_layer_accuracy[-1], "loss": float(states.losses[:, -1].mean())}
+        run.say(
+            f"Epoch {number + 1} of {len(ends)}: validation token accuracy {figures['accuracy']:.4f}, "
+            f"loss {figures['loss']:.4f}"
+        )
+        progress["history"].append({"epoch": number + 1, **figures, "num_examples": len(states)})
+        best = progress["best_score"]
+        if best is None or figures["accuracy"] >= best:  # of equals, the longer trained
+            progress.update(best_score=figures["accuracy"], best_round=number)
+            run.keep_best()
+        progress["rounds_done"] = number + 1
+        run.checkpoint()
+    run.load_weights(checkpoints.load_weights(run.best_path))
+    adapters.merge()
+    kept = progress["history"][progress["best_round"]]
+    figures = {name: kept[name] for name in ("accuracy", "loss", "num_examples")}
+    template: dict[str, Any] = run.model.config.prompt_template
+    return run.write(
+        run.model.backbone,
+        {"prompt_template": template, "validation": figures, "history": progress["history"]},
+    )
+
+
+# The start of a run.
+
+
+def _start(
+    kind: str,
+    *,
+    backbone: str | Path,
+    train_data: InstructionDataset,
+    output_dir: str | Path,
+    config: GenerationTrainingConfig,
+    task: str | None,
+    resume: bool,
+    report: Report,
+) -> tuple[Run, Adapters] | None:
+    """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
+    output_dir = Path(output_dir)
+    # A step touches the exits it draws, and of the backbone's parameters perhaps not all.
+    opened = open_output(output_dir, config=config, resume=resume, report=report, unused_parameters=True)
+    if opened is None:
+        return None
+    accelerator, newest = opened
+
+    set_seed(config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    template = prompt_template(config.prompt_template, tokenizer)
+    exits = kind == EARLY_EXIT
+    model = EarlyExitForCausalLM.from_backbone(
+        backbone,
+        exit_head=config.exit_head if exits else "shared",
+        exit_head_rank=config.exit_head_rank,
+        policy_hidden_size=config.policy_hidden_size,
+        policy_dropout=config.policy_dropout,
+        initial_exit_bias=config.initial_exit_bias,
+        prompt_template=template.to_dict(),
+        task=task,
+        max_length=config.max_length,
+    )
+    model.checkpoint_layers = config.gradient_checkpointing
+    model.policy.requires_grad_(False)  # fitted on their own, on cached states
+    model.confidence_classifier.requires_grad_(False)
+    model.exit_heads.requires_grad_(exits)
+    adapters = Adapters(None)
+    if config.backbone_training == "frozen":
+        model.backbone.requires_grad_(False)
+    elif config.backbone_training == "lora":
+        adapters = add_adapters(
+            model.backbone,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+        )
+
+    kept, held = split_rows(len(train_data), config.validation_fraction, config.seed)
+    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    train_rows = encode_rows(train_data.select(kept), tokenizer, template, **lengths)
+    validation = encode_rows(train_data.select(held), tokenizer, template, **lengths)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    counts = response_counts(
+        torch.from_numpy(train_rows.lengths), torch.from_numpy(train_rows.prompt_lengths)
+    )
+
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(
+        kind=kind,
+        config=config,
+        output_dir=output_dir,
+        task=task,
+        report=report,
+        tokenizer=tokenizer,
+        model=accelerator.unwrap_model(prepared),
+        accelerator=accelerator,
+        optimisation=Optimisation(
+            accelerator=accelerator,
+            model=prepared,
+            optimizer=optimizer,
+            dataset=train_rows,
+            collate=partial(collate_rows, pad_token_id=pad_token_id),
+            config=config,
+            total_steps=0,
+            row_weights=counts.float(),
+        ),
+        validation=validation,
+        policy_rows=validation,
+        identity={
+            "kind": kind,
+            "backbone": str(backbone),
+            "config": config.to_dict(),
+            "data": {
+                "source": train_data.source,
+                "train_rows": len(kept),
+                "validation_rows": len(held),
+                "train_tokens": int(counts.sum()),
+                "fingerprint": _fingerprint(train_data),
+            },
+        },
+        progress={
+            "checkpoints": 0,
+            "warmup_done": False,
+            "rounds_done": 0,
+            "policy_fitted": False,
+            "training_done": False,
+            "best_score": None,
+            "best_hits": [],
+            "best_round": 0,
+            "history": [],
+        },
+    )
+    run.begin(
+        newest,
+        resume=resume,
+        description=f"{model.num_layers} layers, {len(kept)} training rows ({int(counts.sum())} response tokens) and "
+        f"{len(held)} validation rows, backbone {config.backbone_training}",
+    )
+    return run, adapters
+
+
+def _fingerprint(data: InstructionDataset) -> str:
+    """Hash of all rows: two runs with the same one saw the same data."""
+    digest = hashlib.sha256()
+    for row in zip(data.instructions, data.inputs, data.references, strict=True):
+        digest.update("\x1f".join(row).encode() + b"\x1e")
+    return digest.hexdigest()[:16]
+
+
+# The steps of the phases.
+
+
+def _steps(run: Run, until: int, objective: Objective, *, phase: str) -> None:
+    """Take optimizer steps on an objective."""
+
+    def fixed_parts() -> None:
+        run.model.policy.eval()
+        run.model.confidence_classifier.eval()
+        if run.config.backbone_training == "frozen":
+            run.model.backbone.eval()
+
+    run.optimisation.run(
+        until,
+        _losses,
+        phase=phase,
+        learning_rate=run.config.learning_rate,
+        before_step=fixed_parts,
+        objective=objective,
+    )
+
+
+def _losses(output: ObjectiveOutput, labels: Tensor) -> tuple[Tensor, Figures]:
+    return output.losses, output.figures
+
+
+def _token_states(
+    run: Run, description: str, *, keep_pooled: bool, last_layer_only: bool = False
+) -> TokenStates:
+    """Exits' outputs for response tokens of the validation rows, the same tokens every time."""
+    config = run.config
+    return run_token_states(
+        run.model,
+        run.validation,
+        collate=run.optimisation.collate,
+        max_tokens=config.policy_tokens,
+        seed=config.seed,
+        target=config.reward_target,
+        logit_rows=config.logit_rows,
+        accelerator=run.accelerator,
+        keep_pooled=keep_pooled,
+        last_layer_only=last_layer_only,
+        memory_limit_mb=config.max_cache_mb,
+        scratch_dir=run.output_dir / checkpoints.FOLDER,
+        description=description,
+    )
+
+
+def _fit_policy(run: Run, description: str) -> tuple[TokenPolicyChoice, TokenStates]:
+    """Phase 2: cache the states, fit policy and classifier, and put them into the model on every process."""
+    config, model = run.config, run.model
+    states = _token_states(run, f"{description}: states", keep_pooled=True)
+    choice: TokenPolicyChoice | None = None
+    if run.accelerator.is_main_process:
+        total = number_of_fits(config, len(config.layer_costs))
+        with tqdm(total=total, desc=f"{description}: fits", unit="fit", disable=None, leave=False) as bar:
+            choice = choose_token_policy(
+                model.new_policy,
+                lambda: ConfidenceClassifier(model.num_layers, model.config.hidden_size),
+                states,
+                config=config,
+                layer_costs=config.layer_costs,
+                seed=config.seed,
+                device=run.accelerator.device,
+                on_fit=bar.update,
+            )
+    choice = run.from_main_process(choice)
+    model.policy.load_state_dict(choice.policy.state_dict())
+    model.confidence_classifier.load_state_dict(choice.classifier.state_dict())
+    return choice, states
+
+
+# What is said and recorded.
+
+
+def _report_exits(run: Run, states: TokenStates) -> dict[str, Any]:
+    """Say every exit's token accuracy beside the share of the commonest token, and name the dead ones."""
+    accuracies = states.per_layer_accuracy
+    commonest = float(torch.bincount(states.labels).max() / len(states))
+    run.say(
+        "Token accuracy by layer after warm-up: " + " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+    )
+    run.say(f"Share of the commonest token: {commonest:.3f}")
+    dead = [layer for layer, accuracy in enumerate(accuracies, start=1) if accuracy <= commonest + 0.005]
+    if dead:
+        run.say(
+            f"No better than the commonest token: layer {', '.join(map(str, dead))}. Tokens that leave there are "
+            "guesses. Try a higher head_learning_rate, exit_head: low_rank, or more warmup_epochs."
+        )
+    layers = token_memorized_layer(states.right)
+    return {
+        "per_layer_accuracy": accuracies,
+        "per_layer_loss": states.losses.mean(0).tolist(),
+        "commonest_token_share": commonest,
+        "dead_layers": dead,
+        "memorized_layer_histogram": torch.bincount(layers - 1, minlength=run.model.num_layers).tolist(),
+    }
+
+
+def _record_round(run: Run, number: int, choice: TokenPolicyChoice, states: TokenStates) -> None:
+    """Note how the round did on validation tokens, say it, and keep its weights if none did better.
+
+    A round that is within one standard error of the best score counts as no worse and is kept in its place: it has
+    had more training, at falling learning rates.
+    """
+    report, progress = choice.report, run.progress
+    progress["history"].append(
+        asdict(report)
+        | {
+            "round": number,
+            "step": run.optimisation.step,
+            "per_layer_accuracy": states.per_layer_accuracy,
+            "scores": choice.scores,
+            "thresholds": choice.thresholds,
+        }
+    )
+    run.say(
+        f"Round {number}: validation score {report.score:.4f}, last layer's token accuracy "
+        f"{states.per_layer_accuracy[-1]:.4f}, at threshold 0.5 {report.accuracy:.4f} with mean exit layer "
+        f"{report.mean_exit_layer:.2f}, reward {report.reward:.4f} (layer cost {report.layer_cost:g})"
+    )
+    for other in choice.reports:
+        if other.collapsed:
+            run.say(
+                f"Layer cost {other.layer_cost:g} collapsed: {other.first_layer_share:.0%} leave at layer 1 with "
+                f"token accuracy {other.accuracy:.3f}. Try lower layer_costs."
+            )
+    hits = choice.hits.tolist()
+    if progress["best_score"] is None or report.score > progress["best_score"]:
+        progress.update(best_score=report.score, best_hits=hits, best_round=number)
+        run.keep_best()
+    elif report.score >= progress["best_score"] - score_standard_error(
+        choice.hits, torch.tensor(progress["best_hits"]), choice.counts
+    ):
+        progress.update(best_round=number)
+        run.keep_best()
+
+
+def score_standard_error(hits: Tensor, best_hits: Tensor, counts: Tensor) -> float:
+    """Of the difference between two scores on the same tokens, which are not independent within a text.
+
+    Args:
+        hits, best_hits: (texts,), hits at the `BUDGETS` summed over each text's tokens.
+        counts: (texts,), tokens of each text.
+
+    Example:
+        >>> round(score_standard_error(torch.tensor([6, 0]), torch.tensor([0, 6]), torch.tensor([1, 1])), 3)
+        0.707
+    """
+    differences = (hits - best_hits).double() / len(BUDGETS)
+    counts = counts.double()
+    mean = differences.sum() / counts.sum()
+    return float((differences - mean * counts).square().sum().sqrt() / counts.sum())
+
+
+def _report_choice(run: Run, choice: TokenPolicyChoice) -> None:
+    run.say(
+        f"Chosen on validation: weights of round {run.progress['best_round']}, layer cost {choice.layer_cost:g}, "
+        f"at most {100 * run.config.max_accuracy_loss:g} points of token accuracy below the last layer:"
+    )
+    for criterion, point in choice.at_thresholds.items():
+        run.say(
+            f"  {criterion}: threshold {point.threshold:.4f}, token accuracy {point.accuracy:.4f}, "
+            f"mean exit layer {point.mean_exit_layer:.2f}"
+        )
+
+
+def _training_record(run: Run, choice: TokenPolicyChoice, states: TokenStates) -> dict[str, Any]:
+    point = choice.at_thresholds["policy"]
+    return {
+        "warmup": run.progress["warmup"],
+        "history": run.progress["history"],
+        "best_round": run.progress["best_round"],
+        "policy": choice.to_dict(),
+        "thresholds": choice.thresholds,
+        "prompt_template": run.model.config.prompt_template,
+        "validation": {
+            "num_examples": len(states),
+            "accuracy": point.accuracy,
+            "full_depth_accuracy": states.per_layer_accuracy[-1],
+            "mean_exit_layer": point.mean_exit_layer,
+            "layer_speedup": point.layer_speedup,
+            "per_layer_accuracy": states.per_layer_accuracy,
+            "per_layer_loss": states.losses.mean(0).tolist(),
+            "criteria": {name: asdict(point) for name, point in choice.at_thresholds.items()},
+        },
+    }

@@ -1,0 +1,383 @@
+"""Lossless drafting: the text of the full model, whatever is drafted, and nothing computed twice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_decoders import (
+    EVERY_TYPE,
+    LAYERS,
+    PAD,
+    generate,
+    layer_calls,
+    new_tokens_of,
+    prompt,
+    single_thread,
+    tiny_exit_model,
+)
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from consistentee.generation.lossless import FIRST_PAUSE, LONGEST_PAUSE, DraftClock, DraftedRow
+from consistentee.generation.model import EarlyExitForCausalLM
+
+NEW = 14
+LENGTHS = (6, 2, 9, 1, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
+
+
+def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
+    return [prompt(length, seed) for seed, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def calm_last_layers(model: Any, factor: float, first: int = 1) -> EarlyExitForCausalLM:
+    """Let layers add little to the state, and exits read it as the last layer does: drafts become right."""
+    for layer in model.backbone.model.layers[first:]:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
+    for norm in model.exit_heads.norms:
+        norm.load_state_dict(model.backbone.model.norm.state_dict())
+    return model
+
+
+@functools.cache
+def exit_model(model_type: str, exit_head: str = "shared") -> EarlyExitForCausalLM:
+    return tiny_exit_model(model_type, exit_head)
+
+
+@functools.cache
+def drafting_model() -> EarlyExitForCausalLM:
+    """Some of its drafts are right, and some are wrong."""
+    return calm_last_layers(tiny_exit_model("llama"), 0.35)
+
+
+def assert_lossless(
+    model: EarlyExitForCausalLM,
+    lengths: Sequence[int] = LENGTHS,
+    new_tokens: int = NEW,
+    *,
+    lossless: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Compare with the full model's text, row by row and as a batch; returns the output."""
+    prompts = prompts_of(lengths)
+    expected = generate(model, prompts, new_tokens, mode="full", **options)
+    options = {**options, "adaptive_drafts": False, **(lossless or {})}
+    output = generate(model, prompts, new_tokens, mode="lossless", **options)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    assert output.exit_layers.shape == expected.exit_layers.shape
+    assert torch.equal(output.exit_layers > 0, expected.exit_layers > 0)
+    assert 0 <= output.accepted <= output.drafted
+    return output
+
+
+# --- The full model's text ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("lengths", [(6,), (1,), LENGTHS], ids=str)
+@EVERY_TYPE
+def test_text_is_the_full_models(model_type: str, lengths: tuple[int, ...], adaptive: bool) -> None:
+    output = assert_lossless(exit_model(model_type), lengths, lossless={"adaptive_drafts": adaptive})
+    if not adaptive:
+        assert output.drafted > output.accepted  # random exits are wrong most of the time
+    expected = generate(exit_model(model_type).backbone, prompts_of(lengths), NEW)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("draft_tokens", range(1, 7))
+@pytest.mark.parametrize("lengths", [(6,), LENGTHS], ids=["one", "five"])
+def test_any_number_of_drafts(lengths: tuple[int, ...], draft_tokens: int) -> None:
+    output = assert_lossless(drafting_model(), lengths, 40, lossless={"draft_tokens": draft_tokens})
+    assert 0 < output.accepted < output.drafted  # something is kept and something is thrown away
+
+
+@pytest.mark.parametrize("exit_head", ["low_rank", "separate"])
+def test_heads(exit_head: str) -> None:
+    assert_lossless(exit_model("gemma2", exit_head))
+    assert_lossless(exit_model("gpt2", exit_head))
+
+
+@pytest.mark.parametrize(
+    "criterion, threshold",
+    [("softmax_margin", 0.2), ("state_similarity", 0.5), ("confidence_classifier", 0.5), ("static", 2)],
+)
+def test_criteria(criterion: str, threshold: float) -> None:
+    output = assert_lossless(
+        drafting_model(), new_tokens=30, lossless={"criterion": criterion, "threshold": threshold}
+    )
+    assert output.accepted > 0
+
+
+@given(
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    threshold=st.floats(0, 1),
+    draft_tokens=st.integers(1, 6),
+    new_tokens=st.integers(1, 16),
+)
+def test_whatever_comes_the_text_is_the_same(
+    lengths: list[int], threshold: float, draft_tokens: int, new_tokens: int
+) -> None:
+    for model in (drafting_model(), exit_model("gemma3_text")):
+        assert_lossless(
+            model, lengths, new_tokens, lossless={"threshold": threshold, "draft_tokens": draft_tokens}
+        )
+
+
+# --- Ends of texts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new_tokens", range(1, 9))
+def test_the_maximum_cuts_drafts(new_tokens: int) -> None:
+    output = assert_lossless(drafting_model(), new_tokens=new_tokens, lossless={"draft_tokens": 5})
+    assert output.exit_layers.shape == (len(LENGTHS), new_tokens)
+
+
+@pytest.mark.parametrize("lengths", [(6,), LENGTHS], ids=["one", "five"])
+def test_texts_end_amid_drafts(lengths: tuple[int, ...]) -> None:
+    model = calm_last_layers(tiny_exit_model("llama"), 0.1)
+    texts = new_tokens_of(generate(model, prompts_of(lengths), 30, mode="full"), prompts_of(lengths))
+    amid = 0
+    for end in sorted({token for row in texts for token in row})[:24:3]:
+        output = assert_lossless(
+            model, lengths, 30, eos_token_id=end, lossless={"draft_tokens": 6, "threshold": 0.2}
+        )
+        last = [row[row > 0][-1] for row in output.exit_layers]
+        amid += sum(int(layer) < LAYERS for layer in last)  # the end itself was drafted
+    assert amid > 0
+
+
+class AfterPair(StoppingCriteria):
+    """Ends a text whose last two tokens are both below a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return (input_ids[:, -2:] < self.limit).all(-1)
+
+
+def test_own_stopping_criteria() -> None:
+    lengths = []
+    for limit in (20, 40, 60):
+        criteria = StoppingCriteriaList([AfterPair(limit)])
+        output = assert_lossless(drafting_model(), new_tokens=30, stopping_criteria=criteria)
+        lengths.append(output.exit_layers.shape[1])
+    assert len(set(lengths)) > 1
+
+
+# --- Logits processors ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 1, "bad_words_ids": [[5], [6, 7]]},
+        {"min_new_tokens": 6, "eos_token_id": list(range(3, 60))},
+        {"suppress_tokens": list(range(3, 50))},
+    ],
+    ids=lambda options: "+".join(options),
+)
+@pytest.mark.parametrize("lengths", [(6,), LENGTHS], ids=["one", "five"])
+def test_processors(lengths: tuple[int, ...], options: dict[str, Any]) -> None:
+    plain = generate(drafting_model(), prompts_of(lengths), 24, mode="full")
+    output = assert_lossless(drafting_model(), lengths, 24, **options)
+    assert not torch.equal(output.sequences, plain.sequences)
+    assert output.drafted > 0
+
+
+def test_processors_know_their_row() -> None:
+    """`prefix_allowed_tokens_fn` is told the row: odd rows may use other tokens than even ones."""
+
+    def allowed(row: int, tokens: Tensor) -> list[int]:
+        return list(range(10, 50)) if row % 2 else list(range(50, 90))
+
+    assert_lossless(drafting_model(), new_tokens=10, prefix_allowed_tokens_fn=allowed)
+
+
+def test_own_processors_see_the_text_so_far() -> None:
+    def add_by_length(input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, 3 + input_ids.shape[1] % 90] += 3
+        return scores
+
+    assert_lossless(drafting_model(), new_tokens=20, logits_processor=LogitsProcessorList([add_by_length]))
+
+
+# --- What it costs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(6,), (5, 5, 5), LENGTHS], ids=str)
+@pytest.mark.parametrize("draft_tokens", [1, 3, 5])
+def test_right_drafts_cost_nothing_extra(draft_tokens: int, lengths: tuple[int, ...]) -> None:
+    """The last layer does nothing, so that drafts behind the third are right: each token runs each layer once."""
+    model = calm_last_layers(tiny_exit_model("llama"), 0.0, first=LAYERS - 1)
+    new_tokens = 1 + 2 * (draft_tokens + 1)
+    with layer_calls() as calls:
+        output = assert_lossless(
+            model,
+            lengths,
+            new_tokens,
+            lossless={"criterion": "static", "threshold": LAYERS - 1, "draft_tokens": draft_tokens},
+        )
+    rows = len(lengths)
+    assert output.drafted == output.accepted == 2 * draft_tokens * rows
+    assert output.exit_layers.tolist() == [[LAYERS] + ([LAYERS - 1] * draft_tokens + [LAYERS]) * 2] * rows
+    # first the full model's prompt and tokens, then ours
+    full = LAYERS * new_tokens
+    ours = calls[full + LAYERS :]
+    by_layer = [sum(tokens for index, tokens in ours if index == layer) for layer in range(LAYERS)]
+    assert by_layer == [rows * (new_tokens - 1)] * LAYERS
+    assert sum(index == LAYERS - 1 for index, _ in ours) == 2  # the last layer's weights are read twice only
+
+
+def test_wrong_drafts_cost_their_layers_and_no_more() -> None:
+    model, prompts, new_tokens = drafting_model(), prompts_of((6,)), 40
+    with layer_calls() as calls:
+        output = generate(model, prompts, new_tokens, mode="lossless", adaptive_drafts=False, draft_tokens=3)
+    run = sum(tokens for index, tokens in calls if index == 0) - len(prompts[0])
+    rejected = output.drafted - output.accepted
+    assert rejected > 0
+    # at most the unverified drafts of the end, and what was drafted behind a wrong draft
+    assert new_tokens - 1 - 3 <= run <= new_tokens - 1 + 3 * rejected + 3
+    for layer in range(LAYERS):
+        assert sum(tokens for index, tokens in calls if index == layer) - len(prompts[0]) <= run
+
+
+def test_nothing_is_drafted_where_nobody_leaves() -> None:
+    output = assert_lossless(drafting_model(), lossless={"threshold": 1.0})
+    assert output.drafted == output.accepted == 0
+    assert output.exit_layers.unique().tolist() == [LAYERS]
+
+
+def test_draft_threshold_stands_in_for_the_threshold() -> None:
+    model = drafting_model()
+    assert assert_lossless(model, lossless={"draft_threshold": 1.0}).drafted == 0
+    assert assert_lossless(model, lossless={"draft_threshold": 0.0}).drafted > 0
+    own = assert_lossless(model, lossless={"draft_threshold": 1.0, "threshold": 0.0})
+    assert own.drafted > 0  # what is said in the call counts
+    early = generate(model, prompts_of((5,)), 8, draft_threshold=1.0)
+    assert int(early.exit_layers.min()) < LAYERS  # and only drafts are held to it
+
+
+def test_draft_threshold_is_the_policys_alone() -> None:
+    model = tiny_exit_model("llama", exit_values={"draft_threshold": 0.3, "thresholds": {"static": 2}})
+    output = generate(model, prompts_of((5,)), 8, mode="lossless", criterion="static", adaptive_drafts=False)
+    assert output.drafted > 0
+
+
+def test_finished_rows_leave() -> None:
+    model, lengths = drafting_model(), (5, 5, 5, 5)
+    texts = new_tokens_of(generate(model, prompts_of(lengths), 30, mode="full"), prompts_of(lengths))
+    end = texts[0][4]
+    with layer_calls() as calls:
+        output = generate(
+            model, prompts_of(lengths), 30, mode="lossless", adaptive_drafts=False, eos_token_id=end
+        )
+    assert (output.exit_layers == 0).any()
+    ended = int(((output.exit_layers > 0).sum(1) <= 1).sum())  # at the first token, which the prompt gives
+    widths = [tokens for index, tokens in calls if index == 0][1:]
+    assert widths[0] == 4 - ended
+    assert min(widths) < widths[0]
+    padding = output.sequences[:, 5:][output.exit_layers == 0]
+    assert padding.unique().tolist() == [PAD]
+
+
+# --- The clock ------------------------------------------------------------------------------------
+
+
+def test_the_clock_begins_with_full_depth() -> None:
+    clock = DraftClock()
+    assert not clock.drafts
+    clock.full_depth(1.0, tokens=1, rows=1)
+    assert not clock.drafts
+    assert clock.full_seconds == 1.0
+    clock.full_depth(2.0, tokens=1, rows=1)
+    assert clock.drafts
+    assert clock.full_seconds == pytest.approx(1.2)  # 0.8 of the old, 0.2 of the new
+
+
+def test_rows_share_the_seconds_but_not_the_pause() -> None:
+    clock = DraftClock()
+    clock.full_depth(2.0, tokens=4, rows=4)
+    assert clock.full_seconds == 0.5
+    assert not clock.drafts  # four tokens, of four rows: one step
+
+
+def test_pauses_double_and_are_forgotten() -> None:
+    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    clock.cycle(2.9, tokens=3)
+    assert clock.drafts
+    pauses = []
+    for _ in range(8):
+        clock.cycle(3.1, tokens=3)
+        pauses.append(clock.paused_for)
+        assert not clock.drafts
+        for _ in range(clock.paused_for):
+            assert not clock.drafts
+            clock.full_depth(1.0, tokens=1, rows=1)
+        assert clock.drafts
+    assert pauses == [16, 32, 64, 128, 256, 512, 512, 512]
+    assert (FIRST_PAUSE, LONGEST_PAUSE) == (16, 512)
+    clock.cycle(1.0, tokens=3)
+    clock.cycle(9.0, tokens=3)
+    assert clock.paused_for == FIRST_PAUSE
+
+
+def test_a_cycle_without_tokens_does_not_pay() -> None:
+    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    clock.cycle(1.5, tokens=0)
+    assert not clock.drafts
+    unknown = DraftClock(paused_for=0)
+    unknown.cycle(9.0, tokens=1)
+    assert unknown.drafts  # nothing to compare with
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_drafting_stops_where_it_does_not_pay(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    run = EarlyExitForCausalLM.exit_logits
+
+    def slow(self: EarlyExitForCausalLM, layer_index: int, normed: Tensor) -> Tensor:
+        nonlocal now
+        now += 1.0  # one second for a full token and for a verification; drafts cost a second, or nothing
+        return run(self, layer_index, normed)
+
+    monkeypatch.setattr("consistentee.generation.lossless.time.perf_counter", clock)
+    monkeypatch.setattr(EarlyExitForCausalLM, "exit_logits", slow)
+    model: Any = calm_last_layers(tiny_exit_model("llama", "separate"), 0.0, first=LAYERS - 1)
+    with torch.no_grad():
+        for head in model.exit_heads.heads:
+            head.weight.copy_(model.backbone.get_output_embeddings().weight)
+            if not pays:
+                head.weight.mul_(-1)  # every draft is wrong
+    options = {"criterion": "static", "threshold": LAYERS - 1, "mode": "lossless", "draft_tokens": 3}
+    output = generate(model, prompts_of((5,)), 40, adaptive_drafts=True, **options)
+    assert output.sequences.tolist() == generate(model, prompts_of((5,)), 40, mode="full").sequences.tolist()
+    always = generate(model, prompts_of((5,)), 40, adaptive_drafts=False, **options)
+    assert always.drafted > 20
+    assert (output.drafted > 20) == pays
+    assert output.drafted > 0
+
+
+def test_rows_begin_empty() -> None:
+    assert DraftedRow() == DraftedRow([], [], [], [])
+    assert DraftedRow().tokens is not DraftedRow().tokens

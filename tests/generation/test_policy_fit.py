@@ -1,0 +1,214 @@
+"""Policies and rivals on tokens made up so that the best exits are known; folds by text; thresholds."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import quick_generation_config
+from torch import Tensor
+
+from consistentee.curves import CurvePoint
+from consistentee.exits import choose_exit_layer
+from consistentee.generation.config import GenerationTrainingConfig
+from consistentee.generation.criteria import GENERATION_CRITERIA
+from consistentee.generation.model import ConfidenceClassifier
+from consistentee.generation.policy_fit import (
+    choose_token_policy,
+    criterion_scores,
+    fit_confidence_classifier,
+    number_of_fits,
+    token_exit_probs,
+    token_folds,
+    token_hardness,
+    token_losses,
+    token_memorized_layer,
+)
+from consistentee.generation.token_curves import static_curve, token_curve, token_threshold
+from consistentee.generation.token_states import TokenStates
+from consistentee.heads import PolicyNetwork
+from consistentee.losses import exact_policy_loss, sampled_policy_loss
+from consistentee.rewards import rewards
+
+LAYERS, HIDDEN = 4, 6
+TOY: dict[str, Any] = {
+    "policy_epochs": 60,
+    "policy_batch_size": 40,
+    "policy_learning_rate": 3e-2,
+    "layer_costs": (0.05,),
+    "reward": "uniform",
+}
+
+
+def toy_config(**changes: Any) -> GenerationTrainingConfig:
+    return quick_generation_config(**{**TOY, **changes})
+
+
+def new_policy() -> PolicyNetwork:
+    return PolicyNetwork(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        policy_input="state",
+        policy_hidden_size=8,
+        dropout=0.0,
+        initial_exit_bias=-1.0,
+    )
+
+
+new_classifier = partial(ConfidenceClassifier, LAYERS, HIDDEN)
+
+
+def telling_states(tokens: int = 240) -> tuple[TokenStates, Tensor]:
+    """Tokens of 24 texts whose state says at each layer whether its exit is right, and their first right layer."""
+    generator = torch.Generator().manual_seed(1)
+    first_right = torch.randint(1, LAYERS + 1, (tokens,), generator=generator)
+    right = torch.arange(1, LAYERS + 1) >= first_right[:, None]
+    pooled = 0.1 * torch.randn(tokens, LAYERS, HIDDEN, generator=generator)
+    pooled[..., 0] = right.float() * 2 - 1
+    states = TokenStates(
+        labels=torch.randint(2, 50, (tokens,), generator=generator),
+        rows=torch.arange(tokens) // (tokens // 24),
+        losses=torch.where(right, 0.1, 2.0),
+        right=right,
+        agrees=right,
+        margin=torch.where(right, 0.9, 0.1) + 0.01 * torch.rand(tokens, LAYERS, generator=generator),
+        similarity=torch.full((tokens, LAYERS), 0.9),
+        pooled=pooled.half(),
+    )
+    return states, first_right
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_the_policy_finds_the_first_right_layer(estimator: str) -> None:
+    states, first_right = telling_states()
+    fits: list[None] = []
+    config = toy_config(estimator=estimator)
+    choice = choose_token_policy(
+        new_policy,
+        new_classifier,
+        states,
+        config=config,
+        layer_costs=config.layer_costs,
+        seed=0,
+        on_fit=lambda: fits.append(None),
+    )
+    found = choose_exit_layer(choice.exit_probs, 0.5)
+    assert float((found == first_right).float().mean()) > 0.95  # cross-fitted: on tokens it has not seen
+    whole = token_exit_probs(lambda pooled: choice.policy(pooled, None), states)
+    assert float((choose_exit_layer(whole, 0.5) == first_right).float().mean()) > 0.95
+    assert len(fits) == number_of_fits(config, 1) == 2 + 2 + 2
+    assert choice.hits.shape == choice.counts.shape == (24,)
+    assert choice.counts.sum() == 240
+
+
+def test_thresholds_of_all_criteria_hold_the_floor() -> None:
+    states, first_right = telling_states()
+    config = toy_config(max_accuracy_loss=0.0, layer_costs=(0.01, 0.1))
+    choice = choose_token_policy(
+        new_policy, new_classifier, states, config=config, layer_costs=config.layer_costs, seed=0
+    )
+    assert list(choice.thresholds) == list(GENERATION_CRITERIA)
+    assert choice.thresholds["static"] == 4
+    for criterion in ("policy", "softmax_margin", "confidence_classifier"):
+        point = choice.at_thresholds[criterion]
+        assert point.accuracy == pytest.approx(1.0)
+        assert point.mean_exit_layer < float(first_right.float().mean()) + 0.2
+    assert choice.layer_cost == pytest.approx((0.01 * 0.1) ** 0.5)
+    assert choice.to_dict()["thresholds"] == choice.thresholds
+
+
+def test_each_price_has_a_policy_and_the_best_is_chosen() -> None:
+    states, _ = telling_states()
+    config = toy_config(prices="each", layer_costs=(0.05, 5.0))
+    choice = choose_token_policy(
+        new_policy, new_classifier, states, config=config, layer_costs=config.layer_costs, seed=0
+    )
+    assert [report.layer_cost for report in choice.reports] == [0.05, 5.0]
+    assert choice.reports[1].collapsed
+    assert choice.layer_cost == 0.05
+    assert choice.report.accuracy > 0.95
+
+
+def test_a_sampled_gradient_is_the_exact_one_on_average() -> None:
+    states, _ = telling_states(48)
+    torch.manual_seed(0)
+    policy = new_policy()
+    reward = rewards(token_losses("cross_entropy", states), 0.1, token_hardness("memorized_layer", states))
+    pooled = torch.as_tensor(states.pooled).float()
+
+    def gradient(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss.mean(), policy.state_weight)[0]
+
+    exact = gradient(exact_policy_loss(policy(pooled, None), reward))
+    generator = torch.Generator().manual_seed(0)
+    sampled = gradient(sampled_policy_loss(policy(pooled, None), reward, 20_000, generator))
+    assert float((sampled - exact).norm() / exact.norm()) < 0.05
+
+
+def test_the_classifier_learns_where_exits_agree() -> None:
+    states, _ = telling_states()
+    classifier = fit_confidence_classifier(new_classifier(), states, config=toy_config(), seed=0)
+    probabilities = token_exit_probs(classifier, states)
+    assert torch.equal(probabilities > 0.5, states.agrees)
+    assert not classifier.training
+
+
+def test_a_text_is_judged_by_those_that_have_not_seen_it() -> None:
+    states, _ = telling_states()
+    judged: list[int] = []
+    for inside, outside in token_folds(states, 3, seed=0):
+        assert not set(states.rows[inside].tolist()) & set(states.rows[outside].tolist())
+        judged += outside.tolist()
+    assert sorted(judged) == list(range(len(states)))
+
+
+def test_one_text_cannot_be_folded() -> None:
+    states, _ = telling_states()
+    object.__setattr__(states, "rows", torch.zeros(len(states), dtype=torch.int64))
+    with pytest.raises(ValueError, match="validation texts with response tokens must be at least 2, got 1"):
+        token_folds(states, 2, seed=0)
+
+
+def test_missing_states_are_named() -> None:
+    states, _ = telling_states()
+    object.__setattr__(states, "pooled", None)
+    with pytest.raises(ValueError, match="states must hold pooled states"):
+        token_exit_probs(new_classifier(), states)
+
+
+def test_hardness() -> None:
+    right = torch.tensor([[True, True, True], [True, False, True], [False, False, False]])
+    assert token_memorized_layer(right).tolist() == [1, 3, 3]
+    states, first_right = telling_states()
+    assert torch.equal(token_hardness("memorized_layer", states), first_right / LAYERS)
+    assert float(token_hardness("final_loss", states).max()) == pytest.approx(1 - 2.718281828**-0.1)
+    assert float(token_hardness("uniform", states).sum()) == 0
+    assert torch.equal(token_losses("error", states), (~states.right).float())
+
+
+def test_the_first_layer_does_not_leave_by_similarity() -> None:
+    states, _ = telling_states()
+    scores = criterion_scores("state_similarity", states, torch.empty(0), torch.empty(0))
+    assert (choose_exit_layer(scores, 0.5) == 2).all()
+
+
+def test_a_curve_reaches_from_the_first_layer_to_the_last() -> None:
+    states, _ = telling_states()
+    points = token_curve(states.margin, states.right, criterion="softmax_margin")
+    assert min(point.mean_exit_layer for point in points) == 1
+    assert max(point.mean_exit_layer for point in points) == LAYERS
+    assert len(points) <= 202
+    similar = token_curve(states.similarity - 1.5, states.right, criterion="state_similarity")
+    assert min(point.threshold for point in similar) == -1
+
+
+def test_a_static_depth_is_the_first_that_is_good_enough() -> None:
+    right = torch.tensor(
+        [[False, True, True], [False, False, True], [True, True, False], [False, True, True]]
+    )
+    points = static_curve(right)
+    assert points[1] == CurvePoint(2.0, 0.75, 2.0, 1.5)
+    assert token_threshold(points, 0.75, criterion="static") == 2
+    assert token_threshold(points, 0.76, criterion="static") == 3

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from consistentee.config import Recipe, TrainingConfig, checked_settings, load_recipe
+from consistentee.config import Recipe, TrainingConfig, checked_settings, config_class_of, load_recipe
+from consistentee.generation.config import GenerationTrainingConfig
+from consistentee.generation.tasks import GENERATION_TASKS
 from consistentee.tasks import TASKS
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
@@ -244,10 +246,13 @@ def test_there_is_a_recipe_for_every_data_set_of_the_paper():
 def test_a_shipped_recipe_is_valid_and_says_what_it_is_for(path: Path):
     recipe = load_recipe(path)
     assert recipe.task == path.stem
-    assert recipe.task in TASKS
-    assert recipe.backbone == "google-bert/bert-base-uncased"
-    config = TrainingConfig(**recipe.settings)
-    assert TrainingConfig.from_dict(config.to_dict()) == config
+    generates = recipe.task in GENERATION_TASKS
+    assert generates or recipe.task in TASKS
+    assert recipe.backbone == ("huggyllama/llama-7b" if generates else "google-bert/bert-base-uncased")
+    config_class = config_class_of(recipe.task)
+    assert config_class is (GenerationTrainingConfig if generates else TrainingConfig)
+    config = config_class(**recipe.settings)
+    assert config_class.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("task", PAPER_TASKS)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from cyclopts import Parameter
 
 from consistentee.config import Criterion
+from consistentee.generation.config import GenerationCriterion
 from consistentee.options import Columns, Flag, UsageError, known_task
 from consistentee.terminal import console, progress_line, say, usage
 
@@ -22,14 +23,16 @@ def benchmark(
     data_dir: Path | None = None,
     text_columns: Columns = None,
     config_name: str | None = None,
-    sequence_length: int = 128,
+    sequence_length: int | None = None,
+    new_tokens: int | None = None,
     labels: int = 2,
     classifier_hidden_size: int | None = None,
     exit_distribution: str | None = None,
-    criterion: Criterion | None = None,
+    criterion: Criterion | GenerationCriterion | None = None,
     threshold: float | None = None,
     batch_sizes: str | None = None,
     throughput: Flag = False,
+    lossless: Flag = False,
     num_rows: int | None = None,
     repeats: int = 5,
     backend: str = "torch",
@@ -41,25 +44,30 @@ def benchmark(
     plot: Path | None = None,
     debug: Flag = False,
 ) -> None:
-    """Measure speed: the engine with exits, the same at full depth, and plain transformers, in turn in one run.
+    """Measure speed: with exits, the same at full depth, and plain transformers, in turn in one run.
+
+    Classifiers are measured in inputs per second, text generators in new tokens per second.
 
     Args:
         model: Folder of a trained model, or its name on the hub; it needs --data-file or --task.
-        data_file: Texts: one a line (a tab separates the two of a pair), CSV, TSV, JSONL or Parquet.
+        data_file: Texts, or prompts: one a line (a tab separates the two of a pair), CSV, TSV, JSONL or Parquet.
         task: Evaluation rows of a task by name.
         data_dir: The task's local folder; without it the task comes from the model hub.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
-        config_name: In place of a model: random weights of a shape, such as bert-base or minilm-12l-shape.
-        sequence_length: Tokens of the random rows that go with --config-name.
+        config_name: In place of a model: random weights of a shape, such as bert-base, minilm-12l-shape or
+            smollm2-135m-shape.
+        sequence_length: Tokens of the random rows that go with --config-name. [default: 128; prompts 32]
+        new_tokens: Tokens to generate, for text generators. [default: 128]
         labels: Classes of the model that goes with --config-name.
         classifier_hidden_size: Width of its exits. [default: what training gives]
         exit_distribution: Force exits: even, last, or the share of each layer (0.1,0.2,...). [default: the model's
             own rule; even with --config-name]
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
-        batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128]
-        throughput: Throughput mode alone, or beside the --batch-sizes given. [default: both]
-        num_rows: Rows to take. [default: 512, or enough for four batches]
+        batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128; generators 1,8,32]
+        throughput: Throughput mode alone, or beside the --batch-sizes given; classifiers only. [default: both]
+        lossless: Measure lossless decoding too; trained generators only.
+        num_rows: Rows to take. [default: 512, or enough for four batches; generators: the largest batch]
         repeats: Timed repetitions, after one that is not.
         backend: What runs the layers: torch, onnxruntime, or auto (with a model).
         dtype: Precision: float32, bfloat16, float16, int8, or auto (with a model).
@@ -72,18 +80,34 @@ def benchmark(
     """
     if (model is None) == (config_name is None):
         raise UsageError("Give a model (with --data-file or --task), or --config-name: one of them.")
-    sizes = _batch_sizes(batch_sizes, throughput)
+    generates = _generates(model, config_name)
+    for name, value, fits in (
+        ("throughput", throughput or None, not generates),
+        ("labels", None if labels == 2 else labels, not generates),
+        ("classifier-hidden-size", classifier_hidden_size, not generates),
+        ("backend", None if backend == "torch" else backend, not generates),
+        ("text-columns", text_columns, not generates),
+        ("new-tokens", new_tokens, generates),
+        ("lossless", lossless or None, generates),
+    ):
+        if value is not None and not fits:
+            raise UsageError(f"--{name} goes with {'classifiers' if generates else 'text generators'} only.")
+    known = get_args(GenerationCriterion if generates else Criterion)
+    if criterion is not None and criterion not in known:
+        raise UsageError(f'--criterion must be one of {", ".join(known)} here, got "{criterion}".')
+    sizes = [1, 8, 32] if generates and batch_sizes is None else _batch_sizes(batch_sizes, throughput)
     for name, value in (
         ("repeats", repeats),
+        ("sequence-length", sequence_length),
+        ("new-tokens", None if new_tokens is None else new_tokens - 1),
         ("threads", threads),
         ("num-rows", num_rows),
         ("labels", labels - 1),
         ("classifier-hidden-size", classifier_hidden_size),
     ):
         if value is not None and value < 1:
-            raise UsageError(
-                f"--{name} must be at least {1 + (name == 'labels')}, got {value + (name == 'labels')}."
-            )
+            more = name in ("labels", "new-tokens")
+            raise UsageError(f"--{name} must be at least {1 + more}, got {value + more}.")
     if plot is not None:  # before the work, not after it
         from consistentee.plots import check_plot
 
@@ -98,13 +122,41 @@ def benchmark(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    count = num_rows or max(512, 4 * max(sizes, default=1))
     place = None if device == "auto" else device
+    if config_name is not None and threshold is not None:
+        raise UsageError("--threshold goes with a model, not with --config-name.")
+    if config_name is not None and (data_file is not None or task is not None):
+        raise UsageError(
+            f"--{'task' if data_file is None else 'data-file'} goes with a model, not with --config-name."
+        )
+    if generates:
+        from consistentee.generation.commands import benchmark_generator
+
+        benchmark_generator(
+            model,
+            config_name,
+            data_file=data_file,
+            task=task,
+            data_dir=data_dir,
+            sequence_length=sequence_length or 32,
+            new_tokens=new_tokens or 128,
+            batch_sizes=sizes,
+            exit_distribution=exit_distribution,
+            criterion=criterion,
+            threshold=threshold,
+            lossless=lossless,
+            num_rows=num_rows or max(sizes),
+            repeats=repeats,
+            dtype=dtype,
+            device=place,
+            seed=seed,
+            json_file=json_file,
+            plot=plot,
+        )
+        return
+    count = num_rows or max(512, 4 * max(sizes, default=1))
     if config_name is not None:
-        for name, value in (("data-file", data_file), ("task", task), ("threshold", threshold)):
-            if value is not None:
-                raise UsageError(f"--{name} goes with a model, not with --config-name.")
-        name, tokens = config_name, sequence_length
+        name, tokens = config_name, sequence_length or 128
         width = classifier_hidden_size or TrainingConfig().classifier_hidden_size
         work = usage(
             lambda: shape_workload(
@@ -147,6 +199,17 @@ def benchmark(
             report, plot, title=f"{report.workload['model']}, {report.environment['threads']} thread(s)"
         )
         say(f"Picture written to {plot}")
+
+
+def _generates(model: str | None, config_name: str | None) -> bool:
+    """Whether it is a text generator that is to be measured."""
+    if config_name is not None:
+        from consistentee.generation.speed import GENERATION_SHAPES
+
+        return config_name in GENERATION_SHAPES
+    from consistentee.generation.saved import is_generation_folder
+
+    return is_generation_folder(model or "")
 
 
 def _batch_sizes(text: str | None, throughput: bool) -> list[int]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from consistentee.curves import CurvePoint
     from consistentee.evaluation import Evaluation
+    from consistentee.generation.speed import GenerationSpeedRow
     from consistentee.speed import SpeedReport, SpeedRow
 
 WIDTH, HEIGHT, DPI = 12.0, 5.0, 100  # inches, inches, dots per inch: 1200 x 500
@@ -21,8 +22,26 @@ FORMATS = (".png", ".pdf", ".svg")
 
 # Okabe and Ito's palette: told apart under every common colour blindness, and by line style without colour.
 INK, GREY, GRID = "#222222", "#777777", "#E3E3E3"
-COLOURS = {"policy": "#0072B2", "confidence": "#D55E00", "entropy": "#009E73", "patience": "#CC79A7"}
-STYLES = {"policy": "-", "confidence": "--", "entropy": "-.", "patience": ":"}
+COLOURS = {
+    "policy": "#0072B2",
+    "confidence": "#D55E00",
+    "entropy": "#009E73",
+    "patience": "#CC79A7",
+    "softmax_margin": "#D55E00",
+    "state_similarity": "#009E73",
+    "confidence_classifier": "#CC79A7",
+    "static": "#777777",
+}
+STYLES = {
+    "policy": "-",
+    "confidence": "--",
+    "entropy": "-.",
+    "patience": ":",
+    "softmax_margin": "--",
+    "state_similarity": "-.",
+    "confidence_classifier": ":",
+    "static": (0, (1, 3)),
+}
 BAR, LINE = "#A9CCE3", "#0072B2"
 
 
@@ -86,7 +105,7 @@ def plot_speed(report: SpeedReport, path: str | Path, title: str | None = None) 
     sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
     rows = {(row.batch_size, row.name): row for row in report.rows}
     names = [name for name in SPEED_NAMES if any((size, name) in rows for size in sizes)]
-    _draw_bars(
+    draw_bars(
         left,
         sizes,
         [(*SPEED_NAMES[name], [rows[size, name].instances_per_second for size in sizes]) for name in names],
@@ -94,7 +113,7 @@ def plot_speed(report: SpeedReport, path: str | Path, title: str | None = None) 
         "Throughput",
     )
     exits = [rows.get((size, "engine")) for size in sizes]
-    _draw_speedups(right, sizes, [row for row in exits if row is not None])
+    draw_speedups(right, sizes, [row for row in exits if row is not None])
     if title:
         figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
     with atomic_path(path) as temporary:
@@ -102,7 +121,10 @@ def plot_speed(report: SpeedReport, path: str | Path, title: str | None = None) 
     return path
 
 
-def _draw_speedups(axes: Axes, sizes: Sequence[int | None], rows: Sequence[SpeedRow]) -> None:
+def draw_speedups(
+    axes: Axes, sizes: Sequence[int | None], rows: Sequence[SpeedRow | GenerationSpeedRow]
+) -> None:
+    """Bars of layer speed-up beside wall-clock speed-up, one pair for each batch size."""
     if not rows:
         axes.axis("off")
         axes.text(0.5, 0.5, "This model has no exits.", ha="center", color=GREY, transform=axes.transAxes)
@@ -111,7 +133,7 @@ def _draw_speedups(axes: Axes, sizes: Sequence[int | None], rows: Sequence[Speed
         ("layer speed-up", BAR, [row.layer_speedup for row in rows]),
         ("wall-clock speed-up", LINE, [row.wall_clock_speedup for row in rows]),
     ]
-    _draw_bars(axes, sizes, series, "times faster than all layers", "Layers saved, and time saved")
+    draw_bars(axes, sizes, series, "times faster than all layers", "Layers saved, and time saved")
     for place, row in enumerate(rows):
         efficiency = 0 if row.efficiency is None else row.efficiency
         top = max(row.layer_speedup, row.wall_clock_speedup)
@@ -137,7 +159,7 @@ def _draw_speedups(axes: Axes, sizes: Sequence[int | None], rows: Sequence[Speed
     )
 
 
-def _draw_bars(
+def draw_bars(
     axes: Axes,
     sizes: Sequence[int | None],
     series: Sequence[tuple[str, str, Sequence[float]]],
@@ -153,7 +175,7 @@ def _draw_bars(
     axes.set_xticks(range(len(sizes)), ["throughput\nmode" if size is None else str(size) for size in sizes])
     highest = max(max(heights) for _, _, heights in series)
     axes.set_ylim(0, 1.3 * highest)  # room for the legend
-    _frame(axes, "batch size", y_label, title)
+    frame(axes, "batch size", y_label, title)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper left", ncols=2)
 
@@ -214,7 +236,7 @@ def _draw_curves(axes: Axes, evaluation: Evaluation) -> None:
             zorder=2,
             label="plain model, all layers",
         )
-    _frame(axes, "layer speed-up (layers / mean exit layer)", "accuracy (%)", "Accuracy against depth")
+    frame(axes, "layer speed-up (layers / mean exit layer)", "accuracy (%)", "Accuracy against depth")
     axes.grid(axis="both", color=GRID, linewidth=0.8)
     axes.set_xlim(left=0.9, right=max(_useful_end(evaluation, curves), 1.5))
     _fit_height(axes, evaluation, curves)
@@ -296,7 +318,7 @@ def _draw_histogram(axes: Axes, evaluation: Evaluation) -> None:
         linestyle="none",
         label="their accuracy",
     )
-    _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs leave")
+    frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs leave")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_xticks(layers)
     axes.set_ylim(0, 119)
@@ -317,7 +339,8 @@ def _draw_histogram(axes: Axes, evaluation: Evaluation) -> None:
     )
 
 
-def _frame(axes: Axes, x_label: str, y_label: str, title: str) -> None:
+def frame(axes: Axes, x_label: str, y_label: str, title: str) -> None:
+    """Title, labels and quiet spines."""
     axes.set_title(title, loc="left", color=INK, fontsize=12)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)

@@ -17,7 +17,7 @@ TEMPLATE = PromptTemplate("short", "<{instruction}|{input}>", "<{instruction}>")
 
 def generator_folder(folder: Path, **exit_values: Any) -> Path:
     """A saved early-exit model with a tokenizer."""
-    values = {"prompt_template": TEMPLATE.to_dict(), "max_length": 64, **exit_values}
+    values = {"prompt_template": TEMPLATE.to_dict(), "max_sequence_length": 64, **exit_values}
     tiny_exit_model("llama", exit_values=values, **BYTES).save_pretrained(folder)
     byte_tokenizer(begin=True).save_pretrained(folder)
     return folder

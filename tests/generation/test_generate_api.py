@@ -219,7 +219,9 @@ def test_stop_strings(options: dict[str, Any]) -> None:
     model = tiny_exit_model("llama", vocab_size=len(tokenizer))
     whole = generate(model, PROMPTS[:1], NEW, **options)
     pieces = [tokenizer.decode([token]) for token in whole.sequences[0, 6:].tolist()]
-    stop = next(place for place, piece in enumerate(pieces) if place >= 2 and len(piece) == 1 and piece.isascii())
+    stop = next(
+        place for place, piece in enumerate(pieces) if place >= 2 and len(piece) == 1 and piece.isascii()
+    )
     stopped = generate(model, PROMPTS[:1], NEW, stop_strings=[pieces[stop]], tokenizer=tokenizer, **options)
     assert stopped.sequences.shape[1] == 6 + pieces.index(pieces[stop]) + 1
 

@@ -63,4 +63,4 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, dropout: fl
         target_modules=adapted_projections(architecture.model_type),
         fan_in_fan_out=architecture.model_type == "gpt2",  # its projections are stored transposed
     )
-    return Adapters(peft.get_peft_model(model, config))
+    return Adapters(peft.LoraModel(model, config, "default"))

@@ -28,7 +28,7 @@ from consistentee.options import (
     TrainingDataOptions,
     UsageError,
 )
-from consistentee.terminal import at_least_one, console, say, text_stream, usage
+from consistentee.terminal import at_least_one, console, progress_line, say, text_stream, usage
 
 if TYPE_CHECKING:
     from consistentee.generation.generator import GeneratedText, TextGenerator
@@ -239,6 +239,104 @@ def evaluate_generator(
 
         plot_generation(evaluation, plot, title=f"{Path(model).name}, {Path(rows.source).name}")
         say(f"Picture written to {plot}")
+
+
+def benchmark_generator(
+    model: str | None,
+    config_name: str | None,
+    *,
+    data_file: Path | None,
+    task: str | None,
+    data_dir: Path | None,
+    sequence_length: int,
+    new_tokens: int,
+    batch_sizes: Sequence[int],
+    exit_distribution: str | None,
+    criterion: str | None,
+    threshold: float | None,
+    lossless: bool,
+    num_rows: int,
+    repeats: int,
+    dtype: str,
+    device: str | None,
+    seed: int,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """What `benchmark` does for a text generator; arguments as there.
+
+    Raises:
+        UsageError: options contradict each other, or a value makes no sense.
+    """
+    from consistentee.atomic import write_json
+    from consistentee.generation.generator import TextGenerator
+    from consistentee.generation.reports import generation_speed_report
+    from consistentee.generation.saved import DTYPES, open_generator
+    from consistentee.generation.speed import measure_generation_speed, random_prompts, shape_generator
+    from consistentee.saved import usable_device
+    from consistentee.speed import exit_distribution_shares
+
+    if dtype not in DTYPES:
+        raise UsageError(f'--dtype must be one of {", ".join(DTYPES)} for text generators, got "{dtype}".')
+    if config_name is not None:
+        if lossless:
+            raise UsageError("--lossless goes with a trained model: random exits draft nothing that stays.")
+        place = None if device is None else usable_device(device)
+        name = config_name
+        network = shape_generator(config_name, seed=seed, dtype=DTYPES[dtype], device=place)
+        prompts = random_prompts(num_rows, sequence_length, network.config.vocab_size, seed)
+        exit_distribution = exit_distribution or "even"
+    else:
+        name = model or ""
+        saved = open_generator(name, device=device, dtype=dtype)
+        network = usage(lambda: saved.early_exit_model)
+        pairs = _benchmark_prompts(data_file, task, data_dir)[:num_rows]
+        prompts = TextGenerator(saved).encode(pairs)
+    shares = None
+    if exit_distribution is not None:
+        text = exit_distribution
+        shares = usage(lambda: exit_distribution_shares(text, network.num_layers))
+    usage(lambda: network.exit_rule(criterion, threshold))
+    report = measure_generation_speed(
+        network,
+        prompts,
+        name=name,
+        batch_sizes=batch_sizes,
+        new_tokens=new_tokens,
+        shares=shares,
+        criterion=criterion,
+        threshold=threshold,
+        lossless=lossless,
+        repeats=repeats,
+        seed=seed,
+        tick=progress_line if sys.stderr.isatty() else lambda _: None,
+    )
+    console().print(generation_speed_report(report))
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+        say(f"Figures written to {json_file}")
+    if plot is not None:
+        from consistentee.generation.plots import plot_generation_speed
+
+        title = f"{report.workload['model']}, {dtype}, {report.environment['threads']} thread(s)"
+        plot_generation_speed(report, plot, title=title)
+        say(f"Picture written to {plot}")
+
+
+def _benchmark_prompts(
+    data_file: Path | None, task: str | None, data_dir: Path | None
+) -> list[tuple[str, str]]:
+    """Instructions and inputs that a generator is measured on."""
+    if (data_file is None) == (task is None):
+        raise UsageError("A model needs --data-file, or --task with --data-dir: one of them.")
+    if data_file is not None:
+        from consistentee.generation.data import read_prompts
+
+        return [(row["prompt"], row["input"]) for row in read_prompts(str(data_file))]
+    from consistentee.generation.data import load_generation_task
+
+    rows = load_generation_task(task or "", data_dir)[1]
+    return list(zip(rows.instructions, rows.inputs, strict=True))
 
 
 def _check_prompt_options(

@@ -36,7 +36,8 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
         prompt_template: what `templates.PromptTemplate.to_dict` gives; None for the tokenizer's chat template, or
             Alpaca's.
         task: name of the task it was trained for, or None.
-        max_length: tokens of prompt and response together in training.
+        max_sequence_length: tokens of prompt and response together in training. (`max_length` is one of transformers'
+            own settings of `generate`.)
     """
 
     model_type = "consistentee_causal_lm"
@@ -60,7 +61,7 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
     draft_threshold: float | None = None
     prompt_template: dict[str, Any] | None = None
     task: str | None = None
-    max_length: int = 256
+    max_sequence_length: int = 256
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

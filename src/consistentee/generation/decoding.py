@@ -118,13 +118,9 @@ class ExitWeights:
         if len(distinct) == 1:
             return run(distinct.pop() - 1, normed)
         layers = torch.tensor(exit_layers, device=normed.device)
-        result: Tensor | None = None
-        for layer in sorted(distinct):
-            tokens = (layers == layer).nonzero().squeeze(1)
-            part = run(layer - 1, normed[tokens])
-            result = part.new_empty(len(normed), part.shape[-1]) if result is None else result
-            result[tokens] = part
-        return normed if result is None else result
+        places = [(layers == layer).nonzero().squeeze(1) for layer in sorted(distinct)]
+        parts = [run(layer - 1, normed[place]) for layer, place in zip(sorted(distinct), places, strict=True)]
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 class PromptStep:

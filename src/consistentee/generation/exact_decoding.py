@@ -176,14 +176,15 @@ class ExactDecoding:
         """As `Decoding.prefill`."""
         tokens = input_ids.shape[1]
         if self._first_token:
-            normed, exit_layers = self._prompts.prefill(input_ids)
+            exits = self._prompts.prefill(input_ids)
+            for row in self.rows:
+                row.length = tokens
             self._generated = 1
-        elif tokens > 1:
+            return exits
+        if tokens > 1:
             self._prompts.prefill(input_ids[:, :-1])
         for row in self.rows:
-            row.length = tokens if self._first_token else tokens - 1
-        if self._first_token:
-            return normed, exit_layers  # pyright: ignore[reportPossiblyUnbound]
+            row.length = tokens - 1
         return self.step(input_ids[:, -1])
 
     def step(self, tokens: Tensor) -> tuple[Tensor, list[int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -98,7 +98,8 @@ def generate_tokens(
     if not values.use_cache:
         if options.mode != "full":
             raise ValueError('use_cache must be true for exits, got False. Take mode="full" without a cache.')
-        return GenerationMixin._sample(
+        plain_loop: Any = cast(Any, GenerationMixin)._sample
+        return plain_loop(
             model,
             input_ids,
             logits_processor=logits_processor,
@@ -115,11 +116,9 @@ def generate_tokens(
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
         streamer.end()
-    sequences = output.sequences.clone()  # inference tensors could not be used in training
-    if not values.return_dict_in_generate:
-        return sequences
+    sequences: Any = output.sequences.clone()  # inference tensors could not be used in training
     output.sequences = sequences
-    return output
+    return output if values.return_dict_in_generate else sequences
 
 
 def _rule(model: Any, options: GenerationOptions) -> ExitRule:
@@ -176,7 +175,7 @@ def _token_loop(
                 logits = logits.new_zeros(batch, logits.shape[-1]).index_copy_(0, rows, logits)
             if config.output_logits and keeps:
                 raw.append(logits)
-            logits = logits_processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
+            logits = logits_processor(input_ids, logits)
             if config.output_scores and keeps:
                 scores.append(logits)
             if config.do_sample:
@@ -191,7 +190,7 @@ def _token_loop(
         layers.append(left)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         _stream(streamer, tokens, left)
-        ended: list[bool] = stopping_criteria(input_ids, tuple(scores) or None).tolist()  # pyright: ignore[reportArgumentType]
+        ended: list[bool] = stopping_criteria(input_ids, tuple(scores) or None).tolist()
         still = [place for place, row in enumerate(running) if not ended[row]]
         if not still:
             break

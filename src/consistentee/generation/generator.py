@@ -319,6 +319,10 @@ class TextGenerator:
             part = prompts[start : start + batch_size * WINDOW_BATCHES]
             yield from self._window([("", "")] * len(part), part, batch_size, options)
 
+    def encode(self, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of prompts, (instruction, input) each, as `generate_texts` makes them."""
+        return self._encode(prompts, DecodingOptions(), 0)
+
     def _windows(
         self, prompts: Iterator[tuple[str, str]], batch_size: int, options: DecodingOptions
     ) -> Iterator[GeneratedText]:

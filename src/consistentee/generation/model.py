@@ -93,12 +93,11 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             decoders.decoder_architecture(backbone.config)
         else:
             backbone = decoders.load_decoder(name_or_path)
-        config = EarlyExitCausalLMConfig(
-            decoder_config=backbone.config,
-            attn_implementation=backbone.config._attn_implementation,
-            tie_word_embeddings=bool(getattr(backbone.config, "tie_word_embeddings", False)),
-            **config_values,
-        )
+        inherited: dict[str, Any] = {
+            "attn_implementation": backbone.config._attn_implementation,
+            "tie_word_embeddings": bool(getattr(backbone.config, "tie_word_embeddings", False)),
+        }
+        config = EarlyExitCausalLMConfig(decoder_config=backbone.config, **inherited, **config_values)
         model = cls(config, backbone=backbone)
         if backbone.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())

@@ -20,19 +20,65 @@ from consistentee.plots import (
     LINE,
     STYLES,
     WIDTH,
-    _frame,
     check_plot,
+    draw_bars,
+    draw_speedups,
+    frame,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from consistentee.generation.results import GeneratedPoint, GenerationEvaluation
+    from consistentee.generation.speed import GenerationSpeedReport
 
 HEIGHT = 9.0  # inches: 1200 x 900
 DASHES = (0, (6, 3))
 MARKERS = "osD^v"  # by mode, the reported one first
 USEFUL = 0.12  # a curve is drawn as far as it stays within this of the best figure
+
+
+SPEED_COLOURS = {
+    "transformers": ("transformers, all layers", "#999999"),
+    "engine-full-depth": ("ours, all layers", "#56B4E9"),
+    "engine-lossless": ("ours, lossless", "#009E73"),
+    "engine": ("ours, with exits", "#0072B2"),
+}
+
+
+def plot_generation_speed(report: GenerationSpeedReport, path: str | Path, title: str | None = None) -> Path:
+    """Draw tokens per second of the competitors and, beside it, layers saved against time saved.
+
+    Args:
+        report: the figures.
+        path: the picture, PNG, PDF or SVG by its ending; written whole or not at all.
+        title: over the picture, such as the model's name.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: another ending.
+    """
+    path = Path(path)
+    check_plot(path)
+    figure_module = require_extra("plot", "matplotlib.figure")
+    figure = figure_module.Figure(figsize=(WIDTH, 5.0), dpi=DPI, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
+    rows = {(row.batch_size, row.name): row for row in report.rows}
+    names = [name for name in SPEED_COLOURS if all((size, name) in rows for size in sizes)]
+    series = [
+        (*SPEED_COLOURS[name], [rows[size, name].tokens_per_second for size in sizes]) for name in names
+    ]
+    draw_bars(left, sizes, series, "new tokens per second", "Throughput")
+    draw_speedups(right, sizes, [rows[size, "engine"] for size in sizes])
+    if title:
+        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())
+    return path
 
 
 def plot_generation(evaluation: GenerationEvaluation, path: str | Path, title: str | None = None) -> Path:
@@ -112,7 +158,7 @@ def _draw_text_quality(
         own = (evaluation.layer_speedup, 100 * evaluation.metrics["rougeL"])
         _label(axes, *own, COLOURS.get(evaluation.criterion, INK))
     _finish_curves(axes, shown, heights, own)
-    _frame(axes, "layer speed-up (layers / mean exit layer)", "ROUGE-L x 100", "Generated text against depth")
+    frame(axes, "layer speed-up (layers / mean exit layer)", "ROUGE-L x 100", "Generated text against depth")
 
 
 def _draw_references(axes: Axes, lines: Iterable[tuple[str, GeneratedPoint | None]]) -> list[float]:
@@ -160,7 +206,7 @@ def _draw_token_accuracy(axes: Axes, evaluation: GenerationEvaluation) -> None:
     if own is not None:
         _label(axes, *own, COLOURS.get(evaluation.criterion, INK))
     _finish_curves(axes, shown, full[:1], own)
-    _frame(
+    frame(
         axes,
         "layer speed-up (layers / mean exit layer)",
         "tokens predicted (%)",
@@ -247,7 +293,7 @@ def _draw_layers(axes: Axes, evaluation: GenerationEvaluation) -> None:
         zorder=6,
     )
     axes.set_xticks(layer_ticks(depth))
-    _frame(axes, "layer", "% of tokens", f"Where the {evaluation.num_tokens:,} generated tokens leave")
+    frame(axes, "layer", "% of tokens", f"Where the {evaluation.num_tokens:,} generated tokens leave")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
 
 
@@ -269,5 +315,5 @@ def _draw_positions(axes: Axes, evaluation: GenerationEvaluation) -> None:
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left")
     axes.set_ylim(0, 1.04 * evaluation.num_hidden_layers)
     axes.set_xlim(0.5 if len(means) < 2 else 1 - 0.02 * len(means), max(1.02 * len(means), 1.5))
-    _frame(axes, "position of the token in the generated text", "mean exit layer", "When tokens leave early")
+    frame(axes, "position of the token in the generated text", "mean exit layer", "When tokens leave early")
     axes.grid(axis="both", color=GRID, linewidth=0.8)

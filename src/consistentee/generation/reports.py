@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -16,6 +17,9 @@ from consistentee.generation.results import (
     GenerationEvaluation,
     GenerationPoint,
 )
+
+if TYPE_CHECKING:
+    from consistentee.generation.speed import GenerationSpeedReport
 
 METRIC_TITLES = {
     "rouge1": "ROUGE-1",
@@ -159,3 +163,64 @@ def _layers(evaluation: GenerationEvaluation) -> Table:
             f"{100 * left_by_now / evaluation.num_tokens:.1f}",
         )
     return table
+
+
+def generation_speed_report(report: GenerationSpeedReport) -> RenderableType:
+    """What a benchmark found, batch size by batch size, and on what it ran.
+
+    Args:
+        report: the figures.
+
+    Returns:
+        Something that a rich console prints.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("batch", ""):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens\nper s", "ms per\ntoken", "mean exit\nlayer", "layers", "clock", "eff.", "vs\nHF"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before: int | None = None
+    for row in report.rows:
+        if before not in (None, row.batch_size):
+            table.add_section()
+        title = SPEED_TITLES.get(row.name, row.name)
+        if row.draft_acceptance is not None:
+            title += f" ({100 * row.draft_acceptance:.0f} % of drafts stay)"
+        table.add_row(
+            "" if before == row.batch_size else str(row.batch_size),
+            title,
+            f"{row.tokens_per_second:.1f}",
+            f"{row.latency_ms_per_token:.2f}",
+            f"{row.mean_exit_layer:.2f}",
+            f"{row.layer_speedup:.2f}x",
+            f"{row.wall_clock_speedup:.2f}x",
+            "" if row.efficiency is None else f"{row.efficiency:.2f}",
+            f"{row.speedup_over_transformers:.2f}x",
+            style="bold" if row.name == "engine" else "",
+        )
+        before = row.batch_size
+    place, work = report.environment, report.workload
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in report.rows))
+    flags = f" ({', '.join(place['cpu_flags'])})" if place["cpu_flags"] else ""
+    return Group(
+        table,
+        Text(
+            f"{work['model']}: {work['num_hidden_layers']} layers of {work['hidden_size']}, vocabulary "
+            f"{work['vocab_size']:,}, {work['mean_prompt_tokens']:.0f} prompt and {work['new_tokens']} new tokens. "
+            "Layers: layer speed-up; clock: wall-clock speed-up against all layers in this run; eff. (efficiency): the "
+            "second over the first; vs HF: times faster than transformers' generate."
+        ),
+        Text(
+            f"{dtypes} on {place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, "
+            f"transformers {place['transformers']}, seed {place['seed']}."
+        ),
+    )
+
+
+SPEED_TITLES = {
+    "engine": "with exits",
+    "engine-full-depth": "all layers",
+    "engine-nobody-leaves": "nobody leaves",
+    "engine-lossless": "lossless",
+}
+"""Competitors by shorter names."""

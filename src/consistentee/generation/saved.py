@@ -85,7 +85,7 @@ class SavedGenerator:
     def max_length(self) -> int:
         """Tokens of prompt and response together: what it was trained with, else what it was made for."""
         if isinstance(self.model.config, EarlyExitCausalLMConfig):
-            return min(self.model.config.max_length, self.context_length)
+            return min(self.model.config.max_sequence_length, self.context_length)
         return self.context_length
 
     @property

@@ -254,7 +254,7 @@ def _start(
         initial_exit_bias=config.initial_exit_bias,
         prompt_template=template.to_dict(),
         task=task,
-        max_length=config.max_length,
+        max_sequence_length=config.max_length,
     )
     model.checkpoint_layers = config.gradient_checkpointing
     model.policy.requires_grad_(False)  # fitted on their own, on cached states

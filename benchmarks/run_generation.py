@@ -1,0 +1,176 @@
+"""Train and measure token-level early exit on real tasks: the figures behind docs/results-generation.md.
+
+    python benchmarks/run_generation.py --backbone DIR/smollm2-30l --data DIR --runs runs/generation --tasks alpaca xsum
+
+For each task: the plain model (`consistentee finetune`) and the model with exits (`consistentee train`), by the same
+recipe and number of steps; then texts of both, of every exit rule at several depths, and of lossless decoding. Each
+measured task is one JSON file in `benchmarks/results/generation` and is not run again; interrupted trainings are
+resumed. `--measure dolly=alpaca` reports on a task with the model trained for another one (a sample too small to train
+on). Then `python benchmarks/render_generation.py` writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import consistentee
+from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
+from consistentee.atomic import write_json
+from consistentee.generation.generator import TextGenerator
+
+CELLS = Path(__file__).parent / "results" / "generation"
+COMMON = {"backbone_training": "full", "learning_rate": 1e-4, "policy_tokens": 12_000}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "alpaca": {"max_length": 256, "checkpoint_every": 60},
+    "xsum": {"max_length": 192, "checkpoint_every": 30},
+}
+CRITERIA = ("policy", "softmax_margin", "confidence_classifier", "state_similarity", "static")
+
+
+def main() -> None:
+    """Train what is not there yet, measure what is not measured yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbone", type=Path, required=True, help="folder of a causal language model")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the data sets")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the trained models")
+    parser.add_argument("--tasks", nargs="*", default=["alpaca", "xsum"], choices=list(SETTINGS))
+    parser.add_argument("--measure", nargs="*", default=[], metavar="TASK=TRAINED", help="see above")
+    parser.add_argument("--rows", type=int, default=200, help="prompts, at most")
+    parser.add_argument("--points", type=int, default=3, help="further depths of each exit rule")
+    parser.add_argument(
+        "--lossless-tokens", type=int, default=32, help="tokens of each lossless text; 0: none"
+    )
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for task in options.tasks:
+        folders = train(task, options)
+        measure(task, *folders, options)
+    for pair in options.measure:
+        task, _, trained = pair.partition("=")
+        measure(task, options.runs / f"{trained}-exits", options.runs / f"{trained}-plain", options)
+
+
+def train(task: str, options: argparse.Namespace) -> tuple[Path, Path]:
+    """Folders of the model with exits and of the plain one."""
+    rows, _ = load_generation_task(task, options.data / task, need_train=True)
+    if rows is None:
+        raise ValueError(f"There are no rows to train on in {options.data / task}.")
+    config = GenerationTrainingConfig.from_dict({**COMMON, **SETTINGS[task], "seed": options.seed})
+    exits, plain = options.runs / f"{task}-exits", options.runs / f"{task}-plain"
+    for folder, run in ((exits, consistentee.train_generation), (plain, consistentee.finetune_generation)):
+        run(
+            backbone=options.backbone,
+            train_data=rows,
+            output_dir=folder,
+            config=config,
+            task=task,
+            resume=True,
+            report=print,
+        )
+    return exits, plain
+
+
+def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) -> None:
+    """Texts and figures of one task, into one file."""
+    cell = CELLS / f"{task}.json"
+    if cell.is_file():
+        print(f"{cell.name}: measured before")
+        return
+    start = time.time()
+    _, rows = load_generation_task(task, options.data / task)
+    rows = rows.max_samples(options.rows, options.seed)
+    saved = open_generator(exits, dtype=options.dtype)
+    reference = open_generator(plain, dtype=options.dtype)
+    evaluation = consistentee.evaluate_generation(
+        saved,
+        rows,
+        criteria=CRITERIA,
+        reference=reference,
+        batch_size=32,
+        max_new_tokens=128,
+        curve_points=options.points,
+        curve_thresholds=options.points + 1,
+        progress=True,
+        seed=options.seed,
+    )
+    record: dict[str, Any] = {
+        "task": task,
+        "trained_on": exits.name.removesuffix("-exits"),
+        "rows": len(rows),
+        "settings": dict(saved.record["config"]),
+        "training": {key: saved.record.get(key) for key in ("history", "policy", "warmup", "environment")},
+        "variants": variants(saved, rows),
+        "lossless": lossless(exits, rows, options.lossless_tokens) if options.lossless_tokens else [],
+        "seconds": round(time.time() - start),
+        "evaluation": evaluation.to_dict(),
+    }
+    write_json(cell, record)
+    print(f"{cell.name}: {record['seconds']} s")
+
+
+def variants(saved: Any, rows: InstructionDataset) -> list[dict[str, Any]]:
+    """The saved rule with copied and recomputed states, and with the first token at full depth or not."""
+    found: list[dict[str, Any]] = []
+    for skipped_states in ("copy", "recompute"):
+        for first in (True, False):
+            saved.early_exit_model.config.full_depth_first_token = first
+            result = consistentee.evaluate_generation(
+                saved,
+                rows,
+                skipped_states=skipped_states,
+                batch_size=32,
+                max_new_tokens=128,
+                curve_thresholds=1,
+                progress=True,
+            )
+            found.append(
+                {
+                    "skipped_states": skipped_states,
+                    "full_depth_first_token": first,
+                    "metrics": result.metrics,
+                    "mean_exit_layer": result.mean_exit_layer,
+                    "tokens_per_second": result.tokens_per_second,
+                }
+            )
+    saved.early_exit_model.config.full_depth_first_token = True
+    return found
+
+
+def lossless(exits: Path, rows: InstructionDataset, new_tokens: int) -> list[dict[str, Any]]:
+    """Whether lossless text is the full model's, in float32, and how long both take, batch by batch."""
+    generator = TextGenerator(open_generator(exits, dtype="float32"))
+    asked = list(zip(rows.instructions, rows.inputs, strict=True))
+    found: list[dict[str, Any]] = []
+    for batch_size in (1, 8):
+        seconds: dict[str, float] = {}
+        texts: dict[str, list[list[int]]] = {}
+        for mode in ("full", "lossless"):
+            written = list(
+                generator.generate_texts(asked, batch_size=batch_size, mode=mode, max_new_tokens=new_tokens)
+            )
+            seconds[mode] = sum(text.seconds for text in written)
+            texts[mode] = [text.token_ids for text in written]
+        same = sum(a == b for a, b in zip(texts["full"], texts["lossless"], strict=True))
+        found.append(
+            {
+                "batch_size": batch_size,
+                "texts": len(asked),
+                "identical": same,
+                "speedup": seconds["full"] / seconds["lossless"],
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main()

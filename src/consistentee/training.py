@@ -68,19 +68,20 @@ def train(
         FileExistsError: if `output_dir` holds another run and `resume` is not set.
         ValueError: if a resumed run has other settings or data than this one.
     """
+    config = config or TrainingConfig()
     run = start_run(
         EarlyExitForSequenceClassification,
         backbone=backbone,
         train_data=train_data,
         output_dir=output_dir,
-        config=config or TrainingConfig(),
+        config=config,
         task=task,
         resume=resume,
         report=report,
     )
     if run is None:
         return Path(output_dir)
-    config, model, progress = run.config, run.model, run.progress
+    model, progress = run.model, run.progress
     warmup_steps = run.steps_of(config.warmup_epochs)
     round_steps = run.steps_of(config.consistent_epochs)
 

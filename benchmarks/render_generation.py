@@ -1,0 +1,410 @@
+"""The page of generation results, from the figures that the other scripts about generation kept.
+
+    python benchmarks/render_generation.py [--pictures]
+
+Writes docs/results-generation.md, and with --pictures the pictures in docs/images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "generation"
+PAGE = ROOT / "docs" / "results-generation.md"
+IMAGES = ROOT / "docs" / "images"
+TASKS = ("alpaca", "xsum", "dolly", "cnndm")
+TITLES = {"alpaca": "Alpaca", "xsum": "XSum", "dolly": "Dolly", "cnndm": "CNN/DailyMail"}
+NAMES = {
+    "policy": "ConsistentEE policy",
+    "softmax_margin": "CALM softmax margin",
+    "confidence_classifier": "CALM classifier",
+    "state_similarity": "CALM state similarity",
+    "static": "static depth",
+}
+INTRO = """# Generation: what token-level exits give
+
+SmolLM2-135M (30 layers of 576, vocabulary 49,152, weights that were once in 4 bits), every token leaving at its own
+layer. Made by
+
+```
+python benchmarks/run_generation.py --backbone DIR/smollm2-30l --data DIR --runs runs/generation --tasks alpaca xsum
+benchmarks/run_generation_speed.sh cpu benchmarks/results/generation/speed runs/generation/alpaca-exits DIR/alpaca
+python benchmarks/generation_memory.py --json benchmarks/results/generation/memory.json
+python benchmarks/render_generation.py --pictures
+```
+
+and kept in `benchmarks/results/generation`, settings included. One seed (0). Layers are counted (1-based, the
+end-of-text token included); tokens per second are of this shared machine, so read ratios within a table, not levels.
+Perplexity is of the references' tokens, each predicted at the layer where it leaves, with the states that leaving
+leaves behind.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures, too")
+    options = parser.parse_args()
+    cells = read_cells()
+    from consistentee.atomic import write_text
+
+    write_text(PAGE, page(cells, read_speeds(), read_memory()))
+    if options.pictures:
+        draw(cells)
+
+
+def read_cells() -> dict[str, dict[str, Any]]:
+    """Measured tasks, in order."""
+    paths = {task: RESULTS / f"{task}.json" for task in TASKS}
+    return {task: _read(path) for task, path in paths.items() if path.is_file()}
+
+
+def read_speeds() -> dict[str, dict[str, Any]]:
+    """Speed reports by name."""
+    return {path.stem: _read(path) for path in sorted((RESULTS / "speed").glob("*.json"))}
+
+
+def read_memory() -> list[dict[str, Any]]:
+    """Rows of the memory benchmark."""
+    path = RESULTS / "memory.json"
+    return _read(path) if path.is_file() else []
+
+
+def page(
+    cells: dict[str, dict[str, Any]], speeds: dict[str, dict[str, Any]], memory: list[dict[str, Any]]
+) -> str:
+    """The whole page."""
+    parts = [INTRO]
+    parts += [_task(task, cell) for task, cell in cells.items()]
+    if speeds:
+        parts.append(_speeds(speeds))
+    if memory:
+        parts.append(_memory(memory))
+    return "\n".join(parts)
+
+
+def points_of(evaluation: dict[str, Any], criterion: str) -> list[dict[str, Any]]:
+    """Generated points of an exit rule, deepest first."""
+    if criterion == evaluation["criterion"]:
+        own = {
+            key: evaluation[key]
+            for key in ("metrics", "mean_exit_layer", "layer_speedup", "tokens_per_second", "threshold")
+        }
+        points = [own, *evaluation["generated"]]
+    else:
+        points = evaluation["other_criteria"][criterion]["generated"]
+    return sorted(points, key=lambda point: -point["mean_exit_layer"])
+
+
+def at_depth(points: Sequence[dict[str, Any]], depth: float, metric: str) -> float | None:
+    """A metric at a mean exit layer, between the two points around it; None outside of what was measured."""
+    ordered = sorted(points, key=lambda point: point["mean_exit_layer"])
+    for low, high in pairwise(ordered):
+        if low["mean_exit_layer"] <= depth <= high["mean_exit_layer"]:
+            width = high["mean_exit_layer"] - low["mean_exit_layer"]
+            share = 0.0 if width == 0 else (depth - low["mean_exit_layer"]) / width
+            return low["metrics"][metric] + share * (high["metrics"][metric] - low["metrics"][metric])
+    return None
+
+
+def _task(task: str, cell: dict[str, Any]) -> str:
+    evaluation = cell["evaluation"]
+    depth, full = evaluation["num_hidden_layers"], evaluation["full_depth"]
+    reference = evaluation["reference"]
+    other = "" if cell["trained_on"] == task else f", with the model trained on {TITLES[cell['trained_on']]}"
+    lines = [
+        f"## {TITLES[task]}",
+        "",
+        f"{cell['rows']} prompts that no training saw{other}; at most {evaluation['max_new_tokens']} new tokens, batch "
+        f"size {evaluation['batch_size']}, {evaluation['environment']['dtype']}.",
+        "",
+        "| | threshold | ROUGE-1 | ROUGE-2 | ROUGE-L | BLEU | perplexity | mean exit layer | layer speed-up | "
+        "tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    if reference is not None:
+        lines.append(_row("plain model, fine-tuned", "", reference, depth))
+    lines.append(_row("with exits, all layers", "", full, depth))
+    for criterion in (evaluation["criterion"], *evaluation["other_criteria"]):
+        points = points_of(evaluation, criterion)
+        lines += [_row(NAMES[criterion], f"{point['threshold']:.3g}", point, depth) for point in points]
+    lines += ["", *_equal_layers(evaluation), *_verdict(evaluation), ""]
+    lines += _training(cell)
+    if cell["variants"]:
+        lines += _variants(cell["variants"], depth)
+    if cell["lossless"]:
+        lines += _lossless(cell["lossless"])
+    picture = IMAGES / f"generation-{task}.png"
+    if picture.is_file() or task in ("alpaca", "xsum"):
+        lines += [f"![Quality against depth on {TITLES[task]}](images/generation-{task}.png)", ""]
+    if task == "alpaca":
+        lines += ["![Texts, each token coloured by its exit layer](images/generation-exits.png)", ""]
+    lines += _examples(evaluation)
+    return "\n".join(lines)
+
+
+def _row(name: str, threshold: str, point: dict[str, Any], depth: int) -> str:
+    metrics = point["metrics"]
+    scores = [f"{100 * metrics[key]:.1f}" for key in ("rouge1", "rouge2", "rougeL", "bleu")]
+    perplexity = metrics.get("perplexity")
+    cells = [
+        name,
+        threshold,
+        *scores,
+        "" if perplexity is None else f"{perplexity:.2f}",
+        f"{point['mean_exit_layer']:.2f} / {depth}",
+        f"{point['layer_speedup']:.2f}x",
+        f"{point['tokens_per_second']:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _equal_layers(evaluation: dict[str, Any]) -> list[str]:
+    """ROUGE-L of the rivals at the depths of the policy's points."""
+    rivals = list(evaluation["other_criteria"])
+    lines = [
+        "ROUGE-L at equal layers (rivals between their nearest points; empty where they have none on both sides):",
+        "",
+        "| mean exit layer | policy | " + " | ".join(NAMES[name] for name in rivals) + " |",
+        "|---|---|" + "---|" * len(rivals),
+    ]
+    for point in points_of(evaluation, evaluation["criterion"]):
+        depth = point["mean_exit_layer"]
+        values = [at_depth(_with_ends(evaluation, name), depth, "rougeL") for name in rivals]
+        cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
+        lines.append(f"| {depth:.2f} | {100 * point['metrics']['rougeL']:.1f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _with_ends(evaluation: dict[str, Any], criterion: str) -> list[dict[str, Any]]:
+    """Points of a rule, and full depth, which every rule reaches."""
+    return [*points_of(evaluation, criterion), evaluation["full_depth"]]
+
+
+def _verdict(evaluation: dict[str, Any]) -> list[str]:
+    """The mark: ROUGE-L within 1 point of the plain model at 1.5x fewer layers."""
+    reference = evaluation["reference"]
+    if reference is None:
+        return []
+    depth, goal = evaluation["num_hidden_layers"], reference["metrics"]["rougeL"]
+    points = _with_ends(evaluation, evaluation["criterion"])
+    here = at_depth(points, depth / 1.5, "rougeL")
+    good = [point for point in points if point["metrics"]["rougeL"] >= goal - 0.01]
+    fastest = max((point["layer_speedup"] for point in good), default=None)
+    at_mark = "outside of what was measured" if here is None else f"{100 * here:.1f}"
+    reached = "at no depth" if fastest is None else f"up to {fastest:.2f}x fewer layers"
+    return [
+        f"Mark (ROUGE-L within 1 point of the plain model's {100 * goal:.1f} at 1.5x fewer layers): the policy's "
+        f"ROUGE-L there is {at_mark}; within 1 point it is {reached}."
+    ]
+
+
+def _training(cell: dict[str, Any]) -> list[str]:
+    settings, history = cell["settings"], cell["training"].get("history") or []
+    warmup = cell["training"].get("warmup") or {}
+    lines = [
+        "Training: "
+        + ", ".join(
+            f"{name} {settings[name]}"
+            for name in (
+                "backbone_training",
+                "exit_head",
+                "exit_head_rank",
+                "learning_rate",
+                "head_learning_rate",
+                "warmup_epochs",
+                "rounds",
+                "consistent_epochs",
+                "max_length",
+                "batch_size",
+            )
+        )
+        + "."
+    ]
+    accuracy = warmup.get("per_layer_accuracy")
+    if accuracy:
+        lines.append(
+            "Token accuracy by layer after warm-up: " + " ".join(f"{value:.3f}" for value in accuracy) + "."
+        )
+    for entry in history:
+        after = entry.get("per_layer_accuracy")
+        if after:
+            lines.append(
+                f"After round {entry['round']}: last layer {after[-1]:.3f}, layer 20 {after[19]:.3f}, layer 15 "
+                f"{after[14]:.3f}, score {entry['score']:.4f}."
+            )
+    return [*lines, ""]
+
+
+def _variants(variants: Sequence[dict[str, Any]], depth: int) -> list[str]:
+    lines = [
+        "Keys and values of skipped layers, and the first token:",
+        "",
+        "| skipped layers | first token | ROUGE-L | mean exit layer | tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    for variant in variants:
+        first = "last layer" if variant["full_depth_first_token"] else "own exit"
+        states = "copied" if variant["skipped_states"] == "copy" else "recomputed"
+        lines.append(
+            f"| {states} | {first} | {100 * variant['metrics']['rougeL']:.1f} | {variant['mean_exit_layer']:.2f} / "
+            f"{depth} | {variant['tokens_per_second']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def _lossless(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Lossless decoding (float32) against all layers:",
+        "",
+        "| batch | texts | identical | times faster |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['batch_size']} | {row['texts']} | {row['identical']} | {row['speedup']:.2f}x |"
+        for row in rows
+    ]
+    return [*lines, ""]
+
+
+def _examples(evaluation: dict[str, Any]) -> list[str]:
+    from consistentee.generation.exit_colours import marked_tokens
+
+    lines = [
+        "Texts with the layer at which tokens left (⟨12⟩ stands behind those that left at layer 12):",
+        "",
+    ]
+    for example in evaluation["examples"][:2]:
+        prompt = " ".join(example["prompt"].split())
+        marked = marked_tokens(
+            example["pieces"][:60], example["exit_layers"][:60], evaluation["num_hidden_layers"]
+        )
+        lines += [f"> **{prompt[:160]}**", ">", f"> {' '.join(marked.split())}", ""]
+    return lines
+
+
+def _speeds(speeds: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "## Speed",
+        "",
+        "Efficiency is wall-clock speed-up over layer speed-up, against our own full depth in the same run; `nobody "
+        "leaves` computes the policy at every layer although all tokens go to the last one.",
+        "",
+    ]
+    for name, report in speeds.items():
+        place, work = report["environment"], report["workload"]
+        flags = f" ({', '.join(place['cpu_flags'])})" if place["cpu_flags"] else ""
+        exits = "the model's own exits" if work["exits"] == "model" else "forced exits"
+        lines += [
+            f"**{name}**: {work['num_hidden_layers']} layers of {work['hidden_size']}, vocabulary "
+            f"{work['vocab_size']:,}, {work['mean_prompt_tokens']:.0f} prompt and {work['new_tokens']} new tokens, "
+            f"{exits}, {place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, transformers "
+            f"{place['transformers']}, seed {place['seed']}.",
+            "",
+            "| batch | | tokens/s | mean exit layer | layer speed-up | wall-clock speed-up | efficiency | against "
+            "transformers |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in report["rows"]:
+            low, high = row["wall_clock_speedup_quartiles"]
+            efficiency = "" if row["efficiency"] is None else f"**{row['efficiency']:.2f}**"
+            title = row["name"].removeprefix("engine-")
+            if row["draft_acceptance"] is not None:
+                title += f" ({100 * row['draft_acceptance']:.0f} % of drafts stay)"
+            lines.append(
+                f"| {row['batch_size']} | {title} | {row['tokens_per_second']:.1f} | {row['mean_exit_layer']:.2f} | "
+                f"{row['layer_speedup']:.2f}x | {row['wall_clock_speedup']:.2f}x ({low:.2f} to {high:.2f}) | "
+                f"{efficiency} | {row['speedup_over_transformers']:.2f}x |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _memory(rows: Sequence[dict[str, Any]]) -> str:
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    lines = [
+        "## Memory of training",
+        "",
+        f"Peak resident memory of a step with AdamW, SmolLM2's width, {rows[0]['batch_size']} texts of "
+        f"{rows[0]['tokens']} tokens, bfloat16 autocast, less what the process held before. At most 1,024 (token, "
+        "layer) rows of logits are held at once (`logit_rows`): 192 MiB, whatever the number of layers.",
+        "",
+        "| layers | " + " | ".join(ways) + " | weighted-sum / hugging-face | consistent / hugging-face |",
+        "|---|" + "---|" * (len(ways) + 2),
+    ]
+    for layers in dict.fromkeys(row["layers"] for row in rows):
+        peak = {row["way"]: row["peak_mb"] for row in rows if row["layers"] == layers}
+        cells = [f"{peak[way]:,.0f} MB" for way in ways]
+        cells += [f"{peak[way] / peak['hugging-face']:.2f}" for way in ("weighted-sum", "consistent")]
+        lines.append(f"| {layers} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def draw(cells: dict[str, dict[str, Any]]) -> None:
+    """The pictures of the page."""
+    from consistentee.generation.exit_colours import exits_picture
+    from consistentee.generation.plots import plot_generation
+
+    for task, cell in cells.items():
+        if task in ("alpaca", "xsum"):
+            title = f"SmolLM2-135M, {TITLES[task]}"
+            plot_generation(_evaluation(cell["evaluation"]), IMAGES / f"generation-{task}.png", title)
+    if "alpaca" in cells:
+        evaluation = cells["alpaca"]["evaluation"]
+        chosen = [example for example in evaluation["examples"] if len(example["pieces"]) > 3][:3]
+        exits_picture(
+            [(example["pieces"][:110], example["exit_layers"][:110]) for example in chosen],
+            IMAGES / "generation-exits.png",
+            num_hidden_layers=evaluation["num_hidden_layers"],
+            titles=[" ".join(example["prompt"].split())[:80] for example in chosen],
+        )
+
+
+def _evaluation(values: dict[str, Any]) -> Any:
+    """The dataclass that was written as plain values."""
+    from consistentee.generation.results import (
+        GeneratedPoint,
+        GenerationEvaluation,
+        GenerationExample,
+        GenerationPoint,
+        GenerationRival,
+    )
+
+    def generated(point: dict[str, Any] | None) -> GeneratedPoint | None:
+        return None if point is None else GeneratedPoint(**point)
+
+    rivals = {
+        name: GenerationRival(
+            rival["threshold"],
+            [GenerationPoint(**point) for point in rival["curve"]],
+            [GeneratedPoint(**point) for point in rival["generated"]],
+        )
+        for name, rival in values["other_criteria"].items()
+    }
+    return GenerationEvaluation(
+        **{
+            **values,
+            "curve": [GenerationPoint(**point) for point in values["curve"]],
+            "full_depth": generated(values["full_depth"]),
+            "generated": [GeneratedPoint(**point) for point in values["generated"]],
+            "other_criteria": rivals,
+            "reference": generated(values["reference"]),
+            "examples": [GenerationExample(**example) for example in values["examples"]],
+        }
+    )
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

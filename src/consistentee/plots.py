@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from consistentee.atomic import atomic_path
 from consistentee.errors import require_extra
@@ -60,18 +61,11 @@ def plot_evaluation(evaluation: Evaluation, path: str | Path, title: str | None 
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    path = Path(path)
-    check_plot(path)
-    figure_module = require_extra("plot", "matplotlib.figure")
-    figure = figure_module.Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _draw_curves(left, evaluation)
-    _draw_histogram(right, evaluation)
-    if title:
-        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower())
-    return path
+    with picture(path, title, HEIGHT) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+        _draw_curves(left, evaluation)
+        _draw_histogram(right, evaluation)
+    return Path(path)
 
 
 SPEED_NAMES = {
@@ -97,28 +91,24 @@ def plot_speed(report: SpeedReport, path: str | Path, title: str | None = None) 
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    path = Path(path)
-    check_plot(path)
-    figure_module = require_extra("plot", "matplotlib.figure")
-    figure = figure_module.Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
-    sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
-    rows = {(row.batch_size, row.name): row for row in report.rows}
-    names = [name for name in SPEED_NAMES if any((size, name) in rows for size in sizes)]
-    draw_bars(
-        left,
-        sizes,
-        [(*SPEED_NAMES[name], [rows[size, name].instances_per_second for size in sizes]) for name in names],
-        "inputs per second",
-        "Throughput",
-    )
-    exits = [rows.get((size, "engine")) for size in sizes]
-    draw_speedups(right, sizes, [row for row in exits if row is not None])
-    if title:
-        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower())
-    return path
+    with picture(path, title, HEIGHT) as figure:
+        left, right = figure.subplots(1, 2)
+        sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
+        rows = {(row.batch_size, row.name): row for row in report.rows}
+        names = [name for name in SPEED_NAMES if any((size, name) in rows for size in sizes)]
+        draw_bars(
+            left,
+            sizes,
+            [
+                (*SPEED_NAMES[name], [rows[size, name].instances_per_second for size in sizes])
+                for name in names
+            ],
+            "inputs per second",
+            "Throughput",
+        )
+        exits = [rows.get((size, "engine")) for size in sizes]
+        draw_speedups(right, sizes, [row for row in exits if row is not None])
+    return Path(path)
 
 
 def draw_speedups(
@@ -178,6 +168,30 @@ def draw_bars(
     frame(axes, "batch size", y_label, title)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper left", ncols=2)
+
+
+@contextmanager
+def picture(path: str | Path, title: str | None, height: float) -> Iterator[Any]:
+    """An empty matplotlib figure, `WIDTH` inches wide, that is written whole once the block ends without an error.
+
+    Args:
+        path: the picture, PNG, PDF or SVG by its ending.
+        title: over the picture.
+        height: inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: another ending.
+    """
+    path = Path(path)
+    check_plot(path)
+    figure_module = require_extra("plot", "matplotlib.figure")
+    figure = figure_module.Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+    yield figure
+    if title:
+        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())
 
 
 def check_plot(path: Path) -> None:

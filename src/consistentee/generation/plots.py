@@ -6,24 +6,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from consistentee.atomic import atomic_path
-from consistentee.errors import require_extra
 from consistentee.generation.exit_colours import layer_ticks
 from consistentee.generation.results import LAST_LAYER, PLAIN
 from consistentee.plots import (
     BAR,
     COLOURS,
-    DPI,
     GREY,
     GRID,
     INK,
     LINE,
     STYLES,
-    WIDTH,
-    check_plot,
     draw_bars,
     draw_speedups,
     frame,
+    picture,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     from consistentee.generation.results import GeneratedPoint, GenerationEvaluation
     from consistentee.generation.speed import GenerationSpeedReport
 
-HEIGHT = 9.0  # inches: 1200 x 900
+HEIGHT, SPEED_HEIGHT = 9.0, 5.0  # inches: 1200 x 900 and 1200 x 500
 DASHES = (0, (6, 3))
 MARKERS = "osD^v"  # by mode, the reported one first
 USEFUL = 0.12  # a curve is drawn as far as it stays within this of the best figure
@@ -61,24 +57,17 @@ def plot_generation_speed(report: GenerationSpeedReport, path: str | Path, title
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    path = Path(path)
-    check_plot(path)
-    figure_module = require_extra("plot", "matplotlib.figure")
-    figure = figure_module.Figure(figsize=(WIDTH, 5.0), dpi=DPI, layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
-    sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
-    rows = {(row.batch_size, row.name): row for row in report.rows}
-    names = [name for name in SPEED_COLOURS if all((size, name) in rows for size in sizes)]
-    series = [
-        (*SPEED_COLOURS[name], [rows[size, name].tokens_per_second for size in sizes]) for name in names
-    ]
-    draw_bars(left, sizes, series, "new tokens per second", "Throughput")
-    draw_speedups(right, sizes, [rows[size, "engine"] for size in sizes])
-    if title:
-        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower())
-    return path
+    with picture(path, title, SPEED_HEIGHT) as figure:
+        left, right = figure.subplots(1, 2)
+        sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
+        rows = {(row.batch_size, row.name): row for row in report.rows}
+        names = [name for name in SPEED_COLOURS if all((size, name) in rows for size in sizes)]
+        series = [
+            (*SPEED_COLOURS[name], [rows[size, name].tokens_per_second for size in sizes]) for name in names
+        ]
+        draw_bars(left, sizes, series, "new tokens per second", "Throughput")
+        draw_speedups(right, sizes, [rows[size, "engine"] for size in sizes])
+    return Path(path)
 
 
 def plot_generation(evaluation: GenerationEvaluation, path: str | Path, title: str | None = None) -> Path:
@@ -98,25 +87,18 @@ def plot_generation(evaluation: GenerationEvaluation, path: str | Path, title: s
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    path = Path(path)
-    check_plot(path)
-    figure_module = require_extra("plot", "matplotlib.figure")
-    figure = figure_module.Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
-    series = _text_series(evaluation)
-    has_text = any(len(points) > 1 for points in series.values())
-    mosaic = [["text" if has_text else "forced", "forced"], ["layers", "positions"]]
-    axes = figure.subplot_mosaic(mosaic)
-    if has_text:
-        _draw_text_quality(axes["text"], evaluation, series)
-    _draw_token_accuracy(axes["forced"], evaluation)
-    _draw_layers(axes["layers"], evaluation)
-    _draw_positions(axes["positions"], evaluation)
-    if title:
-        figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower())
-    return path
+    with picture(path, title, HEIGHT) as figure:
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
+        series = _text_series(evaluation)
+        has_text = any(len(points) > 1 for points in series.values())
+        mosaic = [["text" if has_text else "forced", "forced"], ["layers", "positions"]]
+        axes = figure.subplot_mosaic(mosaic)
+        if has_text:
+            _draw_text_quality(axes["text"], evaluation, series)
+        _draw_token_accuracy(axes["forced"], evaluation)
+        _draw_layers(axes["layers"], evaluation)
+        _draw_positions(axes["positions"], evaluation)
+    return Path(path)
 
 
 def _text_series(evaluation: GenerationEvaluation) -> dict[tuple[str, str], list[tuple[float, float]]]:

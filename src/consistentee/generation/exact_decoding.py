@@ -91,6 +91,8 @@ class FlatStep:
         self._most = max(len(tokens) for tokens in members.values())
         self._seen = max(slots) + 1
         self._single = distinct[0] if len(distinct) == 1 else None
+        in_line = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        self._span = (slots[0], len(slots)) if self._single is not None and in_line else None
         self._distinct = torch.tensor(distinct, device=device)
         # (rows, most tokens of a row): which token stands there; rows with fewer repeat their last one
         grid = [
@@ -114,8 +116,12 @@ class FlatStep:
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write the tokens' keys and values, and let each see its row up to itself."""
         keys, values = self._cache.keys[layer.index], self._cache.values[layer.index]
-        keys[self._places, :, self._slots] = key
-        values[self._places, :, self._slots] = value
+        if self._span is not None and self._single is not None:  # no index, no lookup
+            keys[self._single].narrow(1, *self._span).copy_(key.transpose(0, 1))
+            values[self._single].narrow(1, *self._span).copy_(value.transpose(0, 1))
+        else:
+            keys[self._places, :, self._slots] = key
+            values[self._places, :, self._slots] = value
         sliding = self._window is not None and layer.layer_type == SLIDING
         if self._single is not None:
             keys, values = keys.narrow(0, self._single, 1), values.narrow(0, self._single, 1)

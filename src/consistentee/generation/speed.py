@@ -51,6 +51,9 @@ GENERATION_SHAPES: dict[str, dict[str, Any]] = {
 }
 """Shapes with random weights, for studying speed without a trained model."""
 
+THRESHOLDS = {"softmax_margin": 0.9, "state_similarity": 0.95, "confidence_classifier": 0.5, "static": 1.0}
+"""Of the rivals on random weights, whose exits are forced: only what looking costs is measured."""
+
 
 @dataclass(frozen=True)
 class GenerationSpeedRow:
@@ -129,7 +132,7 @@ def shape_generator(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = decoders.build_decoder(config).to(dtype)  # pyright: ignore[reportArgumentType]
-        model = EarlyExitForCausalLM.from_backbone(backbone)
+        model = EarlyExitForCausalLM.from_backbone(backbone, thresholds=THRESHOLDS)
     model = cast(Any, model).to(dtype)
     return (model if device is None else model.to(device)).eval()
 

@@ -111,18 +111,25 @@ class Layer:
             return run
         plain = [part for part in parts if part is not None]
         weight = torch.cat([weight for weight, _ in plain])
-        biased = shift is not None or any(bias is not None for _, bias in plain)
         bias = None
-        if biased or readers is not None:
-            zeros = weight.new_zeros(len(weight))
+        if shift is not None or any(own is not None for _, own in plain):
             bias = torch.cat([weight.new_zeros(len(part)) if own is None else own for part, own in plain])
             bias = bias if shift is None else bias + (weight.float() @ shift.float()).to(weight.dtype)
-            bias = bias if biased else zeros
         weight = (weight.float() * factor.float()).to(weight.dtype)
-        if readers is not None and bias is not None:
-            weight = torch.cat([weight, readers[0].to(weight.dtype)])
-            bias = torch.cat([bias, readers[1].to(weight.dtype)])
-        return lambda unit: functional.linear(unit, weight, bias)
+        if readers is None:
+            return lambda unit: functional.linear(unit, weight, bias)
+        width, more = self.qkv_width, readers[1].to(weight.dtype)
+        both = torch.cat([weight, readers[0].to(weight.dtype)])
+        if bias is not None:
+            biases = torch.cat([bias, more])
+            return lambda unit: functional.linear(unit, both, biases)
+
+        def run_unbiased(unit: Tensor) -> Tensor:  # a product with a bias takes a slower way for few rows
+            outputs = functional.linear(unit, both)
+            outputs.narrow(1, width, len(more)).add_(more)
+            return outputs
+
+        return run_unbiased
 
     def __call__(self, hidden: Tensor, unit: Tensor, step: Step) -> Tensor:
         """Hidden states after this layer: (tokens, hidden), and the same behind `unit_norm` -> (tokens, hidden)."""

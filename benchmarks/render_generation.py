@@ -33,7 +33,8 @@ SmolLM2-135M (30 layers of 576, vocabulary 49,152, weights that were once in 4 b
 layer. Made by
 
 ```
-python benchmarks/run_generation.py --backbone DIR/smollm2-30l --data DIR --runs runs/generation --tasks alpaca xsum
+python benchmarks/run_generation.py --backbone DIR/smollm2-30l --data DIR --runs runs/generation --tasks alpaca xsum \\
+    --measure dolly=alpaca cnndm=xsum --lossless alpaca
 benchmarks/run_generation_speed.sh cpu benchmarks/results/generation/speed runs/generation/alpaca-exits DIR/alpaca
 python benchmarks/generation_memory.py --json benchmarks/results/generation/memory.json
 python benchmarks/render_generation.py --pictures
@@ -56,7 +57,7 @@ def main() -> None:
     cells = read_cells()
     from consistentee.atomic import write_text
 
-    write_text(PAGE, page(cells, read_speeds(), read_memory()))
+    write_text(PAGE, page(cells, read_speeds(), read_memory(), read_lossless()))
     if options.pictures:
         draw(cells)
 
@@ -78,12 +79,23 @@ def read_memory() -> list[dict[str, Any]]:
     return _read(path) if path.is_file() else []
 
 
+def read_lossless() -> dict[str, Any]:
+    """What the check of lossless decoding found."""
+    path = RESULTS / "lossless.json"
+    return _read(path) if path.is_file() else {}
+
+
 def page(
-    cells: dict[str, dict[str, Any]], speeds: dict[str, dict[str, Any]], memory: list[dict[str, Any]]
+    cells: dict[str, dict[str, Any]],
+    speeds: dict[str, dict[str, Any]],
+    memory: list[dict[str, Any]],
+    lossless: dict[str, Any],
 ) -> str:
     """The whole page."""
     parts = [INTRO]
     parts += [_task(task, cell) for task, cell in cells.items()]
+    if lossless:
+        parts.append(_lossless(lossless))
     if speeds:
         parts.append(_speeds(speeds))
     if memory:
@@ -140,8 +152,6 @@ def _task(task: str, cell: dict[str, Any]) -> str:
     lines += _training(cell)
     if cell["variants"]:
         lines += _variants(cell["variants"], depth)
-    if cell["lossless"]:
-        lines += _lossless(cell["lossless"])
     picture = IMAGES / f"generation-{task}.png"
     if picture.is_file() or task in ("alpaca", "xsum"):
         lines += [f"![Quality against depth on {TITLES[task]}](images/generation-{task}.png)", ""]
@@ -261,18 +271,22 @@ def _variants(variants: Sequence[dict[str, Any]], depth: int) -> list[str]:
     return [*lines, ""]
 
 
-def _lossless(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _lossless(cell: dict[str, Any]) -> str:
+    place = cell["environment"]
     lines = [
-        "Lossless decoding (float32) against all layers:",
+        "## Lossless decoding",
+        "",
+        f"Against all layers, float32, texts of Alpaca with at most {cell['new_tokens']} new tokens, drafting paused "
+        f"where it does not pay; {place['hardware']}, {place['threads']} thread(s).",
         "",
         "| batch | texts | identical | times faster |",
         "|---|---|---|---|",
     ]
     lines += [
         f"| {row['batch_size']} | {row['texts']} | {row['identical']} | {row['speedup']:.2f}x |"
-        for row in rows
+        for row in cell["rows"]
     ]
-    return [*lines, ""]
+    return "\n".join([*lines, ""])
 
 
 def _examples(evaluation: dict[str, Any]) -> list[str]:

@@ -22,12 +22,21 @@ import consistentee
 from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
 from consistentee.atomic import write_json
 from consistentee.generation.generator import TextGenerator
+from consistentee.timing import environment
 
 CELLS = Path(__file__).parent / "results" / "generation"
-COMMON = {"backbone_training": "full", "learning_rate": 1e-4, "policy_tokens": 12_000}
+COMMON = {
+    "backbone_training": "full",
+    "exit_head": "low_rank",
+    "exit_head_rank": 64,
+    "learning_rate": 3e-4,
+    "head_learning_rate": 2e-3,
+    "gradient_accumulation_steps": 2,
+    "policy_tokens": 10_000,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "alpaca": {"max_length": 256, "checkpoint_every": 60},
-    "xsum": {"max_length": 192, "checkpoint_every": 30},
+    "alpaca": {"warmup_epochs": 0.7, "consistent_epochs": 0.3, "max_length": 256, "checkpoint_every": 40},
+    "xsum": {"warmup_epochs": 1.0, "consistent_epochs": 0.5, "max_length": 192, "checkpoint_every": 30},
 }
 CRITERIA = ("policy", "softmax_margin", "confidence_classifier", "state_similarity", "static")
 
@@ -58,6 +67,8 @@ def main() -> None:
     for pair in options.measure:
         task, _, trained = pair.partition("=")
         measure(task, options.runs / f"{trained}-exits", options.runs / f"{trained}-plain", options)
+    if options.lossless:
+        lossless(options.runs / f"{options.lossless}-exits", options)
 
 
 def train(task: str, options: argparse.Namespace) -> tuple[Path, Path]:
@@ -90,7 +101,7 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
     _, rows = load_generation_task(task, options.data / task)
     rows = rows.max_samples(options.rows, options.seed)
     saved = open_generator(exits, dtype=options.dtype)
-    reference = open_generator(plain, dtype=options.dtype)
+    reference = open_generator(plain, dtype=options.dtype) if plain.is_dir() else None
     evaluation = consistentee.evaluate_generation(
         saved,
         rows,
@@ -110,7 +121,6 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
         "settings": dict(saved.record["config"]),
         "training": {key: saved.record.get(key) for key in ("history", "policy", "warmup", "environment")},
         "variants": variants(saved, rows),
-        "lossless": lossless(exits, rows, options.lossless_tokens) if options.lossless_tokens else [],
         "seconds": round(time.time() - start),
         "evaluation": evaluation.to_dict(),
     }
@@ -146,8 +156,14 @@ def variants(saved: Any, rows: InstructionDataset) -> list[dict[str, Any]]:
     return found
 
 
-def lossless(exits: Path, rows: InstructionDataset, new_tokens: int) -> list[dict[str, Any]]:
+def lossless(exits: Path, options: argparse.Namespace) -> None:
     """Whether lossless text is the full model's, in float32, and how long both take, batch by batch."""
+    cell = CELLS / "lossless.json"
+    if cell.is_file():
+        print(f"{cell.name}: measured before")
+        return
+    _, rows = load_generation_task("alpaca", options.data / "alpaca")
+    rows = rows.max_samples(options.rows, options.seed)
     generator = TextGenerator(open_generator(exits, dtype="float32"))
     asked = list(zip(rows.instructions, rows.inputs, strict=True))
     found: list[dict[str, Any]] = []
@@ -156,20 +172,17 @@ def lossless(exits: Path, rows: InstructionDataset, new_tokens: int) -> list[dic
         texts: dict[str, list[list[int]]] = {}
         for mode in ("full", "lossless"):
             written = list(
-                generator.generate_texts(asked, batch_size=batch_size, mode=mode, max_new_tokens=new_tokens)
+                generator.generate_texts(
+                    asked, batch_size=batch_size, mode=mode, max_new_tokens=options.lossless_tokens
+                )
             )
             seconds[mode] = sum(text.seconds for text in written)
             texts[mode] = [text.token_ids for text in written]
         same = sum(a == b for a, b in zip(texts["full"], texts["lossless"], strict=True))
-        found.append(
-            {
-                "batch_size": batch_size,
-                "texts": len(asked),
-                "identical": same,
-                "speedup": seconds["full"] / seconds["lossless"],
-            }
-        )
-    return found
+        figures = {"batch_size": batch_size, "texts": len(asked), "identical": same}
+        found.append({**figures, "speedup": seconds["full"] / seconds["lossless"]})
+    place = environment(torch.device("cpu"), options.seed)
+    write_json(cell, {"new_tokens": options.lossless_tokens, "environment": place, "rows": found})
 
 
 if __name__ == "__main__":

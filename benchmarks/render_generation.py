@@ -93,6 +93,9 @@ def page(
 ) -> str:
     """The whole page."""
     parts = [INTRO]
+    missing = [TITLES[task] for task in TASKS if task not in cells]
+    if missing:
+        parts.append(f"Not measured yet: {', '.join(missing)}. The script goes on where it stopped.\n")
     parts += [_task(task, cell) for task, cell in cells.items()]
     if lossless:
         parts.append(_lossless(lossless))

@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder for the trained models")
     parser.add_argument("--tasks", nargs="*", default=["alpaca", "xsum"], choices=list(SETTINGS))
     parser.add_argument("--measure", nargs="*", default=[], metavar="TASK=TRAINED", help="see above")
-    parser.add_argument("--rows", type=int, default=200, help="prompts, at most")
-    parser.add_argument("--points", type=int, default=3, help="further depths of each exit rule")
+    parser.add_argument("--rows", type=int, default=100, help="prompts, at most")
+    parser.add_argument("--points", type=int, default=2, help="further depths of each exit rule")
     parser.add_argument(
         "--lossless-tokens", type=int, default=32, help="tokens of each lossless text; 0: none"
     )

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
     from consistentee.evaluation import Evaluation, evaluate_layers, evaluate_model
     from consistentee.generation.config import GenerationTrainingConfig
     from consistentee.generation.configuration import EarlyExitCausalLMConfig
-    from consistentee.generation.data import (
-        InstructionDataset,
-        load_generation_files,
-        load_generation_task,
-    )
+    from consistentee.generation.data import InstructionDataset, load_generation_files, load_generation_task
     from consistentee.generation.evaluation import evaluate_generation
     from consistentee.generation.generator import GeneratedText, TextGenerator
     from consistentee.generation.model import EarlyExitForCausalLM

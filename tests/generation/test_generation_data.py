@@ -25,17 +25,19 @@ from transformers import PreTrainedTokenizerFast
 from consistentee.data import LengthGroupedBatches
 from consistentee.errors import DataError
 from consistentee.generation.data import (
-    IGNORED,
     InstructionDataset,
+    load_generation_files,
+    load_generation_task,
+    read_prompts,
+    split_rows,
+)
+from consistentee.generation.encoding import (
+    IGNORED,
     TokenizedPrompts,
     collate_rows,
     encode_prompts,
     encode_rows,
-    load_generation_files,
-    load_generation_task,
     pad_left,
-    read_prompts,
-    split_rows,
 )
 from consistentee.generation.tasks import get_generation_task
 from consistentee.generation.templates import ALPACA, PLAIN, PromptTemplate, prompt_template

@@ -15,7 +15,8 @@ from tiny_decoders import single_thread
 
 from consistentee.generation import forced
 from consistentee.generation.criteria import GENERATION_CRITERIA
-from consistentee.generation.data import InstructionDataset, TokenizedPrompts
+from consistentee.generation.data import InstructionDataset
+from consistentee.generation.encoding import TokenizedPrompts
 from consistentee.generation.evaluation import evaluate_generation, evaluate_plain_generation
 from consistentee.generation.forced import (
     forced_exits,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consistentee.generation.criteria import softmax_margin_scores, state_similarity_scores
-from consistentee.generation.data import TokenizedPrompts, collate_rows
+from consistentee.generation.encoding import TokenizedPrompts, collate_rows
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.token_states import draw_tokens, run_token_states
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from consistentee.generation.data import InstructionDataset, TokenizedPrompts, encode_prompts
+from consistentee.generation.data import InstructionDataset
+from consistentee.generation.encoding import TokenizedPrompts, encode_prompts
 from consistentee.generation.forced import (
     ForcedTokens,
     forced_exits,

@@ -16,13 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from consistentee.generation.criteria import softmax_margin_scores, state_similarity_scores, static_scores
-from consistentee.generation.data import (
-    IGNORED,
-    InstructionDataset,
-    TokenizedPrompts,
-    collate_rows,
-    encode_rows,
-)
+from consistentee.generation.data import InstructionDataset
+from consistentee.generation.encoding import IGNORED, TokenizedPrompts, collate_rows, encode_rows
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.results import GenerationPoint
 from consistentee.generation.saved import SavedGenerator

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from consistentee.config import require_choice
 from consistentee.errors import DataError
 from consistentee.generation.config import GenerationMode, SkippedStates
-from consistentee.generation.data import encode_prompts, pad_left
+from consistentee.generation.encoding import encode_prompts, pad_left
 from consistentee.generation.saved import SavedGenerator
 from consistentee.generation.templates import PromptTemplate
 from consistentee.timing import synchronised_seconds

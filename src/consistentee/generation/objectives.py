@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from consistentee.generation import decoders
-from consistentee.generation.data import IGNORED
+from consistentee.generation.encoding import IGNORED
 from consistentee.generation.model import EarlyExitForCausalLM
 
 

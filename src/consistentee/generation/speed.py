@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig
 
 from consistentee.generation import decoders
-from consistentee.generation.data import pad_left
+from consistentee.generation.encoding import pad_left
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.speed import exit_layers_of
 from consistentee.timing import environment, paired_ratio, time_in_turn

@@ -25,8 +25,8 @@ def token_curve(
 
     Example:
         >>> right = torch.tensor([[True, True], [False, True]])
-        >>> points = token_curve(torch.tensor([[0.9, 1.0], [0.2, 1.0]]), right)
-        >>> [(point.accuracy, point.mean_exit_layer) for point in points if point.threshold == 0.2]
+        >>> points = token_curve(torch.tensor([[0.75, 1.0], [0.25, 1.0]]), right)
+        >>> [(point.accuracy, point.mean_exit_layer) for point in points if point.threshold == 0.25]
         [(1.0, 1.5)]
     """
     low, high = RANGES.get(criterion, (0.0, 1.0))

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from consistentee.generation import decoders
 from consistentee.generation.criteria import state_similarity_scores
-from consistentee.generation.data import TokenizedPrompts
+from consistentee.generation.encoding import TokenizedPrompts
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.objectives import response_counts
 from consistentee.states import Collate, gather_into, row_shares, state_storage

@@ -28,7 +28,8 @@ from consistentee import checkpoints
 from consistentee.curves import BUDGETS
 from consistentee.generation.adapters import Adapters, add_adapters
 from consistentee.generation.config import GenerationTrainingConfig
-from consistentee.generation.data import InstructionDataset, collate_rows, encode_rows, split_rows
+from consistentee.generation.data import InstructionDataset, split_rows
+from consistentee.generation.encoding import collate_rows, encode_rows
 from consistentee.generation.model import ConfidenceClassifier, EarlyExitForCausalLM
 from consistentee.generation.objectives import (
     Objective,

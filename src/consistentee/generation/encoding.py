@@ -1,0 +1,270 @@
+"""Prompts and responses on their way into a causal language model: tokens, labels, batches.
+
+A training row is the prompt's tokens, then the response's, then the end of text; only the last two are learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from consistentee.batches import TOKENIZED_AT_ONCE
+from consistentee.errors import DataError
+from consistentee.generation.data import InstructionDataset
+from consistentee.generation.templates import PromptTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+SHORTEST_RESPONSE = 0.25  # of max_length: a response is not cut below this; the instruction is, after it
+
+Tokens = Sequence[int] | NDArray[np.int32]
+"""Token ids of one row."""
+
+
+class TokenizedPrompts(Dataset[dict[str, Any]]):
+    """Tokenized prompts with their responses, held as one flat array of token ids.
+
+    Args:
+        prompts: Token ids of every prompt.
+        responses: Token ids of every response, equally many rows; a prompt or a response may be empty, not both.
+
+    An item is a dict of `input_ids` (list of int, prompt and response), `labels` (list of int, the same with IGNORED in
+    place of the prompt) and `index` (int, the row's own position in this dataset).
+    """
+
+    def __init__(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> None:
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"prompts and responses must be equally many, got {len(prompts)} and {len(responses)}."
+            )
+        self.prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)  # (rows,) tokens
+        self.lengths = self.prompt_lengths + np.array([len(row) for row in responses], dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        parts = itertools.chain.from_iterable(zip(prompts, responses, strict=True))
+        arrays = [np.asarray(part, dtype=np.int32) for part in parts]
+        # (tokens of all rows,)
+        self._flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}.")
+        end, prompt = int(self._ends[index]), int(self.prompt_lengths[index])
+        input_ids: list[int] = self._flat[end - int(self.lengths[index]) : end].tolist()
+        return {
+            "input_ids": input_ids,
+            "labels": [IGNORED] * prompt + input_ids[prompt:],
+            "index": int(index),
+        }
+
+
+def encode_rows(
+    dataset: InstructionDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+) -> TokenizedPrompts:
+    """Tokenize prompts and responses to train on.
+
+    Of a row that is too long the input is cut first, from its end, so that the template's own text stays whole; then
+    the response, but not below SHORTEST_RESPONSE of `max_length`; then the instruction. A response that is cut has no
+    end of text after it.
+
+    Args:
+        dataset: Instructions with responses.
+        tokenizer: A Hugging Face tokenizer with an end-of-text token.
+        template: How prompts are written.
+        max_length: The most tokens of a row.
+        max_prompt_length: The most tokens of a prompt; None leaves that to `max_length`.
+
+    Returns:
+        The tokenized rows, in the same order.
+
+    Raises:
+        ValueError: No end-of-text token, or lengths with no room for the template's own text.
+    """
+    for name, length, least in (
+        ("max_length", max_length, 2),
+        ("max_prompt_length", max_prompt_length, 1),
+    ):
+        if length is not None and length < least:
+            raise ValueError(f"{name} must be at least {least}, got {length}.")
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError("The tokenizer must have an end-of-text token, got none. Set tokenizer.eos_token.")
+    encoder = _PromptEncoder(tokenizer, template)
+    longest_prompt = max_length if max_prompt_length is None else min(max_prompt_length, max_length)
+    shortest_response = max(1, int(SHORTEST_RESPONSE * max_length))
+    prompts: list[NDArray[np.int32]] = []  # arrays at once: lists of a large data set would take gigabytes
+    responses: list[NDArray[np.int32]] = []
+    for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
+        part = dataset.select(range(start, min(start + TOKENIZED_AT_ONCE, len(dataset))))
+        asked = list(zip(part.instructions, part.inputs, strict=True))
+        for (instruction, context), prompt, bare in zip(
+            asked, encoder.prompts(asked), encoder.tokens_of(part.references), strict=True
+        ):
+            response = [*bare, end]
+            room = min(longest_prompt, max_length - len(response))
+            context, prompt = encoder.cut_input(instruction, context, prompt, room)
+            if len(prompt) > room:
+                left = max_length - min(len(prompt), longest_prompt)
+                response = response[: max(left, shortest_response)]
+                room = min(longest_prompt, max_length - len(response))
+                prompt = encoder.cut_instruction(instruction, context, prompt, room)
+            prompts.append(np.array(prompt, dtype=np.int32))
+            responses.append(np.array(response, dtype=np.int32))
+    return TokenizedPrompts(prompts, responses)
+
+
+def encode_prompts(
+    prompts: InstructionDataset | Iterable[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    *,
+    max_prompt_length: int,
+) -> list[list[int]]:
+    """Token ids of prompts to respond to, the same as in `encode_rows`.
+
+    Args:
+        prompts: A data set, or pairs of an instruction and an input ("" for none).
+        tokenizer: A Hugging Face tokenizer.
+        template: How prompts are written.
+        max_prompt_length: The most tokens of a prompt: of a longer one the input is cut from its end, then the
+            instruction.
+
+    Returns:
+        One list of token ids a prompt, not padded.
+
+    Raises:
+        DataError: A prompt of which no token is left.
+        ValueError: A `max_prompt_length` with no room for the template's own text.
+    """
+    if isinstance(prompts, InstructionDataset):
+        prompts = zip(prompts.instructions, prompts.inputs, strict=True)
+    asked = list(prompts)
+    encoder = _PromptEncoder(tokenizer, template)
+    encoded: list[list[int]] = []
+    for (instruction, context), prompt in zip(asked, encoder.prompts(asked), strict=True):
+        context, prompt = encoder.cut_input(instruction, context, prompt, max_prompt_length)
+        encoded.append(encoder.cut_instruction(instruction, context, prompt, max_prompt_length))
+    if [] in encoded:
+        row = encoded.index([]) + 1
+        raise DataError("The prompt has no token.", row=row, unit="prompt", remedy="Write one, or remove it.")
+    return encoded
+
+
+class _PromptEncoder:
+    """A tokenizer and a template together: prompts that keep to a limit."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        special: list[int] = tokenizer("a")["input_ids"]
+        starts = (start for start in range(len(special)) if special[start : start + len(bare)] == bare)
+        # Tokens that begin a text; those with which some tokenizers end one would end it before the response.
+        self.beginning = special[: next(starts, 0)]
+
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts with no special ones around them."""
+        return self.tokenizer([*texts], add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def prompts(self, asked: Iterable[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of the prompts of instructions with their inputs."""
+        texts = [self.template.render(instruction, context) for instruction, context in asked]
+        beginnings = [[] if text and self.template.holds_special_tokens else self.beginning for text in texts]
+        return [[*first, *rest] for first, rest in zip(beginnings, self.tokens_of(texts), strict=True)]
+
+    def cut_input(
+        self, instruction: str, context: str, prompt: list[int], limit: int
+    ) -> tuple[str, list[int]]:
+        """As much of the input as fits, and the prompt, which may still be too long where nothing fits."""
+        count = len(self.tokens_of([context])[0]) if context and len(prompt) > limit else 0
+        while context and len(prompt) > limit:
+            count -= len(prompt) - limit
+            context = self._first(context, count)
+            (prompt,) = self.prompts([(instruction, context)])
+        return context, prompt
+
+    def cut_instruction(self, instruction: str, context: str, prompt: list[int], limit: int) -> list[int]:
+        """The prompt with as much of the instruction as fits."""
+        count = len(self.tokens_of([instruction])[0]) if len(prompt) > limit else 0
+        fixed = len(prompt) - count
+        while len(prompt) > limit:
+            count -= len(prompt) - limit
+            instruction = self._first(instruction, count)
+            if not instruction:
+                raise ValueError(
+                    f"The prompt's length must be above the {fixed} tokens of the prompt template, got {limit}. "
+                    "Raise max_length or max_prompt_length, or take a shorter template."
+                )
+            (prompt,) = self.prompts([(instruction, context)])
+        return prompt
+
+    def _first(self, text: str, count: int) -> str:
+        """The first `count` tokens of a text."""
+        if count <= 0:
+            return ""
+        if not self.tokenizer.is_fast:
+            return str(self.tokenizer.decode(self.tokens_of([text])[0][:count])).rstrip()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return text[: encoded["offset_mapping"][:count][-1][1]].rstrip()
+
+
+def collate_rows(items: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str, Tensor]:
+    """A batch of tensors from items of different length, padded on the right to the longest.
+
+    Args:
+        items: Items of a `TokenizedPrompts`; at least one.
+        pad_token_id: Token of the padding; no attention is paid to it.
+
+    Returns:
+        `input_ids`, `attention_mask` (1 = real token) and `labels` (IGNORED on prompt and padding), each (rows, tokens)
+        int64, and `index`, (rows,) int64.
+    """
+    width = max(len(item["input_ids"]) for item in items)
+
+    def padded(rows: Iterable[Sequence[int]], padding: int) -> Tensor:  # (rows, tokens)
+        return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+    return {
+        "input_ids": padded((item["input_ids"] for item in items), pad_token_id),
+        "attention_mask": padded(([1] * len(item["input_ids"]) for item in items), 0),
+        "labels": padded((item["labels"] for item in items), IGNORED),
+        "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
+    }
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of different length, padded on the left so that all end, and go on, at the same place.
+
+    Args:
+        rows: Token ids of every row; at least one row.
+        pad_token_id: Token of the padding; no attention is paid to it.
+
+    Returns:
+        `input_ids` and `attention_mask` (1 = real token), both (rows, tokens) int64.
+
+    Example:
+        >>> pad_left([[5], [6, 7]], 0)[0].tolist()
+        [[0, 5], [6, 7]]
+    """
+    width = max(len(row) for row in rows)
+    input_ids = [[*[pad_token_id] * (width - len(row)), *row] for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(input_ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)

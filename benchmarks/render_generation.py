@@ -279,8 +279,9 @@ def _lossless(cell: dict[str, Any]) -> str:
     lines = [
         "## Lossless decoding",
         "",
-        f"Against all layers, float32, texts of Alpaca with at most {cell['new_tokens']} new tokens, drafting paused "
-        f"where it does not pay; {place['hardware']}, {place['threads']} thread(s).",
+        f"Against all layers, float32, the model trained on {TITLES[cell['trained_on']]}, prompts of Alpaca, at most "
+        f"{cell['new_tokens']} new tokens, drafting paused where it does not pay; {place['hardware']}, "
+        f"{place['threads']} thread(s), other work on the second core.",
         "",
         "| batch | texts | identical | times faster |",
         "|---|---|---|---|",
@@ -313,7 +314,9 @@ def _speeds(speeds: dict[str, dict[str, Any]]) -> str:
         "## Speed",
         "",
         "Efficiency is wall-clock speed-up over layer speed-up, against our own full depth in the same run; `nobody "
-        "leaves` computes the policy at every layer although all tokens go to the last one.",
+        "leaves` computes the policy at every layer although all tokens go to the last one. What bounds batches of 8 and "
+        "32: [generation](generation.md). `smollm2-float32` and `smollm2-bfloat16` were measured just before a single "
+        "token's policy was moved to plain numbers, `smollm2-float32-one-text` after it.",
         "",
     ]
     for name, report in speeds.items():

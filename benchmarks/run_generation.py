@@ -182,7 +182,8 @@ def lossless(exits: Path, options: argparse.Namespace) -> None:
         figures = {"batch_size": batch_size, "texts": len(asked), "identical": same}
         found.append({**figures, "speedup": seconds["full"] / seconds["lossless"]})
     place = environment(torch.device("cpu"), options.seed)
-    write_json(cell, {"new_tokens": options.lossless_tokens, "environment": place, "rows": found})
+    head = {"trained_on": exits.name.removesuffix("-exits"), "new_tokens": options.lossless_tokens}
+    write_json(cell, {**head, "environment": place, "rows": found})
 
 
 if __name__ == "__main__":

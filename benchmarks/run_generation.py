@@ -54,8 +54,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help="prompts, at most")
     parser.add_argument("--points", type=int, default=2, help="further depths of each exit rule")
     parser.add_argument(
-        "--lossless-tokens", type=int, default=32, help="tokens of each lossless text; 0: none"
+        "--lossless", metavar="TRAINED", choices=list(SETTINGS), help="lossless texts of this model"
     )
+    parser.add_argument("--lossless-tokens", type=int, default=64, help="tokens of each lossless text")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

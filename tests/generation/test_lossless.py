@@ -24,7 +24,15 @@ from tiny_decoders import (
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from consistentee.generation.lossless import FIRST_PAUSE, LONGEST_PAUSE, DraftClock, DraftedRow
+from consistentee.generation.exit_rules import PolicyRule
+from consistentee.generation.lossless import (
+    CHECK_EVERY,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    TRIAL,
+    DraftClock,
+    DraftedRow,
+)
 from consistentee.generation.model import EarlyExitForCausalLM
 
 NEW = 14
@@ -320,11 +328,12 @@ def test_rows_share_the_seconds_but_not_the_pause() -> None:
 
 def test_pauses_double_and_are_forgotten() -> None:
     clock = DraftClock(full_seconds=1.0, paused_for=0)
-    clock.cycle(2.9, tokens=3)
+    clock.cycle(5.9, tokens=6, rows=1)
     assert clock.drafts
+    clock.drafted_seconds = clock.drafted_tokens = 0.0
     pauses = []
     for _ in range(8):
-        clock.cycle(3.1, tokens=3)
+        clock.cycle(6.1, tokens=6, rows=1)
         pauses.append(clock.paused_for)
         assert not clock.drafts
         for _ in range(clock.paused_for):
@@ -333,17 +342,50 @@ def test_pauses_double_and_are_forgotten() -> None:
         assert clock.drafts
     assert pauses == [16, 32, 64, 128, 256, 512, 512, 512]
     assert (FIRST_PAUSE, LONGEST_PAUSE) == (16, 512)
-    clock.cycle(1.0, tokens=3)
-    clock.cycle(9.0, tokens=3)
+    clock.cycle(1.0, tokens=6, rows=1)
+    assert clock.drafts
+    clock.cycle(99.0, tokens=6, rows=1)
     assert clock.paused_for == FIRST_PAUSE
+
+
+def test_a_trial_is_long_enough_to_be_judged() -> None:
+    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    for _ in range(TRIAL - 1):
+        clock.cycle(9.0, tokens=4, rows=4)  # a token of each row
+        assert clock.drafts
+    clock.cycle(9.0, tokens=4, rows=4)
+    assert not clock.drafts
+
+
+def test_one_bad_cycle_among_good_ones_is_forgiven() -> None:
+    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    for _ in range(5):
+        clock.cycle(3.0, tokens=6, rows=1)
+    clock.cycle(7.0, tokens=3, rows=1)
+    assert clock.drafts
+    for _ in range(5):
+        clock.cycle(7.0, tokens=3, rows=1)
+    assert not clock.drafts
+
+
+def test_full_depth_is_timed_again_now_and_then() -> None:
+    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    cycles = 0
+    while clock.drafts:
+        clock.cycle(1.0, tokens=8, rows=2)
+        cycles += 1
+    assert cycles * 4 == CHECK_EVERY
+    clock.full_depth(1.0, tokens=2, rows=2)
+    assert clock.drafts
 
 
 def test_a_cycle_without_tokens_does_not_pay() -> None:
     clock = DraftClock(full_seconds=1.0, paused_for=0)
-    clock.cycle(1.5, tokens=0)
+    for _ in range(TRIAL):
+        clock.cycle(0.1, tokens=0, rows=1)
     assert not clock.drafts
     unknown = DraftClock(paused_for=0)
-    unknown.cycle(9.0, tokens=1)
+    unknown.cycle(9.0, tokens=9, rows=1)
     assert unknown.drafts  # nothing to compare with
 
 
@@ -376,8 +418,30 @@ def test_drafting_stops_where_it_does_not_pay(pays: bool, monkeypatch: pytest.Mo
     assert always.drafted > 20
     assert (output.drafted > 20) == pays
     assert output.drafted > 0
+    again = generate(model, prompts_of((5,)), 10, adaptive_drafts=True, **options)
+    assert (again.drafted > 0) == pays  # the clock outlives a text
 
 
 def test_rows_begin_empty() -> None:
     assert DraftedRow() == DraftedRow([], [], [], [])
     assert DraftedRow().tokens is not DraftedRow().tokens
+
+
+def test_asking_in_vain_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    def unsure(self: PolicyRule, layer_index: int, before: Tensor, *others: Any) -> list[bool]:
+        nonlocal asked
+        asked += 1
+        return [False] * len(before)
+
+    monkeypatch.setattr(PolicyRule, "leaves", unsure)
+    monkeypatch.setattr("consistentee.generation.lossless.time.perf_counter", lambda: 1.0 + 0.001 * asked)
+    model = tiny_exit_model("llama")
+    options: dict[str, Any] = {"criterion": "policy", "threshold": 0.9, "mode": "lossless"}
+    generate(model, prompts_of((5,)), 60, adaptive_drafts=False, **options)
+    every_time, asked = asked, 0
+    output = generate(model, prompts_of((5,)), 60, adaptive_drafts=True, **options)
+    assert output.drafted == 0
+    assert every_time == 59 * (LAYERS - 1)
+    assert asked == 2 * TRIAL * (LAYERS - 1)  # trials after 2 and 24 tokens; the next would be after 62

@@ -7,7 +7,7 @@ through the LM head together, and the keys and values of all layers that were sk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class ExitWeights:
         self._projections: dict[str, list[Map]] = {}
         self._skipped: SkippedKeysValues | None = None
         self._greedy_head: GreedyHead | None = None
+        self.draft_clocks: dict[Hashable, Any] = {}
+        """What lossless decoding learnt about its speed, by how it was asked to draft; gone when the weights change."""
 
     @property
     def num_layers(self) -> int:

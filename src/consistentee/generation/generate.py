@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 
 from consistentee.config import require_choice
 from consistentee.generation.config import GenerationMode, SkippedStates
-from consistentee.generation.decoding import Decoding
+from consistentee.generation.decoding import Decoding, ExitWeights
 from consistentee.generation.exact_decoding import ExactDecoding
 from consistentee.generation.exit_rules import ExitRule, ForcedRule, NeverLeave
 from consistentee.generation.lossless import DraftClock, LosslessDecoding
@@ -119,6 +119,12 @@ def generate_tokens(
     sequences: Any = output.sequences.clone()  # inference tensors could not be used in training
     output.sequences = sequences
     return output if values.return_dict_in_generate else sequences
+
+
+def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> DraftClock:
+    """What is known of the speed of drafting in this way."""
+    way = (options.criterion, options.threshold, options.draft_threshold, options.draft_tokens, rows)
+    return weights.draft_clocks.setdefault(way, DraftClock())
 
 
 def _rule(model: Any, options: GenerationOptions) -> ExitRule:
@@ -250,7 +256,7 @@ def _lossless_loop(
         weights,
         choose if logits_processor else None,
         draft_tokens=options.draft_tokens,
-        clock=DraftClock() if options.adaptive_drafts else None,
+        clock=_clock(weights, options, batch) if options.adaptive_drafts else None,
     )
     decoding.prefill(input_ids)
     running, checked = list(range(batch)), [0] * batch

@@ -22,7 +22,11 @@ from consistentee.generation.decoding import ExitWeights
 from consistentee.generation.exact_decoding import ExactDecoding
 
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512
-"""Tokens without drafts after a cycle that did not pay, at first and at most."""
+"""Tokens without drafts once drafting did not pay, at first and at most."""
+TRIAL, CHECK_EVERY = 6, 128
+"""Tokens of a row after which drafting is judged, and after which, where it pays, full depth is timed again."""
+MEMORY = 0.9
+"""What a cycle still counts after the next one."""
 
 Choose = Callable[[int, Sequence[int], Tensor], int]
 """(row, tokens generated so far, (vocabulary,) logits) -> the next token."""
@@ -34,13 +38,17 @@ Chosen = Callable[[int, Sequence[int]], int]
 class DraftClock:
     """Whether drafting pays: seconds per token with and without, measured while running.
 
-    A cycle with drafts that was slower than full depth is followed by a pause that doubles each time, so that trying
-    costs a few per cent at most.
+    Time with drafts, and time in which the policy was asked for some and none was sure enough, is judged by its running
+    mean. Once that is slower than full depth there is a pause, which doubles each time, so that trying costs a few per
+    cent at most. A clock outlives a text: the next one begins with what is known.
     """
 
     full_seconds: float | None = None
     pause: int = FIRST_PAUSE
     paused_for: int = 2  # the first tokens tell what full depth takes
+    drafted_seconds: float = 0.0
+    drafted_tokens: float = 0.0
+    unchecked_tokens: int = 0
 
     @property
     def drafts(self) -> bool:
@@ -48,20 +56,29 @@ class DraftClock:
         return self.paused_for <= 0
 
     def full_depth(self, seconds: float, tokens: int, rows: int) -> None:
-        """A pass without drafts: so many seconds for so many tokens of so many rows."""
+        """A pass in a pause: so many seconds for so many tokens of so many rows."""
         each = seconds / max(1, tokens)
         self.full_seconds = each if self.full_seconds is None else 0.8 * self.full_seconds + 0.2 * each
         self.paused_for -= max(1, tokens // max(1, rows))
+        self.unchecked_tokens = 0
 
-    def cycle(self, seconds: float, tokens: int) -> None:
-        """From the first draft to the verification: so many seconds for so many tokens that stayed."""
+    def cycle(self, seconds: float, tokens: int, rows: int) -> None:
+        """From the first draft to the verification: so many seconds for so many tokens of so many rows that stayed."""
         if self.full_seconds is None:
             return
-        if seconds / max(1, tokens) > self.full_seconds:
+        self.drafted_seconds = MEMORY * self.drafted_seconds + seconds
+        self.drafted_tokens = MEMORY * self.drafted_tokens + tokens
+        self.unchecked_tokens += max(1, tokens // max(1, rows))
+        if self.unchecked_tokens < TRIAL:
+            return
+        if self.drafted_seconds > self.full_seconds * self.drafted_tokens:
             self.paused_for = self.pause
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
+            self.drafted_seconds = self.drafted_tokens = 0.0
         else:
             self.pause = FIRST_PAUSE
+            if self.unchecked_tokens >= CHECK_EVERY:  # what full depth takes grows with the text
+                self.paused_for = 1
 
 
 @dataclass
@@ -146,7 +163,7 @@ class LosslessDecoding:
                 certain.append([])
             else:
                 certain.append(self._verify(position, row, end, chosen))
-        self._time(time.perf_counter() - start, had_drafts or any(row.drafts for row in running), certain)
+        self._time(time.perf_counter() - start, drafting, had_drafts, certain)
         return certain
 
     def keep(self, running: Sequence[int]) -> None:
@@ -186,15 +203,18 @@ class LosslessDecoding:
         row.drafts, row.draft_layers = [], []
         return fresh
 
-    def _time(self, seconds: float, drafted: bool, certain: list[list[int]]) -> None:
+    def _time(self, seconds: float, drafting: bool, had_drafts: bool, certain: list[list[int]]) -> None:
+        """Tell the clock. In a batch rows draft in turns and cycles need not end: long ones are judged as they are."""
         if self._clock is None:
             return
-        tokens = sum(map(len, certain))
-        if not drafted:
-            self._clock.full_depth(seconds, tokens, len(certain))
+        tokens, rows = sum(map(len, certain)), len(certain)
+        has_drafts = any(self.rows[number].drafts for number in self._numbers)
+        if not drafting:
+            if not had_drafts:  # else the rest of a cycle that was judged
+                self._clock.full_depth(seconds, tokens, rows)
             return
         self._cycle_seconds += seconds
         self._cycle_tokens += tokens
-        if not any(self.rows[number].drafts for number in self._numbers):
-            self._clock.cycle(self._cycle_seconds, self._cycle_tokens)
+        if not has_drafts or self._cycle_tokens >= TRIAL * rows:
+            self._clock.cycle(self._cycle_seconds, self._cycle_tokens, rows)
             self._cycle_seconds, self._cycle_tokens = 0.0, 0

@@ -259,7 +259,7 @@ def _training(cell: dict[str, Any]) -> list[str]:
 
 def _variants(variants: Sequence[dict[str, Any]], depth: int) -> list[str]:
     lines = [
-        "Keys and values of skipped layers, and the first token:",
+        f"Keys and values of skipped layers, and the first token (policy, threshold {variants[0]['threshold']:.3g}):",
         "",
         "| skipped layers | first token | ROUGE-L | mean exit layer | tokens/s |",
         "|---|---|---|---|---|",

@@ -22,6 +22,7 @@ import consistentee
 from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
 from consistentee.atomic import write_json
 from consistentee.generation.generator import TextGenerator
+from consistentee.generation.text_metrics import text_metrics
 from consistentee.timing import environment
 
 CELLS = Path(__file__).parent / "results" / "generation"
@@ -52,7 +53,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=["alpaca", "xsum"], choices=list(SETTINGS))
     parser.add_argument("--measure", nargs="*", default=[], metavar="TASK=TRAINED", help="see above")
     parser.add_argument("--rows", type=int, default=100, help="prompts, at most")
-    parser.add_argument("--points", type=int, default=2, help="further depths of each exit rule")
+    parser.add_argument(
+        "--speedups", type=float, nargs="*", default=[1.25, 1.5, 2.0], help="layer speed-ups of further texts"
+    )
     parser.add_argument(
         "--lossless", metavar="TRAINED", choices=list(SETTINGS), help="lossless texts of this model"
     )
@@ -110,8 +113,8 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
         reference=reference,
         batch_size=32,
         max_new_tokens=128,
-        curve_points=options.points,
-        curve_thresholds=options.points + 1,
+        text_speedups=options.speedups,
+        curve_thresholds=2,
         progress=True,
         seed=options.seed,
     )
@@ -121,7 +124,7 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
         "rows": len(rows),
         "settings": dict(saved.record["config"]),
         "training": {key: saved.record.get(key) for key in ("history", "policy", "warmup", "environment")},
-        "variants": variants(saved, rows),
+        "variants": variants(saved, rows, evaluation),
         "seconds": round(time.time() - start),
         "evaluation": evaluation.to_dict(),
     }
@@ -129,28 +132,36 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
     print(f"{cell.name}: {record['seconds']} s")
 
 
-def variants(saved: Any, rows: InstructionDataset) -> list[dict[str, Any]]:
-    """The saved rule with copied and recomputed states, and with the first token at full depth or not."""
+def variants(saved: Any, rows: InstructionDataset, evaluation: Any) -> list[dict[str, Any]]:
+    """Skipped states copied and recomputed, the first token at full depth or not, at the policy's shallowest point."""
+    points = [(evaluation.mean_exit_layer, evaluation.threshold)]
+    points += [(point.mean_exit_layer, point.threshold) for point in evaluation.generated]
+    threshold = min(points)[1]
+    generator = TextGenerator(saved)
+    asked = list(zip(rows.instructions, rows.inputs, strict=True))
     found: list[dict[str, Any]] = []
     for skipped_states in ("copy", "recompute"):
         for first in (True, False):
             saved.early_exit_model.config.full_depth_first_token = first
-            result = consistentee.evaluate_generation(
-                saved,
-                rows,
-                skipped_states=skipped_states,
-                batch_size=32,
-                max_new_tokens=128,
-                curve_thresholds=1,
-                progress=True,
+            written = list(
+                generator.generate_texts(
+                    asked,
+                    batch_size=32,
+                    threshold=threshold,
+                    skipped_states=skipped_states,
+                    max_new_tokens=128,
+                    max_prompt_length=saved.max_length,
+                )
             )
+            layers = [layer for text in written for layer in text.exit_layers]
             found.append(
                 {
                     "skipped_states": skipped_states,
                     "full_depth_first_token": first,
-                    "metrics": result.metrics,
-                    "mean_exit_layer": result.mean_exit_layer,
-                    "tokens_per_second": result.tokens_per_second,
+                    "threshold": threshold,
+                    "metrics": text_metrics([text.text.strip() for text in written], rows.references),
+                    "mean_exit_layer": sum(layers) / len(layers),
+                    "tokens_per_second": len(layers) / sum(text.seconds for text in written),
                 }
             )
     saved.early_exit_model.config.full_depth_first_token = True

@@ -121,7 +121,7 @@ def evaluate(
     max_samples: int | None = None,
     mode: Annotated[GenerationMode | None, Parameter(group=TO_GENERATE)] = None,
     max_new_tokens: Annotated[int | None, Parameter(group=TO_GENERATE)] = None,
-    curve_points: Annotated[int | None, Parameter(group=TO_GENERATE)] = None,
+    text_speedups: Annotated[list[float] | None, Parameter(group=TO_GENERATE, consume_multiple=True)] = None,
     bertscore_model: Annotated[str | None, Parameter(group=TO_GENERATE)] = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
     plot: Path | None = None,
@@ -140,7 +140,7 @@ def evaluate(
         max_samples: Evaluate on at most so many rows, every class with its share.
         mode: How tokens are generated. [default: the saved one]
         max_new_tokens: Longest text. [default: what suits the task]
-        curve_points: Further thresholds of each criterion at which text is generated. [default: 0]
+        text_speedups: Layer speed-ups at which text of every criterion is generated too. [default: none]
         bertscore_model: Encoder for BERTScore: a folder or a name on the hub. [default: no BERTScore]
         json_file: Write all figures to this file.
         plot: Draw trade-off curves and exit histogram into this PNG, PDF or SVG file.
@@ -156,7 +156,7 @@ def evaluate(
     of_generators = {
         "mode": mode,
         "max_new_tokens": max_new_tokens,
-        "curve_points": curve_points,
+        "text_speedups": text_speedups,
         "bertscore_model": bertscore_model,
     }
     if is_generation_folder(model):

@@ -223,7 +223,7 @@ class TestEvaluate:
             ("", "Give --task with --data-dir, or --eval-file"),
             ("--task sst2", 'Generation task "sst2" is not known'),
             ("--task alpaca --prompt-column a", "a task knows its own"),
-            ("--curve-points -1", "--curve-points must be at least 0, got -1"),
+            ("--text-speedups 2 0.5", "--text-speedups must be above 1 and at most 4 (layers), got 0.5"),
         ],
     )
     def test_usage(self, call: Call, files: Files, arguments: str, message: str) -> None:

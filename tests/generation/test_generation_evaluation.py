@@ -72,7 +72,7 @@ def evaluation(saved: SavedGenerator, plain: SavedGenerator) -> GenerationEvalua
         reference=plain,
         batch_size=4,
         max_new_tokens=6,
-        curve_points=1,
+        text_speedups=(2.0, 2.0),
         curve_thresholds=3,
     )
 
@@ -222,6 +222,12 @@ class TestEvaluation:
     def test_text_at_further_thresholds(self, evaluation: GenerationEvaluation) -> None:
         assert len(evaluation.generated) == 1
         assert evaluation.generated[0].threshold != evaluation.threshold
+        (static,) = [
+            point
+            for point in evaluation.other_criteria["static"].generated
+            if point.threshold != evaluation.other_criteria["static"].threshold
+        ] or evaluation.other_criteria["static"].generated
+        assert static.threshold == 2  # of 4 layers
 
     def test_is_json(self, evaluation: GenerationEvaluation) -> None:
         values = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
@@ -244,8 +250,9 @@ class TestEvaluation:
         assert figures["metrics"]["perplexity"] > 1
 
     def test_options_that_make_no_sense(self, saved: SavedGenerator, plain: SavedGenerator) -> None:
-        with pytest.raises(ValueError, match="curve_points must be at least 0, got -1"):
-            evaluate_generation(saved, tiny_rows(2), curve_points=-1)
+        for speedup in (1.0, 4.1):
+            with pytest.raises(ValueError, match="text_speedups must be above 1 and at most 4"):
+                evaluate_generation(saved, tiny_rows(2), text_speedups=(2.0, speedup))
         with pytest.raises(ValueError, match="at least one prompt, got none"):
             evaluate_generation(saved, tiny_rows(0))
         with pytest.raises(ValueError, match="has no exits"):

@@ -195,14 +195,12 @@ def evaluate_generator(
     max_samples: int | None,
     mode: Any,
     max_new_tokens: Any,
-    curve_points: Any,
+    text_speedups: Any,
     bertscore_model: Any,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
     """What `evaluate` does for a text generator; arguments are its options."""
-    if curve_points is not None and curve_points < 0:
-        raise UsageError(f"--curve-points must be at least 0, got {curve_points}.")
     from consistentee.atomic import write_json
     from consistentee.generation.criteria import GENERATION_CRITERIA
     from consistentee.generation.evaluation import evaluate_generation
@@ -216,6 +214,11 @@ def evaluate_generator(
             )
     saved = open_generator(model)
     rule, limit = usage(lambda: saved.exit_rule(criteria[0] if criteria else None, threshold))
+    for value in text_speedups or ():
+        if not 1 < value <= saved.num_hidden_layers:
+            raise UsageError(
+                f"--text-speedups must be above 1 and at most {saved.num_hidden_layers} (layers), got {value}."
+            )
     rows = generation_evaluation_data(data, saved.task).max_samples(max_samples)
     evaluation = evaluate_generation(
         saved,
@@ -226,7 +229,7 @@ def evaluate_generator(
         reference=None if reference is None else open_generator(reference),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        curve_points=curve_points or 0,
+        text_speedups=text_speedups or (),
         bertscore_model=bertscore_model,
         progress=sys.stderr.isatty(),
     )

@@ -60,7 +60,7 @@ def evaluate_generation(
     reference: SavedGenerator | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
-    curve_points: int = 0,
+    text_speedups: Sequence[float] = (),
     curve_thresholds: int = CURVE_THRESHOLDS,
     bertscore_model: str | None = None,
     progress: bool = False,
@@ -85,7 +85,8 @@ def evaluate_generation(
         reference: a model to compare with on the same prompts.
         batch_size: rows per step and texts that are generated together.
         max_new_tokens: longest text; None takes what suits the model's task.
-        curve_points: further thresholds of each criterion at which text is generated.
+        text_speedups: layer speed-ups, above 1, at which text of every criterion is generated besides: at the
+            threshold where the references' tokens leave after that share of the layers, as near as it gets.
         curve_thresholds: thresholds of each curve on the references, beside the chosen ones; at least 1.
         bertscore_model: encoder for BERTScore; None leaves it out.
         progress: whether to show progress bars.
@@ -98,9 +99,13 @@ def evaluate_generation(
         MissingExtraError: the packages of the text metrics are not installed.
         ValueError: the model has no exits, there is no row, or options that do not fit.
     """
-    for name, value, least in (("curve_points", curve_points, 0), ("curve_thresholds", curve_thresholds, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if curve_thresholds < 1:
+        raise ValueError(f"curve_thresholds must be at least 1, got {curve_thresholds}.")
+    for value in text_speedups:
+        if not 1 < value <= saved.num_hidden_layers:
+            raise ValueError(
+                f"text_speedups must be above 1 and at most {saved.num_hidden_layers} (layers), got {value}."
+            )
     if not len(rows):
         raise ValueError("rows must hold at least one prompt, got none.")
     criterion, limit = saved.exit_rule(criteria[0] if criteria else None, threshold)
@@ -117,7 +122,9 @@ def evaluate_generation(
     full, _ = texts.generate(criterion, highest_threshold(criterion, depth), "full", None)
 
     forced = _Forced(saved, reference_rows(saved, rows), batch_size, progress, seed)
-    curve, curve_texts = forced.curve(criterion, [limit], curve_thresholds)
+    depths = [depth / speedup for speedup in text_speedups]
+    dialled = _without([forced.matched(criterion, aim) for aim in depths], limit)
+    curve = forced.curve(criterion, [limit, *dialled], curve_thresholds)
     at_limit = forced.tokens(criterion, limit)
     own = _with_forced(own, at_limit if mode == "early-exit" else forced.full_depth)
     others: dict[str, GenerationRival] = {}
@@ -125,8 +132,8 @@ def evaluate_generation(
         known = saved.known_threshold(name)
         matched = forced.matched(name, at_limit.mean_exit_layer)
         chosen = matched if known is None else known
-        points, further = forced.curve(name, sorted({matched, chosen}), curve_thresholds)
-        thresholds = [chosen, *_spread(further, curve_points, {chosen})]
+        thresholds = [chosen, *_without([forced.matched(name, aim) for aim in depths], chosen)]
+        points = forced.curve(name, sorted({matched, *thresholds}), curve_thresholds)
         generated = [
             _with_forced(generate(name, value)[0], forced.tokens(name, value)) for value in thresholds
         ]
@@ -150,8 +157,7 @@ def evaluate_generation(
         curve=curve,
         full_depth=_with_forced(full, forced.full_depth),
         generated=[
-            _with_forced(generate(criterion, value)[0], forced.tokens(criterion, value))
-            for value in _spread(curve_texts, curve_points, {limit})
+            _with_forced(generate(criterion, value)[0], forced.tokens(criterion, value)) for value in dialled
         ],
         other_criteria=others,
         reference=None if reference is None else texts.plain(reference, rows),
@@ -324,10 +330,8 @@ class _Forced:
         self._known |= {(criterion, value): tokens for value, tokens in measured.items()}
         return threshold
 
-    def curve(
-        self, criterion: str, chosen: Sequence[float], count: int
-    ) -> tuple[list[GenerationPoint], list[float]]:
-        """Points from full depth down, the chosen thresholds among them; and the thresholds below full depth."""
+    def curve(self, criterion: str, chosen: Sequence[float], count: int) -> list[GenerationPoint]:
+        """Points from full depth down, the chosen thresholds among them."""
         depth = self._saved.num_hidden_layers
         highest = highest_threshold(criterion, depth)
         aims = torch.linspace(depth, max(1.0, SHALLOWEST * depth), count + 1)[1:].tolist()
@@ -335,7 +339,7 @@ class _Forced:
         spread = {threshold_at_depth(scores, aim, criterion) for aim in aims}
         points = [self.tokens(criterion, value).point(value, depth) for value in {highest, *chosen, *spread}]
         points.sort(key=lambda point: (-point.mean_exit_layer, -point.threshold))
-        return points, sorted((spread - {highest}), reverse=True)
+        return points
 
     def _scores_of(self, criterion: str) -> Tensor:
         if criterion not in self._scores:
@@ -364,12 +368,9 @@ def _with_forced(point: GeneratedPoint, tokens: ForcedTokens) -> GeneratedPoint:
     return replace(point, metrics=point.metrics | figures)
 
 
-def _spread(thresholds: Sequence[float], count: int, known: set[float]) -> list[float]:
-    """At most `count` of the thresholds, evenly, without those that are known."""
-    left = [value for value in thresholds if value not in known]
-    if count >= len(left):
-        return left
-    return [left[round(place * (len(left) - 1) / max(count - 1, 1))] for place in range(count)]
+def _without(thresholds: Sequence[float], known: float) -> list[float]:
+    """Each threshold once, without one that is known."""
+    return [value for value in dict.fromkeys(thresholds) if value != known]
 
 
 def _histogram(texts: Sequence[GeneratedText], num_hidden_layers: int) -> list[int]:

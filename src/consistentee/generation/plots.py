@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 HEIGHT, SPEED_HEIGHT = 9.0, 5.0  # inches: 1200 x 900 and 1200 x 500
 DASHES = (0, (6, 3))
 MARKERS = "osD^v"  # by mode, the reported one first
+LEGEND_COLUMNS, LEGEND_ROW = 2, 0.068  # share of the height
 USEFUL = 0.12  # a curve is drawn as far as it stays within this of the best figure
 
 
@@ -238,8 +240,11 @@ def _finish_curves(
     low, high = min(inside), max(inside)
     room = max(0.08 * (high - low), 0.5)
     axes.set_xlim(1 - 0.04 * (end - 1), end)
-    axes.set_ylim(low - room, high + 2 * room)  # above the curves: the label of the reported point
-    axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left")
+    low, high = low - room, high + 2 * room  # above the curves: the label of the reported point
+    rows = math.ceil(len(axes.get_legend_handles_labels()[1]) / LEGEND_COLUMNS)
+    below = 0.02 + LEGEND_ROW * rows  # under the curves: the legend
+    axes.set_ylim(low - below / (1 - below) * (high - low), high)
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left", ncols=LEGEND_COLUMNS)
 
 
 def _draw_layers(axes: Axes, evaluation: GenerationEvaluation) -> None:

@@ -281,13 +281,14 @@ def _lossless(cell: dict[str, Any]) -> str:
         "",
         f"Against all layers, float32, the model trained on {TITLES[cell['trained_on']]}, prompts of Alpaca, at most "
         f"{cell['new_tokens']} new tokens, drafting paused where it does not pay; {place['hardware']}, "
-        f"{place['threads']} thread(s), other work on the second core.",
+        f"{place['threads']} thread(s). Both in turn, {len(cell['rows'][0]['speedup_by_turn'])} turns.",
         "",
-        "| batch | texts | identical | times faster |",
-        "|---|---|---|---|",
+        "| batch | texts | identical | times faster | turn by turn | tokens from drafts |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['batch_size']} | {row['texts']} | {row['identical']} | {row['speedup']:.2f}x |"
+        f"| {row['batch_size']} | {row['texts']} | {row['identical']} | {row['speedup']:.2f}x | "
+        f"{min(row['speedup_by_turn']):.2f} to {max(row['speedup_by_turn']):.2f} | {100 * row['drafted_share']:.0f} % |"
         for row in cell["rows"]
     ]
     return "\n".join([*lines, ""])

@@ -21,7 +21,7 @@ import torch
 import consistentee
 from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
 from consistentee.atomic import write_json
-from consistentee.generation.generator import TextGenerator
+from consistentee.generation.generator import GeneratedText, TextGenerator
 from consistentee.generation.text_metrics import text_metrics
 from consistentee.timing import environment
 
@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "alpaca": {"warmup_epochs": 0.7, "consistent_epochs": 0.3, "max_length": 256, "checkpoint_every": 40},
     "xsum": {"warmup_epochs": 1.0, "consistent_epochs": 0.5, "max_length": 192, "checkpoint_every": 30},
 }
+LOSSLESS_TEXTS, LOSSLESS_TURN = 200, 40
 CRITERIA = ("policy", "softmax_margin", "confidence_classifier", "state_similarity", "static")
 
 
@@ -169,30 +170,50 @@ def variants(saved: Any, rows: InstructionDataset, evaluation: Any) -> list[dict
 
 
 def lossless(exits: Path, options: argparse.Namespace) -> None:
-    """Whether lossless text is the full model's, in float32, and how long both take, batch by batch."""
+    """Whether lossless text is the full model's, in float32, and how long both take in turn, batch by batch."""
     cell = CELLS / "lossless.json"
     if cell.is_file():
         print(f"{cell.name}: measured before")
         return
     _, rows = load_generation_task("alpaca", options.data / "alpaca")
-    rows = rows.max_samples(options.rows, options.seed)
+    rows = rows.max_samples(LOSSLESS_TEXTS, options.seed)
     generator = TextGenerator(open_generator(exits, dtype="float32"))
     asked = list(zip(rows.instructions, rows.inputs, strict=True))
     found: list[dict[str, Any]] = []
+    for mode in ("full", "lossless"):  # weights are laid out at the first text
+        list(generator.generate_texts(asked[:1], mode=mode, max_new_tokens=4))
     for batch_size in (1, 8):
-        seconds: dict[str, float] = {}
-        texts: dict[str, list[list[int]]] = {}
-        for mode in ("full", "lossless"):
-            written = list(
-                generator.generate_texts(
-                    asked, batch_size=batch_size, mode=mode, max_new_tokens=options.lossless_tokens
+        seconds: dict[str, list[float]] = {"full": [], "lossless": []}
+        same = tokens = early = 0
+        for turn, start in enumerate(range(0, len(asked), LOSSLESS_TURN)):
+            texts: dict[str, list[GeneratedText]] = {}
+            for mode in ("full", "lossless") if turn % 2 else ("lossless", "full"):
+                texts[mode] = list(
+                    generator.generate_texts(
+                        asked[start : start + LOSSLESS_TURN],
+                        batch_size=batch_size,
+                        mode=mode,
+                        max_new_tokens=options.lossless_tokens,
+                    )
                 )
-            )
-            seconds[mode] = sum(text.seconds for text in written)
-            texts[mode] = [text.token_ids for text in written]
-        same = sum(a == b for a, b in zip(texts["full"], texts["lossless"], strict=True))
-        figures = {"batch_size": batch_size, "texts": len(asked), "identical": same}
-        found.append({**figures, "speedup": seconds["full"] / seconds["lossless"]})
+                seconds[mode].append(sum(text.seconds for text in texts[mode]))
+            pairs = zip(texts["full"], texts["lossless"], strict=True)
+            same += sum(full.token_ids == drafted.token_ids for full, drafted in pairs)
+            layers = [layer for text in texts["lossless"] for layer in text.exit_layers]
+            tokens += len(layers)
+            early += sum(layer < generator.saved.num_hidden_layers for layer in layers)
+        ratios = [full / drafted for full, drafted in zip(seconds["full"], seconds["lossless"], strict=True)]
+        found.append(
+            {
+                "batch_size": batch_size,
+                "texts": len(asked),
+                "identical": same,
+                "speedup": sum(seconds["full"]) / sum(seconds["lossless"]),
+                "speedup_by_turn": ratios,
+                "drafted_share": early / tokens,
+            }
+        )
+        print(found[-1])
     place = environment(torch.device("cpu"), options.seed)
     head = {"trained_on": exits.name.removesuffix("-exits"), "new_tokens": options.lossless_tokens}
     write_json(cell, {**head, "environment": place, "rows": found})

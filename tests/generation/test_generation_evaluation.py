@@ -22,12 +22,11 @@ from consistentee.generation.forced import (
     forced_exits,
     forced_plain,
     full_depth_scores,
-    match_threshold,
     reference_rows,
     text_prompts,
-    threshold_at_depth,
 )
 from consistentee.generation.generator import TextGenerator
+from consistentee.generation.matching import match_threshold, threshold_at_depth
 from consistentee.generation.results import GenerationEvaluation
 from consistentee.generation.saved import SavedGenerator, open_generator
 from consistentee.generation.templates import PLAIN

@@ -20,7 +20,8 @@ from consistentee.generation.config import GenerationTrainingConfig
 from consistentee.generation.criteria import GENERATION_CRITERIA
 from consistentee.generation.decoders import SUPPORTED_DECODER_TYPES
 from consistentee.generation.model import EarlyExitForCausalLM
-from consistentee.generation.training import finetune_generation, score_standard_error, train_generation
+from consistentee.generation.rounds import score_standard_error
+from consistentee.generation.training import finetune_generation, train_generation
 from consistentee.model_card import model_card
 from consistentee.optimisation import Optimisation
 from quick import read_record, read_weights, weight_bytes
@@ -231,7 +232,7 @@ class Interrupted(Exception):
 PHASES = {
     "warm-up": (Optimisation, "_step", 3),
     "policy": (training, "choose_token_policy", 1),
-    "best weights kept, not yet a checkpoint": (training, "_record_round", 1),
+    "best weights kept, not yet a checkpoint": (training, "record_round", 1),
     "consistent phase": (Optimisation, "_step", 6),
     "second policy": (training, "choose_token_policy", 2),
     "writing the model": (runs, "write_model_card", 1),

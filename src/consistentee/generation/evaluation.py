@@ -19,14 +19,16 @@ from consistentee.generation.forced import (
     forced_exits,
     forced_plain,
     full_depth_scores,
+    reference_rows,
+    text_prompts,
+)
+from consistentee.generation.generator import DecodingOptions, GeneratedText, TextGenerator
+from consistentee.generation.matching import (
     highest_threshold,
     match_threshold,
     matched_threshold,
-    reference_rows,
-    text_prompts,
     threshold_at_depth,
 )
-from consistentee.generation.generator import DecodingOptions, GeneratedText, TextGenerator
 from consistentee.generation.results import (
     GeneratedPoint,
     GenerationEvaluation,

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_training import quick_generation_config
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from consistentee.generation.policy_fit import (
     token_losses,
     token_memorized_layer,
 )
-from consistentee.generation.token_curves import static_curve, token_curve, token_threshold
+from consistentee.generation.token_curves import depth_thresholds, static_curve, token_curve, token_threshold
 from consistentee.generation.token_states import TokenStates
 from consistentee.heads import PolicyNetwork
 from consistentee.losses import exact_policy_loss, sampled_policy_loss
@@ -202,6 +204,37 @@ def test_a_curve_reaches_from_the_first_layer_to_the_last() -> None:
     assert len(points) <= 202
     similar = token_curve(states.similarity - 1.5, states.right, criterion="state_similarity")
     assert min(point.threshold for point in similar) == -1
+
+
+def test_thresholds_are_at_equal_steps_of_depth() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(500, 30) ** 40  # most scores are nothing; quantiles of them would miss the deep end
+    scores[:, -1] = 1.0
+    thresholds = depth_thresholds(scores, 100)
+    depths = [float(choose_exit_layer(scores, value).float().mean()) for value in thresholds.tolist()]
+    steps = torch.tensor(depths).diff()
+    assert len(depths) == 100
+    assert float(steps.min()) > 0
+    assert float(steps.max()) < 1.25 * (30 - depths[0]) / 99
+    assert depths[-1] == 30
+
+
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(0, 9999))
+def test_thresholds_miss_nothing_if_there_are_enough(layers: int, tokens: int, seed: int) -> None:
+    scores = torch.randint(0, 4, (tokens, layers), generator=torch.Generator().manual_seed(seed)) / 4
+    thresholds = depth_thresholds(scores, 10_000).tolist()
+
+    def exits(threshold: float) -> list[int]:
+        return choose_exit_layer(scores, threshold).tolist()
+
+    for tried in (0.0, 0.25, 0.5, 0.75):
+        below = [value for value in thresholds if value <= tried]
+        assert exits(below[-1] if below else -1.0) == exits(tried)
+
+
+def test_no_threshold_without_a_choice() -> None:
+    assert len(depth_thresholds(torch.rand(3, 1), 9)) == 0
+    assert len(depth_thresholds(torch.rand(0, 3), 9)) == 0
 
 
 def test_a_static_depth_is_the_first_that_is_good_enough() -> None:

@@ -33,7 +33,8 @@ COMMON = {
     "learning_rate": 3e-4,
     "head_learning_rate": 2e-3,
     "gradient_accumulation_steps": 2,
-    "policy_tokens": 10_000,
+    "policy_tokens": 20_000,
+    "policy_epochs": 20,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpaca": {"warmup_epochs": 0.7, "consistent_epochs": 0.3, "max_length": 256, "checkpoint_every": 40},
@@ -112,7 +113,7 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
         rows,
         criteria=CRITERIA,
         reference=reference,
-        batch_size=32,
+        batch_size=64,
         max_new_tokens=128,
         text_speedups=options.speedups,
         curve_thresholds=2,
@@ -147,7 +148,7 @@ def variants(saved: Any, rows: InstructionDataset, evaluation: Any) -> list[dict
             written = list(
                 generator.generate_texts(
                     asked,
-                    batch_size=32,
+                    batch_size=64,
                     threshold=threshold,
                     skipped_states=skipped_states,
                     max_new_tokens=128,

@@ -383,6 +383,7 @@ def test_missing_peft_is_named(backbone: Path, tmp_path: Path, monkeypatch: pyte
             {"reward_target": "last_layer", "reward_loss": "cross_entropy"},
             "reward_loss must be error for reward_target last_layer",
         ),
+        ({"reward_loss": "cross_entropy"}, "set reward_target: reference"),
         ({"num_rollouts": 1}, "num_rollouts must be at least 2, got 1"),
         ({"logit_rows": 0}, "logit_rows must be above 0, got 0"),
     ],

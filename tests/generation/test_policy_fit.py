@@ -188,6 +188,9 @@ def test_hardness() -> None:
     assert float(token_hardness("final_loss", states).max()) == pytest.approx(1 - 2.718281828**-0.1)
     assert float(token_hardness("uniform", states).sum()) == 0
     assert torch.equal(token_losses("error", states), (~states.right).float())
+    assert token_losses("cross_entropy", states) is states.losses
+    both = token_losses("error", states, "both")
+    assert torch.equal(2 * both, (~states.right).float() + (~states.agrees).float())
 
 
 def test_the_first_layer_does_not_leave_by_similarity() -> None:

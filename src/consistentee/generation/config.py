@@ -26,7 +26,7 @@ GenerationCriterion = Literal[
 GenerationMode = Literal["early-exit", "full", "lossless"]
 SkippedStates = Literal["copy", "recompute"]
 BackboneTraining = Literal["full", "lora", "frozen"]
-RewardTarget = Literal["reference", "last_layer"]
+RewardTarget = Literal["reference", "last_layer", "both"]
 TokenHardness = Literal["memorized_layer", "final_loss", "uniform"]
 
 
@@ -112,12 +112,14 @@ class GenerationTrainingConfig:
     """Policy gradient: the exact one, or REINFORCE from `num_rollouts` samples."""
     num_rollouts: int = 4
     """Exit layers drawn per token by `sampled`."""
-    reward: Reward = "hardness"
-    """Price per layer falls with the token's hardness, or is `uniform`."""
+    reward: Reward = "uniform"
+    """Price per layer: the same for all tokens, or falling with a token's `hardness` (the paper). What the last layer
+    gets wrong, nearly half of a language model's tokens, is hardest, and would use all layers for nothing."""
     reward_loss: RewardLoss = "error"
     """What a bad exit costs: `cross_entropy` of the reference token (the paper), or `error` (0 or 1)."""
-    reward_target: RewardTarget = "reference"
-    """An exit is right where its token is the `reference`'s (the paper), or the `last_layer`'s."""
+    reward_target: RewardTarget = "both"
+    """An exit is right where its token is the `reference`'s (the paper), the `last_layer`'s, or half and half (`both`):
+    the last layer's tells of every token, the reference's of quality."""
     hardness: TokenHardness = "memorized_layer"
     """Measure behind the `hardness` reward."""
     layer_costs: tuple[float, ...] = (0.002, 0.2)
@@ -186,10 +188,10 @@ class GenerationTrainingConfig:
                 "last_layer_share must be below 1 for a frozen backbone, got 1. "
                 "The last layer belongs to the backbone, and nothing would be trained."
             )
-        if self.reward_target == "last_layer" and self.reward_loss != "error":
+        if self.reward_target != "reference" and self.reward_loss != "error":
             raise ValueError(
-                f'reward_loss must be error for reward_target last_layer, got "{self.reward_loss}". '
-                "The cross-entropy is that of the reference token."
+                f'reward_loss must be error for reward_target {self.reward_target}, got "{self.reward_loss}". '
+                "The cross-entropy is that of the reference token: set reward_target: reference for it."
             )
         check_shared_fields(self)
 

@@ -107,9 +107,18 @@ def token_hardness(measure: str, states: TokenStates) -> Tensor:
     return torch.zeros(len(states))
 
 
-def token_losses(kind: str, states: TokenStates) -> Tensor:
-    """What leaving at a layer costs in quality, (tokens, layers): `cross_entropy`, or `error` (1 where not right)."""
-    return states.losses if kind == "cross_entropy" else (~states.right).float()
+def token_losses(kind: str, states: TokenStates, target: str = "reference") -> Tensor:
+    """What leaving at a layer costs in quality, (tokens, layers).
+
+    Args:
+        kind: `cross_entropy`, or `error` (1 where not right).
+        states: of the tokens; what is right there depends on their target.
+        target: `both` takes the mean of two errors, against the reference and against the last layer.
+    """
+    if kind == "cross_entropy":
+        return states.losses
+    errors = (~states.right).float()
+    return (errors + (~states.agrees).float()) / 2 if target == "both" else errors
 
 
 @torch.no_grad()
@@ -213,7 +222,7 @@ def choose_token_policy(
     if config.prices == "range" and min(layer_costs) < max(layer_costs):
         price_range = min(layer_costs), max(layer_costs)
         layer_costs = (math.sqrt(price_range[0] * price_range[1]),)
-    pooled, losses = _pooled(states), token_losses(config.reward_loss, states)
+    pooled, losses = _pooled(states), token_losses(config.reward_loss, states, config.reward_target)
     hardness = token_hardness(config.hardness, states)
     done = on_fit or (lambda: None)
 

@@ -236,6 +236,10 @@ def _training(cell: dict[str, Any]) -> list[str]:
                 "warmup_epochs",
                 "rounds",
                 "consistent_epochs",
+                "reward",
+                "reward_target",
+                "policy_tokens",
+                "policy_epochs",
                 "max_length",
                 "batch_size",
             )

@@ -33,10 +33,11 @@ def test_the_page_is_made_from_the_kept_figures(rendering: ModuleType) -> None:
     assert written == rendering.page(*figures), "Run: python benchmarks/render_generation.py"
 
 
-def test_values_between_two_depths(rendering: ModuleType) -> None:
-    points = [
-        {"mean_exit_layer": depth, "metrics": {"rougeL": value}} for depth, value in ((10, 0.1), (20, 0.3))
-    ]
-    assert rendering.at_depth(points, 15, "rougeL") == pytest.approx(0.2)
-    assert rendering.at_depth(points, 20, "rougeL") == pytest.approx(0.3)
-    assert rendering.at_depth(points, 25, "rougeL") is None
+def test_depths_on_the_references_are_those_of_the_curves(rendering: ModuleType) -> None:
+    evaluation = {
+        "criterion": "policy",
+        "curve": [{"threshold": 0.5, "mean_exit_layer": 3.0}],
+        "other_criteria": {"static": {"curve": [{"threshold": 2.0, "mean_exit_layer": 2.2}]}},
+    }
+    assert rendering.depth_on_references(evaluation, "policy", 0.5) == 3.0
+    assert rendering.depth_on_references(evaluation, "static", 2.0) == 2.2

@@ -194,7 +194,7 @@ def _equal_layers(evaluation: dict[str, Any]) -> list[str]:
         for name in rules:
             near = min(
                 points_of(evaluation, name),
-                key=lambda other: abs(depth_on_references(evaluation, name, other["threshold"]) - aim),  # noqa: B023
+                key=lambda other: abs(depth_on_references(evaluation, name, other["threshold"]) - aim),
             )
             cells.append(f"{100 * near['metrics']['rougeL']:.1f} ({near['mean_exit_layer']:.1f})")
         lines.append(f"| {aim:.1f} | " + " | ".join(cells) + " |")
@@ -215,8 +215,8 @@ def _verdict(evaluation: dict[str, Any]) -> list[str]:
     at_mark = "was not measured" if best is None else f"is at best {100 * best:.1f}"
     reached = "at no depth" if fastest is None else f"up to {fastest:.2f}x fewer layers"
     return [
-        f"Mark (ROUGE-L within 1 point of the plain model's {100 * goal:.1f} at 1.5x fewer layers): the policy's ROUGE-L "
-        f"at 1.5x and above {at_mark}; within 1 point it is {reached}."
+        f"Mark (ROUGE-L within 1 point of the plain model's {100 * goal:.1f} at 1.5x fewer layers): the policy's "
+        f"ROUGE-L at 1.5x and above {at_mark}; within 1 point it is {reached}."
     ]
 
 

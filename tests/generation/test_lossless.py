@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,9 +28,10 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from consistentee.generation.exit_rules import PolicyRule
 from consistentee.generation.lossless import (
     CHECK_EVERY,
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
+    CHECKED,
+    SHORTEST_PAUSE,
     TRIAL,
+    TRYING,
     DraftClock,
     DraftedRow,
 )
@@ -308,6 +310,10 @@ def test_finished_rows_leave() -> None:
 # --- The clock ------------------------------------------------------------------------------------
 
 
+def known_clock() -> DraftClock:
+    return DraftClock(full_samples=deque([1.0]), paused_for=0)
+
+
 def test_the_clock_begins_with_full_depth() -> None:
     clock = DraftClock()
     assert not clock.drafts
@@ -316,7 +322,10 @@ def test_the_clock_begins_with_full_depth() -> None:
     assert clock.full_seconds == 1.0
     clock.full_depth(2.0, tokens=1, rows=1)
     assert clock.drafts
-    assert clock.full_seconds == pytest.approx(1.2)  # 0.8 of the old, 0.2 of the new
+    assert clock.full_seconds == 1.5  # the median: one slow pass among many changes nothing
+    for seconds in (1.0, 1.0, 50.0):
+        clock.full_depth(seconds, tokens=1, rows=1)
+    assert clock.full_seconds == 1.0
 
 
 def test_rows_share_the_seconds_but_not_the_pause() -> None:
@@ -326,30 +335,27 @@ def test_rows_share_the_seconds_but_not_the_pause() -> None:
     assert not clock.drafts  # four tokens, of four rows: one step
 
 
-def test_pauses_double_and_are_forgotten() -> None:
-    clock = DraftClock(full_seconds=1.0, paused_for=0)
-    clock.cycle(5.9, tokens=6, rows=1)
+def test_a_pause_is_as_long_as_what_was_lost_demands() -> None:
+    clock = known_clock()
+    clock.cycle(5.8, tokens=6, rows=1)
     assert clock.drafts
-    clock.drafted_seconds = clock.drafted_tokens = 0.0
-    pauses = []
-    for _ in range(8):
-        clock.cycle(6.1, tokens=6, rows=1)
-        pauses.append(clock.paused_for)
+    clock = known_clock()
+    clock.cycle(18.0, tokens=6, rows=1)  # 12 tokens' time lost, of which a pause makes 2 %
+    assert clock.paused_for == 600
+    in_a_batch = known_clock()
+    in_a_batch.cycle(72.0, tokens=24, rows=4)
+    assert in_a_batch.paused_for == 600
+    for _ in range(600):
         assert not clock.drafts
-        for _ in range(clock.paused_for):
-            assert not clock.drafts
-            clock.full_depth(1.0, tokens=1, rows=1)
-        assert clock.drafts
-    assert pauses == [16, 32, 64, 128, 256, 512, 512, 512]
-    assert (FIRST_PAUSE, LONGEST_PAUSE) == (16, 512)
-    clock.cycle(1.0, tokens=6, rows=1)
+        clock.full_depth(1.0, tokens=1, rows=1)
     assert clock.drafts
-    clock.cycle(99.0, tokens=6, rows=1)
-    assert clock.paused_for == FIRST_PAUSE
+    clock.cycle(6.01, tokens=6, rows=1)
+    assert clock.paused_for == SHORTEST_PAUSE == 16
+    assert TRYING == 0.02
 
 
 def test_a_trial_is_long_enough_to_be_judged() -> None:
-    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    clock = known_clock()
     for _ in range(TRIAL - 1):
         clock.cycle(9.0, tokens=4, rows=4)  # a token of each row
         assert clock.drafts
@@ -358,7 +364,7 @@ def test_a_trial_is_long_enough_to_be_judged() -> None:
 
 
 def test_one_bad_cycle_among_good_ones_is_forgiven() -> None:
-    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    clock = known_clock()
     for _ in range(5):
         clock.cycle(3.0, tokens=6, rows=1)
     clock.cycle(7.0, tokens=3, rows=1)
@@ -369,18 +375,20 @@ def test_one_bad_cycle_among_good_ones_is_forgiven() -> None:
 
 
 def test_full_depth_is_timed_again_now_and_then() -> None:
-    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    clock = known_clock()
     cycles = 0
     while clock.drafts:
-        clock.cycle(1.0, tokens=8, rows=2)
+        clock.cycle(7.0, tokens=8, rows=2)
         cycles += 1
     assert cycles * 4 == CHECK_EVERY
-    clock.full_depth(1.0, tokens=2, rows=2)
+    for _ in range(CHECKED):
+        assert not clock.drafts
+        clock.full_depth(1.0, tokens=2, rows=2)
     assert clock.drafts
 
 
 def test_a_cycle_without_tokens_does_not_pay() -> None:
-    clock = DraftClock(full_seconds=1.0, paused_for=0)
+    clock = known_clock()
     for _ in range(TRIAL):
         clock.cycle(0.1, tokens=0, rows=1)
     assert not clock.drafts
@@ -400,7 +408,7 @@ def test_drafting_stops_where_it_does_not_pay(pays: bool, monkeypatch: pytest.Mo
 
     def slow(self: EarlyExitForCausalLM, layer_index: int, normed: Tensor) -> Tensor:
         nonlocal now
-        now += 1.0  # one second for a full token and for a verification; drafts cost a second, or nothing
+        now += 1.0 if layer_index == LAYERS - 1 else 0.5  # a full token or a verification; a draft
         return run(self, layer_index, normed)
 
     monkeypatch.setattr("consistentee.generation.lossless.time.perf_counter", clock)
@@ -444,4 +452,4 @@ def test_asking_in_vain_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
     output = generate(model, prompts_of((5,)), 60, adaptive_drafts=True, **options)
     assert output.drafted == 0
     assert every_time == 59 * (LAYERS - 1)
-    assert asked == 2 * TRIAL * (LAYERS - 1)  # trials after 2 and 24 tokens; the next would be after 62
+    assert asked == TRIAL * (LAYERS - 1)  # one trial; its loss is worth a longer pause than the text

@@ -343,7 +343,7 @@ class Decoding:
         if isinstance(rule, ForcedRule):
             rule.begin(self._generated, self._rows)
         self.cache.reserve(slot + 1)
-        positions, rotary, bias = self._placing(slot, count)
+        positions, rotary, bias = self._placing(slot, count, self._places)
         step = TokenStep(self.cache, slot, self._places, rotary, bias, decoder.sliding_window)
         projections = weights.projections(rule)
         before = hidden = decoder.embed(tokens, positions)
@@ -390,6 +390,25 @@ class Decoding:
         self._fill_skipped(states, exit_layers, slot, rotary)
         return normed, exit_layers
 
+    def full_step(self, tokens: Tensor, slot: int, places: Tensor | None) -> Tensor:
+        """Run one token per row through all layers.
+
+        Args:
+            tokens: (rows,) int64.
+            slot: where they all stand; the cache has room for it.
+            places: their rows of the cache; None for all, in order.
+
+        Returns:
+            (rows, hidden), states behind the last norm.
+        """
+        decoder = self._weights.decoder
+        positions, rotary, bias = self._placing(slot, len(tokens), places)
+        step = TokenStep(self.cache, slot, places, rotary, bias, decoder.sliding_window)
+        hidden = decoder.embed(tokens, positions)
+        for layer in decoder.layers:
+            hidden = layer(hidden, decoder.unit_norm(hidden), step)
+        return self._weights.normed(self.num_layers - 1, decoder.unit_norm(hidden))
+
     def keep(self, running: Sequence[int]) -> None:
         """Go on with these rows, by position among those still running; the others have finished."""
         if len(running) == len(self._rows):
@@ -403,7 +422,9 @@ class Decoding:
                 self._padding_counts = self._padding_counts[self._places]
             self._places = None
 
-    def _placing(self, slot: int, count: int) -> tuple[Tensor, dict[str, Rotary | None], Tensor | None]:
+    def _placing(
+        self, slot: int, count: int, places: Tensor | None
+    ) -> tuple[Tensor, dict[str, Rotary | None], Tensor | None]:
         """Positions and angles of the running rows' tokens, and the bias of all rows of the cache, at a slot."""
         decoder = self._weights.decoder
         if self._padding_counts is None:
@@ -413,7 +434,7 @@ class Decoding:
         slots = torch.arange(slot + 1, device=decoder.device)
         bias = torch.zeros(len(counts), slot + 1, dtype=decoder.dtype, device=decoder.device)
         bias.masked_fill_(slots[None] < counts[:, None], torch.finfo(decoder.dtype).min)
-        positions = slot - (counts if self._places is None else counts[self._places])
+        positions = slot - (counts if places is None else counts[places])
         return positions, decoder.rotary(positions), bias
 
     def _fill_skipped(

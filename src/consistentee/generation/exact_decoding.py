@@ -16,7 +16,7 @@ from torch import Tensor
 
 from consistentee.generation.decoders import SLIDING
 from consistentee.generation.decoding import Decoding, ExitWeights
-from consistentee.generation.exit_rules import ExitRule, ForcedRule
+from consistentee.generation.exit_rules import ExitRule, ForcedRule, NeverLeave
 from consistentee.generation.packed_decoder import Layer, PackedDecoder, Rotary
 
 
@@ -94,6 +94,7 @@ class FlatStep:
         in_line = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         self._span = (slots[0], len(slots)) if self._single is not None and in_line else None
         self._distinct = torch.tensor(distinct, device=device)
+        self._is_whole = distinct == list(range(decoding.cache.storage.shape[2]))
         # (rows, most tokens of a row): which token stands there; rows with fewer repeat their last one
         grid = [
             members[place] + members[place][-1:] * (self._most - len(members[place])) for place in distinct
@@ -125,7 +126,7 @@ class FlatStep:
         sliding = self._window is not None and layer.layer_type == SLIDING
         if self._single is not None:
             keys, values = keys.narrow(0, self._single, 1), values.narrow(0, self._single, 1)
-        else:
+        elif not self._is_whole:
             keys, values = keys.index_select(0, self._distinct), values.index_select(0, self._distinct)
         keys, values = keys.narrow(2, 0, self._seen), values.narrow(2, 0, self._seen)
         if sliding not in self._biases:
@@ -166,7 +167,7 @@ class ExactDecoding:
     ) -> None:
         self._weights, self._rule = weights, rule
         self._first_token = full_depth_first_token
-        self._prompts = Decoding(weights, rule, attention_mask, capacity, full_depth_first_token=True)
+        self._prompts = Decoding(weights, NeverLeave(), attention_mask, capacity, full_depth_first_token=True)
         self.cache = self._prompts.cache
         paddings: list[int] = (attention_mask == 0).sum(1).tolist()
         self.rows = [RowState(place, padding, 0) for place, padding in enumerate(paddings)]
@@ -215,6 +216,8 @@ class ExactDecoding:
         self._generated += 1
         self.cache.reserve(max(row.length for row in self.rows) + 1)
         slots = [row.length for row in self.rows]
+        if not any(may_leave) and len(set(slots)) == 1 and not any(row.pending for row in self.rows):
+            return self._plain(tokens, slots[0])
         positions = [slot - row.padding for row, slot in zip(self.rows, slots, strict=True)]
         hidden = decoder.embed(tokens, torch.tensor(positions, device=decoder.device))
         for row in self.rows:
@@ -253,6 +256,17 @@ class ExactDecoding:
             hidden = hidden[torch.tensor(stay, device=hidden.device)]
             step = None
         return [advances[number] for number in range(len(self.rows))]
+
+    def _plain(self, tokens: Tensor, slot: int) -> list[Advance]:
+        """All rows at one slot, to the last layer, with nothing pending: what decoding at full depth does."""
+        places = [row.place for row in self.rows]
+        whole = places == list(range(self.cache.storage.shape[2]))
+        normed = self._prompts.full_step(
+            tokens, slot, None if whole else torch.tensor(places, device=tokens.device)
+        )
+        for row in self.rows:
+            row.length += 1
+        return [Advance(self.num_layers, normed[number][None]) for number in range(len(self.rows))]
 
     def roll_back(self, number: int, length: int) -> None:
         """Forget a row's tokens from a slot on."""

@@ -11,7 +11,10 @@ token by token, and drafting pauses where it does not pay on this machine's cloc
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,10 +24,15 @@ from torch import Tensor
 from consistentee.generation.decoding import ExitWeights
 from consistentee.generation.exact_decoding import ExactDecoding
 
-FIRST_PAUSE, LONGEST_PAUSE = 16, 512
-"""Tokens without drafts once drafting did not pay, at first and at most."""
-TRIAL, CHECK_EVERY = 6, 128
-"""Tokens of a row after which drafting is judged, and after which, where it pays, full depth is timed again."""
+SHORTEST_PAUSE, TRYING = 16, 0.02
+"""Tokens of a row without drafts once drafting did not pay, at least, and the share of time that trying may cost."""
+TRIAL, CHECK_EVERY, CHECKED = 6, 128, 4
+"""Tokens of a row after which drafting is judged, after which, where it pays, full depth is timed again, and for how
+many."""
+SAMPLES = 15
+"""Passes at full depth that are remembered."""
+WORTH = 0.97
+"""Drafting goes on while it takes at most this share of full depth's time: the clock is not that exact."""
 MEMORY = 0.9
 """What a cycle still counts after the next one."""
 
@@ -39,15 +47,15 @@ class DraftClock:
     """Whether drafting pays: seconds per token with and without, measured while running.
 
     Time with drafts, and time in which the policy was asked for some and none was sure enough, is judged by its running
-    mean. Once that is slower than full depth there is a pause, which doubles each time, so that trying costs a few per
-    cent at most. A clock outlives a text: the next one begins with what is known.
+    mean. Once that is slower than full depth there is a pause, long enough that what was lost is a small share of it. A
+    clock outlives a text: the next one begins with what is known.
     """
 
-    full_seconds: float | None = None
-    pause: int = FIRST_PAUSE
+    full_samples: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     paused_for: int = 2  # the first tokens tell what full depth takes
     drafted_seconds: float = 0.0
     drafted_tokens: float = 0.0
+    lost_seconds: float = 0.0
     unchecked_tokens: int = 0
 
     @property
@@ -55,30 +63,34 @@ class DraftClock:
         """Whether to draft now."""
         return self.paused_for <= 0
 
+    @property
+    def full_seconds(self) -> float | None:
+        """Seconds per token at full depth, the median of what was seen last; None before the first."""
+        return statistics.median(self.full_samples) if self.full_samples else None
+
     def full_depth(self, seconds: float, tokens: int, rows: int) -> None:
         """A pass in a pause: so many seconds for so many tokens of so many rows."""
-        each = seconds / max(1, tokens)
-        self.full_seconds = each if self.full_seconds is None else 0.8 * self.full_seconds + 0.2 * each
+        self.full_samples.append(seconds / max(1, tokens))
         self.paused_for -= max(1, tokens // max(1, rows))
         self.unchecked_tokens = 0
 
     def cycle(self, seconds: float, tokens: int, rows: int) -> None:
         """From the first draft to the verification: so many seconds for so many tokens of so many rows that stayed."""
-        if self.full_seconds is None:
+        full_seconds = self.full_seconds
+        if full_seconds is None:
             return
         self.drafted_seconds = MEMORY * self.drafted_seconds + seconds
         self.drafted_tokens = MEMORY * self.drafted_tokens + tokens
+        self.lost_seconds += seconds - full_seconds * tokens
         self.unchecked_tokens += max(1, tokens // max(1, rows))
         if self.unchecked_tokens < TRIAL:
             return
-        if self.drafted_seconds > self.full_seconds * self.drafted_tokens:
-            self.paused_for = self.pause
-            self.pause = min(2 * self.pause, LONGEST_PAUSE)
-            self.drafted_seconds = self.drafted_tokens = 0.0
-        else:
-            self.pause = FIRST_PAUSE
-            if self.unchecked_tokens >= CHECK_EVERY:  # what full depth takes grows with the text
-                self.paused_for = 1
+        if self.drafted_seconds > WORTH * full_seconds * self.drafted_tokens:
+            lost_tokens = self.lost_seconds / max(full_seconds * rows, 1e-9)
+            self.paused_for = max(SHORTEST_PAUSE, math.ceil(lost_tokens / TRYING))
+            self.drafted_seconds = self.drafted_tokens = self.lost_seconds = 0.0
+        elif self.unchecked_tokens >= CHECK_EVERY:  # what full depth takes grows with the text
+            self.paused_for = CHECKED
 
 
 @dataclass

@@ -38,6 +38,7 @@ BRACKETS, ASCII_BRACKETS = "⟨⟩", "<>"
 
 # A picture, in points. A letter of DejaVu Sans Mono, which matplotlib brings, is 0.602 times as wide as its size.
 COLUMNS, FONT_SIZE = 95, 10.0
+TITLE_LETTERS = 56  # of a title; the text's figures stand to its right
 LETTER, LINE, MARGIN, TITLE = 0.602 * FONT_SIZE, 17.5, 14.0, 19.0
 
 
@@ -305,8 +306,9 @@ def layer_ticks(num_hidden_layers: int) -> list[int]:
 def _draw_title(
     canvas: Axes, title: str, exit_layers: Sequence[int], num_hidden_layers: int, top: float, width: float
 ) -> None:
+    shown = title if len(title) <= TITLE_LETTERS else f"{title[: TITLE_LETTERS - 1].rstrip()}…"
     canvas.text(
-        MARGIN, top + 6, title, va="center", color=INK, fontsize=10, fontweight="bold", parse_math=False
+        MARGIN, top + 6, shown, va="center", color=INK, fontsize=10, fontweight="bold", parse_math=False
     )
     if exit_layers:
         mean = sum(exit_layers) / len(exit_layers)

@@ -33,7 +33,9 @@ layer. Made by
 
 ```
 python benchmarks/run_generation.py --backbone DIR/smollm2-30l --data DIR --runs runs/generation --tasks alpaca xsum \\
-    --measure dolly=alpaca cnndm=xsum --lossless alpaca
+    --measure dolly=alpaca cnndm=xsum
+python benchmarks/run_generation.py --backbone DIR/smollm2-30l --data DIR --runs runs/generation --tasks \\
+    --lossless alpaca --lossless-tokens 24 --threads 2
 benchmarks/run_generation_speed.sh cpu benchmarks/results/generation/speed runs/generation/alpaca-exits DIR/alpaca
 python benchmarks/generation_memory.py --layers 10 30 --batch-size 4 --json benchmarks/results/generation/memory.json
 python benchmarks/render_generation.py --pictures

@@ -35,5 +35,7 @@ for dtype in float32 bfloat16; do
   measure "smollm2-$dtype" --config-name smollm2-135m-shape --dtype "$dtype" --repeats 3
 done
 if [ -n "$model" ]; then
-  measure alpaca-float32 "$model" --task alpaca --data-dir "$alpaca" --lossless --repeats 3 --new-tokens 64
+  trained=(--task alpaca --data-dir "$alpaca" --lossless --new-tokens 64)
+  measure alpaca-float32 "$model" "${trained[@]}" --batch-sizes 1,8 --num-rows 8 --repeats 2
+  measure alpaca-float32-batch-32 "$model" "${trained[@]}" --batch-sizes 32 --num-rows 32 --repeats 3
 fi

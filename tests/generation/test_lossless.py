@@ -307,6 +307,21 @@ def test_finished_rows_leave() -> None:
     assert padding.unique().tolist() == [PAD]
 
 
+@pytest.mark.parametrize("paused", [True, False])
+def test_texts_of_rows_that_end_at_different_times(paused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pause rows go on as in plain decoding, those left over among them, padded or not."""
+    if paused:
+        monkeypatch.setattr(DraftClock, "drafts", False)
+    model = drafting_model()
+    for lengths in ((5, 5, 5, 5), LENGTHS):
+        texts = new_tokens_of(generate(model, prompts_of(lengths), 30, mode="full"), prompts_of(lengths))
+        for end in (texts[0][4], texts[1][7], texts[2][2]):
+            output = assert_lossless(
+                model, lengths, 30, eos_token_id=end, lossless={"adaptive_drafts": paused}
+            )
+            assert (output.drafted == 0) == paused
+
+
 # --- The clock ------------------------------------------------------------------------------------
 
 

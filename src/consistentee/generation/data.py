@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from consistentee.files import FORMATS, Table, open_table, table_of
 from consistentee.generation.tasks import END_MARKER, GenerationTask, Layout, get_generation_task
 from consistentee.parsing import Numbered, decoded_lines, file_lines, parse, quoted, raise_or_skip
 from consistentee.tasks import plain_name
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from consistentee.generation.forced import (
 from consistentee.generation.generator import DecodingOptions, GeneratedText, TextGenerator
 from consistentee.generation.matching import (
     highest_threshold,
-    match_threshold,
     matched_threshold,
     threshold_at_depth,
 )
@@ -39,8 +38,6 @@ from consistentee.generation.results import (
 from consistentee.generation.saved import SavedGenerator
 from consistentee.generation.text_metrics import text_metrics
 from consistentee.timing import environment
-
-__all__ = ["evaluate_generation", "evaluate_plain_generation", "match_threshold"]
 
 CURVE_THRESHOLDS = 8
 """Thresholds of a curve on the references: each costs a pass over them."""

@@ -30,6 +30,7 @@ from consistentee.generation.lossless import (
     CHECK_EVERY,
     CHECKED,
     SHORTEST_PAUSE,
+    SHORTEST_TRIAL,
     TRIAL,
     TRYING,
     DraftClock,
@@ -369,12 +370,15 @@ def test_a_pause_is_as_long_as_what_was_lost_demands() -> None:
     assert TRYING == 0.02
 
 
-def test_a_trial_is_long_enough_to_be_judged() -> None:
+@pytest.mark.parametrize(
+    "rows, steps", [(1, TRIAL), (2, TRIAL // 2), (4, SHORTEST_TRIAL), (32, SHORTEST_TRIAL)]
+)
+def test_a_trial_is_long_enough_to_be_judged_and_short_in_a_batch(rows: int, steps: int) -> None:
     clock = known_clock()
-    for _ in range(TRIAL - 1):
-        clock.cycle(9.0, tokens=4, rows=4)  # a token of each row
+    for _ in range(steps - 1):
+        clock.cycle(9.0 * rows, tokens=rows, rows=rows)  # a token of each row
         assert clock.drafts
-    clock.cycle(9.0, tokens=4, rows=4)
+    clock.cycle(9.0 * rows, tokens=rows, rows=rows)
     assert not clock.drafts
 
 

@@ -26,9 +26,11 @@ from consistentee.generation.exact_decoding import ExactDecoding
 
 SHORTEST_PAUSE, TRYING = 16, 0.02
 """Tokens of a row without drafts once drafting did not pay, at least, and the share of time that trying may cost."""
-TRIAL, CHECK_EVERY, CHECKED = 6, 128, 4
-"""Tokens of a row after which drafting is judged, after which, where it pays, full depth is timed again, and for how
-many."""
+TRIAL, SHORTEST_TRIAL = 6, 2
+"""Tokens after which drafting is judged, over all rows, and how many of each row at least: a batch says as much
+in fewer passes, and a trial that fails costs it more."""
+CHECK_EVERY, CHECKED = 128, 4
+"""Tokens of a row after which, where drafting pays, full depth is timed again, and for how many."""
 SAMPLES = 15
 """Passes at full depth that are remembered."""
 WORTH = 0.97
@@ -40,6 +42,16 @@ Choose = Callable[[int, Sequence[int], Tensor], int]
 """(row, tokens generated so far, (vocabulary,) logits) -> the next token."""
 Chosen = Callable[[int, Sequence[int]], int]
 """(index among the states of a pass, tokens generated so far) -> the next token."""
+
+
+def trial_tokens(rows: int) -> int:
+    """Tokens of each row after which drafting is judged.
+
+    Example:
+        >>> [trial_tokens(rows) for rows in (1, 2, 8)]
+        [6, 3, 2]
+    """
+    return max(SHORTEST_TRIAL, math.ceil(TRIAL / rows))
 
 
 @dataclass
@@ -83,7 +95,7 @@ class DraftClock:
         self.drafted_tokens = MEMORY * self.drafted_tokens + tokens
         self.lost_seconds += seconds - full_seconds * tokens
         self.unchecked_tokens += max(1, tokens // max(1, rows))
-        if self.unchecked_tokens < TRIAL:
+        if self.unchecked_tokens < trial_tokens(rows):
             return
         if self.drafted_seconds > WORTH * full_seconds * self.drafted_tokens:
             lost_tokens = self.lost_seconds / max(full_seconds * rows, 1e-9)
@@ -227,6 +239,6 @@ class LosslessDecoding:
             return
         self._cycle_seconds += seconds
         self._cycle_tokens += tokens
-        if not has_drafts or self._cycle_tokens >= TRIAL * rows:
+        if not has_drafts or self._cycle_tokens >= trial_tokens(rows) * rows:
             self._clock.cycle(self._cycle_seconds, self._cycle_tokens, rows)
             self._cycle_seconds, self._cycle_tokens = 0.0, 0

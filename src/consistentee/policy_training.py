@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from consistentee.config import TrainingConfig
 from consistentee.curves import (
@@ -37,6 +38,7 @@ from consistentee.rewards import reward_losses, rewards
 from consistentee.states import LayerStates
 
 PRICE_SLOPE = 2.0  # of the exit logits in the logarithm of the price; 1, 2, 4 and a learned one were as good
+CLOSED = -30.0  # exit logit of a layer that nobody may leave at
 
 NewPolicy = Callable[[], PolicyNetwork]
 
@@ -50,8 +52,8 @@ class PolicyReport:
         score: mean over `BUDGETS` of the best accuracy at that layer speed-up or more.
         reward: mean over rows of the expected reward.
         accuracy, mean_exit_layer: at threshold 0.5.
-        first_layer_share: share of rows that leave at layer 1 at threshold 0.5.
-        collapsed: the policy sends (nearly) everything out at layer 1 although that costs accuracy.
+        first_layer_share: share of rows that leave at the first layer they may leave at, at threshold 0.5.
+        collapsed: the policy sends (nearly) everything out at that layer although that costs accuracy.
     """
 
     layer_cost: float
@@ -158,6 +160,7 @@ def fit_policy_on(
     config: AnyTrainingConfig,
     seed: int,
     rows: Tensor | None = None,
+    min_exit_layer: int = 1,
     device: torch.device | str = "cpu",
 ) -> PolicyNetwork:
     """Fit a policy by policy gradient on instances, texts or tokens, whose states and losses are constants.
@@ -182,6 +185,7 @@ def fit_policy_on(
         config: the estimator, reward and optimisation settings are read.
         seed: of order, dropout and rollouts; the caller's random state is left untouched.
         rows: indices of the instances to fit on; all of them if missing. States are read a batch at a time.
+        min_exit_layer: the first layer, from 1, that an instance may leave at.
         device: where to compute.
 
     Returns:
@@ -221,6 +225,10 @@ def fit_policy_on(
                 if price_range is not None:
                     above = (prices / layer_cost).log().to(device)
                     exit_logits = exit_logits + PRICE_SLOPE * above[:, None]
+                if min_exit_layer > 1:
+                    exit_logits = functional.pad(
+                        exit_logits[:, min_exit_layer - 1 :], (min_exit_layer - 1, 0), value=CLOSED
+                    )
                 if config.estimator == "exact":
                     loss = exact_policy_loss(exit_logits, reward)
                 else:
@@ -368,7 +376,12 @@ def cross_fitting(count: int, folds: int, seed: int) -> Iterator[tuple[Tensor, T
 
 
 def policy_report(
-    right: Tensor, probs: Tensor, reward: Tensor, layer_cost: float, points: Sequence[CurvePoint]
+    right: Tensor,
+    probs: Tensor,
+    reward: Tensor,
+    layer_cost: float,
+    points: Sequence[CurvePoint],
+    min_exit_layer: int = 1,
 ) -> PolicyReport:
     """How a policy does on instances it has not seen.
 
@@ -378,11 +391,12 @@ def policy_report(
         reward: (instances, layers), at the price.
         layer_cost: the price.
         points: the trade-off curve of these probabilities.
+        min_exit_layer: the first layer, from 1, that an instance may leave at.
     """
     right = right.float()
     exit_layer = choose_exit_layer(probs, 0.5)
     accuracy = float(right.gather(1, exit_layer[:, None] - 1).mean())
-    first_share = float((exit_layer == 1).float().mean())
+    first_share = float((exit_layer == min_exit_layer).float().mean())
     return PolicyReport(
         layer_cost=layer_cost,
         score=curve_score(points),

@@ -75,6 +75,7 @@ def telling_states(tokens: int = 240) -> tuple[TokenStates, Tensor]:
         losses=torch.where(right, 0.1, 2.0),
         right=right,
         agrees=right,
+        regret=torch.where(right, 0.0, 20.0),
         margin=torch.where(right, 0.9, 0.1) + 0.01 * torch.rand(tokens, LAYERS, generator=generator),
         similarity=torch.full((tokens, LAYERS), 0.9),
         pooled=pooled.half(),

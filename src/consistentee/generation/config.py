@@ -11,7 +11,6 @@ from consistentee.config import (
     MixedPrecision,
     Prices,
     Reward,
-    RewardLoss,
     TrainingConfig,
     check_fields,
     check_shared_fields,
@@ -27,6 +26,8 @@ GenerationMode = Literal["early-exit", "full", "lossless"]
 SkippedStates = Literal["copy", "recompute"]
 BackboneTraining = Literal["full", "lora", "frozen"]
 RewardTarget = Literal["reference", "last_layer", "both"]
+TokenRewardLoss = Literal["regret", "error", "cross_entropy"]
+TokenPolicyData = Literal["held_out", "filled"]
 TokenHardness = Literal["memorized_layer", "final_loss", "uniform"]
 
 
@@ -115,11 +116,16 @@ class GenerationTrainingConfig:
     reward: Reward = "uniform"
     """Price per layer: the same for all tokens, or falling with a token's `hardness` (the paper). What the last layer
     gets wrong, nearly half of a language model's tokens, is hardest, and would use all layers for nothing."""
-    reward_loss: RewardLoss = "error"
-    """What a bad exit costs: `cross_entropy` of the reference token (the paper), or `error` (0 or 1)."""
-    reward_target: RewardTarget = "both"
-    """An exit is right where its token is the `reference`'s (the paper), the `last_layer`'s, or half and half (`both`):
-    the last layer's tells of every token, the reference's of quality."""
+    reward_loss: TokenRewardLoss = "regret"
+    """What a bad exit costs. `regret`: how much likelier the last layer holds its own token, in nats, up to 10, over
+    10: another good word costs little, a senseless one all. `error`: 1 where the token is not the target's.
+    `cross_entropy`: of the reference token (the paper)."""
+    reward_target: RewardTarget = "reference"
+    """An exit is right where its token is the `reference`'s (the paper) or the `last_layer`'s; hardness and thresholds
+    follow, and the `error`, which also knows half and half (`both`)."""
+    min_exit_layer: int | None = None
+    """The first layer that a token may leave at; None takes a sixth of the layers. Exits below it hardly beat a guess,
+    and one senseless word can spoil a text."""
     hardness: TokenHardness = "memorized_layer"
     """Measure behind the `hardness` reward."""
     layer_costs: tuple[float, ...] = (0.002, 0.2)
@@ -128,7 +134,10 @@ class GenerationTrainingConfig:
     """`range`: one policy learns all prices from the lowest to the highest of `layer_costs`, and the threshold dials
     among them. `each`: one policy for each of `layer_costs` (the paper's), of which validation chooses."""
     policy_tokens: int = 30_000
-    """Response tokens of the validation rows that the policy learns from and that thresholds are chosen on, at most."""
+    """Response tokens that the policy learns from and that thresholds are chosen on, at most."""
+    policy_data: TokenPolicyData = "filled"
+    """`held_out`: these are of validation rows. `filled`: where those hold fewer, training rows fill up what the policy
+    learns from; thresholds and figures rest on validation rows all the same."""
     policy_epochs: int = 10
     """Epochs of each policy fit on cached states, or more where these are fewer than `policy_min_steps`."""
     policy_min_steps: int = 100
@@ -188,11 +197,18 @@ class GenerationTrainingConfig:
                 "last_layer_share must be below 1 for a frozen backbone, got 1. "
                 "The last layer belongs to the backbone, and nothing would be trained."
             )
-        if self.reward_target != "reference" and self.reward_loss != "error":
+        if self.reward_target == "both" and self.reward_loss != "error":
             raise ValueError(
-                f'reward_loss must be error for reward_target {self.reward_target}, got "{self.reward_loss}". '
+                f'reward_loss must be error for reward_target both, got "{self.reward_loss}". '
+                "Only errors have halves: set reward_target: reference or last_layer."
+            )
+        if self.reward_target == "last_layer" and self.reward_loss == "cross_entropy":
+            raise ValueError(
+                'reward_loss must be regret or error for reward_target last_layer, got "cross_entropy". '
                 "The cross-entropy is that of the reference token: set reward_target: reference for it."
             )
+        if self.min_exit_layer is not None and self.min_exit_layer < 1:
+            raise ValueError(f"min_exit_layer must be at least 1, got {self.min_exit_layer}.")
         check_shared_fields(self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
             later token goes deeper).
         full_depth_first_token: whether the first token of a text is taken from the last layer, which the prompt went
             through in any case.
+        min_exit_layer: the first layer, from 1, that a token may leave at; `static` and given exits have their own.
         draft_tokens: tokens that `lossless` drafts before it verifies, at most.
         draft_threshold: threshold of the policy while drafting; None takes `threshold`.
         prompt_template: what `templates.PromptTemplate.to_dict` gives; None for the tokenizer's chat template, or
@@ -57,6 +58,7 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
     mode: str = "early-exit"
     skipped_states: str = "copy"
     full_depth_first_token: bool = True
+    min_exit_layer: int = 1
     draft_tokens: int = 4
     draft_threshold: float | None = None
     prompt_template: dict[str, Any] | None = None
@@ -71,7 +73,7 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
         require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
         require_range("policy_dropout", self.policy_dropout, 0, 1, open_end=True)
         check_generation_threshold(self.threshold, self.criterion)
-        for name in ("exit_head_rank", "policy_hidden_size", "draft_tokens"):
+        for name in ("exit_head_rank", "policy_hidden_size", "min_exit_layer", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 

@@ -71,6 +71,31 @@ class TokenizedPrompts(Dataset[dict[str, Any]]):
         }
 
 
+def with_more_tokens(
+    rows: TokenizedPrompts, source: TokenizedPrompts, tokens: int, seed: int
+) -> TokenizedPrompts:
+    """Rows, and behind them as many of another data set as so many response tokens leave room for.
+
+    Args:
+        rows: all are kept.
+        source: rows are drawn from it evenly, each once at most.
+        tokens: of responses, at most.
+        seed: of the draw.
+    """
+    missing = tokens - int((rows.lengths - rows.prompt_lengths).sum())
+    order = np.random.default_rng(seed).permutation(len(source))
+    ends = np.cumsum((source.lengths - source.prompt_lengths)[order])
+    drawn = order[: int(np.searchsorted(ends, missing, side="right"))]
+    items = [rows[row]["input_ids"] for row in range(len(rows))] + [
+        source[row]["input_ids"] for row in drawn.tolist()
+    ]
+    prompts = [*rows.prompt_lengths.tolist(), *source.prompt_lengths[drawn].tolist()]
+    return TokenizedPrompts(
+        [ids[:end] for ids, end in zip(items, prompts, strict=True)],
+        [ids[end:] for ids, end in zip(items, prompts, strict=True)],
+    )
+
+
 def encode_rows(
     dataset: InstructionDataset,
     tokenizer: PreTrainedTokenizerBase,

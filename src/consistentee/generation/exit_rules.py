@@ -230,6 +230,35 @@ class StaticRule(_WithoutReaders):
         return [self.may_leave(layer_index)] * len(after)
 
 
+class FromLayer:
+    """A rule that nobody asks before a given layer.
+
+    Args:
+        inner: the rule.
+        first: the first layer that a token may leave at, from 1.
+    """
+
+    def __init__(self, inner: ExitRule, first: int) -> None:
+        self._inner, self._first = inner, first
+        self.name, self.needs_normed = inner.name, inner.needs_normed
+
+    def may_leave(self, layer_index: int) -> bool:
+        """From that layer on, as the inner rule has it."""
+        return layer_index + 1 >= self._first and self._inner.may_leave(layer_index)
+
+    def readers(self, layer_index: int) -> Affine | None:
+        """The inner rule's."""
+        return self._inner.readers(layer_index)
+
+    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+        """As the inner rule."""
+        return self._inner.decide(layer_index, readings)
+
+    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+        """As the inner rule."""
+        return self._inner.leaves(layer_index, before, after, normed)
+
+
 class ForcedRule:
     """Exits that are given in advance, for measuring speed; the rule it stands for is computed all the same.
 
@@ -249,7 +278,7 @@ class ForcedRule:
         self._due = [due[row] for row in rows]
 
     def may_leave(self, layer_index: int) -> bool:
-        """As the inner rule has it."""
+        """Everywhere: layers that are given need no leave."""
         return True
 
     def readers(self, layer_index: int) -> Affine | None:

@@ -216,6 +216,7 @@ class _Leaving:
         self._model, self._criterion, self._threshold = model, criterion, threshold
         self._inside = may_leave.clone()
         self._record = record
+        self._first = 1 if criterion == "static" else model.config.min_exit_layer
         self.recorded: list[Tensor] = []
 
     def decide(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor) -> Tensor:
@@ -223,6 +224,10 @@ class _Leaving:
         inside = self._inside
         none = torch.zeros_like(inside)
         if self._criterion is None or (self._never() and not self._record):
+            return none
+        if layer_index + 1 < self._first:
+            if self._record:
+                self.recorded.append(torch.full((int(inside.sum()),), -math.inf))
             return none
         scores = token_scores(
             self._model, self._criterion, layer_index, before[inside], after[inside], normed[inside]

@@ -34,6 +34,7 @@ class GenerationOptions:
     threshold: float | None
     skipped_states: str
     full_depth_first_token: bool
+    min_exit_layer: int
     draft_tokens: int
     draft_threshold: float | None
     adaptive_drafts: bool
@@ -123,7 +124,14 @@ def generate_tokens(
 
 def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> DraftClock:
     """What is known of the speed of drafting in this way."""
-    way = (options.criterion, options.threshold, options.draft_threshold, options.draft_tokens, rows)
+    way = (
+        options.criterion,
+        options.threshold,
+        options.min_exit_layer,
+        options.draft_threshold,
+        options.draft_tokens,
+        rows,
+    )
     return weights.draft_clocks.setdefault(way, DraftClock())
 
 
@@ -133,7 +141,7 @@ def _rule(model: Any, options: GenerationOptions) -> ExitRule:
     threshold = options.threshold
     if options.mode == "lossless" and options.criterion == "policy" and threshold is None:
         threshold = options.draft_threshold
-    rule = model.exit_rule(options.criterion, threshold)
+    rule = model.exit_rule(options.criterion, threshold, options.min_exit_layer)
     return rule if options.forced_exit_layers is None else ForcedRule(rule, options.forced_exit_layers)
 
 

@@ -228,12 +228,18 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         value = (self.config.thresholds or {}).get(criterion)
         return None if value is None else float(value)
 
-    def exit_rule(self, criterion: str | None = None, threshold: float | None = None) -> exit_rules.ExitRule:
+    def exit_rule(
+        self,
+        criterion: str | None = None,
+        threshold: float | None = None,
+        min_exit_layer: int | None = None,
+    ) -> exit_rules.ExitRule:
         """When tokens leave, ready for decoding.
 
         Args:
             criterion: in place of the saved one.
             threshold: in place of the saved one, or of the one that training chose for this criterion.
+            min_exit_layer: in place of the saved one; `static` does without.
 
         Raises:
             ValueError: an unknown criterion, a threshold that does not fit, or none to be found.
@@ -244,16 +250,22 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             check_generation_threshold(1, rule)
             raise ValueError(f'There is no saved threshold for criterion "{rule}". Give one with threshold=.')
         limit = check_generation_threshold(limit, rule)
+        first = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
+        if not 1 <= first <= self.num_layers:
+            raise ValueError(f"min_exit_layer must be from 1 to {self.num_layers}, got {first}.")
         dtype = self.backbone.dtype
+        found: exit_rules.ExitRule
         if rule == "policy":
-            return exit_rules.PolicyRule(self.policy, limit, dtype)
-        if rule == "softmax_margin":
-            return exit_rules.MarginRule(self, limit)
-        if rule == "state_similarity":
-            return exit_rules.SimilarityRule(limit)
-        if rule == "confidence_classifier":
-            return exit_rules.ClassifierRule(self.confidence_classifier, limit, dtype)
-        return exit_rules.StaticRule(limit)
+            found = exit_rules.PolicyRule(self.policy, limit, dtype)
+        elif rule == "softmax_margin":
+            found = exit_rules.MarginRule(self, limit)
+        elif rule == "state_similarity":
+            found = exit_rules.SimilarityRule(limit)
+        elif rule == "confidence_classifier":
+            found = exit_rules.ClassifierRule(self.confidence_classifier, limit, dtype)
+        else:
+            return exit_rules.StaticRule(limit)
+        return found if first == 1 else exit_rules.FromLayer(found, first)
 
     def exit_weights(self) -> ExitWeights:
         """The weights laid out for decoding; made anew where they have changed."""
@@ -273,6 +285,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         threshold: float | None = None,
         skipped_states: str | None = None,
         full_depth_first_token: bool | None = None,
+        min_exit_layer: int | None = None,
         draft_tokens: int | None = None,
         draft_threshold: float | None = None,
         adaptive_drafts: bool = True,
@@ -294,7 +307,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             criterion: exit rule, in place of the saved one.
             threshold: in place of the saved one.
             skipped_states: `copy` or `recompute`, see `EarlyExitCausalLMConfig`.
-            full_depth_first_token: see `EarlyExitCausalLMConfig`.
+            full_depth_first_token, min_exit_layer: see `EarlyExitCausalLMConfig`.
             draft_tokens: of `lossless`: drafts before a verification, at most.
             draft_threshold: of `lossless`: the policy's threshold while drafting.
             adaptive_drafts: of `lossless`: pause drafting where it does not pay on the clock.
@@ -314,6 +327,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             full_depth_first_token=(
                 config.full_depth_first_token if full_depth_first_token is None else full_depth_first_token
             ),
+            min_exit_layer=config.min_exit_layer if min_exit_layer is None else min_exit_layer,
             draft_tokens=config.draft_tokens if draft_tokens is None else draft_tokens,
             draft_threshold=config.draft_threshold if draft_threshold is None else draft_threshold,
             adaptive_drafts=adaptive_drafts,

@@ -294,6 +294,8 @@ def consistent_objective(
                     model, layer_index, plain.take(after), plain.labels, logit_rows
                 )
                 plain_losses = plain_losses + (1 - last_layer_share) * drawn[layer_index] * losses
+            if layer_index + 1 < model.config.min_exit_layer:
+                return torch.zeros_like(may_leave)
             with torch.no_grad():
                 flat = normed.detach().flatten(0, 1)[:, None]  # (batch * tokens, 1, hidden)
                 exit_probs = model.policy(flat, None, layer_index).sigmoid().view(labels.shape)

@@ -17,7 +17,7 @@ from consistentee.curves import CurvePoint, curve_score, hits_at_budgets
 from consistentee.generation.config import GenerationTrainingConfig
 from consistentee.generation.criteria import GENERATION_CRITERIA
 from consistentee.generation.model import ConfidenceClassifier
-from consistentee.generation.token_curves import static_curve, token_curve, token_threshold
+from consistentee.generation.token_curves import RANGES, static_curve, token_curve, token_threshold
 from consistentee.generation.token_states import TokenStates
 from consistentee.hardness import memorized_layer
 from consistentee.heads import PolicyNetwork
@@ -30,6 +30,9 @@ from consistentee.policy_training import (
     policy_report,
 )
 from consistentee.rewards import rewards
+
+MOST_REGRET = 10.0
+"""Nats beyond which one token is as bad as another."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,14 @@ def token_losses(kind: str, states: TokenStates, target: str = "reference") -> T
     """What leaving at a layer costs in quality, (tokens, layers).
 
     Args:
-        kind: `cross_entropy`, or `error` (1 where not right).
+        kind: `regret` (over `MOST_REGRET`, at most 1), `error` (1 where not right) or `cross_entropy`.
         states: of the tokens; what is right there depends on their target.
         target: `both` takes the mean of two errors, against the reference and against the last layer.
     """
     if kind == "cross_entropy":
         return states.losses
+    if kind == "regret":
+        return states.regret.clamp_max(MOST_REGRET) / MOST_REGRET
     errors = (~states.right).float()
     return (errors + (~states.agrees).float()) / 2 if target == "both" else errors
 
@@ -204,6 +209,8 @@ def choose_token_policy(
     config: GenerationTrainingConfig,
     layer_costs: Sequence[float],
     seed: int,
+    min_exit_layer: int = 1,
+    judged_texts: int | None = None,
     device: torch.device | str = "cpu",
     on_fit: Callable[[], object] | None = None,
 ) -> TokenPolicyChoice:
@@ -211,10 +218,12 @@ def choose_token_policy(
 
     Args:
         new_policy, new_classifier: make untrained networks.
-        states: tokens of texts that the model was not trained on.
+        states: tokens of texts that the model was not trained on, and behind them perhaps of others.
         config: settings.
         layer_costs: prices, at least one, as in `policy_training.choose_policy`.
         seed: of folds and fits.
+        min_exit_layer: the first layer, from 1, that a token may leave at.
+        judged_texts: so many of the first texts are judged, the others are only learnt from; all if missing.
         device: where to compute.
         on_fit: called after each fit, to move a progress bar.
     """
@@ -224,6 +233,8 @@ def choose_token_policy(
         layer_costs = (math.sqrt(price_range[0] * price_range[1]),)
     pooled, losses = _pooled(states), token_losses(config.reward_loss, states, config.reward_target)
     hardness = token_hardness(config.hardness, states)
+    judged = states if judged_texts is None else states.first_texts(judged_texts)
+    folds = token_folds(states, config.policy_folds, seed, len(judged))
     done = on_fit or (lambda: None)
 
     def fit(tokens: Tensor | None, layer_cost: float) -> PolicyNetwork:
@@ -240,6 +251,7 @@ def choose_token_policy(
             config=config,
             seed=seed,
             rows=tokens,
+            min_exit_layer=min_exit_layer,
             device=device,
         )
         done()
@@ -255,37 +267,45 @@ def choose_token_policy(
     probs: dict[float, Tensor] = {}
     reports: list[PolicyReport] = []
     for layer_cost in layer_costs:
-        probs[layer_cost] = torch.empty_like(states.losses)
-        for inside, outside in token_folds(states, config.policy_folds, seed):
+        probs[layer_cost] = torch.empty_like(judged.losses)
+        for inside, outside in folds:
             policy = fit(inside, layer_cost)
             probs[layer_cost][outside] = token_exit_probs(
                 lambda x, policy=policy: policy(x, None), states, outside
             )
-        reward = rewards(losses, layer_cost, hardness if config.reward == "hardness" else None)
-        points = token_curve(probs[layer_cost], states.right)
-        reports.append(policy_report(states.right, probs[layer_cost], reward, layer_cost, points))
+        probs[layer_cost][:, : min_exit_layer - 1] = 0
+        reward = rewards(
+            losses[: len(judged)],
+            layer_cost,
+            hardness[: len(judged)] if config.reward == "hardness" else None,
+        )
+        points = token_curve(probs[layer_cost], judged.right)
+        reports.append(
+            policy_report(judged.right, probs[layer_cost], reward, layer_cost, points, min_exit_layer)
+        )
     standing = [report for report in reports if not report.collapsed] or reports
     best = max(standing, key=lambda report: report.score).layer_cost
-    confidence = torch.empty_like(states.losses)
-    for inside, outside in token_folds(states, config.policy_folds, seed):
+    confidence = torch.empty_like(judged.losses)
+    for inside, outside in folds:
         confidence[outside] = token_exit_probs(fit_classifier(inside), states, outside)
 
-    floor = float(states.right[:, -1].float().mean()) - config.max_accuracy_loss
+    floor = float(judged.right[:, -1].float().mean()) - config.max_accuracy_loss
     thresholds, at_thresholds, scores = {}, {}, {}
-    hits = torch.zeros(len(states), dtype=torch.int64)
+    hits = torch.zeros(len(judged), dtype=torch.int64)
     for criterion in GENERATION_CRITERIA:
         if criterion == "static":
-            points = static_curve(states.right)
+            points = static_curve(judged.right)
         else:
-            values = criterion_scores(criterion, states, probs[best], confidence)
-            points = token_curve(values, states.right, criterion=criterion)
+            values = criterion_scores(criterion, judged, probs[best], confidence).clone()
+            values[:, : min_exit_layer - 1] = RANGES.get(criterion, (0.0, 1.0))[0]
+            points = token_curve(values, judged.right, criterion=criterion)
             if criterion == "policy":
-                hits = hits_at_budgets(values, states.right, points)
+                hits = hits_at_budgets(values, judged.right, points)
         threshold = token_threshold(points, floor, criterion=criterion)
         thresholds[criterion] = threshold
         at_thresholds[criterion] = next(point for point in points if point.threshold == threshold)
         scores[criterion] = curve_score(points)
-    texts = int(states.rows.max()) + 1
+    texts = int(judged.rows.max()) + 1
     return TokenPolicyChoice(
         policy=fit(None, best),
         classifier=fit_classifier(None),
@@ -294,8 +314,8 @@ def choose_token_policy(
         at_thresholds=at_thresholds,
         scores=scores,
         reports=tuple(reports),
-        hits=torch.zeros(texts, dtype=torch.int64).index_add(0, states.rows, hits),
-        counts=torch.bincount(states.rows, minlength=texts),
+        hits=torch.zeros(texts, dtype=torch.int64).index_add(0, judged.rows, hits),
+        counts=torch.bincount(judged.rows, minlength=texts),
         exit_probs=probs[best],
     )
 
@@ -324,13 +344,23 @@ def criterion_scores(criterion: str, states: TokenStates, exit_probs: Tensor, co
     return similarity
 
 
-def token_folds(states: TokenStates, folds: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+def token_folds(
+    states: TokenStates, folds: int, seed: int, judged_tokens: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """For each fold, indices of the tokens to fit on and of those to judge; a text's tokens stay together.
+
+    Args:
+        states: of the tokens.
+        folds: how many.
+        seed: of the texts' order.
+        judged_tokens: tokens behind so many are fitted on in every fold and never judged; none if missing.
 
     Raises:
         ValueError: there are tokens of one text only.
     """
-    texts, text_of = states.rows.unique(return_inverse=True)
+    count = len(states) if judged_tokens is None else judged_tokens
+    texts, text_of = states.rows[:count].unique(return_inverse=True)
+    more = torch.arange(count, len(states))
     if len(texts) < 2:
         raise ValueError(
             f"validation texts with response tokens must be at least 2, got {len(texts)}. "
@@ -339,7 +369,7 @@ def token_folds(states: TokenStates, folds: int, seed: int) -> list[tuple[Tensor
     pairs: list[tuple[Tensor, Tensor]] = []
     for _, judged in cross_fitting(len(texts), folds, seed):
         inside = torch.isin(text_of, judged)
-        pairs.append(((~inside).nonzero().squeeze(1), inside.nonzero().squeeze(1)))
+        pairs.append((torch.cat([(~inside).nonzero().squeeze(1), more]), inside.nonzero().squeeze(1)))
     return pairs
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class TokenStates:
         losses: (tokens, layers), float32, cross-entropy of the reference token at each exit.
         right: (tokens, layers), bool, whether an exit gives the target: the reference token, or the last layer's.
         agrees: (tokens, layers), bool, whether an exit gives the last layer's token.
+        regret: (tokens, layers), float32, how much likelier the last layer holds its own token than the exit's, in
+            nats.
         margin: (tokens, layers), float32, difference of the two largest probabilities.
         similarity: (tokens, layers), float32, cosine of the states before and after each layer.
         pooled: (tokens, layers, hidden), float16, states behind the exits' norms; None on processes other than the main
@@ -46,12 +49,21 @@ class TokenStates:
     losses: Tensor
     right: Tensor
     agrees: Tensor
+    regret: Tensor
     margin: Tensor
     similarity: Tensor
     pooled: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first_texts(self, texts: int) -> TokenStates:
+        """The tokens of the first so many texts of the data set."""
+        count = int(torch.searchsorted(self.rows, texts))
+        values: dict[str, Any] = {
+            name: None if value is None else value[:count] for name, value in vars(self).items()
+        }
+        return TokenStates(**values)
 
     @property
     def per_layer_accuracy(self) -> list[float]:
@@ -107,6 +119,7 @@ def run_token_states(
     results = {
         "losses": torch.empty(tokens, layers),
         "predictions": torch.empty(tokens, layers, dtype=torch.int64),
+        "regret": torch.empty(tokens, layers),
         "margin": torch.empty(tokens, layers),
         "similarity": torch.empty(tokens, layers),
         "labels": torch.empty(tokens, dtype=torch.int64),
@@ -193,6 +206,7 @@ def _exits_of(
 ) -> dict[str, Tensor]:
     """All exits from a layer on of some tokens of a batch: results by name, (tokens, layers[, hidden]), and labels."""
     labels = batch["labels"][rows, positions + 1]
+    normed = torch.empty(0)
     state = decoders.embed(model.backbone, batch["input_ids"], batch["attention_mask"])
     by_layer: dict[str, list[Tensor]] = {}
     for index in range(model.num_layers):
@@ -209,7 +223,30 @@ def _exits_of(
         for name, value in values.items():
             by_layer.setdefault(name, []).append(value)
     output = {name: torch.stack(values, 1) for name, values in by_layer.items()}
+    parts = zip(normed.split(logit_rows), output["predictions"].split(logit_rows), strict=True)
+    last = model.num_layers - 1
+    output["regret"] = torch.cat(
+        [token_regret(model.exit_logits(last, chunk), predictions) for chunk, predictions in parts]
+    )
     return {**output, "labels": labels}
+
+
+def token_regret(last_logits: Tensor, tokens: Tensor) -> Tensor:
+    """How much likelier the full model holds its own token than others, in nats.
+
+    Args:
+        last_logits: (tokens, vocabulary), of the last layer.
+        tokens: (tokens, layers), int64, what each exit would have said.
+
+    Returns:
+        (tokens, layers), float32, 0 where an exit says what the last layer says.
+
+    Example:
+        >>> token_regret(torch.tensor([[1.0, 3.0, 2.5]]), torch.tensor([[0, 2, 1]]))
+        tensor([[2.0000, 0.5000, 0.0000]])
+    """
+    logits = last_logits.float()
+    return logits.amax(-1, keepdim=True) - logits.gather(1, tokens)
 
 
 def _read_heads(

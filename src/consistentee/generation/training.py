@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from consistentee import checkpoints
 from consistentee.generation.adapters import Adapters, add_adapters
 from consistentee.generation.config import GenerationTrainingConfig
 from consistentee.generation.data import InstructionDataset, split_rows
-from consistentee.generation.encoding import collate_rows, encode_rows
+from consistentee.generation.encoding import TokenizedPrompts, collate_rows, encode_rows, with_more_tokens
 from consistentee.generation.model import ConfidenceClassifier, EarlyExitForCausalLM
 from consistentee.generation.objectives import (
     Objective,
@@ -194,7 +194,7 @@ def finetune_generation(
     objective = full_depth_objective(logit_rows=config.logit_rows)
     for number, end in list(enumerate(ends))[progress["rounds_done"] :]:
         _steps(run, end, objective, phase=f"epoch {number + 1}")
-        states = _token_states(run, "validation", keep_pooled=False, last_layer_only=True)
+        states = _token_states(run, run.validation, "validation", keep_pooled=False, last_layer_only=True)
         figures = {"accuracy": states.per_layer_accuracy[-1], "loss": float(states.losses[:, -1].mean())}
         run.say(
             f"Epoch {number + 1} of {len(ends)}: validation token accuracy {figures['accuracy']:.4f}, "
@@ -255,6 +255,7 @@ def _start(
         task=task,
         max_sequence_length=config.max_length,
     )
+    model.config.min_exit_layer = first_exit_layer(config.min_exit_layer, model.num_layers)
     model.checkpoint_layers = config.gradient_checkpointing
     model.policy.requires_grad_(False)  # fitted on their own, on cached states
     model.confidence_classifier.requires_grad_(False)
@@ -335,6 +336,25 @@ def _start(
     return run, adapters
 
 
+def first_exit_layer(wanted: int | None, num_layers: int) -> int:
+    """The first layer that tokens may leave at: the one that is wanted, or a sixth of all, rounded up.
+
+    Raises:
+        ValueError: the model is not that deep.
+
+    Example:
+        >>> first_exit_layer(None, 30), first_exit_layer(None, 4), first_exit_layer(3, 4)
+        (5, 1, 3)
+    """
+    if wanted is None:
+        return -(-num_layers // 6)
+    if wanted > num_layers:
+        raise ValueError(
+            f"min_exit_layer must be at most {num_layers}, the number of layers, got {wanted}. Give a smaller one."
+        )
+    return wanted
+
+
 def _fingerprint(data: InstructionDataset) -> str:
     """Hash of all rows: two runs with the same one saw the same data."""
     digest = hashlib.sha256()
@@ -370,13 +390,13 @@ def _losses(output: ObjectiveOutput, labels: Tensor) -> tuple[Tensor, Figures]:
 
 
 def _token_states(
-    run: Run, description: str, *, keep_pooled: bool, last_layer_only: bool = False
+    run: Run, dataset: TokenizedPrompts, description: str, *, keep_pooled: bool, last_layer_only: bool = False
 ) -> TokenStates:
-    """Exits' outputs for response tokens of the validation rows, the same tokens every time."""
+    """Exits' outputs for response tokens of rows, the same tokens every time."""
     config = run.config
     return run_token_states(
         run.model,
-        run.validation,
+        dataset,
         collate=run.optimisation.collate,
         max_tokens=config.policy_tokens,
         seed=config.seed,
@@ -394,7 +414,11 @@ def _token_states(
 def _fit_policy(run: Run, description: str) -> tuple[TokenPolicyChoice, TokenStates]:
     """Phase 2: cache the states, fit policy and classifier, and put them into the model on every process."""
     config, model = run.config, run.model
-    states = _token_states(run, f"{description}: states", keep_pooled=True)
+    rows = run.validation
+    if config.policy_data == "filled":
+        training_rows = cast(TokenizedPrompts, run.optimisation.dataset)
+        rows = with_more_tokens(rows, training_rows, config.policy_tokens, config.seed)
+    states = _token_states(run, rows, f"{description}: states", keep_pooled=True)
     choice: TokenPolicyChoice | None = None
     if run.accelerator.is_main_process:
         total = number_of_fits(config, len(config.layer_costs))
@@ -406,10 +430,12 @@ def _fit_policy(run: Run, description: str) -> tuple[TokenPolicyChoice, TokenSta
                 config=config,
                 layer_costs=config.layer_costs,
                 seed=config.seed,
+                min_exit_layer=model.config.min_exit_layer,
+                judged_texts=len(run.validation),
                 device=run.accelerator.device,
                 on_fit=bar.update,
             )
     choice = run.from_main_process(choice)
     model.policy.load_state_dict(choice.policy.state_dict())
     model.confidence_classifier.load_state_dict(choice.classifier.state_dict())
-    return choice, states
+    return choice, states.first_texts(len(run.validation))

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "generation"
 PAGE = ROOT / "docs" / "results-generation.md"
@@ -150,7 +152,7 @@ def _task(task: str, cell: dict[str, Any]) -> str:
         for point in points:
             forced = depth_on_references(evaluation, criterion, point["threshold"])
             lines.append(_row(NAMES[criterion], f"{point['threshold']:.3g}", point, depth, forced))
-    lines += ["", *_equal_layers(evaluation), *_verdict(evaluation), ""]
+    lines += ["", *_equal_layers(evaluation), *_equal_text_layers(evaluation), *_verdict(evaluation), ""]
     lines += _training(cell)
     if cell["variants"]:
         lines += _variants(cell["variants"], depth)
@@ -200,6 +202,28 @@ def _equal_layers(evaluation: dict[str, Any]) -> list[str]:
             )
             cells.append(f"{100 * near['metrics']['rougeL']:.1f} ({near['mean_exit_layer']:.1f})")
         lines.append(f"| {aim:.1f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _equal_text_layers(evaluation: dict[str, Any]) -> list[str]:
+    """ROUGE-L of all rules where the texts themselves took so many layers, linear between what was measured."""
+    rules = [evaluation["criterion"], *evaluation["other_criteria"]]
+    num_layers, full = evaluation["num_hidden_layers"], evaluation["full_depth"]["metrics"]["rougeL"]
+    lines = [
+        "The same where the texts took so many layers a token, linear between measured points (full depth is one):",
+        "",
+        "| layers of the texts | " + " | ".join(NAMES[name] for name in rules) + " |",
+        "|---|" + "---|" * len(rules),
+    ]
+    for depth in (0.9 * num_layers, 0.8 * num_layers, num_layers / 1.5):
+        cells: list[str] = []
+        for name in rules:
+            points = [(p["mean_exit_layer"], p["metrics"]["rougeL"]) for p in points_of(evaluation, name)]
+            points = sorted({*points, (float(num_layers), full)})
+            layers, scores = zip(*points, strict=True)
+            inside = layers[0] <= depth
+            cells.append(f"{100 * float(np.interp(depth, layers, scores)):.1f}" if inside else "")
+        lines.append(f"| {depth:.0f} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

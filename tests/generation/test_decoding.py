@@ -64,6 +64,7 @@ def assert_equals_oracle(
     threshold: float = 0.5,
     full_depth_first_token: bool = True,
     skipped_states: str = "copy",
+    min_exit_layer: int = 1,
     eos_token_id: int | None = None,
 ) -> Any:
     """Generate in one batch and compare every row with the oracle's; returns the output."""
@@ -78,9 +79,10 @@ def assert_equals_oracle(
         threshold=threshold,
         full_depth_first_token=full_depth_first_token,
         skipped_states=skipped_states,
+        min_exit_layer=min_exit_layer,
         **options,
     )
-    decide = naive_decide(model, criterion, threshold)
+    decide = naive_decide(model, criterion, threshold, min_exit_layer)
     texts, layers = zip(
         *(
             naive_generate(
@@ -118,6 +120,37 @@ def test_exits_equal_the_oracle(model_type: str, full_depth_first_token: bool, s
     padded = assert_equals_oracle(exit_model(model_type), LENGTHS, **options)
     assert single.exit_layers.tolist() == padded.exit_layers[:1].tolist()
     assert len(padded.exit_layers.unique()) >= 3  # exits all over the place
+
+
+@pytest.mark.parametrize("skipped_states", ["copy", "recompute"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("lengths", [LENGTHS[:1], LENGTHS])
+def test_nobody_leaves_before_the_first_exit_layer(
+    lengths: tuple[int, ...], criterion: str, skipped_states: str
+) -> None:
+    options: dict[str, Any] = {"criterion": criterion, "skipped_states": skipped_states}
+    everywhere = assert_equals_oracle(
+        exit_model("llama"), lengths, threshold=CRITERIA[criterion], min_exit_layer=1, **options
+    )
+    later = assert_equals_oracle(
+        exit_model("llama"), lengths, threshold=CRITERIA[criterion], min_exit_layer=3, **options
+    )
+    assert int(everywhere.exit_layers.min()) < 3
+    assert int(later.exit_layers.min()) == (2 if criterion == "static" else 3)
+    at_last = generate(exit_model("llama"), prompts_of(lengths), 4, min_exit_layer=LAYERS)
+    assert set(at_last.exit_layers.flatten().tolist()) == {LAYERS}
+
+
+def test_the_first_exit_layer_is_saved_with_the_model() -> None:
+    model = tiny_exit_model("llama", exit_values={"threshold": 0.0, "min_exit_layer": 2})
+    layers = generate(model, prompts_of(LENGTHS), 4).exit_layers[:, 1:]
+    assert set(layers.flatten().tolist()) == {2}
+    layers = generate(model, prompts_of(LENGTHS), 4, min_exit_layer=1).exit_layers[:, 1:]
+    assert set(layers.flatten().tolist()) == {1}
+    with pytest.raises(ValueError, match="min_exit_layer must be from 1 to 4, got 5"):
+        generate(model, prompts_of(LENGTHS), 4, min_exit_layer=5)
+    with pytest.raises(ValueError, match="min_exit_layer must be at least 1, got 0"):
+        tiny_exit_model("llama", exit_values={"min_exit_layer": 0})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

@@ -38,6 +38,7 @@ from consistentee.generation.encoding import (
     encode_prompts,
     encode_rows,
     pad_left,
+    with_more_tokens,
 )
 from consistentee.generation.tasks import get_generation_task
 from consistentee.generation.templates import ALPACA, PLAIN, PromptTemplate, prompt_template
@@ -467,6 +468,24 @@ def test_tokenized_rows_make_batches() -> None:
     with pytest.raises(ValueError, match="equally many, got 1 and 0"):
         TokenizedPrompts([[1]], [])
     assert len(TokenizedPrompts([], [])) == 0
+
+
+@pytest.mark.parametrize("tokens, fits", [(0, 0), (3, 0), (4, 0), (5, 1), (9, 3), (100, 4)])
+def test_rows_are_filled_up_to_a_number_of_tokens(tokens: int, fits: int) -> None:
+    rows = TokenizedPrompts([[5, 6], []], [[8], [9, 10]])
+    source = TokenizedPrompts([[1], [2], [3], [4]], [[21, 22], [31, 32], [41, 42], [51, 52]])
+    filled = with_more_tokens(rows, source, tokens, seed=3)
+    assert len(filled) == 2 + fits
+    assert int((filled.lengths - filled.prompt_lengths).sum()) <= max(tokens, 3)
+    assert [filled[row]["labels"] for row in (0, 1)] == [rows[row]["labels"] for row in (0, 1)]
+    drawn = [filled[row]["input_ids"][0] for row in range(2, len(filled))]
+    assert len(set(drawn)) == fits
+    assert [filled[2 + place]["labels"] for place in range(fits)] == [
+        source[row - 1]["labels"] for row in drawn
+    ]
+    if fits == 1:
+        firsts = {with_more_tokens(rows, source, tokens, seed)[2]["input_ids"][0] for seed in range(20)}
+        assert firsts == {1, 2, 3, 4}
 
 
 def test_pad_left() -> None:

@@ -78,12 +78,18 @@ def evaluation(saved: SavedGenerator, plain: SavedGenerator) -> GenerationEvalua
 
 class TestForcedExits:
     @pytest.mark.parametrize("criterion", GENERATION_CRITERIA)
-    @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("first, min_exit_layer", [(True, 1), (False, 1), (False, 3)])
     def test_are_those_of_decoding(
-        self, saved: SavedGenerator, criterion: str, first: bool, monkeypatch: pytest.MonkeyPatch
+        self,
+        saved: SavedGenerator,
+        criterion: str,
+        first: bool,
+        min_exit_layer: int,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A text that was generated, run again as a reference, leaves at the same layers with the same tokens."""
         monkeypatch.setattr(saved.model.config, "full_depth_first_token", first)
+        monkeypatch.setattr(saved.model.config, "min_exit_layer", min_exit_layer)
         threshold = THRESHOLDS[criterion]
         left: set[int] = set()
         for prompt in ("go", "do it twice"):
@@ -96,7 +102,10 @@ class TestForcedExits:
             assert tokens.exit_layers.tolist() == text.exit_layers
             assert tokens.token_accuracy == 1.0
             left |= set(text.exit_layers)
-        assert left == {2} if (criterion, first) == ("static", False) else len(left) > 1
+        assert left == {2} if (criterion, first) == ("static", False) else len(left) > 1 or min_exit_layer > 1
+        assert criterion == "static" or min(left) >= min_exit_layer
+        scores = full_depth_scores(saved, rows, criterion)
+        assert criterion == "static" or scores[:, : min_exit_layer - 1].isneginf().all()
 
     def test_of_nobody_are_the_full_model(self, saved: SavedGenerator, plain: SavedGenerator) -> None:
         rows = reference_rows(saved, tiny_rows(7))

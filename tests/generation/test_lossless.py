@@ -285,6 +285,14 @@ def test_draft_threshold_stands_in_for_the_threshold() -> None:
     assert int(early.exit_layers.min()) < LAYERS  # and only drafts are held to it
 
 
+def test_drafts_leave_from_the_first_exit_layer_on() -> None:
+    layers = [
+        assert_lossless(drafting_model(), lossless={"threshold": 0.0, "min_exit_layer": first}).exit_layers
+        for first in (1, 3)
+    ]
+    assert [int(found[found > 0].min()) for found in layers] == [1, 3]
+
+
 def test_draft_threshold_is_the_policys_alone() -> None:
     model = tiny_exit_model("llama", exit_values={"draft_threshold": 0.3, "thresholds": {"static": 2}})
     output = generate(model, prompts_of((5,)), 8, mode="lossless", criterion="static", adaptive_drafts=False)

@@ -184,6 +184,15 @@ def test_exits_are_drawn_from_the_policy() -> None:
         assert exit_layer.tolist() == pytest.approx(wanted)
 
 
+def test_nobody_leaves_before_the_first_exit_layer() -> None:
+    model, (input_ids, mask, labels) = tiny_exit_model(layers=4), tiny_batch()
+    model.config.min_exit_layer, model.config.full_depth_first_token = 3, False
+    with torch.no_grad():
+        model.policy.exit_bias.fill_(40.0)
+    objective = consistent_objective(weighted_sum_share=0.0, **WEIGHTED_SUM)
+    assert objective(model, input_ids, mask, labels).figures["exit_layer"].tolist() == [3.0] * 3
+
+
 def test_where_tokens_may_leave() -> None:
     labels = torch.tensor([[-100, -100, 5, 6, 7, -100]])
     assert leaving_positions(labels, False).tolist() == [[False, True, True, True, False, False]]

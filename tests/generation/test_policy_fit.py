@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from consistentee.generation.config import GenerationTrainingConfig
 from consistentee.generation.criteria import GENERATION_CRITERIA
 from consistentee.generation.model import ConfidenceClassifier
 from consistentee.generation.policy_fit import (
+    TokenPolicyChoice,
     choose_token_policy,
     criterion_scores,
     fit_confidence_classifier,
@@ -122,6 +124,67 @@ def test_thresholds_of_all_criteria_hold_the_floor() -> None:
     assert choice.to_dict()["thresholds"] == choice.thresholds
 
 
+def test_nobody_leaves_before_the_first_exit_layer() -> None:
+    states, first_right = telling_states()
+    config = toy_config(max_accuracy_loss=0.0)
+    choice = choose_token_policy(
+        new_policy,
+        new_classifier,
+        states,
+        config=config,
+        layer_costs=config.layer_costs,
+        seed=0,
+        min_exit_layer=3,
+    )
+    assert not choice.exit_probs[:, :2].any()
+    found = choose_exit_layer(choice.exit_probs, 0.5)
+    assert float((found == first_right.clamp_min(3)).float().mean()) > 0.95
+    for criterion in ("policy", "softmax_margin", "confidence_classifier"):
+        assert choice.at_thresholds[criterion].mean_exit_layer >= 3
+    greedy = toy_config(layer_costs=(5.0,))
+    report = choose_token_policy(
+        new_policy,
+        new_classifier,
+        states,
+        config=greedy,
+        layer_costs=greedy.layer_costs,
+        seed=0,
+        min_exit_layer=3,
+    ).report
+    assert report.first_layer_share == 1.0
+    assert report.collapsed
+
+
+def test_more_texts_are_learnt_from_and_not_judged() -> None:
+    states, _ = telling_states(480)
+    few = replace(states.first_texts(2), labels=states.labels[: len(states.first_texts(2))])
+    config = toy_config(policy_epochs=10, policy_min_steps=1)
+
+    def choose(states: TokenStates, judged_texts: int | None) -> TokenPolicyChoice:
+        return choose_token_policy(
+            new_policy,
+            new_classifier,
+            states,
+            config=config,
+            layer_costs=config.layer_costs,
+            seed=0,
+            judged_texts=judged_texts,
+        )
+
+    alone, filled = choose(few, None), choose(states, 2)
+    assert filled.exit_probs.shape == alone.exit_probs.shape
+    assert filled.counts.tolist() == alone.counts.tolist() == [20, 20]
+    assert filled.report.reward > alone.report.reward + 0.1
+    right = states.right.clone()
+    right[len(few) :] = False
+    spoilt = choose(replace(states, right=right), 2)  # the same losses: `regret` does not read `right`
+    assert torch.equal(spoilt.exit_probs, filled.exit_probs)
+    assert spoilt.thresholds == filled.thresholds
+    for inside, outside in token_folds(states, 2, seed=0, judged_tokens=len(few)):
+        assert set(range(len(few), len(states))) < set(inside.tolist())
+        assert int(outside.max()) < len(few)
+
+
 def test_each_price_has_a_policy_and_the_best_is_chosen() -> None:
     states, _ = telling_states()
     config = toy_config(prices="each", layer_costs=(0.05, 5.0))
@@ -190,6 +253,8 @@ def test_hardness() -> None:
     assert float(token_hardness("uniform", states).sum()) == 0
     assert torch.equal(token_losses("error", states), (~states.right).float())
     assert token_losses("cross_entropy", states) is states.losses
+    doubtful = replace(states, regret=torch.tensor([[25.0, 10.0, 2.5, 0.0]]))
+    assert token_losses("regret", doubtful).tolist() == [[1.0, 1.0, 0.25, 0.0]]
     both = token_losses("error", states, "both")
     assert torch.equal(2 * both, (~states.right).float() + (~states.agrees).float())
 

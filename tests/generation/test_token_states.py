@@ -44,6 +44,7 @@ def reference(model: EarlyExitForCausalLM, row: dict[str, list[int]], position: 
         "losses": functional.cross_entropy(logits, label.expand(len(logits)), reduction="none"),
         "right": logits.argmax(-1) == label,
         "agrees": logits.argmax(-1) == logits[-1].argmax(),
+        "regret": logits[-1].log_softmax(-1).max() - logits[-1].log_softmax(-1)[logits.argmax(-1)],
         "margin": softmax_margin_scores(logits),
         "similarity": state_similarity_scores(torch.stack(before), torch.stack(after)),
         "pooled": normed.half(),
@@ -99,6 +100,18 @@ def test_the_last_layer_alone() -> None:
     last = run_token_states(model, texts(), collate=COLLATE, last_layer_only=True, keep_pooled=False)
     assert last.pooled is None
     torch.testing.assert_close(last.losses, whole.losses[:, -1:])
+
+
+def test_the_first_texts_are_those_before() -> None:
+    states = run_token_states(tiny_exit_model(), texts(), collate=COLLATE)
+    first = states.first_texts(2)
+    assert first.rows.tolist() == [0, 0, 0, 0, 1, 1]
+    for name, value in vars(first).items():
+        torch.testing.assert_close(value, getattr(states, name)[:6])
+    assert states.first_texts(3).rows.tolist() == first.rows.tolist()  # the third has no response
+    assert len(states.first_texts(9)) == len(states)
+    kept = run_token_states(tiny_exit_model(), texts(), collate=COLLATE, keep_pooled=False)
+    assert kept.first_texts(1).pooled is None
 
 
 def test_large_states_go_to_a_file(tmp_path: Path) -> None:

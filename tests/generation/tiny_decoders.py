@@ -200,10 +200,14 @@ Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, states before, states after, states behind the exit's norm), (..., hidden) each -> (...) bool."""
 
 
-def naive_decide(model: EarlyExitForCausalLM, criterion: str, threshold: float) -> Decide:
+def naive_decide(
+    model: EarlyExitForCausalLM, criterion: str, threshold: float, min_exit_layer: int = 1
+) -> Decide:
     """Exit criteria once more, as their papers define them, by probabilities and not by logits."""
 
     def decide(index: int, before: Tensor, after: Tensor, normed: Tensor) -> Tensor:
+        if index + 1 < min_exit_layer and criterion != "static":
+            return torch.zeros(after.shape[:-1], dtype=torch.bool)
         if criterion == "policy":
             flat = normed.reshape(-1, 1, normed.shape[-1])
             scores = model.policy(flat, None, first_layer_index=index).sigmoid().view(normed.shape[:-1])

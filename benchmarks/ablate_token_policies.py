@@ -1,0 +1,218 @@
+"""Compare token policies on one trained generator's frozen exits: what they are paid, where they may leave, their data.
+
+    python benchmarks/ablate_token_policies.py runs/generation/xsum-exits --task xsum --data-dir DATA/xsum \
+        --json ablation.json
+
+Policies learn on the rows that training kept from the model (cut again as the run cut them, from its record), some with
+training rows on top, and then write texts for the task's evaluation rows, at thresholds where the references' tokens
+leave at given depths. CALM's softmax margin and full depth stand beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
+from consistentee.atomic import write_json
+from consistentee.generation.data import split_rows
+from consistentee.generation.encoding import (
+    TokenizedPrompts,
+    collate_rows,
+    encode_rows,
+    with_more_tokens,
+)
+from consistentee.generation.forced import forced_exits, reference_rows
+from consistentee.generation.generator import TextGenerator
+from consistentee.generation.matching import match_threshold
+from consistentee.generation.policy_fit import token_hardness, token_losses
+from consistentee.generation.saved import SavedGenerator
+from consistentee.generation.text_metrics import text_metrics
+from consistentee.generation.token_states import TokenStates, run_token_states
+from consistentee.policy_training import fit_policy_on
+from consistentee.timing import environment
+
+PRICES = (0.002, 0.2)
+REFERENCE = {"reward_target": "reference"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One policy.
+
+    Args:
+        changes: of the training settings.
+        first: the first layer that it may leave at.
+        filled: whether tokens of training rows fill up what it learns from.
+    """
+
+    changes: dict[str, Any]
+    first: int = 1
+    filled: bool = False
+
+
+VARIANTS = {
+    "error, reference": Variant({"reward_loss": "error", **REFERENCE}),
+    "error, both": Variant({"reward_loss": "error", "reward_target": "both"}),
+    "cross_entropy, hardness": Variant({"reward_loss": "cross_entropy", "reward": "hardness", **REFERENCE}),
+    "cross_entropy": Variant({"reward_loss": "cross_entropy", **REFERENCE}),
+    "regret": Variant({"reward_loss": "regret", **REFERENCE}),
+    "regret, from layer 5": Variant({"reward_loss": "regret", **REFERENCE}, first=5),
+    "regret, from layer 12": Variant({"reward_loss": "regret", **REFERENCE}, first=12),
+    "regret, from layer 5, filled": Variant({"reward_loss": "regret", **REFERENCE}, first=5, filled=True),
+}
+
+
+def main() -> None:
+    """Cache the states, fit every variant, write texts, print and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--depths", type=float, nargs="*", default=[24.0, 20.0], help="of references' tokens")
+    parser.add_argument("--rows", type=int, default=100, help="prompts, at most")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    saved = open_generator(options.model, dtype=options.dtype)
+    known = saved.record["config"]
+    config = GenerationTrainingConfig.from_dict(known)
+    train_data, evaluation = load_generation_task(options.task, options.data_dir, need_train=True)
+    if train_data is None:
+        raise SystemExit("There are no training rows.")
+    kept, held = split_rows(len(train_data), config.validation_fraction, config.seed)
+    held_rows, kept_rows = (_encoded(saved, train_data.select(part)) for part in (held, kept))
+    filled_rows = with_more_tokens(held_rows, kept_rows, config.policy_tokens, config.seed)
+    filled = _states(saved, filled_rows, config)
+    alone = filled.first_texts(len(held_rows))
+    judge = Judge(saved, evaluation.max_samples(options.rows, options.seed), options.depths)
+
+    rows = [
+        {"name": "full depth", "tokens": "", **judge.texts(None, None)},
+        *({"name": "softmax margin", "tokens": "", **row} for row in judge.depths("softmax_margin")),
+    ]
+    for name in options.variants:
+        variant = VARIANTS[name]
+        states = filled if variant.filled else alone
+        _fit(saved, states, replace(config, **{"reward": "uniform", **variant.changes}), variant.first)
+        rows += ({"name": name, "tokens": len(states), **row} for row in judge.depths("policy"))
+        Console(width=130).print(_table(rows))
+    if options.json is not None:
+        place = environment(torch.device("cpu"), options.seed)
+        write_json(options.json, {"model": options.model.name, "environment": place, "rows": rows})
+
+
+class Judge:
+    """Writes texts with a model and says how good they are.
+
+    Args:
+        saved: the model.
+        rows: prompts and references.
+        depths: mean exit layers of references' tokens to look at.
+    """
+
+    def __init__(self, saved: SavedGenerator, rows: InstructionDataset, depths: Sequence[float]) -> None:
+        self._saved, self._rows, self._depths = saved, rows, depths
+        self._references = reference_rows(saved, rows)
+
+    def depths(self, criterion: str) -> list[dict[str, Any]]:
+        """Figures of a rule, one row a depth."""
+        found: list[dict[str, Any]] = []
+        for depth in self._depths:
+            threshold = match_threshold(
+                self._saved, self._references, criterion, depth, batch_size=32, refinements=3
+            )
+            found.append(self.texts(criterion, threshold))
+        return found
+
+    def texts(self, criterion: str | None, threshold: float | None) -> dict[str, Any]:
+        """Figures at one threshold; without a rule, of full depth."""
+        limits: dict[str, Any] = {"max_new_tokens": 128, "max_prompt_length": self._saved.max_length}
+        if criterion is None:
+            forced = forced_exits(self._saved, self._references, criterion=None, batch_size=32)
+            limits["mode"] = "full"
+        else:
+            forced = forced_exits(
+                self._saved,
+                self._references,
+                criterion=criterion,
+                threshold=1.0 if threshold is None else threshold,
+                batch_size=32,
+            )
+            limits |= {"criterion": criterion, "threshold": threshold}
+        asked = list(zip(self._rows.instructions, self._rows.inputs, strict=True))
+        texts = list(TextGenerator(self._saved).generate_texts(asked, batch_size=64, **limits))
+        metrics = text_metrics([text.text.strip() for text in texts], self._rows.references)
+        layers = [layer for text in texts for layer in text.exit_layers]
+        return {
+            "references' layer": forced.mean_exit_layer,
+            "right": forced.token_accuracy,
+            "perplexity": forced.perplexity,
+            "rougeL": metrics["rougeL"],
+            "bleu": metrics["bleu"],
+            "texts' layer": sum(layers) / len(layers),
+            "cut": sum(len(text.exit_layers) == 128 for text in texts),
+        }
+
+
+def _encoded(saved: SavedGenerator, rows: InstructionDataset) -> TokenizedPrompts:
+    return encode_rows(rows, saved.tokenizer, saved.prompt_template(), max_length=saved.max_length)
+
+
+def _states(saved: SavedGenerator, rows: TokenizedPrompts, config: GenerationTrainingConfig) -> TokenStates:
+    tokenizer = saved.tokenizer
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return run_token_states(
+        saved.early_exit_model,
+        rows,
+        collate=partial(collate_rows, pad_token_id=pad_token_id),
+        max_tokens=config.policy_tokens,
+        seed=config.seed,
+        description="states",
+    )
+
+
+def _fit(saved: SavedGenerator, states: TokenStates, config: GenerationTrainingConfig, first: int) -> None:
+    """Fit a policy on all tokens and put it into the model."""
+    model = saved.early_exit_model
+    if states.pooled is None:
+        raise SystemExit("There are no states.")
+    torch.manual_seed(config.seed)
+    policy = fit_policy_on(
+        model.new_policy().float(),
+        states.pooled,
+        token_losses(config.reward_loss, states, config.reward_target),
+        token_hardness(config.hardness, states),
+        layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
+        price_range=PRICES,
+        config=config,
+        seed=config.seed,
+        min_exit_layer=first,
+    )
+    model.policy.load_state_dict(policy.state_dict())
+    model.config.min_exit_layer = first
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("policy", *list(rows[0])[1:])
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistentee import runs
-from consistentee.generation import adapters, training
+from consistentee.generation import adapters, policy_phase, training
 from consistentee.generation.adapters import adapted_projections, add_adapters
 from consistentee.generation.config import GenerationTrainingConfig
 from consistentee.generation.criteria import GENERATION_CRITERIA
@@ -231,10 +231,10 @@ class Interrupted(Exception):
 
 PHASES = {
     "warm-up": (Optimisation, "_step", 3),
-    "policy": (training, "choose_token_policy", 1),
+    "policy": (policy_phase, "choose_token_policy", 1),
     "best weights kept, not yet a checkpoint": (training, "record_round", 1),
     "consistent phase": (Optimisation, "_step", 6),
-    "second policy": (training, "choose_token_policy", 2),
+    "second policy": (policy_phase, "choose_token_policy", 2),
     "writing the model": (runs, "write_model_card", 1),
 }
 
@@ -301,10 +301,38 @@ def test_a_finished_model_is_not_trained_again(backbone: Path, trained: tuple[Pa
     ]
 
 
+@pytest.mark.parametrize("policy_data", ["held_out", "filled"])
+def test_what_the_policy_learns_from_and_where_it_may_leave(
+    policy_data: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose, given = policy_phase.choose_token_policy, list[tuple[int, int]]()
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        given.append((len(args[2]), len(args[2].first_texts(kwargs["judged_texts"]))))
+        assert kwargs["min_exit_layer"] == 2
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(policy_phase, "choose_token_policy", noting)
+    changes = {"policy_data": policy_data, "backbone_training": "frozen", "rounds": 0, "min_exit_layer": 2}
+    run(train_generation, backbone, tmp_path / "model", **changes)
+    ((learnt, judged),) = given
+    assert 140 < learnt <= 150 if policy_data == "filled" else learnt == judged
+    assert 0 < judged < 100
+    record = read_record(tmp_path / "model")
+    assert record["validation"]["num_examples"] == judged
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.min_exit_layer == 2
+    ids = torch.tensor([[5, 6, 7]])
+    output = model.generate(ids, threshold=0.0, max_new_tokens=4, return_dict_in_generate=True)
+    assert int(output.exit_layers[:, 1:].max()) == 2
+    with pytest.raises(ValueError, match="min_exit_layer must be at most 2, the number of layers, got 9"):
+        run(train_generation, backbone, tmp_path / "other", min_exit_layer=9)
+
+
 def test_other_settings_do_not_resume(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "choose_token_policy", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(policy_phase, "choose_token_policy", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(train_generation, backbone, tmp_path / "model")
     with pytest.raises(ValueError, match="has exit_head = shared, this one low_rank"):

@@ -15,11 +15,10 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.trainer_utils import set_seed
 
@@ -27,8 +26,8 @@ from consistentee import checkpoints
 from consistentee.generation.adapters import Adapters, add_adapters
 from consistentee.generation.config import GenerationTrainingConfig
 from consistentee.generation.data import InstructionDataset, split_rows
-from consistentee.generation.encoding import TokenizedPrompts, collate_rows, encode_rows, with_more_tokens
-from consistentee.generation.model import ConfidenceClassifier, EarlyExitForCausalLM
+from consistentee.generation.encoding import collate_rows, encode_rows
+from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.objectives import (
     Objective,
     ObjectiveOutput,
@@ -37,14 +36,11 @@ from consistentee.generation.objectives import (
     response_counts,
     weighted_sum_objective,
 )
-from consistentee.generation.policy_fit import (
-    TokenPolicyChoice,
-    choose_token_policy,
-    number_of_fits,
-)
+from consistentee.generation.policy_fit import TokenPolicyChoice
+from consistentee.generation.policy_phase import first_exit_layer, run_policy_phase, token_states
 from consistentee.generation.rounds import record_round, report_choice, report_exits, training_record
 from consistentee.generation.templates import prompt_template
-from consistentee.generation.token_states import TokenStates, run_token_states
+from consistentee.generation.token_states import TokenStates
 from consistentee.optimisation import Figures, Optimisation, parameter_groups
 from consistentee.runs import Report, Run, open_output
 
@@ -116,7 +112,7 @@ def train_generation(
         number = progress["rounds_done"]
         if not progress["policy_fitted"]:
             # Phase 2: with everything else frozen, the policy learns when to leave.
-            fitted = _fit_policy(run, f"round {number} policy")
+            fitted = run_policy_phase(run, f"round {number} policy")
             if number == 0:
                 progress["warmup"] = report_exits(run, fitted[1])
             record_round(run, number, *fitted)
@@ -141,7 +137,7 @@ def train_generation(
     # The kept round's weights, policy and thresholds; they are still here if it was the last.
     if fitted is None or progress["best_round"] != progress["rounds_done"]:
         run.load_weights(checkpoints.load_weights(run.best_path))
-        fitted = _fit_policy(run, "final policy")
+        fitted = run_policy_phase(run, "final policy")
     choice, states = fitted
     report_choice(run, choice)
     model = run.model
@@ -194,7 +190,7 @@ def finetune_generation(
     objective = full_depth_objective(logit_rows=config.logit_rows)
     for number, end in list(enumerate(ends))[progress["rounds_done"] :]:
         _steps(run, end, objective, phase=f"epoch {number + 1}")
-        states = _token_states(run, run.validation, "validation", keep_pooled=False, last_layer_only=True)
+        states = token_states(run, run.validation, "validation", keep_pooled=False, last_layer_only=True)
         figures = {"accuracy": states.per_layer_accuracy[-1], "loss": float(states.losses[:, -1].mean())}
         run.say(
             f"Epoch {number + 1} of {len(ends)}: validation token accuracy {figures['accuracy']:.4f}, "
@@ -336,25 +332,6 @@ def _start(
     return run, adapters
 
 
-def first_exit_layer(wanted: int | None, num_layers: int) -> int:
-    """The first layer that tokens may leave at: the one that is wanted, or a sixth of all, rounded up.
-
-    Raises:
-        ValueError: the model is not that deep.
-
-    Example:
-        >>> first_exit_layer(None, 30), first_exit_layer(None, 4), first_exit_layer(3, 4)
-        (5, 1, 3)
-    """
-    if wanted is None:
-        return -(-num_layers // 6)
-    if wanted > num_layers:
-        raise ValueError(
-            f"min_exit_layer must be at most {num_layers}, the number of layers, got {wanted}. Give a smaller one."
-        )
-    return wanted
-
-
 def _fingerprint(data: InstructionDataset) -> str:
     """Hash of all rows: two runs with the same one saw the same data."""
     digest = hashlib.sha256()
@@ -387,55 +364,3 @@ def _steps(run: Run, until: int, objective: Objective, *, phase: str) -> None:
 
 def _losses(output: ObjectiveOutput, labels: Tensor) -> tuple[Tensor, Figures]:
     return output.losses, output.figures
-
-
-def _token_states(
-    run: Run, dataset: TokenizedPrompts, description: str, *, keep_pooled: bool, last_layer_only: bool = False
-) -> TokenStates:
-    """Exits' outputs for response tokens of rows, the same tokens every time."""
-    config = run.config
-    return run_token_states(
-        run.model,
-        dataset,
-        collate=run.optimisation.collate,
-        max_tokens=config.policy_tokens,
-        seed=config.seed,
-        target=config.reward_target,
-        logit_rows=config.logit_rows,
-        accelerator=run.accelerator,
-        keep_pooled=keep_pooled,
-        last_layer_only=last_layer_only,
-        memory_limit_mb=config.max_cache_mb,
-        scratch_dir=run.output_dir / checkpoints.FOLDER,
-        description=description,
-    )
-
-
-def _fit_policy(run: Run, description: str) -> tuple[TokenPolicyChoice, TokenStates]:
-    """Phase 2: cache the states, fit policy and classifier, and put them into the model on every process."""
-    config, model = run.config, run.model
-    rows = run.validation
-    if config.policy_data == "filled":
-        training_rows = cast(TokenizedPrompts, run.optimisation.dataset)
-        rows = with_more_tokens(rows, training_rows, config.policy_tokens, config.seed)
-    states = _token_states(run, rows, f"{description}: states", keep_pooled=True)
-    choice: TokenPolicyChoice | None = None
-    if run.accelerator.is_main_process:
-        total = number_of_fits(config, len(config.layer_costs))
-        with tqdm(total=total, desc=f"{description}: fits", unit="fit", disable=None, leave=False) as bar:
-            choice = choose_token_policy(
-                model.new_policy,
-                lambda: ConfidenceClassifier(model.num_layers, model.config.hidden_size),
-                states,
-                config=config,
-                layer_costs=config.layer_costs,
-                seed=config.seed,
-                min_exit_layer=model.config.min_exit_layer,
-                judged_texts=len(run.validation),
-                device=run.accelerator.device,
-                on_fit=bar.update,
-            )
-    choice = run.from_main_process(choice)
-    model.policy.load_state_dict(choice.policy.state_dict())
-    model.confidence_classifier.load_state_dict(choice.classifier.state_dict())
-    return choice, states.first_texts(len(run.validation))

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs="*", default=[], metavar="TASK=TRAINED", help="see above")
     parser.add_argument("--rows", type=int, default=100, help="prompts, at most")
     parser.add_argument(
-        "--speedups", type=float, nargs="*", default=[1.1, 1.25, 1.5], help="layer speed-ups of further texts"
+        "--speedups", type=float, nargs="*", default=[1.25, 1.5], help="layer speed-ups of further texts"
     )
     parser.add_argument(
         "--lossless", metavar="TRAINED", choices=list(SETTINGS), help="lossless texts of this model"

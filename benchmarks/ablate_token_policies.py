@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--depths", type=float, nargs="*", default=[24.0, 20.0], help="of references' tokens")
+    parser.add_argument("--policy-tokens", type=int, help="in place of the run's")
     parser.add_argument("--rows", type=int, default=100, help="prompts, at most")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
@@ -91,6 +92,8 @@ def main() -> None:
     saved = open_generator(options.model, dtype=options.dtype)
     known = saved.record["config"]
     config = GenerationTrainingConfig.from_dict(known)
+    if options.policy_tokens is not None:
+        config = replace(config, policy_tokens=options.policy_tokens)
     train_data, evaluation = load_generation_task(options.task, options.data_dir, need_train=True)
     if train_data is None:
         raise SystemExit("There are no training rows.")

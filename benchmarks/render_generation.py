@@ -348,8 +348,7 @@ def _speeds(speeds: dict[str, dict[str, Any]]) -> str:
         "Efficiency is wall-clock speed-up over layer speed-up, against our own full depth in the same run; `nobody "
         "leaves` computes the policy at every layer although all tokens go to the last one. What bounds batches of 8 "
         "and 32: [generation](generation.md). `smollm2-float32` and `smollm2-bfloat16` were measured just before a "
-        "single token's policy was moved to plain numbers, `smollm2-float32-one-text` after it; the lossless row of "
-        "`alpaca-float32-batch-32` was measured before the drafts' clock was mended.",
+        "single token's policy was moved to plain numbers, `smollm2-float32-one-text` after it.",
         "",
     ]
     for name, report in speeds.items():

@@ -90,8 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     saved = open_generator(options.model, dtype=options.dtype)
-    known = saved.record["config"]
-    config = GenerationTrainingConfig.from_dict(known)
+    config = GenerationTrainingConfig.from_dict(saved.record["config"])
     if options.policy_tokens is not None:
         config = replace(config, policy_tokens=options.policy_tokens)
     train_data, evaluation = load_generation_task(options.task, options.data_dir, need_train=True)
@@ -105,7 +104,7 @@ def main() -> None:
     judge = Judge(saved, evaluation.max_samples(options.rows, options.seed), options.depths)
 
     rows = [
-        {"name": "full depth", "tokens": "", **judge.texts(None, None)},
+        {"name": "full depth", "tokens": "", **judge.texts(None)},
         *({"name": "softmax margin", "tokens": "", **row} for row in judge.depths("softmax_margin")),
     ]
     for name in options.variants:
@@ -142,20 +141,15 @@ class Judge:
             found.append(self.texts(criterion, threshold))
         return found
 
-    def texts(self, criterion: str | None, threshold: float | None) -> dict[str, Any]:
+    def texts(self, criterion: str | None, threshold: float = 1.0) -> dict[str, Any]:
         """Figures at one threshold; without a rule, of full depth."""
+        forced = forced_exits(
+            self._saved, self._references, criterion=criterion, threshold=threshold, batch_size=32
+        )
         limits: dict[str, Any] = {"max_new_tokens": 128, "max_prompt_length": self._saved.max_length}
         if criterion is None:
-            forced = forced_exits(self._saved, self._references, criterion=None, batch_size=32)
             limits["mode"] = "full"
         else:
-            forced = forced_exits(
-                self._saved,
-                self._references,
-                criterion=criterion,
-                threshold=1.0 if threshold is None else threshold,
-                batch_size=32,
-            )
             limits |= {"criterion": criterion, "threshold": threshold}
         asked = list(zip(self._rows.instructions, self._rows.inputs, strict=True))
         texts = list(TextGenerator(self._saved).generate_texts(asked, batch_size=64, **limits))

@@ -85,20 +85,18 @@ def telling_states(tokens: int = 240) -> tuple[TokenStates, Tensor]:
     return states, first_right
 
 
+def choose(states: TokenStates, config: GenerationTrainingConfig, **options: Any) -> TokenPolicyChoice:
+    return choose_token_policy(
+        new_policy, new_classifier, states, config=config, layer_costs=config.layer_costs, seed=0, **options
+    )
+
+
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
 def test_the_policy_finds_the_first_right_layer(estimator: str) -> None:
     states, first_right = telling_states()
     fits: list[None] = []
     config = toy_config(estimator=estimator)
-    choice = choose_token_policy(
-        new_policy,
-        new_classifier,
-        states,
-        config=config,
-        layer_costs=config.layer_costs,
-        seed=0,
-        on_fit=lambda: fits.append(None),
-    )
+    choice = choose(states, config, on_fit=lambda: fits.append(None))
     found = choose_exit_layer(choice.exit_probs, 0.5)
     assert float((found == first_right).float().mean()) > 0.95  # cross-fitted: on tokens it has not seen
     whole = token_exit_probs(lambda pooled: choice.policy(pooled, None), states)
@@ -111,9 +109,7 @@ def test_the_policy_finds_the_first_right_layer(estimator: str) -> None:
 def test_thresholds_of_all_criteria_hold_the_floor() -> None:
     states, first_right = telling_states()
     config = toy_config(max_accuracy_loss=0.0, layer_costs=(0.01, 0.1))
-    choice = choose_token_policy(
-        new_policy, new_classifier, states, config=config, layer_costs=config.layer_costs, seed=0
-    )
+    choice = choose(states, config)
     assert list(choice.thresholds) == list(GENERATION_CRITERIA)
     assert choice.thresholds["static"] == 4
     for criterion in ("policy", "softmax_margin", "confidence_classifier"):
@@ -127,30 +123,14 @@ def test_thresholds_of_all_criteria_hold_the_floor() -> None:
 def test_nobody_leaves_before_the_first_exit_layer() -> None:
     states, first_right = telling_states()
     config = toy_config(max_accuracy_loss=0.0)
-    choice = choose_token_policy(
-        new_policy,
-        new_classifier,
-        states,
-        config=config,
-        layer_costs=config.layer_costs,
-        seed=0,
-        min_exit_layer=3,
-    )
+    choice = choose(states, config, min_exit_layer=3)
     assert not choice.exit_probs[:, :2].any()
     found = choose_exit_layer(choice.exit_probs, 0.5)
     assert float((found == first_right.clamp_min(3)).float().mean()) > 0.95
     for criterion in ("policy", "softmax_margin", "confidence_classifier"):
         assert choice.at_thresholds[criterion].mean_exit_layer >= 3
     greedy = toy_config(layer_costs=(5.0,))
-    report = choose_token_policy(
-        new_policy,
-        new_classifier,
-        states,
-        config=greedy,
-        layer_costs=greedy.layer_costs,
-        seed=0,
-        min_exit_layer=3,
-    ).report
+    report = choose(states, greedy, min_exit_layer=3).report
     assert report.first_layer_share == 1.0
     assert report.collapsed
 
@@ -160,24 +140,14 @@ def test_more_texts_are_learnt_from_and_not_judged() -> None:
     few = replace(states.first_texts(2), labels=states.labels[: len(states.first_texts(2))])
     config = toy_config(policy_epochs=10, policy_min_steps=1)
 
-    def choose(states: TokenStates, judged_texts: int | None) -> TokenPolicyChoice:
-        return choose_token_policy(
-            new_policy,
-            new_classifier,
-            states,
-            config=config,
-            layer_costs=config.layer_costs,
-            seed=0,
-            judged_texts=judged_texts,
-        )
-
-    alone, filled = choose(few, None), choose(states, 2)
+    alone, filled = choose(few, config), choose(states, config, judged_texts=2)
     assert filled.exit_probs.shape == alone.exit_probs.shape
     assert filled.counts.tolist() == alone.counts.tolist() == [20, 20]
     assert filled.report.reward > alone.report.reward + 0.1
     right = states.right.clone()
     right[len(few) :] = False
-    spoilt = choose(replace(states, right=right), 2)  # the same losses: `regret` does not read `right`
+    # The same losses: `regret` does not read `right`.
+    spoilt = choose(replace(states, right=right), config, judged_texts=2)
     assert torch.equal(spoilt.exit_probs, filled.exit_probs)
     assert spoilt.thresholds == filled.thresholds
     for inside, outside in token_folds(states, 2, seed=0, judged_tokens=len(few)):
@@ -188,9 +158,7 @@ def test_more_texts_are_learnt_from_and_not_judged() -> None:
 def test_each_price_has_a_policy_and_the_best_is_chosen() -> None:
     states, _ = telling_states()
     config = toy_config(prices="each", layer_costs=(0.05, 5.0))
-    choice = choose_token_policy(
-        new_policy, new_classifier, states, config=config, layer_costs=config.layer_costs, seed=0
-    )
+    choice = choose(states, config)
     assert [report.layer_cost for report in choice.reports] == [0.05, 5.0]
     assert choice.reports[1].collapsed
     assert choice.layer_cost == 0.05

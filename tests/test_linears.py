@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from consistentee.linears import PREPACKED_ROWS, has_int8, make_linear
+from consistentee import linears
+from consistentee.linears import INT8_ENGINES, INT8_LEVELS, PREPACKED_ROWS, has_int8, make_linear
 
 CPU = torch.device("cpu")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3, "int8": 3e-2}
@@ -39,6 +40,25 @@ def test_int8_scales_every_output_by_itself() -> None:
     for output in range(3):
         assert (found - wanted)[:, output].abs().max() < 0.05 * wanted[:, output].abs().max()
     assert found[:, 3].abs().max() == 0
+
+
+@pytest.mark.parametrize("engine", INT8_ENGINES)
+@pytest.mark.parametrize("rows", [1, 5, 16, 64, 300])
+@torch.inference_mode()
+def test_the_largest_int8_products_do_not_saturate(
+    monkeypatch: pytest.MonkeyPatch, rows: int, engine: str
+) -> None:
+    """Inputs and weights as large as they get, one apart, so that the inputs' bytes go from 0 to 255."""
+    if engine not in torch.backends.quantized.supported_engines:
+        pytest.skip(f"no engine {engine}")
+    assert 2 * 255 * INT8_LEVELS < 2**15
+    monkeypatch.setattr(linears, "INT8_ENGINES", (engine,))
+    for sign in (1, -1):
+        weight = torch.full((257, 576), 1.0)
+        inputs = torch.full((rows, 576), 1.0 * sign)
+        inputs[:, 0] = 0
+        found = make_linear(weight, None, "int8", CPU)(inputs)
+        assert found == pytest.approx(torch.full_like(found, 575.0 * sign), rel=1e-3)
 
 
 def test_int8_needs_a_cpu() -> None:

@@ -20,6 +20,10 @@ Linear = Callable[[Tensor], Tensor]
 PREPACKED_ROWS = 128
 """float32 on CPU: with more rows the plain weights are as fast or faster (AVX2, 2 threads, 384 to 1,536 outputs: 20 to
 30 % slower than prepacked ones at 32 rows, level at 256, 10 to 15 % faster at 1,024), and need no kernel per shape."""
+INT8_LEVELS = 64
+"""The largest integer that int8 weights take. Processors without VNNI add two products of a byte (0 to 255) and a
+weight in 16 bits: 2 * 255 * 64 still fits, so that nothing saturates, whatever the inputs. Seven bits for the weights
+and eight for the inputs are also nearer to float32 than the other way round: error of a layer's output 0.03, not 0.05."""
 INT8_ENGINES = ("x86", "fbgemm", "onednn")
 
 
@@ -100,12 +104,11 @@ def _int8_linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> L
         )
     torch.backends.quantized.engine = engine
     weight = weight.detach().to("cpu", torch.float32)
-    scales = (weight.abs().amax(1) / 127).clamp_min(1e-12).double()  # symmetric, one per output
+    scales = (weight.abs().amax(1) / INT8_LEVELS).clamp_min(1e-12).double()  # symmetric, one per output
     zero_points = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():  # torch announces another home for these; the operators stay
         warnings.simplefilter("ignore")
         quantised = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
         prepacked = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.detach())
     run: Any = torch.ops.quantized.linear_dynamic
-    # Seven bits for the inputs: processors without VNNI add two products in 16 bits, which 8 bits would overflow.
-    return lambda rows: run(rows, prepacked, True)
+    return lambda rows: run(rows, prepacked, False)

@@ -95,9 +95,12 @@ class ExitWeights:
     def greedy(self, normed: Tensor, exit_layers: Sequence[int]) -> Tensor:
         """The most probable token of each exit, (tokens,); arguments as in `logits`."""
         if not self.heads.head_is_shared:
-            return self.logits(normed, exit_layers).max(-1).indices
+            return self.logits(normed, exit_layers).argmax(-1)
         if self._greedy_head is None:
-            self._greedy_head = GreedyHead(decoders.lm_head(self.model.backbone))
+            backbone = self.model.backbone
+            self._greedy_head = GreedyHead(
+                decoders.lm_head(backbone), lambda logits: decoders.soften_logits(backbone, logits)
+            )
         if self.heads.kind == "low_rank":
             normed = self._each_layer(normed, exit_layers, self.heads.adapted)
         return self._greedy_head(normed)

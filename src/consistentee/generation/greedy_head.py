@@ -2,11 +2,21 @@
 
 In a small model the LM head weighs as much as several layers, and greedy decoding wants only its largest logit. All
 logits are first computed in int8, with a bound on each one's error; the few that may be the largest are computed again
-from the weights themselves. The bound is strict, so the token is the one that the whole head would have given; where
-too many candidates remain, the whole head is read.
+from the weights themselves. What is left open after that (too many candidates, or logits so close that
+rounding decides) is settled by reading the whole head. So the token is the one that `argmax` finds in the whole head's
+logits, the lowest index among equals included.
+
+The integers are so small that no processor's int8 product can saturate. Processors without VNNI multiply unsigned by
+signed bytes and add two products in 16 bits; where both operands are signed, one of them is shifted by 128 first. In
+the worst case a pair is `2 * (128 + INPUT_LEVELS) * WEIGHT_LEVELS` or `2 * (128 + WEIGHT_LEVELS) * INPUT_LEVELS`, and
+both are below 2^15. Sums of pairs are kept in 32 bits everywhere.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +25,16 @@ CANDIDATES = 64
 """Logits computed again, per token."""
 LEAST_WEIGHTS = 1 << 22
 """Heads with fewer weights are read whole: nothing is gained."""
-LEVELS = 63
-"""The largest integer that inputs take: 7 bits, so that processors without VNNI do not overflow."""
-ROUNDING = 2.0**-20
-"""Relative error that is granted to sums in float32, many times what they have."""
+WEIGHT_LEVELS = 100
+"""The largest integer that weights take."""
+INPUT_LEVELS = 35
+"""The largest integer that inputs take, in each of their two digits."""
+UNIT = 2.0**-24
+"""Relative rounding error of one operation in float32; whole heads of every precision sum in float32."""
+SLACK = 2.0**-20
+"""Relative margin for softened logits: tanh in float32 may turn round logits that are next to each other."""
+USUAL_SIZES = (1e-12, 1e12)
+"""Norms of rows and states that are screened: their squares neither vanish nor overflow in float32."""
 
 
 class GreedyHead:
@@ -26,11 +42,14 @@ class GreedyHead:
 
     Args:
         head: the LM head. Its weights are kept a second time as int8, where that is of use: on CPUs with oneDNN.
+        soften: what stands between the head's logits and the model's, such as a soft cap; must not change their order,
+            but may round different ones to the same.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, soften: Callable[[Tensor], Tensor] = lambda logits: logits) -> None:
         self._weight, self._bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        self._packed: Tensor | None = None
+        self._soften = soften
+        self._packed: Any = None
         if (
             self._bias is not None
             or self._weight.numel() < LEAST_WEIGHTS
@@ -38,19 +57,20 @@ class GreedyHead:
         ):
             return
         weight = self._weight.float()
-        self._scales = (weight.abs().amax(1) / 127).clamp_min(1e-30)
+        self._norms = torch.linalg.vector_norm(weight, dim=1)  # (vocabulary,)
+        if not USUAL_SIZES[0] < float(self._norms.max()) < USUAL_SIZES[1]:
+            return
+        self._scales = (weight.abs().amax(1) / WEIGHT_LEVELS).clamp_min(1e-30)
         levels = (weight / self._scales[:, None]).round()
-        norms = torch.linalg.vector_norm(weight, dim=1)
-        self._errors = torch.linalg.vector_norm(
-            weight - levels * self._scales[:, None], dim=1
-        )  # (vocabulary,)
-        self._largest_norm = float(norms.max())
+        lost = torch.linalg.vector_norm(weight - levels * self._scales[:, None], dim=1)
+        # What rounding adds to the sums below and to these norms themselves: less than four times a sum's own error.
+        self._errors = lost + 4 * sum_error(weight.shape[1]) * self._norms  # (vocabulary,)
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._packed = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), [2, weight.shape[1]])
+        self._packed = prepack(levels.to(torch.int8))
 
     def __call__(self, states: Tensor) -> Tensor:
         """(tokens, hidden) -> (tokens,) int64."""
-        if self._packed is None:
+        if self._packed is None or not _sums_in_float32():
             return self._whole(states)
         tokens, certain = self._screened(states)
         if bool(certain.all()):
@@ -59,57 +79,110 @@ class GreedyHead:
         return tokens.index_copy(0, open_rows, self._whole(states[open_rows]))
 
     def _whole(self, states: Tensor) -> Tensor:
-        return nn.functional.linear(states, self._weight, self._bias).max(-1).indices
+        return self._soften(nn.functional.linear(states, self._weight, self._bias)).argmax(-1)
 
     def _screened(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (tokens,), and whether each is certain."""
         exact = states.float()
-        step = exact.abs().amax(1, keepdim=True).clamp_min(1e-30) / LEVELS
+        step = exact.abs().amax(1, keepdim=True).clamp_min(1e-30) / INPUT_LEVELS
         levels = exact / step
         coarse = levels.round()
-        fine = (
-            (levels - coarse) * (2 * LEVELS)
-        ).round()  # a second digit: the inputs' error becomes negligible
+        half = 0.5 / INPUT_LEVELS
+        fine = ((levels - coarse) / half).round()  # a second digit: the inputs' error becomes small
         digits = torch.cat([coarse, fine]).to(torch.int8)
-        scores = torch.ops.onednn.qlinear_pointwise(
-            digits,
-            1.0,
-            0,
-            self._packed,
-            self._scales,
-            self._zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
+        scores = int8_product(digits, self._packed, self._scales, self._zeros)
         count = len(states)
-        scores = torch.add(scores[:count], scores[count:], alpha=0.5 / LEVELS).mul_(step)
-        kept = (coarse + fine * (0.5 / LEVELS)) * step
-        size = torch.linalg.vector_norm(kept, dim=1)  # (tokens,)
-        lost = torch.linalg.vector_norm(exact - kept, dim=1)
-        constant = self._largest_norm * (lost + ROUNDING * size)
-        bounds = torch.addcmul(
-            scores, self._errors, size[:, None]
-        )  # no logit is above its bound plus the constant
-        top = bounds.topk(CANDIDATES, dim=1)
-        # (tokens, candidates): in the model's own precision, as the whole head computes them
-        logits = torch.bmm(self._weight[top.indices], states[:, :, None]).squeeze(2).float()
-        best, place = logits.max(1)
-        others = top.values[:, -1] + constant
-        if states.dtype != torch.float32:  # the whole head's rounded logits may tie
-            others = others + 2 * torch.finfo(states.dtype).eps * best.abs()
-        return top.indices.gather(1, place[:, None]).squeeze(1), others < best
+        scores = scores[:count].add_(scores[count:], alpha=half)  # times step: the logits of what was kept
+        kept = (coarse + fine * half) * step
+        size = torch.linalg.vector_norm(kept, dim=1, keepdim=True)  # (tokens, 1)
+        lost = torch.linalg.vector_norm(exact - kept, dim=1, keepdim=True)
+        # w x = w' x' + (w - w') x' + w (x - x'), by Cauchy and Schwarz: no logit is above its bound.
+        errors = self._errors + self._norms * (lost / size.clamp_min(USUAL_SIZES[0])).max()
+        bounds, words = scores.addcmul_(errors, size / step).topk(CANDIDATES, dim=1)
+        tokens, least, certain = self._settle(states, words)
+        usual = (size > USUAL_SIZES[0]) & (size < USUAL_SIZES[1])
+        others = self._as_head(bounds[:, -1:] * step, states.dtype)
+        return tokens, certain & (usual & (others < least)).squeeze(1)
+
+    def _settle(self, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The arg max over some words, (tokens, candidates).
+
+        Returns:
+            The token (tokens,), a value (tokens, 1) that the other words' logits must stay below, and whether the
+            token is certain (tokens,): it stands out by more than rounding, or equals others whatever the rounding.
+        """
+        rows, inputs = self._weight[candidates].float(), states.float()[:, :, None]
+        logits = torch.bmm(rows, inputs).squeeze(2)
+        reach = torch.bmm(rows.abs_(), inputs.abs()).squeeze(2)
+        error = reach.mul_(2 * sum_error(states.shape[1]))  # of these logits, and of the whole head's
+        lowest, highest = (self._as_head(bound, states.dtype) for bound in (logits - error, logits + error))
+        best = lowest.amax(1, keepdim=True)
+        least = best - SLACK * best.abs()
+        contends = highest >= least
+        tokens = candidates.masked_fill(~contends, len(self._weight)).amin(1)
+        fixed = (lowest == best) & (highest == best)
+        certain = (contends.sum(1) == 1) | (fixed | ~contends).all(1)
+        return tokens, least, certain
+
+    def _as_head(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Logits as the model gives them: rounded to its precision, and softened."""
+        return self._soften(logits.to(dtype)).float()
+
+
+def sum_error(terms: int) -> float:
+    """How far a product of vectors can be off in float32, in any order: a share of the sum of its terms' sizes."""
+    return 1.01 * terms * UNIT
 
 
 def has_int8_products(device: torch.device) -> bool:
-    """Whether oneDNN's int8 products run here."""
+    """Whether oneDNN's int8 products run here, and fast: by instructions that add in 32 bits (VNNI, AMX, dot product).
+
+    Elsewhere they are right as well, with integers as small as ours, but slower than a whole head in float32.
+    """
+    return has_int8_operators(device) and _adds_in_32_bits()
+
+
+def has_int8_operators(device: torch.device) -> bool:
+    """Whether torch can ask oneDNN for int8 products on this device."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     try:
         return bool(torch.ops.onednn.qlinear_prepack and torch.ops.onednn.qlinear_pointwise)
     except AttributeError:
         return False
+
+
+def _sums_in_float32() -> bool:
+    """Whether torch was left to multiply float32 as float32; the bounds are for that."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by torch's newer switches, which this question does not see
+        return False
+
+
+@cache
+def _adds_in_32_bits() -> bool:
+    """Tried with the largest bytes, whose products do not fit into 16 bits by twos."""
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    packed = prepack(largest)
+    found = int8_product(largest[:2], packed, torch.ones(64), torch.zeros(64, dtype=torch.int64))
+    return bool((found == 64 * 127 * 127).all())
+
+
+def prepack(weight: Tensor) -> Tensor:
+    """Weights (outputs, inputs) int8, as oneDNN likes them for a few rows at a time."""
+    return torch.ops.onednn.qlinear_prepack(weight, [2, weight.shape[1]])
+
+
+def int8_product(rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """(rows, inputs) int8 times packed int8 weights (outputs, inputs): (rows, outputs) float32.
+
+    Args:
+        rows: the inputs.
+        packed: from `prepack`.
+        scales: (outputs,) factors of the weights.
+        zeros: (outputs,) int64, zero.
+    """
+    return torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )

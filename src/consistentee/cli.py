@@ -316,6 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not debug and command in COMMANDS:
                 _quieten_libraries()
+            if command in COMMANDS:
+                from consistentee.threads import limit_threads
+
+                limit_threads()
             command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
     except KeyboardInterrupt:

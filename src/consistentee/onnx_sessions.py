@@ -29,6 +29,7 @@ from consistentee.onnx_graphs import (
     first_position,
 )
 from consistentee.packed_layers import LAYER_PARTS, PositionBias, inner_layers
+from consistentee.threads import usable_threads
 from consistentee.torch_backend import ExitModel, classifier_index, policy_of
 
 OUTPUT, READINGS = "output", "readings"
@@ -43,7 +44,8 @@ class OnnxSessions:
 
     Args:
         model: of a type in `LAYER_PARTS`; its weights are copied.
-        device: where they run, cpu or cuda. On CPU they take as many threads as torch has now.
+        device: where they run, cpu or cuda. On CPU they take as many threads as torch has now, if there are
+            processors for them.
 
     Attributes:
         embeddings: `IDS`, `POSITIONS` and, with `has_types`, `TYPES` to `OUTPUT`.
@@ -169,7 +171,7 @@ class OnnxSessions:
 
 
 def make_session(model: bytes, device: torch.device) -> Any:
-    """A session on CPU, with as many threads as torch has, or on a GPU, in the order of torch's current stream.
+    """A session on CPU, with `usable_threads`, or on a GPU, in the order of torch's current stream.
 
     On CPU its threads stop to wait busily when its run ends: the next layer's session needs the processor.
 
@@ -185,7 +187,7 @@ def make_session(model: bytes, device: torch.device) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     if device.type == "cpu":
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = usable_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     if "CUDAExecutionProvider" not in runtime.get_available_providers():

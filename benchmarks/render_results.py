@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from consistentee.atomic import write_text
 Cell = dict[str, Any]
 TASKS = ("sst2", "mrpc", "rte", "m-cid", "stackoverflow")
 TRAININGS = ("consistent", "weighted")
+METHODS = ("plain", "weighted", "consistent")
 SPEEDS = (1.5, 2.0, 2.5, 3.0, 4.0)
 ALLOWANCES = (0.0, 0.01)
 
@@ -37,26 +40,27 @@ def page(cells: Sequence[Cell]) -> str:
     """The whole page."""
     parts = [
         "# Results",
-        "Made by `python benchmarks/run_results.py --models MODELS --data DATA --runs RUNS --backbones "
-        f"{_named(cells, 'backbone')} --tasks {_named(cells, 'task')} --seeds {_named(cells, 'seed')}` and "
-        f"`python benchmarks/render_results.py benchmarks/results docs/results.md`; {_environment(cells)} "
-        "Figures are means over the seeds given in each row. Accuracy is on the official dev rows (test rows for M-CID "
-        "and StackOverflow), which nothing was chosen on. SST-2 uses 10,000 training rows, StackOverflow 5,000.",
+        "Made by",
+        "\n".join(["```", *commands(cells), "```"]),
+        f"{_environment(cells)} Figures are means over the seeds named in each row (± their standard deviation). "
+        "Accuracy is on the official dev rows (test rows for M-CID and StackOverflow), which nothing was chosen on. "
+        "SST-2 uses 10,000 training rows, StackOverflow 5,000, a fifth of them for validation.",
         "## Accuracy and layers saved",
-        "`consistent` is what `consistentee train` does by default; `weighted` has as many epochs on the weighted sum "
-        "of all classifiers' losses and the same policy on top. *Plain* is the same backbone fine-tuned with one "
-        "classifier at the top, at full depth, on the same rows. *At the default threshold* is what one gets: policy "
-        "and threshold were chosen on validation rows. *At best* sweeps the threshold on the evaluation rows: the most "
-        "layers saved with an accuracy no lower than plain's, or at most 1 point lower (0 where no threshold reaches "
-        "that); for every criterion alike, so it compares them but flatters all. A row more or less right moves these "
-        "columns by tens of points where the curve is flat. The last column asks for no loss against the same model's "
-        "own last layer instead.",
+        "`consistent` is what `consistentee train` does by default, but for its epochs of warm-up "
+        f"({_warmups(cells)}); `weighted` has as many epochs on the weighted sum of all classifiers' losses and the "
+        "same policy on top. *Plain* is the same backbone fine-tuned with one classifier at the top, at full depth, on "
+        "the same rows. *At the default threshold* is what one gets: policy and threshold were chosen on validation "
+        "rows. *At best* sweeps the threshold on the evaluation rows: the most layers saved with an accuracy no lower "
+        "than plain's, or at most 1 point lower (0 where no threshold reaches that); for every criterion alike, so it "
+        "compares them but flatters all. A row more or less right moves these columns by tens of points where the "
+        "curve is flat. The last column asks for no loss against the same model's own last layer instead.",
         _gain_table(cells),
         "## Policy against confidence, and the consistent objective against the weighted sum",
         "Best accuracy at a layer speed-up or more, in percent, thresholds swept on the evaluation rows. All rows of "
         "a block had the same training rows and as many epochs.",
         _speed_table(cells),
-        "Means over pairs of backbone and task (seeds of a pair averaged first); differences in points with their "
+        "Means over pairs of backbone and task, of the seeds that all three ways of training have "
+        f"({_shared_seeds(cells)}; seeds of a pair averaged first); differences, seed by seed, in points with their "
         "standard error over the pairs.",
         _difference_table(cells),
         "## Accuracy of every internal classifier alone",
@@ -104,28 +108,25 @@ def _gain_table(cells: Sequence[Cell]) -> str:
     marks: dict[str, list[tuple[float, ...]]] = {method: [] for method in TRAININGS}
     for backbone, task in _pairs(cells):
         for method in TRAININGS:
-            both = _paired_seeds(cells, backbone, task, ("plain", method))
+            both = same_seeds(cells, backbone, task, ("plain", method))
             if not both:
                 continue
             plain = [plain["metrics"]["accuracy"] for plain, _ in both]
             policy = [cell["criteria"]["policy"] for _, cell in both]
-            saved = [
-                _mean(
-                    layers_saved_at(cell, criterion, accuracy - allowed)
-                    for accuracy, (_, cell) in zip(plain, both, strict=True)
-                )
-                for criterion in ("policy", "confidence")
-                for allowed in ALLOWANCES
-            ]
+            saved = _saved_at_best(both)
             depth = len(both[0][1]["per_layer_accuracy"])
-            marks[method].append(tuple(saved))
+            of_all = same_seeds(cells, backbone, task, METHODS)
+            if of_all:
+                marks[method].append(
+                    tuple(_saved_at_best([(row[0], row[METHODS.index(method)]) for row in of_all]))
+                )
             own = _mean(layers_saved_at(cell, "policy", cell["per_layer_accuracy"][-1]) for _, cell in both)
             rows.append(
                 [
                     backbone,
                     task,
                     method,
-                    str(len(both)),
+                    _seeds(cell for _, cell in both),
                     _percent(plain),
                     _percent(point["metrics"]["accuracy"] for point in policy),
                     f"{100 * _mean(1 - point['mean_exit_layer'] / depth for point in policy):.0f} %",
@@ -137,6 +138,17 @@ def _gain_table(cells: Sequence[Cell]) -> str:
     return "\n\n".join([_table(header, rows), *(_marks(method, marks[method]) for method in TRAININGS)])
 
 
+def _saved_at_best(pairs: Sequence[tuple[Cell, ...]]) -> list[float]:
+    """Layers saved at plain's accuracy and a point below, by the policy, then by confidence: means over the seeds."""
+    return [
+        _mean(
+            layers_saved_at(cell, criterion, plain["metrics"]["accuracy"] - allowed) for plain, cell in pairs
+        )
+        for criterion in ("policy", "confidence")
+        for allowed in ALLOWANCES
+    ]
+
+
 def _marks(method: str, saved: Sequence[tuple[float, ...]]) -> str:
     """One sentence: the mean over the pairs beside the paper's own figures."""
     if not saved:
@@ -145,9 +157,9 @@ def _marks(method: str, saved: Sequence[tuple[float, ...]]) -> str:
         100 * _mean(column) for column in zip(*saved, strict=True)
     )
     return (
-        f"Mean over the {len(saved)} of 10 pairs of backbone and task that are finished for `{method}`: {policy:.0f} % "
-        f"of layers saved at no loss (mark: 34 %; confidence {confidence:.0f} %), {policy_point:.0f} % at 1 point "
-        f"(mark: 51 %; confidence {confidence_point:.0f} %)."
+        f"Mean over the {len(saved)} pairs of backbone and task for `{method}` (seeds that all three ways have): "
+        f"{policy:.0f} % of layers saved at no loss (mark: 34 %; confidence {confidence:.0f} %), {policy_point:.0f} % "
+        f"at 1 point (mark: 51 %; confidence {confidence_point:.0f} %)."
     )
 
 
@@ -174,53 +186,61 @@ def _speed_table(cells: Sequence[Cell]) -> str:
             oracle = f"{_mean(cell['oracle_speedup'] for cell in found):.1f}x"
             for criterion in ("policy", "confidence", "entropy", "patience"):
                 values = [_percent(accuracy_at(cell, criterion, speed) for cell in found) for speed in SPEEDS]
-                rows.append([backbone, task, method, criterion, str(len(found)), *values, oracle])
+                rows.append([backbone, task, method, criterion, _seeds(found), *values, oracle])
     return _table(header, rows)
 
 
 def _difference_table(cells: Sequence[Cell]) -> str:
-    """What the policy adds to confidence, and the weighted sum to the consistent objective, pair by pair."""
-    at: dict[
-        tuple[str, str, str, str], list[float]
-    ] = {}  # (backbone, task, training, criterion) to one per speed
+    """What the policy adds to confidence, and the weighted sum to the consistent objective, seed by seed."""
+    at: dict[tuple[str, str], list[list[float]]] = defaultdict(
+        list
+    )  # (training, criterion): a row for each pair
+    gaps: dict[str, list[list[float]]] = defaultdict(list)  # the same for differences
     for backbone, task in _pairs(cells):
+        rows = same_seeds(cells, backbone, task, METHODS)
+        if not rows:
+            continue
+        found = {
+            (method, criterion): [
+                [100 * accuracy_at(row[METHODS.index(method)], criterion, speed) for speed in SPEEDS]
+                for row in rows
+            ]
+            for method, criterion in product(TRAININGS, ("policy", "confidence", "patience"))
+        }  # (training, criterion): a row for each seed
+        for key, by_seed in found.items():
+            at[key].append(_column_means(by_seed))
         for method in TRAININGS:
-            found = [c for c in cells if (c["backbone"], c["task"], c["method"]) == (backbone, task, method)]
-            for criterion in ("policy", "confidence", "patience") if found else ():
-                at[backbone, task, method, criterion] = [
-                    100 * _mean(accuracy_at(cell, criterion, speed) for cell in found) for speed in SPEEDS
-                ]
-    rows: list[list[str]] = []
+            gaps[method].append(_gap(found[method, "policy"], found[method, "confidence"]))
+        gaps["weighted - consistent"].append(_gap(found["weighted", "policy"], found["consistent", "policy"]))
+    lines: list[list[str]] = []
     for method in TRAININGS:
-        pairs = [key[:2] for key in at if key[2:] == (method, "policy")]
-        for criterion in ("policy", "confidence", "patience") if pairs else ():
-            columns = zip(*(at[pair[0], pair[1], method, criterion] for pair in pairs), strict=True)
-            rows.append([method, criterion, str(len(pairs)), *(f"{_mean(column):.1f}" for column in columns)])
-        if len(pairs) > 1:
-            ours, theirs = (
-                [at[pair[0], pair[1], method, name] for pair in pairs] for name in ("policy", "confidence")
+        for criterion in ("policy", "confidence", "patience"):
+            pairs = at[method, criterion]
+            lines.append(
+                [method, criterion, str(len(pairs)), *(f"{value:.1f}" for value in _column_means(pairs))]
             )
-            rows.append([method, "policy - confidence", str(len(pairs)), *_differences(ours, theirs)])
-    both = [
-        key[:2]
-        for key in at
-        if key[2:] == ("weighted", "policy") and (key[0], key[1], "consistent", "policy") in at
+        lines.append([method, "policy - confidence", str(len(gaps[method])), *_spread(gaps[method])])
+    between = gaps["weighted - consistent"]
+    lines.append(["weighted - consistent", "policy", str(len(between)), *_spread(between)])
+    return _table(["training", "criterion", "pairs", *(f"{speed:g}x" for speed in SPEEDS)], lines)
+
+
+def _gap(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> list[float]:
+    """Mean over the seeds, (seeds, speeds) each, of ours minus theirs: one for each speed."""
+    return [a - b for a, b in zip(_column_means(ours), _column_means(theirs), strict=True)]
+
+
+def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [_mean(column) for column in zip(*rows, strict=True)]
+
+
+def _spread(gaps: Sequence[Sequence[float]]) -> list[str]:
+    """Mean difference over the pairs, (pairs, speeds), and its standard error where there are several."""
+    return [
+        f"{_mean(column):+.1f}"
+        + (f" ± {statistics.stdev(column) / len(column) ** 0.5:.1f}" if len(column) > 1 else "")
+        for column in zip(*gaps, strict=True)
     ]
-    if len(both) > 1:
-        weighted, consistent = (
-            [at[pair[0], pair[1], name, "policy"] for pair in both] for name in ("weighted", "consistent")
-        )
-        rows.append(["weighted - consistent", "policy", str(len(both)), *_differences(weighted, consistent)])
-    return _table(["training", "criterion", "pairs", *(f"{speed:g}x" for speed in SPEEDS)], rows)
-
-
-def _differences(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> list[str]:
-    """Mean difference over the pairs and its standard error, for each speed."""
-    shown: list[str] = []
-    for our, their in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
-        gaps = [a - b for a, b in zip(our, their, strict=True)]
-        shown.append(f"{_mean(gaps):+.1f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}")
-    return shown
 
 
 def _layer_table(cells: Sequence[Cell], key: str, shown: Callable[[float], str]) -> str:
@@ -237,7 +257,7 @@ def _layer_table(cells: Sequence[Cell], key: str, shown: Callable[[float], str])
             ]
             if found:
                 means = [_mean(column) for column in zip(*(cell[key] for cell in found), strict=True)]
-                rows.append([backbone, task, method, str(len(found)), *map(shown, means)])
+                rows.append([backbone, task, method, _seeds(found), *map(shown, means)])
     return _table(header, rows)
 
 
@@ -273,16 +293,76 @@ def _round_table(cells: Sequence[Cell]) -> str:
 
 
 def _environment(cells: Sequence[Cell]) -> str:
-    environment = cells[0]["environment"]
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("consistentee", "torch", "transformers"))
+    """Versions and hardware of all cells; those that differ are named side by side."""
+    names = ("consistentee", "torch", "transformers", "device", "threads", "mixed_precision")
+    place = {name: " and ".join(sorted({str(cell["environment"][name]) for cell in cells})) for name in names}
+    versions = ", ".join(f"{name} {place[name]}" for name in names[:3])
     return (
-        f"{versions}, {environment['device']} with {environment['threads']} thread(s), precision "
-        f"{environment['mixed_precision']}."
+        f"with {versions}, {place['device']} with {place['threads']} thread(s), precision "
+        f"{place['mixed_precision']}."
     )
 
 
-def _named(cells: Sequence[Cell], key: str) -> str:
-    return " ".join(sorted({str(cell[key]) for cell in cells}))
+def commands(cells: Sequence[Cell]) -> list[str]:
+    """The commands that make these cells, no more and no less."""
+    by_seed: dict[int, set[tuple[str, str, str]]] = defaultdict(set)
+    for cell in cells:
+        by_seed[cell["seed"]].add((cell["backbone"], cell["task"], cell["method"]))
+    together: dict[frozenset[tuple[str, str, str]], list[int]] = defaultdict(list)  # cells to all their seeds
+    for seed, made in sorted(by_seed.items()):
+        together[frozenset(made)].append(seed)
+    lines: list[str] = []
+    for made, seeds in together.items():
+        for backbones, tasks, methods in _products(made):
+            options = f"--backbones {' '.join(backbones)} --tasks {' '.join(tasks)}"
+            if methods != sorted(METHODS):
+                options += f" --methods {' '.join(methods)}"
+            lines.append(
+                "python benchmarks/run_results.py --models MODELS --data DATA --runs RUNS "
+                f"{options} --seeds {' '.join(map(str, seeds))}"
+            )
+    return [*lines, "python benchmarks/render_results.py benchmarks/results docs/results.md"]
+
+
+def _products(
+    made: frozenset[tuple[str, str, str]],
+) -> list[tuple[list[str], list[str], list[str]]]:
+    """Backbones, tasks and methods whose products are exactly the cells made: one if that will do, else by method."""
+    axes = [sorted({run[axis] for run in made}) for axis in range(3)]
+    if set(product(*axes)) == made:
+        return [(axes[0], axes[1], axes[2])]
+    for axis in (2, 0, 1):
+        if len(axes[axis]) > 1:
+            parts = [frozenset(run for run in made if run[axis] == value) for value in axes[axis]]
+            return [found for part in parts for found in _products(part)]
+    return []  # unreachable: one backbone, task and method are a product
+
+
+def _warmups(cells: Sequence[Cell]) -> str:
+    """Epochs of warm-up of the consistent training, task by task."""
+    epochs = {
+        cell["task"]: cell["config"]["warmup_epochs"] for cell in cells if cell["method"] == "consistent"
+    }
+    return ", ".join(f"{epochs[task]:g} for {task}" for task in TASKS if task in epochs)
+
+
+def _shared_seeds(cells: Sequence[Cell]) -> str:
+    """Which seeds all ways of training have, pair by pair; pairs of which the seeds are the same are not named."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for backbone, task in _pairs(cells):
+        rows = same_seeds(cells, backbone, task, METHODS)
+        if rows:
+            found[_seeds(row[0] for row in rows)].append(f"{backbone} on {task}")
+    if not found:
+        return "none yet"
+    usual = max(found, key=lambda seeds: len(found[seeds]))
+    others = [f"{seeds} for {', '.join(pairs)}" for seeds, pairs in found.items() if seeds != usual]
+    return "; ".join([f"seed {usual}", *others])
+
+
+def _seeds(cells: Iterable[Cell]) -> str:
+    """The seeds of some cells, "1, 2, 3"."""
+    return ", ".join(str(seed) for seed in sorted(cell["seed"] for cell in cells))
 
 
 def _pairs(cells: Sequence[Cell]) -> list[tuple[str, str]]:
@@ -290,10 +370,10 @@ def _pairs(cells: Sequence[Cell]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: (pair[0], TASKS.index(pair[1])))
 
 
-def _paired_seeds(
-    cells: Sequence[Cell], backbone: str, task: str, methods: tuple[str, str]
-) -> list[tuple[Cell, Cell]]:
-    """The two methods' cells of every seed that both have."""
+def same_seeds(
+    cells: Sequence[Cell], backbone: str, task: str, methods: Sequence[str]
+) -> list[tuple[Cell, ...]]:
+    """The cells of some methods, side by side, for every seed that all of them have."""
     by_method = [
         {
             cell["seed"]: cell
@@ -302,9 +382,8 @@ def _paired_seeds(
         }
         for method in methods
     ]
-    return [
-        (by_method[0][seed], by_method[1][seed]) for seed in sorted(by_method[0].keys() & by_method[1].keys())
-    ]
+    shared = set.intersection(*(set(found) for found in by_method))
+    return [tuple(found[seed] for found in by_method) for seed in sorted(shared)]
 
 
 def _mean(values: Iterable[float]) -> float:

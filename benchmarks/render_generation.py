@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from generation_speed_tables import speed_section
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "generation"
@@ -103,7 +104,7 @@ def page(
     if lossless:
         parts.append(_lossless(lossless))
     if speeds:
-        parts.append(_speeds(speeds))
+        parts.append(speed_section(speeds))
     if memory:
         parts.append(_memory(memory))
     return "\n".join(parts)
@@ -155,7 +156,7 @@ def _task(task: str, cell: dict[str, Any]) -> str:
     lines += ["", *_equal_layers(evaluation), *_equal_text_layers(evaluation), *_verdict(evaluation), ""]
     lines += _training(cell)
     if cell["variants"]:
-        lines += _variants(cell["variants"], depth)
+        lines += _variants(cell["variants"], evaluation)
     picture = IMAGES / f"generation-{task}.png"
     if picture.is_file() or task in ("alpaca", "xsum"):
         lines += [f"![Quality against depth on {TITLES[task]}](images/generation-{task}.png)", ""]
@@ -288,7 +289,8 @@ def _training(cell: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _variants(variants: Sequence[dict[str, Any]], depth: int) -> list[str]:
+def _variants(variants: Sequence[dict[str, Any]], evaluation: dict[str, Any]) -> list[str]:
+    depth = evaluation["num_hidden_layers"]
     lines = [
         f"Keys and values of skipped layers, and the first token (policy, threshold {variants[0]['threshold']:.3g}):",
         "",
@@ -302,7 +304,23 @@ def _variants(variants: Sequence[dict[str, Any]], depth: int) -> list[str]:
             f"| {states} | {first} | {100 * variant['metrics']['rougeL']:.1f} | {variant['mean_exit_layer']:.2f} / "
             f"{depth} | {variant['tokens_per_second']:.0f} |"
         )
-    return [*lines, ""]
+    return [*lines, "", _same_rule(variants[0], evaluation), ""]
+
+
+def _same_rule(variant: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """How the first variant, which is what the main table has, compares with what stands there."""
+    points = points_of(evaluation, evaluation["criterion"])
+    point = next(point for point in points if point["threshold"] == variant["threshold"])
+    here, there = (100 * found["metrics"]["rougeL"] for found in (variant, point))
+    if all(point["metrics"][name] == value for name, value in variant["metrics"].items()):
+        return "The first row is the policy of the first table at this threshold, generated again: the same texts."
+    return (
+        f"The first row is the policy of the first table at this threshold, generated again: ROUGE-L {here:.1f} here, "
+        f"{there:.1f} there, of the same prompts and model. The batches differed (here the first "
+        f"{evaluation['batch_size']} prompts and then the others, there all of them sorted by length), and "
+        f"{evaluation['environment']['dtype']} rounds differently in another batch. Compare the rows of this table "
+        "with one another; a gap of that size is none."
+    )
 
 
 def _lossless(cell: dict[str, Any]) -> str:
@@ -339,45 +357,6 @@ def _examples(evaluation: dict[str, Any]) -> list[str]:
         )
         lines += [f"> **{prompt[:160]}**", ">", f"> {' '.join(marked.split())}", ""]
     return lines
-
-
-def _speeds(speeds: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "## Speed",
-        "",
-        "Efficiency is wall-clock speed-up over layer speed-up, against our own full depth in the same run; `nobody "
-        "leaves` computes the policy at every layer although all tokens go to the last one. What bounds batches of 8 "
-        "and 32: [generation](generation.md). `smollm2-float32` and `smollm2-bfloat16` were measured just before a "
-        "single token's policy was moved to plain numbers, `smollm2-float32-one-text` after it.",
-        "",
-    ]
-    for name, report in speeds.items():
-        place, work = report["environment"], report["workload"]
-        flags = f" ({', '.join(place['cpu_flags'])})" if place["cpu_flags"] else ""
-        exits = "the model's own exits" if work["exits"] == "model" else "forced exits"
-        lines += [
-            f"**{name}**: {work['num_hidden_layers']} layers of {work['hidden_size']}, vocabulary "
-            f"{work['vocab_size']:,}, {work['mean_prompt_tokens']:.0f} prompt and {work['new_tokens']} new tokens, "
-            f"{exits}, {place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, transformers "
-            f"{place['transformers']}, seed {place['seed']}.",
-            "",
-            "| batch | | tokens/s | mean exit layer | layer speed-up | wall-clock speed-up | efficiency | against "
-            "transformers |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in report["rows"]:
-            low, high = row["wall_clock_speedup_quartiles"]
-            efficiency = "" if row["efficiency"] is None else f"**{row['efficiency']:.2f}**"
-            title = row["name"].removeprefix("engine-")
-            if row["draft_acceptance"] is not None:
-                title += f" ({100 * row['draft_acceptance']:.0f} % of drafts stay)"
-            lines.append(
-                f"| {row['batch_size']} | {title} | {row['tokens_per_second']:.1f} | {row['mean_exit_layer']:.2f} | "
-                f"{row['layer_speedup']:.2f}x | {row['wall_clock_speedup']:.2f}x ({low:.2f} to {high:.2f}) | "
-                f"{efficiency} | {row['speedup_over_transformers']:.2f}x |"
-            )
-        lines.append("")
-    return "\n".join(lines)
 
 
 def _memory(rows: Sequence[dict[str, Any]]) -> str:

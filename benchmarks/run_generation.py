@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 import consistentee
 from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
 from consistentee.atomic import write_json
-from consistentee.generation.generator import GeneratedText, TextGenerator
+from consistentee.generation.encoding import encode_prompts
+from consistentee.generation.generator import DecodingOptions, GeneratedText, TextGenerator
 from consistentee.generation.text_metrics import text_metrics
 from consistentee.timing import environment
 
@@ -135,24 +137,30 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
 
 
 def variants(saved: Any, rows: InstructionDataset, evaluation: Any) -> list[dict[str, Any]]:
-    """Skipped states copied and recomputed, the first token at full depth or not, at the policy's shallowest point."""
+    """Skipped states copied and recomputed, the first token at full depth or not, at the policy's shallowest point.
+
+    Prompts are batched as in the evaluation: what it has measured already gives the same texts again.
+    """
     points = [(evaluation.mean_exit_layer, evaluation.threshold)]
     points += [(point.mean_exit_layer, point.threshold) for point in evaluation.generated]
     threshold = min(points)[1]
     generator = TextGenerator(saved)
-    asked = list(zip(rows.instructions, rows.inputs, strict=True))
+    options = DecodingOptions(
+        threshold=threshold,
+        max_new_tokens=evaluation.max_new_tokens,
+        max_prompt_length=saved.max_length,
+    )
+    limit = generator.check(options).max_prompt_length or saved.max_length
+    prompts = encode_prompts(rows, saved.tokenizer, generator.template, max_prompt_length=limit)
     found: list[dict[str, Any]] = []
     for skipped_states in ("copy", "recompute"):
         for first in (True, False):
             saved.early_exit_model.config.full_depth_first_token = first
             written = list(
-                generator.generate_texts(
-                    asked,
-                    batch_size=64,
-                    threshold=threshold,
-                    skipped_states=skipped_states,
-                    max_new_tokens=128,
-                    max_prompt_length=saved.max_length,
+                generator.generate_encoded(
+                    prompts,
+                    batch_size=evaluation.batch_size,
+                    options=replace(options, skipped_states=skipped_states),
                 )
             )
             layers = [layer for text in written for layer in text.exit_layers]

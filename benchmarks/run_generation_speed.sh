@@ -32,8 +32,11 @@ if [ "$where" = gpu ]; then
 fi
 
 for dtype in float32 bfloat16; do
-  measure "smollm2-$dtype" --config-name smollm2-135m-shape --dtype "$dtype" --repeats 3
+  measure "smollm2-$dtype" --config-name smollm2-135m-shape --dtype "$dtype" --repeats 2
 done
+measure smollm2-float32-one-text --config-name smollm2-135m-shape --batch-sizes 1 --repeats 3
+measure smollm2-float32-margin --config-name smollm2-135m-shape --criterion softmax_margin --batch-sizes 1 --new-tokens 64 \
+  --repeats 2
 if [ -n "$model" ]; then
   trained=(--task alpaca --data-dir "$alpaca" --lossless --new-tokens 64)
   measure alpaca-float32 "$model" "${trained[@]}" --batch-sizes 1,8 --num-rows 8 --repeats 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -11,18 +10,15 @@ from typing import Any
 
 import pytest
 
+from benchmark_scripts import script
+
 ROOT = Path(__file__).parent.parent
 CELLS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
 def rendering() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render_results", ROOT / "benchmarks" / "render_results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("render_results")
 
 
 def read(path: Path) -> dict[str, Any]:

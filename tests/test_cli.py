@@ -332,6 +332,23 @@ class TestTrain:
         assert outcome.code == 1
         assert "holds a finished model" in one_line(outcome)
 
+    def test_the_metric_of_thresholds(
+        self, call: Call, files: Files, training: list[dict[str, Any]], tmp_path: Path
+    ) -> None:
+        three = tmp_path / "three.csv"
+        three.write_text("text,label\n" + "good,a\nbad,b\nflat,c\n" * 20, encoding="utf-8")
+        command = ["train", *COLUMNS, "--backbone", files.backbone, "--output-dir", tmp_path / "o"]
+        outcome = call(*command, "--train-file", three, "--threshold-metric", "f1")
+        assert outcome.code == 2
+        assert "threshold_metric f1 needs a task with two classes, got 3. Use macro_f1" in one_line(outcome)
+        outcome = call(*command, "--train-file", files.train, "--threshold-metric", "recall")
+        assert outcome.code == 2
+        assert not training
+        outcome = call(*command, "--train-file", files.train, "--threshold-metric", "macro_f1")
+        assert outcome.code == 0, outcome.err
+        assert training[0]["config"].threshold_metric == "macro_f1"
+        assert "recall % at the last layer" in outcome.out
+
 
 class TestEvaluate:
     def test_table_json_and_picture(self, call: Call, files: Files, tmp_path: Path) -> None:

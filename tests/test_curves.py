@@ -11,9 +11,11 @@ from consistentee.curves import (
     budget_hits,
     choose_threshold,
     curve_score,
+    threshold_by_metric,
     trade_off_curve,
 )
 from consistentee.exits import CRITERIA, choose_exit_layer, confidence_scores, exit_scores
+from consistentee.metrics import macro_f1
 
 
 def point(threshold: float, accuracy: float, mean_exit_layer: float) -> CurvePoint:
@@ -101,3 +103,26 @@ def test_budget_hits_add_up_to_the_score():
     assert int(hits.min()) >= 0
     assert int(hits.max()) <= len(BUDGETS)
     assert float(hits.double().mean()) / len(BUDGETS) == pytest.approx(curve_score(points))
+
+
+def test_thresholds_by_another_metric_agree_with_a_loop():
+    torch.manual_seed(3)
+    layer_logits, labels = torch.randn(200, 6, 3), torch.randint(3, (200,))
+    layer_logits[:, -1, :].scatter_add_(1, labels[:, None], torch.full((200, 1), 2.0))
+    scores = confidence_scores(layer_logits)
+    points = trade_off_curve(scores, layer_logits, labels, "confidence")
+    predictions = layer_logits.argmax(-1)
+
+    def by(metric: str, max_loss: float) -> float:
+        return threshold_by_metric(points, scores, layer_logits, labels, metric=metric, max_loss=max_loss)
+
+    qualities = []
+    for p in points:
+        layers = choose_exit_layer(scores, p.threshold).tolist()
+        at_exit = [int(predictions[row, layer - 1]) for row, layer in enumerate(layers)]
+        qualities.append(macro_f1(at_exit, labels))
+    full = macro_f1(predictions[:, -1], labels)
+    for loss in (0.0, 0.05, 0.2):
+        assert by("macro_f1", loss) == choose_threshold(points, full - loss, qualities)
+    top = float((predictions[:, -1] == labels).float().mean())
+    assert by("accuracy", 0.05) == choose_threshold(points, top - 0.05)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from consistentee.curves import CurvePoint
 from consistentee.engine import Engine
 from consistentee.evaluation import (
+    Evaluation,
     class_columns,
     evaluate_layers,
     evaluate_model,
     evaluate_plain,
     predict_classes,
 )
+from consistentee.recall import ClassRecall
+from consistentee.reports import MOST_CLASSES, evaluation_report
 from consistentee.saved import RECORD_FILE, SavedModel, open_model, record_evaluation
 from tiny import (
     LABEL_NAMES,
@@ -80,6 +85,10 @@ def test_hand_made_example() -> None:
     assert evaluation.layers_saved == pytest.approx(1 - 1.75 / 3)
     assert evaluation.per_layer_accuracy == [0.5, 1.0, 0.75]
     assert evaluation.classifier_accuracy == evaluation.per_layer_accuracy
+    assert evaluation.class_recall == [
+        ClassRecall("0", 2, recall=0.5, full_depth_recall=1.0, lost=1, gained=0),
+        ClassRecall("1", 2, recall=0.5, full_depth_recall=0.5, lost=0, gained=0),
+    ]
     assert evaluation.other_criteria["confidence"].point is None
     # a run of two equal predictions: rows leave at 2, 3, 3, 2, all but none wrong
     assert evaluation.other_criteria["patience"].point == CurvePoint(1.5, 1.0, 2.5, 3 / 2.5)
@@ -89,6 +98,59 @@ def test_hand_made_example() -> None:
     assert reference.accuracy_difference == 0.0
     differences = torch.tensor([0.0, 0.0, 1.0, -1.0])
     assert reference.standard_error == pytest.approx(float(differences.std()) / 2)
+
+
+def unequal(classes: int) -> Evaluation:
+    """The first class is right everywhere; of the 5 rows of each of the others the first layer finds none."""
+    labels = torch.tensor([0] * 600 + [label for label in range(1, classes) for _ in range(5)])
+    layers = torch.nn.functional.one_hot(torch.stack([0 * labels, labels], 1), classes).float()
+    names = [f"class {label}" for label in range(classes)]
+    return evaluate_layers(layers, torch.ones(len(labels), 2), labels, label_names=names)
+
+
+def lines_of(evaluation: Evaluation) -> list[str]:
+    console = Console(file=io.StringIO(), width=400, color_system=None)
+    console.print(evaluation_report(evaluation))
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_the_report_has_every_class_and_warns() -> None:
+    evaluation = unequal(2)
+    lines = lines_of(evaluation)
+    assert "class 0 600 100.00 100.00" in lines
+    assert "class 1 5 0.00 100.00" in lines
+    fallen, rare = [line for line in lines if line.startswith("Warning")]
+    assert (
+        'recall of class "class 1" (5 rows) falls from 100.0 % at full depth to 0.0 % at threshold 0.5.'
+        in fallen
+    )
+    assert rare.startswith('Warning: rare among 605 rows: "class 1" (5).')
+    figures = json.loads(json.dumps(evaluation.to_dict()))["class_recall"][1]
+    assert figures == {
+        "label": "class 1",
+        "num_examples": 5,
+        "recall": 0.0,
+        "full_depth_recall": 1.0,
+        "lost": 5,
+        "gained": 0,
+    }
+    assert evaluation.summary()["class_recall"][1] == figures
+
+
+def test_of_very_many_classes_the_report_has_those_that_lose_most() -> None:
+    lines = lines_of(unequal(30))
+    assert "class 0 600 100.00 100.00" not in lines
+    assert sum(line.endswith(" 5 0.00 100.00") for line in lines) == MOST_CLASSES
+    assert "10 more classes: --json has all of them." in lines
+
+
+def test_classes_have_the_names_of_the_data_and_the_chosen_metric_is_reported(saved: SavedModel) -> None:
+    rows = tiny_dataset(20)
+    turned = replace(rows, label_names=LABEL_NAMES[::-1])
+    assert [found.label for found in evaluate_model(saved, turned).class_recall] == list(LABEL_NAMES[::-1])
+    assert list(evaluate_model(saved, rows).metrics) == ["accuracy", "f1", "matthews"]
+    chosen = replace(saved, record={"config": {"threshold_metric": "macro_f1"}})
+    assert list(evaluate_model(chosen, rows).metrics) == ["accuracy", "f1", "matthews", "macro_f1"]
 
 
 def test_exit_accuracy_is_none_where_nobody_leaves() -> None:

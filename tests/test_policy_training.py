@@ -17,6 +17,7 @@ from consistentee.exits import CRITERIA, choose_exit_layer, exit_distribution, e
 from consistentee.hardness import hardness, memorized_layer
 from consistentee.heads import PolicyNetwork
 from consistentee.policy_training import choose_policy, fit_policy, layer_rewards, policy_exit_probs
+from consistentee.recall import recall_by_class, recall_warnings
 from consistentee.states import LayerStates
 
 LAYERS, HIDDEN = 4, 6
@@ -405,6 +406,48 @@ def test_a_larger_allowance_never_costs_more_layers():
         choice = choose(states, config=replace(CONFIG, max_accuracy_loss=allowed, policy_epochs=4))
         means.append(choose_exit_layer(choice.exit_probs, choice.thresholds["policy"]).float().mean().item())
     assert means == sorted(means, reverse=True)
+
+
+def unequal_states(rows: int = 1000, seed: int = 1) -> LayerStates:
+    """Of 100 rows 3 are of class 1. Shallow classifiers never say so; the last one finds nine in ten of them.
+
+    It also takes 3 % of class 0 for class 1, so that accuracy is best (97 %) where all leave at once. The state tells
+    the rows that may be of class 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.arange(rows) % 100
+    labels = (row < 3).long()
+    right = (labels == 0)[:, None].repeat(1, LAYERS)
+    found = torch.arange(rows) % 1000 >= 3  # of class 1
+    right[:, -1] = torch.where(labels == 1, found, row < 97)
+    may_be = (row < 3) | (row >= 98)
+    pooled = 0.1 * torch.randn(rows, LAYERS, HIDDEN, generator=generator)
+    pooled[..., 0] = may_be.float()[:, None] * 2 - 1
+    return states_of(right, labels, pooled)
+
+
+@pytest.mark.parametrize("cross_fitted", [True, False])
+@pytest.mark.parametrize(
+    "metric, recall", [("accuracy", 0.0), ("macro_f1", 0.9), ("f1", 0.9), ("matthews", 0.9)]
+)
+def test_a_rare_class_is_kept_by_a_metric_that_sees_it(metric: str, recall: float, cross_fitted: bool):
+    states = unequal_states()
+    judged = states if cross_fitted else unequal_states(seed=2)
+    config = replace(CONFIG, threshold_metric=metric, policy_epochs=20, policy_learning_rate=1e-2)
+    choice = choose(states, None if cross_fitted else judged, config=config, layer_costs=(0.02,))
+    exit_layer = choose_exit_layer(choice.exit_probs, choice.thresholds["policy"])
+    predictions = judged.layer_logits.argmax(-1)
+    at_exit = predictions.gather(1, exit_layer[:, None] - 1).squeeze(1)
+    _, rare = classes = recall_by_class(at_exit, predictions[:, -1], judged.labels, ["common", "rare"])
+    assert (at_exit == judged.labels).float().mean() >= 0.967  # no metric is met by leaving nobody early
+    assert exit_layer.float().mean() < 2.0
+    assert rare.full_depth_recall == pytest.approx(0.9)
+    assert rare.recall == pytest.approx(recall)
+    said = recall_warnings(classes, choice.thresholds["policy"], threshold_metric=metric)
+    assert any('recall of class "rare" (30 rows) falls from 90.0 %' in line for line in said) == (
+        recall == 0.0
+    )
+    assert any('rare among 1,000 rows: "rare" (30)' in line for line in said)
 
 
 @pytest.mark.parametrize("cross_fitted", [True, False])

@@ -211,6 +211,43 @@ def test_pairs_and_three_classes(backbone: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_rare_class_is_named_and_its_recall_recorded(backbone: Path, tmp_path: Path) -> None:
+    common = tiny_dataset(194).texts
+    data = TextDataset([*common, *[("warm",)] * 6], [0] * 194 + [1] * 6, ("common", "rare"), "97 to 3")
+    said: list[str] = []
+    folder = train(
+        backbone=backbone,
+        train_data=data,
+        output_dir=tmp_path / "m",
+        config=quick_config(),
+        report=said.append,
+    )
+    (line,) = [line for line in said if "rare among" in line]
+    assert line.startswith('On validation rows. Warning: rare among 100 rows: "rare" (3).')
+    assert "--threshold-metric macro_f1" in line
+    validation = read_record(folder)["validation"]
+    classes = validation["class_recall"]
+    assert [(found["label"], found["num_examples"]) for found in classes] == [("common", 97), ("rare", 3)]
+    right = sum(found["num_examples"] * found["recall"] for found in classes)
+    assert right / 100 == pytest.approx(validation["accuracy"])
+    right = sum(found["num_examples"] * found["full_depth_recall"] for found in classes)
+    assert right / 100 == pytest.approx(validation["full_depth_accuracy"])
+
+
+def test_a_metric_for_two_classes_is_refused_for_three_before_the_work(
+    backbone: Path, tmp_path: Path
+) -> None:
+    data = TextDataset([("good",)] * 9, [0, 1, 2] * 3, ("a", "b", "c"), "three")
+    with pytest.raises(ValueError, match=r"threshold_metric f1 needs a task with two classes, got 3\."):
+        train(
+            backbone=backbone,
+            train_data=data,
+            output_dir=tmp_path / "m",
+            config=quick_config(threshold_metric="f1"),
+        )
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize("consistent_epochs", [0.0, 0.4, 0.6])
 def test_the_planned_steps_are_the_steps_taken(
     quick_train: Callable[..., Path], consistent_epochs: float
@@ -356,6 +393,7 @@ TESTED_ELSEWHERE = {
     "gradient_accumulation_steps",
     "mixed_precision",
     "patience",
+    "threshold_metric",
     "checkpoint_every",
     "max_cache_mb",
     "tracker",

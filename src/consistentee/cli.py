@@ -371,9 +371,12 @@ def _train(
 
     from consistentee import training
     from consistentee.evaluation import evaluate_model, evaluate_plain
+    from consistentee.metrics import check_threshold_metric
     from consistentee.reports import evaluation_report
     from consistentee.saved import open_model, record_evaluation
 
+    if kind == "train":
+        usage(lambda: check_threshold_metric(config.threshold_metric, len(rows.train.label_names)))
     folder = (training.train if kind == "train" else training.finetune)(
         backbone=backbone,
         train_data=rows.train,

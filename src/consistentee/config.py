@@ -21,6 +21,7 @@ Reward = Literal["hardness", "uniform"]
 RewardLoss = Literal["cross_entropy", "error"]
 Prices = Literal["range", "each"]
 HardnessMeasure = Literal["memorized_layer", "forgetting_events", "final_loss", "entropy", "el2n", "uniform"]
+ThresholdMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 Criterion = Literal["policy", "confidence", "entropy", "patience"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -133,8 +134,12 @@ class TrainingConfig:
     """Folds of the cross-fitted policy on held-out rows."""
     patience: int = 2
     """Stop after this many rounds in turn that are worse on validation rows by more than a standard error."""
+    threshold_metric: ThresholdMetric = "accuracy"
+    """Metric of the validation rows by which default thresholds are chosen. `accuracy` hardly sees a rare class;
+    `macro_f1` counts every class alike, `f1` is that of the second of two classes."""
     max_accuracy_loss: float = 0.0
-    """The default threshold may lose this much validation accuracy (0.01 = one point) against the last layer."""
+    """The default threshold may lose this much validation accuracy (0.01 = one point), or of the `threshold_metric`,
+    against the last layer."""
 
     # Run
     seed: int = 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from consistentee.exits import candidate_thresholds, choose_exit_layer
+from consistentee.metrics import METRICS
 
 BUDGETS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 SMOOTHING = 9
@@ -87,19 +88,59 @@ def hits_at_budgets(scores: Tensor, right: Tensor, points: Sequence[CurvePoint])
     return hits
 
 
-def choose_threshold(points: Sequence[CurvePoint], accuracy_floor: float) -> float:
-    """The threshold with the fewest layers whose accuracy stays at or above a floor.
+def choose_threshold(
+    points: Sequence[CurvePoint], floor: float, qualities: Sequence[float] | None = None
+) -> float:
+    """The threshold with the fewest layers whose accuracy, or other quality, stays at or above a floor.
 
-    The accuracy is smoothed over neighbouring thresholds first: on few rows the curve has lucky bumps, and the first
-    one above the floor would be picked. If none reaches the floor, the threshold with the best smoothed accuracy.
+    The quality is smoothed over neighbouring thresholds first: on few rows the curve has lucky bumps, and the first
+    one above the floor would be picked. If none reaches the floor, the threshold with the best smoothed quality.
+
+    Args:
+        points: the curve.
+        floor: of the quality.
+        qualities: one a point, such as another metric; None takes the points' accuracy.
     """
-    ordered = sorted(points, key=lambda point: point.mean_exit_layer)
+    qualities = [point.accuracy for point in points] if qualities is None else qualities
+    ordered = sorted(zip(points, qualities, strict=True), key=lambda pair: pair[0].mean_exit_layer)
     half = min(SMOOTHING // 2, len(ordered) // 8)
     smoothed = []
     for position in range(len(ordered)):
         near = ordered[max(0, position - half) : position + half + 1]
-        smoothed.append(sum(point.accuracy for point in near) / len(near))
-    for point, accuracy in zip(ordered, smoothed, strict=True):
-        if accuracy >= accuracy_floor and point.accuracy >= accuracy_floor:
+        smoothed.append(sum(quality for _, quality in near) / len(near))
+    for (point, quality), mean in zip(ordered, smoothed, strict=True):
+        if mean >= floor and quality >= floor:
             return point.threshold
-    return max(zip(smoothed, ordered, strict=True), key=lambda pair: pair[0])[1].threshold
+    return max(zip(smoothed, ordered, strict=True), key=lambda pair: pair[0])[1][0].threshold
+
+
+def threshold_by_metric(
+    points: Sequence[CurvePoint],
+    scores: Tensor,
+    layer_logits: Tensor,
+    labels: Tensor,
+    *,
+    metric: str,
+    max_loss: float,
+) -> float:
+    """The threshold with the fewest layers that loses no more of a metric than allowed against the last layer.
+
+    Args:
+        points: the curve of these scores.
+        scores, layer_logits, labels: as in `trade_off_curve`.
+        metric: one of `metrics.METRICS`.
+        max_loss: what may be lost of it, 0.01 for a point.
+    """
+    predictions = layer_logits.argmax(-1)  # (rows, layers)
+    if metric == "accuracy":
+        full = float((predictions[:, -1] == labels).float().mean())
+        return choose_threshold(points, full - max_loss)
+    measure, actual = METRICS[metric], labels.numpy()
+    qualities = [
+        measure(
+            predictions.gather(1, choose_exit_layer(scores, point.threshold)[:, None] - 1).squeeze(1).numpy(),
+            actual,
+        )
+        for point in points
+    ]
+    return choose_threshold(points, measure(predictions[:, -1].numpy(), actual) - max_loss, qualities)

@@ -20,6 +20,7 @@ from consistentee.data import TextDataset
 from consistentee.exits import check_threshold, choose_exit_layer, exit_scores
 from consistentee.metrics import compute_metrics
 from consistentee.parsing import quoted
+from consistentee.recall import ClassRecall, recall_by_class
 from consistentee.saved import SavedModel
 from consistentee.states import run_all_layers
 from consistentee.tasks import TASKS
@@ -75,6 +76,7 @@ class Evaluation:
         exit_accuracy: share of right predictions among the rows that leave at each layer; None where none does.
         per_layer_accuracy: accuracy if every row left at that layer.
         classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before.
+        class_recall: recall of every class at the exits and at full depth.
         curve: the trade-off over thresholds.
         other_criteria: other exit rules on the same classifiers, by name.
         reference: the plain model on the same rows, if one was given.
@@ -93,6 +95,7 @@ class Evaluation:
     exit_accuracy: list[float | None]
     per_layer_accuracy: list[float]
     classifier_accuracy: list[float]
+    class_recall: list[ClassRecall]
     curve: list[CurvePoint]
     other_criteria: dict[str, Rival] = field(default_factory=dict[str, Rival])
     reference: Reference | None = None
@@ -119,6 +122,7 @@ def evaluate_layers(
     other_criteria: Mapping[str, float | None] | None = None,
     classifier_logits: Tensor | None = None,
     reference_predictions: Tensor | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> Evaluation:
     """Evaluate an exit rule on the outputs of all layers.
 
@@ -132,6 +136,7 @@ def evaluate_layers(
         other_criteria: further rules to draw, each with its threshold or None.
         classifier_logits: (rows, layers, classes), each classifier alone; None where that is the same.
         reference_predictions: (rows,), int64, another model's classes.
+        label_names: classes by index; None calls them "0", "1", ...
 
     Raises:
         ValueError: there is no row, or a threshold does not fit its criterion.
@@ -167,6 +172,12 @@ def evaluate_layers(
         ],
         per_layer_accuracy=right.double().mean(0).tolist(),
         classifier_accuracy=alone.double().mean(0).tolist(),
+        class_recall=recall_by_class(
+            predictions.numpy(),
+            layer_logits[:, -1].argmax(-1).numpy(),
+            labels.numpy(),
+            label_names or [str(index) for index in range(layer_logits.shape[-1])],
+        ),
         curve=trade_off_curve(scores, layer_logits, labels, criterion),
         other_criteria={
             name: _rival(name, limit, layer_logits, exit_probs, labels)
@@ -235,6 +246,7 @@ def evaluate_model(
         reference_predictions=None
         if reference is None
         else predict_classes(reference, dataset, batch_size=batch_size, progress=progress),
+        label_names=dataset.label_names,
     )
 
 
@@ -305,11 +317,14 @@ def class_columns(saved: SavedModel, label_names: Sequence[str]) -> list[int]:
 
 
 def default_metrics(saved: SavedModel, num_classes: int) -> tuple[str, ...]:
-    """The metrics of the task the model was trained for; all that fit for data of one's own."""
+    """The metrics of the task the model was trained for, all that fit for data of one's own, and the thresholds'."""
     task = getattr(saved.model.config, "task", None)
     if task in TASKS:
-        return TASKS[task].metrics
-    return ("accuracy", "f1", "matthews") if num_classes == 2 else ("accuracy", "matthews")
+        metrics = TASKS[task].metrics
+    else:
+        metrics = ("accuracy", "f1", "matthews") if num_classes == 2 else ("accuracy", "matthews")
+    chosen = (saved.record.get("config") or {}).get("threshold_metric", "accuracy")
+    return tuple(dict.fromkeys((*metrics, chosen)))
 
 
 def _rival(

@@ -1,4 +1,4 @@
-"""Metrics of classification: accuracy, F1 and Matthews correlation, over integer class indices."""
+"""Metrics of classification: accuracy, F1, macro F1 and Matthews correlation, over integer class indices."""
 
 from __future__ import annotations
 
@@ -40,11 +40,30 @@ def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     highest = int(max(predicted.max(), actual.max()))
     if highest > 1:
         raise ValueError(
-            f"f1 needs a task with two classes, got class index {highest}. Use accuracy or matthews for more classes."
+            f"f1 needs a task with two classes, got class index {highest}. Use macro_f1, accuracy or matthews for more "
+            "classes."
         )
     true_positives = int(np.sum((predicted == 1) & (actual == 1)))
     positives = int(np.sum(predicted == 1)) + int(np.sum(actual == 1))
     return 2.0 * true_positives / positives if positives else 0.0
+
+
+def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of the F1 of every class that is among labels or predictions: a rare class counts as much as any.
+
+    Args:
+        predictions: (rows,) integer class indices.
+        labels: (rows,) integer class indices.
+
+    Returns:
+        A number in [0, 1].
+    """
+    predicted, actual = _class_indices(predictions, labels)
+    num_classes = int(max(predicted.max(), actual.max())) + 1
+    right = np.bincount(actual[predicted == actual], minlength=num_classes)  # (classes,)
+    counted = np.bincount(predicted, minlength=num_classes) + np.bincount(actual, minlength=num_classes)
+    there = counted > 0
+    return float((2.0 * right[there] / counted[there]).mean())
 
 
 def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -74,6 +93,7 @@ def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
 METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "accuracy": accuracy,
     "f1": f1,
+    "macro_f1": macro_f1,
     "matthews": matthews,
 }
 
@@ -103,7 +123,7 @@ def compute_metrics(names: Sequence[str], predictions: ArrayLike, labels: ArrayL
     """Several metrics of the same predictions.
 
     Args:
-        names: Names from METRICS: "accuracy", "f1", "matthews".
+        names: Names from METRICS: "accuracy", "f1", "macro_f1", "matthews".
         predictions: (rows,) integer class indices.
         labels: (rows,) integer class indices.
 
@@ -118,6 +138,19 @@ def compute_metrics(names: Sequence[str], predictions: ArrayLike, labels: ArrayL
         {'accuracy': 0.75, 'f1': 0.8}
     """
     return {name: METRICS[name](predictions, labels) for name in check_metrics(names)}
+
+
+def check_threshold_metric(name: str, num_classes: int) -> str:
+    """The metric by which thresholds are to be chosen, once it fits the classes.
+
+    Raises:
+        ValueError: it needs two classes and there are others.
+    """
+    if name == "f1" and num_classes != 2:
+        raise ValueError(
+            f"threshold_metric f1 needs a task with two classes, got {num_classes}. Use macro_f1, accuracy or matthews."
+        )
+    return name
 
 
 def _class_indices(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,8 +19,8 @@ from consistentee.config import TrainingConfig
 from consistentee.curves import (
     CurvePoint,
     budget_hits,
-    choose_threshold,
     curve_score,
+    threshold_by_metric,
     trade_off_curve,
 )
 from consistentee.exits import (
@@ -350,8 +350,14 @@ def choose_policy(
     for criterion in CRITERIA:
         values = exit_scores(criterion, judged.layer_logits, probs[best])
         points = trade_off_curve(values, judged.layer_logits, judged.labels, criterion)
-        full = float((judged.layer_logits[:, -1].argmax(-1) == judged.labels).float().mean())
-        thresholds[criterion] = choose_threshold(points, full - config.max_accuracy_loss)
+        thresholds[criterion] = threshold_by_metric(
+            points,
+            values,
+            judged.layer_logits,
+            judged.labels,
+            metric=config.threshold_metric,
+            max_loss=config.max_accuracy_loss,
+        )
         scores[criterion] = curve_score(points)
         if criterion == "policy":
             hits = budget_hits(values, judged.layer_logits, judged.labels, points)

@@ -8,7 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from consistentee.evaluation import Evaluation
+from consistentee.recall import recall_warnings
 from consistentee.speed import SpeedReport
+
+MOST_CLASSES = 20
+"""Classes that a report lists; JSON has all."""
 
 
 def evaluation_report(evaluation: Evaluation) -> RenderableType:
@@ -30,7 +34,10 @@ def evaluation_report(evaluation: Evaluation) -> RenderableType:
                 f"(standard error {100 * reference.standard_error:.2f})."
             )
         )
-    parts += [Text(""), _layers(evaluation)]
+    parts += [Text(""), _layers(evaluation), Text(""), _classes(evaluation)]
+    metric = "macro_f1" if "macro_f1" in evaluation.metrics else "accuracy"
+    warnings = recall_warnings(evaluation.class_recall, evaluation.threshold, threshold_metric=metric)
+    parts += [Text(line, style="bold") for line in warnings]
     return Group(*parts)
 
 
@@ -93,6 +100,24 @@ def _layers(evaluation: Evaluation) -> Table:
             f"{100 * evaluation.classifier_accuracy[index]:.2f}",
         )
     return table
+
+
+def _classes(evaluation: Evaluation) -> RenderableType:
+    """Recall of every class; of many, those that the exits cost most."""
+    ordered = evaluation.class_recall
+    if len(ordered) > MOST_CLASSES:
+        ordered = sorted(ordered, key=lambda found: found.gained - found.lost)[:MOST_CLASSES]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class")
+    for name in ("rows", "recall %", "recall % at the last layer"):
+        table.add_column(name, justify="right")
+    for found in ordered:
+        shares = (
+            "" if share is None else f"{100 * share:.2f}" for share in (found.recall, found.full_depth_recall)
+        )
+        table.add_row(Text(found.label), f"{found.num_examples:,}", *shares)
+    left_out = len(evaluation.class_recall) - len(ordered)
+    return Group(table, Text(f"{left_out} more classes: --json has all of them.")) if left_out else table
 
 
 SPEED_NAMES = {

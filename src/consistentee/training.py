@@ -11,6 +11,7 @@ held-out rows (cross-fitted), some weighted sum kept in phase 3, one learning-ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,14 @@ from consistentee.data import TextDataset
 from consistentee.exits import choose_exit_layer, exit_distribution, exit_scores
 from consistentee.hardness import memorized_layer
 from consistentee.losses import consistent_loss, distillation_loss, layer_losses, weighted_sum_loss
+from consistentee.metrics import check_threshold_metric
 from consistentee.model import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
 )
 from consistentee.optimisation import Figures
 from consistentee.policy_training import PolicyChoice, choose_policy
+from consistentee.recall import recall_by_class, recall_warnings
 from consistentee.runs import Report, Run, start_run
 from consistentee.states import LayerStates
 
@@ -66,9 +69,11 @@ def train(
 
     Raises:
         FileExistsError: if `output_dir` holds another run and `resume` is not set.
-        ValueError: if a resumed run has other settings or data than this one.
+        ValueError: if a resumed run has other settings or data than this one, or `threshold_metric` does not fit the
+            classes.
     """
     config = config or TrainingConfig()
+    check_threshold_metric(config.threshold_metric, len(train_data.label_names))
     run = start_run(
         EarlyExitForSequenceClassification,
         backbone=backbone,
@@ -120,7 +125,8 @@ def train(
     run.load_weights(checkpoints.load_weights(run.best_path))
     choice, states = _fit_policies(run, "final policy", all_prices=True)
     _report_choice(run, choice)
-    return run.save(_training_record(run, choice, states), thresholds=choice.thresholds)
+    record = _training_record(run, choice, states, train_data.label_names)
+    return run.save(record, thresholds=choice.thresholds)
 
 
 def finetune(
@@ -365,11 +371,19 @@ def _report_choice(run: Run, choice: PolicyChoice) -> None:
     )
 
 
-def _training_record(run: Run, choice: PolicyChoice, states: LayerStates) -> dict[str, Any]:
+def _training_record(
+    run: Run, choice: PolicyChoice, states: LayerStates, label_names: Sequence[str]
+) -> dict[str, Any]:
     scores = exit_scores("policy", states.layer_logits, choice.exit_probs)
     exit_layer = choose_exit_layer(scores, choice.thresholds["policy"])
     right = (states.layer_logits.argmax(-1) == states.labels[:, None]).float()
     mean = float(exit_layer.float().mean())
+    predictions = states.layer_logits.argmax(-1)
+    at_exit = predictions.gather(1, exit_layer[:, None] - 1).squeeze(1)
+    classes = recall_by_class(at_exit, predictions[:, -1], states.labels, label_names)
+    metric = run.config.threshold_metric
+    for line in recall_warnings(classes, choice.thresholds["policy"], threshold_metric=metric):
+        run.say(f"On validation rows. {line}")
     return {
         "warmup": run.progress["warmup"],
         "history": run.progress["history"],
@@ -382,6 +396,7 @@ def _training_record(run: Run, choice: PolicyChoice, states: LayerStates) -> dic
             "mean_exit_layer": mean,
             "layer_speedup": run.model.num_layers / mean,
             "per_layer_accuracy": _accuracies(states.layer_logits, states.labels),
+            "class_recall": [asdict(found) for found in classes],
         },
     }
 

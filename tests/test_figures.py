@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import pytest
+from benchmark_scripts import RESULTS, ROOT, missing, read, script
 
-from benchmark_scripts import script
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 TABLE_TASKS = {
     "sst2": "SST-2",
     "mrpc": "MRPC",
@@ -25,18 +19,8 @@ PAIRS = [(backbone, task) for backbone in ("e5-12l", "mpnet-12l") for task in TA
 EPOCH_SPEEDS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
-def read(*names: str) -> Any:
-    return json.loads(RESULTS.joinpath(*names).read_text(encoding="utf-8"))
-
-
 def cell(backbone: str, task: str, method: str, seed: int = 1) -> dict[str, Any]:
     return read(f"{backbone}_{task}_{method}_{seed}.json")
-
-
-def missing(page: str, *sentences: str) -> list[str]:
-    """Those of the sentences that a page does not hold, whatever its line breaks."""
-    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-    return [sentence for sentence in sentences if " ".join(sentence.split()) not in text]
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -121,120 +105,6 @@ def test_no_policy_collapsed_and_the_default_threshold_is_bold() -> None:
     ]
     first, *others = (f"{100 * accuracy:.1f} % with {100 * saved:.0f} % saved" for accuracy, saved in figures)
     assert missing("docs/experiments.md", ", ".join([first, *others])) == []
-
-
-# Generation: docs/experiments.md and docs/generation.md.
-
-
-def at_depths(task: str, criterion: str) -> list[str]:
-    """ROUGE-L, and in brackets the texts' layers, where the references leave after 24 and 20 layers."""
-    evaluation = read("generation", f"{task}.json")["evaluation"]
-    points = script("render_generation").points_of(evaluation, criterion)[1:]
-    return [f"{100 * p['metrics']['rougeL']:.1f} ({p['mean_exit_layer']:.1f})" for p in points]
-
-
-def test_rules_at_equal_layers() -> None:
-    rows: list[str] = []
-    for title, criterion in (
-        ("policy", "policy"),
-        ("CALM softmax margin", "softmax_margin"),
-        ("CALM classifier", "confidence_classifier"),
-    ):
-        rows.append(
-            " | ".join(
-                [f"| {title}", *(f for t in ("xsum", "dolly", "alpaca") for f in at_depths(t, criterion))]
-            )
-        )
-    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").replace("**", "")
-    assert [row for row in rows if row not in page] == []
-    margin, policy = (
-        [point["tokens_per_second"] for point in script("render_generation").points_of(evaluation, criterion)]
-        for evaluation in [read("generation", "alpaca.json")["evaluation"]]
-        for criterion in ("softmax_margin", "policy")
-    )
-    ratios = [a / b for a, b in zip(margin, policy, strict=True)]
-    sentence = f"which writes {min(ratios):.2f} to {max(ratios):.2f} times as many tokens a second"
-    assert missing("docs/experiments.md", sentence) == []
-
-
-def rouge_l(point: dict[str, Any]) -> float:
-    """In points, as the pages show it: their differences are of what a reader sees."""
-    return round(100 * point["metrics"]["rougeL"], 1)
-
-
-def test_what_exits_cost_in_texts() -> None:
-    figures: dict[str, dict[str, float]] = {}
-    for task in ("xsum", "alpaca"):
-        kept = read("generation", f"{task}.json")
-        evaluation = kept["evaluation"]
-        fastest = evaluation["generated"][-1]
-        copied, own_exit, recomputed, _ = map(rouge_l, kept["variants"])
-        figures[task] = {
-            "plain": rouge_l(evaluation["reference"]),
-            "full": rouge_l(evaluation["full_depth"]),
-            "own": rouge_l(evaluation),
-            "own_speed": evaluation["layer_speedup"],
-            "fastest": rouge_l(fastest),
-            "fastest_speed": fastest["layer_speedup"],
-            "first": copied - own_exit,
-            "copied": copied,
-            "recomputed": recomputed,
-        }
-    x, a = figures["xsum"], figures["alpaca"]
-    sentences = [
-        f"At {x['fastest_speed']:.2f}x fewer layers XSum's texts are {x['full'] - x['fastest']:.1f} points below the "
-        f"same model at full depth. The plain model is another {x['plain'] - x['full']:.1f} ahead",
-        f"On Alpaca full depth is {a['plain'] - a['full']:.1f} below plain, and the exits lose "
-        f"{a['full'] - a['fastest']:.1f} at {a['fastest_speed']:.2f}x.",
-        f"gives {x['own']:.1f} of {x['full']:.1f} at {x['own_speed']:.2f}x on XSum, {a['own']:.1f} of {a['full']:.1f} "
-        f"at {a['own_speed']:.2f}x on Alpaca.",
-        f"costs {x['first']:.1f} points on XSum and {a['first']:.1f} on Alpaca; recomputed states gain nothing any "
-        f"more ({x['recomputed']:.1f} for {x['copied']:.1f}, {a['recomputed']:.1f} for {a['copied']:.1f})",
-    ]
-    assert missing("docs/experiments.md", *sentences) == []
-
-
-def speeds(name: str, row: str, key: str) -> list[float]:
-    return [
-        found[key] for found in read("generation", "speed", f"{name}.json")["rows"] if found["name"] == row
-    ]
-
-
-def test_speed_of_generation() -> None:
-    trained = ("alpaca-float32", "alpaca-float32-batch-32")
-    clock, layers = (
-        [value for name in trained for value in speeds(name, "engine", key)]
-        for key in ("wall_clock_speedup", "layer_speedup")
-    )
-    names = [path.stem for path in (RESULTS / "generation" / "speed").glob("*.json")]
-    full = [
-        value for name in names for value in speeds(name, "engine-full-depth", "speedup_over_transformers")
-    ]
-    (one,), (margin,) = (
-        speeds(f"smollm2-float32-{name}", "engine", "wall_clock_speedup") for name in ("one-text", "margin")
-    )
-    sentences = [
-        f"the policy makes decoding {one:.2f}x faster than all layers, CALM's margin makes it {1 / margin:.1f} times "
-        f"slower ({margin:.2f}x)",
-        f"it runs {min(layers):.2f}x to {max(layers):.2f}x fewer layers, and decoding is "
-        f"{clock[0]:.2f}x, {clock[1]:.2f}x and {clock[2]:.2f}x as fast as our own full depth at batches 1, 8 and 32.",
-        f"Full depth alone is {min(full):.2f}x to {max(full):.2f}x as fast as `transformers`.",
-    ]
-    assert missing("docs/generation.md", *sentences) == []
-    checked = read("generation", "lossless.json")["rows"]
-    (large,) = speeds("alpaca-float32-batch-32", "engine-lossless", "wall_clock_speedup")
-    sentence = (
-        f"it is {checked[0]['speedup']:.2f}x and {checked[1]['speedup']:.2f}x on {checked[0]['texts']} texts "
-        f"(`lossless.json`), and {large:.2f}x (`alpaca-float32-batch-32.json`)"
-    )
-    assert missing("docs/experiments.md", sentence) == []
-
-
-def test_schedules_of_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    script("decoding_schedules").main()
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 4
-    assert missing("docs/generation.md", *rows) == []
 
 
 # Speed of classifiers: docs/performance.md.

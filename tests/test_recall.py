@@ -39,12 +39,12 @@ def test_a_fall_is_large_and_no_chance(lost: int, gained: int, rows: int, falls:
 def test_warnings_name_class_figures_and_remedy() -> None:
     fallen, rare = recall_warnings([of_class("ham", 970, 0), of_class("spam", 30, 10)], 0.25)
     assert fallen == (
-        'Warning: recall of class "spam" (30 rows) falls from 66.7 % at full depth to 33.3 % at threshold 0.25. '
+        'recall of class "spam" (30 rows) falls from 66.7 % at full depth to 33.3 % at threshold 0.25. '
         "A higher --threshold keeps more of it; training with --threshold-metric macro_f1 chooses one that counts "
         "every class alike."
     )
     assert rare == (
-        'Warning: rare among 1,000 rows: "spam" (30). Accuracy hardly shows them: read their recall, and consider '
+        'rare among 1,000 rows: "spam" (30). Accuracy hardly shows them: read their recall, and consider '
         "--threshold-metric macro_f1 in training."
     )
 
@@ -65,5 +65,5 @@ def test_nothing_is_said_where_all_is_well_nor_advised_what_was_done() -> None:
 def test_of_many_classes_some_are_named() -> None:
     lines = recall_warnings([of_class("big", 5000, 0), *(of_class(f"c{i}", 20, 10) for i in range(9))], 0.5)
     assert sum("falls from" in line for line in lines) == 5
-    assert "Warning: so it does of 4 more classes." in lines
+    assert "so it does of 4 more classes." in lines
     assert '"c4" (20) and 4 more.' in lines[-1]

@@ -223,7 +223,7 @@ def test_a_rare_class_is_named_and_its_recall_recorded(backbone: Path, tmp_path:
         report=said.append,
     )
     (line,) = [line for line in said if "rare among" in line]
-    assert line.startswith('On validation rows. Warning: rare among 100 rows: "rare" (3).')
+    assert line.startswith('Warning, on validation rows: rare among 100 rows: "rare" (3).')
     assert "--threshold-metric macro_f1" in line
     validation = read_record(folder)["validation"]
     classes = validation["class_recall"]

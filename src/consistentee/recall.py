@@ -89,20 +89,20 @@ def recall_warnings(
         threshold_metric: by which training chose it, as far as is known.
 
     Returns:
-        Lines that say what and what to do; none where all is well.
+        What to say and to do, a line each, to stand behind "Warning:"; none where all is well.
     """
     remedy = "A higher --threshold keeps more of it"
     if threshold_metric != "macro_f1":
         remedy += "; training with --threshold-metric macro_f1 chooses one that counts every class alike"
     fallen = sorted((found for found in classes if found.falls), key=lambda found: found.gained - found.lost)
     lines = [
-        f'Warning: recall of class "{found.label}" ({found.num_examples:,} rows) falls from '
+        f'recall of class "{found.label}" ({found.num_examples:,} rows) falls from '
         f"{100 * (found.full_depth_recall or 0):.1f} % at full depth to {100 * (found.recall or 0):.1f} % at threshold "
         f"{threshold:.4g}. {remedy}."
         for found in fallen[:NAMED]
     ]
     if len(fallen) > NAMED:
-        lines.append(f"Warning: so it does of {len(fallen) - NAMED} more classes.")
+        lines.append(f"so it does of {len(fallen) - NAMED} more classes.")
     total = sum(found.num_examples for found in classes)
     rare = [found for found in classes if 0 < found.num_examples < RARE_SHARE * total / len(classes)]
     if rare:
@@ -112,6 +112,6 @@ def recall_warnings(
             "" if threshold_metric == "macro_f1" else ", and consider --threshold-metric macro_f1 in training"
         )
         lines.append(
-            f"Warning: rare among {total:,} rows: {named}{more}. Accuracy hardly shows them: read their recall{advice}."
+            f"rare among {total:,} rows: {named}{more}. Accuracy hardly shows them: read their recall{advice}."
         )
     return lines

@@ -37,7 +37,7 @@ def evaluation_report(evaluation: Evaluation) -> RenderableType:
     parts += [Text(""), _layers(evaluation), Text(""), _classes(evaluation)]
     metric = "macro_f1" if "macro_f1" in evaluation.metrics else "accuracy"
     warnings = recall_warnings(evaluation.class_recall, evaluation.threshold, threshold_metric=metric)
-    parts += [Text(line, style="bold") for line in warnings]
+    parts += [Text(f"Warning: {line}", style="bold") for line in warnings]
     return Group(*parts)
 
 

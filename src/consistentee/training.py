@@ -383,7 +383,7 @@ def _training_record(
     classes = recall_by_class(at_exit, predictions[:, -1], states.labels, label_names)
     metric = run.config.threshold_metric
     for line in recall_warnings(classes, choice.thresholds["policy"], threshold_metric=metric):
-        run.say(f"On validation rows. {line}")
+        run.say(f"Warning, on validation rows: {line}")
     return {
         "warmup": run.progress["warmup"],
         "history": run.progress["history"],

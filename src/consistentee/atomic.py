@@ -1,14 +1,22 @@
-"""Files that are either there and whole, or not there: written beside their place, then moved into it."""
+"""Files that are either there and whole, or not there: written beside their place, then moved into it.
+
+What is to outlast a power cut is on the disk before it gets its name, and its name before anything relies on it.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
+import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -17,26 +25,63 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the file to be made or replaced; folders above it are made. A symbolic link keeps pointing where it
-            points, and its target is replaced.
+            points, and its target is replaced. What is there and is no regular file (a device, a named pipe, this
+            process's own standard output) stays what it is: once the block has ended it is opened and written.
 
     Yields:
-        A temporary file in the same folder, with the same ending; it is removed if the block raises.
+        A temporary file in the same folder, with the same ending; it is removed if the block raises. For what is no
+        regular file it lies in the folder for temporary files.
 
     Raises:
+        IsADirectoryError: the path is a folder.
         OSError: the folder cannot be written to.
     """
+    if not is_replaceable(path):
+        with tempfile.TemporaryDirectory(prefix="consistentee-") as scratch:
+            temporary = Path(scratch) / f"file{Path(path).suffix}"
+            temporary.touch()
+            yield temporary
+            with temporary.open("rb") as source, open_in_place(path) as target:
+                shutil.copyfileobj(source, target)
+        return
     target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    make_folder(target.parent)
+    temporary = target.parent / f".{target.stem}.{secrets.token_hex(6)}{target.suffix}"
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield temporary
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        temporary.chmod(mode)
+        _take_over_permissions(temporary, target)
+        sync(temporary)
         os.replace(temporary, target)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_replaceable(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name is made anew: there is none yet, or a regular one that is not our own output.
+
+    Raises:
+        IsADirectoryError: the path is a folder.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return True
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f'"{os.fspath(path)}" is a folder. Give the name of a file.')
+    return stat.S_ISREG(found.st_mode) and _own_output(found) is None
+
+
+def open_in_place(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open what is there for writing, without making a file; our own output goes on behind what was written to it."""
+    descriptor = _own_output(os.stat(path))
+    if descriptor is not None:
+        stream = sys.stdout if descriptor == 1 else sys.stderr
+        if stream is not None:
+            stream.flush()
+        return os.fdopen(os.dup(descriptor), "wb")
+    return os.fdopen(os.open(path, os.O_WRONLY), "wb")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -50,8 +95,71 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they outlast a power cut; what is there stays."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    windows = os.name == "nt"
+    if path.is_dir() and (windows or not os.access(path, os.R_OK)):  # such a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not know it
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` everything in a folder, and the folder."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        sync(path)
+    sync(folder)
+
+
+def remove_files(folder: Path, names: tuple[str, ...]) -> None:
+    """Delete files by name, and what an interrupted writing of them left; then the folder, if nothing else is in it."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        plain = Path(name)
+        for leftover in folder.glob(f".{plain.stem}.*{plain.suffix}"):
+            leftover.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or something is in it
+        folder.rmdir()
+
+
+def _own_output(found: os.stat_result) -> int | None:
+    """The descriptor under which this process writes to that very file: standard output or error."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _take_over_permissions(temporary: Path, target: Path) -> None:
+    """Those of the file that is replaced, its owner too where we may; else those of any new file."""
+    if not target.exists():
+        temporary.chmod(0o666 & ~_umask())
+        return
+    before = target.stat()
+    now = temporary.stat()
+    if os.name == "posix" and (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
+        with suppress(OSError):
+            os.chown(temporary, before.st_uid, before.st_gid)
+    temporary.chmod(before.st_mode & 0o777)
+
+
 def _umask() -> int:
-    """The process's mask of permissions; mkstemp ignores it and gives nobody else access."""
+    """The process's mask of permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

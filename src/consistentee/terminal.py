@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TextIO, TypeVar
 
 from rich.console import Console
 
-from consistentee.atomic import atomic_path
+from consistentee.atomic import atomic_path, is_replaceable, open_in_place
 from consistentee.options import UsageError
 
 T = TypeVar("T")
@@ -35,9 +36,13 @@ def progress_line(title: str) -> None:
 
 @contextmanager
 def text_stream(path: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears when the block ends without an error."""
+    """Standard output, or a file that appears when the block ends without an error; a pipe or device gets each line."""
     if path is None:
         yield sys.stdout
+        return
+    if not is_replaceable(path):
+        with io.TextIOWrapper(open_in_place(path), encoding="utf-8") as stream:
+            yield stream
         return
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         yield stream

@@ -64,7 +64,7 @@ CASES = {
     "policy": Interruption(training, "choose_policy", 2),
     "best weights kept, not yet a checkpoint": Interruption(training, "_record_round", 1),
     "consistent phase": Interruption(Optimisation, "_step", 8),
-    "writing a checkpoint": Interruption(checkpoints, "write_json", 5),
+    "writing a checkpoint": Interruption(checkpoints, "write_json", 6),
     "final policy": Interruption(training, "choose_policy", 4),
     "writing the model": Interruption(runs, "write_model_card", 1),
     "model in place": Interruption(checkpoints, "remove_checkpoints", 1),

@@ -355,6 +355,9 @@ def _train(
         raise UsageError("Give --backbone: the name of a model on the hub to start from, or a local folder.")
     model_kind = data.kind(recipe.task)
     config = training_config(settings, recipe, config_class_of_kind(model_kind))
+    from consistentee.run_folders import check_output_dir
+
+    usage(lambda: check_output_dir(output_dir, backbone))  # before the data is read
     if isinstance(config, GenerationTrainingConfig):
         train_generator(
             kind,

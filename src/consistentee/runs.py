@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +23,10 @@ from consistentee.atomic import write_json
 from consistentee.batches import TokenizedDataset, collate, tokenize
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
-from consistentee.generation.config import AnyTrainingConfig
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.model_card import write_model_card
-from consistentee.optimisation import Optimisation, make_accelerator, parameter_groups
+from consistentee.optimisation import Optimisation, parameter_groups
+from consistentee.run_folders import open_output, run_identity
 from consistentee.saved import RECORD_FILE
 from consistentee.states import LayerStates, run_all_layers, run_full_depth
 
@@ -67,7 +65,7 @@ class Run:
     @property
     def best_path(self) -> Path:
         """Where the best round's weights wait."""
-        return self.output_dir / checkpoints.FOLDER / "best.safetensors"
+        return self.output_dir / checkpoints.FOLDER / checkpoints.BEST
 
     def say(self, message: str) -> None:
         """Show a line, once, whatever the number of processes."""
@@ -156,13 +154,9 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Go back to a checkpoint's moment.
-
-        Raises:
-            ValueError: if it belongs to a run with other settings, data or backbone.
-        """
+        """Go back to a checkpoint's moment, of this very run."""
         weights, optimizer, progress = checkpoints.load_checkpoint(folder)
-        _check_same_run(progress.pop("identity"), self.identity, self.output_dir)
+        del progress["identity"]
         self.optimisation.step = progress.pop("step")
         self.progress.clear()
         self.progress.update(progress)
@@ -195,19 +189,18 @@ class Run:
                 "kind": self.kind,
                 "task": self.task,
                 "backbone": self.identity["backbone"],
+                "backbone_fingerprint": self.identity["backbone_fingerprint"],
                 "config": self.config.to_dict(),
                 "data": self.identity["data"],
                 "environment": environment(self.accelerator),
                 **record,
             }
-            partial_dir = self.output_dir / checkpoints.FOLDER / "model"
-            shutil.rmtree(partial_dir, ignore_errors=True)
-            model.save_pretrained(partial_dir)
-            self.tokenizer.save_pretrained(partial_dir)
-            write_model_card(partial_dir, record)
-            write_json(partial_dir / RECORD_FILE, record)
-            for path in sorted(partial_dir.iterdir(), key=lambda path: path.name == RECORD_FILE):
-                os.replace(path, self.output_dir / path.name)
+            staged = self.output_dir / checkpoints.FOLDER / checkpoints.STAGING
+            model.save_pretrained(staged)
+            self.tokenizer.save_pretrained(staged)
+            write_model_card(staged, record)
+            write_json(staged / RECORD_FILE, record)
+            checkpoints.place_model(self.output_dir, last=RECORD_FILE)
             checkpoints.remove_checkpoints(self.output_dir)
         self.accelerator.wait_for_everyone()
         if self.config.tracker != "none":
@@ -217,7 +210,7 @@ class Run:
         return self.output_dir
 
     def begin(self, newest: Path | None, *, resume: bool, description: str) -> None:
-        """Plan the steps, start the tracker, and go back to the last checkpoint if there is one.
+        """Claim the folder, plan the steps, start the tracker, and go back to the last checkpoint if there is one.
 
         Args:
             newest: that checkpoint.
@@ -225,6 +218,8 @@ class Run:
             description: model and data, in words.
         """
         config, optimisation = self.config, self.optimisation
+        if self.accelerator.is_main_process:
+            checkpoints.claim(self.output_dir)
         optimisation.total_steps = self.steps_of(config.warmup_epochs) + config.rounds * self.steps_of(
             config.consistent_epochs
         )
@@ -246,44 +241,6 @@ class Run:
             self.say("No checkpoint to resume from: starting at the beginning.")
 
 
-def open_output(
-    output_dir: Path,
-    *,
-    config: AnyTrainingConfig,
-    resume: bool,
-    report: Report,
-    unused_parameters: bool = False,
-) -> tuple[Accelerator, Path | None] | None:
-    """The accelerator of a run and its newest checkpoint, or None if the folder holds a finished model.
-
-    Args:
-        output_dir: the run's folder.
-        config: settings.
-        resume: whether to go on with what is there.
-        report: is told of a finished model.
-        unused_parameters: whether steps leave parameters out.
-
-    Raises:
-        FileExistsError: the folder holds another run and `resume` is not set.
-    """
-    accelerator = make_accelerator(config, str(output_dir), unused_parameters=unused_parameters)
-    newest = checkpoints.latest_checkpoint(output_dir)
-    if (output_dir / RECORD_FILE).is_file():
-        if not resume:
-            raise FileExistsError(
-                f"Output folder {output_dir} holds a finished model. Choose another, or remove it."
-            )
-        if accelerator.is_main_process:
-            checkpoints.remove_checkpoints(output_dir)  # the run may have ended just before it did
-            report(f"{output_dir} holds a finished model: nothing to resume.")
-        return None
-    if newest is not None and not resume:
-        raise FileExistsError(
-            f"Output folder {output_dir} holds an unfinished run. Continue it with --resume, or remove it."
-        )
-    return accelerator, newest
-
-
 def start_run(
     model_class: type[Model],
     *,
@@ -297,7 +254,9 @@ def start_run(
 ) -> Run | None:
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir = Path(output_dir)
-    opened = open_output(output_dir, config=config, resume=resume, report=report)
+    kind = "early_exit" if model_class is EarlyExitForSequenceClassification else "full_depth"
+    identity = run_identity(kind, backbone, config, fingerprint(train_data))
+    opened = open_output(output_dir, identity=identity, config=config, resume=resume, report=report)
     if opened is None:
         return None
     accelerator, newest = opened
@@ -332,7 +291,6 @@ def start_run(
         config=config,
         total_steps=0,
     )
-    kind = "early_exit" if model_class is EarlyExitForSequenceClassification else "full_depth"
     run = Run(
         kind=kind,
         config=config,
@@ -346,14 +304,12 @@ def start_run(
         validation=validation,
         policy_rows=policy_rows,
         identity={
-            "kind": kind,
-            "backbone": str(backbone),
-            "config": config.to_dict(),
+            **identity,
             "data": {
                 "source": train_data.source,
                 "train_rows": len(kept),
                 "validation_rows": len(held),
-                "fingerprint": fingerprint(train_data),
+                **identity["data"],
             },
         },
         progress={
@@ -422,17 +378,3 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "mixed_precision": str(accelerator.mixed_precision),
     }
-
-
-def _check_same_run(saved: dict[str, Any], current: dict[str, Any], output_dir: Path) -> None:
-    def flat(identity: dict[str, Any]) -> dict[str, Any]:
-        data = {"data fingerprint": identity["data"]["fingerprint"]}
-        return {"kind": identity["kind"], "backbone": identity["backbone"], **data, **identity["config"]}
-
-    before = flat(saved)
-    for name, value in flat(current).items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"The unfinished run in {output_dir} has {name} = {before.get(name)}, this one {value}. "
-                "Resume with the same settings and data, or choose another output folder."
-            )

@@ -68,9 +68,9 @@ def train(
         The folder of the saved model: weights, tokenizer, label names, threshold, training record, model card.
 
     Raises:
-        FileExistsError: if `output_dir` holds another run and `resume` is not set.
-        ValueError: if a resumed run has other settings or data than this one, or `threshold_metric` does not fit the
-            classes.
+        FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
+        ValueError: if a resumed run has other settings, data or backbone, `output_dir` is the backbone's, or
+            `threshold_metric` does not fit the classes.
     """
     config = config or TrainingConfig()
     check_threshold_metric(config.threshold_metric, len(train_data.label_names))

@@ -77,7 +77,7 @@ def test_a_training_leaves_a_model_that_generates(trained: tuple[Path, list[str]
     assert record["validation"]["num_examples"] == len(
         [token for text in held_out_texts() for token in text]
     ) + len(held_out_texts())
-    assert not (folder / "checkpoints").exists()
+    assert not (folder / runs.checkpoints.FOLDER).exists()
     assert said[-1] == f"Saved to {folder}"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     output = model.generate(**tokenizer("say a:", return_tensors="pt"), max_new_tokens=3, do_sample=False)
@@ -187,7 +187,6 @@ def test_checkpoints_leave_out_what_is_frozen(
         runs.checkpoints, "save_weights", lambda path, weights: kept.append(set(weights)) or path.touch()
     )
     monkeypatch.setattr(runs.checkpoints, "save_checkpoint", lambda *args, **kwargs: None)
-    (tmp_path / "model" / "checkpoints").mkdir(parents=True)
     run(train_generation, backbone, tmp_path / "model", backbone_training="lora", rounds=0)
     assert [name for name in kept[0] if "lora" in name]
     assert not [name for name in kept[0] if name.startswith("backbone.") and "lora" not in name]
@@ -296,7 +295,7 @@ def test_interrupted_fine_tuning_goes_on(
 def test_a_finished_model_is_not_trained_again(backbone: Path, trained: tuple[Path, list[str]]) -> None:
     with pytest.raises(FileExistsError, match="holds a finished model"):
         run(train_generation, backbone, trained[0])
-    assert run(train_generation, backbone, trained[0], resume=True) == [
+    assert run(train_generation, backbone, trained[0], checkpoint_every=2, resume=True) == [
         f"{trained[0]} holds a finished model: nothing to resume."
     ]
 

@@ -42,7 +42,8 @@ from consistentee.generation.rounds import record_round, report_choice, report_e
 from consistentee.generation.templates import prompt_template
 from consistentee.generation.token_states import TokenStates
 from consistentee.optimisation import Figures, Optimisation, parameter_groups
-from consistentee.runs import Report, Run, open_output
+from consistentee.run_folders import open_output, run_identity
+from consistentee.runs import Report, Run
 
 EARLY_EXIT, FULL_DEPTH = "early_exit_generation", "full_depth_generation"
 
@@ -73,9 +74,10 @@ def train_generation(
         record, model card.
 
     Raises:
-        FileExistsError: if `output_dir` holds another run and `resume` is not set.
+        FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
         ImportError: LoRA without peft.
-        ValueError: an unsupported backbone, too little data, or a resumed run with other settings or data.
+        ValueError: an unsupported backbone, too little data, a resumed run with other settings, data or backbone, or an
+            `output_dir` that is the backbone's.
     """
     config = config or GenerationTrainingConfig()
     started = _start(
@@ -230,8 +232,15 @@ def _start(
 ) -> tuple[Run, Adapters] | None:
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir = Path(output_dir)
-    # A step touches the exits it draws, and of the backbone's parameters perhaps not all.
-    opened = open_output(output_dir, config=config, resume=resume, report=report, unused_parameters=True)
+    identity = run_identity(kind, backbone, config, _fingerprint(train_data))
+    opened = open_output(
+        output_dir,
+        identity=identity,
+        config=config,
+        resume=resume,
+        report=report,
+        unused_parameters=True,  # a step touches the exits it draws, and of the backbone's parameters perhaps not all
+    )
     if opened is None:
         return None
     accelerator, newest = opened
@@ -300,15 +309,13 @@ def _start(
         validation=validation,
         policy_rows=validation,
         identity={
-            "kind": kind,
-            "backbone": str(backbone),
-            "config": config.to_dict(),
+            **identity,
             "data": {
                 "source": train_data.source,
                 "train_rows": len(kept),
                 "validation_rows": len(held),
                 "train_tokens": int(counts.sum()),
-                "fingerprint": _fingerprint(train_data),
+                **identity["data"],
             },
         },
         progress={

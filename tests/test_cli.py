@@ -489,7 +489,8 @@ class TestBenchmark:
 
 
 class TestInterruptedPrediction:
-    def test_ctrl_c_leaves_whole_lines(self, files: Files, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_leaves_whole_lines(self, number: int, files: Files, tmp_path: Path) -> None:
         texts = tmp_path / "texts.txt"
         texts.write_text("a good film and a bad plot\n" * 300_000, encoding="utf-8")
         output = tmp_path / "whole.jsonl"
@@ -508,9 +509,9 @@ class TestInterruptedPrediction:
                     lines = b""
                 else:
                     lines = process.stdout.readline()
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 rest, errors = process.communicate(timeout=60)
-            assert process.returncode == 130
+            assert process.returncode == 128 + number
             assert errors.count(b"\n") == 1
             assert (lines + rest).endswith(b"\n") or target
             for line in (lines + rest).splitlines():

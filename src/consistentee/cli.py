@@ -1,18 +1,19 @@
 """The command line: one thin function per command. Heavy libraries are imported inside, so that `--help` is quick.
 
-Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted. A failure is one line on standard error that says what
-to do; `--debug` shows the traceback instead.
+Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted, 143 ended by SIGTERM (129 by SIGHUP). A failure is one
+line on standard error that says what to do; `--debug` shows the traceback instead.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,18 @@ from consistentee.options import (
     training_config,
     training_data,
 )
-from consistentee.terminal import at_least_one, console, say, text_stream, usage
+from consistentee.terminal import (
+    Stopped,
+    at_least_one,
+    console,
+    forget,
+    hold_standard_streams,
+    outlasting_readers,
+    say,
+    stoppable,
+    text_stream,
+    usage,
+)
 
 AnyCriterion = Literal[Criterion, GenerationCriterion]
 TO_GENERATE = Group("Text generators", sort_key=2)
@@ -296,6 +308,8 @@ def demo(*, output_dir: Path = Path("consistentee-demo"), seed: int = 0, debug: 
 app.command(generate)
 app.command(benchmark)
 COMMANDS = (train, finetune, evaluate, predict, generate, benchmark, demo)
+OUTLASTING = (train, finetune, evaluate, benchmark, demo)
+"""Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -309,25 +323,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    with suppress(AttributeError):  # a stream that a test put in place
+    go_on = _CONTINUE.get(given[0] if given else "", "")
+    with suppress(AttributeError):  # a stream that a test put in place, or none
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:
-        command, bound, _ = app.parse_args(_hyphen_last(given), exit_on_error=False, print_error=False)
-        with warnings.catch_warnings():
-            if not debug and command in COMMANDS:
-                _quieten_libraries()
-            if command in COMMANDS:
-                from consistentee.threads import limit_threads
-
-                limit_threads()
-            command(*bound.args, **bound.kwargs)
-        sys.stdout.flush()
+        with stoppable():
+            _run(given, debug)
+    except Stopped as stopped:
+        return _fail(f"Ended by {signal.Signals(stopped.number).name}. {go_on}".strip(), 128 + stopped.number)
     except KeyboardInterrupt:
-        return _fail(f"Interrupted. {_CONTINUE.get(given[0] if given else '', '')}".strip(), 130)
-    except BrokenPipeError:  # the reader has had enough: not a failure
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _fail(f"Interrupted. {go_on}".strip(), 130)
+    except BrokenPipeError as error:
+        if given[0] in [command.__name__ for command in OUTLASTING]:  # it was not about what they print
+            return _fail(_advice(error), 1)
+        forget(sys.stdout)
+        return 0  # the reader has had enough: not a failure
     except (CycloptsError, UsageError) as error:
         return _fail(_one_line(error), 2)
     except Exception as error:
@@ -336,6 +346,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         return _fail(_advice(error), 1)
     return 0
+
+
+def _run(arguments: list[str], debug: bool) -> None:
+    """Find the command, and run it."""
+    hold_standard_streams()
+    command, bound, _ = app.parse_args(_hyphen_last(arguments), exit_on_error=False, print_error=False)
+    if sys.stdout is None and command in (predict, generate) and bound.arguments.get("output") is None:
+        raise OSError("Standard output is closed, so the answers have nowhere to go. Give --output.")
+    with warnings.catch_warnings(), outlasting_readers() if command in OUTLASTING else nullcontext():
+        if not debug and command in COMMANDS:
+            _quieten_libraries()
+        if command in COMMANDS:
+            from consistentee.threads import limit_threads
+
+            limit_threads()
+        command(*bound.args, **bound.kwargs)
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _train(

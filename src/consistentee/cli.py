@@ -212,7 +212,7 @@ def evaluate(
         threshold=limit,
         reference=None if reference is None else open_model(reference),
         batch_size=batch_size or 64,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     console().print(evaluation_report(evaluation))
     if json_file is not None:
@@ -266,6 +266,7 @@ def predict(
         raise ValueError(f'Model "{model}" generates text. Use: consistentee generate {model}')
     from consistentee.engine import Engine
     from consistentee.files import read_texts
+    from consistentee.progress import rows_about, show_progress
 
     engine = Engine.from_pretrained(model, device=device, dtype=dtype, backend=backend)
     if file == "-" and sys.stdin.isatty():
@@ -275,7 +276,13 @@ def predict(
         lambda: engine.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
     )
     said = False
-    with text_stream(output) as stream:
+    is_file = output is not None
+    with (
+        text_stream(output) as stream,
+        show_progress(
+            "predictions", rows_about(file) if is_file else None, unit="text", shown=is_file
+        ) as shower,
+    ):
         for texts, predictions in windows:
             if engine.choice is not None and not said:
                 print(engine.choice, file=sys.stderr)  # noqa: T201
@@ -289,6 +296,7 @@ def predict(
                 }
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
             stream.flush()
+            shower.update(len(texts))
 
 
 @app.command
@@ -420,13 +428,13 @@ def _train(
     is_main = PartialState().is_main_process
     saved = open_model(folder, device=PartialState().device)
     if kind == "train":
-        evaluation = evaluate_model(saved, rows.evaluation, progress=sys.stderr.isatty())
+        evaluation = evaluate_model(saved, rows.evaluation, progress=is_main)
         figures = evaluation.summary()
         if is_main:
             say(f"On {len(rows.evaluation):,} rows that training has not seen ({rows.evaluation.source}):")
             console().print(evaluation_report(evaluation))
     else:
-        figures = evaluate_plain(saved, rows.evaluation, progress=is_main and sys.stderr.isatty())
+        figures = evaluate_plain(saved, rows.evaluation, progress=is_main)
         if is_main:
             listed = ", ".join(f"{name} {value:.4f}" for name, value in figures["metrics"].items())
             say(

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from consistentee.batches import collate, tokenize
 from consistentee.curves import CurvePoint, trade_off_curve
@@ -20,6 +19,7 @@ from consistentee.data import TextDataset
 from consistentee.exits import check_threshold, choose_exit_layer, exit_scores
 from consistentee.metrics import compute_metrics
 from consistentee.parsing import quoted
+from consistentee.progress import track
 from consistentee.recall import ClassRecall, recall_by_class
 from consistentee.saved import SavedModel
 from consistentee.states import run_all_layers
@@ -211,7 +211,7 @@ def evaluate_model(
         metrics: names from `metrics.METRICS`; None takes those of the model's task.
         reference: a model to compare with on the same rows.
         batch_size: rows per step; does not change the result.
-        progress: whether to show a progress bar.
+        progress: whether to show how far it is.
 
     Returns:
         The figures.
@@ -260,7 +260,7 @@ def predict_classes(
         saved: the model, from `open_model`.
         dataset: rows; their labels are not read.
         batch_size: rows per step.
-        progress: whether to show a progress bar.
+        progress: whether to show how far it is.
 
     Returns:
         (rows,), int64, indices into `dataset.label_names`.
@@ -273,7 +273,7 @@ def predict_classes(
     order = np.argsort(-rows.lengths, kind="stable")
     predictions = torch.empty(len(rows), dtype=torch.int64)
     starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc="reference", disable=not progress, leave=False):
+    for start in track(starts, "reference", shown=progress):
         part = order[start : start + batch_size].tolist()
         batch = collate([rows[row] for row in part], saved.tokenizer)
         inputs = {

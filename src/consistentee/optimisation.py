@@ -25,11 +25,11 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from consistentee.batches import LengthGroupedBatches
 from consistentee.errors import require_extra
 from consistentee.generation.config import AnyTrainingConfig
+from consistentee.progress import show_progress
 from consistentee.states import Collate
 
 PATIENCE_OF_PROCESSES = timedelta(days=1)  # the others wait while the main process fits policies
@@ -179,19 +179,14 @@ class Optimisation:
             FloatingPointError: the loss is infinite or not a number.
         """
         self.figures.clear()
-        silent = not self.accelerator.is_main_process or None  # None: on a terminal only
-        with tqdm(
-            total=until, initial=self.step, desc=phase, unit="step", disable=silent, leave=False
-        ) as bar:
+        shown = self.accelerator.is_main_process
+        with show_progress(phase, until, unit="step", initial=self.step, shown=shown) as bar:
             while self.step < until:
                 epoch, offset = divmod(self.step, len(self.batches))
                 self.batches.set_epoch(epoch, offset)
                 for rows in itertools.islice(self.batches, until - self.step):
                     self._step(rows, loss_of, learning_rate, before_step, objective)
-                    bar.update()
-                    bar.set_postfix(
-                        {name: f"{value:.3f}" for name, value in self.figures.items()}, refresh=False
-                    )
+                    bar.update(figures=self.figures)
                     if self.config.tracker != "none":
                         self.accelerator.log(
                             {f"{phase}/{name}": v for name, v in self.figures.items()}, step=self.step

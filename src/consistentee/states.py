@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from consistentee.batches import TokenizedDataset
 from consistentee.model import EarlyExitForSequenceClassification
+from consistentee.progress import track
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
@@ -169,8 +169,8 @@ def row_shares(
     rows = len(lengths)
     order = np.argsort(-lengths, kind="stable")
     step = batch_size * accelerator.num_processes
-    silent = description is None or not accelerator.is_main_process or None  # None: on a terminal only
-    for start in tqdm(range(0, rows, step), desc=description, disable=silent, leave=False):
+    shown = description is not None and accelerator.is_main_process
+    for start in track(range(0, rows, step), description or "", shown=shown):
         share = math.ceil(min(step, rows - start) / accelerator.num_processes)
         first = start + accelerator.process_index * share
         mine = order[first : min(first + share, start + step)].tolist()

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from consistentee import checkpoints
 from consistentee.config import TrainingConfig
@@ -35,6 +34,7 @@ from consistentee.model import (
 )
 from consistentee.optimisation import Figures
 from consistentee.policy_training import PolicyChoice, choose_policy
+from consistentee.progress import show_progress
 from consistentee.recall import recall_by_class, recall_warnings
 from consistentee.runs import Report, Run, start_run
 from consistentee.states import LayerStates
@@ -265,7 +265,7 @@ def _fit_policies(
     if run.accelerator.is_main_process:
         num_prices = 1 if config.prices == "range" else len(prices)
         fits = len(inputs) * (num_prices * config.policy_folds + 1 if cross_fitted else num_prices)
-        with tqdm(total=fits, desc=f"{description}: fits", unit="fit", disable=None, leave=False) as bar:
+        with show_progress(f"{description}: fits", fits, unit="fit") as bar:
             choices = [
                 choose_policy(
                     partial(run.model.new_policy, policy_input),

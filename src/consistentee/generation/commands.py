@@ -102,6 +102,7 @@ def generate(
     from consistentee.generation.data import read_prompts
     from consistentee.generation.generator import DecodingOptions, TextGenerator
     from consistentee.generation.saved import open_generator
+    from consistentee.progress import rows_about, show_progress
 
     options = usage(
         lambda: DecodingOptions(
@@ -129,10 +130,16 @@ def generate(
             print("Reading prompts from standard input, one a line; end with Ctrl-D.", file=sys.stderr)  # noqa: T201
         rows = read_prompts(file or "-", prompt_column=prompt_column, input_column=input_column)
         prompts = ((row["prompt"], row["input"]) for row in rows)
-    with text_stream(output) as stream:
+    is_file = output is not None
+    total = rows_about(file) if is_file and file is not None else None
+    with (
+        text_stream(output) as stream,
+        show_progress("texts generated", total, unit="text", shown=is_file) as shower,
+    ):
         for text in generator.generate_texts(prompts, batch_size=batch_size, options=options):
             stream.write(json.dumps(_line(text, show_exits), ensure_ascii=False) + "\n")
             stream.flush()
+            shower.update(figures={"exit_layer": text.mean_exit_layer})
 
 
 def train_generator(
@@ -173,13 +180,12 @@ def train_generator(
     drawn = f" of {len(rows.evaluation):,}" if len(evaluation_rows) < len(rows.evaluation) else ""
     say(f"On {len(evaluation_rows):,}{drawn} rows that training has not seen ({rows.evaluation.source}):")
     saved = open_generator(folder, device=PartialState().device)
-    progress = sys.stderr.isatty()
     if kind == "train":
-        evaluation = evaluate_generation(saved, evaluation_rows, progress=progress, seed=config.seed)
+        evaluation = evaluate_generation(saved, evaluation_rows, progress=True, seed=config.seed)
         figures = evaluation.summary()
         console().print(generation_report(evaluation))
     else:
-        figures = evaluate_plain_generation(saved, evaluation_rows, progress=progress)
+        figures = evaluate_plain_generation(saved, evaluation_rows, progress=True)
         say(", ".join(f"{name} {value:.4f}" for name, value in figures["metrics"].items()))
     record_evaluation(folder, figures)
 
@@ -231,7 +237,7 @@ def evaluate_generator(
         max_new_tokens=max_new_tokens,
         text_speedups=text_speedups or (),
         bertscore_model=bertscore_model,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     console().print(generation_report(evaluation))
     if json_file is not None:

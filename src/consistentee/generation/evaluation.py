@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from consistentee.generation.data import InstructionDataset
 from consistentee.generation.encoding import TokenizedPrompts, encode_prompts
@@ -37,6 +36,7 @@ from consistentee.generation.results import (
 )
 from consistentee.generation.saved import SavedGenerator
 from consistentee.generation.text_metrics import text_metrics
+from consistentee.progress import track
 from consistentee.timing import environment
 
 CURVE_THRESHOLDS = 8
@@ -88,7 +88,7 @@ def evaluate_generation(
             threshold where the references' tokens leave after that share of the layers, as near as it gets.
         curve_thresholds: thresholds of each curve on the references, beside the chosen ones; at least 1.
         bertscore_model: encoder for BERTScore; None leaves it out.
-        progress: whether to show progress bars.
+        progress: whether to show how far it is.
         seed: of the tokens whose scores choose the curves' thresholds.
 
     Returns:
@@ -263,9 +263,7 @@ class _Texts:
         return generator.generate_encoded(encoded, batch_size=self._batch_size, options=options)
 
     def _bar(self, texts: Iterator[GeneratedText], title: str) -> Iterator[GeneratedText]:
-        return iter(
-            tqdm(texts, desc=title, total=len(self._encoded), disable=not self._progress, leave=False)
-        )
+        return track(texts, title, total=len(self._encoded), unit="text", shown=self._progress)
 
     def _point(
         self,
@@ -325,6 +323,7 @@ class _Forced:
             criterion,
             mean_exit_layer,
             batch_size=self._batch_size,
+            description=f"references, {criterion} at layer {mean_exit_layer:.3g}" if self._progress else None,
         )
         self._known |= {(criterion, value): tokens for value, tokens in measured.items()}
         return threshold
@@ -343,7 +342,12 @@ class _Forced:
     def _scores_of(self, criterion: str) -> Tensor:
         if criterion not in self._scores:
             self._scores[criterion] = full_depth_scores(
-                self._saved, self._rows, criterion, batch_size=self._batch_size, seed=self._seed
+                self._saved,
+                self._rows,
+                criterion,
+                batch_size=self._batch_size,
+                seed=self._seed,
+                description=f"references, scores of {criterion}" if self._progress else None,
             )
         return self._scores[criterion]
 

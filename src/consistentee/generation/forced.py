@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from consistentee.generation.criteria import softmax_margin_scores, state_similarity_scores, static_scores
 from consistentee.generation.data import InstructionDataset
@@ -22,6 +21,7 @@ from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.results import GenerationPoint
 from consistentee.generation.saved import SavedGenerator
 from consistentee.generation.templates import PLAIN, PromptTemplate
+from consistentee.progress import track
 
 LOGIT_ROWS = 1024
 """Logits of at most so many tokens are held at once."""
@@ -166,6 +166,7 @@ def full_depth_scores(
     *,
     batch_size: int = 8,
     seed: int = 0,
+    description: str | None = None,
 ) -> Tensor:
     """Exit scores of about `SCORED_TOKENS` tokens of responses at every layer, none of which leaves.
 
@@ -175,6 +176,7 @@ def full_depth_scores(
         criterion: exit rule.
         batch_size: rows per step.
         seed: of the rows drawn.
+        description: of a progress bar; None for none.
 
     Returns:
         (tokens, layers) float32; minus infinity where a token cannot leave, infinity at the last layer.
@@ -184,7 +186,7 @@ def full_depth_scores(
     counts = np.cumsum((rows.lengths - rows.prompt_lengths)[order])
     few = order[: int(np.searchsorted(counts, SCORED_TOKENS)) + 1]
     scores: list[Tensor] = []
-    for input_ids, mask, _, predicts in _batches(saved, rows, batch_size, None, few.tolist()):
+    for input_ids, mask, _, predicts in _batches(saved, rows, batch_size, description, few.tolist()):
         may_leave = predicts & ~_first_of_response(predicts) if _first_is_full(model) else predicts
         leaving = _Leaving(model, criterion, math.inf, may_leave, record=True)
         model.exit_pass(input_ids, mask, may_leave, leaving.decide)
@@ -294,7 +296,7 @@ def _batches(
         np.argsort(-rows.lengths[kept], kind="stable")
     ].tolist()  # the longest first: memory shows at once
     starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=description, disable=description is None, leave=False):
+    for start in track(starts, description or "", shown=description is not None):
         items = [rows[row] for row in order[start : start + batch_size]]
         batch = collate_rows(items, pad_token_id=saved.tokenizer.pad_token_id)
         labels = batch["labels"]

@@ -107,6 +107,7 @@ def matched_threshold(
     *,
     batch_size: int,
     refinements: int = 2,
+    description: str | None = None,
 ) -> tuple[float, dict[float, ForcedTokens]]:
     """What `match_threshold` finds, from scores at hand, and all that was measured on the way, by threshold."""
     aim = target_mean_exit_layer
@@ -116,7 +117,12 @@ def matched_threshold(
         if threshold in measured:
             break
         measured[threshold] = forced_exits(
-            saved, rows, criterion=criterion, threshold=threshold, batch_size=batch_size
+            saved,
+            rows,
+            criterion=criterion,
+            threshold=threshold,
+            batch_size=batch_size,
+            description=description,
         )
         away = target_mean_exit_layer - measured[threshold].mean_exit_layer
         if abs(away) < 0.02 * target_mean_exit_layer:

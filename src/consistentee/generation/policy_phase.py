@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
-from tqdm.auto import tqdm
-
 from consistentee import checkpoints
 from consistentee.generation.encoding import TokenizedPrompts, with_more_tokens
 from consistentee.generation.model import ConfidenceClassifier
 from consistentee.generation.policy_fit import TokenPolicyChoice, choose_token_policy, number_of_fits
 from consistentee.generation.token_states import TokenStates, run_token_states
+from consistentee.progress import show_progress
 from consistentee.runs import Run
 
 
@@ -77,7 +76,7 @@ def run_policy_phase(run: Run, description: str) -> tuple[TokenPolicyChoice, Tok
     choice: TokenPolicyChoice | None = None
     if run.accelerator.is_main_process:
         total = number_of_fits(config, len(config.layer_costs))
-        with tqdm(total=total, desc=f"{description}: fits", unit="fit", disable=None, leave=False) as bar:
+        with show_progress(f"{description}: fits", total, unit="fit") as bar:
             choice = choose_token_policy(
                 model.new_policy,
                 lambda: ConfidenceClassifier(model.num_layers, model.config.hidden_size),

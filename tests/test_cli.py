@@ -437,6 +437,7 @@ class TestBenchmark:
             *("--batch-sizes", "1,8", "--throughput", "--repeats", 1, "--json", json_file, "--plot", plot),
         )
         assert outcome.code == 0, outcome.err
+        assert outcome.err.startswith("This takes about ")
         assert "transformers" in outcome.out
         figures = json.loads(json_file.read_text(encoding="utf-8"))
         assert {"hardware", "torch", "threads", "seed"} <= set(figures["environment"])
@@ -446,6 +447,18 @@ class TestBenchmark:
         assert {row["batch_size"] for row in figures["rows"]} == {1, 8, None}
         assert str(tmp_path) not in json_file.read_text(encoding="utf-8")
         assert plot.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_time_to_keep_to(self, call: Call, files: Files, tmp_path: Path) -> None:
+        arguments = ["benchmark", files.model, "--data-file", files.evaluation, "--json", tmp_path / "s.json"]
+        outcome = call(*arguments, "--seconds", 1e-6)
+        assert outcome.code == 0, outcome.err
+        assert (
+            "Left out, as 1e-06 seconds are too few: batch size 8, batch size 32, batch size 128"
+            in outcome.out
+        )
+        figures = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+        assert {(row["batch_size"], row["rows"], row["repeats"]) for row in figures["rows"]} == {(1, 8, 3)}
+        assert figures["workload"]["seconds"] == 1e-6
 
     def test_the_models_own_rule_and_one_mode(self, call: Call, files: Files, tmp_path: Path) -> None:
         outcome = call(
@@ -479,6 +492,24 @@ class TestBenchmark:
             ("--config-name bert-base --repeats 0", "--repeats must be at least 1"),
             ("MODEL --data-file FILE --exit-distribution 1,0", "one share for each of 3 layers, got 2"),
             ("MODEL --data-file FILE --threshold 3", "threshold must be in [0, 1]"),
+            ("MODEL --data-file FILE --data-dir d", "--data-dir goes with --task, not with --data-file"),
+            ("MODEL --data-dir d", "A model needs --data-file, or --task"),
+            ("MODEL --data-file FILE --sequence-length 9", "--sequence-length goes with --config-name"),
+            ("MODEL --data-file FILE --labels 3", "--labels goes with --config-name, not with a model"),
+            (
+                "MODEL --data-file FILE --classifier-hidden-size 3",
+                "--classifier-hidden-size goes with --config-",
+            ),
+            ("MODEL --task sst2 --text-columns a", "--text-columns goes with --data-file"),
+            ("--config-name bert-base --data-dir d", "--data-dir goes with a model, not with --config-name"),
+            ("--config-name bert-base --text-columns a", "--text-columns goes with a model"),
+            (
+                "--config-name bert-base --threshold 1",
+                "--threshold goes with a model, not with --config-name",
+            ),
+            ("--config-name bert-base --seconds 0", "--seconds must be above 0, got 0"),
+            ("--config-name bert-base --num-rows 9 --repeats 2 --seconds 9", "both are given: leave one out"),
+            ("MODEL --data-file FILE --threshold 1 --exit-distribution even", "exclude each other"),
         ],
     )
     def test_usage(self, call: Call, files: Files, arguments: str, message: str) -> None:

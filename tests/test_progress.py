@@ -13,7 +13,7 @@ import pytest
 
 from consistentee import progress as module
 from consistentee.cli import main
-from consistentee.progress import Bar, Lines, Pace, Progress, rows_about, show_progress, track
+from consistentee.progress import Bar, Lines, Pace, Progress, TimedLines, rows_about, show_progress, track
 from consistentee.training import finetune, train
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
@@ -89,6 +89,17 @@ def test_a_step_that_takes_long_is_looked_after(
     assert said.wait(60)
     lines.close()
     assert stream.getvalue() == "a step: 0 steps\n"
+
+
+def test_work_that_is_known_by_its_time(clock: Clock, pace: Pace, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = TimedLines("benchmark", 75.0, pace, watch=False)
+    for title in ("batch size 1", "batch size 1", "batch size 8", "throughput mode"):
+        clock.now += 20.0
+        lines.now_doing(title)
+    assert written(capsys) == [
+        "benchmark, batch size 1: 40 s of about 75 s, 35 s left",
+        "benchmark, throughput mode: 80 s of about 75 s, 0 s left",
+    ]
 
 
 def test_a_total_that_nobody_knows_or_that_was_too_low(clock: Clock, pace: Pace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import struct
 from collections import Counter
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from consistentee.speed import (
     random_rows,
     shape_model,
 )
+from consistentee.time_budget import TimeBudget
 from consistentee.timing import environment, paired_ratio, time_in_turn
 from tiny import tiny_backbone, tiny_full_depth_model, tiny_model
 
@@ -189,6 +191,31 @@ def test_competitors_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         "abc", [2] * 3
     )
     assert len(ticks) == 12
+    calls.clear()
+    time_in_turn(work, CPU, 1, untimed=False)
+    assert "".join(calls) == "bbccaa"
+
+
+def test_a_time_to_keep_to(saved: SavedModel) -> None:
+    engine, said = Engine(saved, dtype="bfloat16"), list[float]()
+    options: dict[str, Any] = {"batch_sizes": (1, 8), "repeats": 4, "announce": said.append}
+    short = measure_speed(engine, ROWS, budget=TimeBudget(1e-9), **options)
+    assert {(row.batch_size, row.rows, row.repeats) for row in short.rows} == {(1, 8, 3)}
+    assert short.workload["left_out"] == ["batch size 8", "throughput mode"]
+    assert (short.workload["seconds"], short.workload["repeats"], said) == (1e-9, 3, [1e-9])
+    for budget in (TimeBudget(1e9), TimeBudget(math.inf, amount=False, repeats=False, sizes=False), None):
+        long = measure_speed(engine, ROWS, budget=budget, **options)
+        found = {(row.batch_size, row.rows, row.repeats) for row in long.rows}
+        assert found == {(1, 32, 4), (8, 70, 4), (None, 70, 4)}
+        assert long.workload["left_out"] == []
+    assert 0 < said[1] < 1e9
+    assert len(said) == 3
+    kept = measure_speed(engine, ROWS, budget=TimeBudget(1e-9, sizes=False, amount=False), **options)
+    assert {(row.batch_size, row.rows, row.repeats) for row in kept.rows} == {
+        (1, 32, 3),
+        (8, 70, 3),
+        (None, 70, 3),
+    }
 
 
 def test_ratios_are_paired_by_repetition() -> None:

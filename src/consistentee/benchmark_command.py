@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from cyclopts import Parameter
 
 from consistentee.config import Criterion
 from consistentee.generation.config import GenerationCriterion
 from consistentee.options import Columns, Flag, UsageError, known_task
-from consistentee.terminal import console, progress_line, say, usage
+from consistentee.terminal import announced, console, say, usage
+from consistentee.time_budget import TimeBudget
+
+SECONDS, REPEATS = 60.0, 5
+"""What a benchmark takes, about, and repetitions, unless other things are asked for."""
 
 
 def benchmark(
@@ -34,7 +38,8 @@ def benchmark(
     throughput: Flag = False,
     lossless: Flag = False,
     num_rows: int | None = None,
-    repeats: int = 5,
+    repeats: int | None = None,
+    seconds: float | None = None,
     backend: str = "torch",
     dtype: str = "float32",
     device: str = "auto",
@@ -57,7 +62,7 @@ def benchmark(
         config_name: In place of a model: random weights of a shape, such as bert-base, minilm-12l-shape or
             smollm2-135m-shape.
         sequence_length: Tokens of the random rows that go with --config-name. [default: 128; prompts 32]
-        new_tokens: Tokens to generate, for text generators. [default: 128]
+        new_tokens: Tokens to generate, for text generators. [default: 128, or fewer as --seconds allows]
         labels: Classes of the model that goes with --config-name.
         classifier_hidden_size: Width of its exits. [default: what training gives]
         exit_distribution: Force exits: even, last, or the share of each layer (0.1,0.2,...). [default: the model's
@@ -67,8 +72,11 @@ def benchmark(
         batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128; generators 1,8,32]
         throughput: Throughput mode alone, or beside the --batch-sizes given; classifiers only. [default: both]
         lossless: Measure lossless decoding too; trained generators only.
-        num_rows: Rows to take. [default: 512, or enough for four batches; generators: the largest batch]
-        repeats: Timed repetitions, after one that is not.
+        num_rows: Rows to take. [default: at most 512, or enough for four batches, as --seconds allows; generators: the
+            largest batch]
+        repeats: Timed repetitions, after one that is not. [default: 5, or fewer as --seconds allows]
+        seconds: Time to keep to, about: rows (new tokens), repetitions and batch sizes that are not given are chosen
+            for it. [default: 60]
         backend: What runs the layers: torch, onnxruntime, or auto (with a model).
         dtype: Precision: float32, bfloat16, float16, int8, or auto (with a model).
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
@@ -108,6 +116,30 @@ def benchmark(
         if value is not None and value < 1:
             more = name in ("labels", "new-tokens")
             raise UsageError(f"--{name} must be at least {1 + more}, got {value + more}.")
+    _check_sources(
+        model,
+        config_name,
+        data_file=data_file,
+        task=task,
+        data_dir=data_dir,
+        text_columns=text_columns,
+        sequence_length=sequence_length,
+        labels=labels,
+        classifier_hidden_size=classifier_hidden_size,
+        threshold=threshold,
+    )
+    if lossless and criterion not in (None, "policy"):
+        raise UsageError("--criterion goes without --lossless: what drafts is always the policy.")
+    if exit_distribution is not None and threshold is not None:
+        raise UsageError(
+            "--threshold and --exit-distribution exclude each other: exits follow one or the other."
+        )
+    budget = _budget(
+        seconds,
+        amount_given=(new_tokens if generates else num_rows) is not None,
+        repeats_given=repeats is not None,
+        sizes_given=batch_sizes is not None or throughput,
+    )
     if plot is not None:  # before the work, not after it
         from consistentee.plots import check_plot
 
@@ -123,12 +155,6 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     place = None if device == "auto" else device
-    if config_name is not None and threshold is not None:
-        raise UsageError("--threshold goes with a model, not with --config-name.")
-    if config_name is not None and (data_file is not None or task is not None):
-        raise UsageError(
-            f"--{'task' if data_file is None else 'data-file'} goes with a model, not with --config-name."
-        )
     if generates:
         from consistentee.generation.commands import benchmark_generator
 
@@ -146,7 +172,8 @@ def benchmark(
             threshold=threshold,
             lossless=lossless,
             num_rows=num_rows or max(sizes),
-            repeats=repeats,
+            repeats=repeats or REPEATS,
+            budget=budget,
             dtype=dtype,
             device=place,
             seed=seed,
@@ -177,18 +204,24 @@ def benchmark(
         work = model_workload(
             model or "", texts, rows=count, device=place, dtype=dtype, backend=backend, seed=seed
         )
-    report = measure_speed(
-        work.engine,
-        work.rows,
-        batch_sizes=sizes,
-        throughput=throughput or batch_sizes is None,
-        shares=usage(lambda: work.shares(exit_distribution)),
-        rule=usage(lambda: work.engine.rule(criterion, threshold)),
-        repeats=repeats,
-        seed=seed,
-        tick=progress_line if sys.stderr.isatty() else lambda _: None,
-    )
+    shares = usage(lambda: work.shares(exit_distribution))
+    rule = usage(lambda: work.engine.rule(criterion, threshold))
+    with announced() as (announce, tick):
+        report = measure_speed(
+            work.engine,
+            work.rows,
+            batch_sizes=sizes,
+            throughput=throughput or batch_sizes is None,
+            shares=shares,
+            rule=rule,
+            repeats=repeats or REPEATS,
+            seed=seed,
+            budget=budget,
+            announce=announce,
+            tick=tick,
+        )
     console().print(speed_report(report))
+    say_left_out(report.workload)
     if json_file is not None:
         write_json(json_file, report.to_dict())
         say(f"Figures written to {json_file}")
@@ -199,6 +232,74 @@ def benchmark(
             report, plot, title=f"{report.workload['model']}, {report.environment['threads']} thread(s)"
         )
         say(f"Picture written to {plot}")
+
+
+def say_left_out(workload: Mapping[str, Any]) -> None:
+    """Name what a benchmark had no time for, and what gives it."""
+    if workload["left_out"]:
+        names = ", ".join(workload["left_out"])
+        say(
+            f"Left out, as {workload['seconds']:g} seconds are too few: {names}. Give more, or --batch-sizes."
+        )
+
+
+def _budget(
+    seconds: float | None, *, amount_given: bool, repeats_given: bool, sizes_given: bool
+) -> TimeBudget:
+    """The time to keep to, and what is left to choose for it."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UsageError(f"--seconds must be above 0, got {seconds:g}.")
+    if not (amount_given and repeats_given):
+        return TimeBudget(seconds or SECONDS, not amount_given, not repeats_given, not sizes_given)
+    if seconds is not None:
+        raise UsageError(
+            "--seconds chooses rows (new tokens) and --repeats, and both are given: leave one out."
+        )
+    return TimeBudget(math.inf, amount=False, repeats=False, sizes=False)
+
+
+def _check_sources(
+    model: str | None,
+    config_name: str | None,
+    *,
+    data_file: Path | None,
+    task: str | None,
+    data_dir: Path | None,
+    text_columns: Columns,
+    sequence_length: int | None,
+    labels: int,
+    classifier_hidden_size: int | None,
+    threshold: float | None,
+) -> None:
+    """What is measured, and what goes with it only.
+
+    Raises:
+        UsageError: an option that would have no effect.
+    """
+    of_models = {
+        "data-file": data_file,
+        "task": task,
+        "data-dir": data_dir,
+        "text-columns": text_columns,
+        "threshold": threshold,
+    }
+    of_shapes = {
+        "sequence-length": sequence_length,
+        "labels": None if labels == 2 else labels,
+        "classifier-hidden-size": classifier_hidden_size,
+    }
+    for name, value in (of_models if model is None else of_shapes).items():
+        if value is not None:
+            with_, not_with = ("a model", "--config-name") if model is None else ("--config-name", "a model")
+            raise UsageError(f"--{name} goes with {with_}, not with {not_with}.")
+    if config_name is not None:
+        return
+    if (data_file is None) == (task is None):
+        raise UsageError("A model needs --data-file, or --task with --data-dir: one of them.")
+    if task is None and data_dir is not None:
+        raise UsageError("--data-dir goes with --task, not with --data-file.")
+    if data_file is None and text_columns:
+        raise UsageError("--text-columns goes with --data-file; a task knows its own.")
 
 
 def _generates(model: str | None, config_name: str | None) -> bool:
@@ -229,11 +330,7 @@ def _benchmark_texts(
     data_file: Path | None, task: str | None, data_dir: Path | None, text_columns: Columns
 ) -> Iterator[tuple[str, ...]]:
     """The texts that a model is measured on."""
-    if (data_file is None) == (task is None):
-        raise UsageError("A model needs --data-file, or --task with --data-dir: one of them.")
     if data_file is not None:
-        if data_dir is not None:
-            raise UsageError("--data-dir goes with --task, not with --data-file.")
         from consistentee.files import read_texts
 
         return read_texts(str(data_file), text_columns)

@@ -159,8 +159,34 @@ class Lines(Progress):
         self._pace.end()
 
     def _watch(self) -> None:
-        while not self._closed.wait(max(0.2, self._pace.seconds_left())):
+        while not self._closed.wait(min(1.0, max(0.2, self._pace.seconds_left()))):
             self.look()
+
+
+class TimedLines(Lines):
+    """Lines about work that is known by the time it takes.
+
+    Args:
+        title: what is done.
+        seconds: that it will take, about.
+        pace, watch: as of `Lines`.
+    """
+
+    def __init__(self, title: str, seconds: float, pace: Pace | None = None, watch: bool = True) -> None:
+        super().__init__(title, seconds, "s", 0, pace, watch)
+        self._doing, self._seconds = "", seconds
+
+    def now_doing(self, what: str) -> None:
+        """What the next line is to name; write one if it is due."""
+        self._doing = what
+        self.look()
+
+    def line(self) -> str:
+        """What there is to say now."""
+        passed = self._pace.clock() - self._start
+        doing = f", {self._doing}" if self._doing else ""
+        left = max(0.0, self._seconds - passed)
+        return f"{self._title}{doing}: {duration(passed)} of about {duration(self._seconds)}, {duration(left)} left"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Runtime's optimised whole model. What counts is the ratio between them.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -30,11 +31,15 @@ from consistentee.onnx_backend import has_onnxruntime
 from consistentee.onnx_sessions import full_model_session
 from consistentee.packed_layers import storage_dtype
 from consistentee.saved import SavedModel
-from consistentee.timing import environment, paired_ratio, time_in_turn
+from consistentee.time_budget import Planner, TimeBudget
+from consistentee.timing import environment, paired_ratio, synchronised_seconds, time_in_turn
 from consistentee.torch_backend import token_tensors
 
 ARRIVAL_BATCH = 32
 """Rows of a padded batch that throughput mode is compared with."""
+
+PROBED_ROWS = 32
+"""Rows of throughput mode at least."""
 
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -65,6 +70,8 @@ class SpeedRow:
         efficiency: wall_clock_speedup / layer_speedup; None where nothing leaves.
         speedup_over_transformers: likewise against `transformers`.
         peak_memory_mb: of the device, on a GPU; None on CPU, where one process holds all competitors.
+        rows: that were measured.
+        repeats: timed repetitions.
     """
 
     name: str
@@ -83,6 +90,8 @@ class SpeedRow:
     efficiency: float | None
     speedup_over_transformers: float
     peak_memory_mb: float | None
+    rows: int
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,8 @@ def measure_speed(
     rule: ExitRule | None = None,
     repeats: int = 5,
     seed: int = 0,
+    budget: TimeBudget | None = None,
+    announce: Callable[[float], object] = lambda _: None,
     tick: Callable[[str], object] = lambda _: None,
 ) -> SpeedReport:
     """Time the engine and its competitors.
@@ -214,6 +225,8 @@ def measure_speed(
         rule: the model's own rule; None takes the saved one.
         repeats: timed repetitions.
         seed: of the forced exits.
+        budget: a time to keep to, and whether fewer rows, repetitions or modes may be taken for it; None: all of it.
+        announce: with a budget, called before measuring with the seconds it will take, about.
         tick: called with what is being measured after each pass.
 
     Raises:
@@ -227,13 +240,36 @@ def measure_speed(
     modes: list[int | None] = [*batch_sizes, *([None] if throughput else [])]
     found: list[SpeedRow] = []
     full_session = _full_session(engine)
-    for size in modes:
-        chosen = list(rows) if size is None else list(rows[: max(16 * size, 32)])
+
+    def match(size: int | None, count: int) -> _Match:
+        chosen = list(rows[:count])
         forced = None if shares is None else exit_layers_of(shares, len(chosen), seed)
+        return _Match(engine, chosen, size, forced, rule, full_session)
+
+    most = {size: min(len(rows), len(rows) if size is None else max(16 * size, 32)) for size in modes}
+    least = {size: min(most[size], PROBED_ROWS if size is None else max(size, 8)) for size in modes}
+    planner = Planner(budget, len(modes), repeats)
+    cost, left_out = 0.0, list[str]()  # seconds of a row for all competitors together
+    if budget is not None:
+        tick("trying it out")
+        first = modes[0]
+        few = min(len(rows), 8)
+        small = match(first and min(first, few), few)
+        small.seconds_of_a_pass()  # kernels are built
+        cost = small.seconds_of_a_pass() / few
+        announce(planner.expected(sum(most.values()), cost))
+    for size in modes:
         title = "throughput mode" if size is None else f"batch size {size}"
-        found += _Match(engine, chosen, size, forced, rule, full_session).play(
-            repeats, lambda title=title: tick(title)
-        )
+        if found and not planner.fits(cost, least[size]):
+            left_out.append(title)
+            planner.next_size()
+            continue
+        if budget is not None:
+            tick(title)
+            cost = match(size, least[size]).seconds_of_a_pass() / least[size]
+        count, times = planner.plan(cost, least=least[size], most=most[size], step=size or 1)
+        found += match(size, count).play(times, lambda title=title: tick(title))
+        planner.next_size()
     config: Any = engine.saved.model.config
     lengths = [len(row["input_ids"]) for row in rows]
     workload = {
@@ -246,7 +282,9 @@ def measure_speed(
         "mean_tokens": statistics.mean(lengths),
         "max_tokens": max(lengths),
         "exits": "model" if shares is None else [round(share, 6) for share in shares],
-        "repeats": repeats,
+        "repeats": min((row.repeats for row in found), default=repeats),
+        "seconds": None if budget is None or math.isinf(budget.seconds) else budget.seconds,
+        "left_out": left_out,
     }
     return SpeedReport(environment(engine.backend.device, seed), workload, tuple(found))
 
@@ -278,18 +316,38 @@ class _Match:
 
     def play(self, repeats: int, tick: Callable[[], object]) -> list[SpeedRow]:
         """Time all, and make their rows of the report."""
+        device, work = self.engine.backend.device, self._work()
+        with torch.inference_mode():
+            first: dict[str, list[Any]] = {}  # also the pass that is not timed
+            for name, steps in work.items():
+                first[name] = [step() for step in steps]
+                tick()
+            memory = {name: _peak_memory(steps, device) for name, steps in work.items()}
+            seconds = time_in_turn(work, device, repeats, tick, untimed=False)
+        return [
+            self._row(name, seconds, first[name] if name in self.rules else None, memory[name])
+            for name in work
+        ]
+
+    def seconds_of_a_pass(self) -> float:
+        """What all competitors take together."""
         device = self.engine.backend.device
-        answers = {name: [step() for step in self._steps(*rule)] for name, rule in self.rules.items()}
+        start = synchronised_seconds(device)
+        with torch.inference_mode():
+            for steps in self._work().values():
+                for step in steps:
+                    step()
+        return synchronised_seconds(device) - start
+
+    def _work(self) -> dict[str, Sequence[Callable[[], object]]]:
+        """The competitors' batches."""
         work: dict[str, Sequence[Callable[[], object]]] = {
             name: self._steps(*rule) for name, rule in self.rules.items()
         }
         work["transformers"] = self._transformers()
         if self.full_session is not None:
             work["onnxruntime"] = self._onnxruntime(self.full_session)
-        memory = {name: _peak_memory(steps, device) for name, steps in work.items()}
-        with torch.inference_mode():
-            seconds = time_in_turn(work, device, repeats, tick)
-        return [self._row(name, seconds, answers.get(name), memory[name]) for name in work]
+        return work
 
     def _parts(self, size: int | None) -> list[range]:
         """The rows batch by batch, in the order of arrival; all at once for None."""
@@ -390,6 +448,8 @@ class _Match:
             efficiency=ratio / layer_speedup if name == "engine" else None,
             speedup_over_transformers=paired_ratio(seconds["transformers"], taken)[0],
             peak_memory_mb=memory,
+            rows=len(self.rows),
+            repeats=len(taken),
         )
 
     def _arrival_padding(self) -> float:

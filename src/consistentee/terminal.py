@@ -142,6 +142,41 @@ def progress_line(title: str) -> None:
 
 
 @contextmanager
+def announced() -> Iterator[tuple[Callable[[float], None], Callable[[str], None]]]:
+    """Say how long work will take, then what is being done: on a terminal in place, elsewhere at the pace of lines.
+
+    Yields:
+        Two functions: one takes the seconds that it will take, about, the other what is being done.
+    """
+    from consistentee.progress import TimedLines, duration
+
+    lines: list[TimedLines] = []
+
+    def announce(seconds: float) -> None:
+        on_terminal = sys.stderr.isatty()
+        place = "\r\x1b[K" if on_terminal else ""
+        sys.stderr.write(f"{place}This takes about {duration(seconds)}.\n")
+        sys.stderr.flush()
+        if not on_terminal:
+            lines.append(TimedLines("benchmark", seconds))
+
+    def tick(title: str) -> None:
+        if sys.stderr.isatty():
+            progress_line(title)
+        for line in lines:
+            line.now_doing(title)
+
+    try:
+        yield announce, tick
+    finally:
+        for line in lines:
+            line.close()
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+@contextmanager
 def text_stream(path: Path | None) -> Iterator[TextIO]:
     """Standard output, or a file that appears when the block ends without an error; a pipe or device gets each line."""
     if path is None:

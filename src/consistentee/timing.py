@@ -27,21 +27,24 @@ def time_in_turn(
     device: torch.device,
     repeats: int,
     tick: Callable[[], object] = lambda: None,
+    *,
+    untimed: bool = True,
 ) -> dict[str, list[list[float]]]:
     """Time several competitors' steps over and over, each repetition all of them, so that a drift hits all alike.
 
     Args:
         work: the steps (batches) of each competitor.
         device: synchronised around every step.
-        repeats: how often, at least 1, after one pass that is not timed.
+        repeats: how often, at least 1.
         tick: called after every pass of one competitor, the untimed ones too.
+        untimed: whether a pass that is not timed comes before; False where all have just run.
 
     Returns:
         Seconds of each step, (repeats, steps) for each competitor. The order rotates from repetition to repetition.
     """
     names = list(work)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
-    for repeat in range(-1, repeats):
+    for repeat in range(-1 if untimed else 0, repeats):
         turn = (repeat + 1) % len(names)
         for name in names[turn:] + names[:turn]:
             taken: list[float] = []

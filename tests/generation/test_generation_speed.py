@@ -14,6 +14,7 @@ from consistentee import cli
 from consistentee.generation import speed
 from consistentee.generation.plots import plot_generation_speed
 from consistentee.generation.speed import measure_generation_speed, random_prompts, shape_generator
+from consistentee.time_budget import TimeBudget
 
 TINY = {
     "model_type": "llama",
@@ -65,6 +66,21 @@ def test_rows_fit_together(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_a_time_to_keep_to() -> None:
+    model, said = shape_generator("tiny", seed=1), list[float]()
+    options = {"name": "tiny", "batch_sizes": [1, 3], "new_tokens": 20, "repeats": 4, "announce": said.append}
+    prompts = random_prompts(3, 5, 300, 0)
+    short = measure_generation_speed(model, prompts, budget=TimeBudget(1e-9), **options)
+    assert {(row.batch_size, row.new_tokens, row.repeats) for row in short.rows} == {(1, 16, 3)}
+    assert short.workload["left_out"] == ["batch size 3"]
+    assert said == [1e-9]
+    long = measure_generation_speed(model, prompts, budget=TimeBudget(1e9), **options)
+    assert {(row.batch_size, row.new_tokens, row.repeats) for row in long.rows} == {(1, 20, 4), (3, 20, 4)}
+    kept = TimeBudget(1e-9, amount=False, sizes=False)
+    found = measure_generation_speed(model, prompts, budget=kept, **options)
+    assert {(row.batch_size, row.new_tokens, row.repeats) for row in found.rows} == {(1, 20, 3), (3, 20, 3)}
+
+
 def test_weights_follow_the_seed() -> None:
     first, again, other = (shape_generator("tiny", seed=seed) for seed in (0, 0, 1))
     name = "backbone.model.layers.0.mlp.up_proj.weight"
@@ -92,7 +108,18 @@ def test_command_on_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert figures["workload"]["new_tokens"] == 4
     assert {row["name"] for row in figures["rows"]} >= {"engine", "engine-full-depth", "transformers"}
     assert all(row["tokens_per_second"] > 0 for row in figures["rows"])
-    assert "tokens" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "tokens" in captured.out
+    assert captured.err.startswith("This takes about ")
+    options = ["--seconds", "0.000001", "--sequence-length", "3", "--json", str(out)]
+    assert cli.main(["benchmark", "--config-name", "tiny", *options]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert {(row["batch_size"], row["new_tokens"], row["repeats"]) for row in figures["rows"]} == {(1, 16, 3)}
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Left out, as 1e-06 seconds are too few: batch size 8, batch size 32. Give more, or --batch-sizes"
+        in said
+    )
 
 
 def test_command_on_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,8 +140,33 @@ def test_command_on_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--config-name", "tiny", "--criterion", "patience"], "--criterion must be one of policy"),
         (["--config-name", "tiny", "--dtype", "int8"], "--dtype must be one of float32"),
         (["--config-name", "tiny", "--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
+        (
+            ["--config-name", "tiny", "--data-dir", "d"],
+            "--data-dir goes with a model, not with --config-name",
+        ),
+        (["--config-name", "tiny", "--repeats", "1", "--new-tokens", "4", "--seconds", "9"], "leave one out"),
+        (
+            ["MODEL", "--data-file", "f", "--data-dir", "d"],
+            "--data-dir goes with --task, not with --data-file",
+        ),
+        (
+            ["MODEL", "--data-file", "f", "--sequence-length", "9"],
+            "--sequence-length goes with --config-name",
+        ),
+        (
+            ["MODEL", "--data-file", "f", "--lossless", "--criterion", "static"],
+            "--criterion goes without --loss",
+        ),
+        (
+            ["MODEL", "--data-file", "f", "--threshold", "0.5", "--exit-distribution", "even"],
+            "exclude each other",
+        ),
     ],
 )
-def test_usage_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "MODEL" in arguments:
+        arguments = [str(generator_folder(tmp_path / "model")), *arguments[1:]]
     assert cli.main(["benchmark", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -28,7 +28,8 @@ from consistentee.options import (
     TrainingDataOptions,
     UsageError,
 )
-from consistentee.terminal import at_least_one, console, progress_line, say, text_stream, usage
+from consistentee.terminal import announced, at_least_one, console, say, text_stream, usage
+from consistentee.time_budget import TimeBudget
 
 if TYPE_CHECKING:
     from consistentee.generation.generator import GeneratedText, TextGenerator
@@ -266,6 +267,7 @@ def benchmark_generator(
     lossless: bool,
     num_rows: int,
     repeats: int,
+    budget: TimeBudget,
     dtype: str,
     device: str | None,
     seed: int,
@@ -278,6 +280,7 @@ def benchmark_generator(
         UsageError: options contradict each other, or a value makes no sense.
     """
     from consistentee.atomic import write_json
+    from consistentee.benchmark_command import say_left_out
     from consistentee.generation.generator import TextGenerator
     from consistentee.generation.reports import generation_speed_report
     from consistentee.generation.saved import DTYPES, open_generator
@@ -306,21 +309,25 @@ def benchmark_generator(
         text = exit_distribution
         shares = usage(lambda: exit_distribution_shares(text, network.num_layers))
     usage(lambda: network.exit_rule(criterion, threshold))
-    report = measure_generation_speed(
-        network,
-        prompts,
-        name=name,
-        batch_sizes=batch_sizes,
-        new_tokens=new_tokens,
-        shares=shares,
-        criterion=criterion,
-        threshold=threshold,
-        lossless=lossless,
-        repeats=repeats,
-        seed=seed,
-        tick=progress_line if sys.stderr.isatty() else lambda _: None,
-    )
+    with announced() as (announce, tick):
+        report = measure_generation_speed(
+            network,
+            prompts,
+            name=name,
+            batch_sizes=batch_sizes,
+            new_tokens=new_tokens,
+            shares=shares,
+            criterion=criterion,
+            threshold=threshold,
+            lossless=lossless,
+            repeats=repeats,
+            seed=seed,
+            budget=budget,
+            announce=announce,
+            tick=tick,
+        )
     console().print(generation_speed_report(report))
+    say_left_out(report.workload)
     if json_file is not None:
         write_json(json_file, report.to_dict())
         say(f"Figures written to {json_file}")
@@ -336,8 +343,6 @@ def _benchmark_prompts(
     data_file: Path | None, task: str | None, data_dir: Path | None
 ) -> list[tuple[str, str]]:
     """Instructions and inputs that a generator is measured on."""
-    if (data_file is None) == (task is None):
-        raise UsageError("A model needs --data-file, or --task with --data-dir: one of them.")
     if data_file is not None:
         from consistentee.generation.data import read_prompts
 

@@ -7,6 +7,7 @@ Competitors generate the same texts in the same run, in turn: with exits, at ful
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,12 @@ from consistentee.generation import decoders
 from consistentee.generation.encoding import pad_left
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.speed import exit_layers_of
-from consistentee.timing import environment, paired_ratio, time_in_turn
+from consistentee.time_budget import Planner, TimeBudget
+from consistentee.timing import environment, paired_ratio, synchronised_seconds, time_in_turn
 
 PAD = 0
+LEAST_NEW_TOKENS, PROBED_TOKENS = 16, 6
+"""New tokens of a text at least, where time decides; and how many it takes to see what one costs."""
 
 GENERATION_SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m-shape": {
@@ -74,6 +78,8 @@ class GenerationSpeedRow:
         speedup_over_transformers: likewise against `transformers`.
         draft_acceptance: share of the verified drafts that stayed; of `engine-lossless` only.
         peak_memory_mb: of the device, on a GPU; None on CPU.
+        new_tokens: of every text.
+        repeats: timed repetitions.
     """
 
     name: str
@@ -89,6 +95,8 @@ class GenerationSpeedRow:
     speedup_over_transformers: float
     draft_acceptance: float | None
     peak_memory_mb: float | None
+    new_tokens: int
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,8 @@ def measure_generation_speed(
     lossless: bool = False,
     repeats: int = 5,
     seed: int = 0,
+    budget: TimeBudget | None = None,
+    announce: Callable[[float], object] = lambda _: None,
     tick: Callable[[str], object] = lambda _: None,
 ) -> GenerationSpeedReport:
     """Time a model with exits and its competitors.
@@ -172,6 +182,9 @@ def measure_generation_speed(
             anything.
         repeats: timed repetitions.
         seed: of forced exits.
+        budget: a time to keep to, and whether fewer new tokens, repetitions or batch sizes may be taken for it; None:
+            all of it.
+        announce: with a budget, called before measuring with the seconds it will take, about.
         tick: called with a line about what is being measured.
 
     Raises:
@@ -184,11 +197,35 @@ def measure_generation_speed(
         )
     found: list[GenerationSpeedRow] = []
     rule = {"criterion": criterion, "threshold": threshold}
+
+    def match(size: int, tokens: int) -> _Match:
+        chosen = [list(prompts[place % len(prompts)]) for place in range(size)]
+        return _Match(model, chosen, tokens, shares, rule, lossless, seed)
+
+    planner, left_out = Planner(budget, len(batch_sizes), repeats), list[str]()
+    least = min(new_tokens, LEAST_NEW_TOKENS)
     with _endless(model):
-        for size in batch_sizes:
-            chosen = [list(prompts[place % len(prompts)]) for place in range(size)]
-            match = _Match(model, chosen, new_tokens, shares, rule, lossless, seed)
-            found += match.play(repeats, lambda size=size: tick(f"batch size {size}"))
+        for place, size in enumerate(batch_sizes):
+            title, fixed, cost = f"batch size {size}", 0.0, 0.0
+            if budget is not None:
+                tick("trying it out" if place == 0 else title)
+                if place == 0:
+                    match(size, 2).seconds_of_a_pass()  # kernels are built
+                short, longer = (match(size, tokens).seconds_of_a_pass() for tokens in (2, 2 + PROBED_TOKENS))
+                cost = (
+                    max(0.0, longer - short) / PROBED_TOKENS
+                )  # seconds of a token, and of reading the prompts
+                fixed = max(0.0, short - 2 * cost)
+                if place == 0:
+                    sizes = len(batch_sizes)
+                    announce(planner.expected(new_tokens * sizes, cost, fixed * sizes))
+                if found and not planner.fits(cost, least, fixed):
+                    left_out.append(title)
+                    planner.next_size()
+                    continue
+            tokens, times = planner.plan(cost, least=least, most=new_tokens, fixed=fixed)
+            found += match(size, tokens).play(times, lambda title=title: tick(title))
+            planner.next_size()
     config: Any = model.config.decoder
     workload = {
         "model": name.replace("\\", "/").rstrip("/").split("/")[-1],
@@ -200,7 +237,9 @@ def measure_generation_speed(
         "mean_prompt_tokens": statistics.mean(map(len, prompts)),
         "new_tokens": new_tokens,
         "exits": "model" if shares is None else [round(share, 6) for share in shares],
-        "repeats": repeats,
+        "repeats": min((row.repeats for row in found), default=repeats),
+        "seconds": None if budget is None or math.isinf(budget.seconds) else budget.seconds,
+        "left_out": left_out,
     }
     return GenerationSpeedReport(environment(model.device, seed), workload, tuple(found))
 
@@ -238,10 +277,23 @@ class _Match:
     def play(self, repeats: int, tick: Callable[[], object]) -> list[GenerationSpeedRow]:
         """Time all, and make their rows of the report."""
         device = self.model.device
-        outputs = {name: run() for name, run in self.runs.items() if name.startswith("engine")}
+        outputs: dict[str, Any] = {}  # of the pass that is not timed
+        for name, run in self.runs.items():
+            output = run()
+            if name.startswith("engine"):
+                outputs[name] = output
+            tick()
         memory = {name: _peak_memory(run, device) for name, run in self.runs.items()}
-        seconds = time_in_turn({name: [run] for name, run in self.runs.items()}, device, repeats, tick)
+        work = {name: [run] for name, run in self.runs.items()}
+        seconds = time_in_turn(work, device, repeats, tick, untimed=False)
         return [self._row(name, seconds, outputs.get(name), memory[name]) for name in self.runs]
+
+    def seconds_of_a_pass(self) -> float:
+        """What all competitors take together."""
+        start = synchronised_seconds(self.model.device)
+        for run in self.runs.values():
+            run()
+        return synchronised_seconds(self.model.device) - start
 
     def _forced(self, shares: Sequence[float] | None, seed: int) -> list[list[int]] | None:
         """Layers of all tokens, by position and row."""
@@ -304,6 +356,8 @@ class _Match:
             speedup_over_transformers=paired_ratio(seconds["transformers"], taken)[0],
             draft_acceptance=acceptance,
             peak_memory_mb=memory,
+            new_tokens=self.new_tokens,
+            repeats=len(taken),
         )
 
 

@@ -26,15 +26,16 @@ if [ "$where" = gpu ]; then
   for exits in "$half" even last; do
     label=$([ "$exits" = "$half" ] && echo half || echo "$exits")
     measure "gpu-llama-1b-bfloat16-$label" --config-name llama-1b-shape --exit-distribution "$exits" \
-      --batch-sizes 1,32 --device cuda --dtype bfloat16 --repeats 5
+      --batch-sizes 1,32 --device cuda --dtype bfloat16 --new-tokens 128 --repeats 5
   done
   exit
 fi
 
 for dtype in float32 bfloat16; do
-  measure "smollm2-$dtype" --config-name smollm2-135m-shape --dtype "$dtype" --repeats 2
+  measure "smollm2-$dtype" --config-name smollm2-135m-shape --dtype "$dtype" --new-tokens 128 --repeats 2
 done
-measure smollm2-float32-one-text --config-name smollm2-135m-shape --batch-sizes 1 --repeats 3
+measure smollm2-float32-one-text --config-name smollm2-135m-shape --batch-sizes 1 --new-tokens 128 \
+  --repeats 3
 measure smollm2-float32-margin --config-name smollm2-135m-shape --criterion softmax_margin --batch-sizes 1 --new-tokens 64 \
   --repeats 2
 if [ -n "$model" ]; then

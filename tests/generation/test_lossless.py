@@ -478,5 +478,5 @@ def test_asking_in_vain_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
     every_time, asked = asked, 0
     output = generate(model, prompts_of((5,)), 60, adaptive_drafts=True, **options)
     assert output.drafted == 0
-    assert every_time == 59 * (LAYERS - 1)
+    assert every_time == 58 * (LAYERS - 1)  # not about the last token, which nothing could verify
     assert asked == TRIAL * (LAYERS - 1)  # one trial; its loss is worth a longer pause than the text

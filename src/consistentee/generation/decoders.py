@@ -255,18 +255,37 @@ def embed_tokens(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor
 
 
 def rotary_tables(
-    model: PreTrainedModel, like: Tensor, position_ids: Tensor
+    model: PreTrainedModel, like: Tensor, position_ids: Tensor, rotary: Any = None
 ) -> dict[str, tuple[Tensor, Tensor] | None]:
-    """Cosines and sines of positions for each attention type in use, each (batch, tokens, rotated size)."""
+    """Cosines and sines of positions for each attention type in use, each (batch, tokens, rotated size).
+
+    `rotary` stands in for the model's own module of angles.
+    """
     row, base = decoder_architecture(model.config), decoder_base(model)
     kinds = dict.fromkeys(layer_types(model.config))
     if row.positions:
         return dict.fromkeys(kinds)
-    rotary = base.rotary_emb
+    rotary = rotary or base.rotary_emb
     if row.rotary_per_layer_type:
         return {kind: rotary(like, position_ids, kind) for kind in kinds}
     tables = rotary(like, position_ids)
     return dict.fromkeys(kinds, tables)
+
+
+def rotary_depends_on_length(model: PreTrainedModel) -> bool:
+    """Whether angles change with the length of the text so far: `dynamic` and `longrope` scaling."""
+    kinds = getattr(getattr(decoder_base(model), "rotary_emb", None), "rope_type", "default")
+    return any("dynamic" in kind or kind == "longrope" for kind in _values(kinds))
+
+
+def _values(kinds: Any) -> list[str]:
+    return [str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])]
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens of a row that learned positions have room for; None where positions are rotations."""
+    row = decoder_architecture(model.config)
+    return int(decoder_base(model).get_submodule(row.positions).weight.shape[0]) if row.positions else None
 
 
 @dataclass

@@ -289,6 +289,7 @@ class Decoding:
         self._slot = 0
         self._generated = 0
         padding = attention_mask == 0
+        self._least_padding = int(padding.sum(1).min())
         self._padding_counts = padding.sum(1) if bool(padding.any()) else None  # (rows of the cache,)
         self._prompt_padding = padding if self._padding_counts is not None else None
 
@@ -297,9 +298,15 @@ class Decoding:
         """Layers of the model."""
         return self._weights.num_layers
 
-    def prefill(self, input_ids: Tensor) -> tuple[Tensor, list[int]]:
-        """Run the prompts through all layers: (rows, tokens) -> as `step`."""
+    def prefill(self, input_ids: Tensor, more: int = 0) -> tuple[Tensor, list[int]]:
+        """Run the prompts through all layers: (rows, tokens) -> as `step`.
+
+        Args:
+            input_ids: (rows, tokens), padding on the left.
+            more: tokens of the prompts that come in steps behind these.
+        """
         rows, tokens = input_ids.shape
+        whole = tokens + more - self._least_padding
         held_back = 0 if self._full_depth_first_token or tokens == 1 else 1
         if not self._full_depth_first_token and tokens == 1:
             return self.step(input_ids[:, 0])
@@ -307,7 +314,7 @@ class Decoding:
         padding = None if self._prompt_padding is None else self._prompt_padding[:, :length]
         if padding is None:
             positions = torch.arange(length, device=input_ids.device)
-            rotary = self._weights.decoder.rotary(positions)
+            rotary = self._weights.decoder.rotary(positions, whole)
             rotary = {
                 kind: None if table is None else (table[0].repeat(rows, 1, 1), table[1].repeat(rows, 1, 1))
                 for kind, table in rotary.items()
@@ -315,7 +322,7 @@ class Decoding:
             flat_positions = positions.repeat(rows)
         else:
             flat_positions = ((~padding).long().cumsum(1) - 1).clamp_min(0).flatten()
-            rotary = self._weights.decoder.rotary(flat_positions)
+            rotary = self._weights.decoder.rotary(flat_positions, whole)
         window = self._weights.decoder.sliding_window
         self.cache.reserve(length)
         step = PromptStep(self.cache, rows, length, rotary, padding, window)
@@ -432,13 +439,13 @@ class Decoding:
         decoder = self._weights.decoder
         if self._padding_counts is None:
             position = torch.full((1,), slot, device=decoder.device)
-            return position.expand(count), decoder.rotary(position), None
+            return position.expand(count), decoder.rotary(position, slot + 1), None
         counts = self._padding_counts
         slots = torch.arange(slot + 1, device=decoder.device)
         bias = torch.zeros(len(counts), slot + 1, dtype=decoder.dtype, device=decoder.device)
         bias.masked_fill_(slots[None] < counts[:, None], torch.finfo(decoder.dtype).min)
         positions = slot - (counts if places is None else counts[places])
-        return positions, decoder.rotary(positions), bias
+        return positions, decoder.rotary(positions, slot + 1 - self._least_padding), bias
 
     def _fill_skipped(
         self, states: Tensor, exit_layers: list[int], slot: int, rotary: dict[str, Rotary | None]

@@ -82,7 +82,8 @@ class FlatStep:
         device = decoder.device
         self._cache, self._window = decoding.cache, decoder.sliding_window
         positions = [slot - row.padding for row, slot in zip(rows, slots, strict=True)]
-        self._rotary = decoder.rotary(torch.tensor(positions, device=device))
+        lengths = [slot + 1 - decoding.least_padding for slot in slots]
+        self._rotary = decoder.rotary(torch.tensor(positions, device=device), lengths)
         self._places = torch.tensor([row.place for row in rows], device=device)
         self._slots = torch.tensor(list(slots), device=device)
         distinct = list(dict.fromkeys(row.place for row in rows))
@@ -170,6 +171,7 @@ class ExactDecoding:
         self._prompts = Decoding(weights, NeverLeave(), attention_mask, capacity, full_depth_first_token=True)
         self.cache = self._prompts.cache
         paddings: list[int] = (attention_mask == 0).sum(1).tolist()
+        self.least_padding = min(paddings)
         self.rows = [RowState(place, padding, 0) for place, padding in enumerate(paddings)]
         self._numbers = list(range(len(paddings)))
         self._generated = 0
@@ -189,7 +191,7 @@ class ExactDecoding:
             self._generated = 1
             return exits
         if tokens > 1:
-            self._prompts.prefill(input_ids[:, :-1])
+            self._prompts.prefill(input_ids[:, :-1], more=1)
         for row in self.rows:
             row.length = tokens - 1
         return self.step(input_ids[:, -1])

@@ -5,7 +5,9 @@ Hugging Face prepares prompts, processors and stopping criteria and then calls `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -15,12 +17,15 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from consistentee.config import require_choice
+from consistentee.generation import decoders
 from consistentee.generation.config import GenerationMode, SkippedStates
 from consistentee.generation.decoding import Decoding, ExitWeights
 from consistentee.generation.exact_decoding import ExactDecoding
 from consistentee.generation.exit_rules import ExitRule, ForcedRule, NeverLeave
+from consistentee.generation.known_processors import stateful
 from consistentee.generation.lossless import DraftClock, LosslessDecoding
 
+_log = logging.getLogger(__name__)
 CAPACITY_AHEAD = 512
 """New tokens that the cache has room for from the start, at most; it grows from there."""
 
@@ -61,11 +66,14 @@ class EarlyExitGenerateOutput(GenerateDecoderOnlyOutput):
         exit_layers: (batch, new tokens) int64, the layer at which each token left, 1-based; 0 for padding. In
             `lossless` mode the layer at which a token was drafted, or the last one where it came from a verification.
         drafted, accepted: of `lossless` mode: drafts that were verified, and those that stayed.
+        drafted_by_row, accepted_by_row: the same, (batch,) each.
     """
 
     exit_layers: Tensor | None = None
     drafted: int | None = None
     accepted: int | None = None
+    drafted_by_row: list[int] | None = None
+    accepted_by_row: list[int] | None = None
 
 
 def generate_tokens(
@@ -112,7 +120,17 @@ def generate_tokens(
         )
     _check_inputs(input_ids, attention_mask, model_kwargs)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    loop = _lossless_loop if options.mode == "lossless" else _token_loop
+    loop = _token_loop
+    if options.mode == "lossless":
+        others = stateful(logits_processor, stopping_criteria, len(input_ids))
+        if others:
+            _log.warning(
+                'mode "lossless" generates without drafts, through all layers: %s may depend on more than the text so '
+                "far.",
+                ", ".join(others),
+            )
+        else:
+            loop = _lossless_loop
     with torch.inference_mode():
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
@@ -135,8 +153,8 @@ def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> Draft
     return weights.draft_clocks.setdefault(way, DraftClock())
 
 
-def _rule(model: Any, options: GenerationOptions) -> ExitRule:
-    if options.mode == "full":
+def _rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> ExitRule:
+    if options.mode == "full" or (options.mode == "lossless" and not drafts):
         return NeverLeave()
     threshold = options.threshold
     if options.mode == "lossless" and options.criterion == "policy" and threshold is None:
@@ -168,9 +186,10 @@ def _token_loop(
         _rule(model, options),
         attention_mask,
         _capacity(input_ids, config),
-        full_depth_first_token=options.full_depth_first_token or options.mode == "full",
+        full_depth_first_token=options.full_depth_first_token or options.mode != "early-exit",
     )
     batch, device = len(input_ids), input_ids.device
+    positions = _Positions(model, attention_mask)
     running = list(range(batch))
     pad = _pad_token(config)
     layers: list[Tensor] = []
@@ -211,12 +230,17 @@ def _token_loop(
         if len(still) < len(running):
             decoding.keep(still)
             running = [running[place] for place in still]
+        positions.check(dict.fromkeys(running, len(layers)))
         normed, exit_layers = decoding.step(tokens if len(running) == batch else tokens[running])
+    drafts: dict[str, Any] = {}
+    if options.mode == "lossless":
+        drafts = {"drafted": 0, "accepted": 0, "drafted_by_row": [0] * batch, "accepted_by_row": [0] * batch}
     return EarlyExitGenerateOutput(
         sequences=input_ids,  # pyright: ignore[reportArgumentType]
         scores=tuple(scores) or None,  # pyright: ignore[reportArgumentType]
         logits=tuple(raw) or None,  # pyright: ignore[reportArgumentType]
         exit_layers=torch.stack(layers, dim=1),
+        **drafts,
     )
 
 
@@ -252,9 +276,10 @@ def _lossless_loop(
         so_far = torch.cat([input_ids[row], torch.tensor(list(tokens), dtype=torch.int64, device=device)])
         return bool(stopping_criteria(so_far[None], None)[0])  # pyright: ignore[reportArgumentType]
 
+    positions = _Positions(model, attention_mask)
     exact = ExactDecoding(
         weights,
-        _rule(model, options),
+        _rule(model, options, drafts=True),
         attention_mask,
         _capacity(input_ids, config),
         full_depth_first_token=True,
@@ -264,6 +289,7 @@ def _lossless_loop(
         weights,
         choose if logits_processor else None,
         draft_tokens=options.draft_tokens,
+        room=positions.room((config.max_length or math.inf) - input_ids.shape[1]),
         clock=_clock(weights, options, batch) if options.adaptive_drafts else None,
     )
     decoding.prefill(input_ids)
@@ -291,7 +317,9 @@ def _lossless_loop(
             decoding.keep(still)
             running = [running[place] for place in still]
         if running:
+            positions.check({row: len(decoding.rows[row].tokens) for row in running})
             decoding.round()
+    verified, accepted = ([getattr(row, name) for row in decoding.rows] for name in ("verified", "accepted"))
     longest = max(len(row.tokens) for row in decoding.rows)
     tokens = torch.full((batch, longest), _pad_token(config), device=device)
     layers = torch.zeros(batch, longest, dtype=torch.int64, device=device)
@@ -301,9 +329,47 @@ def _lossless_loop(
     return EarlyExitGenerateOutput(
         sequences=torch.cat([input_ids, tokens], dim=1),  # pyright: ignore[reportArgumentType]
         exit_layers=layers,
-        drafted=decoding.verified,
-        accepted=decoding.accepted,
+        drafted=sum(verified),
+        accepted=sum(accepted),
+        drafted_by_row=verified,
+        accepted_by_row=accepted,
     )
+
+
+class _Positions:
+    """How far the rows of a batch can go where a model has learned its positions.
+
+    Args:
+        model: the early-exit model.
+        attention_mask: (rows, tokens) of the prompts.
+
+    Raises:
+        ValueError: a prompt is longer than that.
+    """
+
+    def __init__(self, model: Any, attention_mask: Tensor) -> None:
+        self._limit = decoders.position_limit(model.backbone)
+        self._prompts: list[int] = [] if self._limit is None else (attention_mask != 0).sum(1).tolist()
+        self._rows = len(attention_mask)
+        self.check(dict.fromkeys(range(self._rows), 0))
+
+    def check(self, generated: Mapping[int, int]) -> None:
+        """Raise ValueError where a row's newest token has no position: (row, tokens generated so far)."""
+        if self._limit is None:
+            return
+        for row, tokens in generated.items():
+            if self._prompts[row] + tokens > self._limit:
+                raise ValueError(
+                    f"input_ids and new tokens must fit into the {self._limit} positions that the model knows, got "
+                    f"{self._prompts[row]} tokens of a prompt and {tokens} new ones that did not end the text. "
+                    "Give a shorter prompt, or fewer max_new_tokens."
+                )
+
+    def room(self, max_new_tokens: float) -> list[float]:
+        """(rows,) the most new tokens; the last one needs no position."""
+        if self._limit is None:
+            return [max_new_tokens] * self._rows
+        return [min(max_new_tokens, self._limit - tokens + 1) for tokens in self._prompts]
 
 
 def _stream(streamer: Any, tokens: Tensor, layers: Tensor) -> None:

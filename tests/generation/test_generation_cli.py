@@ -100,7 +100,7 @@ class TestGenerate:
         lines = [json.loads(line) for line in outcome.out.splitlines()]
         assert [line["prompt"] for line in lines] == [f"number {row}" * (1 + row % 3) for row in range(7)]
         for line in lines:
-            assert set(line) == {"prompt", "text", "exit_layers", "mean_exit_layer"}
+            assert set(line) == {"prompt", "text", "finish_reason", "exit_layers", "mean_exit_layer"}
             assert len(line["exit_layers"]) == 5
             assert line["mean_exit_layer"] == pytest.approx(sum(line["exit_layers"]) / 5, abs=1e-4)
 
@@ -161,6 +161,36 @@ class TestGenerate:
         for option in (["--skipped-states", "recompute"], ["--dtype", "bfloat16"], ["--template", "plain"]):
             assert call(*arguments, *option).code == 0
 
+    @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
+    def test_stop_strings_end_texts(self, call: Call, files: Files, mode: str) -> None:
+        options = ["--max-new-tokens", 12, "--mode", mode]
+        whole = json.loads(call("generate", files.exits, "--prompt", "go", "--json", *options).out)
+        assert whole["finish_reason"] == "length"
+        stop = whole["text"][5:7]
+        stops = ["--stop", "--no such text--", "--stop", stop]
+        line = json.loads(call("generate", files.exits, "--prompt", "go", "--json", *options, *stops).out)
+        assert line["text"] == whole["text"][: whole["text"].index(stop)]
+        assert line["finish_reason"] == "stop"
+        assert line["exit_layers"] == whole["exit_layers"][: len(line["exit_layers"])]
+        streamed = call("generate", files.exits, "--prompt", "go", *options, *stops)
+        assert streamed.out == line["text"].lstrip() + "\n"
+        file = call("generate", files.exits, files.prompts, *options, "--stop", "e")
+        assert not any("e" in json.loads(line)["text"] for line in file.out.splitlines())
+
+    def test_lossless_text_ran_all_layers(self, call: Call, files: Files) -> None:
+        """What was drafted is told beside the layers, and not in their place."""
+        options = ["--prompt", "go", "--max-new-tokens", 9, "--mode", "lossless", "--threshold", 0.2]
+        line = json.loads(call("generate", files.exits, *options, "--json").out)
+        assert line["exit_layers"] == [4] * 9
+        assert line["mean_exit_layer"] == 4
+        assert len(line["draft_layers"]) == 9
+        assert 0 <= line["accepted"] <= line["drafted"]
+        shown = call("generate", files.exits, *options, "--show-exits").out
+        assert "mean exit layer 4.00 of 4, layer speed-up 1.00x, 9 tokens" in shown
+        share = sum(layer < 4 for layer in line["draft_layers"]) / 9
+        assert f"all layers verified every token; {100 * share:.0f}% of them were drafted by exits" in shown
+        assert "drafted after layers" in shown
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
@@ -171,6 +201,7 @@ class TestGenerate:
             ("--prompt p --max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
             ("--prompt p --temperature 2", "temperature goes with do_sample"),
             ("--prompt p --mode fast", "Choose from"),
+            ("--prompt p --stop=", "stop must hold strings with at least one character"),
             ("--promt p", "Did you mean --prompt?"),
             ("--prompt p --threshold 1.5", "threshold must be in [0, 1] for policy, got 1.5"),
             ("--prompt p --criterion state_similarity", "Give one with --threshold"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
-from tiny_decoders import single_thread
+from rich.console import Console
+from saved_generators import BYTES, TEMPLATE, generator_folder, plain_folder, tiny_rows
+from test_generation_data import byte_tokenizer
+from tiny_decoders import single_thread, tiny_decoder
 
 from consistentee.generation import forced
 from consistentee.generation.criteria import GENERATION_CRITERIA
@@ -26,7 +29,9 @@ from consistentee.generation.forced import (
     text_prompts,
 )
 from consistentee.generation.generator import TextGenerator
+from consistentee.generation.lossless import DraftClock
 from consistentee.generation.matching import match_threshold, threshold_at_depth
+from consistentee.generation.reports import generation_report
 from consistentee.generation.results import GenerationEvaluation
 from consistentee.generation.saved import SavedGenerator, open_generator
 from consistentee.generation.templates import PLAIN
@@ -250,6 +255,87 @@ class TestEvaluation:
         assert evaluation.full_depth is not None
         assert evaluation.metrics == evaluation.full_depth.metrics
         assert evaluation.mode == "lossless"
+
+    def test_lossless_tokens_ran_all_layers(
+        self, saved: SavedGenerator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Layers are those that ran; what exits drafted has figures of its own."""
+        monkeypatch.setattr(DraftClock, "drafts", True)
+        evaluation = evaluate_generation(
+            saved,
+            tiny_rows(6),
+            criteria=("policy", "softmax_margin"),
+            mode="lossless",
+            threshold=0.2,
+            max_new_tokens=12,
+            curve_thresholds=1,
+        )
+        assert evaluation.mean_exit_layer == 4
+        assert evaluation.layer_speedup == 1
+        assert evaluation.layers_saved == 0
+        assert evaluation.exit_histogram == [0, 0, 0, 72]
+        assert evaluation.exit_by_position == [4.0] * 12
+        assert {layer for example in evaluation.examples for layer in example.exit_layers} == {4}
+        assert evaluation.draft_histogram is not None
+        assert sum(evaluation.draft_histogram) == 72
+        assert evaluation.draft_share == pytest.approx(1 - evaluation.draft_histogram[-1] / 72)
+        assert evaluation.draft_acceptance is not None
+        assert 0 <= evaluation.draft_acceptance <= 1
+        (rival,) = evaluation.other_criteria["softmax_margin"].generated
+        assert evaluation.full_depth is not None
+        assert rival.metrics == evaluation.full_depth.metrics  # perplexity and accuracy among them
+        assert (rival.mean_exit_layer, rival.layer_speedup) == (4, 1)
+        assert evaluation.full_depth.draft_share is None
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(generation_report(evaluation))
+        shown = console.export_text()
+        own = next(line for line in shown.splitlines() if "policy > 0.2" in line)
+        for text in ("4.00 / 4", "1.00x", f"{100 * evaluation.draft_share:.1f}"):
+            assert text in own
+        assert f"{100 * evaluation.metrics['token_accuracy']:.2f}" in own
+        assert "all layers verified every token" in " ".join(shown.split())
+
+    @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
+    def test_an_early_exit_reference_is_called_one(
+        self, saved: SavedGenerator, tmp_path: Path, mode: str
+    ) -> None:
+        values = {"criterion": "static", "threshold": 2.0, "mode": mode}
+        other = open_generator(generator_folder(tmp_path / "other", **values), device="cpu")
+        evaluation = evaluate_generation(
+            saved, tiny_rows(4), reference=other, max_new_tokens=6, curve_thresholds=1
+        )
+        name, mean = {
+            "early-exit": ("early-exit model, static > 2", 14 / 6),
+            "full": ("early-exit model, all layers", 4.0),
+            "lossless": ("early-exit model, static > 2, lossless", 4.0),
+        }[mode]
+        assert evaluation.reference is not None
+        assert evaluation.reference_name == name
+        assert evaluation.reference.mean_exit_layer == pytest.approx(mean)
+        expected = evaluate_generation(other, tiny_rows(4), max_new_tokens=6, curve_thresholds=1)
+        assert evaluation.reference.metrics == pytest.approx(expected.metrics)
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(generation_report(evaluation))
+        (row,) = [line for line in console.export_text().splitlines() if name[:16] in line]
+        assert f"{mean:.2f} / 4" in row
+        assert f"{4 / mean:.2f}x" in row
+
+    def test_a_reference_has_its_own_number_of_layers(self, saved: SavedGenerator, tmp_path: Path) -> None:
+        tiny_decoder("llama", **BYTES, num_hidden_layers=2).save_pretrained(tmp_path)
+        byte_tokenizer(begin=True).save_pretrained(tmp_path)
+        evaluation = evaluate_generation(
+            saved,
+            tiny_rows(3),
+            reference=open_generator(tmp_path, device="cpu"),
+            max_new_tokens=4,
+            curve_thresholds=1,
+        )
+        assert evaluation.reference_name == "plain model"
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(generation_report(evaluation))
+        (row,) = [line for line in console.export_text().splitlines() if "plain model" in line]
+        assert "2.00 / 2" in row
+        assert "1.00x" in row
 
     def test_plain_figures(self, plain: SavedGenerator) -> None:
         figures = evaluate_plain_generation(plain, tiny_rows(3), max_new_tokens=4)

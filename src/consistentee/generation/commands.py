@@ -56,6 +56,7 @@ def generate(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stop: Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative=())] = None,
     skipped_states: SkippedStates | None = None,
     template: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -67,8 +68,9 @@ def generate(
 ) -> None:
     """Generate text: of one --prompt as it is written, of many prompts as JSON lines in the order of the prompts.
 
-    A JSON line has prompt, input (if there is one), text, exit_layers (one for each token, the end of the text
-    included) and mean_exit_layer.
+    A JSON line has prompt, input (if there is one), text, finish_reason (end: the model ended it; stop: a --stop did;
+    length: --max-new-tokens), exit_layers (one for each token, the end of the text included) and mean_exit_layer; in
+    mode lossless also draft_layers, drafted and accepted.
 
     Args:
         model: Folder of a trained model, or its name on the hub.
@@ -88,6 +90,7 @@ def generate(
         temperature: Of the draws: below 1 is safer, above 1 wilder. [default: the model's]
         top_p: Draw from the likeliest tokens that have this share together. [default: the model's]
         seed: Of the draws.
+        stop: End the text before this string; may be given several times. Not part of the text.
         skipped_states: Keys and values of skipped layers: copy them from the exit's state, or recompute them. [default:
             the saved way]
         template: How prompts are written: auto, chat, alpaca, plain, or a file. [default: the saved one]
@@ -116,6 +119,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            stop=stop or (),
         )
     )
     saved = open_generator(model, None if device == "auto" else device, dtype)
@@ -372,12 +376,15 @@ def _check_prompt_options(
 
 def _line(text: GeneratedText, show_exits: bool) -> dict[str, Any]:
     """What a JSON line says."""
+    lossless = {name: getattr(text, name) for name in ("draft_layers", "drafted", "accepted")}
     return {
         "prompt": text.prompt,
         **({"input": text.input} if text.input else {}),
         "text": text.text,
+        "finish_reason": text.finish_reason,
         "exit_layers": text.exit_layers,
         "mean_exit_layer": round(text.mean_exit_layer, 4),
+        **({} if text.draft_layers is None else lossless),
         **({"pieces": text.pieces} if show_exits else {}),
     }
 
@@ -388,7 +395,10 @@ def _write_as_it_comes(
     """The text on standard output, token by token; white space before its first letter is left out."""
     from consistentee.generation.exit_colours import ExitPrinter
 
-    printer = ExitPrinter(console(), generator.saved.num_hidden_layers) if show_exits else None
+    lossless = options.mode == "lossless"
+    printer = None
+    if show_exits:
+        printer = ExitPrinter(console(), generator.saved.num_hidden_layers, lossless=lossless)
     begun = False
 
     def show(piece: str, exit_layer: int) -> None:
@@ -401,8 +411,8 @@ def _write_as_it_comes(
             sys.stdout.write(piece)
         sys.stdout.flush()
 
-    generator.stream(prompt, input, on_token=show, options=options)
+    text = generator.stream(prompt, input, on_token=show, options=options)
     if printer is not None:
-        printer.end()
+        printer.end(drafted=text.drafted, accepted=text.accepted)
     else:
         say("")

@@ -28,6 +28,7 @@ from consistentee.generation.matching import (
     threshold_at_depth,
 )
 from consistentee.generation.results import (
+    PLAIN,
     GeneratedPoint,
     GenerationEvaluation,
     GenerationExample,
@@ -81,7 +82,7 @@ def evaluate_generation(
         threshold: of the first criterion; None takes the saved one.
         mode: `early-exit`, `full` or `lossless`; None takes the saved one.
         skipped_states: `copy` or `recompute`; None takes the saved one.
-        reference: a model to compare with on the same prompts.
+        reference: a model to compare with on the same prompts, with or without exits, as it was saved.
         batch_size: rows per step and texts that are generated together.
         max_new_tokens: longest text; None takes what suits the model's task.
         text_speedups: layer speed-ups, above 1, at which text of every criterion is generated besides: at the
@@ -125,7 +126,14 @@ def evaluate_generation(
     dialled = _without([forced.matched(criterion, aim) for aim in depths], limit)
     curve = forced.curve(criterion, [limit, *dialled], curve_thresholds)
     at_limit = forced.tokens(criterion, limit)
-    own = _with_forced(own, at_limit if mode == "early-exit" else forced.full_depth)
+
+    def with_forced(point: GeneratedPoint) -> GeneratedPoint:
+        exits = mode == "early-exit"
+        return _with_forced(
+            point, forced.tokens(point.criterion, point.threshold) if exits else forced.full_depth
+        )
+
+    own = with_forced(own)
     others: dict[str, GenerationRival] = {}
     for name in rivals:
         known = saved.known_threshold(name)
@@ -133,9 +141,7 @@ def evaluate_generation(
         chosen = matched if known is None else known
         thresholds = [chosen, *_without([forced.matched(name, aim) for aim in depths], chosen)]
         points = forced.curve(name, sorted({matched, *thresholds}), curve_thresholds)
-        generated = [
-            _with_forced(generate(name, value)[0], forced.tokens(name, value)) for value in thresholds
-        ]
+        generated = [with_forced(generate(name, value)[0]) for value in thresholds]
         others[name] = GenerationRival(known, points, generated)
     return GenerationEvaluation(
         num_hidden_layers=depth,
@@ -151,15 +157,19 @@ def evaluate_generation(
         layer_speedup=own.layer_speedup,
         layers_saved=1 - own.mean_exit_layer / depth,
         tokens_per_second=own.tokens_per_second,
-        exit_histogram=_histogram(written, depth),
+        exit_histogram=_histogram([text.exit_layers for text in written], depth),
         exit_by_position=_by_position(written),
         curve=curve,
         full_depth=_with_forced(full, forced.full_depth),
-        generated=[
-            _with_forced(generate(criterion, value)[0], forced.tokens(criterion, value)) for value in dialled
-        ],
+        generated=[with_forced(generate(criterion, value)[0]) for value in dialled],
         other_criteria=others,
-        reference=None if reference is None else texts.plain(reference, rows),
+        reference=None if reference is None else texts.reference(reference, rows),
+        reference_name=None if reference is None else reference_name(reference),
+        draft_share=own.draft_share,
+        draft_acceptance=own.draft_acceptance,
+        draft_histogram=_histogram([text.draft_layers or [] for text in written], depth)
+        if mode == "lossless"
+        else None,
         examples=texts.examples(written),
         environment=environment(saved.model.device, seed) | {"dtype": _dtype_name(saved)},
     )
@@ -176,13 +186,23 @@ def evaluate_plain_generation(
 ) -> dict[str, Any]:
     """Figures of a model without exits: `num_examples`, `metrics`, `tokens_per_second` and `num_tokens`."""
     texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
-    point = texts.plain(saved, rows)
+    point = texts.reference(saved, rows)
     return {
         "num_examples": len(texts.references),
         "metrics": point.metrics,
         "tokens_per_second": point.tokens_per_second,
         "num_tokens": point.num_tokens,
     }
+
+
+def reference_name(reference: SavedGenerator) -> str:
+    """What reports and pictures call a model that another one is compared with."""
+    if not reference.has_exits:
+        return PLAIN
+    mode, (criterion, threshold) = reference.early_exit_model.config.mode, reference.exit_rule()
+    if mode == "full":
+        return "early-exit model, all layers"
+    return f"early-exit model, {criterion} > {threshold:.4g}" + (", lossless" if mode == "lossless" else "")
 
 
 class _Texts:
@@ -226,21 +246,34 @@ class _Texts:
         shown = "recompute" if mode == "early-exit" and skipped_states == "recompute" else mode
         return self._point(written, self._saved, shown, criterion, threshold), written
 
-    def plain(self, reference: SavedGenerator, rows: InstructionDataset) -> GeneratedPoint:
-        """What another model gives at full depth, prompted as it was trained, or else like the first model."""
+    def reference(self, reference: SavedGenerator, rows: InstructionDataset) -> GeneratedPoint:
+        """What another model gives as it was saved, prompted as it was trained, or else like the first model."""
         own = self._saved.prompt_template()
         known = reference.saved_template is not None or own.tokenizer is not None
         forced_template = reference.prompt_template() if known else own
         _, template = text_prompts(rows, forced_template)
         generator = TextGenerator(reference, template=template)
-        options = generator.check(replace(self._options, mode="full"))
+        options = generator.check(self._options)
+        mode, criterion, threshold = options.mode or "full", "none", 1.0
+        if mode != "full":
+            criterion, threshold = reference.exit_rule()
         encoded = self._encode(reference, generator)
         written = list(self._bar(self._run(generator, encoded, options), "reference"))
-        point = self._point(written, reference, "full", "none", 1.0)
+        point = self._point(written, reference, mode, criterion, threshold)
         max_length = min(self._saved.max_length, reference.max_length)
         tokens = reference_rows(reference, rows, forced_template, max_length)
         bar = "reference, its perplexity" if self._progress else None
-        forced = forced_plain(reference, tokens, batch_size=self._batch_size, description=bar)
+        if mode == "early-exit":
+            forced = forced_exits(
+                reference,
+                tokens,
+                criterion=criterion,
+                threshold=threshold,
+                batch_size=self._batch_size,
+                description=bar,
+            )
+        else:
+            forced = forced_plain(reference, tokens, batch_size=self._batch_size, description=bar)
         return _with_forced(point, forced)
 
     def examples(self, written: Sequence[GeneratedText]) -> list[GenerationExample]:
@@ -290,6 +323,7 @@ class _Texts:
             layer_speedup=saved.num_hidden_layers / mean,
             tokens_per_second=len(layers) / max(seconds, 1e-9),
             num_tokens=len(layers),
+            **_drafts(written, saved.num_hidden_layers),
         )
 
 
@@ -365,6 +399,16 @@ class _Forced:
         )
 
 
+def _drafts(written: Sequence[GeneratedText], depth: int) -> dict[str, float | None]:
+    """`draft_share` and `draft_acceptance` of texts, both None but for those of mode `lossless`."""
+    layers = [layer for text in written for layer in text.draft_layers or ()]
+    drafted = sum(text.drafted or 0 for text in written)
+    return {
+        "draft_share": sum(layer < depth for layer in layers) / len(layers) if layers else None,
+        "draft_acceptance": sum(text.accepted or 0 for text in written) / drafted if drafted else None,
+    }
+
+
 def _with_forced(point: GeneratedPoint, tokens: ForcedTokens) -> GeneratedPoint:
     """The point with perplexity and token accuracy of the references beside the metrics of its texts."""
     figures = {"perplexity": tokens.perplexity, "token_accuracy": tokens.token_accuracy}
@@ -376,9 +420,9 @@ def _without(thresholds: Sequence[float], known: float) -> list[float]:
     return [value for value in dict.fromkeys(thresholds) if value != known]
 
 
-def _histogram(texts: Sequence[GeneratedText], num_hidden_layers: int) -> list[int]:
-    """(layers,) tokens that leave at each."""
-    layers = torch.tensor([layer for text in texts for layer in text.exit_layers])
+def _histogram(exit_layers: Sequence[Sequence[int]], num_hidden_layers: int) -> list[int]:
+    """(layers,) tokens of all texts at each."""
+    layers = torch.tensor([layer for text in exit_layers for layer in text])
     return torch.bincount(layers - 1, minlength=num_hidden_layers).tolist()
 
 

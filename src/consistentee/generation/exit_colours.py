@@ -116,7 +116,12 @@ def marked_tokens(
 
 
 def legend(
-    num_hidden_layers: int, exit_layers: Sequence[int], *, colour: bool = True, brackets: str = BRACKETS
+    num_hidden_layers: int,
+    exit_layers: Sequence[int],
+    *,
+    colour: bool = True,
+    brackets: str = BRACKETS,
+    lossless: bool = False,
 ) -> Text:
     """What the colours or the marks mean, with the share of tokens that left in each range of layers.
 
@@ -125,6 +130,7 @@ def legend(
         exit_layers: (tokens,) the layer at which each token left, from 1.
         colour: whether the text has colours; without them it has marks.
         brackets: two characters, before and after the layer in a mark.
+        lossless: whether these are layers at which tokens were drafted, the last one where none was.
 
     Raises:
         ValueError: there is no such layer.
@@ -134,11 +140,12 @@ def legend(
     text = Text()
     if not colour:
         mark = f"{brackets[0]}n{brackets[1]}"
+        how = "was drafted" if lossless else "left"
         text.append(
-            f"{mark}: the text before it, back to the last mark, left after n of {num_hidden_layers} "
+            f"{mark}: the text before it, back to the last mark, {how} after n of {num_hidden_layers} layers"
         )
-        text.append("layers.\n")
-    text.append("layers")
+        text.append(", or not drafted.\n" if lossless else ".\n")
+    text.append("drafted after layers" if lossless else "layers")
     for first, last in _ranges(num_hidden_layers):
         share = sum(first <= layer <= last for layer in exit_layers) / max(len(exit_layers), 1)
         text.append("  ")
@@ -157,6 +164,7 @@ class ExitPrinter:
         num_hidden_layers: layers of the model.
         colour: whether to colour the tokens; marks are written otherwise. None finds out what the output can do.
             A console without colours gets marks in any case; a stream that is no terminal gets colours if told so.
+        lossless: whether tokens come with the layer at which they were drafted, see `GeneratedText.draft_layers`.
 
     Example:
         >>> import io
@@ -169,12 +177,17 @@ class ExitPrinter:
     """
 
     def __init__(
-        self, output: Console | TextIO, num_hidden_layers: int, *, colour: bool | None = None
+        self,
+        output: Console | TextIO,
+        num_hidden_layers: int,
+        *,
+        colour: bool | None = None,
+        lossless: bool = False,
     ) -> None:
         self._console = output if isinstance(output, Console) else _console(output, colour)
         self._colour = colour is not False and can_colour(self._console)
         self._brackets = _brackets_for(self._console.encoding)
-        self._num_hidden_layers = num_hidden_layers
+        self._num_hidden_layers, self._lossless = num_hidden_layers, lossless
         self._exit_layers: list[int] = []
         self._visible = False  # whether the run of equal layers that is being written has a letter
         self._space = ""  # white space that is held back, for it comes after a mark
@@ -202,21 +215,34 @@ class ExitPrinter:
             self._write(letters)
         self._exit_layers.append(exit_layer)
 
-    def end(self) -> None:
-        """Finish the text and explain it. The next token begins another text."""
+    def end(self, *, drafted: int | None = None, accepted: int | None = None) -> None:
+        """Finish the text and explain it. The next token begins another text.
+
+        Args:
+            drafted, accepted: of `lossless` mode: drafts that were verified, and those that stayed.
+        """
         if not self._colour:
             self._mark()
         self._write("\n")
         layers, self._exit_layers = self._exit_layers, []
         if not layers:
             return
-        mean = sum(layers) / len(layers)
+        depth = self._num_hidden_layers
         note = Text("\n")
-        note.append(legend(self._num_hidden_layers, layers, colour=self._colour, brackets=self._brackets))
         note.append(
-            f"\nmean exit layer {mean:.2f} of {self._num_hidden_layers}, "
-            f"layer speed-up {self._num_hidden_layers / mean:.2f}x, {len(layers):,} tokens"
+            legend(depth, layers, colour=self._colour, brackets=self._brackets, lossless=self._lossless)
         )
+        mean = float(depth) if self._lossless else sum(layers) / len(layers)
+        note.append(
+            f"\nmean exit layer {mean:.2f} of {depth}, layer speed-up {depth / mean:.2f}x, {len(layers):,} tokens"
+        )
+        if self._lossless:
+            share = sum(layer < depth for layer in layers) / len(layers)
+            note.append(
+                f"\nall layers verified every token; {100 * share:.0f}% of them were drafted by exits"
+            )
+            if drafted:
+                note.append(f", {100 * (accepted or 0) / drafted:.0f}% of {drafted:,} drafts stayed")
         self._console.print(note)
 
     def _mark(self) -> None:

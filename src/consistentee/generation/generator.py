@@ -6,76 +6,26 @@ The end-of-text token counts as a token: `exit_layers` has a layer for it, and i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from consistentee.config import require_choice
 from consistentee.errors import DataError
 from consistentee.generation.config import GenerationMode, SkippedStates
 from consistentee.generation.encoding import encode_prompts, pad_left
+from consistentee.generation.pieces import PieceDecoder, decode_pieces
 from consistentee.generation.saved import SavedGenerator
+from consistentee.generation.stops import StopTexts, cut_at_stop
+from consistentee.generation.streaming import OnToken, PieceStreamer
 from consistentee.generation.templates import PromptTemplate
 from consistentee.timing import synchronised_seconds
 
 WINDOW_BATCHES = 8
 """Prompts are sorted by length within so many batches; the first window is a single batch, the next ones double."""
-
-_BROKEN = "\ufffd"  # what a tokenizer makes of bytes that are no whole character
-
-
-class PieceDecoder:
-    """Token ids into pieces of text, one for each token; the pieces together are the text.
-
-    A character of several tokens belongs to the last of them, and special tokens have the piece "".
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
-        self._ids: list[int] = []
-        self._start = 0  # decoding begins here, so that a space before a word is not lost
-        self._read = 0  # the pieces so far are of the ids before here
-
-    def put(self, token_id: int) -> str:
-        """The text that this token completes; "" where it is part of a character that goes on."""
-        if token_id in self._special:
-            return ""
-        self._ids.append(token_id)
-        piece = self._rest()
-        if not piece or piece.endswith(_BROKEN):
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return piece
-
-    def end(self) -> str:
-        """What is left over: the beginning of a character that never came to its end."""
-        piece = self._rest() if self._read < len(self._ids) else ""
-        self._start, self._read = self._read, len(self._ids)
-        return piece
-
-    def _rest(self) -> str:
-        before = self._decoded(self._ids[self._start : self._read])
-        return self._decoded(self._ids[self._start :])[len(before) :]
-
-    def _decoded(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)) if token_ids else ""
-
-
-def decode_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Pieces of a whole text, one for each token id, see `PieceDecoder`."""
-    decoder = PieceDecoder(tokenizer)
-    pieces = [decoder.put(token_id) for token_id in token_ids]
-    if pieces:
-        pieces[-1] += decoder.end()
-    return pieces
 
 
 @dataclass(frozen=True)
@@ -88,8 +38,13 @@ class GeneratedText:
         text: what was written, without the end-of-text token.
         token_ids: (tokens,) the end-of-text token among them, if the text came to its end.
         pieces: (tokens,) the text token by token; together they are the text.
-        exit_layers: (tokens,) the layer at which each token left, from 1; all layers of a model without exits.
+        exit_layers: (tokens,) the layer at which each token left, from 1; all layers of a model without exits, and in
+            `lossless` mode, where all layers verify what exits draft.
         seconds: its share of the time that its batch took.
+        finish_reason: `stop` (a stop string), `end` (the end-of-text token) or `length` (`max_new_tokens`).
+        draft_layers: of `lossless` mode, (tokens,): the layer at which each token was drafted, or the last one where
+            the verification gave it; else None.
+        drafted, accepted: of `lossless` mode: drafts that were verified, and those that stayed; else None.
     """
 
     prompt: str
@@ -99,6 +54,10 @@ class GeneratedText:
     pieces: list[str]
     exit_layers: list[int]
     seconds: float
+    finish_reason: str = "length"
+    draft_layers: list[int] | None = None
+    drafted: int | None = None
+    accepted: int | None = None
 
     @property
     def mean_exit_layer(self) -> float:
@@ -121,6 +80,8 @@ class DecodingOptions:
         temperature: above 0, divides the logits before drawing.
         top_p: in (0, 1], share of the probability from which tokens are drawn.
         seed: of the draws; None goes on with torch's generator as it is.
+        stop: strings that end a text, one or several; the text ends before them. One that is the name of a special
+            token, such as "<|im_end|>", stands for that token.
     """
 
     mode: str | None = None
@@ -133,8 +94,12 @@ class DecodingOptions:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if "" in self.stop:
+            raise ValueError('stop must hold strings with at least one character, got "". Leave it out.')
         if self.mode is not None:
             require_choice("mode", self.mode, get_args(GenerationMode))
         if self.skipped_states is not None:
@@ -152,44 +117,6 @@ class DecodingOptions:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.do_sample and self.mode == "lossless":
             raise ValueError('do_sample must be False in mode "lossless", got True: it verifies greedy text.')
-
-
-OnToken = Callable[[str, int], object]
-"""Is told every token as it is generated: its piece of the text, and the layer at which it left."""
-
-
-@dataclass
-class _Streamer:
-    """Hears of tokens from `generate`, of one row; the first thing it is given is the prompt."""
-
-    decoder: PieceDecoder
-    on_token: OnToken
-    num_layers: int
-    _layers: list[int] = field(default_factory=list[int])
-    _held: tuple[str, int] | None = None
-    _prompt_is_over: bool = False
-
-    def put_exit_layers(self, layers: Tensor) -> None:
-        self._layers = layers.tolist()
-
-    def put(self, tokens: Tensor) -> None:
-        if not self._prompt_is_over:
-            self._prompt_is_over = True
-            return
-        layers = self._layers or [self.num_layers] * tokens.numel()
-        for token, layer in zip(tokens.flatten().tolist(), layers, strict=True):
-            if self._held is not None:
-                self.on_token(*self._held)
-                self._held = None
-            piece = self.decoder.put(token)
-            if piece:
-                self.on_token(piece, layer)
-            else:  # may be the last one, which gets what is left over
-                self._held = ("", layer)
-
-    def end(self) -> None:
-        if self._held is not None:
-            self.on_token(self.decoder.end(), self._held[1])
 
 
 class TextGenerator:
@@ -289,7 +216,9 @@ class TextGenerator:
         Args:
             instruction: what is asked for.
             input: what it is about, or "".
-            on_token: called with each token's piece of the text and its exit layer.
+            on_token: called with each token's piece of the text and its exit layer; in `lossless` mode the layer at
+                which it was drafted, as in `draft_layers`. What may begin a stop string is held back until it is
+                certain.
             options: how to generate.
             **values: fields of `DecodingOptions`, in place of `options`.
 
@@ -299,7 +228,9 @@ class TextGenerator:
         options = self.check(_options(options, values))
         _seed(options)
         encoded = self._encode([(instruction, input)], options, before=0)
-        streamer = _Streamer(PieceDecoder(self.saved.tokenizer), on_token, self.saved.num_hidden_layers)
+        stops, _ = self._stops(options)
+        decoder = PieceDecoder(self.saved.tokenizer)
+        streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, stops)
         (text,) = self._batch([(instruction, input)], encoded, options, streamer)
         return text
 
@@ -368,11 +299,12 @@ class TextGenerator:
         asked: Sequence[tuple[str, str]],
         encoded: Sequence[Sequence[int]],
         options: DecodingOptions,
-        streamer: _Streamer | None = None,
+        streamer: PieceStreamer | None = None,
     ) -> list[GeneratedText]:
         saved, model = self.saved, self.saved.model
         input_ids, mask = pad_left(encoded, saved.tokenizer.pad_token_id)  # (rows, tokens)
-        ends = _end_tokens(saved)
+        stops, stop_tokens = self._stops(options)
+        ends = _end_tokens(saved) | stop_tokens
         config = GenerationConfig(
             max_new_tokens=options.max_new_tokens,
             do_sample=options.do_sample,
@@ -387,6 +319,9 @@ class TextGenerator:
             exits = {
                 name: getattr(options, name) for name in ("mode", "criterion", "threshold", "skipped_states")
             }
+        if stops:
+            criterion = StopTexts(saved.tokenizer, stops, input_ids.shape[1])
+            exits["stopping_criteria"] = StoppingCriteriaList([criterion])
         start = synchronised_seconds(model.device)
         output: Any = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=input_ids.to(model.device),
@@ -397,19 +332,47 @@ class TextGenerator:
         )
         seconds = (synchronised_seconds(model.device) - start) / len(encoded)
         new: list[list[int]] = output.sequences[:, input_ids.shape[1] :].tolist()
+        layers: list[list[int]] = [[]] * len(new)
         if saved.has_exits:
-            layers: list[list[int]] = output.exit_layers.tolist()
-        else:
-            layers = [[saved.num_hidden_layers] * _length(row, ends) for row in new]
+            layers = output.exit_layers.tolist()
+        lossless = options.mode == "lossless"
         texts: list[GeneratedText] = []
-        for (instruction, context), row, row_layers in zip(asked, new, layers, strict=True):
-            exit_layers = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
-            token_ids = row[: len(exit_layers)]
+        for number, ((instruction, context), row, row_layers) in enumerate(
+            zip(asked, new, layers, strict=True)
+        ):
+            known = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
+            token_ids = row[: len(known) if known else _length(row, ends)]
             pieces = decode_pieces(saved.tokenizer, token_ids)
+            stopped = cut_at_stop(pieces, stops)
+            if stopped is not None:
+                pieces, token_ids = stopped, token_ids[: len(stopped)]
+            reason = "end" if token_ids[-1] in ends else "length"
+            if stopped is not None or token_ids[-1] in stop_tokens:
+                reason = "stop"
+            all_layers = [saved.num_hidden_layers] * len(token_ids)
             texts.append(
-                GeneratedText(instruction, context, "".join(pieces), token_ids, pieces, exit_layers, seconds)
+                GeneratedText(
+                    instruction,
+                    context,
+                    "".join(pieces),
+                    token_ids,
+                    pieces,
+                    known if known and not lossless else all_layers,
+                    seconds,
+                    finish_reason=reason,
+                    draft_layers=known if lossless else None,
+                    drafted=output.drafted_by_row[number] if lossless else None,
+                    accepted=output.accepted_by_row[number] if lossless else None,
+                )
             )
         return texts
+
+    def _stops(self, options: DecodingOptions) -> tuple[list[str], set[int]]:
+        """Stop strings, and special tokens among them."""
+        tokenizer = self.saved.tokenizer
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        stops = [stop for stop in options.stop if stop not in special]
+        return stops, {special[stop] for stop in options.stop if stop in special}
 
 
 def _options(options: DecodingOptions | None, values: dict[str, Any]) -> DecodingOptions:

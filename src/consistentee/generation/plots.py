@@ -78,7 +78,7 @@ def plot_generation(evaluation: GenerationEvaluation, path: str | Path, title: s
     The panel of generated text is left out where no criterion has two points of it.
 
     Args:
-        evaluation: the figures; its other criteria become further curves, full depth and the plain model lines.
+        evaluation: the figures; its other criteria become further curves, full depth and the reference lines.
         path: the picture, PNG, PDF or SVG by its ending; written whole or not at all.
         title: over the picture, such as the task's name.
 
@@ -134,7 +134,10 @@ def _draw_text_quality(
             linewidth=1.3 if place else 2.2,
             zorder=5 - 0.1 * order,
         )
-    lines = ((LAST_LAYER, evaluation.full_depth), (PLAIN, evaluation.reference))
+    lines = (
+        (LAST_LAYER, evaluation.full_depth),
+        (evaluation.reference_name or PLAIN, evaluation.reference),
+    )
     heights = _draw_references(axes, lines)
     shown = [point for points in series.values() for point in points]
     own = None
@@ -250,7 +253,8 @@ def _finish_curves(
 def _draw_layers(axes: Axes, evaluation: GenerationEvaluation) -> None:
     depth, tokens = evaluation.num_hidden_layers, max(evaluation.num_tokens, 1)
     layers = list(range(1, depth + 1))
-    shares = [100 * count / tokens for count in evaluation.exit_histogram]
+    drafts = evaluation.draft_histogram
+    shares = [100 * count / tokens for count in drafts or evaluation.exit_histogram]
     axes.bar(layers, shares, width=0.78, color=BAR, zorder=3)
     highest = max(shares)
     axes.set_ylim(0, 1.18 * highest or 1)
@@ -280,7 +284,8 @@ def _draw_layers(axes: Axes, evaluation: GenerationEvaluation) -> None:
         zorder=6,
     )
     axes.set_xticks(layer_ticks(depth))
-    frame(axes, "layer", "% of tokens", f"Where the {evaluation.num_tokens:,} generated tokens leave")
+    what = f"Where the {evaluation.num_tokens:,} generated tokens "
+    frame(axes, "layer", "% of tokens", what + ("were drafted (last: not)" if drafts else "leave"))
     axes.grid(axis="y", color=GRID, linewidth=0.8)
 
 

@@ -56,12 +56,15 @@ def own_point(evaluation: GenerationEvaluation) -> GeneratedPoint:
         layer_speedup=evaluation.layer_speedup,
         tokens_per_second=evaluation.tokens_per_second,
         num_tokens=evaluation.num_tokens,
+        draft_share=evaluation.draft_share,
+        draft_acceptance=evaluation.draft_acceptance,
     )
 
 
 def _ways(evaluation: GenerationEvaluation) -> Table:
-    """One row for each way to generate: the plain model, every layer, the exit rule, other modes, other rules."""
+    """One row for each way to generate: the reference, every layer, the exit rule, other modes, other rules."""
     depth = evaluation.num_hidden_layers
+    lossless = evaluation.mode == "lossless"
     names = [name for name in METRIC_TITLES if name in evaluation.metrics]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("", max_width=34)
@@ -71,7 +74,7 @@ def _ways(evaluation: GenerationEvaluation) -> Table:
         "per-\nplexity",
         "mean exit\nlayer",
         "layer\nspeed-up",
-        "layers\nsaved %",
+        *(("drafted\n%", "drafts\nkept %") if lossless else ("layers\nsaved %",)),
         "tokens\nper s",
     ):
         table.add_column(title, justify="right", no_wrap=True)
@@ -82,23 +85,33 @@ def _ways(evaluation: GenerationEvaluation) -> Table:
         forced: GenerationPoint | None,
         mean_exit_layer: float,
         style: str,
+        depth: int = depth,
     ) -> None:
         metrics = {} if text is None else text.metrics
         perplexity = metrics.get("perplexity", None if forced is None else forced.perplexity)
+        accuracy = metrics.get("token_accuracy", None if forced is None else forced.token_accuracy)
+        saved = [f"{100 * (1 - mean_exit_layer / depth):.1f}"]
+        if lossless:
+            saved = [
+                _percent(text.draft_share if text else None),
+                _percent(text.draft_acceptance if text else None),
+            ]
         table.add_row(
             title,
             *(f"{100 * metrics[name]:.2f}" if name in metrics else "" for name in names),
-            "" if forced is None else f"{100 * forced.token_accuracy:.2f}",
+            "" if accuracy is None else f"{100 * accuracy:.2f}",
             "" if perplexity is None else f"{perplexity:.2f}",
             f"{mean_exit_layer:.2f} / {depth}",
             f"{depth / mean_exit_layer:.2f}x",
-            f"{100 * (1 - mean_exit_layer / depth):.1f}",
+            *saved,
             "" if text is None else f"{text.tokens_per_second:.1f}",
             style=style,
         )
 
     if evaluation.reference is not None:
-        row(PLAIN, evaluation.reference, None, evaluation.reference.mean_exit_layer, "")
+        other = evaluation.reference
+        layers = round(other.mean_exit_layer * other.layer_speedup)  # it may have others than this model
+        row(evaluation.reference_name or PLAIN, other, None, other.mean_exit_layer, "", layers)
     if evaluation.full_depth is not None:
         last = [point for point in evaluation.curve if point.mean_exit_layer == depth]
         row(LAST_LAYER, evaluation.full_depth, last[0] if last else None, depth, "")
@@ -117,6 +130,10 @@ def _ways(evaluation: GenerationEvaluation) -> Table:
         elif forced is not None:
             row(f"{name} > {forced.threshold:.4g}, no text", None, forced, forced.mean_exit_layer, "")
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _title(point: GeneratedPoint, mode: str) -> str:
@@ -145,16 +162,26 @@ def _note(evaluation: GenerationEvaluation) -> str:
         f"{evaluation.num_examples:,} prompts, at most {evaluation.max_new_tokens} new tokens, batch size "
         f"{evaluation.batch_size}, mode {evaluation.mode}; {evaluation.num_tokens:,} tokens generated. ROUGE and the "
         "scores beside it x 100. Token accuracy and perplexity: on the references, at the same threshold."
+        + (LOSSLESS_NOTE if evaluation.mode == "lossless" else "")
         + (f"\n{', '.join(where)}." if where else "")
     )
 
 
+LOSSLESS_NOTE = (
+    " Lossless: all layers verified every token; drafted: the share of the tokens that came from exits, kept: the "
+    "share of the verified drafts that stayed."
+)
+
+
 def _layers(evaluation: GenerationEvaluation) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("layer", "tokens that leave here", "share %", "left by now %"):
+    names = ("tokens that leave here", "left by now %")
+    if evaluation.draft_histogram is not None:
+        names = ("tokens drafted here (last layer: not drafted)", "by now %")
+    for name in ("layer", names[0], "share %", names[1]):
         table.add_column(name, justify="right")
     left_by_now = 0
-    for index, left in enumerate(evaluation.exit_histogram):
+    for index, left in enumerate(evaluation.draft_histogram or evaluation.exit_histogram):
         left_by_now += left
         table.add_row(
             str(index + 1),

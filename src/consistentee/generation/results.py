@@ -41,10 +41,12 @@ class GeneratedPoint:
         criterion: the exit rule.
         threshold: a token leaves at the first layer whose exit score exceeds it.
         metrics: name to value, in [0, 1]: what `text_metrics` gives; other figures beside them are kept.
-        mean_exit_layer: mean number of layers executed for a token.
+        mean_exit_layer: mean number of layers executed for a token: in mode `lossless` all of them.
         layer_speedup: layers over mean exit layer.
         tokens_per_second: generated tokens over wall-clock seconds.
         num_tokens: generated tokens.
+        draft_share: of mode `lossless`, the share of the tokens that exits drafted; else None.
+        draft_acceptance: of mode `lossless`, the share of the verified drafts that stayed; None where there were none.
     """
 
     mode: str
@@ -55,6 +57,8 @@ class GeneratedPoint:
     layer_speedup: float
     tokens_per_second: float
     num_tokens: int
+    draft_share: float | None = None
+    draft_acceptance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class GenerationEvaluation:
         max_new_tokens: longest text that was asked for, in tokens.
         metrics: name to value, in [0, 1], of the generated text: what `text_metrics` gives.
         num_tokens: generated tokens.
-        mean_exit_layer: mean number of layers executed for a generated token.
+        mean_exit_layer: mean number of layers executed for a generated token: in mode `lossless` all of them.
         layer_speedup: layers over mean exit layer (counted, not timed).
         layers_saved: 1 - mean exit layer / layers.
         tokens_per_second: generated tokens over wall-clock seconds.
@@ -115,7 +119,11 @@ class GenerationEvaluation:
         full_depth: the same model with every token at the last layer; None where it was not run.
         generated: further thresholds and modes of the same criterion whose text was generated.
         other_criteria: other exit rules on the same model, by name.
-        reference: the plain model on the same prompts, if one was given.
+        reference: another model on the same prompts, if one was given.
+        reference_name: what that is: `plain model`, or an early-exit model and its exit rule.
+        draft_share, draft_acceptance: of mode `lossless`, see `GeneratedPoint`.
+        draft_histogram: of mode `lossless`, (layers,) generated tokens that were drafted after each layer; at the last
+            one those that were not.
         examples: a few prompts with their text, token by token.
         environment: hardware, versions, seed.
     """
@@ -140,6 +148,10 @@ class GenerationEvaluation:
     generated: list[GeneratedPoint] = field(default_factory=list[GeneratedPoint])
     other_criteria: dict[str, GenerationRival] = field(default_factory=dict[str, GenerationRival])
     reference: GeneratedPoint | None = None
+    reference_name: str | None = None
+    draft_share: float | None = None
+    draft_acceptance: float | None = None
+    draft_histogram: list[int] | None = None
     examples: list[GenerationExample] = field(default_factory=list[GenerationExample])
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
 

@@ -1,0 +1,58 @@
+"""Token ids as pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_BROKEN = "\ufffd"  # what a tokenizer makes of bytes that are no whole character
+
+
+class PieceDecoder:
+    """Token ids into pieces of text, one for each token; the pieces together are the text.
+
+    A character of several tokens belongs to the last of them, and special tokens have the piece "".
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+        self._ids: list[int] = []
+        self._start = 0  # decoding begins here, so that a space before a word is not lost
+        self._read = 0  # the pieces so far are of the ids before here
+
+    def put(self, token_id: int) -> str:
+        """The text that this token completes; "" where it is part of a character that goes on."""
+        if token_id in self._special:
+            return ""
+        self._ids.append(token_id)
+        piece = self._rest()
+        if not piece or piece.endswith(_BROKEN):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return piece
+
+    def end(self) -> str:
+        """What is left over: the beginning of a character that never came to its end."""
+        piece = self._rest() if self._read < len(self._ids) else ""
+        self._start, self._read = self._read, len(self._ids)
+        return piece
+
+    def _rest(self) -> str:
+        before = self._decoded(self._ids[self._start : self._read])
+        return self._decoded(self._ids[self._start :])[len(before) :]
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)) if token_ids else ""
+
+
+def decode_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Pieces of a whole text, one for each token id, see `PieceDecoder`."""
+    decoder = PieceDecoder(tokenizer)
+    pieces = [decoder.put(token_id) for token_id in token_ids]
+    if pieces:
+        pieces[-1] += decoder.end()
+    return pieces

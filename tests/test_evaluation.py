@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 from dataclasses import replace
@@ -23,6 +24,7 @@ from consistentee.evaluation import (
     evaluate_plain,
     predict_classes,
 )
+from consistentee.plots import plot_evaluation
 from consistentee.recall import ClassRecall
 from consistentee.reports import MOST_CLASSES, evaluation_report
 from consistentee.saved import RECORD_FILE, SavedModel, open_model, record_evaluation
@@ -227,6 +229,39 @@ def test_plain_model_as_reference(saved: SavedModel, folder: Path) -> None:
     assert evaluation.reference.accuracy_difference == pytest.approx(evaluation.accuracy - alone["accuracy"])
     with pytest.raises(ValueError, match=r"has no exits .* can be its --reference"):
         evaluate_model(plain, rows)
+
+
+def test_an_early_exit_reference_is_called_one(saved: SavedModel, folder: Path, tmp_path: Path) -> None:
+    """The table, the line below it, the figures, the picture and the card say what ran, and how deep."""
+    rows = tiny_dataset(24, seed=5)
+    deeper = tiny_backbone(tmp_path / "backbone", layers=4)
+    other = open_model(tiny_model(tmp_path / "other", deeper, threshold=0.45, initial_exit_bias=0.0), "cpu")
+    alone = evaluate_model(other, rows)
+    assert 1 < alone.mean_exit_layer < 4
+    evaluation = evaluate_model(saved, rows, reference=other, batch_size=7)
+    reference = evaluation.reference
+    assert reference is not None
+    assert reference.name == "early-exit model, policy > 0.45"
+    assert reference.accuracy == alone.accuracy
+    assert reference.mean_exit_layer == pytest.approx(alone.mean_exit_layer)
+    assert reference.num_hidden_layers == 4
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(evaluation_report(evaluation))
+    shown = console.export_text()
+    (row,) = [line for line in shown.splitlines() if line.strip().startswith("early-exit model, policy")]
+    assert f"{alone.mean_exit_layer:.2f} / 4" in row
+    assert f"{alone.layer_speedup:.2f}x" in row
+    assert "Difference to the early-exit model, policy > 0.45 on the same 24 inputs" in " ".join(
+        shown.split()
+    )
+    picture = html.unescape(plot_evaluation(evaluation, tmp_path / "p.svg").read_text(encoding="utf-8"))
+    assert f"early-exit model, policy > 0.45 ({alone.mean_exit_layer:.2f} of 4 layers)" in picture
+    plain = evaluate_model(
+        saved, rows, reference=open_model(tiny_full_depth_model(tmp_path / "plain", deeper), "cpu")
+    )
+    assert plain.reference is not None
+    assert (plain.reference.name, plain.reference.mean_exit_layer) == ("plain model", 4)
+    assert "plain model, all layers" in plot_evaluation(plain, tmp_path / "q.svg").read_text(encoding="utf-8")
 
 
 def test_hugging_face_classifier_as_reference(tmp_path: Path) -> None:

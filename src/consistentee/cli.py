@@ -147,7 +147,7 @@ def evaluate(
             entropy, patience; of text generators: policy, softmax_margin, state_similarity, confidence_classifier,
             static. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
-        reference: Folder of the plain model to compare with, from `finetune` or any of its kind.
+        reference: Folder of a model to compare with: the plain one from `finetune`, or any of its kind, as it was saved.
         batch_size: Inputs per step; does not change the result. [default: 64; to generate text: 8]
         max_samples: Evaluate on at most so many rows, every class with its share.
         mode: How tokens are generated. [default: the saved one]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from consistentee.curves import CurvePoint, trade_off_curve
 from consistentee.data import TextDataset
 from consistentee.exits import check_threshold, choose_exit_layer, exit_scores
 from consistentee.metrics import compute_metrics
+from consistentee.model import EarlyExitForSequenceClassification, EarlyExitOutput
 from consistentee.parsing import quoted
 from consistentee.progress import track
 from consistentee.recall import ClassRecall, recall_by_class
@@ -50,12 +51,18 @@ class Reference:
         metrics: its metrics.
         accuracy_difference: ours minus its accuracy.
         standard_error: of that difference, from the paired rows.
+        name: what it is: `plain model`, or an early-exit model and its exit rule.
+        num_hidden_layers: its layers; None where that is not known.
+        mean_exit_layer: mean number of its layers executed.
     """
 
     accuracy: float
     metrics: dict[str, float]
     accuracy_difference: float
     standard_error: float
+    name: str = "plain model"
+    num_hidden_layers: int | None = None
+    mean_exit_layer: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Evaluation:
         class_recall: recall of every class at the exits and at full depth.
         curve: the trade-off over thresholds.
         other_criteria: other exit rules on the same classifiers, by name.
-        reference: the plain model on the same rows, if one was given.
+        reference: another model on the same rows, if one was given.
     """
 
     num_hidden_layers: int
@@ -209,7 +216,7 @@ def evaluate_model(
         criteria: exit rules; the first is reported, the others are drawn beside it. None given: the saved one.
         threshold: of the first criterion; None takes the saved one.
         metrics: names from `metrics.METRICS`; None takes those of the model's task.
-        reference: a model to compare with on the same rows.
+        reference: a model to compare with on the same rows, with or without exits, as it was saved.
         batch_size: rows per step; does not change the result.
         progress: whether to show how far it is.
 
@@ -234,7 +241,8 @@ def evaluate_model(
         accelerator=accelerator,
         description="evaluating" if progress else None,
     )
-    return evaluate_layers(
+    others_run = None if reference is None else _run(reference, dataset, batch_size, progress)
+    evaluation = evaluate_layers(
         states.layer_logits[..., columns],
         states.exit_probs,
         states.labels,
@@ -243,14 +251,30 @@ def evaluate_model(
         metrics=default_metrics(saved, len(columns)) if metrics is None else metrics,
         other_criteria=others,
         classifier_logits=states.classifier_logits[..., columns],
-        reference_predictions=None
-        if reference is None
-        else predict_classes(reference, dataset, batch_size=batch_size, progress=progress),
+        reference_predictions=None if others_run is None else others_run[0],
         label_names=dataset.label_names,
+    )
+    if reference is None or others_run is None or evaluation.reference is None:
+        return evaluation
+    return replace(
+        evaluation,
+        reference=replace(
+            evaluation.reference,
+            name=reference_name(reference),
+            num_hidden_layers=getattr(reference.model.config, "num_hidden_layers", None),
+            mean_exit_layer=others_run[1],
+        ),
     )
 
 
-@torch.no_grad()
+def reference_name(reference: SavedModel) -> str:
+    """What reports and pictures call a model that another one is compared with."""
+    if not isinstance(reference.model, EarlyExitForSequenceClassification):
+        return "plain model"
+    criterion, threshold = reference.exit_rule()
+    return f"early-exit model, {criterion} > {threshold:.4g}"
+
+
 def predict_classes(
     saved: SavedModel, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
 ) -> Tensor:
@@ -268,10 +292,19 @@ def predict_classes(
     Raises:
         ValueError: the label names do not agree.
     """
+    return _run(saved, dataset, batch_size, progress)[0]
+
+
+@torch.no_grad()
+def _run(
+    saved: SavedModel, dataset: TextDataset, batch_size: int, progress: bool
+) -> tuple[Tensor, float | None]:
+    """What `predict_classes` gives, and the mean exit layer; None where the number of layers is not known."""
     columns = class_columns(saved, dataset.label_names)
     rows = tokenize(dataset, saved.tokenizer, saved.max_length)
     order = np.argsort(-rows.lengths, kind="stable")
     predictions = torch.empty(len(rows), dtype=torch.int64)
+    layers: list[Tensor] = []
     starts = range(0, len(rows), batch_size)
     for start in track(starts, "reference", shown=progress):
         part = order[start : start + batch_size].tolist()
@@ -281,8 +314,12 @@ def predict_classes(
             for name in ("input_ids", "attention_mask", "token_type_ids")
             if name in batch
         }
-        predictions[part] = saved.model(**inputs).logits[:, columns].argmax(-1).cpu()
-    return predictions
+        output = saved.model(**inputs)
+        predictions[part] = output.logits[:, columns].argmax(-1).cpu()
+        if isinstance(output, EarlyExitOutput) and output.exit_layer is not None:
+            layers.append(output.exit_layer.cpu())
+    depth = getattr(saved.model.config, "num_hidden_layers", None)
+    return predictions, float(torch.cat(layers).double().mean()) if layers else depth and float(depth)
 
 
 def evaluate_plain(

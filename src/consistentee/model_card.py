@@ -183,7 +183,9 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     reference = evaluation.get("reference")
     if reference:
         difference, error = 100 * reference["accuracy_difference"], 100 * reference["standard_error"]
-        rows.append(("accuracy of the plain model", _percent(reference["accuracy"])))
+        rows.append(
+            (f"accuracy of the {reference.get('name', 'plain model')}", _percent(reference["accuracy"]))
+        )
         rows.append(("difference, paired", f"{difference:+.1f} points (standard error {error:.1f})"))
     lines += ["", f"Exit rule: {evaluation['criterion']} above {evaluation['threshold']:.4g}.", ""]
     lines += _table(("figure", "value"), rows)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from consistentee.curves import CurvePoint
-    from consistentee.evaluation import Evaluation
+    from consistentee.evaluation import Evaluation, Reference
     from consistentee.generation.speed import GenerationSpeedRow
     from consistentee.speed import SpeedReport, SpeedRow
 
@@ -248,13 +248,20 @@ def _draw_curves(axes: Axes, evaluation: Evaluation) -> None:
             linewidth=1.4,
             linestyle=(0, (6, 3)),
             zorder=2,
-            label="plain model, all layers",
+            label=_reference_label(evaluation.reference),
         )
     frame(axes, "layer speed-up (layers / mean exit layer)", "accuracy (%)", "Accuracy against depth")
     axes.grid(axis="both", color=GRID, linewidth=0.8)
     axes.set_xlim(left=0.9, right=max(_useful_end(evaluation, curves), 1.5))
     _fit_height(axes, evaluation, curves)
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left")
+
+
+def _reference_label(reference: Reference) -> str:
+    mean, layers = reference.mean_exit_layer, reference.num_hidden_layers
+    if mean is None or mean == layers:
+        return f"{reference.name}, all layers"
+    return f"{reference.name} ({mean:.2f} of {layers} layers)"
 
 
 def _drawable(curve: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -29,7 +29,7 @@ def evaluation_report(evaluation: Evaluation) -> RenderableType:
     if reference is not None:
         parts.append(
             Text(
-                f"Difference to the plain model on the same {evaluation.num_examples:,} inputs: "
+                f"Difference to the {reference.name} on the same {evaluation.num_examples:,} inputs: "
                 f"{100 * reference.accuracy_difference:+.2f} points of accuracy "
                 f"(standard error {100 * reference.standard_error:.2f})."
             )
@@ -42,7 +42,7 @@ def evaluation_report(evaluation: Evaluation) -> RenderableType:
 
 
 def _models(evaluation: Evaluation) -> Table:
-    """One row for each way to predict: the plain model, the last layer, the exit rule, other rules."""
+    """One row for each way to predict: the reference, the last layer, the exit rule, other rules."""
     depth = evaluation.num_hidden_layers
     names = [name for name in evaluation.metrics if name != "accuracy"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -51,7 +51,12 @@ def _models(evaluation: Evaluation) -> Table:
         table.add_column(name, justify="right")
 
     def row(
-        title: str, accuracy: float, metrics: dict[str, float] | None, mean_exit_layer: float, style: str
+        title: str,
+        accuracy: float,
+        metrics: dict[str, float] | None,
+        mean_exit_layer: float,
+        style: str,
+        depth: int = depth,
     ) -> None:
         others = ["" if metrics is None else f"{metrics[name]:.3f}" for name in names]
         table.add_row(
@@ -66,7 +71,9 @@ def _models(evaluation: Evaluation) -> Table:
 
     reference = evaluation.reference
     if reference is not None:
-        row("plain model", reference.accuracy, reference.metrics, depth, "")
+        layers = reference.num_hidden_layers or depth
+        mean = reference.mean_exit_layer or layers
+        row(reference.name, reference.accuracy, reference.metrics, mean, "", layers)
     row("last layer, no exits", evaluation.per_layer_accuracy[-1], None, depth, "")
     own = f"{evaluation.criterion} > {evaluation.threshold:.4g}"
     row(own, evaluation.accuracy, evaluation.metrics, evaluation.mean_exit_layer, "bold")

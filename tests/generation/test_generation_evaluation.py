@@ -278,7 +278,8 @@ class TestEvaluation:
         assert {layer for example in evaluation.examples for layer in example.exit_layers} == {4}
         assert evaluation.draft_histogram is not None
         assert sum(evaluation.draft_histogram) == 72
-        assert evaluation.draft_share == pytest.approx(1 - evaluation.draft_histogram[-1] / 72)
+        share = 1 - evaluation.draft_histogram[-1] / 72
+        assert evaluation.draft_share == pytest.approx(share)
         assert evaluation.draft_acceptance is not None
         assert 0 <= evaluation.draft_acceptance <= 1
         (rival,) = evaluation.other_criteria["softmax_margin"].generated
@@ -290,7 +291,7 @@ class TestEvaluation:
         console.print(generation_report(evaluation))
         shown = console.export_text()
         own = next(line for line in shown.splitlines() if "policy > 0.2" in line)
-        for text in ("4.00 / 4", "1.00x", f"{100 * evaluation.draft_share:.1f}"):
+        for text in ("4.00 / 4", "1.00x", f"{100 * share:.1f}"):
             assert text in own
         assert f"{100 * evaluation.metrics['token_accuracy']:.2f}" in own
         assert "all layers verified every token" in " ".join(shown.split())

@@ -98,7 +98,7 @@ class TestPlaces:
 
     def test_criterion_looks_at_new_tokens_only(self) -> None:
         tokenizer = chunk_tokenizer()
-        ids = tokenizer.convert_tokens_to_ids(["a", "b", "a", "c"])
+        ids = [tokenizer.get_vocab()[letter] for letter in "abac"]
         criterion = StopTexts(tokenizer, ["ab"], 2)
         assert criterion(torch.tensor([ids]), None).tolist() == [False]
         assert criterion(torch.tensor([[*ids, ids[0], ids[1]], [*ids, ids[1], ids[0]]]), None).tolist() == [

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from consistentee.errors import DataError
+from consistentee.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def encode_texts(
         raise ValueError("texts must be all single texts or all pairs, got both.")
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= special:
-        raise ValueError(
+        raise SettingError(
             f"max_length must be above the tokenizer's {special} special tokens, got {max_length}."
         )
     if pair and special <= tokenizer.num_special_tokens_to_add(pair=False):

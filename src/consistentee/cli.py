@@ -21,7 +21,8 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from consistentee import __version__
 from consistentee.benchmark_command import benchmark
-from consistentee.config import Criterion
+from consistentee.config import Criterion, require_seed
+from consistentee.errors import SettingError
 from consistentee.generation.commands import evaluate_generator, generate, train_generator
 from consistentee.generation.config import GenerationCriterion, GenerationMode, GenerationTrainingConfig
 from consistentee.options import (
@@ -147,7 +148,8 @@ def evaluate(
             entropy, patience; of text generators: policy, softmax_margin, state_similarity, confidence_classifier,
             static. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
-        reference: Folder of a model to compare with: the plain one from `finetune`, or any of its kind, as it was saved.
+        reference: Folder of a model to compare with: the plain one from `finetune`, or any of its kind as it was
+            saved.
         batch_size: Inputs per step; does not change the result. [default: 64; to generate text: 8]
         max_samples: Evaluate on at most so many rows, every class with its share.
         mode: How tokens are generated. [default: the saved one]
@@ -310,6 +312,7 @@ def demo(*, output_dir: Path = Path("consistentee-demo"), seed: int = 0, debug: 
     """
     from consistentee.demo import run_demo
 
+    usage(lambda: require_seed(seed))
     run_demo(output_dir, seed=seed, console=console())
 
 
@@ -346,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(_advice(error), 1)
         forget(sys.stdout)
         return 0  # the reader has had enough: not a failure
-    except (CycloptsError, UsageError) as error:
+    except (CycloptsError, SettingError) as error:
         return _fail(_one_line(error), 2)
     except Exception as error:
         if debug:
@@ -390,7 +393,7 @@ def _train(
     if backbone is None:
         raise UsageError("Give --backbone: the name of a model on the hub to start from, or a local folder.")
     model_kind = data.kind(recipe.task)
-    config = training_config(settings, recipe, config_class_of_kind(model_kind))
+    config = training_config(settings, recipe, config_class_of_kind(model_kind), kind)
     from consistentee.run_folders import check_output_dir
 
     usage(lambda: check_output_dir(output_dir, backbone))  # before the data is read

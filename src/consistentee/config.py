@@ -320,6 +320,7 @@ def check_fields(
 
 def check_shared_fields(config: Any) -> None:
     """Raise ValueError unless rollouts, folds, prices and the parts of a batch make sense, in either config."""
+    require_seed(config.seed)
     if config.num_rollouts < 2:
         raise ValueError(f"num_rollouts must be at least 2, got {config.num_rollouts}.")
     if config.policy_folds < 2:
@@ -342,6 +343,12 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f'{name} must be one of {", ".join(map(str, choices))}, got "{value}".')
+
+
+def require_seed(seed: int) -> None:
+    """Raise ValueError unless every generator of random numbers takes the seed."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}.")
 
 
 def require_range(name: str, value: float, low: float, high: float, open_end: bool = False) -> None:

@@ -26,6 +26,7 @@ import torch
 from consistentee.backend import Answers, Backend, TokenRow
 from consistentee.batches import encode_texts
 from consistentee.decisions import ExitDecisions
+from consistentee.errors import SettingError
 from consistentee.flights import ExitRule, run_rows
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.onnx_backend import has_onnxruntime, onnx_backend
@@ -328,12 +329,12 @@ def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
         ValueError: there is no such backend or dtype, or the model does not run so.
     """
     if dtype not in DTYPES:
-        raise ValueError(f'dtype must be one of auto, {", ".join(DTYPES)}, got "{dtype}".')
+        raise SettingError(f'dtype must be one of auto, {", ".join(DTYPES)}, got "{dtype}".')
     if backend == "torch":
         return torch_backend(model, dtype)
     if backend == "onnxruntime":
         return onnx_backend(model, dtype)
-    raise ValueError(f'backend must be one of auto, {", ".join(BACKENDS)}, got "{backend}".')
+    raise SettingError(f'backend must be one of auto, {", ".join(BACKENDS)}, got "{backend}".')
 
 
 def candidates(model: ExitModel, dtype: str, backend: str) -> tuple[Candidate, ...]:

@@ -38,6 +38,10 @@ class DataError(ValueError):
         super().__init__(f"{message} {remedy}" if remedy else message)
 
 
+class SettingError(ValueError):
+    """A setting or option that does not fit the model, the data or the machine; the message says what does."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is needed and not installed; the message names the extra that brings it."""
 

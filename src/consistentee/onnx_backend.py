@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from consistentee.backend import TokenRow
-from consistentee.errors import require_extra
+from consistentee.errors import SettingError, require_extra
 from consistentee.onnx_graphs import HIDDEN, IDS, LENGTHS, POSITION_BIAS, POSITIONS, TOKENS, TYPES
 from consistentee.onnx_sessions import OUTPUT, READINGS, OnnxSessions
 from consistentee.packed_layers import LAYER_PARTS
@@ -51,7 +51,7 @@ def onnx_backend(model: ExitModel, dtype: str) -> OnnxBackend | BoundOnnxBackend
     """
     model_type, device = model.config.encoder.model_type, model.device
     if dtype != "float32" or device.type not in ("cpu", "cuda") or model_type not in LAYER_PARTS:
-        raise ValueError(
+        raise SettingError(
             f'backend "onnxruntime" runs {", ".join(LAYER_PARTS)} in float32 on cpu or cuda, got a model of type '
             f'"{model_type}" in {dtype} on {device.type}. Take backend "torch".'
         )

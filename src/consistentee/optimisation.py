@@ -27,7 +27,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from consistentee.batches import LengthGroupedBatches
-from consistentee.errors import require_extra
+from consistentee.errors import SettingError, require_extra
 from consistentee.generation.config import AnyTrainingConfig
 from consistentee.progress import show_progress
 from consistentee.states import Collate
@@ -88,7 +88,7 @@ def make_accelerator(
 def resolve_precision(mixed_precision: str) -> str:
     """`no`, `bf16` or `fp16`: the given one, or for `auto` bf16 where the hardware computes in it, else `no`."""
     if mixed_precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("mixed_precision fp16 needs a GPU, and there is none. Use auto, bf16 or no.")
+        raise SettingError("mixed_precision fp16 needs a GPU, and there is none. Use auto, bf16 or no.")
     if mixed_precision != "auto":
         return mixed_precision
     if torch.cuda.is_available():

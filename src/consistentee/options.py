@@ -16,6 +16,8 @@ from cyclopts import Group, Parameter
 
 from consistentee.atomic import write_text
 from consistentee.config import Recipe, TrainingConfig, load_recipe
+from consistentee.effects import Command, check_effects
+from consistentee.errors import SettingError
 from consistentee.generation.config import AnyTrainingConfig, GenerationTrainingConfig
 from consistentee.generation.tasks import is_generation_task
 
@@ -39,7 +41,7 @@ Kind = Literal["classification", "generation"]
 """What a model is for."""
 
 
-class UsageError(ValueError):
+class UsageError(SettingError):
     """The command line makes no sense as given; the message says what to give instead."""
 
 
@@ -231,7 +233,10 @@ else:
 
 
 def training_config(
-    settings: Any, recipe: Recipe, config_class: type[AnyTrainingConfig] = TrainingConfig
+    settings: Any,
+    recipe: Recipe,
+    config_class: type[AnyTrainingConfig] = TrainingConfig,
+    command: Command = "train",
 ) -> AnyTrainingConfig:
     """The settings of a run: command line before recipe before defaults.
 
@@ -239,9 +244,10 @@ def training_config(
         settings: the command line's `SettingOptions`, or None where none was given.
         recipe: the recipe file's.
         config_class: `TrainingConfig` or `GenerationTrainingConfig`.
+        command: what it is for.
 
     Raises:
-        UsageError: a value is out of its range, or a setting belongs to the other kind of model.
+        SettingError: a value is out of its range, a setting belongs to the other kind of model, or has no effect.
     """
     values = {} if settings is None else vars(settings)
     given = {name: value for name, value in values.items() if value is not NOT_GIVEN}
@@ -252,9 +258,11 @@ def training_config(
             of, here = kinds if config_class is TrainingConfig else ("classifiers", "a text generator")
             raise UsageError(f"--{name.replace('_', '-')} is a setting of {of}, and this trains {here}.")
     try:
-        return config_class.from_dict({**recipe.settings, **given})
+        config = config_class.from_dict({**recipe.settings, **given})
     except ValueError as error:
         raise UsageError(str(error)) from error
+    check_effects(given, config, command)
+    return config
 
 
 def read_recipe(path: Path | None, options: TrainingDataOptions | None = None) -> Recipe:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from consistentee.atomic import write_json
 from consistentee.backbones import PICKLE_SUFFIXES
 from consistentee.configuration import EncoderClassifierConfig
+from consistentee.errors import SettingError
 from consistentee.exits import CRITERIA, check_threshold
 from consistentee.model import EarlyExitForSequenceClassification
 from consistentee.model_card import write_model_card
@@ -202,14 +203,14 @@ def usable_device(device: str | torch.device) -> torch.device:
     """The device by this name.
 
     Raises:
-        ValueError: torch does not know it, or it is not there.
+        SettingError: torch does not know it, or it is not there.
     """
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
         known = "cpu, cuda, cuda:1, ..." if torch.cuda.is_available() else "cpu (torch sees no GPU here)"
-        raise ValueError(f'device must be one that is there: {known}, got "{device}".') from error
+        raise SettingError(f'device must be one that is there: {known}, got "{device}".') from error
     return place
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from consistentee import backbones
 from consistentee.backend import TokenRow
+from consistentee.errors import SettingError
 from consistentee.heads import PolicyNetwork, exit_readings
 from consistentee.linears import has_fast_bfloat16, has_int8
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
@@ -40,7 +41,7 @@ def torch_backend(model: ExitModel, dtype: str) -> PackedBackend | PaddedBackend
     if model_type in LAYER_PARTS:
         return PackedBackend(model, dtype)
     if dtype == "int8":
-        raise ValueError(
+        raise SettingError(
             f'dtype "int8" is there for {", ".join(LAYER_PARTS)}, got a model of type "{model_type}". '
             "Take float32 or bfloat16."
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from consistentee.config import Recipe
+from consistentee.files import FORMATS
 from consistentee.generation.config import (
     GenerationCriterion,
     GenerationMode,
@@ -51,11 +52,11 @@ def generate(
     criterion: GenerationCriterion | None = None,
     threshold: float | None = None,
     max_new_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     do_sample: Flag = False,
     temperature: float | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative=())] = None,
     skipped_states: SkippedStates | None = None,
     template: str | None = None,
@@ -85,11 +86,11 @@ def generate(
         threshold: Leave at the first layer whose exit score exceeds it; for static, the layers to run. [default: the
             one chosen in training]
         max_new_tokens: Longest text. [default: what suits the model's task]
-        batch_size: Prompts that go through the model together.
+        batch_size: Prompts that go through the model together. [default: 8]
         do_sample: Draw tokens instead of taking the likeliest.
         temperature: Of the draws: below 1 is safer, above 1 wilder. [default: the model's]
         top_p: Draw from the likeliest tokens that have this share together. [default: the model's]
-        seed: Of the draws.
+        seed: Of the draws. [default: 0]
         stop: End the text before this string; may be given several times. Not part of the text.
         skipped_states: Keys and values of skipped layers: copy them from the exit's state, or recompute them. [default:
             the saved way]
@@ -103,6 +104,10 @@ def generate(
     """
     at_least_one(batch_size=batch_size, max_new_tokens=max_new_tokens)
     _check_prompt_options(file, prompt, input, prompt_column, input_column)
+    if prompt is not None and batch_size is not None:
+        raise UsageError("--batch-size goes with a file, not with --prompt.")
+    if seed is not None and not do_sample:
+        raise UsageError("--seed goes with --do-sample: nothing is drawn without it.")
     from consistentee.generation.data import read_prompts
     from consistentee.generation.generator import DecodingOptions, TextGenerator
     from consistentee.generation.saved import open_generator
@@ -118,7 +123,7 @@ def generate(
             do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
-            seed=seed,
+            seed=seed or 0,
             stop=stop or (),
         )
     )
@@ -141,7 +146,7 @@ def generate(
         text_stream(output) as stream,
         show_progress("texts generated", total, unit="text", shown=is_file) as shower,
     ):
-        for text in generator.generate_texts(prompts, batch_size=batch_size, options=options):
+        for text in generator.generate_texts(prompts, batch_size=batch_size or 8, options=options):
             stream.write(json.dumps(_line(text, show_exits), ensure_ascii=False) + "\n")
             stream.flush()
             shower.update(figures={"exit_layer": text.mean_exit_layer})
@@ -215,6 +220,7 @@ def evaluate_generator(
     from consistentee.atomic import write_json
     from consistentee.generation.criteria import GENERATION_CRITERIA
     from consistentee.generation.evaluation import evaluate_generation
+    from consistentee.generation.generator import DecodingOptions, TextGenerator
     from consistentee.generation.reports import generation_report
     from consistentee.generation.saved import open_generator
 
@@ -225,6 +231,12 @@ def evaluate_generator(
             )
     saved = open_generator(model)
     rule, limit = usage(lambda: saved.exit_rule(criteria[0] if criteria else None, threshold))
+    mode = mode or saved.early_exit_model.config.mode
+    if text_speedups and mode != "early-exit":
+        raise UsageError(
+            f"--text-speedups goes with --mode early-exit, and it is {mode}, where every token runs all layers."
+        )
+    usage(lambda: TextGenerator(saved).check(DecodingOptions(max_new_tokens=max_new_tokens)))
     for value in text_speedups or ():
         if not 1 < value <= saved.num_hidden_layers:
             raise UsageError(
@@ -372,6 +384,12 @@ def _check_prompt_options(
         raise UsageError("--input goes with --prompt; a file has a column for it, see --input-column.")
     if prompt is not None and (prompt_column or input_column):
         raise UsageError("--prompt-column and --input-column go with a file, not with --prompt.")
+    columns = file is None or file == "-" or Path(file).suffix.lower() in FORMATS
+    if not columns and (prompt_column or input_column):
+        raise UsageError(
+            f"--prompt-column and --input-column go with a file of columns ({', '.join(FORMATS)}), and {file} has a "
+            "prompt on each line."
+        )
 
 
 def _line(text: GeneratedText, show_exits: bool) -> dict[str, Any]:

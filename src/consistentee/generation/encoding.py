@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from consistentee.batches import TOKENIZED_AT_ONCE
-from consistentee.errors import DataError
+from consistentee.errors import DataError, SettingError
 from consistentee.generation.data import InstructionDataset
 from consistentee.generation.templates import PromptTemplate
 
@@ -234,7 +234,7 @@ class _PromptEncoder:
             count -= len(prompt) - limit
             instruction = self._first(instruction, count)
             if not instruction:
-                raise ValueError(
+                raise SettingError(
                     f"The prompt's length must be above the {fixed} tokens of the prompt template, got {limit}. "
                     "Raise max_length or max_prompt_length, or take a shorter template."
                 )

@@ -238,9 +238,9 @@ class _Texts:
         self, criterion: str, threshold: float, mode: str, skipped_states: str | None
     ) -> tuple[GeneratedPoint, list[GeneratedText]]:
         """The texts at one threshold, and what they give."""
-        options = replace(
-            self._options, mode=mode, criterion=criterion, threshold=threshold, skipped_states=skipped_states
-        )
+        rule: dict[str, Any] = {} if mode == "full" else {"criterion": criterion, "threshold": threshold}
+        states = skipped_states if mode == "early-exit" else None
+        options = replace(self._options, mode=mode, skipped_states=states, **rule)
         title = mode if mode == "full" else f"{criterion} > {threshold:.3g}"
         written = list(self._bar(self._run(self._generator, self._encoded, options), title))
         shown = "recompute" if mode == "early-exit" and skipped_states == "recompute" else mode

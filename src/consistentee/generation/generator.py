@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from consistentee.config import require_choice
+from consistentee.config import require_choice, require_seed
 from consistentee.errors import DataError
 from consistentee.generation.config import GenerationMode, SkippedStates
 from consistentee.generation.encoding import encode_prompts, pad_left
@@ -115,6 +115,8 @@ class DecodingOptions:
             raise ValueError(f"temperature must be above 0, got {self.temperature}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.seed is not None:
+            require_seed(self.seed)
         if self.do_sample and self.mode == "lossless":
             raise ValueError('do_sample must be False in mode "lossless", got True: it verifies greedy text.')
 
@@ -166,7 +168,16 @@ class TextGenerator:
                 )
             return DecodingOptions(**{**values, "mode": "full"})
         mode = options.mode or saved.early_exit_model.config.mode
-        if mode != "full" or options.criterion is not None or options.threshold is not None:
+        idle = {
+            "full": ("criterion", "threshold", "skipped_states"),
+            "lossless": ("skipped_states",),
+        }.get(mode, ())
+        for name in idle:
+            if values[name] is not None:
+                raise ValueError(
+                    f'{name} has no effect in mode "{mode}", got {values[name]}. Leave it out, or take another mode.'
+                )
+        if mode != "full":
             values["criterion"], values["threshold"] = saved.exit_rule(options.criterion, options.threshold)
         return DecodingOptions(**{**values, "mode": mode})
 

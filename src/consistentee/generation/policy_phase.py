@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from consistentee import checkpoints
+from consistentee.errors import SettingError
 from consistentee.generation.encoding import TokenizedPrompts, with_more_tokens
 from consistentee.generation.model import ConfidenceClassifier
 from consistentee.generation.policy_fit import TokenPolicyChoice, choose_token_policy, number_of_fits
@@ -26,7 +27,7 @@ def first_exit_layer(wanted: int | None, num_layers: int) -> int:
     if wanted is None:
         return -(-num_layers // 6)
     if wanted > num_layers:
-        raise ValueError(
+        raise SettingError(
             f"min_exit_layer must be at most {num_layers}, the number of layers, got {wanted}. Give a smaller one."
         )
     return wanted

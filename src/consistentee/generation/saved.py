@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from consistentee.errors import SettingError
 from consistentee.generation.configuration import EarlyExitCausalLMConfig
 from consistentee.generation.criteria import GENERATION_CRITERIA, check_generation_threshold
 from consistentee.generation.model import EarlyExitForCausalLM
@@ -166,7 +167,7 @@ def open_generator(
     name = str(name_or_path)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got "{dtype}".')
+            raise SettingError(f'dtype must be one of {", ".join(DTYPES)}, got "{dtype}".')
         dtype = DTYPES[dtype]
     place = default_device() if device is None else usable_device(device)
     source = model_source(name_or_path)

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import set_seed
 
 from consistentee import checkpoints
+from consistentee.errors import SettingError
 from consistentee.generation.adapters import Adapters, add_adapters
 from consistentee.generation.config import GenerationTrainingConfig
 from consistentee.generation.data import InstructionDataset, split_rows
@@ -169,7 +170,7 @@ def finetune_generation(
     """
     config = config or GenerationTrainingConfig()
     if config.backbone_training == "frozen":
-        raise ValueError(
+        raise SettingError(
             "backbone_training must be full or lora to fine-tune the plain model, got frozen. "
             "A frozen backbone is its own reference."
         )

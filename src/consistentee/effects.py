@@ -1,0 +1,96 @@
+"""Settings that another one leaves without effect: given on the command line, they are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from consistentee.config import TrainingConfig
+from consistentee.errors import SettingError
+
+Command = Literal["train", "finetune"]
+
+_POLICY = (
+    "policy_hidden_size policy_dropout policy_data policy_epochs policy_min_steps policy_batch_size "
+    "policy_learning_rate policy_weight_decay policy_folds entropy_bonus price_warmup initial_exit_bias "
+    "estimator num_rollouts reward reward_loss hardness layer_costs prices patience max_accuracy_loss "
+    "weighted_sum_share"
+)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Settings, when they have no effect, and what they go with instead."""
+
+    settings: str
+    idle: Callable[[Any], bool]
+    goes_with: str
+
+
+_SHARED = (
+    _Rule("num_rollouts", lambda c: c.estimator == "exact", "--estimator sampled"),
+    _Rule("hardness", lambda c: c.reward == "uniform" and c.hardness != "uniform", "--reward hardness"),
+    _Rule(
+        "consistent_epochs consistent_learning_rate weighted_sum_share patience",
+        lambda c: c.rounds == 0,
+        "--rounds above 0",
+    ),
+    _Rule(
+        "rounds consistent_learning_rate weighted_sum_share patience",
+        lambda c: c.consistent_epochs == 0,
+        "--consistent-epochs above 0",
+    ),
+    _Rule("price_warmup", lambda c: max(c.layer_costs) == 0, "--layer-costs above 0"),
+)
+_CLASSIFIERS = (
+    *_SHARED,
+    _Rule("num_queries classifier_hidden_size", lambda c: c.head == "shared_pooler", "--head attention"),
+    _Rule("pooling", lambda c: c.head == "attention", "--head shared_pooler"),
+    _Rule("policy_dropout", lambda c: c.policy_input == "signals", "a --policy-input that has the state"),
+    _Rule("policy_folds", lambda c: c.policy_data == "seen", "--policy-data held_out"),
+)
+_GENERATORS = (
+    *_SHARED,
+    _Rule("exit_head_rank", lambda c: c.exit_head != "low_rank", "--exit-head low_rank"),
+    _Rule(
+        "lora_rank lora_alpha lora_dropout",
+        lambda c: c.backbone_training != "lora",
+        "--backbone-training lora",
+    ),
+    _Rule(
+        "learning_rate gradient_checkpointing",
+        lambda c: c.backbone_training == "frozen",
+        "--backbone-training full or lora",
+    ),
+)
+_FINETUNED_CLASSIFIERS = f"{_POLICY} policy_input ensemble_decay distillation consistent_learning_rate"
+_FINETUNED_GENERATORS = (
+    f"{_POLICY} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
+    "reward_target min_exit_layer"
+)
+
+
+def check_effects(given: Iterable[str], config: Any, command: Command) -> None:
+    """Refuse settings of the command line that change nothing; a recipe may hold them, as it is read by more commands.
+
+    Args:
+        given: names of the settings that were given.
+        config: with these and all others in force.
+        command: what it is for.
+
+    Raises:
+        SettingError: one of them has no effect.
+    """
+    classifier = isinstance(config, TrainingConfig)
+    rules = _CLASSIFIERS if classifier else _GENERATORS
+    finetuned = (_FINETUNED_CLASSIFIERS if classifier else _FINETUNED_GENERATORS).split()
+    for name in given:
+        option = f"--{name.replace('_', '-')}"
+        if command == "finetune" and name in finetuned:
+            raise SettingError(f"{option} is about exits, which finetune does not train. Leave it out.")
+        for rule in rules:
+            if name in rule.settings.split() and rule.idle(config):
+                raise SettingError(
+                    f"{option} goes with {rule.goes_with} and has no effect here. Leave it out, or give both."
+                )

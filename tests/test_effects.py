@@ -19,7 +19,7 @@ from tiny import tiny_backbone, tiny_dataset
 
 Tokens = GenerationTrainingConfig
 CASES: list[tuple[type[Any], str, dict[str, Any], str, str]] = [
-    (TrainingConfig, "train", {"head": "shared_pooler", "classifier_hidden_size": 8}, "classifier_hidden_size", "--head"),
+    (TrainingConfig, "train", {"head": "shared_pooler", "classifier_hidden_size": 8}, "classifier_hidden_size", "--"),
     (TrainingConfig, "train", {"head": "shared_pooler", "num_queries": 2}, "num_queries", "--head attention"),
     (TrainingConfig, "train", {"pooling": "cls"}, "pooling", "--head shared_pooler"),
     (TrainingConfig, "train", {"num_rollouts": 4}, "num_rollouts", "--estimator sampled"),

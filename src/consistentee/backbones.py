@@ -9,6 +9,7 @@ states equal the entries 1..L of Hugging Face's own `output_hidden_states`.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -505,14 +506,31 @@ def load_pretrained(
             )
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f'Backbone "{name}" could not be loaded: {" ".join(str(error).split())} '
+            f'Backbone "{name}" could not be loaded: {load_problem(error)} '
             "Give a model name on the hub, or a folder with config.json and model.safetensors."
         ) from error
-    except ValueError as error:
-        raise ValueError(f'Backbone "{name}" could not be loaded: {error}') from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f'Backbone "{name}" could not be loaded: {load_problem(error)}') from error
     check(model.config)
     _check_complete(name, report)
     return model
+
+
+def load_problem(error: Exception) -> str:
+    """What is wrong with a folder or a name, on one line, from what transformers raised about it."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, SafetensorError):
+        return f"model.safetensors is incomplete or damaged ({reason}). Copy it again."
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its JSON files is incomplete or damaged ({reason}). Copy the folder again."
+    if isinstance(error, RuntimeError) and "mismatched_sizes" in reason:
+        return "its weights do not fit its config.json. Take both from the same folder."
+    if isinstance(error, (OSError, ValueError)):
+        return reason
+    return (
+        f"config.json or another of its files holds a value of the wrong kind ({type(error).__name__}: {reason}). "
+        "Copy the folder again."
+    )
 
 
 def _no_pooler(architecture: Architecture) -> dict[str, bool]:

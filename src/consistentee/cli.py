@@ -187,23 +187,23 @@ def evaluate(
             **of_generators,
         )
         return
-    for name, value in of_generators.items():
-        if value is not None:
-            raise UsageError(
-                f'--{name.replace("_", "-")} goes with a text generator, and model "{model}" is none.'
-            )
     from consistentee.atomic import write_json
     from consistentee.evaluation import evaluate_model
     from consistentee.exits import CRITERIA
     from consistentee.reports import evaluation_report
     from consistentee.saved import open_model
 
+    saved = open_model(model)  # first of all, so that a broken folder is called one
+    for name, value in of_generators.items():
+        if value is not None:
+            raise UsageError(
+                f'--{name.replace("_", "-")} goes with a text generator, and model "{model}" is none.'
+            )
     for name in criterion or []:
         if name not in CRITERIA:
             raise UsageError(
                 f'criterion must be one of {", ".join(CRITERIA)} for a classifier, got "{name}".'
             )
-    saved = open_model(model)
     task = saved.early_exit_model.config.task
     rule, limit = usage(lambda: saved.exit_rule(criterion[0] if criterion else None, threshold))
     rows = evaluation_data(data or DataOptions(), saved.label_names, task).max_samples(max_samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -343,6 +344,20 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f'{name} must be one of {", ".join(map(str, choices))}, got "{value}".')
+
+
+def require_number(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raise ValueError unless the value is a number, as one that was read from a file need not be."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
+
+
+def require_thresholds(name: str, values: Any) -> None:
+    """Raise ValueError unless they are numbers by name; None stands for no thresholds."""
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be numbers by the name of their criterion, got {values!r}.")
+    for criterion, value in (values or {}).items():
+        require_number(f"{name}.{criterion}", value)
 
 
 def require_seed(seed: int) -> None:

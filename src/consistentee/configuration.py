@@ -7,7 +7,14 @@ from typing import Any, ClassVar, cast, get_args
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from consistentee.config import Criterion, Head, PolicyInput, require_choice, require_range
+from consistentee.config import (
+    Criterion,
+    Head,
+    PolicyInput,
+    require_choice,
+    require_number,
+    require_range,
+)
 
 
 class EncoderClassifierConfig(PreTrainedConfig):
@@ -31,6 +38,7 @@ class EncoderClassifierConfig(PreTrainedConfig):
         require_choice("head", self.head, get_args(Head))
         require_choice("pooling", self.pooling, ("cls", "mean"))
         require_range("head_dropout", self.head_dropout, 0, 1, open_end=True)
+        require_number("max_length", self.max_length, whole=True)
         if self.num_queries < 1:
             raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
         if self.classifier_hidden_size is not None and self.classifier_hidden_size < 1:
@@ -101,6 +109,7 @@ class EarlyExitConfig(EncoderClassifierConfig):
         super().__post_init__(**kwargs)
         require_choice("policy_input", self.policy_input, get_args(PolicyInput))
         require_choice("criterion", self.criterion, get_args(Criterion))
+        require_number("threshold", self.threshold)
         for name in ("ensemble_decay", "policy_dropout"):
             require_range(name, getattr(self, name), 0, 1, open_end=True)
 

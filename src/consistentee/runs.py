@@ -27,7 +27,7 @@ from consistentee.model import EarlyExitForSequenceClassification, FullDepthForS
 from consistentee.model_card import write_model_card
 from consistentee.optimisation import Optimisation, parameter_groups
 from consistentee.run_folders import open_output, run_identity
-from consistentee.saved import RECORD_FILE
+from consistentee.saved import RECORD_FILE, loading
 from consistentee.states import LayerStates, run_all_layers, run_full_depth
 
 Report = Callable[[str], None]
@@ -265,7 +265,8 @@ def start_run(
     model = _new_model(model_class, backbone, train_data, config)
     if isinstance(model, EarlyExitForSequenceClassification):
         model.policy.requires_grad_(False)  # fitted on its own, on cached states
-    tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    with loading(backbone):
+        tokenizer = AutoTokenizer.from_pretrained(str(backbone))
     kept, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)
     if len(held) < 2:
         raise ValueError(

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from consistentee.atomic import write_json
-from consistentee.backbones import PICKLE_SUFFIXES
+from consistentee.backbones import PICKLE_SUFFIXES, load_problem
+from consistentee.config import require_thresholds
 from consistentee.configuration import EncoderClassifierConfig
 from consistentee.errors import SettingError
 from consistentee.exits import CRITERIA, check_threshold
@@ -156,12 +157,13 @@ def loading(name_or_path: str | Path) -> Iterator[None]:
     try:
         with _quiet_loading():
             yield
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         is_folder = Path(name_or_path).expanduser().is_dir()
         place = "" if is_folder else " (there is no such folder, so the hub was asked)"
-        reason = " ".join(str(error).split())
-        raise kind(f'Model "{name_or_path}" could not be loaded{place}: {reason}') from error
+        raise kind(f'Model "{name_or_path}" could not be loaded{place}: {load_problem(error)}') from error
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -179,6 +181,10 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}. Restore it, or remove it.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} must hold a JSON object. Restore it, or remove it.")
+    try:
+        require_thresholds("thresholds", record.get("thresholds"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} Restore the file, or remove it.") from error
     return record
 
 

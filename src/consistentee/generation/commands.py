@@ -236,7 +236,8 @@ def evaluate_generator(
         raise UsageError(
             f"--text-speedups goes with --mode early-exit, and it is {mode}, where every token runs all layers."
         )
-    usage(lambda: TextGenerator(saved).check(DecodingOptions(max_new_tokens=max_new_tokens)))
+    generator = TextGenerator(saved)
+    usage(lambda: generator.check(DecodingOptions(max_new_tokens=max_new_tokens)))
     for value in text_speedups or ():
         if not 1 < value <= saved.num_hidden_layers:
             raise UsageError(

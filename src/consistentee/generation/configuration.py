@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast, get_args
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from consistentee.config import require_choice, require_range
+from consistentee.config import require_choice, require_number, require_range, require_thresholds
 from consistentee.generation.config import ExitHead, GenerationCriterion, GenerationMode, SkippedStates
 from consistentee.generation.criteria import check_generation_threshold
 
@@ -72,6 +72,9 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
         require_choice("mode", self.mode, get_args(GenerationMode))
         require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
         require_range("policy_dropout", self.policy_dropout, 0, 1, open_end=True)
+        require_number("threshold", self.threshold)
+        require_thresholds("thresholds", self.thresholds)
+        require_number("max_sequence_length", self.max_sequence_length, whole=True)
         check_generation_threshold(self.threshold, self.criterion)
         for name in ("exit_head_rank", "policy_hidden_size", "min_exit_layer", "draft_tokens"):
             if getattr(self, name) < 1:

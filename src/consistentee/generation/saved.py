@@ -107,7 +107,10 @@ class SavedGenerator:
             ValueError: the saved one cannot be used with this tokenizer.
         """
         if spec is None and self.saved_template is not None:
-            return PromptTemplate.from_dict(self.saved_template, self.tokenizer)
+            try:
+                return PromptTemplate.from_dict(self.saved_template, self.tokenizer)
+            except ValueError as error:
+                raise ValueError(f'Model "{self.name}": {error} Restore it, or name another.') from error
         return prompt_template(spec, self.tokenizer)
 
     @property

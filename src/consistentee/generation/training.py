@@ -45,6 +45,7 @@ from consistentee.generation.token_states import TokenStates
 from consistentee.optimisation import Figures, Optimisation, parameter_groups
 from consistentee.run_folders import open_output, run_identity
 from consistentee.runs import Report, Run
+from consistentee.saved import loading
 
 EARLY_EXIT, FULL_DEPTH = "early_exit_generation", "full_depth_generation"
 
@@ -247,7 +248,8 @@ def _start(
     accelerator, newest = opened
 
     set_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    with loading(backbone):
+        tokenizer = AutoTokenizer.from_pretrained(str(backbone))
     template = prompt_template(config.prompt_template, tokenizer)
     exits = kind == EARLY_EXIT
     model = EarlyExitForCausalLM.from_backbone(

@@ -100,6 +100,44 @@ def one_line(outcome: Outcome) -> str:
     return outcome.err
 
 
+class TestValuesThatDoNotFit:
+    """Usage errors that only show once the model is there, or the machine is asked."""
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ("--dtype int4", 'dtype must be one of auto, float32, bfloat16, float16, int8, got "int4"'),
+            ("--device tpu", "device must be one that is there: cpu"),
+            ("--backend jax", 'backend must be one of auto, torch, onnxruntime, got "jax"'),
+            ("--backend onnxruntime --dtype bfloat16", 'got a model of type "bert" in bfloat16'),
+            ("--threshold 7", "threshold must be in [0, 1] for policy, got 7.0"),
+        ],
+    )
+    def test_of_predict(self, call: Call, files: Files, arguments: str, message: str) -> None:
+        outcome = call("predict", files.model, files.evaluation, *arguments.split())
+        assert outcome.code == 2
+        assert message in one_line(outcome)
+        assert outcome.out == ""
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ("--max-length 2", "max_length must be above the tokenizer's 2 special tokens, got 2"),
+            ("--mixed-precision fp16", "mixed_precision fp16 needs a GPU"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["train", "finetune"])
+    def test_of_training(
+        self, call: Call, files: Files, tmp_path: Path, command: str, arguments: str, message: str
+    ) -> None:
+        if "GPU" in message and torch.cuda.is_available():
+            pytest.skip("There is a GPU here.")
+        data = ["--backbone", files.backbone, "--train-file", files.train, *COLUMNS]
+        outcome = call(command, *data, "--output-dir", tmp_path / "o", *arguments.split())
+        assert outcome.code == 2
+        assert message in one_line(outcome)
+
+
 class TestUsage:
     @pytest.mark.parametrize(
         "arguments, message",
@@ -134,6 +172,19 @@ class TestUsage:
             (
                 "train --output-dir o --backbone b --task sst2 --max-train-samples 1",
                 "must be at least 2, got 1",
+            ),
+            ("demo --seed -3", "seed must be from 0 to 4294967295, got -3"),
+            (
+                "train --output-dir o --backbone b --task sst2 --seed -3",
+                "seed must be from 0 to 4294967295, got -3",
+            ),
+            (
+                "train --output-dir o --backbone b --task sst2 --head shared_pooler --classifier-hidden-size 8",
+                "--classifier-hidden-size goes with --head attention and has no effect here",
+            ),
+            (
+                "finetune --output-dir o --backbone b --task sst2 --layer-costs 0.1",
+                "--layer-costs is about exits, which finetune does not train",
             ),
             ("evaluate", "requires an argument"),
             ("evaluate m --criterion mood", "Choose from"),

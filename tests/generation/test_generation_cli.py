@@ -201,6 +201,21 @@ class TestGenerate:
             ("--prompt p --max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
             ("--prompt p --temperature 2", "temperature goes with do_sample"),
             ("--prompt p --mode fast", "Choose from"),
+            ("--prompt p --batch-size 3", "--batch-size goes with a file, not with --prompt"),
+            ("--prompt p --seed 3", "--seed goes with --do-sample"),
+            ("--prompt p --do-sample --seed -3", "seed must be from 0 to 4294967295, got -3"),
+            ("--prompt p --device tpu", "device must be one that is there"),
+            ("--prompt p --mode full --threshold 0.3", 'threshold has no effect in mode "full", got 0.3'),
+            ("--prompt p --mode full --criterion policy", 'criterion has no effect in mode "full"'),
+            ("--prompt p --mode full --skipped-states copy", 'skipped_states has no effect in mode "full"'),
+            (
+                "--prompt p --mode lossless --skipped-states copy",
+                'skipped_states has no effect in mode "lossless"',
+            ),
+            (
+                "p.txt --input-column c",
+                "go with a file of columns (.csv, .tsv, .jsonl, .json, .ndjson, .parquet)",
+            ),
             ("--prompt p --stop=", "stop must hold strings with at least one character"),
             ("--promt p", "Did you mean --prompt?"),
             ("--prompt p --threshold 1.5", "threshold must be in [0, 1] for policy, got 1.5"),
@@ -254,6 +269,12 @@ class TestEvaluate:
             ("", "Give --task with --data-dir, or --eval-file"),
             ("--task sst2", 'Generation task "sst2" is not known'),
             ("--task alpaca --prompt-column a", "a task knows its own"),
+            (
+                "--mode lossless --text-speedups 2",
+                "--text-speedups goes with --mode early-exit, and it is lossless",
+            ),
+            ("--mode full --text-speedups 2", "--text-speedups goes with --mode early-exit, and it is full"),
+            ("--max-new-tokens 9999", "max_new_tokens must be below the 256 tokens"),
             ("--text-speedups 2 0.5", "--text-speedups must be above 1 and at most 4 (layers), got 0.5"),
         ],
     )
@@ -384,6 +405,10 @@ class TestTrain:
             ("--train-file f --prompt-column a --label-column b", "exclude each other"),
             ("--train-file f.csv", "or --response-column to generate text"),
             ("--train-file f.txt --task alpaca", "--task and --train-file exclude each other"),
+            (
+                "--task alpaca --backbone-training full --lora-rank 4",
+                "--lora-rank goes with --backbone-training lora and has no effect here",
+            ),
             ("--train-file f.txt --data-dir d", "--data-dir goes with --task"),
         ],
     )

@@ -74,6 +74,37 @@ def test_those_that_have_one_are_not() -> None:
         )
 
 
+FINETUNED = (
+    "batch_size checkpoint_every consistent_epochs gradient_accumulation_steps group_by_length learning_rate "
+    "max_grad_norm max_length mixed_precision rounds schedule seed tracker validation_fraction warmup_epochs "
+    "warmup_ratio weight_decay"
+)
+"""Settings of both kinds that fine-tuning reads: how many steps it takes, and how."""
+
+
+@pytest.mark.parametrize(
+    "config_class, more",
+    [
+        (TrainingConfig, "head pooling num_queries classifier_hidden_size head_dropout head_learning_rate"),
+        (
+            GenerationTrainingConfig,
+            "backbone_training lora_rank lora_alpha lora_dropout gradient_checkpointing logit_rows max_prompt_length "
+            "prompt_template",
+        ),
+    ],
+)
+def test_every_setting_is_known_to_have_one_in_finetuning_or_not(config_class: type[Any], more: str) -> None:
+    config, taken = config_class(), set[str]()
+    for field in dataclasses.fields(config_class):
+        try:
+            check_effects([field.name], config, "finetune")
+        except SettingError as error:
+            if "finetune does not train" in str(error):
+                continue
+        taken.add(field.name)
+    assert taken == set(f"{FINETUNED} {more}".split())
+
+
 QUICK: dict[str, Any] = {
     "warmup_epochs": 0.5, "consistent_epochs": 0.5, "rounds": 1, "policy_epochs": 1, "policy_min_steps": 1,
     "max_length": 16, "mixed_precision": "no",

@@ -15,7 +15,7 @@ _POLICY = (
     "policy_hidden_size policy_dropout policy_data policy_epochs policy_min_steps policy_batch_size "
     "policy_learning_rate policy_weight_decay policy_folds entropy_bonus price_warmup initial_exit_bias "
     "estimator num_rollouts reward reward_loss hardness layer_costs prices patience max_accuracy_loss "
-    "weighted_sum_share"
+    "weighted_sum_share max_cache_mb"
 )
 
 
@@ -64,7 +64,9 @@ _GENERATORS = (
         "--backbone-training full or lora",
     ),
 )
-_FINETUNED_CLASSIFIERS = f"{_POLICY} policy_input ensemble_decay distillation consistent_learning_rate"
+_FINETUNED_CLASSIFIERS = (
+    f"{_POLICY} policy_input ensemble_decay distillation consistent_learning_rate threshold_metric"
+)
 _FINETUNED_GENERATORS = (
     f"{_POLICY} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
     "reward_target min_exit_layer"

@@ -181,6 +181,10 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}. Restore it, or remove it.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} must hold a JSON object. Restore it, or remove it.")
+    if not isinstance(record.get("config", {}), dict):
+        raise ValueError(
+            f"{path}: config must be settings by name, got {record['config']!r}. Restore the file."
+        )
     try:
         require_thresholds("thresholds", record.get("thresholds"))
     except ValueError as error:

@@ -85,6 +85,10 @@ BREAKS: dict[str, tuple[Break, str]] = {
         values("training_record.json", thresholds={"static": "two"}),
         "thresholds.static must be a",
     ),
+    "record's settings": (
+        values("training_record.json", config=[1]),
+        "config must be settings by name, got [1]",
+    ),
     "config a list": (text("config.json", "[1]"), "config.json"),
     "config null": (text("config.json", "null"), "config.json"),
     "config cut": (cut("config.json"), "config.json"),

@@ -374,6 +374,37 @@ def test_integer_labels_however_they_are_written(tmp_path: Path) -> None:
     assert (train.labels, evaluation.labels) == ([1, 2, 0], [2, 1])
 
 
+def test_a_number_in_several_spellings_is_one_class(tmp_path: Path) -> None:
+    train_file = write(tmp_path / "train.csv", "text,y", "a,1", "b,1.0", "c,01", "d,0")
+    eval_file = write(tmp_path / "dev.csv", "text,y", "a,0.0", "b,1.0", "c,+1")
+    train, evaluation = load_files(train_file, eval_file, ["text"], "y")
+    assert train.label_names == ("0", "1")
+    assert (train.labels, evaluation.labels) == ([1, 1, 1, 0], [0, 1, 1])
+    codes = write(tmp_path / "codes.csv", "text,y", "a,01", "b,02")
+    assert load_files(codes, None, ["text"], "y")[0].label_names == ("01", "02")
+    mixed = write(tmp_path / "mixed.csv", "text,y", "a,1", "b,many", "c,1.0")
+    message = (
+        r'mixed\.csv, line 4: Labels "1" \(line 2\) and "1\.0" are the same number, and the other labels'
+    )
+    with pytest.raises(DataError, match=message):
+        load_files(mixed, None, ["text"], "y")
+
+
+def test_labels_that_differ_in_case_only_stay_apart(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.csv", "text,y", "a,us", "b,US", "c,us")
+    train, _ = load_files(file, None, ["text"], "y")
+    assert (train.label_names, train.labels) == (("US", "us"), [1, 0, 1])
+    _, evaluation = load_files(None, file, ["text"], "y", ["us", "US"])
+    assert evaluation.labels == [0, 1, 0]
+    with pytest.raises(DataError, match='line 3: Label "US" is not known; known labels: "us", "uk"'):
+        load_files(None, file, ["text"], "y", ["us", "uk"])
+
+
+def test_a_task_and_a_model_that_write_its_labels_in_other_letters(tmp_path: Path) -> None:
+    _, evaluation = load_task("rte", glue_folder(tmp_path), label_names=["NOT_ENTAILMENT", "ENTAILMENT"])
+    assert evaluation.labels == [0, 1]
+
+
 @pytest.mark.parametrize(
     "lines, message",
     [

@@ -287,6 +287,27 @@ def test_hugging_face_classifier_as_reference(tmp_path: Path) -> None:
         class_columns(plain, ("no", "perhaps", "yes"))
 
 
+def test_labels_that_differ_in_case_only_are_not_merged(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone")
+    model = open_model(tiny_model(tmp_path / "model", backbone, label_names=("us", "US")), "cpu")
+    assert class_columns(model, ("us", "US")) == [0, 1]
+    assert class_columns(model, ("US", "us")) == [1, 0]
+    rows = replace(tiny_dataset(40), label_names=("us", "US"))
+    answers = Engine(model).predict([text for (text,) in rows.texts])
+    right = [
+        answer.label == rows.label_names[label] for answer, label in zip(answers, rows.labels, strict=True)
+    ]
+    assert evaluate_model(model, rows).accuracy == pytest.approx(sum(right) / len(right))
+    with pytest.raises(ValueError, match=r'must agree, got "us", "US" and "us", "Us"'):
+        class_columns(model, ("us", "Us"))
+
+
+def test_other_letters_are_understood_where_nothing_is_merged(saved: SavedModel) -> None:
+    assert class_columns(saved, ("Positive", "NEGATIVE")) == [1, 0]
+    with pytest.raises(ValueError, match="must agree"):
+        class_columns(saved, ("Positive", "positive"))
+
+
 def test_thresholds_of_other_criteria_come_from_the_record(saved: SavedModel, folder: Path) -> None:
     assert saved.exit_rule() == ("policy", 0.5)
     with pytest.raises(ValueError, match=r'no threshold for criterion "entropy". Give one with --threshold'):

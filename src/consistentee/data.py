@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from consistentee.batches import LengthGroupedBatches, TokenizedDataset, collate, encode_texts, tokenize
 from consistentee.errors import DataError
 from consistentee.files import Table, open_table, read_texts, table_of
+from consistentee.labels import match_labels, numbers_as_written_once, same_number_twice
 from consistentee.parsing import quoted, raise_or_skip
 from consistentee.tasks import Columns, Task, get_task, plain_name
 
@@ -293,13 +294,18 @@ def _label_text(table: Table, number: int, column: str, value: Any) -> str:
 def _labelled(
     rows: _Rows, label_names: tuple[str, ...] | None, aliases: Mapping[str, str], *, training: bool
 ) -> TextDataset:
-    seen = Counter(rows.labels)
+    labels = rows.labels
+    if label_names is None and rows.declared_names is None:
+        labels = _one_spelling(rows)
+    seen = Counter(labels)
     names = label_names or rows.declared_names or _learned_names(seen)
     if len(set(names)) < len(names):
         raise ValueError(f"label_names must differ, got {quoted(names)}.")
-    index_of = {alias: names.index(name) for alias, name in aliases.items() if name in names}
-    index_of |= {name: index for index, name in enumerate(names)}
-    for number, label in zip(rows.numbers, rows.labels, strict=True):
+    classes = {name: index for index, name in enumerate(names)}
+    known = match_labels(aliases.values(), classes)  # a model may write the task's names in other letters
+    written = {alias: known[name] for alias, name in aliases.items() if name in known}
+    index_of = match_labels(seen, written | classes)
+    for number, label in zip(rows.numbers, labels, strict=True):
         if label not in index_of:
             remedy = "Correct it, or add rows of this class to the training file."
             raise rows.table.error(
@@ -311,7 +317,25 @@ def _labelled(
             f"There is a single class, {quoted(seen)}, in it.",
             "Give rows of at least two classes; check the label column.",
         )
-    return TextDataset(rows.texts, [index_of[label] for label in rows.labels], names, rows.table.file)
+    return TextDataset(rows.texts, [index_of[label] for label in labels], names, rows.table.file)
+
+
+def _one_spelling(rows: _Rows) -> list[str]:
+    """The labels, a whole number always written the same way.
+
+    Raises:
+        DataError: One number in two spellings among labels that are not all numbers.
+    """
+    spelling = numbers_as_written_once(rows.labels)
+    twice = same_number_twice(spelling.values())
+    if twice is not None:
+        places = [rows.numbers[rows.labels.index(label)] for label in twice]
+        problem = (
+            f'Labels "{twice[0]}" ({rows.table.unit} {places[0]}) and "{twice[1]}" are the same number, and the other '
+            "labels are not all whole numbers."
+        )
+        raise rows.table.error(places[1], problem, "Write a class always in the same way.")
+    return [spelling[label] for label in rows.labels]
 
 
 def _learned_names(labels: Iterable[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from consistentee.batches import collate, tokenize
 from consistentee.curves import CurvePoint, trade_off_curve
 from consistentee.data import TextDataset
 from consistentee.exits import check_threshold, choose_exit_layer, exit_scores
+from consistentee.labels import match_labels
 from consistentee.metrics import compute_metrics
 from consistentee.model import EarlyExitForSequenceClassification, EarlyExitOutput
 from consistentee.parsing import quoted
@@ -333,24 +334,24 @@ def evaluate_plain(
 
 
 def class_columns(saved: SavedModel, label_names: Sequence[str]) -> list[int]:
-    """The model's class index for every label of a data set, matched by name (case does not matter).
+    """The model's class index for every label of a data set, matched by name.
 
-    A plain model whose classes have no names (`LABEL_0`, `LABEL_1`, ...) is taken to have the data set's order.
+    Names match exactly; what then is left over matches without regard to case, where that is one to one. A plain model
+    whose classes have no names (`LABEL_0`, `LABEL_1`, ...) is taken to have the data set's order.
 
     Raises:
         ValueError: the names do not agree.
     """
-    if all(name == f"LABEL_{index}" for index, name in enumerate(saved.label_names)):
-        known = [name.casefold() for name in label_names[: len(saved.label_names)]]
-    else:
-        known = [name.casefold() for name in saved.label_names]
-    wanted = [name.casefold() for name in label_names]
-    if sorted(known) != sorted(wanted) or len(saved.label_names) != len(wanted):
+    nameless = all(name == f"LABEL_{index}" for index, name in enumerate(saved.label_names))
+    known = label_names[: len(saved.label_names)] if nameless else saved.label_names
+    found = match_labels(label_names, {name: index for index, name in enumerate(known)})
+    columns = [found[name] for name in label_names if name in found]
+    if sorted(columns) != list(range(len(saved.label_names))) or len(columns) != len(label_names):
         raise ValueError(
             f'Labels of model "{saved.name}" and of the data must agree, got {quoted(saved.label_names)} '
             f"and {quoted(label_names)}. Evaluate on data of the task that the model was trained for."
         )
-    return [known.index(name) for name in wanted]
+    return columns
 
 
 def default_metrics(saved: SavedModel, num_classes: int) -> tuple[str, ...]:

@@ -1,0 +1,99 @@
+"""Labels as data write them, and the names of classes: which label means which class.
+
+A label means the class whose name it spells exactly. What no name spells may still be the same whole number (`1.0` and
+`01` for `1`), or the same word in other letters (`Positive` for `positive`), but only where nothing is merged by that:
+`us` and `US` stay two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+_WHOLE_NUMBER = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
+
+
+def whole_number(label: str) -> int | None:
+    """The whole number that a label writes, None for any other label.
+
+    Example:
+        >>> whole_number("1"), whole_number("01"), whole_number("1.0"), whole_number("1.5"), whole_number("one")
+        (1, 1, 1, None, None)
+    """
+    found = _WHOLE_NUMBER.fullmatch(label)
+    return None if found is None else int(found[1])
+
+
+def match_labels(labels: Iterable[str], classes: Mapping[str, int]) -> dict[str, int]:
+    """The class of every label that has one: by its exact spelling, as a number, or without regard to case.
+
+    Args:
+        labels: As data write them.
+        classes: Class index by name; a class may have several names.
+
+    Returns:
+        Class index by label. A label is not in it where no name fits, or more than one does, or where case is all that
+        keeps it apart from another label.
+
+    Example:
+        >>> match_labels(["us", "US", "Uk", "1.0"], {"us": 0, "uk": 1, "1": 2})
+        {'us': 0, 'Uk': 1, '1.0': 2}
+    """
+    distinct = list(dict.fromkeys(labels))
+    by_number: dict[int | None, set[int]] = {}
+    by_folded: dict[str, list[int]] = {}
+    for name, index in classes.items():
+        by_number.setdefault(whole_number(name), set()).add(index)
+        by_folded.setdefault(name.casefold(), []).append(index)
+    folded = Counter(label.casefold() for label in distinct)
+    matched: dict[str, int] = {}
+    for label in distinct:
+        number, same = whole_number(label), by_folded.get(label.casefold(), [])
+        if label in classes:
+            matched[label] = classes[label]
+        elif number is not None:
+            if len(indices := by_number.get(number, set())) == 1:
+                matched[label] = next(iter(indices))
+        elif len(same) == 1 and folded[label.casefold()] == 1:
+            matched[label] = same[0]
+    return matched
+
+
+def numbers_as_written_once(labels: Iterable[str]) -> dict[str, str]:
+    """For a column of whole numbers, the one spelling of each, by every spelling there is.
+
+    Args:
+        labels: As a column writes them.
+
+    Returns:
+        The labels themselves where they are not all whole numbers, or where each has one spelling without a decimal
+        point.
+
+    Example:
+        >>> numbers_as_written_once(["1", "1.0", "01", "2"])
+        {'1': '1', '1.0': '1', '01': '1', '2': '2'}
+        >>> numbers_as_written_once(["01", "02"]), numbers_as_written_once(["1.0", "many"])
+        ({'01': '01', '02': '02'}, {'1.0': '1.0', 'many': 'many'})
+    """
+    distinct = list(dict.fromkeys(labels))
+    numbers = [whole_number(label) for label in distinct]
+    keep = None in numbers or (
+        len(set(numbers)) == len(distinct) and not any("." in label for label in distinct)
+    )
+    return {label: label if keep else str(number) for label, number in zip(distinct, numbers, strict=True)}
+
+
+def same_number_twice(labels: Iterable[str]) -> tuple[str, str] | None:
+    """Two labels that are one whole number in two spellings, None where there are none such.
+
+    Example:
+        >>> same_number_twice(["1", "many", "1.0"])
+        ('1', '1.0')
+    """
+    first: dict[int, str] = {}
+    for label in dict.fromkeys(labels):
+        number = whole_number(label)
+        if number is not None and first.setdefault(number, label) != label:
+            return first[number], label
+    return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from consistentee.errors import DataError, SettingError
+from consistentee.literal import as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,8 @@ def encode_texts(
 
     Args:
         texts: Tuples of one text, or all of two.
-        tokenizer: A Hugging Face tokenizer.
+        tokenizer: A Hugging Face tokenizer; whether special tokens that a text spells are text, is its own setting
+            (`literal.take_literally`).
         max_length: The most tokens of a row, special ones included; what is longer is cut (of a pair, the longer text).
 
     Returns:
@@ -98,8 +100,8 @@ def encode_texts(
             remedy="Take a backbone whose tokenizer takes pairs, or one text column.",
         )
     encoded = tokenizer(
-        [row[0] for row in texts],
-        [row[1] for row in texts] if pair else None,
+        as_text([row[0] for row in texts], tokenizer),
+        as_text([row[1] for row in texts], tokenizer) if pair else None,
         truncation=True,
         max_length=max_length,
         padding=False,

@@ -58,6 +58,8 @@ class TrainingConfig:
     # Data
     max_length: int = 128
     """Tokens per input; longer inputs are cut."""
+    parse_special_tokens: bool = False
+    """Take special tokens that a text spells, such as [SEP], for special tokens; otherwise they are text."""
     validation_fraction: float = 0.2
     """Share of the training rows kept from the classifiers: for selection, and for the policy if `held_out`."""
     policy_data: PolicyData = "held_out"

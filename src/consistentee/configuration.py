@@ -32,6 +32,7 @@ class EncoderClassifierConfig(PreTrainedConfig):
     head_dropout: float = 0.1
     task: str | None = None
     max_length: int = 128
+    parse_special_tokens: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -94,6 +95,8 @@ class EarlyExitConfig(EncoderClassifierConfig):
         criterion: the exit rule the threshold belongs to.
         task: name of the task it was trained for, or None.
         max_length: tokens per input in training; longer inputs are cut to it.
+        parse_special_tokens: whether special tokens that a text spells, such as [SEP], are special tokens; else they
+            are text.
     """
 
     model_type = "consistentee"
@@ -118,8 +121,8 @@ class FullDepthConfig(EncoderClassifierConfig):
     """Configuration of a `FullDepthForSequenceClassification`: the plain model, one classifier at the top.
 
     Args:
-        encoder_config, head, pooling, num_queries, classifier_hidden_size, head_dropout, task, max_length: as in
-            `EarlyExitConfig`.
+        encoder_config, head, pooling, num_queries, classifier_hidden_size, head_dropout, task, max_length,
+        parse_special_tokens: as in `EarlyExitConfig`.
     """
 
     model_type = "consistentee_full_depth"

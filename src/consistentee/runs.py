@@ -23,6 +23,7 @@ from consistentee.atomic import write_json
 from consistentee.batches import TokenizedDataset, collate, tokenize
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
+from consistentee.literal import read_special_tokens
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.model_card import write_model_card
 from consistentee.optimisation import Optimisation, parameter_groups
@@ -267,6 +268,7 @@ def start_run(
         model.policy.requires_grad_(False)  # fitted on its own, on cached states
     with loading(backbone):
         tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    read_special_tokens(tokenizer, config.parse_special_tokens)
     kept, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)
     if len(held) < 2:
         raise ValueError(
@@ -346,6 +348,7 @@ def _new_model(
         "num_queries": config.num_queries,
         "classifier_hidden_size": config.classifier_hidden_size,
         "head_dropout": config.head_dropout,
+        "parse_special_tokens": config.parse_special_tokens,
     }
     if model_class is FullDepthForSequenceClassification:
         return FullDepthForSequenceClassification.from_backbone(backbone, **head)

@@ -19,6 +19,7 @@ from consistentee.config import require_thresholds
 from consistentee.configuration import EncoderClassifierConfig
 from consistentee.errors import SettingError
 from consistentee.exits import CRITERIA, check_threshold
+from consistentee.literal import read_special_tokens
 from consistentee.model import EarlyExitForSequenceClassification
 from consistentee.model_card import write_model_card
 
@@ -124,6 +125,7 @@ def open_model(name_or_path: str | Path, device: str | torch.device | None = Non
             f'Model "{name}" lacks weights that its config asks for, such as "{min(report["missing_keys"])}". '
             "Give the folder of a trained classifier, not of an encoder alone."
         )
+    read_special_tokens(tokenizer, bool(getattr(config, "parse_special_tokens", False)))
     place = default_device() if device is None else usable_device(device)
     return SavedModel(model.to(place).eval(), tokenizer, read_record(source), name)
 

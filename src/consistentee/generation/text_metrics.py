@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from consistentee.backbones import load_backbone
 from consistentee.errors import require_extra
+from consistentee.literal import take_literally
 
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 
@@ -118,6 +119,7 @@ def bertscore(
             "Leave it out for the last layer."
         )
     tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+    take_literally(tokenizer)
     total = 0.0
     for start in range(0, len(predictions), batch_size):
         rows = slice(start, start + batch_size)

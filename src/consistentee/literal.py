@@ -8,6 +8,7 @@ spelling gets a space after its first character, behind all other normalisation.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -84,8 +85,7 @@ def literal_copy(tokenizer: PreTrainedTokenizerBase, others: Iterable[str] = ())
 def words_of_vocabulary(tokenizer: PreTrainedTokenizerBase, others: Iterable[str] = ()) -> dict[str, str]:
     """Special tokens that a tokenizer finds in texts although it does not look for them, by how to write them apart."""
     known = special_tokens(tokenizer)
-    vocabulary: dict[str, int] = tokenizer.get_vocab() if others else {}
-    known |= {token: vocabulary[token] for token in others if token in vocabulary}
+    known |= _added(tokenizer, others)
     spaced: dict[str, str] = {}
     for token, index in known.items():
         for text in (token, f"a{token}b", f"a {token} b"):
@@ -93,6 +93,12 @@ def words_of_vocabulary(tokenizer: PreTrainedTokenizerBase, others: Iterable[str
             if index in ids and len(token) > 1:
                 spaced[token] = f"{token[0]} {token[1:]}"
     return spaced
+
+
+def _added(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> dict[str, int]:
+    wanted = {*tokens}
+    found = tokenizer.added_tokens_decoder.items() if wanted else ()
+    return {token.content: index for index, token in found if token.content in wanted}
 
 
 def as_text(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -103,3 +109,72 @@ def as_text(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[st
     for token, apart in spaced.items():
         texts = [text.replace(token, apart) for text in texts]
     return [*texts]
+
+
+def literal_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], others: Iterable[str] = ()
+) -> list[list[int]]:
+    """Token ids of texts in which special tokens are text, with none around them; the tokenizer stays as it is.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer that looks for special tokens.
+        texts: What users wrote.
+        others: Further added tokens to read as text.
+    """
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer([*texts], add_special_tokens=False, verbose=False)["input_ids"]
+    controls = {*special_tokens(tokenizer).values(), *_added(tokenizer, others).values()}
+    for row, ids in enumerate(encoded):
+        if not controls.isdisjoint(ids):
+            literal = literal_copy(tokenizer, others)
+            (text,) = as_text([texts[row]], literal)
+            encoded[row] = literal(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded
+
+
+class ControlTokens:
+    """The control tokens of a text that somebody else's texts are put into: special tokens, and others it marks with.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer that looks for special tokens.
+        text: The text, with nothing in it that spells one.
+
+    Attributes:
+        sequence: Token ids of its control tokens, in their order.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        self._tokenizer = tokenizer
+        ids = set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._others = {token: index for token, index in added.items() if index in ids}
+        self._ids = special_tokens(tokenizer) | self._others
+        self._values = frozenset(self._ids.values())
+        self.sequence = self.among(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def among(self, ids: Iterable[int]) -> list[int]:
+        """Those of the token ids that are control tokens."""
+        return [index for index in ids if index in self._values]
+
+    def encode(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of a text in which control tokens are found in its own pieces only.
+
+        Args:
+            pieces: The text in pieces, each with whether it is somebody else's.
+        """
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        control = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        ids: list[int] = []
+        stretch = ""
+        for text, is_foreign in pieces:
+            for piece in [text] if is_foreign else control.split(text):
+                if is_foreign or piece not in self._ids:
+                    stretch += piece
+                    continue
+                ids += [*self._literal(stretch), self._ids[piece]]
+                stretch = ""
+        return ids + self._literal(stretch)
+
+    def _literal(self, text: str) -> list[int]:
+        return literal_ids(self._tokenizer, [text], self._others)[0] if text else []

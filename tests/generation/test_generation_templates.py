@@ -140,7 +140,7 @@ def test_names_that_are_none(tmp_path: Path) -> None:
     ):
         prompt_template(tmp_path / "no.txt", tiny_tokenizer())
     (tmp_path / "latin").write_bytes("{instruction} ü".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin: There are bytes that are not UTF-8"):
+    with pytest.raises(DataError, match=r"latin, line 1: There are bytes that are not UTF-8"):
         prompt_template(tmp_path / "latin", tiny_tokenizer())
 
 

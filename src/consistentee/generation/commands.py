@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -60,6 +61,7 @@ def generate(
     stop: Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative=())] = None,
     skipped_states: SkippedStates | None = None,
     template: str | None = None,
+    parse_special_tokens: Flag = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
     json_lines: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -95,6 +97,7 @@ def generate(
         skipped_states: Keys and values of skipped layers: copy them from the exit's state, or recompute them. [default:
             the saved way]
         template: How prompts are written: auto, chat, alpaca, plain, or a file. [default: the saved one]
+        parse_special_tokens: Take special tokens that a prompt spells for special tokens. [default: as in training]
         dtype: Precision.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         json_lines: A JSON line for --prompt, too.
@@ -128,7 +131,10 @@ def generate(
         )
     )
     saved = open_generator(model, None if device == "auto" else device, dtype)
-    generator = TextGenerator(saved, template=saved.prompt_template(template))
+    written = saved.prompt_template(template)
+    if parse_special_tokens:
+        written = replace(written, parse_special_tokens=True)
+    generator = TextGenerator(saved, template=written)
     options = usage(lambda: generator.check(options))
     if prompt is not None and not json_lines and output is None:
         _write_as_it_comes(generator, prompt, input or "", options, show_exits)

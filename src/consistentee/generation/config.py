@@ -58,6 +58,8 @@ class GenerationTrainingConfig:
     """Share of the training rows kept from the model: for the policy and for selection."""
     prompt_template: str = "auto"
     """`auto` (the tokenizer's chat template, else Alpaca's), `chat`, `alpaca`, `plain`, or a template file."""
+    parse_special_tokens: bool = False
+    """Take special tokens that a text spells, such as [SEP], for special tokens; otherwise they are text."""
 
     # What is trained of the backbone
     backbone_training: BackboneTraining = "lora"

@@ -19,6 +19,7 @@ from consistentee.batches import TOKENIZED_AT_ONCE
 from consistentee.errors import DataError, SettingError
 from consistentee.generation.data import InstructionDataset
 from consistentee.generation.templates import PromptTemplate
+from consistentee.literal import ControlTokens, literal_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,16 +205,37 @@ class _PromptEncoder:
         starts = (start for start in range(len(special)) if special[start : start + len(bare)] == bare)
         # Tokens that begin a text; those with which some tokenizers end one would end it before the response.
         self.beginning = special[: next(starts, 0)]
+        self._controls: dict[tuple[bool, bool], ControlTokens] = {}
 
     def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts with no special ones around them."""
-        return self.tokenizer([*texts], add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        """Token ids of texts that users wrote, with no special ones around them."""
+        if self.template.parse_special_tokens:
+            return self._parsed(texts)
+        return literal_ids(self.tokenizer, texts)
 
     def prompts(self, asked: Iterable[tuple[str, str]]) -> list[list[int]]:
         """Token ids of the prompts of instructions with their inputs."""
+        asked = [*asked]
         texts = [self.template.render(instruction, context) for instruction, context in asked]
         beginnings = [[] if text and self.template.holds_special_tokens else self.beginning for text in texts]
-        return [[*first, *rest] for first, rest in zip(beginnings, self.tokens_of(texts), strict=True)]
+        encoded = self._parsed(texts)
+        if not self.template.parse_special_tokens:
+            for row, (instruction, context) in enumerate(asked):
+                own = self._own_controls(bool(instruction), bool(context))
+                if own.among(encoded[row]) != own.sequence:  # one is spelled in what the user wrote
+                    encoded[row] = own.encode(self.template.parts(instruction, context))
+        return [[*first, *rest] for first, rest in zip(beginnings, encoded, strict=True)]
+
+    def _parsed(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer([*texts], add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _own_controls(self, has_instruction: bool, has_input: bool) -> ControlTokens:
+        """The control tokens that the template itself writes around such a prompt."""
+        shape = (has_instruction, has_input)
+        if shape not in self._controls:
+            text = self.template.render("a" if has_instruction else "", "a" if has_input else "")
+            self._controls[shape] = ControlTokens(self.tokenizer, text)
+        return self._controls[shape]
 
     def cut_input(
         self, instruction: str, context: str, prompt: list[int], limit: int

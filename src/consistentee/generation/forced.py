@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -362,4 +362,5 @@ def text_prompts(
             rest.append(follows)
     if not prompts:
         raise ValueError("Texts must have at least two words each to be continued, got none that has.")
-    return InstructionDataset(prompts, [""] * len(prompts), rest, rows.source), PLAIN
+    plain = replace(PLAIN, parse_special_tokens=template.parse_special_tokens)
+    return InstructionDataset(prompts, [""] * len(prompts), rest, rows.source), plain

@@ -111,7 +111,8 @@ class SavedGenerator:
                 return PromptTemplate.from_dict(self.saved_template, self.tokenizer)
             except ValueError as error:
                 raise ValueError(f'Model "{self.name}": {error} Restore it, or name another.') from error
-        return prompt_template(spec, self.tokenizer)
+        parse = bool((self.saved_template or {}).get("parse_special_tokens", False))
+        return prompt_template(spec, self.tokenizer, parse_special_tokens=parse)
 
     @property
     def saved_template(self) -> Mapping[str, Any] | None:

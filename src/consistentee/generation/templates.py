@@ -9,12 +9,13 @@ import difflib
 import os
 import re
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consistentee.errors import DataError
+from consistentee.parsing import file_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 TEMPLATE_NAMES = ("auto", "chat", "alpaca", "plain")
 """The templates that are no files; "auto" is "chat" where the tokenizer has a chat template, else "alpaca"."""
 
+Turn = tuple[str, str]
+"""A turn of a conversation: its role, "system", "user" or "assistant", and its text."""
+
+_SLOT = re.compile(
+    "\ue000([0-9]+)\ue001"
+)  # stands for a turn's text: private characters, which templates leave alone
 _PLACEHOLDERS = ("instruction", "input")
 _BETWEEN_VARIANTS = re.compile(r"^---[ \t]*$\n?", re.MULTILINE)
 
@@ -35,12 +42,15 @@ class PromptTemplate:
         with_input: Text with `{instruction}` and, as a rule, `{input}`; "" for the tokenizer's chat template.
         without_input: The text where there is no input; None takes `with_input`.
         tokenizer: The tokenizer whose chat template is used; None for a template of text.
+        parse_special_tokens: Whether special tokens that users spell in a prompt or a response are special tokens, as
+            those of the template always are; otherwise they are text.
     """
 
     name: str
     with_input: str = ""
     without_input: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, compare=False, repr=False)
+    parse_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if (self.with_input == "") == (self.tokenizer is None):
@@ -54,32 +64,103 @@ class PromptTemplate:
         """Whether the rendered text already has the tokenizer's special tokens: then none are to be added."""
         return self.tokenizer is not None
 
-    def render(self, instruction: str, input: str = "") -> str:
+    def render(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> str:
         """The prompt, up to where the response begins.
+
+        A template of text writes earlier turns of a conversation one behind the other, each question as it writes the
+        last one, its answer directly after it and then a blank line; a system's text comes first, as a paragraph.
 
         Args:
             instruction: What is asked for.
             input: What it is about, or "". A template with no place for it has it after the instruction.
+            history: The turns before, a system's first, if there is one, then a user's and an assistant's in turn.
 
         Returns:
             The text. It is "" where instruction and input are: nothing is asked, the response is all of the text.
+
+        Raises:
+            DataError: The chat template refuses the conversation.
+        """
+        if self.tokenizer is None:
+            return "".join(text for text, _ in self.parts(instruction, input, history))
+        asked = _asked(instruction, input)
+        return self._chat([*history, ("user", asked)]) if asked else ""
+
+    def parts(
+        self, instruction: str, input: str = "", history: Sequence[Turn] = ()
+    ) -> list[tuple[str, bool]]:
+        """The prompt in pieces, each with whether it is the text of a turn (and not the template's own).
+
+        The pieces together are what `render` gives, unless a chat template looks into the texts or changes more of them
+        than the space around.
         """
         if not instruction and not input:
-            return ""
-        text = self.with_input if input or self.without_input is None else self.without_input
-        if self.tokenizer is None and "input" in _placeholders(text):
-            return text.format(instruction=instruction, input=input)
-        asked = "\n\n".join(part for part in (instruction, input) if part)
-        if self.tokenizer is None:
-            return text.format(instruction=asked)
-        message = [{"role": "user", "content": asked}]
-        return str(self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-
-    def to_dict(self) -> dict[str, str | None]:
-        """The template as JSON values; a chat template stays with its tokenizer, which saves it."""
+            return []
         if self.tokenizer is not None:
-            return {"kind": "chat"}
+            return self._chat_parts([*history, ("user", _asked(instruction, input))])
+        pieces: list[tuple[str, bool]] = []
+        for role, text in history:
+            if role == "user":
+                pieces += self._question(text, "")
+            else:
+                pieces += [(text, True), ("\n\n", False)]
+        return pieces + self._question(instruction, input)
+
+    def _question(self, instruction: str, input: str) -> list[tuple[str, bool]]:
+        text = self.with_input if input or self.without_input is None else self.without_input
+        values = {"instruction": instruction, "input": input}
+        if "input" not in _placeholders(text):
+            values["instruction"] = _asked(instruction, input)
+        pieces: list[tuple[str, bool]] = []
+        for own, name, _, _ in string.Formatter().parse(text):
+            pieces += [(own, False)] if own else []
+            pieces += [(values[name], True)] if name is not None else []
+        return pieces
+
+    def _chat(self, turns: Sequence[Turn]) -> str:
+        from jinja2 import TemplateError  # what chat templates are made with, and raise
+
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            tokenizer: Any = self.tokenizer
+            return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            raise DataError(
+                f"The tokenizer's chat template does not take {' and '.join(dict.fromkeys(role for role, _ in turns))} "
+                f"turns like those before {turns[-1][1][:40]!r}: {' '.join(str(error).split()).rstrip('.')}.",
+                remedy="Change the conversation, or take another prompt template.",
+            ) from None
+
+    def _chat_parts(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+        slots = [(role, f"\ue000{number}\ue001") for number, (role, _) in enumerate(turns)]
+        own_and_numbers = _SLOT.split(self._chat(slots))
+        texts, rendered = [text for _, text in turns], self._chat(turns)
+        for number, text in enumerate(texts):
+            if str(number) not in own_and_numbers[1::2] and text.strip() in rendered:
+                raise DataError(
+                    f"The tokenizer's chat template rewrites the text {text[:40]!r}, so that special tokens spelled in "
+                    "it cannot be kept as text.",
+                    remedy="Take them out, or take another prompt template.",
+                )
+
+        def filled(texts: Sequence[str]) -> list[tuple[str, bool]]:
+            pieces = [
+                (texts[int(piece)], True) if place % 2 else (piece, False)
+                for place, piece in enumerate(own_and_numbers)
+            ]
+            return [(text, is_turn) for text, is_turn in pieces if text]
+
+        as_given = filled(texts)
+        fits = "".join(text for text, _ in as_given) == rendered
+        return as_given if fits else filled([text.strip() for text in texts])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The template as JSON values; a chat template stays with its tokenizer, which saves it."""
+        parsed = {"parse_special_tokens": True} if self.parse_special_tokens else {}
+        if self.tokenizer is not None:
+            return {"kind": "chat", **parsed}
         return {
+            **parsed,
             "kind": "text",
             "name": self.name,
             "with_input": self.with_input,
@@ -101,13 +182,19 @@ class PromptTemplate:
         """
         match values:
             case {"kind": "chat"}:
-                return _chat(tokenizer)
+                template = _chat(tokenizer)
             case {"kind": "text", "name": str(name), "with_input": str(text), "without_input": str() | None}:
-                return cls(name, text, values["without_input"])
-        raise ValueError(
-            f"A saved prompt template must be of kind chat, or of kind text with name, with_input and without_input, "
-            f"got {dict(values)!r}."
-        )
+                template = cls(name, text, values["without_input"])
+            case _:
+                raise ValueError(
+                    f"A saved prompt template must be of kind chat, or of kind text with name, with_input and "
+                    f"without_input, got {dict(values)!r}."
+                )
+        return replace(template, parse_special_tokens=bool(values.get("parse_special_tokens", False)))
+
+
+def _asked(instruction: str, input: str) -> str:
+    return "\n\n".join(part for part in (instruction, input) if part)
 
 
 def _placeholders(text: str) -> set[str]:
@@ -157,7 +244,10 @@ PLAIN = PromptTemplate("plain", "{instruction}")
 
 
 def prompt_template(
-    spec: str | os.PathLike[str] | None, tokenizer: PreTrainedTokenizerBase
+    spec: str | os.PathLike[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    parse_special_tokens: bool = False,
 ) -> PromptTemplate:
     """The prompt template of that name, or of a file.
 
@@ -166,6 +256,7 @@ def prompt_template(
             line `---` in it separates two variants, the second for rows that have no input. Braces that are text are
             doubled; the file's last line end is no part of the prompt.
         tokenizer: The model's tokenizer.
+        parse_special_tokens: Whether special tokens that users spell are special tokens.
 
     Returns:
         The template.
@@ -176,15 +267,16 @@ def prompt_template(
     """
     match spec:
         case None | "auto":
-            return _chat(tokenizer) if tokenizer.chat_template else ALPACA
+            template = _chat(tokenizer) if tokenizer.chat_template else ALPACA
         case "chat":
-            return _chat(tokenizer)
+            template = _chat(tokenizer)
         case "alpaca":
-            return ALPACA
+            template = ALPACA
         case "plain":
-            return PLAIN
+            template = PLAIN
         case _:
-            return _from_file(Path(spec))
+            template = _from_file(Path(spec))
+    return replace(template, parse_special_tokens=True) if parse_special_tokens else template
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase | None) -> PromptTemplate:
@@ -205,11 +297,7 @@ def _from_file(path: Path) -> PromptTemplate:
             file=path,
             remedy=f"{hint}Give one of {', '.join(TEMPLATE_NAMES)}, or the path of a text file.",
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        remedy = "Convert the file, for example with: iconv -f LATIN1 -t UTF-8."
-        raise DataError("There are bytes that are not UTF-8.", file=path, remedy=remedy) from None
+    text = "".join(line for _, line in file_lines(path)).replace("\r\n", "\n")
     variants = [variant.removesuffix("\n") for variant in _BETWEEN_VARIANTS.split(text)]
     if len(variants) > 2:
         raise DataError(

@@ -250,7 +250,9 @@ def _start(
     set_seed(config.seed)
     with loading(backbone):
         tokenizer = AutoTokenizer.from_pretrained(str(backbone))
-    template = prompt_template(config.prompt_template, tokenizer)
+    template = prompt_template(
+        config.prompt_template, tokenizer, parse_special_tokens=config.parse_special_tokens
+    )
     exits = kind == EARLY_EXIT
     model = EarlyExitForCausalLM.from_backbone(
         backbone,

@@ -196,7 +196,8 @@ class Engine:
         """As `stream`, window by window, the texts beside their predictions.
 
         The first window is small (one batch), so that answers begin early; each next one is twice as large, up to
-        `WINDOW_ROWS` inputs, or `BATCHES_PER_WINDOW` batches. Inside a window rows of similar length run together.
+        `WINDOW_ROWS` inputs, or `BATCHES_PER_WINDOW` batches. Inside a window rows of similar length run together. With
+        a `batch_size` of 1 every window is one input, answered before the next is asked for.
 
         Yields:
             The texts of a window and their predictions, both in the order of the input.
@@ -308,6 +309,10 @@ class Engine:
             texts = itertools.chain(sample, texts)
         size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
         largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
+        if (
+            batch_size == 1
+        ):  # nothing to gain from neighbours: every input is answered before the next is read
+            largest = 1
         names, tokenizer = self.saved.label_names, self.saved.tokenizer
         while window := list(itertools.islice(texts, size)):
             rows = encode_texts(window, tokenizer, self.saved.max_length)

@@ -192,7 +192,8 @@ class TextGenerator:
         """Write a text for every prompt, in the order of the prompts.
 
         Prompts are taken a window at a time and sorted by length within it, so that little is padded and a stream
-        of any length fits; the batch with the prompt that is due first goes first.
+        of any length fits; the batch with the prompt that is due first goes first. With a `batch_size` of 1 every prompt
+        is answered before the next is taken.
 
         Args:
             prompts: pairs of an instruction and an input ("" for none).
@@ -272,7 +273,8 @@ class TextGenerator:
         while part := list(itertools.islice(prompts, batches * batch_size)):
             yield from self._window(part, self._encode(part, options, done), batch_size, options)
             done += len(part)
-            batches = min(2 * batches, WINDOW_BATCHES)
+            if batch_size > 1:  # alone, every prompt is answered before the next is asked for
+                batches = min(2 * batches, WINDOW_BATCHES)
 
     def _window(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,23 @@ def test_jsonl(tmp_path: Path) -> None:
     assert rows_of(path) == [(1, {"text": "ä", "label": 1}), (2, {"text": "\n", "label": None})]
 
 
+ROWS = [{"text": "a, [b]", "label": 1}, {"text": "é\n}", "label": None}]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_an_array_of_json_objects(tmp_path: Path, name: str, encoding: str, indent: int | None) -> None:
+    content = "\n " + json.dumps(ROWS, indent=indent, ensure_ascii=False) + "\n\n"
+    table = open_table(written(tmp_path / name, content.encode(encoding)))
+    assert list(table.rows) == [(1, ROWS[0]), (2, ROWS[1])]
+    assert "row 7: problem" in str(table.error(7, "problem", "remedy"))
+
+
+def test_no_row_in_an_array(tmp_path: Path) -> None:
+    assert list(open_table(written(tmp_path / "a.json", " [\n] ")).rows) == []
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(
         pyarrow.table({"text": ["a", "b"], "label": [1, None]}), tmp_path / "a.parquet"
@@ -91,15 +109,39 @@ def test_parquet(tmp_path: Path) -> None:
         (
             "a.tsv",
             b"text\tlabel\na\tb\nM\xfcnchen\tb\n",
-            r"a\.tsv, line 3: .* not UTF-8 \(0xfc\)\. Convert .* iconv",
+            r"a\.tsv, line 3: .* not UTF-8 \(0xfc\); .* Windows-1252 .* iconv -f WINDOWS-1252",
         ),
-        ("a.csv", "text,label\na,b\n".encode("utf-16"), r"a\.csv, line 1: .* not UTF-8"),
+        (
+            "a.csv",
+            "text,label\na,b\n".encode("utf-16-le"),
+            r"a\.csv, line 1: .* seems to be UTF-16LE without",
+        ),
+        (
+            "a.csv",
+            "text,label\na\rb,c\n",
+            r"a\.csv, line 2: There is a carriage return \(\\r\) outside of quotes",
+        ),
         (
             "a.jsonl",
             '{"text": "a"}\n{"text": \n',
             r"a\.jsonl, line 2: This is not JSON: .* one JSON object a line",
         ),
-        ("a.json", '[{"text": "a"}]\n', r"a\.json, line 1: This is not a JSON object"),
+        ("a.json", '"a"\n', r"a\.json, line 1: This is not a JSON object"),
+        ("a.json", '{\n"text": "a"}\n', r"a\.json, line 1: This is not JSON: .* or an array of objects"),
+        (
+            "a.json",
+            '[{"text": "a"}, 5]',
+            r"a\.json, row 2: This is not a JSON object \(line 1\)\. Write an array",
+        ),
+        ("a.json", '[{"text": "a"}\n{"text": "b"}]', r"a\.json, row 2: There is no comma .* \(line 2\)"),
+        ("a.json", '[{"text": "a"},', r"a\.json, row 2: This is not JSON: Expecting value"),
+        (
+            "a.json",
+            '[{"text": "a"}',
+            r"a\.json, row 2: There is no comma after the object before, and no end",
+        ),
+        ("a.json", '[{"text": "a"}]\n{}', r"a\.json, row 2: There is something behind the end of the array"),
+        ("a.json", '[{"text": "a"}, {"text": "b}]', r"a\.json, row 2: This is not JSON: Unterminated string"),
         ("a.parquet", "PAR?", r"a\.parquet: This is not a Parquet file"),
         ("a.xlsx", "", r'a\.xlsx: The ending "\.xlsx" is not known\. Give a file that ends in \.csv'),
     ],
@@ -171,6 +213,9 @@ def test_read_texts_of_parquet(tmp_path: Path) -> None:
         ("a\tb\n", None, [("a", "b")]),
         ('{"text": "a"}\n{"text": "b"}\n', None, [("a",), ("b",)]),
         ('{"x": "a"}\n', ["x"], [("a",)]),
+        ('[{"text": "a"},\n {"text": "b"}]\n', None, [("a",), ("b",)]),
+        ('[\n  {"text": "a"}\n]', None, [("a",)]),
+        ("[Music] plays\n[]\n", None, [("[Music] plays",), ("[]",)]),
         ("x,y\na,b\n", ["y"], [("b",)]),
         ("x\ty\na\tb\n", ["y", "x"], [("b", "a")]),
     ],

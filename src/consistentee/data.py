@@ -40,7 +40,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-LOCAL_ENDINGS = (".tsv", ".jsonl", ".csv", ".parquet")
+LOCAL_ENDINGS = (".tsv", ".jsonl", ".csv", ".parquet", ".json")
 BROKEN_SHARE = 0.01  # more broken rows than this and the file is not what it claims to be
 
 

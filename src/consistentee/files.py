@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from consistentee.encodings import decoded_lines, file_lines
 from consistentee.errors import DataError
-from consistentee.parsing import Numbered, decoded_lines, file_lines, parse, quoted
+from consistentee.parsing import Numbered, parse, quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +30,8 @@ FORMATS = {
     ".parquet": "parquet",
 }
 """File ending to format; for prediction every other ending is plain text, one text a line."""
+
+_ARRAY_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
 
 KNOWN_TEXT_COLUMNS = (
     ("text_a", "text_b"),
@@ -116,7 +120,7 @@ def open_table(
     header: Sequence[str] | None = None,
     skip_broken: bool = False,
 ) -> Table:
-    """The rows of a CSV, TSV, JSON lines or Parquet file or of a folder written by `datasets.save_to_disk`.
+    """The rows of a CSV, TSV, JSON (lines or an array) or Parquet file or of a folder written by `datasets.save_to_disk`.
 
     Args:
         path: File or folder.
@@ -138,11 +142,8 @@ def open_table(
     match FORMATS.get(path.suffix.lower()):
         case "parquet":
             return _parquet(path)
-        case "csv" | "tsv" | "jsonl" as file_format:
-            skipped = [] if skip_broken else None
-            return Table(
-                str(path), parse(file_lines(path), str(path), file_format, header, skipped), skipped=skipped
-            )
+        case "csv" | "tsv" | "jsonl":
+            return _text_table(path, header, [] if skip_broken else None)
         case _:
             remedy = f"Give a file that ends in {', '.join(FORMATS)}, or a folder written by datasets.save_to_disk."
             raise DataError(f'The ending "{path.suffix}" is not known.', file=path, remedy=remedy)
@@ -163,8 +164,8 @@ def read_texts(
 
     Args:
         source: A file, "-" for standard input, or an open stream. Files go by their ending: `.csv` and `.tsv` with a
-            header line, `.jsonl`, `.parquet`, anything else plain text. A stream is JSON lines if it starts with "{",
-            else plain text, or, where `text_columns` are named, a table with a header line (TSV if that has a tab).
+            header line, `.jsonl` and `.json` (objects, one a line or in one array), `.parquet`, anything else plain
+            text. A stream is JSON lines if it starts with "{", an array if with "[{", else plain text, or, where `text_columns` are named, a table with a header line (TSV if that has a tab).
             Plain text holds one text a line; a tab separates the two texts of a pair.
         text_columns: One or two columns; by default the first of KNOWN_TEXT_COLUMNS that the input has.
 
@@ -172,8 +173,8 @@ def read_texts(
         Tuples of one text, or of two for pairs; the same number throughout.
 
     Raises:
-        DataError: A file that is missing or empty, a row that is broken or whose text is empty, bytes that are not
-            UTF-8, or no column that can be taken for the text.
+        DataError: A file that is missing or empty, a row that is broken or whose text is empty, bytes that are no text
+            (`encodings`), or no column that can be taken for the text.
     """
     if text_columns is not None and len(text_columns) not in (1, 2):
         raise ValueError(f"text_columns must be one column or two, got {len(text_columns)}.")
@@ -183,18 +184,35 @@ def read_texts(
             raise DataError(
                 "There is no such file.", file=path, remedy='Check the path, or give "-" for standard input.'
             )
-        if FORMATS.get(path.suffix.lower()) == "parquet":
-            table = _parquet(path)
-        else:
-            file_format = FORMATS.get(path.suffix.lower(), "text")
-            table = Table(str(path), parse(file_lines(path), str(path), file_format))
+        is_parquet = FORMATS.get(path.suffix.lower()) == "parquet"
+        return _texts(_parquet(path) if is_parquet else _text_table(path), text_columns)
+    if isinstance(source, (str, os.PathLike)):
+        stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
     else:
-        if isinstance(source, (str, os.PathLike)):
-            stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
-        else:
-            stream, file = source, str(getattr(source, "name", "the stream"))
-        table = Table(file, _guessed_format(decoded_lines(stream, file), file, text_columns))
-    return _texts(table, text_columns)
+        stream, file = source, str(getattr(source, "name", "the stream"))
+    return _texts_of_stream(decoded_lines(stream, file), file, text_columns)
+
+
+def json_format(begin: str) -> str | None:
+    """The format of a text by how it begins: "jsonl" or "json array", None where it is neither."""
+    if begin.lstrip().startswith("{"):
+        return "jsonl"
+    return "json array" if _ARRAY_BEGINS.match(begin) else None
+
+
+def _text_table(
+    path: Path, header: Sequence[str] | None = None, skipped: list[DataError] | None = None
+) -> Table:
+    """The rows of a file of lines; the JSON lines of a file may also be one array."""
+    file_format = FORMATS.get(path.suffix.lower(), "text")
+    unit = "line"
+    if file_format == "jsonl":
+        with path.open("rb") as stream:
+            begin = stream.read(1024).lstrip(b"\xef\xbb\xbf\xff\xfe").replace(b"\0", b"")
+        if begin.lstrip().startswith(b"["):
+            file_format, unit = "json array", "row"
+    rows = parse(file_lines(path), str(path), file_format, header, skipped)
+    return Table(str(path), rows, unit, skipped=skipped)
 
 
 def _texts(table: Table, text_columns: Sequence[str] | None) -> Iterator[tuple[str, ...]]:
@@ -212,13 +230,16 @@ def _texts(table: Table, text_columns: Sequence[str] | None) -> Iterator[tuple[s
         yield table.texts_of(row, values, text_columns)
 
 
-def _guessed_format(lines: Numbered, file: str, text_columns: Sequence[str] | None) -> Numbered:
+def _texts_of_stream(
+    lines: Numbered, file: str, text_columns: Sequence[str] | None
+) -> Iterator[tuple[str, ...]]:
     first = next(lines, None)
     if first is None:
         raise DataError("There is nothing in it.", file=file, remedy="Give at least one text.")
     table_format = "text" if text_columns is None else "tsv" if "\t" in first[1] else "csv"
-    file_format = "jsonl" if first[1].lstrip().startswith("{") else table_format
-    yield from parse(itertools.chain([first], lines), file, file_format)
+    file_format = json_format(first[1]) or table_format
+    rows = parse(itertools.chain([first], lines), file, file_format)
+    yield from _texts(Table(file, rows, "row" if file_format == "json array" else "line"), text_columns)
 
 
 def _parquet(path: Path) -> Table:

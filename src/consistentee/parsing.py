@@ -7,14 +7,17 @@ and a CSV file follows the CSV rules (a quoted field may hold commas, doubled qu
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from consistentee.errors import DataError
 
 LONGEST_CSV_FIELD = 2**24  # characters; Python's own limit of 131,072 is less than a long document
+
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 Numbered = Iterator[tuple[int, Any]]
 """Lines, records or rows with their number in the file, from 1."""
@@ -45,46 +48,18 @@ def parse(
     Args:
         lines: Numbered lines with their line ends.
         file: Name for messages.
-        file_format: "csv", "tsv", "jsonl" or "text".
+        file_format: "csv", "tsv", "jsonl", "json array" (whose rows count its objects) or "text".
         header: Column names, where the first line of a TSV does not hold them.
         skipped: Collects the errors of broken rows; None raises the first.
     """
     if file_format == "csv":
         return _delimited(_csv_records(lines, file), file, None, skipped)
+    if file_format == "json array":
+        return _json_array("".join(line for _, line in lines), file)
     filled = _without_blank_lines(lines, file, skipped)
     if file_format == "tsv":
         return _delimited(((number, line.split("\t")) for number, line in filled), file, header, skipped)
     return _json_objects(filled, file) if file_format == "jsonl" else _plain(filled, file)
-
-
-def file_lines(path: Path) -> Numbered:
-    """Numbered lines, line ends kept, of a UTF-8 file."""
-    with path.open("rb") as stream:
-        yield from decoded_lines(stream, str(path))
-
-
-def decoded_lines(stream: IO[str] | IO[bytes], file: str) -> Numbered:
-    """Numbered lines, line ends kept, of a stream of bytes or of text."""
-    number = 0
-    lines = iter(stream)
-    while True:
-        try:
-            line = next(lines, None)
-            if line is None:
-                return
-            number += 1
-            text = line if isinstance(line, str) else line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            row = (
-                None if hasattr(stream, "encoding") else number
-            )  # a stream of text decodes ahead of its lines
-            raise DataError(
-                f"There are bytes that are not UTF-8 (0x{error.object[error.start]:02x}).",
-                file=file,
-                row=row,
-                remedy="Convert the file, for example with: iconv -f LATIN1 -t UTF-8.",
-            ) from None
-        yield number, text.removeprefix("\ufeff") if number == 1 else text
 
 
 def _without_blank_lines(lines: Numbered, file: str, skipped: list[DataError] | None) -> Numbered:
@@ -113,6 +88,13 @@ def _csv_records(lines: Numbered, file: str) -> Numbered:
         try:
             fields = next(reader, None)
         except csv.Error as error:
+            if "new-line character" in str(error):
+                raise DataError(
+                    "There is a carriage return (\\r) outside of quotes that ends no line.",
+                    file=file,
+                    row=start,
+                    remedy="End all lines with \\n, or quote the field that holds it.",
+                ) from None
             raise DataError(
                 f"This is not valid CSV: {error}.",
                 file=file,
@@ -163,7 +145,10 @@ def _json_objects(lines: Numbered, file: str) -> Numbered:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"This is not JSON: {error}.", file=file, row=number, remedy="Write one JSON object a line."
+                f"This is not JSON: {error}.",
+                file=file,
+                row=number,
+                remedy="Write one JSON object a line, or an array of objects: [{...}, {...}].",
             ) from None
         if not isinstance(values, dict):
             raise DataError(
@@ -173,6 +158,41 @@ def _json_objects(lines: Numbered, file: str) -> Numbered:
                 remedy='Write {"text": ...} on each line.',
             )
         yield number, values
+
+
+def _json_array(text: str, file: str) -> Numbered:
+    """The objects of an array, on however many lines."""
+    decoder = json.JSONDecoder()
+    place = text.index("[") + 1
+
+    def broken(row: int, problem: str) -> DataError:
+        line = text.count("\n", 0, place) + 1
+        remedy = "Write an array of objects, [{...}, {...}], or one JSON object a line."
+        return DataError(f"{problem} (line {line}).", file=file, row=row, unit="row", remedy=remedy)
+
+    for row in itertools.count(1):
+        place = _behind_space(text, place)
+        if text[place : place + 1] == "]":
+            if text[place + 1 :].strip():
+                raise broken(row, "There is something behind the end of the array")
+            return
+        if row > 1:
+            if text[place : place + 1] != ",":
+                raise broken(row, "There is no comma after the object before, and no end of the array")
+            place = _behind_space(text, place + 1)
+        try:
+            values, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise broken(row, f"This is not JSON: {getattr(error, 'msg', error)}") from None
+        if not isinstance(values, dict):
+            raise broken(row, "This is not a JSON object")
+        place = end
+        yield row, values
+
+
+def _behind_space(text: str, place: int) -> int:
+    found = _SPACE.match(text, place)
+    return place if found is None else found.end()
 
 
 def _plain(lines: Numbered, file: str) -> Numbered:

@@ -1,4 +1,4 @@
-"""With a batch size of 1 every line is answered before the next is asked for: both commands, every format of a stream."""
+"""With a batch size of 1 every line is answered before the next is asked for: both commands, every format."""
 
 from __future__ import annotations
 

@@ -14,15 +14,16 @@ from typing import IO, Any
 import numpy as np
 
 from consistentee.data import BROKEN_SHARE
+from consistentee.encodings import decoded_lines, file_lines
 from consistentee.errors import DataError
-from consistentee.files import FORMATS, Table, open_table, table_of
+from consistentee.files import FORMATS, Table, json_format, open_table, table_of
 from consistentee.generation.tasks import END_MARKER, GenerationTask, Layout, get_generation_task
-from consistentee.parsing import Numbered, decoded_lines, file_lines, parse, quoted, raise_or_skip
+from consistentee.parsing import Numbered, parse, quoted, raise_or_skip
 from consistentee.tasks import plain_name
 
 _log = logging.getLogger(__name__)
 
-LOCAL_ENDINGS = (".jsonl", ".csv", ".parquet")
+LOCAL_ENDINGS = (".jsonl", ".csv", ".parquet", ".json")
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "article", "document", "text")
 INPUT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("output", "response", "answer", "completion", "summary", "highlights")
@@ -220,13 +221,12 @@ def read_prompts(
             table = open_table(path)
         else:
             table = Table(str(path), _one_a_line(file_lines(path), str(path), "prompt"))
+        return _prompts(table, prompt_column, input_column)
+    if isinstance(source, (str, os.PathLike)):
+        stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
     else:
-        if isinstance(source, (str, os.PathLike)):
-            stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
-        else:
-            stream, file = source, str(getattr(source, "name", "the stream"))
-        table = Table(file, _lines_or_json(decoded_lines(stream, file), file))
-    return _prompts(table, prompt_column, input_column)
+        stream, file = source, str(getattr(source, "name", "the stream"))
+    return _prompts_of_stream(decoded_lines(stream, file), file, prompt_column, input_column)
 
 
 def _prompts(table: Table, prompt_column: str | None, input_column: str | None) -> Iterator[dict[str, str]]:
@@ -239,12 +239,16 @@ def _prompts(table: Table, prompt_column: str | None, input_column: str | None) 
         yield {"prompt": text, "input": _optional_text(table, row, values, context)}
 
 
-def _lines_or_json(lines: Numbered, file: str) -> Numbered:
+def _prompts_of_stream(
+    lines: Numbered, file: str, prompt_column: str | None, input_column: str | None
+) -> Iterator[dict[str, str]]:
     first = next(lines, None)
     if first is not None:
         lines = itertools.chain([first], lines)
-    is_json = first is not None and first[1].lstrip().startswith("{")
-    yield from parse(lines, file, "jsonl") if is_json else _one_a_line(lines, file, "prompt")
+    file_format = json_format("" if first is None else first[1])
+    rows = _one_a_line(lines, file, "prompt") if file_format is None else parse(lines, file, file_format)
+    table = Table(file, rows, "row" if file_format == "json array" else "line")
+    yield from _prompts(table, prompt_column, input_column)
 
 
 def _one_a_line(lines: Numbered, file: str, column: str) -> Numbered:
@@ -374,6 +378,10 @@ def _local_tables(task: GenerationTask, root: Path) -> tuple[Table | None, Table
         files = sorted(
             path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in LOCAL_ENDINGS
         )
+        lines = [
+            path for path in files if path.suffix.lower() != ".json"
+        ]  # which may also describe the others
+        files = lines or files
         train = _one_file(files, "train")
         evaluation = next(filter(None, (_one_file(files, stem) for stem in task.evaluation_files)), None)
         if train is None and evaluation is None and len(files) == 1:

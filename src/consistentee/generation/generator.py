@@ -192,8 +192,8 @@ class TextGenerator:
         """Write a text for every prompt, in the order of the prompts.
 
         Prompts are taken a window at a time and sorted by length within it, so that little is padded and a stream
-        of any length fits; the batch with the prompt that is due first goes first. With a `batch_size` of 1 every prompt
-        is answered before the next is taken.
+        of any length fits; the batch with the prompt that is due first goes first. With a `batch_size` of 1 every
+        prompt is answered before the next is taken.
 
         Args:
             prompts: pairs of an instruction and an input ("" for none).

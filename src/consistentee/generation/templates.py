@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from consistentee.encodings import file_lines
 from consistentee.errors import DataError
-from consistentee.parsing import file_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

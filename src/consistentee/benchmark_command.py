@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from consistentee.config import Criterion
 from consistentee.generation.config import GenerationCriterion
-from consistentee.options import Columns, Flag, UsageError, known_task
+from consistentee.options import Columns, Flag, UsageError, check_column_count, known_task
 from consistentee.terminal import announced, console, say, usage
 from consistentee.time_budget import TimeBudget
 
@@ -200,7 +200,7 @@ def benchmark(
         )
         exit_distribution = exit_distribution or "even"
     else:
-        texts = _benchmark_texts(data_file, task, data_dir, text_columns)
+        texts = _benchmark_texts(model or "", data_file, task, data_dir, text_columns)
         work = model_workload(
             model or "", texts, rows=count, device=place, dtype=dtype, backend=backend, seed=seed
         )
@@ -327,13 +327,16 @@ def _batch_sizes(text: str | None, throughput: bool) -> list[int]:
 
 
 def _benchmark_texts(
-    data_file: Path | None, task: str | None, data_dir: Path | None, text_columns: Columns
+    model: str, data_file: Path | None, task: str | None, data_dir: Path | None, text_columns: Columns
 ) -> Iterator[tuple[str, ...]]:
     """The texts that a model is measured on."""
     if data_file is not None:
         from consistentee.files import read_texts
+        from consistentee.saved import saved_text_pairs
 
-        return read_texts(str(data_file), text_columns)
+        pairs = saved_text_pairs(model)
+        check_column_count(text_columns, pairs, model)
+        return read_texts(str(data_file), text_columns, pairs=pairs)
     from consistentee.data import load_task
 
     return iter(load_task(known_task(task or ""), data_dir)[1].texts)

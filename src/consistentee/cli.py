@@ -33,6 +33,7 @@ from consistentee.options import (
     SettingOptions,
     TrainingDataOptions,
     UsageError,
+    check_column_count,
     config_class_of_kind,
     evaluation_data,
     read_recipe,
@@ -247,7 +248,8 @@ def predict(
 
     Args:
         model: Folder of a trained model, or its name on the hub.
-        file: Texts, one a line (a tab separates the two of a pair), CSV, TSV, JSONL or Parquet; "-" is standard input.
+        file: Texts, one a line (for a model of pairs, two separated by a tab), CSV, TSV, JSONL or Parquet; "-" is
+            standard input.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
@@ -273,7 +275,9 @@ def predict(
     engine = Engine.from_pretrained(model, device=device, dtype=dtype, backend=backend)
     if file == "-" and sys.stdin.isatty():
         print("Reading texts from standard input, one a line; end with Ctrl-D.", file=sys.stderr)  # noqa: T201
-    texts_in = read_texts(file, text_columns)
+    pairs = engine.saved.text_pairs
+    check_column_count(text_columns, pairs, model)
+    texts_in = read_texts(file, text_columns, pairs=pairs)
     windows = usage(
         lambda: engine.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
     )

@@ -33,6 +33,7 @@ class EncoderClassifierConfig(PreTrainedConfig):
     task: str | None = None
     max_length: int = 128
     parse_special_tokens: bool = False
+    text_pairs: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -97,6 +98,7 @@ class EarlyExitConfig(EncoderClassifierConfig):
         max_length: tokens per input in training; longer inputs are cut to it.
         parse_special_tokens: whether special tokens that a text spells, such as [SEP], are special tokens; else they
             are text.
+        text_pairs: whether an input is a pair of texts, or one text; None where it is not known (models of 0.1.0).
     """
 
     model_type = "consistentee"
@@ -122,7 +124,7 @@ class FullDepthConfig(EncoderClassifierConfig):
 
     Args:
         encoder_config, head, pooling, num_queries, classifier_hidden_size, head_dropout, task, max_length,
-        parse_special_tokens: as in `EarlyExitConfig`.
+        parse_special_tokens, text_pairs: as in `EarlyExitConfig`.
     """
 
     model_type = "consistentee_full_depth"

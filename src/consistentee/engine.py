@@ -169,7 +169,8 @@ class Engine:
             criterion: `policy`, `confidence`, `entropy` or `patience`; None takes the saved one.
 
         Raises:
-            ValueError: a text is empty (the message says which), or the threshold does not fit the criterion.
+            ValueError: a text is empty, or a pair where the model takes one text, or the other way round (the message
+                says which), or the threshold does not fit the criterion.
         """
         return list(self.stream(texts, batch_size=batch_size, threshold=threshold, criterion=criterion))
 
@@ -204,7 +205,7 @@ class Engine:
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        return self._windows(_checked(texts), batch_size, self.rule(criterion, threshold))
+        return self._windows(self._checked(texts), batch_size, self.rule(criterion, threshold))
 
     def rule(self, criterion: str | None = None, threshold: float | None = None) -> ExitRule:
         """The exit rule of a call: the given one, or the saved one.
@@ -267,7 +268,7 @@ class Engine:
             ValueError: no text, or an engine whose precision was given.
         """
         rule = self.rule(criterion, threshold)
-        window = list(_checked(texts))
+        window = list(self._checked(texts))
         if not window:
             raise ValueError("texts must hold at least one text to calibrate on, got none.")
         with self._choosing:
@@ -297,6 +298,12 @@ class Engine:
         self.backend = engines[self.choice.backend, self.choice.dtype].backend
         self._candidates = ()
         return self.choice
+
+    def _checked(self, texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
+        """Tuples of texts, each known to be there, and as many as the model takes."""
+        for position, parts in enumerate(_checked(texts), start=1):
+            self.saved.check_texts(len(parts), f"text {position}")
+            yield parts
 
     def _windows(
         self, texts: Iterator[tuple[str, ...]], batch_size: int | None, rule: ExitRule

@@ -231,6 +231,7 @@ def evaluate_model(
     criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold)
     others = {name: saved.known_threshold(name) for name in criteria[1:]}
     columns = class_columns(saved, dataset.label_names)
+    saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)]
     )  # full precision, whatever a training in this process used
@@ -302,6 +303,7 @@ def _run(
 ) -> tuple[Tensor, float | None]:
     """What `predict_classes` gives, and the mean exit layer; None where the number of layers is not known."""
     columns = class_columns(saved, dataset.label_names)
+    saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
     rows = tokenize(dataset, saved.tokenizer, saved.max_length)
     order = np.argsort(-rows.lengths, kind="stable")
     predictions = torch.empty(len(rows), dtype=torch.int64)

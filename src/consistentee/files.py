@@ -120,10 +120,10 @@ def open_table(
     header: Sequence[str] | None = None,
     skip_broken: bool = False,
 ) -> Table:
-    """The rows of a CSV, TSV, JSON (lines or an array) or Parquet file or of a folder written by `datasets.save_to_disk`.
+    """The rows of a CSV, TSV, JSON or Parquet file or of a folder written by `datasets.save_to_disk`.
 
     Args:
-        path: File or folder.
+        path: File or folder. JSON is objects, one a line or in one array.
         splits: Where the folder holds several splits, the first of these that is there is read.
         header: Column names of a TSV file without a header line.
         skip_broken: Whether broken rows are left out and kept in the table's `skipped`, rather than raised.
@@ -158,16 +158,21 @@ def table_of(dataset: Dataset, file: str, *, skip_broken: bool = False) -> Table
 
 
 def read_texts(
-    source: str | os.PathLike[str] | IO[str] | IO[bytes], text_columns: Sequence[str] | None = None
+    source: str | os.PathLike[str] | IO[str] | IO[bytes],
+    text_columns: Sequence[str] | None = None,
+    *,
+    pairs: bool | None = None,
 ) -> Iterator[tuple[str, ...]]:
     """Texts to predict, one after the other, without ever holding the whole input.
 
     Args:
         source: A file, "-" for standard input, or an open stream. Files go by their ending: `.csv` and `.tsv` with a
             header line, `.jsonl` and `.json` (objects, one a line or in one array), `.parquet`, anything else plain
-            text. A stream is JSON lines if it starts with "{", an array if with "[{", else plain text, or, where `text_columns` are named, a table with a header line (TSV if that has a tab).
-            Plain text holds one text a line; a tab separates the two texts of a pair.
+            text. A stream is JSON lines if it starts with "{", an array if with "[{", else plain text, or, where
+            `text_columns` are named, a table with a header line (TSV if that has a tab). Plain text holds one text a
+            line, or, separated by a tab, the two of a pair.
         text_columns: One or two columns; by default the first of KNOWN_TEXT_COLUMNS that the input has.
+        pairs: Whether every row is a pair of texts. If not, a tab is part of a text. None lets the input decide.
 
     Yields:
         Tuples of one text, or of two for pairs; the same number throughout.
@@ -178,6 +183,9 @@ def read_texts(
     """
     if text_columns is not None and len(text_columns) not in (1, 2):
         raise ValueError(f"text_columns must be one column or two, got {len(text_columns)}.")
+    if text_columns is not None and pairs is not None and len(text_columns) != 1 + pairs:
+        wanted = "two columns for pairs of texts" if pairs else "one column for single texts"
+        raise ValueError(f"text_columns must be {wanted}, got {len(text_columns)}.")
     if isinstance(source, (str, os.PathLike)) and os.fspath(source) != "-":
         path = Path(source)
         if not path.is_file():
@@ -185,12 +193,13 @@ def read_texts(
                 "There is no such file.", file=path, remedy='Check the path, or give "-" for standard input.'
             )
         is_parquet = FORMATS.get(path.suffix.lower()) == "parquet"
-        return _texts(_parquet(path) if is_parquet else _text_table(path), text_columns)
+        table = _parquet(path) if is_parquet else _text_table(path, pairs=pairs)
+        return _texts(table, text_columns, pairs)
     if isinstance(source, (str, os.PathLike)):
         stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
     else:
         stream, file = source, str(getattr(source, "name", "the stream"))
-    return _texts_of_stream(decoded_lines(stream, file), file, text_columns)
+    return _texts_of_stream(decoded_lines(stream, file), file, text_columns, pairs)
 
 
 def json_format(begin: str) -> str | None:
@@ -201,7 +210,10 @@ def json_format(begin: str) -> str | None:
 
 
 def _text_table(
-    path: Path, header: Sequence[str] | None = None, skipped: list[DataError] | None = None
+    path: Path,
+    header: Sequence[str] | None = None,
+    skipped: list[DataError] | None = None,
+    pairs: bool | None = None,
 ) -> Table:
     """The rows of a file of lines; the JSON lines of a file may also be one array."""
     file_format = FORMATS.get(path.suffix.lower(), "text")
@@ -211,19 +223,24 @@ def _text_table(
             begin = stream.read(1024).lstrip(b"\xef\xbb\xbf\xff\xfe").replace(b"\0", b"")
         if begin.lstrip().startswith(b"["):
             file_format, unit = "json array", "row"
-    rows = parse(file_lines(path), str(path), file_format, header, skipped)
+    rows = parse(file_lines(path), str(path), file_format, header, skipped, pairs)
     return Table(str(path), rows, unit, skipped=skipped)
 
 
-def _texts(table: Table, text_columns: Sequence[str] | None) -> Iterator[tuple[str, ...]]:
+def _texts(table: Table, text_columns: Sequence[str] | None, pairs: bool | None) -> Iterator[tuple[str, ...]]:
     columns, table = table.with_columns()
     if text_columns is None:
-        fitting = [known for known in KNOWN_TEXT_COLUMNS if set(known) <= set(columns)]
+        fitting = [
+            known
+            for known in KNOWN_TEXT_COLUMNS
+            if set(known) <= set(columns) and pairs in (None, len(known) == 2)
+        ]
         if not fitting:
             raise table.error(
                 None,
-                f"None of its columns is known to hold the text; it has {quoted(columns)}.",
-                "Name the text columns.",
+                f"None of its columns is known to hold the {'pair of texts' if pairs else 'text'}; it has "
+                f"{quoted(columns)}.",
+                "Name the two text columns." if pairs else "Name the text columns.",
             )
         text_columns = fitting[0]
     for row, values in table.rows:
@@ -231,15 +248,16 @@ def _texts(table: Table, text_columns: Sequence[str] | None) -> Iterator[tuple[s
 
 
 def _texts_of_stream(
-    lines: Numbered, file: str, text_columns: Sequence[str] | None
+    lines: Numbered, file: str, text_columns: Sequence[str] | None, pairs: bool | None
 ) -> Iterator[tuple[str, ...]]:
     first = next(lines, None)
     if first is None:
         raise DataError("There is nothing in it.", file=file, remedy="Give at least one text.")
     table_format = "text" if text_columns is None else "tsv" if "\t" in first[1] else "csv"
     file_format = json_format(first[1]) or table_format
-    rows = parse(itertools.chain([first], lines), file, file_format)
-    yield from _texts(Table(file, rows, "row" if file_format == "json array" else "line"), text_columns)
+    rows = parse(itertools.chain([first], lines), file, file_format, pairs=pairs)
+    table = Table(file, rows, "row" if file_format == "json array" else "line")
+    yield from _texts(table, text_columns, pairs)
 
 
 def _parquet(path: Path) -> Table:

@@ -228,8 +228,13 @@ def _metric_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+_SOME_TEXT, _SOME_PAIR = '"some text"', '("some text", "the other text")'
+_LINES = {True: "`texts.txt` has one a line, separated by a tab.", False: "`texts.txt` has one a line."}
+
+
 def _usage(exits: bool, record: Mapping[str, Any]) -> list[str]:
     thresholds: Mapping[str, float] = record.get("thresholds") or {}
+    pairs: bool | None = (record.get("data") or {}).get("text_pairs")
     turned = other_threshold(thresholds.get("policy", 0.5))
     other = f", threshold={turned}" if exits else ""
     lines = [
@@ -237,13 +242,15 @@ def _usage(exits: bool, record: Mapping[str, Any]) -> list[str]:
         "from consistentee import Engine",
         "",
         'engine = Engine.from_pretrained("this-folder")',
-        f'engine.predict(["some text"]{other})',
+        f"engine.predict([{_SOME_PAIR if pairs else _SOME_TEXT}]{other})",
         "```",
         "",
         "```",
         f"consistentee predict this-folder texts.txt{f' --threshold {turned}' if exits else ''}",
         "```",
     ]
+    if pairs is not None:
+        lines += ["", "An input is " + ("a pair of texts; " if pairs else "one text; ") + _LINES[pairs]]
     if exits and thresholds:
         listed = ", ".join(f"{name} {value:.4g}" for name, value in thresholds.items())
         lines += ["", f"Thresholds chosen on validation rows, by exit rule: {listed}."]

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -395,6 +396,17 @@ def evaluation_data(
             "Give --task with --data-dir, or --eval-file with --text-columns and --label-column."
         )
     return load_task(known_task(task), options.data_dir, label_names=label_names)[1]
+
+
+def check_column_count(text_columns: Sequence[str] | None, pairs: bool | None, model: str) -> None:
+    """--text-columns names as many columns as the model takes texts; None for what is not known.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if text_columns is not None and pairs is not None and len(text_columns) != 1 + pairs:
+        texts = "two texts" if pairs else "one text"
+        raise UsageError(f'Model "{model}" takes {texts}, and --text-columns names {len(text_columns)}.')
 
 
 def known_task(name: str) -> str:

@@ -42,6 +42,7 @@ def parse(
     file_format: str,
     header: Sequence[str] | None = None,
     skipped: list[DataError] | None = None,
+    pairs: bool | None = None,
 ) -> Numbered:
     """Lines of text as numbered rows, values by column.
 
@@ -51,6 +52,7 @@ def parse(
         file_format: "csv", "tsv", "jsonl", "json array" (whose rows count its objects) or "text".
         header: Column names, where the first line of a TSV does not hold them.
         skipped: Collects the errors of broken rows; None raises the first.
+        pairs: Whether a tab in plain text separates the two texts of a pair; None lets the first line decide.
     """
     if file_format == "csv":
         return _delimited(_csv_records(lines, file), file, None, skipped)
@@ -59,7 +61,7 @@ def parse(
     filled = _without_blank_lines(lines, file, skipped)
     if file_format == "tsv":
         return _delimited(((number, line.split("\t")) for number, line in filled), file, header, skipped)
-    return _json_objects(filled, file) if file_format == "jsonl" else _plain(filled, file)
+    return _json_objects(filled, file) if file_format == "jsonl" else _plain(filled, file, pairs)
 
 
 def _without_blank_lines(lines: Numbered, file: str, skipped: list[DataError] | None) -> Numbered:
@@ -195,17 +197,20 @@ def _behind_space(text: str, place: int) -> int:
     return place if found is None else found.end()
 
 
-def _plain(lines: Numbered, file: str) -> Numbered:
-    width = 0
+def _plain(lines: Numbered, file: str, pairs: bool | None) -> Numbered:
+    width = 0 if pairs is None else 1 + pairs
     for number, line in lines:
-        texts = line.split("\t")
+        texts = [line] if pairs is False else line.split("\t")
         width = width or len(texts)
         if len(texts) > 2 or len(texts) != width:
+            other = "the model takes pairs" if pairs else f"the first line has {width}"
             raise DataError(
                 f"There {'is 1 text' if len(texts) == 1 else f'are {len(texts)} texts separated by tabs'}"
-                + (f", but the first line has {width}." if len(texts) != width else "."),
+                + (f", but {other}." if len(texts) != width else "."),
                 file=file,
                 row=number,
-                remedy="Give one text a line, or two separated by a tab on every line.",
+                remedy="Give two texts separated by a tab on every line."
+                if pairs
+                else "Give one text a line, or two separated by a tab on every line.",
             )
         yield number, dict(zip(("text",) if width == 1 else ("text_a", "text_b"), texts, strict=True))

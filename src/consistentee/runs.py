@@ -310,6 +310,7 @@ def start_run(
             **identity,
             "data": {
                 "source": train_data.source,
+                "text_pairs": len(train_data.texts[0]) == 2,
                 "train_rows": len(kept),
                 "validation_rows": len(held),
                 **identity["data"],
@@ -349,6 +350,7 @@ def _new_model(
         "classifier_hidden_size": config.classifier_hidden_size,
         "head_dropout": config.head_dropout,
         "parse_special_tokens": config.parse_special_tokens,
+        "text_pairs": len(train_data.texts[0]) == 2,
     }
     if model_class is FullDepthForSequenceClassification:
         return FullDepthForSequenceClassification.from_backbone(backbone, **head)

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from consistentee.atomic import write_json
@@ -48,6 +54,31 @@ class SavedModel:
         """Class names by index."""
         names: dict[Any, Any] = dict(self.model.config.id2label or {})
         return tuple(str(names[index]) for index in sorted(names))
+
+    @property
+    def text_pairs(self) -> bool | None:
+        """Whether an input is a pair of texts, or one text; None where the folder does not say."""
+        return getattr(self.model.config, "text_pairs", None)
+
+    def check_texts(self, count: int, where: str) -> None:
+        """Check that inputs are of as many texts as the model takes.
+
+        Args:
+            count: texts of an input, 1 or 2.
+            where: which inputs, for the message.
+
+        Raises:
+            ValueError: they are pairs for a model of single texts, or the other way round.
+        """
+        if self.text_pairs is None or self.text_pairs == (count == 2):
+            return
+        takes, remedy = (
+            ("pairs of texts", 'Give two texts: ("first", "second"), or two text columns.')
+            if self.text_pairs
+            else ("single texts", "Give one text, or one text column.")
+        )
+        got = "a single text" if self.text_pairs else "a pair"
+        raise ValueError(f'Model "{self.name}" takes {takes}, and {where} is {got}. {remedy}')
 
     @property
     def max_length(self) -> int:
@@ -128,6 +159,17 @@ def open_model(name_or_path: str | Path, device: str | torch.device | None = Non
     read_special_tokens(tokenizer, bool(getattr(config, "parse_special_tokens", False)))
     place = default_device() if device is None else usable_device(device)
     return SavedModel(model.to(place).eval(), tokenizer, read_record(source), name)
+
+
+def saved_text_pairs(name_or_path: str | Path) -> bool | None:
+    """Whether a saved model takes pairs of texts, by its configuration; nothing else is opened.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `open_model`.
+    """
+    with loading(name_or_path):
+        values, _ = PreTrainedConfig.get_config_dict(model_source(name_or_path))
+    return values.get("text_pairs")
 
 
 def model_source(name_or_path: str | Path) -> str:

@@ -99,6 +99,7 @@ def model_workload(
         raise ValueError("There must be at least one text to measure with, got none.")
     kept = sorted(random.Random(seed).sample(range(len(read)), min(rows, len(read))))
     sample = [read[position] for position in kept]
+    engine.saved.check_texts(len(sample[0]), "each text")
     if "auto" in (dtype, backend):
         engine.calibrate(sample)
     return Workload(engine, encode_texts(sample, engine.saved.tokenizer, engine.saved.max_length))

@@ -361,7 +361,7 @@ def test_a_saved_folder_with_splits(tmp_path: Path) -> None:
     train, evaluation = load_files(tmp_path / "all", tmp_path / "all", ["text"], "y")
     assert (train.texts[0], evaluation.texts[0]) == (("train 0",), ("validation 0",))
     datasets.DatasetDict({"extra": rows("extra")}).save_to_disk(tmp_path / "one")
-    with pytest.raises(DataError, match=r'has only the splits "extra"\. Save it with a split named train'):
+    with pytest.raises(DataError, match=r'It has only the splits "extra"\. Save it with a split named train'):
         load_files(tmp_path / "one", None, ["text"], "y")
 
 

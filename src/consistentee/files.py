@@ -31,6 +31,8 @@ FORMATS = {
 }
 """File ending to format; for prediction every other ending is plain text, one text a line."""
 
+HUB_PREFIX = "hf:"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]:%+-]+)?")
 _ARRAY_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
 
 KNOWN_TEXT_COLUMNS = (
@@ -123,8 +125,9 @@ def open_table(
     """The rows of a CSV, TSV, JSON or Parquet file or of a folder written by `datasets.save_to_disk`.
 
     Args:
-        path: File or folder. JSON is objects, one a line or in one array.
-        splits: Where the folder holds several splits, the first of these that is there is read.
+        path: File or folder, or a data set on the hub (`hub_source`). JSON is objects, one a line or in one array. A
+            folder may also be a hub's data set, downloaded.
+        splits: Where there are several splits, the first of these that is there is read.
         header: Column names of a TSV file without a header line.
         skip_broken: Whether broken rows are left out and kept in the table's `skipped`, rather than raised.
 
@@ -132,8 +135,11 @@ def open_table(
         The table. Errors inside the file are raised while its rows are read.
 
     Raises:
-        DataError: The file is missing, or of no known format.
+        DataError: The file is missing, or of no known format, or the hub's data set cannot be loaded.
     """
+    on_hub = hub_source(path)
+    if on_hub is not None:
+        return _hub_table(on_hub, os.fspath(path), splits)
     path = Path(path)
     if not path.exists():
         raise DataError("There is no such file or folder.", file=path, remedy="Check the path.")
@@ -147,6 +153,47 @@ def open_table(
         case _:
             remedy = f"Give a file that ends in {', '.join(FORMATS)}, or a folder written by datasets.save_to_disk."
             raise DataError(f'The ending "{path.suffix}" is not known.', file=path, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the hub, or a folder with the files of one.
+
+    Args:
+        repository: Its name, `user/name`, or the folder.
+        config: Its configuration; None for the only one.
+        split: Its split; None for a usual one.
+    """
+
+    repository: str
+    config: str | None = None
+    split: str | None = None
+
+
+def hub_source(path: str | os.PathLike[str]) -> HubSource | None:
+    """What a path names on the hub: `hf:user/name`, `hf:user/name/config`, each perhaps with `:split` behind it.
+
+    Without `hf:` it is `user/name` or `user/name:split`, where there is no such file, nor a folder `user`.
+
+    Returns:
+        The data set; None for a path.
+
+    Example:
+        >>> hub_source("hf:nyu-mll/glue/sst2:validation")
+        HubSource(repository='nyu-mll/glue', config='sst2', split='validation')
+        >>> hub_source("somewhere/rows.csv") is None
+        True
+    """
+    spec = os.fspath(path)
+    if not spec.startswith(HUB_PREFIX):
+        is_path = Path(path).exists() or Path(path).suffix.lower() in (*FORMATS, ".txt")
+        if is_path or Path(path).parent.is_dir() or _HUB_NAME.fullmatch(spec) is None:
+            return None
+    name, _, split = spec.removeprefix(HUB_PREFIX).partition(":")
+    config = None
+    if name.count("/") == 2 and not Path(name).is_dir():
+        name, _, config = name.rpartition("/")
+    return HubSource(name, config, split or None)
 
 
 def table_of(dataset: Dataset, file: str, *, skip_broken: bool = False) -> Table:
@@ -166,11 +213,11 @@ def read_texts(
     """Texts to predict, one after the other, without ever holding the whole input.
 
     Args:
-        source: A file, "-" for standard input, or an open stream. Files go by their ending: `.csv` and `.tsv` with a
-            header line, `.jsonl` and `.json` (objects, one a line or in one array), `.parquet`, anything else plain
-            text. A stream is JSON lines if it starts with "{", an array if with "[{", else plain text, or, where
-            `text_columns` are named, a table with a header line (TSV if that has a tab). Plain text holds one text a
-            line, or, separated by a tab, the two of a pair.
+        source: A file, "-" for standard input, an open stream, or `hf:user/name` (`hub_source`). Files go by their
+            ending: `.csv` and `.tsv` with a header line, `.jsonl` and `.json` (objects, one a line or in one array),
+            `.parquet`, anything else plain text. A stream is JSON lines if it starts with "{", an array if with "[{",
+            else plain text, or, where `text_columns` are named, a table with a header line (TSV if that has a tab).
+            Plain text holds one text a line, or, separated by a tab, the two of a pair.
         text_columns: One or two columns; by default the first of KNOWN_TEXT_COLUMNS that the input has.
         pairs: Whether every row is a pair of texts. If not, a tab is part of a text. None lets the input decide.
 
@@ -186,6 +233,8 @@ def read_texts(
     if text_columns is not None and pairs is not None and len(text_columns) != 1 + pairs:
         wanted = "two columns for pairs of texts" if pairs else "one column for single texts"
         raise ValueError(f"text_columns must be {wanted}, got {len(text_columns)}.")
+    if isinstance(source, (str, os.PathLike)) and os.fspath(source).startswith(HUB_PREFIX):
+        return _texts(open_table(source, splits=("test", "validation", "train")), text_columns, pairs)
     if isinstance(source, (str, os.PathLike)) and os.fspath(source) != "-":
         path = Path(source)
         if not path.is_file():
@@ -287,20 +336,48 @@ def _datasets_folder(path: Path, splits: Sequence[str]) -> Table:
     import datasets
 
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        if any(file.suffix.lower() in FORMATS for file in path.rglob("*")):
+            return _hub_table(HubSource(str(path)), str(path), splits)
         remedy = "Give a file, or a folder written by datasets.save_to_disk."
         raise DataError("This folder is not a saved datasets folder.", file=path, remedy=remedy)
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.Dataset):
-        return table_of(loaded, str(path))
-    split = next((name for name in splits if name in loaded), None)
-    if split is None:
-        remedy = f"Save it with a split named {' or '.join(splits)}, or give one split's own folder."
-        raise DataError(
-            f"This folder has only the splits {quoted(str(name) for name in loaded)}.",
-            file=path,
-            remedy=remedy,
+    remedy = f"Save it with a split named {' or '.join(splits)}, or give one split's own folder."
+    return _one_split(datasets.load_from_disk(str(path)), str(path), splits, remedy)
+
+
+def _hub_table(source: HubSource, name: str, splits: Sequence[str]) -> Table:
+    import datasets
+
+    try:
+        loaded: Any = datasets.load_dataset(source.repository, source.config, split=source.split)
+    except Exception as error:  # whatever the network, the hub, the cache or a file comes up with
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        is_folder = Path(source.repository).is_dir()
+        place = (
+            "It" if is_folder else f'"{source.repository}" is no file or folder here, and the hub\'s data set'
         )
-    return table_of(loaded[split], str(path / split))
+        remedy = (
+            "Give one of its files."
+            if is_folder
+            else "Check the name (hf:user/name, hf:user/name/config, either with :split) and the network, log in to "
+            "the hub where it is private, or give a file."
+        )
+        raise DataError(f"{place} could not be loaded: {reason}.", file=name, remedy=remedy) from error
+    if source.split is not None:
+        splits = (source.split,)
+    return _one_split(loaded, name, splits, f"Name one of them: hf:{source.repository}:SPLIT.")
+
+
+def _one_split(
+    loaded: Dataset | Mapping[Any, Dataset], name: str, splits: Sequence[str], remedy: str
+) -> Table:
+    """The first of the splits that is there, or the data set that has none."""
+    if not isinstance(loaded, Mapping):
+        return table_of(loaded, name)
+    split = next((split for split in splits if split in loaded), None)
+    if split is None:
+        problem = f"It has only the splits {quoted(str(split) for split in loaded)}."
+        raise DataError(problem, file=name, remedy=remedy)
+    return table_of(loaded[split], f"{name}{'/' if Path(name).is_dir() else ' '}{split}")
 
 
 def _declared_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

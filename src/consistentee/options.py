@@ -55,7 +55,8 @@ class DataOptions:
         task: A task by name: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow; to generate text: alpaca,
             dolly, cnndm, xsum.
         data_dir: The task's local folder; without it the task comes from the model hub.
-        eval_file: Rows to report on: CSV, TSV, JSONL, Parquet or a `datasets` folder.
+        eval_file: Rows to report on: CSV, TSV, JSON, Parquet, a `datasets` folder, or a data set of the hub,
+            hf:user/name (with /config and :split where it has several).
         text_columns: To classify: the column of the text, or the two columns of a pair.
         label_column: To classify: the column of the label.
         prompt_column: To generate: the column of the instruction. [default: the usual names]
@@ -133,8 +134,8 @@ class TrainingDataOptions(DataOptions):
     """Which rows to train on.
 
     Args:
-        train_file: Rows to train on: CSV, TSV, JSONL, Parquet or a `datasets` folder; to generate text also a .txt
-            file of texts.
+        train_file: Rows to train on: CSV, TSV, JSON, Parquet, a `datasets` folder or hf:user/name; to generate text
+            also conversations ("messages" or "conversations") or a .txt file of texts.
         max_train_samples: Train on at most so many rows, every class with its share.
     """
 
@@ -142,7 +143,9 @@ class TrainingDataOptions(DataOptions):
     max_train_samples: int | None = None
 
     def kind(self, recipe_task: str | None = None) -> Kind:
-        """What is to be trained: of a task its kind; of a file, generation with its columns or for a .txt file.
+        """What is to be trained: of a task its kind; of a file, generation with its columns or by what is in it.
+
+        Without columns a .txt file, conversations, and instructions with responses are for generation.
 
         Args:
             recipe_task: taken where the command line names neither task nor file.
@@ -158,6 +161,11 @@ class TrainingDataOptions(DataOptions):
         if self.train_file is not None and self.task is None:
             is_text = self.train_file.suffix.lower() == ".txt" and not self.train_file.is_dir()
             kind: Kind = "generation" if self.has_generator_columns or is_text else "classification"
+            if kind == "classification" and not self.has_classifier_columns:
+                from consistentee.generation.data import holds_text_to_generate
+
+                if holds_text_to_generate(self.train_file):
+                    kind = "generation"
         else:
             task = self.task or recipe_task
             kind = "generation" if task is not None and is_generation_task(task) else "classification"

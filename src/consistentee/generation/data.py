@@ -6,20 +6,30 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from consistentee.data import BROKEN_SHARE
 from consistentee.encodings import decoded_lines, file_lines
 from consistentee.errors import DataError
-from consistentee.files import FORMATS, Table, json_format, open_table, table_of
+from consistentee.files import FORMATS, HUB_PREFIX, Table, json_format, open_table, table_of
+from consistentee.generation.conversations import CONVERSATION_COLUMNS, answers, read_turns
+from consistentee.generation.instructions import InstructionDataset, split_rows
 from consistentee.generation.tasks import END_MARKER, GenerationTask, Layout, get_generation_task
 from consistentee.parsing import Numbered, parse, quoted, raise_or_skip
 from consistentee.tasks import plain_name
+
+__all__ = [
+    "InstructionDataset",
+    "conversation_column",
+    "holds_text_to_generate",
+    "load_generation_files",
+    "load_generation_task",
+    "read_prompts",
+    "split_rows",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -28,79 +38,6 @@ PROMPT_COLUMNS = ("instruction", "prompt", "question", "article", "document", "t
 INPUT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("output", "response", "answer", "completion", "summary", "highlights")
 """Columns that are taken where none are named, the first that is there."""
-
-
-@dataclass(frozen=True)
-class InstructionDataset:
-    """Instructions with the responses that are expected.
-
-    Args:
-        instructions: One a row. Where it and the input are "", the reference is a text to learn as a whole.
-        inputs: What the instruction is about, one a row; "" where it stands alone.
-        references: The responses, one a row, none empty.
-        source: Where the rows come from, for messages and records.
-    """
-
-    instructions: list[str]
-    inputs: list[str]
-    references: list[str]
-    source: str
-
-    def __post_init__(self) -> None:
-        counts = (len(self.instructions), len(self.inputs), len(self.references))
-        if len(set(counts)) > 1:
-            raise ValueError(f"instructions, inputs and references must be equally many, got {counts}.")
-
-    def __len__(self) -> int:
-        return len(self.references)
-
-    def select(self, indices: Iterable[int]) -> InstructionDataset:
-        """The rows with these indices, in their order."""
-        rows = [int(index) for index in indices]
-        instructions, inputs = [self.instructions[row] for row in rows], [self.inputs[row] for row in rows]
-        return InstructionDataset(instructions, inputs, [self.references[row] for row in rows], self.source)
-
-    def max_samples(self, count: int | None, seed: int = 0) -> InstructionDataset:
-        """At most `count` rows drawn at random; the rows keep their order.
-
-        Args:
-            count: The number of rows to keep, at least 1; None keeps all.
-            seed: Same seed, same rows.
-        """
-        if count is not None and count < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
-        if count is None or count >= len(self):
-            return self
-        return self.select(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
-
-
-def split_rows(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split rows in two at random, both parts with at least one.
-
-    Args:
-        count: The number of rows, at least 2.
-        fraction: Share of the rows to hold out, in (0, 1).
-        seed: Same seed, same split.
-
-    Returns:
-        Indices of the rows kept and of the rows held out, both ascending.
-
-    Raises:
-        DataError: Fewer than two rows.
-        ValueError: A fraction outside (0, 1).
-
-    Example:
-        >>> kept, held = split_rows(10, fraction=0.2, seed=0)
-        >>> len(kept), len(held)
-        (8, 2)
-    """
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"fraction must be in (0, 1), got {fraction}.")
-    if count < 2:
-        raise DataError(f"Rows that are to be split: {count}.", remedy="Give at least two rows.")
-    held = min(max(1, round(fraction * count)), count - 1)
-    order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
 
 
 def load_generation_task(
@@ -151,9 +88,9 @@ def load_generation_files(
     """Training and evaluation rows from files of one's own.
 
     Args:
-        train_file: CSV, TSV, JSON lines or Parquet file, or a `datasets.save_to_disk` folder, of instructions and
-            responses; or a `.txt` file of texts to learn: one a line, or, where there are blank lines, one between two
-            of them. None for none.
+        train_file: CSV, TSV, JSON or Parquet file, or a `datasets.save_to_disk` folder, of instructions and responses,
+            or of conversations (`conversations.read_turns`), whose answers are a row each; or a `.txt` file of texts
+            to learn: one a line, or, where there are blank lines, one between two of them. None for none.
         eval_file: The same; of a folder with several splits, "validation" is read, else "test".
         prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the file has.
         input_column: Column of the input; None takes the first of INPUT_COLUMNS, if there is one.
@@ -180,6 +117,9 @@ def load_generation_files(
         if Path(path).suffix.lower() == ".txt" and not Path(path).is_dir():
             return _plain_texts(Path(path))
         columns, table = open_table(path, splits=splits).with_columns()
+        conversation = conversation_column(columns, named)
+        if conversation is not None:
+            return _read_conversations(table, conversation)
         free = [column for column in columns if column not in named]  # a named column has its one role
         prompt = prompt_column or _known(table, 1, free, PROMPT_COLUMNS, "instruction")
         response = response_column or _known(table, 1, free, RESPONSE_COLUMNS, "response")
@@ -190,6 +130,25 @@ def load_generation_files(
         return _read(table, (Layout(response, prompt, context),), "")
 
     return rows(train_file), rows(eval_file, ("validation", "test"))
+
+
+def conversation_column(columns: Sequence[str], named: Sequence[str] = ()) -> str | None:
+    """The column that holds conversations: one that is named, or, where none is, the usual; None where none does."""
+    looked_at = named or columns
+    return next((name for name in CONVERSATION_COLUMNS if name in looked_at and name in columns), None)
+
+
+def holds_text_to_generate(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's columns say that it is to generate from: conversations, or instructions with responses.
+
+    Nothing but its first row is read; what cannot be read is none.
+    """
+    try:
+        columns, _ = open_table(path).with_columns()
+    except DataError:
+        return False
+    asks = "instruction" in columns and any(name in columns for name in RESPONSE_COLUMNS)
+    return asks or conversation_column(columns) is not None
 
 
 def read_prompts(
@@ -212,6 +171,9 @@ def read_prompts(
     Raises:
         DataError: A file that is missing or empty, a row that is broken or whose prompt is empty.
     """
+    if isinstance(source, (str, os.PathLike)) and os.fspath(source).startswith(HUB_PREFIX):
+        table = open_table(source, splits=("test", "validation", "train"))
+        return _prompts(table, prompt_column, input_column)
     if isinstance(source, (str, os.PathLike)) and os.fspath(source) != "-":
         path = Path(source)
         if not path.is_file():
@@ -322,6 +284,19 @@ def _read(table: Table, layouts: Sequence[Layout], instruction: str) -> Instruct
     if not data:
         raise table.error(None, "No row of it can be used.", "Give a file with at least one whole row.")
     return data
+
+
+def _read_conversations(table: Table, column: str) -> InstructionDataset:
+    data = InstructionDataset([], [], [], table.file, [], [])
+    history, conversations = data.history or [], data.conversations or []
+    for number, values in table.rows:
+        for before, question, answer in answers(read_turns(table, number, values, column)):
+            data.instructions.append(question)
+            data.inputs.append("")
+            data.references.append(answer)
+            history.append(before)
+            conversations.append(number)
+    return replace(data, history=history, conversations=conversations)
 
 
 def _row(table: Table, number: int, values: Mapping[str, Any], layout: Layout) -> tuple[str, str, str]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from consistentee.batches import TOKENIZED_AT_ONCE
 from consistentee.errors import DataError, SettingError
 from consistentee.generation.data import InstructionDataset
-from consistentee.generation.templates import PromptTemplate
+from consistentee.generation.templates import PromptTemplate, Turn
 from consistentee.literal import ControlTokens, literal_ids
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ SHORTEST_RESPONSE = 0.25  # of max_length: a response is not cut below this; the
 
 Tokens = Sequence[int] | NDArray[np.int32]
 """Token ids of one row."""
+
+Asked = tuple[str, str, tuple[Turn, ...]]
+"""An instruction, its input and the turns before them."""
 
 
 class TokenizedPrompts(Dataset[dict[str, Any]]):
@@ -107,9 +110,9 @@ def encode_rows(
 ) -> TokenizedPrompts:
     """Tokenize prompts and responses to train on.
 
-    Of a row that is too long the input is cut first, from its end, so that the template's own text stays whole; then
-    the response, but not below SHORTEST_RESPONSE of `max_length`; then the instruction. A response that is cut has no
-    end of text after it.
+    Of a row that is too long the oldest turns of its conversation go first; then the input is cut, from its end, so
+    that the template's own text stays whole; then the response, but not below SHORTEST_RESPONSE of `max_length`; then
+    the instruction. A response that is cut has no end of text after it.
 
     Args:
         dataset: Instructions with responses.
@@ -140,18 +143,19 @@ def encode_rows(
     responses: list[NDArray[np.int32]] = []
     for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
         part = dataset.select(range(start, min(start + TOKENIZED_AT_ONCE, len(dataset))))
-        asked = list(zip(part.instructions, part.inputs, strict=True))
-        for (instruction, context), prompt, bare in zip(
+        asked = part.prompts()
+        for (instruction, context, history), prompt, bare in zip(
             asked, encoder.prompts(asked), encoder.tokens_of(part.references), strict=True
         ):
             response = [*bare, end]
             room = min(longest_prompt, max_length - len(response))
-            context, prompt = encoder.cut_input(instruction, context, prompt, room)
+            history, prompt = encoder.cut_history(instruction, context, history, prompt, room)
+            context, prompt = encoder.cut_input(instruction, context, history, prompt, room)
             if len(prompt) > room:
                 left = max_length - min(len(prompt), longest_prompt)
                 response = response[: max(left, shortest_response)]
                 room = min(longest_prompt, max_length - len(response))
-                prompt = encoder.cut_instruction(instruction, context, prompt, room)
+                prompt = encoder.cut_instruction(instruction, context, history, prompt, room)
             prompts.append(np.array(prompt, dtype=np.int32))
             responses.append(np.array(response, dtype=np.int32))
     return TokenizedPrompts(prompts, responses)
@@ -170,8 +174,8 @@ def encode_prompts(
         prompts: A data set, or pairs of an instruction and an input ("" for none).
         tokenizer: A Hugging Face tokenizer.
         template: How prompts are written.
-        max_prompt_length: The most tokens of a prompt: of a longer one the input is cut from its end, then the
-            instruction.
+        max_prompt_length: The most tokens of a prompt: of a longer one the oldest turns of a conversation go, then the
+            input is cut from its end, then the instruction.
 
     Returns:
         One list of token ids a prompt, not padded.
@@ -181,13 +185,15 @@ def encode_prompts(
         ValueError: A `max_prompt_length` with no room for the template's own text.
     """
     if isinstance(prompts, InstructionDataset):
-        prompts = zip(prompts.instructions, prompts.inputs, strict=True)
-    asked = list(prompts)
+        asked = prompts.prompts()
+    else:
+        asked = [(instruction, context, ()) for instruction, context in prompts]
     encoder = _PromptEncoder(tokenizer, template)
     encoded: list[list[int]] = []
-    for (instruction, context), prompt in zip(asked, encoder.prompts(asked), strict=True):
-        context, prompt = encoder.cut_input(instruction, context, prompt, max_prompt_length)
-        encoded.append(encoder.cut_instruction(instruction, context, prompt, max_prompt_length))
+    for (instruction, context, history), prompt in zip(asked, encoder.prompts(asked), strict=True):
+        history, prompt = encoder.cut_history(instruction, context, history, prompt, max_prompt_length)
+        context, prompt = encoder.cut_input(instruction, context, history, prompt, max_prompt_length)
+        encoded.append(encoder.cut_instruction(instruction, context, history, prompt, max_prompt_length))
     if [] in encoded:
         row = encoded.index([]) + 1
         raise DataError("The prompt has no token.", row=row, unit="prompt", remedy="Write one, or remove it.")
@@ -205,7 +211,7 @@ class _PromptEncoder:
         starts = (start for start in range(len(special)) if special[start : start + len(bare)] == bare)
         # Tokens that begin a text; those with which some tokenizers end one would end it before the response.
         self.beginning = special[: next(starts, 0)]
-        self._controls: dict[tuple[bool, bool], ControlTokens] = {}
+        self._controls: dict[tuple[bool, bool, tuple[str, ...]], ControlTokens] = {}
 
     def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that users wrote, with no special ones around them."""
@@ -213,42 +219,57 @@ class _PromptEncoder:
             return self._parsed(texts)
         return literal_ids(self.tokenizer, texts)
 
-    def prompts(self, asked: Iterable[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of the prompts of instructions with their inputs."""
+    def prompts(self, asked: Iterable[Asked]) -> list[list[int]]:
+        """Token ids of the prompts of instructions with their inputs and histories."""
         asked = [*asked]
-        texts = [self.template.render(instruction, context) for instruction, context in asked]
+        texts = [self.template.render(*prompt) for prompt in asked]
         beginnings = [[] if text and self.template.holds_special_tokens else self.beginning for text in texts]
         encoded = self._parsed(texts)
         if not self.template.parse_special_tokens:
-            for row, (instruction, context) in enumerate(asked):
-                own = self._own_controls(bool(instruction), bool(context))
+            for row, prompt in enumerate(asked):
+                own = self._own_controls(*prompt)
                 if own.among(encoded[row]) != own.sequence:  # one is spelled in what the user wrote
-                    encoded[row] = own.encode(self.template.parts(instruction, context))
+                    encoded[row] = own.encode(self.template.parts(*prompt))
         return [[*first, *rest] for first, rest in zip(beginnings, encoded, strict=True)]
 
     def _parsed(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer([*texts], add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
-    def _own_controls(self, has_instruction: bool, has_input: bool) -> ControlTokens:
+    def _own_controls(self, instruction: str, context: str, history: Sequence[Turn]) -> ControlTokens:
         """The control tokens that the template itself writes around such a prompt."""
-        shape = (has_instruction, has_input)
+        roles = tuple(role for role, _ in history)
+        shape = (bool(instruction), bool(context), roles)
         if shape not in self._controls:
-            text = self.template.render("a" if has_instruction else "", "a" if has_input else "")
+            before = [(role, "a") for role in roles]
+            text = self.template.render("a" if instruction else "", "a" if context else "", before)
             self._controls[shape] = ControlTokens(self.tokenizer, text)
         return self._controls[shape]
 
+    def cut_history(
+        self, instruction: str, context: str, history: tuple[Turn, ...], prompt: list[int], limit: int
+    ) -> tuple[tuple[Turn, ...], list[int]]:
+        """As many of the last turns as fit, behind a system's, and the prompt, which may still be too long."""
+        system = history[: sum(role == "system" for role, _ in history)]
+        turns = history[len(system) :]
+        while turns and len(prompt) > limit:
+            turns = turns[2:]
+            (prompt,) = self.prompts([(instruction, context, (*system, *turns))])
+        return (*system, *turns), prompt
+
     def cut_input(
-        self, instruction: str, context: str, prompt: list[int], limit: int
+        self, instruction: str, context: str, history: tuple[Turn, ...], prompt: list[int], limit: int
     ) -> tuple[str, list[int]]:
         """As much of the input as fits, and the prompt, which may still be too long where nothing fits."""
         count = len(self.tokens_of([context])[0]) if context and len(prompt) > limit else 0
         while context and len(prompt) > limit:
             count -= len(prompt) - limit
             context = self._first(context, count)
-            (prompt,) = self.prompts([(instruction, context)])
+            (prompt,) = self.prompts([(instruction, context, history)])
         return context, prompt
 
-    def cut_instruction(self, instruction: str, context: str, prompt: list[int], limit: int) -> list[int]:
+    def cut_instruction(
+        self, instruction: str, context: str, history: tuple[Turn, ...], prompt: list[int], limit: int
+    ) -> list[int]:
         """The prompt with as much of the instruction as fits."""
         count = len(self.tokens_of([instruction])[0]) if len(prompt) > limit else 0
         fixed = len(prompt) - count
@@ -260,7 +281,7 @@ class _PromptEncoder:
                     f"The prompt's length must be above the {fixed} tokens of the prompt template, got {limit}. "
                     "Raise max_length or max_prompt_length, or take a shorter template."
                 )
-            (prompt,) = self.prompts([(instruction, context)])
+            (prompt,) = self.prompts([(instruction, context, history)])
         return prompt
 
     def _first(self, text: str, count: int) -> str:

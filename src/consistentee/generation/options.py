@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ class GenerationData:
 
 def generation_training_data(options: TrainingDataOptions, recipe: Recipe, seed: int) -> GenerationData:
     """Load what a training command is to make a text generator from and to report on; as `training_data`."""
-    from consistentee.generation.data import load_generation_files, load_generation_task, split_rows
+    from consistentee.generation.data import load_generation_files, load_generation_task
     from consistentee.generation.tasks import get_generation_task
 
     check_training_source(options)
@@ -56,7 +57,7 @@ def generation_training_data(options: TrainingDataOptions, recipe: Recipe, seed:
         raise UsageError("There are no rows to train on.")
     held_out = evaluation is None
     if evaluation is None:
-        kept, held = split_rows(len(train), HELD_OUT_SHARE, seed)
+        kept, held = train.split(HELD_OUT_SHARE, seed)
         train, evaluation = train.select(kept), train.select(held)
     return GenerationData(task, train.max_samples(options.max_train_samples, seed), evaluation, held_out)
 
@@ -65,13 +66,17 @@ def save_held_out_texts(folder: Path, rows: InstructionDataset, options: Trainin
     """Keep the rows that were cut from the training file, so that --eval-file reads them.
 
     Returns:
-        The file: JSON lines with the columns that were named, or texts with blank lines between them.
+        The file: JSON lines with the columns that were named, or of conversations ("messages"), or texts with blank
+        lines between them.
     """
     if not any(rows.instructions) and not any(rows.inputs):
         path = folder / HELD_OUT_TEXTS
         write_text(path, "\n\n".join(rows.references) + "\n")
         return path
     path = folder / HELD_OUT_FILE
+    if rows.history is not None and rows.conversations is not None:
+        write_text(path, "".join(line + "\n" for line in _conversations(rows)))
+        return path
     columns = (
         options.prompt_column or "instruction",
         options.input_column or "input",
@@ -83,6 +88,16 @@ def save_held_out_texts(folder: Path, rows: InstructionDataset, options: Trainin
     ]
     write_text(path, "".join(line + "\n" for line in lines))
     return path
+
+
+def _conversations(rows: InstructionDataset) -> Iterator[str]:
+    """JSON lines of whole conversations: that of a row which is the last one of its conversation."""
+    of = rows.conversations or []
+    for row, (instruction, _, history) in enumerate(rows.prompts()):
+        if row + 1 == len(rows) or of[row] != of[row + 1]:
+            turns = [*history, ("user", instruction), ("assistant", rows.references[row])]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            yield json.dumps({"messages": messages}, ensure_ascii=False)
 
 
 def generation_evaluation_data(options: DataOptions, model_task: str | None) -> InstructionDataset:

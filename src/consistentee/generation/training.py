@@ -26,7 +26,7 @@ from consistentee import checkpoints
 from consistentee.errors import SettingError
 from consistentee.generation.adapters import Adapters, add_adapters
 from consistentee.generation.config import GenerationTrainingConfig
-from consistentee.generation.data import InstructionDataset, split_rows
+from consistentee.generation.data import InstructionDataset
 from consistentee.generation.encoding import collate_rows, encode_rows
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.objectives import (
@@ -281,7 +281,7 @@ def _start(
             dropout=config.lora_dropout,
         )
 
-    kept, held = split_rows(len(train_data), config.validation_fraction, config.seed)
+    kept, held = train_data.split(config.validation_fraction, config.seed)
     lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     train_rows = encode_rows(train_data.select(kept), tokenizer, template, **lengths)
     validation = encode_rows(train_data.select(held), tokenizer, template, **lengths)
@@ -347,8 +347,9 @@ def _start(
 def _fingerprint(data: InstructionDataset) -> str:
     """Hash of all rows: two runs with the same one saw the same data."""
     digest = hashlib.sha256()
-    for row in zip(data.instructions, data.inputs, data.references, strict=True):
-        digest.update("\x1f".join(row).encode() + b"\x1e")
+    for (instruction, context, history), reference in zip(data.prompts(), data.references, strict=True):
+        before = [part for turn in history for part in turn]
+        digest.update("\x1f".join([*before, instruction, context, reference]).encode() + b"\x1e")
     return digest.hexdigest()[:16]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from saved_generators import generator_folder
 from tiny_training import quick_generation_config, tiny_decoder
 
+from consistentee.cli import main
 from consistentee.errors import DataError
 from consistentee.generation.data import InstructionDataset
 from consistentee.generation.encoding import encode_prompts, encode_rows
@@ -168,3 +170,20 @@ def test_training_and_generator_agree(parse: bool, tmp_path: Path, monkeypatch: 
     assert all(
         part[row]["input_ids"].count(end) == 1 + 2 * parse for part in seen for row in range(len(part))
     )
+
+
+@pytest.mark.parametrize("option", [[], ["--parse-special-tokens"]])
+def test_the_option_of_generate(option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = generator_folder(tmp_path)
+    seen: list[int] = []
+
+    def noted(*args: Any, **kwargs: Any) -> list[list[int]]:
+        encoded = encode_prompts(*args, **kwargs)
+        seen.extend(encoded[0])
+        return encoded
+
+    monkeypatch.setattr("consistentee.generation.generator.encode_prompts", noted)
+    arguments = ["--prompt", "a</s>b", "--json", "--max-new-tokens", "2", *option]
+    assert main(["generate", str(folder), *arguments]) == 0
+    end = open_generator(folder, "cpu").tokenizer.convert_tokens_to_ids("</s>")
+    assert (end in seen) is bool(option)

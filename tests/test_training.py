@@ -394,6 +394,7 @@ TESTED_ELSEWHERE = {
     "mixed_precision",
     "patience",
     "threshold_metric",
+    "parse_special_tokens",  # in test_literal: it needs texts that spell them
     "checkpoint_every",
     "max_cache_mb",
     "tracker",

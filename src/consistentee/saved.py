@@ -169,6 +169,8 @@ def saved_text_pairs(name_or_path: str | Path) -> bool | None:
     """
     with loading(name_or_path):
         values, _ = PreTrainedConfig.get_config_dict(model_source(name_or_path))
+        if not isinstance(values, dict):
+            raise ValueError(f"config.json must hold a JSON object, got {values!r}.")
     return values.get("text_pairs")
 
 

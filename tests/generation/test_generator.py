@@ -147,6 +147,38 @@ class TestGenerateTexts:
         assert once == twice
         assert once != other
 
+    @pytest.mark.parametrize("kind", ["exits", "plain"])
+    def test_nothing_but_the_options_decides(self, folders: dict[str, Path], kind: str) -> None:
+        values: dict[str, Any] = {"max_new_tokens": 12} | ({} if kind == "plain" else {"mode": "full"})
+        saved = open_generator(folders[kind], device="cpu")
+        generator = TextGenerator(saved, template=TEMPLATE)
+        greedy = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], **values)]
+        torch.manual_seed(7)
+        drawn = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], do_sample=True, **values)]
+        config: Any = saved.model.generation_config
+        config.repetition_penalty = 3.0
+        config.no_repeat_ngram_size = 1
+        config.suppress_tokens = sorted({token for row in greedy + drawn for token in row})
+        config.min_length, config.top_k, config.temperature, config.min_p = 60, 2, 0.1, 0.5
+        assert [text.token_ids for text in generator.generate_texts(PROMPTS[:4], **values)] == greedy
+        torch.manual_seed(7)
+        again = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], do_sample=True, **values)]
+        assert again == drawn
+
+    def test_draws_are_from_all_tokens_or_as_many_as_asked_for(self, generator: TextGenerator) -> None:
+        (prompt,) = generator.encode([("go", "")])
+        model: Any = generator.saved.model
+        ranks = model(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).argsort()
+        drawn: dict[int | None, set[int]] = {}
+        for top_k in (None, 5):
+            options = DecodingOptions(
+                mode="full", max_new_tokens=1, do_sample=True, temperature=20.0, top_k=top_k, seed=0
+            )
+            texts = generator.generate_encoded([prompt] * 200, batch_size=50, options=options)
+            drawn[top_k] = {int(ranks[text.token_ids[0]]) for text in texts}
+        assert max(drawn[None]) > 200  # of 258: Hugging Face's default would end at 50
+        assert drawn[5] == {0, 1, 2, 3, 4}
+
     def test_a_model_without_exits(self, folders: dict[str, Path]) -> None:
         plain = open_generator(folders["plain"], device="cpu")
         exits = open_generator(folders["exits"], device="cpu")
@@ -177,6 +209,8 @@ class TestGenerateTexts:
             ({"criterion": "softmax_margin"}, 'has no threshold for criterion "softmax_margin"'),
             ({"temperature": 0.5}, "temperature goes with do_sample"),
             ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
+            ({"top_k": 3}, "top_k goes with do_sample"),
+            ({"do_sample": True, "top_k": 0}, "top_k must be at least 1, got 0"),
             ({"do_sample": True, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
             ({"do_sample": True, "mode": "lossless"}, 'do_sample must be False in mode "lossless"'),
             ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),

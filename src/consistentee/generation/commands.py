@@ -56,6 +56,7 @@ def generate(
     batch_size: int | None = None,
     do_sample: Flag = False,
     temperature: float | None = None,
+    top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     stop: Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative=())] = None,
@@ -90,8 +91,9 @@ def generate(
         max_new_tokens: Longest text. [default: what suits the model's task]
         batch_size: Prompts that go through the model together. [default: 8]
         do_sample: Draw tokens instead of taking the likeliest.
-        temperature: Of the draws: below 1 is safer, above 1 wilder. [default: the model's]
-        top_p: Draw from the likeliest tokens that have this share together. [default: the model's]
+        temperature: Of the draws: below 1 is safer, above 1 wilder. [default: 1]
+        top_k: Draw from so many of the likeliest tokens. [default: all]
+        top_p: Draw from the likeliest tokens that have this share together. [default: 1, all]
         seed: Of the draws. [default: 0]
         stop: End the text before this string; may be given several times. Not part of the text.
         skipped_states: Keys and values of skipped layers: copy them from the exit's state, or recompute them. [default:
@@ -105,7 +107,7 @@ def generate(
         output: Write JSON lines here; the file appears when it is complete.
         debug: Show tracebacks and the messages of other libraries.
     """
-    at_least_one(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    at_least_one(batch_size=batch_size, max_new_tokens=max_new_tokens, top_k=top_k)
     _check_prompt_options(file, prompt, input, prompt_column, input_column)
     if prompt is not None and batch_size is not None:
         raise UsageError("--batch-size goes with a file, not with --prompt.")
@@ -125,6 +127,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             temperature=temperature,
+            top_k=top_k,
             top_p=top_p,
             seed=seed or 0,
             stop=stop or (),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from consistentee.config import require_choice, require_seed
 from consistentee.errors import DataError
@@ -27,6 +27,38 @@ from consistentee.timing import synchronised_seconds
 WINDOW_BATCHES = 8
 """Prompts are sorted by length within so many batches; the first window is a single batch, the next ones double."""
 
+SHAPING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_h",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "watermarking_config",
+    "min_length",
+    "min_new_tokens",
+    "max_time",
+    "stop_strings",
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+)
+"""Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
+own `generation_config` says, and so is transformers' default of the 50 likeliest."""
 
 @dataclass(frozen=True)
 class GeneratedText:
@@ -67,7 +99,7 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How to generate.
+    """How to generate: these options alone decide, and nothing of the model's `generation_config` but its end of text.
 
     Args:
         mode: `early-exit`, `full` or `lossless`; None takes the saved one.
@@ -77,8 +109,9 @@ class DecodingOptions:
         max_new_tokens: longest text; None takes what suits the model's task.
         max_prompt_length: longest prompt, in tokens; None takes what the model has room for beside the text.
         do_sample: whether to draw tokens; otherwise the likeliest is taken.
-        temperature: above 0, divides the logits before drawing.
-        top_p: in (0, 1], share of the probability from which tokens are drawn.
+        temperature: above 0, divides the logits before drawing; None is 1.
+        top_k: at least 1, tokens are drawn from so many of the likeliest; None is all of them.
+        top_p: in (0, 1], share of the probability from which tokens are drawn; None is all of it.
         seed: of the draws; None goes on with torch's generator as it is.
         stop: strings that end a text, one or several; the text ends before them. One that is the name of a special
             token, such as "<|im_end|>", stands for that token.
@@ -93,6 +126,7 @@ class DecodingOptions:
     do_sample: bool = False
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
 
@@ -104,11 +138,11 @@ class DecodingOptions:
             require_choice("mode", self.mode, get_args(GenerationMode))
         if self.skipped_states is not None:
             require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
-        for name in ("max_new_tokens", "max_prompt_length"):
+        for name in ("max_new_tokens", "max_prompt_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_k", "top_p"):
             if getattr(self, name) is not None and not self.do_sample:
                 raise ValueError(f"{name} goes with do_sample, got {getattr(self, name)} without it.")
         if self.temperature is not None and not self.temperature > 0:
@@ -318,15 +352,18 @@ class TextGenerator:
         input_ids, mask = pad_left(encoded, saved.tokenizer.pad_token_id)  # (rows, tokens)
         stops, stop_tokens = self._stops(options)
         ends = _end_tokens(saved) | stop_tokens
-        config = GenerationConfig(
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.do_sample,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            eos_token_id=sorted(ends),
-            pad_token_id=saved.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-        )
+        decoding = {
+            **dict.fromkeys(SHAPING),
+            "num_beams": 1,
+            "max_new_tokens": options.max_new_tokens,
+            "do_sample": options.do_sample,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "eos_token_id": sorted(ends),
+            "pad_token_id": saved.tokenizer.pad_token_id,
+            "return_dict_in_generate": True,
+        }
         exits: dict[str, Any] = {}
         if saved.has_exits:
             exits = {
@@ -339,8 +376,8 @@ class TextGenerator:
         output: Any = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=config,
             streamer=streamer,
+            **decoding,
             **exits,
         )
         seconds = (synchronised_seconds(model.device) - start) / len(encoded)

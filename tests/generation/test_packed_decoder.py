@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -197,6 +198,55 @@ def test_changed_weights_are_seen(model_type: str, change: Callable[[EarlyExitFo
     after = generate(model, prompts, NEW, mode="full").sequences
     assert not torch.equal(before, after)
     assert torch.equal(after, generate(model.backbone, prompts, NEW).sequences)
+
+
+@EVERY_TYPE
+def test_generate_sees_weights_that_were_written_through_data(model_type: str) -> None:
+    """Torch does not count such changes; adapters are merged, and averages of weights taken, in this way."""
+    model, other = tiny_exit_model(model_type, seed=3), tiny_exit_model(model_type, seed=8)
+    prompt = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "threshold": 0.5}
+    before, expected = (one.generate(prompt, **options) for one in (model, other))
+    assert before.sequences.tolist() != expected.sequences.tolist()
+    for weight, value in zip(model.parameters(), other.parameters(), strict=True):
+        weight.data.copy_(value)
+    after = model.generate(prompt, **options)
+    assert after.sequences.tolist() == expected.sequences.tolist()
+    assert after.exit_layers.tolist() == expected.exit_layers.tolist()
+
+
+def test_one_number_written_through_data_is_seen() -> None:
+    model = tiny_exit_model("gpt2", seed=3)
+    weights = model.exit_weights()
+    for copied in (
+        model.policy.state_weight,
+        model.exit_heads.norms[1].weight,
+        model.backbone.lm_head.weight,
+        model.backbone.transformer.h[2].attn.c_attn.bias,
+        model.backbone.transformer.h[2].ln_1.bias,
+    ):
+        copied.data.view(-1)[-1] += 1e-6
+        assert model.exit_weights() is not weights
+        weights = model.exit_weights()
+        copied.data.copy_(copied.data.flip(0))  # the same numbers elsewhere
+        assert model.exit_weights() is not weights
+        weights = model.exit_weights()
+        assert model.exit_weights() is weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_signature_reads_weights_of_any_size(dtype: torch.dtype) -> None:
+    assert weight_signature(nn.Module(), [torch.zeros(0, 3, dtype=dtype)]) == (0,)
+    for shape in ((), (1,), (5,), (3, 4), (3, 5), (2, 3, 2)):
+        for view in (
+            torch.zeros(shape, dtype=dtype),
+            torch.zeros(1 + math.prod(shape), dtype=dtype)[1:].view(shape),
+        ):
+            module = nn.Module()
+            before = weight_signature(module, [view])
+            assert weight_signature(module, [view]) == before
+            view.view(-1)[-1] = 1
+            assert weight_signature(module, [view]) != before
 
 
 def test_one_key_projection_in_place_is_seen_by_skipped_layers() -> None:

@@ -46,6 +46,8 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
         "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
     }
 
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
     decoder_config: PreTrainedConfig | dict[str, Any] | None = None
     exit_head: str = "shared"
     exit_head_rank: int = 16

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consistentee.generation import decoders
 from consistentee.generation.cache import DecoderCache
@@ -19,7 +19,15 @@ from consistentee.generation.decoders import SLIDING
 from consistentee.generation.exit_heads import ExitHeads
 from consistentee.generation.exit_rules import ExitRule, ForcedRule
 from consistentee.generation.greedy_head import GreedyHead
-from consistentee.generation.packed_decoder import Affine, Layer, Map, PackedDecoder, Rotary, affine_norm
+from consistentee.generation.packed_decoder import (
+    Affine,
+    Layer,
+    Map,
+    PackedDecoder,
+    Rotary,
+    affine_norm,
+    weight_signature,
+)
 from consistentee.generation.skipped import SkippedKeysValues
 
 COMPACT_BELOW = 0.75
@@ -45,6 +53,10 @@ class ExitWeights:
         self._greedy_head: GreedyHead | None = None
         self.draft_clocks: dict[Hashable, Any] = {}
         """What lossless decoding learnt about its speed, by how it was asked to draft; gone when the weights change."""
+
+    def signature(self) -> tuple[Any, ...]:
+        """Tells whether these are still the model's weights, see `weight_signature`."""
+        return weight_signature(self.model, _copied_weights(self.model))
 
     @property
     def num_layers(self) -> int:
@@ -462,6 +474,22 @@ class Decoding:
             slots=torch.full((count,), slot, device=device),
             rotary=rotary,
         )
+
+
+def _copied_weights(model: Any) -> list[Tensor]:
+    """Weights that are kept a second time, in another form: all but those of large maps that are read in place."""
+    parts = decoders.decoder_architecture(model.backbone.config).parts
+    paths = [path for path in (parts.attention_output, parts.gate, parts.up, parts.down) if path]
+    in_place: list[nn.Module] = [
+        layer.get_submodule(path) for layer in decoders.decoder_layers(model.backbone) for path in paths
+    ]
+    in_place.append(model.backbone.get_input_embeddings())
+    if not model.exit_heads.head_is_shared:
+        in_place += [model.exit_heads.heads, decoders.lm_head(model.backbone)]
+    left_out = {id(weight) for module in in_place for weight in module.parameters()}
+    if model.exit_heads.head_is_shared:  # also where it is the embeddings
+        left_out -= {id(weight) for weight in decoders.lm_head(model.backbone).parameters()}
+    return [weight for weight in model.parameters() if id(weight) not in left_out]
 
 
 def _in_order(left: list[tuple[list[int], Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,7 @@ def forced_exits(
         ValueError: the model has no exits, or no response has a token that follows another.
     """
     model = saved.early_exit_model
+    weights = model.exit_weights()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for input_ids, mask, labels, predicts in _batches(saved, rows, batch_size, description):
         may_leave = predicts & ~_first_of_response(predicts) if _first_is_full(model) else predicts
@@ -125,7 +126,6 @@ def forced_exits(
         normed, exit_layer = model.exit_pass(input_ids, mask, may_leave, leaving.decide)
         targets = labels.roll(-1, 1)[predicts]  # (tokens,): position t predicts token t + 1
         states, layers = normed[predicts], exit_layer[predicts]
-        weights = model.exit_weights()
         for start in range(0, len(states), LOGIT_ROWS):
             here = slice(start, start + LOGIT_ROWS)
             logits = weights.logits(states[here], layers[here].tolist())

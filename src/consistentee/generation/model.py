@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typing_extensions import Self
 
 from consistentee.generation import decoders, exit_rules
@@ -23,7 +24,6 @@ from consistentee.generation.criteria import check_generation_threshold
 from consistentee.generation.decoding import ExitWeights
 from consistentee.generation.exit_heads import ExitHeads
 from consistentee.generation.generate import GenerationOptions, generate_tokens
-from consistentee.generation.packed_decoder import weight_signature
 from consistentee.heads import PolicyNetwork
 
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -136,6 +136,23 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The backbone's LM head."""
         return decoders.lm_head(self.backbone)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Give embeddings, LM head and the exits' own heads as many entries as a tokenizer has; as in Hugging Face."""
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.decoder.vocab_size = len(embeddings.weight)  # pyright: ignore[reportAttributeAccessIssue]
+        if not self.exit_heads.head_is_shared:
+            heads = self.exit_heads.heads
+            for index, head in enumerate(heads):
+                heads[index] = self.backbone._get_resized_lm_head(  # as Hugging Face resizes the model's own
+                    head, len(embeddings.weight), mean_resizing=mean_resizing
+                )
+        return embeddings
 
     # --- The full model -----------------------------------------------------------------------
 
@@ -268,10 +285,10 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         return found if first == 1 else exit_rules.FromLayer(found, first)
 
     def exit_weights(self) -> ExitWeights:
-        """The weights laid out for decoding; made anew where they have changed."""
-        signature = weight_signature(self)
-        if self._weights is None or self._weights_signature != signature:
-            self._weights, self._weights_signature = ExitWeights(self), signature
+        """The weights laid out for decoding; made anew where they have changed, in whatever way."""
+        if self._weights is None or self._weights_signature != self._weights.signature():
+            self._weights = ExitWeights(self)
+            self._weights_signature = self._weights.signature()
         return self._weights
 
     @torch.no_grad()
@@ -364,3 +381,5 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
 
 AutoConfig.register("consistentee_causal_lm", EarlyExitCausalLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(EarlyExitCausalLMConfig, EarlyExitForCausalLM, exist_ok=True)
+# By this list `Trainer` knows whose labels are shifted (label smoothing), and pipelines which models they can run.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[EarlyExitCausalLMConfig.model_type] = EarlyExitForCausalLM.__name__

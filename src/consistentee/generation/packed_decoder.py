@@ -401,12 +401,35 @@ def adding_function(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tens
     return lambda residual, states: run(states) if residual is None else residual + run(states)
 
 
-def weight_signature(model: nn.Module) -> tuple[Any, ...]:
-    """Tells whether weights were replaced or changed in place since."""
-    return tuple(
+def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[Any, ...]:
+    """Tells whether weights were replaced or changed in place since.
+
+    Args:
+        model: whose weights.
+        copied: those of which there are copies. They are read, as torch does not count what is written through `.data`:
+            21 ms for the 46 million of SmolLM2-135M, one thread.
+    """
+    counted = tuple(
         (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
         for weight in model.parameters()
     )
+    read = torch.stack([_checksum(weight) for weight in copied]).tolist() if copied else []
+    return (*counted, *read)
+
+
+def _checksum(weight: Tensor) -> Tensor:
+    """A number, int64, that every changed bit changes; rows count by their place."""
+    flat = weight.detach().reshape(-1)
+    per_word = max(1, 8 // flat.element_size())
+    if flat.storage_offset() % per_word:
+        flat = flat.clone()
+    whole = len(flat) - len(flat) % per_word
+    words = flat[:whole].view(torch.int64)
+    in_rows = weight.ndim > 1 and len(flat) > 0 and not len(flat) % (len(weight) * per_word)
+    rows = len(weight) if in_rows else len(words)
+    sums = words.view(rows, len(words) // max(1, rows)).sum(1)
+    places = 2 * torch.arange(rows, device=flat.device) + 1  # odd: no bit is lost
+    return (sums * places).sum() + flat[whole:].view(torch.uint8).sum()
 
 
 def _residual(

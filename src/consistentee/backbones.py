@@ -23,6 +23,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.utils import logging as transformers_logging
 
+from consistentee.limits import BEHIND_PADDING, longest_input
+
 __all__ = [
     "ARCHITECTURES",
     "SUPPORTED_MODEL_TYPES",
@@ -120,11 +122,16 @@ class Architecture:
 def _embed_tokens(
     backbone: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None, **options: Tensor
 ) -> Tensor:
-    """Run the embedding module; token types go in only where it tells at least two of them apart."""
+    """Run the embedding module; token types go in only where it tells at least two of them apart.
+
+    Token ids may already be vectors, (batch, tokens, embedding size), as prompt tuning makes them.
+    """
     embeddings = backbone.get_submodule("embeddings")
     type_table = getattr(embeddings, "token_type_embeddings", None)
     if token_type_ids is not None and type_table is not None and type_table.num_embeddings > 1:
         options["token_type_ids"] = token_type_ids
+    if input_ids.is_floating_point():
+        return embeddings(input_ids=None, inputs_embeds=input_ids, **options)
     return embeddings(input_ids, **options)
 
 
@@ -355,36 +362,61 @@ def embedding_projection(backbone: PreTrainedModel) -> nn.Module | None:
 
 def embed(
     backbone: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
 ) -> EncoderState:
     """Turn token ids into the state before the first layer.
 
     Args:
         backbone: a base model of a supported type.
-        input_ids: (batch, tokens) int64.
+        input_ids: (batch, tokens) int64; None with `inputs_embeds`.
         attention_mask: (batch, tokens), 1 = real token, 0 = padding; None: every token is real.
         token_type_ids: (batch, tokens) int64, 0 or 1 for the first or second text; ignored where the backbone
             does not tell them apart.
+        inputs_embeds: (batch, tokens, embedding size) float, what the token embeddings gave, in place of ids.
 
     Returns:
         The state that `run_layer` with layer index 0 takes.
 
     Raises:
-        ValueError: the type is not supported, or the shapes do not fit.
+        ValueError: the type is not supported, the shapes do not fit, or a row is longer than the backbone's positions.
     """
     architecture = architecture_of(backbone.config)
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have the shape (batch, tokens), got {tuple(input_ids.shape)}.")
-    for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-        if tensor is not None and tensor.shape != input_ids.shape:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids or inputs_embeds must be given, and not both.")
+    name, tokens, axes = "input_ids", input_ids, 2
+    if inputs_embeds is not None:
+        name, tokens, axes = "inputs_embeds", inputs_embeds, 3
+    if tokens is None or tokens.ndim != axes:
+        form = "(batch, tokens)" if axes == 2 else "(batch, tokens, embedding size)"
+        raise ValueError(
+            f"{name} must have the shape {form}, got {None if tokens is None else tuple(tokens.shape)}."
+        )
+    shape = tokens.shape[:2]
+    for part, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, "
-                f"got {tuple(tensor.shape)}."
+                f"{part} must have the shape of {name}, {tuple(shape)}, got {tuple(tensor.shape)}."
             )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return architecture.embed(backbone, input_ids, mask.to(torch.int64), token_type_ids)
+    mask = torch.ones(shape, dtype=torch.int64, device=tokens.device)
+    mask = mask if attention_mask is None else attention_mask.to(torch.int64)
+    _check_positions(backbone, mask)
+    return architecture.embed(backbone, tokens, mask, token_type_ids)
+
+
+def _check_positions(backbone: PreTrainedModel, mask: Tensor) -> None:
+    """Refuse rows for which the table of positions is too short; padding takes none where it has its own entry."""
+    longest, width = longest_input(backbone.config), mask.shape[1]
+    if longest is None or width <= longest:
+        return
+    tokens = int(mask.sum(1).max()) if backbone.config.model_type in BEHIND_PADDING else width
+    if tokens > longest:
+        raise ValueError(
+            f"input_ids must have at most {longest} tokens a row, the positions of the backbone, got {tokens}. "
+            f"Cut the texts: tokenizer(texts, truncation=True, max_length={longest})."
+        )
 
 
 def run_layer(backbone: PreTrainedModel, layer_index: int, state: EncoderState) -> EncoderState:

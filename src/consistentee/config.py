@@ -57,7 +57,7 @@ class TrainingConfig:
 
     # Data
     max_length: int = 128
-    """Tokens per input; longer inputs are cut."""
+    """Tokens per input, at most as many as the backbone has positions; longer inputs are cut."""
     parse_special_tokens: bool = False
     """Take special tokens that a text spells, such as [SEP], for special tokens; otherwise they are text."""
     validation_fraction: float = 0.2

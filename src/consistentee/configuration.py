@@ -15,6 +15,7 @@ from consistentee.config import (
     require_number,
     require_range,
 )
+from consistentee.limits import longest_input
 
 
 class EncoderClassifierConfig(PreTrainedConfig):
@@ -23,6 +24,15 @@ class EncoderClassifierConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")
     }
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "exit_layer",
+        "layer_logits",
+        "classifier_logits",
+        "pooled",
+        "exit_probs",
+    ]
+    """Fields of the output that are no predictions: what transformers' `Trainer` evaluates is the logits."""
 
     encoder_config: PreTrainedConfig | dict[str, Any] | None = None
     head: str = "attention"
@@ -67,6 +77,12 @@ class EncoderClassifierConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width of the backbone's states."""
         return int(getattr(self.encoder, "hidden_size", None) or self.encoder.dim)
+
+    @property
+    def max_input_length(self) -> int:
+        """Tokens that texts are cut to: `max_length`, or fewer where the backbone has not as many positions."""
+        longest = longest_input(self.encoder)
+        return self.max_length if longest is None else min(self.max_length, longest)
 
     @property
     def pooled_size(self) -> int:

@@ -83,7 +83,7 @@ class Engine:
         choice: what `auto` chose and why; None without `auto`, and until it has chosen.
 
     Raises:
-        ValueError: a model that is not of this library, a dtype or backend that is not there.
+        ValueError: a model that is not of this library or has adapters, a dtype or backend that is not there.
 
     Several threads may use one engine at the same time.
 
@@ -107,6 +107,13 @@ class Engine:
             raise ValueError(
                 f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
                 "Give a folder that `consistentee train` or `consistentee finetune` saved."
+            )
+        if any(
+            hasattr(module, "base_layer") for module in saved.model.modules()
+        ):  # what peft wraps a layer in
+            raise ValueError(
+                f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
+                "merge_and_unload()."
             )
         self.saved = saved
         self._model: ExitModel = saved.model

@@ -42,6 +42,10 @@ class SettingError(ValueError):
     """A setting or option that does not fit the model, the data or the machine; the message says what does."""
 
 
+class UsageError(SettingError):
+    """The command line makes no sense as given; the message says what to give instead."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is needed and not installed; the message names the extra that brings it."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import ModelOutput
 from typing_extensions import Self
 
@@ -25,6 +26,7 @@ from consistentee.configuration import EarlyExitConfig, EncoderClassifierConfig,
 from consistentee.exits import check_threshold, choose_exit_layer, classifier_signals, exit_scores
 from consistentee.heads import InternalClassifiers, PolicyNetwork
 from consistentee.losses import layer_losses, weighted_sum_loss
+from consistentee.pipelines import register_pipeline
 
 
 @dataclass
@@ -135,6 +137,17 @@ class _EncoderClassifier(PreTrainedModel):
         """The backbone's token embeddings."""
         return self.backbone.get_input_embeddings()
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Give the backbone as many token embeddings as a tokenizer has tokens; as in Hugging Face."""
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.encoder.vocab_size = len(embeddings.weight)  # pyright: ignore[reportAttributeAccessIssue]
+        return embeddings
+
     def _new_classifiers(self, num_layers: int) -> InternalClassifiers:
         return InternalClassifiers(
             num_layers=num_layers,
@@ -176,34 +189,40 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         threshold: float | None = None,
         criterion: str | None = None,
         all_layers: bool | None = None,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> EarlyExitOutput | tuple[Any, ...]:
         """Classify a batch.
 
         Args:
-            input_ids: (batch, tokens), int64.
+            input_ids: (batch, tokens), int64; None with `inputs_embeds`.
             attention_mask: (batch, tokens), 1 for real tokens; all ones if missing.
             token_type_ids: (batch, tokens), for backbones that have them.
             labels: (batch,), int64; a loss is returned if given.
+            inputs_embeds: (batch, tokens, embedding size), what the token embeddings gave, in place of `input_ids`.
             threshold: in place of the saved one.
             criterion: `policy`, `confidence`, `entropy` or `patience`, in place of the saved one. A criterion other
                 than the saved one needs its own threshold.
             all_layers: run every layer for every row; by default in training mode only.
+            output_attentions, output_hidden_states: there are none to give; adapters of peft name both.
             return_dict: False returns a tuple of the fields that are set.
 
         Raises:
-            ValueError: if the threshold does not fit the criterion.
+            ValueError: if the threshold does not fit the criterion, or rows are longer than the backbone's positions.
         """
+        _refuse_inner_states(output_attentions, output_hidden_states)
         rule, limit = self.exit_rule(criterion, threshold)
-        state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids)
+        state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids, inputs_embeds)
         if self.training if all_layers is None else all_layers:
             output = self._run_all_layers(state, rule, limit)
             if labels is not None:
@@ -213,7 +232,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
             output = self._run_with_exits(state, rule, limit)
             if labels is not None:
                 output.loss = nn.functional.cross_entropy(cast(Tensor, output.logits), labels)
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
     def new_policy(self, policy_input: str | None = None) -> PolicyNetwork:
         """An untrained policy network as the configuration has it, or with another input."""
@@ -327,21 +346,34 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """Classify a batch at full depth; shapes as in `EarlyExitForSequenceClassification.forward`."""
-        state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids)
+        """Classify a batch at full depth; shapes and errors as in `EarlyExitForSequenceClassification.forward`."""
+        _refuse_inner_states(output_attentions, output_hidden_states)
+        state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids, inputs_embeds)
         for index in range(self.num_layers):
             state = backbones.run_layer(self.backbone, index, state)
         _, logits = self.classifiers(0, state.hidden_states, state.attention_mask)
         logits = logits.float()
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
+
+
+def _refuse_inner_states(*wanted: bool | None) -> None:
+    if any(wanted):
+        raise ValueError(
+            "output_attentions and output_hidden_states must not be set: layers run one by one and keep neither. "
+            "Ask the backbone, model.backbone, for them."
+        )
 
 
 def resolve_pooling(pooling: str, backbone: PreTrainedModel) -> str:
@@ -374,3 +406,9 @@ AutoModelForSequenceClassification.register(
 AutoModelForSequenceClassification.register(
     FullDepthConfig, FullDepthForSequenceClassification, exist_ok=True
 )
+for _config_class, _model_class in (
+    (EarlyExitConfig, EarlyExitForSequenceClassification),
+    (FullDepthConfig, FullDepthForSequenceClassification),
+):  # by this list pipelines know which models they can run
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[_config_class.model_type] = _model_class.__name__
+register_pipeline()

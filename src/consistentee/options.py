@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter
 from consistentee.atomic import write_text
 from consistentee.config import Recipe, TrainingConfig, load_recipe
 from consistentee.effects import Command, check_effects
-from consistentee.errors import SettingError
+from consistentee.errors import SettingError, UsageError
 from consistentee.generation.config import AnyTrainingConfig, GenerationTrainingConfig
 from consistentee.generation.tasks import is_generation_task
 
@@ -40,10 +40,6 @@ Flag = Annotated[bool, Parameter(negative=())]
 
 Kind = Literal["classification", "generation"]
 """What a model is for."""
-
-
-class UsageError(SettingError):
-    """The command line makes no sense as given; the message says what to give instead."""
 
 
 @Parameter(name="*", group=DATA)

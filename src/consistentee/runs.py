@@ -23,6 +23,7 @@ from consistentee.atomic import write_json
 from consistentee.batches import TokenizedDataset, collate, tokenize
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
+from consistentee.limits import check_tokenizer, training_length
 from consistentee.literal import read_special_tokens
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.model_card import write_model_card
@@ -171,6 +172,7 @@ class Run:
         """Write the finished classifier with its record and card, then remove the checkpoints."""
         self.model.config.task = self.task
         self.model.config.max_length = self.config.max_length
+        self.tokenizer.model_max_length = self.model.config.max_input_length
         if thresholds is not None:
             self.model.config.threshold = thresholds["policy"]
             record = {**record, "thresholds": thresholds}
@@ -268,6 +270,8 @@ def start_run(
         model.policy.requires_grad_(False)  # fitted on its own, on cached states
     with loading(backbone):
         tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    max_length = training_length(config, model.config.encoder, backbone)
+    check_tokenizer(tokenizer, model.get_input_embeddings(), backbone)
     read_special_tokens(tokenizer, config.parse_special_tokens)
     kept, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)
     if len(held) < 2:
@@ -276,13 +280,11 @@ def start_run(
             "Give more rows, or a higher validation_fraction."
         )
     train_part = train_data.select(kept)
-    train_rows = tokenize(train_part, tokenizer, config.max_length)
-    validation = tokenize(train_data.select(held), tokenizer, config.max_length)
+    train_rows = tokenize(train_part, tokenizer, max_length)
+    validation = tokenize(train_data.select(held), tokenizer, max_length)
     policy_rows = validation
     if config.policy_data == "seen":
-        policy_rows = tokenize(
-            train_part.max_samples(MAX_SEEN_ROWS, config.seed), tokenizer, config.max_length
-        )
+        policy_rows = tokenize(train_part.max_samples(MAX_SEEN_ROWS, config.seed), tokenizer, max_length)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     optimisation = Optimisation(

@@ -25,6 +25,7 @@ from consistentee.config import require_thresholds
 from consistentee.configuration import EncoderClassifierConfig
 from consistentee.errors import SettingError
 from consistentee.exits import CRITERIA, check_threshold
+from consistentee.limits import check_tokenizer, longest_input
 from consistentee.literal import read_special_tokens
 from consistentee.model import EarlyExitForSequenceClassification
 from consistentee.model_card import write_model_card
@@ -42,12 +43,19 @@ class SavedModel:
         tokenizer: its Hugging Face tokenizer.
         record: the training record; empty where the folder has none.
         name: the folder or hub name, for messages.
+
+    Raises:
+        ValueError: the tokenizer has more entries than the model has embeddings, or no padding token.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     record: Mapping[str, Any]
     name: str
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:  # a shape to be timed has none
+            check_tokenizer(self.tokenizer, self.model.get_input_embeddings(), self.name)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -82,10 +90,15 @@ class SavedModel:
 
     @property
     def max_length(self) -> int:
-        """Tokens per input: what it was trained with, else what its tokenizer allows, at most 512."""
-        if isinstance(self.model.config, EncoderClassifierConfig):
-            return self.model.config.max_length
-        return min(int(self.tokenizer.model_max_length), 512)
+        """Tokens per input: what it was trained with, else what its tokenizer allows, at most 512.
+
+        Never more than the model has positions for.
+        """
+        config = self.model.config
+        if isinstance(config, EncoderClassifierConfig):
+            return config.max_input_length
+        longest = longest_input(config)
+        return min(int(self.tokenizer.model_max_length), 512, *([] if longest is None else [longest]))
 
     @property
     def early_exit_model(self) -> EarlyExitForSequenceClassification:
@@ -141,7 +154,7 @@ def open_model(name_or_path: str | Path, device: str | torch.device | None = Non
     Raises:
         FileNotFoundError: there is no such folder, or it lacks config or weights.
         OSError: the hub has no such model, or a file cannot be read.
-        ValueError: it is not a text classifier, or its weights are pickled or incomplete.
+        ValueError: it is not a text classifier, its weights are pickled or incomplete, or its tokenizer does not fit.
     """
     name = str(name_or_path)
     source = model_source(name_or_path)

@@ -66,7 +66,9 @@ def test_trainer_trains_and_evaluates(tmp_path: Path, smoothing: float) -> None:
         assert torch.equal(opened(inputs).logits, model.eval()(inputs).logits)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
 class TestLora:
     def config(self, **values: Any) -> peft.LoraConfig:
         return peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], **values)

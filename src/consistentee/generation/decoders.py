@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from consistentee.backbones import load_pretrained
+from consistentee.limits import longest_input
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -312,10 +313,19 @@ def embed(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | No
         model: a causal language model of a type in `DECODERS`.
         input_ids: (batch, tokens) int64.
         attention_mask: (batch, tokens), 1 for real tokens, padding on either side; all ones if missing.
+
+    Raises:
+        ValueError: a row is longer than the model's table of positions.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     position_ids = positions_of(attention_mask)
+    longest = longest_input(model.config)
+    if longest is not None and input_ids.shape[1] > longest and int(position_ids.max()) >= longest:
+        raise ValueError(
+            f"input_ids must have at most {longest} tokens a row, the positions of the model, "
+            f"got {int(position_ids.max()) + 1}."
+        )
     hidden_states = embed_tokens(model, input_ids, position_ids)
     dropout = getattr(decoder_base(model), "drop", None) or getattr(decoder_base(model), "emb_dropout", None)
     if dropout is not None:

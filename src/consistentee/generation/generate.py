@@ -24,6 +24,7 @@ from consistentee.generation.exact_decoding import ExactDecoding
 from consistentee.generation.exit_rules import ExitRule, ForcedRule, NeverLeave
 from consistentee.generation.known_processors import stateful
 from consistentee.generation.lossless import DraftClock, LosslessDecoding
+from consistentee.limits import longest_input
 
 _log = logging.getLogger(__name__)
 CAPACITY_AHEAD = 512
@@ -97,13 +98,14 @@ def generate_tokens(
         **model_kwargs: what else Hugging Face prepared: `attention_mask`, (batch, tokens), and a cache of its own.
 
     Raises:
-        ValueError: a way to search, or an input, that exits cannot serve.
+        ValueError: a way to search, or an input, that exits cannot serve, or more tokens than the model has positions.
     """
     # Not a parameter of its own: Hugging Face would take it out of what it prepares.
     attention_mask: Tensor | None = model_kwargs.pop("attention_mask", None)
     model_kwargs.pop("tokenizer", None)  # for stop strings, which are among the criteria by now
     values: Any = generation_config
     _check_search(values, options)
+    _check_positions(model, input_ids, attention_mask, values)
     if not values.use_cache:
         if options.mode != "full":
             raise ValueError('use_cache must be true for exits, got False. Take mode="full" without a cache.')
@@ -403,6 +405,24 @@ def _check_search(config: Any, options: GenerationOptions) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise ValueError(f"{name} must be False with exits, got True: skipped layers have none.")
+
+
+def _check_positions(model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> None:
+    """Refuse texts that would run past a table of positions; the last token of a text needs none."""
+    longest = longest_input(model.config.decoder)
+    if longest is None or config.max_length is None:
+        return
+    width = input_ids.shape[1]
+    prompt = width if attention_mask is None else int(attention_mask.sum(1).max())
+    if prompt > longest:
+        raise ValueError(
+            f"input_ids must have at most {longest} tokens a row, the positions of the model, got {prompt}."
+        )
+    if prompt + config.max_length - width > longest + 1:
+        raise ValueError(
+            f"max_new_tokens must be at most {longest + 1 - prompt} after {prompt} tokens of prompt: the model has "
+            f"{longest} positions, got {config.max_length - width}."
+        )
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from consistentee.generation.criteria import GENERATION_CRITERIA, check_generati
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.tasks import GENERATION_TASKS
 from consistentee.generation.templates import PromptTemplate, prompt_template
+from consistentee.limits import check_tokenizer
 from consistentee.saved import default_device, loading, model_source, read_record, usable_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,12 +40,19 @@ class SavedGenerator:
         tokenizer: its Hugging Face tokenizer; pads on the left and has a padding token.
         record: the training record; empty where the folder has none.
         name: the folder or hub name, for messages.
+
+    Raises:
+        ValueError: the tokenizer has more entries than the model has embeddings, or no padding token.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     record: Mapping[str, Any]
     name: str
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:
+            check_tokenizer(self.tokenizer, self.model.get_input_embeddings(), self.name)
 
     @property
     def has_exits(self) -> bool:

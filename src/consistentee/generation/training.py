@@ -42,6 +42,7 @@ from consistentee.generation.policy_phase import first_exit_layer, run_policy_ph
 from consistentee.generation.rounds import record_round, report_choice, report_exits, training_record
 from consistentee.generation.templates import prompt_template
 from consistentee.generation.token_states import TokenStates
+from consistentee.limits import check_tokenizer, training_length
 from consistentee.optimisation import Figures, Optimisation, parameter_groups
 from consistentee.run_folders import open_output, run_identity
 from consistentee.runs import Report, Run
@@ -265,6 +266,8 @@ def _start(
         task=task,
         max_sequence_length=config.max_length,
     )
+    max_length = training_length(config, model.config.decoder, backbone)
+    check_tokenizer(tokenizer, model.get_input_embeddings(), backbone, pads=False)
     model.config.min_exit_layer = first_exit_layer(config.min_exit_layer, model.num_layers)
     model.checkpoint_layers = config.gradient_checkpointing
     model.policy.requires_grad_(False)  # fitted on their own, on cached states
@@ -282,7 +285,7 @@ def _start(
         )
 
     kept, held = train_data.split(config.validation_fraction, config.seed)
-    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    lengths = {"max_length": max_length, "max_prompt_length": config.max_prompt_length}
     train_rows = encode_rows(train_data.select(kept), tokenizer, template, **lengths)
     validation = encode_rows(train_data.select(held), tokenizer, template, **lengths)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

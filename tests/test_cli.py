@@ -439,7 +439,7 @@ class TestPredict:
         assert outcome.err == ""
         lines = [json.loads(line) for line in outcome.out.splitlines()]
         assert [line["text"] for line in lines] == [text for (text,) in tiny_dataset(30, seed=2).texts]
-        assert set(lines[0]) == {"text", "label", "score", "exit_layer"}
+        assert set(lines[0]) == {"text", "label", "score", "exit_layer", "truncated"}
 
     def test_standard_input_and_pairs(
         self, call: Call, files: Files, monkeypatch: pytest.MonkeyPatch
@@ -597,7 +597,7 @@ class TestInterruptedPrediction:
             assert errors.count(b"\n") == 1
             assert (lines + rest).endswith(b"\n") or target
             for line in (lines + rest).splitlines():
-                assert set(json.loads(line)) == {"text", "label", "score", "exit_layer"}
+                assert set(json.loads(line)) == {"text", "label", "score", "exit_layer", "truncated"}
         assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 

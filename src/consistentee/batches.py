@@ -32,6 +32,7 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         rows: `input_ids` and, where the tokenizer gives them, `token_type_ids` of every row, integers.
         labels: (rows,) class indices.
         label_names: Class names by index.
+        num_truncated: How many of the rows were cut.
 
     An item is a dict of `input_ids` (list of int), `token_type_ids` (list of int, where there are any), `label` (int)
     and `index` (int, the row's own position in this dataset).
@@ -42,10 +43,13 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         rows: Sequence[Mapping[str, Sequence[int] | NDArray[np.int32]]],
         labels: Sequence[int],
         label_names: tuple[str, ...] = (),
+        *,
+        num_truncated: int = 0,
     ) -> None:
         if len(rows) != len(labels):
             raise ValueError(f"rows and labels must be equally many, got {len(rows)} and {len(labels)}.")
         self.label_names = label_names
+        self.num_truncated = num_truncated
         self.labels = torch.tensor(labels, dtype=torch.int64)  # (rows,)
         self.lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)  # (rows,) tokens
         self._ends = np.cumsum(self.lengths)
@@ -66,10 +70,10 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         return {**item, "label": int(self.labels[index]), "index": int(index)}
 
 
-def encode_texts(
+def encode_with_cuts(
     texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int = 128
-) -> list[dict[str, list[int]]]:
-    """Token ids of texts or pairs, not padded.
+) -> tuple[list[dict[str, list[int]]], list[bool]]:
+    """Token ids of texts or pairs, not padded, and which of them were cut.
 
     Args:
         texts: Tuples of one text, or all of two.
@@ -78,14 +82,15 @@ def encode_texts(
         max_length: The most tokens of a row, special ones included; what is longer is cut (of a pair, the longer text).
 
     Returns:
-        One dict a row, `input_ids` and, where the tokenizer gives them, `token_type_ids`: what `collate` takes.
+        One dict a row, `input_ids` and, where the tokenizer gives them, `token_type_ids`: what `collate` takes; and for
+        each row whether it was longer than `max_length`.
 
     Raises:
         DataError: A text of which no token is left, or pairs for a tokenizer that cannot keep them apart.
         ValueError: A `max_length` that leaves no room for text.
     """
     if not texts:
-        return []
+        return [], []
     pair = len(texts[0]) == 2
     if any(len(row) != len(texts[0]) for row in texts):
         raise ValueError("texts must be all single texts or all pairs, got both.")
@@ -109,13 +114,37 @@ def encode_texts(
     )
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     rows = [{key: list(encoded[key][row]) for key in keys} for row in range(len(texts))]
+    cut = [_is_cut(encoded, row, texts[row], tokenizer, max_length) for row in range(len(texts))]
     for texts_of_row, row in zip(texts, rows, strict=True):
         if not row["input_ids"]:
             raise DataError(
                 f"The tokenizer leaves nothing of the text {texts_of_row[0][:40]!r}.",
                 remedy="Remove the row.",
             )
-    return rows
+    return rows, cut
+
+
+def _is_cut(
+    encoded: Any, row: int, texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> bool:
+    """Whether a tokenizer left something of a text out; fast ones tell, others are asked again."""
+    if len(encoded["input_ids"][row]) < max_length:
+        return False
+    if encoded.encodings is not None:
+        return bool(encoded.encodings[row].overflowing)
+    text, second = texts[0], texts[1] if len(texts) == 2 else None
+    return len(tokenizer(text, second, verbose=False)["input_ids"]) > max_length
+
+
+def encode_texts(
+    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int = 128
+) -> list[dict[str, list[int]]]:
+    """Token ids of texts or pairs, not padded; arguments and errors as in `encode_with_cuts`.
+
+    Returns:
+        One dict a row, `input_ids` and, where the tokenizer gives them, `token_type_ids`: what `collate` takes.
+    """
+    return encode_with_cuts(texts, tokenizer, max_length)[0]
 
 
 def tokenize(
@@ -137,10 +166,14 @@ def tokenize(
     rows: list[
         dict[str, NDArray[np.int32]]
     ] = []  # arrays at once: lists of a large data set would take gigabytes
+    num_truncated = 0
     for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
-        encoded = encode_texts(dataset.texts[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length)
+        encoded, cut = encode_with_cuts(
+            dataset.texts[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length
+        )
         rows += [{key: np.array(tokens, dtype=np.int32) for key, tokens in row.items()} for row in encoded]
-    return TokenizedDataset(rows, dataset.labels, dataset.label_names)
+        num_truncated += sum(cut)
+    return TokenizedDataset(rows, dataset.labels, dataset.label_names, num_truncated=num_truncated)
 
 
 def collate(items: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:

@@ -246,6 +246,8 @@ def predict(
 ) -> None:
     """Predict labels: one JSON line for each input, with label, score and exit layer, in the order of the input.
 
+    "truncated" in a line says whether the input was longer than the model takes, and was cut.
+
     Args:
         model: Folder of a trained model, or its name on the hub.
         file: Texts, one a line (for a model of pairs, two separated by a tab), CSV, TSV, JSONL or Parquet; "-" is
@@ -270,6 +272,7 @@ def predict(
         raise ValueError(f'Model "{model}" generates text. Use: consistentee generate {model}')
     from consistentee.engine import Engine
     from consistentee.files import read_texts
+    from consistentee.limits import LONGER_TRAINING, say_cuts
     from consistentee.progress import rows_about, show_progress
 
     engine = Engine.from_pretrained(model, device=device, dtype=dtype, backend=backend)
@@ -281,7 +284,7 @@ def predict(
     windows = usage(
         lambda: engine.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
     )
-    said = False
+    said, count, num_truncated = False, 0, 0
     is_file = output is not None
     with (
         text_stream(output) as stream,
@@ -299,10 +302,15 @@ def predict(
                     "label": prediction.label,
                     "score": round(prediction.score, 6),
                     "exit_layer": prediction.exit_layer,
+                    "truncated": prediction.truncated,
                 }
+                count += 1
+                num_truncated += prediction.truncated
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
             stream.flush()
             shower.update(len(texts))
+    texts_cut = f"texts were longer than the model's {engine.saved.max_length} tokens"
+    say_cuts(num_truncated, count, texts_cut, LONGER_TRAINING)
 
 
 @app.command

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from consistentee.backend import Answers, Backend, TokenRow
-from consistentee.batches import encode_texts
+from consistentee.batches import encode_texts, encode_with_cuts
 from consistentee.decisions import ExitDecisions
 from consistentee.errors import SettingError
 from consistentee.flights import ExitRule, run_rows
@@ -60,11 +60,13 @@ class Prediction:
         label: name of the class.
         score: its probability at the exit layer, in [0, 1].
         exit_layer: layers executed, from 1.
+        truncated: whether the input was longer than the model's `max_length`, and was cut.
     """
 
     label: str
     score: float
     exit_layer: int
+    truncated: bool = False
 
 
 class Engine:
@@ -329,10 +331,13 @@ class Engine:
             largest = 1
         names, tokenizer = self.saved.label_names, self.saved.tokenizer
         while window := list(itertools.islice(texts, size)):
-            rows = encode_texts(window, tokenizer, self.saved.max_length)
+            rows, cut = encode_with_cuts(window, tokenizer, self.saved.max_length)
             answers = self.run(rows, batch_size=batch_size, rule=rule)
-            found = zip(answers.labels, answers.scores, answers.exit_layers, strict=True)
-            yield window, [Prediction(names[label], score, layer) for label, score, layer in found]
+            found = zip(answers.labels, answers.scores, answers.exit_layers, cut, strict=True)
+            yield (
+                window,
+                [Prediction(names[label], score, layer, is_cut) for label, score, layer, is_cut in found],
+            )
             size = min(2 * size, largest)
 
 

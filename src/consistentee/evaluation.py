@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
-from consistentee.batches import collate, tokenize
+from consistentee.batches import TokenizedDataset, collate, tokenize
 from consistentee.curves import CurvePoint, trade_off_curve
 from consistentee.data import TextDataset
 from consistentee.exits import check_threshold, choose_exit_layer, exit_scores
 from consistentee.labels import match_labels
+from consistentee.limits import LONGER_TRAINING, say_cuts
 from consistentee.metrics import compute_metrics
 from consistentee.model import EarlyExitForSequenceClassification, EarlyExitOutput
 from consistentee.parsing import quoted
@@ -88,6 +89,7 @@ class Evaluation:
         curve: the trade-off over thresholds.
         other_criteria: other exit rules on the same classifiers, by name.
         reference: another model on the same rows, if one was given.
+        num_truncated: rows that were longer than the model's `max_length`, and were cut.
     """
 
     num_hidden_layers: int
@@ -107,6 +109,7 @@ class Evaluation:
     curve: list[CurvePoint]
     other_criteria: dict[str, Rival] = field(default_factory=dict[str, Rival])
     reference: Reference | None = None
+    num_truncated: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values, ready for JSON."""
@@ -235,9 +238,10 @@ def evaluate_model(
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)]
     )  # full precision, whatever a training in this process used
+    rows = _tokenized(saved, dataset)
     states = run_all_layers(
         model,
-        tokenize(dataset, saved.tokenizer, saved.max_length),
+        rows,
         collate=partial(collate, tokenizer=saved.tokenizer),
         batch_size=batch_size,
         accelerator=accelerator,
@@ -256,6 +260,7 @@ def evaluate_model(
         reference_predictions=None if others_run is None else others_run[0],
         label_names=dataset.label_names,
     )
+    evaluation = replace(evaluation, num_truncated=rows.num_truncated)
     if reference is None or others_run is None or evaluation.reference is None:
         return evaluation
     return replace(
@@ -267,6 +272,14 @@ def evaluate_model(
             mean_exit_layer=others_run[1],
         ),
     )
+
+
+def _tokenized(saved: SavedModel, dataset: TextDataset) -> TokenizedDataset:
+    """The rows as a model takes them; it is said how many were cut."""
+    rows = tokenize(dataset, saved.tokenizer, saved.max_length)
+    texts = f'texts were longer than the {saved.max_length} tokens of model "{saved.name}"'
+    say_cuts(rows.num_truncated, len(rows), texts, LONGER_TRAINING)
+    return rows
 
 
 def reference_name(reference: SavedModel) -> str:
@@ -304,7 +317,7 @@ def _run(
     """What `predict_classes` gives, and the mean exit layer; None where the number of layers is not known."""
     columns = class_columns(saved, dataset.label_names)
     saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
-    rows = tokenize(dataset, saved.tokenizer, saved.max_length)
+    rows = _tokenized(saved, dataset)
     order = np.argsort(-rows.lengths, kind="stable")
     predictions = torch.empty(len(rows), dtype=torch.int64)
     layers: list[Tensor] = []

@@ -5,6 +5,7 @@ All of it is known before the first step, and otherwise comes up as an index err
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 from torch import nn
@@ -13,6 +14,10 @@ from transformers import PreTrainedConfig
 from consistentee.config import TrainingConfig
 from consistentee.errors import UsageError
 from consistentee.generation.config import GenerationTrainingConfig
+
+_log = logging.getLogger(__name__)
+
+LONGER_TRAINING = "Train with a higher --max-length to keep more of them."
 
 FROM_ZERO = ("bert", "distilbert", "albert", "electra", "gpt2")
 """Types with a table of positions that begins with the first token."""
@@ -95,6 +100,12 @@ def check_tokenizer(tokenizer: Any, embeddings: nn.Module, name: object, *, pads
             f'The tokenizer of "{name}" must have a padding token, got none. Set pad_token in its '
             "tokenizer_config.json."
         )
+
+
+def say_cuts(cut: int, total: int, what: str, remedy: str) -> None:
+    """Log what `cut_message` says, if any text was cut; with no handler it goes to standard error."""
+    if cut:
+        _log.warning(cut_message(cut, total, what, remedy))
 
 
 def cut_message(cut: int, total: int, what: str, remedy: str) -> str:

@@ -145,7 +145,7 @@ class _EncoderClassifier(PreTrainedModel):
     ) -> nn.Embedding:
         """Give the backbone as many token embeddings as a tokenizer has tokens; as in Hugging Face."""
         embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.encoder.vocab_size = len(embeddings.weight)  # pyright: ignore[reportAttributeAccessIssue]
+        self.config.encoder.vocab_size = len(embeddings.weight)
         return embeddings
 
     def _new_classifiers(self, num_layers: int) -> InternalClassifiers:

@@ -23,7 +23,7 @@ from consistentee.atomic import write_json
 from consistentee.batches import TokenizedDataset, collate, tokenize
 from consistentee.config import TrainingConfig
 from consistentee.data import TextDataset, stratified_split
-from consistentee.limits import check_tokenizer, training_length
+from consistentee.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
 from consistentee.literal import read_special_tokens
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.model_card import write_model_card
@@ -282,6 +282,10 @@ def start_run(
     train_part = train_data.select(kept)
     train_rows = tokenize(train_part, tokenizer, max_length)
     validation = tokenize(train_data.select(held), tokenizer, max_length)
+    num_truncated = train_rows.num_truncated + validation.num_truncated
+    if accelerator.is_main_process:
+        texts = f"texts to train on were longer than {max_length} tokens"
+        say_cuts(num_truncated, len(train_data), texts, LONGER_TRAINING)
     policy_rows = validation
     if config.policy_data == "seen":
         policy_rows = tokenize(train_part.max_samples(MAX_SEEN_ROWS, config.seed), tokenizer, max_length)
@@ -315,6 +319,7 @@ def start_run(
                 "text_pairs": len(train_data.texts[0]) == 2,
                 "train_rows": len(kept),
                 "validation_rows": len(held),
+                "truncated_rows": num_truncated,
                 **identity["data"],
             },
         },

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from consistentee.backend import TokenRow
-from consistentee.batches import encode_texts
+from consistentee.batches import encode_with_cuts
 from consistentee.engine import Engine
+from consistentee.limits import LONGER_TRAINING, say_cuts
 from consistentee.saved import usable_device
 from consistentee.speed import exit_distribution_shares, random_rows, shape_model
 
@@ -102,4 +103,7 @@ def model_workload(
     engine.saved.check_texts(len(sample[0]), "each text")
     if "auto" in (dtype, backend):
         engine.calibrate(sample)
-    return Workload(engine, encode_texts(sample, engine.saved.tokenizer, engine.saved.max_length))
+    encoded, cut = encode_with_cuts(sample, engine.saved.tokenizer, engine.saved.max_length)
+    longer = f"texts were longer than the model's {engine.saved.max_length} tokens"
+    say_cuts(sum(cut), len(cut), longer, LONGER_TRAINING)
+    return Workload(engine, encoded)

@@ -34,7 +34,7 @@ from consistentee.terminal import announced, at_least_one, console, say, text_st
 from consistentee.time_budget import TimeBudget
 
 if TYPE_CHECKING:
-    from consistentee.generation.generator import GeneratedText, TextGenerator
+    from consistentee.generation.generator import DecodingOptions, GeneratedText, TextGenerator
 
 MAX_TRAINING_TEXTS = 100
 """Texts that are generated to report on after a training, at most: they take long."""
@@ -73,8 +73,9 @@ def generate(
     """Generate text: of one --prompt as it is written, of many prompts as JSON lines in the order of the prompts.
 
     A JSON line has prompt, input (if there is one), text, finish_reason (end: the model ended it; stop: a --stop did;
-    length: --max-new-tokens), exit_layers (one for each token, the end of the text included) and mean_exit_layer; in
-    mode lossless also draft_layers, drafted and accepted.
+    length: --max-new-tokens), exit_layers (one for each token, the end of the text included), mean_exit_layer, and
+    truncated: whether the prompt was longer than there is room for, and was cut; in mode lossless also draft_layers,
+    drafted and accepted.
 
     Args:
         model: Folder of a trained model, or its name on the hub.
@@ -140,7 +141,8 @@ def generate(
     generator = TextGenerator(saved, template=written)
     options = usage(lambda: generator.check(options))
     if prompt is not None and not json_lines and output is None:
-        _write_as_it_comes(generator, prompt, input or "", options, show_exits)
+        text = _write_as_it_comes(generator, prompt, input or "", options, show_exits)
+        _say_prompts_cut(int(text.truncated), 1, options)
         return
     if prompt is not None:
         prompts: Iterator[tuple[str, str]] = iter([(prompt, input or "")])
@@ -149,6 +151,7 @@ def generate(
             print("Reading prompts from standard input, one a line; end with Ctrl-D.", file=sys.stderr)  # noqa: T201
         rows = read_prompts(file or "-", prompt_column=prompt_column, input_column=input_column)
         prompts = ((row["prompt"], row["input"]) for row in rows)
+    count = num_truncated = 0
     is_file = output is not None
     total = rows_about(file) if is_file and file is not None else None
     with (
@@ -159,6 +162,8 @@ def generate(
             stream.write(json.dumps(_line(text, show_exits), ensure_ascii=False) + "\n")
             stream.flush()
             shower.update(figures={"exit_layer": text.mean_exit_layer})
+            count, num_truncated = count + 1, num_truncated + text.truncated
+    _say_prompts_cut(num_truncated, count, options)
 
 
 def train_generator(
@@ -307,10 +312,12 @@ def benchmark_generator(
     """
     from consistentee.atomic import write_json
     from consistentee.benchmark_command import say_left_out
+    from consistentee.generation.encoding import encode_prompts_with_cuts
     from consistentee.generation.generator import TextGenerator
     from consistentee.generation.reports import generation_speed_report
     from consistentee.generation.saved import DTYPES, open_generator
     from consistentee.generation.speed import measure_generation_speed, random_prompts, shape_generator
+    from consistentee.limits import say_cuts
     from consistentee.saved import usable_device
     from consistentee.speed import exit_distribution_shares
 
@@ -329,7 +336,12 @@ def benchmark_generator(
         saved = open_generator(name, device=device, dtype=dtype)
         network = usage(lambda: saved.early_exit_model)
         pairs = _benchmark_prompts(data_file, task, data_dir)[:num_rows]
-        prompts = TextGenerator(saved).encode(pairs)
+        room = max(1, saved.context_length - new_tokens)
+        prompts, cut = encode_prompts_with_cuts(
+            pairs, saved.tokenizer, saved.prompt_template(), max_prompt_length=room
+        )
+        texts = f"prompts were longer than the {room} tokens that {new_tokens} new ones leave room for"
+        say_cuts(sum(cut), len(cut), texts, "Lower --new-tokens to keep more of them.")
     shares = None
     if exit_distribution is not None:
         text = exit_distribution
@@ -412,14 +424,22 @@ def _line(text: GeneratedText, show_exits: bool) -> dict[str, Any]:
         "finish_reason": text.finish_reason,
         "exit_layers": text.exit_layers,
         "mean_exit_layer": round(text.mean_exit_layer, 4),
+        "truncated": text.truncated,
         **({} if text.draft_layers is None else lossless),
         **({"pieces": text.pieces} if show_exits else {}),
     }
 
 
+def _say_prompts_cut(cut: int, total: int, options: DecodingOptions) -> None:
+    from consistentee.limits import say_cuts
+
+    room = f"the {options.max_prompt_length} tokens that {options.max_new_tokens} new ones leave room for"
+    say_cuts(cut, total, f"prompts were longer than {room}", "A lower --max-new-tokens leaves more.")
+
+
 def _write_as_it_comes(
-    generator: TextGenerator, prompt: str, input: str, options: Any, show_exits: bool
-) -> None:
+    generator: TextGenerator, prompt: str, input: str, options: DecodingOptions, show_exits: bool
+) -> GeneratedText:
     """The text on standard output, token by token; white space before its first letter is left out."""
     from consistentee.generation.exit_colours import ExitPrinter
 
@@ -444,3 +464,4 @@ def _write_as_it_comes(
         printer.end(drafted=text.drafted, accepted=text.accepted)
     else:
         say("")
+    return text

@@ -42,16 +42,20 @@ class TokenizedPrompts(Dataset[dict[str, Any]]):
     Args:
         prompts: Token ids of every prompt.
         responses: Token ids of every response, equally many rows; a prompt or a response may be empty, not both.
+        num_truncated: How many of the rows were cut.
 
     An item is a dict of `input_ids` (list of int, prompt and response), `labels` (list of int, the same with IGNORED in
     place of the prompt) and `index` (int, the row's own position in this dataset).
     """
 
-    def __init__(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> None:
+    def __init__(
+        self, prompts: Sequence[Tokens], responses: Sequence[Tokens], *, num_truncated: int = 0
+    ) -> None:
         if len(prompts) != len(responses):
             raise ValueError(
                 f"prompts and responses must be equally many, got {len(prompts)} and {len(responses)}."
             )
+        self.num_truncated = num_truncated
         self.prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)  # (rows,) tokens
         self.lengths = self.prompt_lengths + np.array([len(row) for row in responses], dtype=np.int64)
         self._ends = np.cumsum(self.lengths)
@@ -141,6 +145,7 @@ def encode_rows(
     shortest_response = max(1, int(SHORTEST_RESPONSE * max_length))
     prompts: list[NDArray[np.int32]] = []  # arrays at once: lists of a large data set would take gigabytes
     responses: list[NDArray[np.int32]] = []
+    num_truncated = 0
     for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
         part = dataset.select(range(start, min(start + TOKENIZED_AT_ONCE, len(dataset))))
         asked = part.prompts()
@@ -148,6 +153,7 @@ def encode_rows(
             asked, encoder.prompts(asked), encoder.tokens_of(part.references), strict=True
         ):
             response = [*bare, end]
+            whole = len(prompt) + len(response)
             room = min(longest_prompt, max_length - len(response))
             history, prompt = encoder.cut_history(instruction, context, history, prompt, room)
             context, prompt = encoder.cut_input(instruction, context, history, prompt, room)
@@ -158,17 +164,18 @@ def encode_rows(
                 prompt = encoder.cut_instruction(instruction, context, history, prompt, room)
             prompts.append(np.array(prompt, dtype=np.int32))
             responses.append(np.array(response, dtype=np.int32))
-    return TokenizedPrompts(prompts, responses)
+            num_truncated += len(prompt) + len(response) < whole
+    return TokenizedPrompts(prompts, responses, num_truncated=num_truncated)
 
 
-def encode_prompts(
+def encode_prompts_with_cuts(
     prompts: InstructionDataset | Iterable[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
     *,
     max_prompt_length: int,
-) -> list[list[int]]:
-    """Token ids of prompts to respond to, the same as in `encode_rows`.
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of prompts to respond to, the same as in `encode_rows`, and which of them were cut.
 
     Args:
         prompts: A data set, or pairs of an instruction and an input ("" for none).
@@ -178,7 +185,7 @@ def encode_prompts(
             input is cut from its end, then the instruction.
 
     Returns:
-        One list of token ids a prompt, not padded.
+        One list of token ids a prompt, not padded; and for each whether it was longer than `max_prompt_length`.
 
     Raises:
         DataError: A prompt of which no token is left.
@@ -190,14 +197,27 @@ def encode_prompts(
         asked = [(instruction, context, ()) for instruction, context in prompts]
     encoder = _PromptEncoder(tokenizer, template)
     encoded: list[list[int]] = []
+    cut: list[bool] = []
     for (instruction, context, history), prompt in zip(asked, encoder.prompts(asked), strict=True):
+        cut.append(len(prompt) > max_prompt_length)
         history, prompt = encoder.cut_history(instruction, context, history, prompt, max_prompt_length)
         context, prompt = encoder.cut_input(instruction, context, history, prompt, max_prompt_length)
         encoded.append(encoder.cut_instruction(instruction, context, history, prompt, max_prompt_length))
     if [] in encoded:
         row = encoded.index([]) + 1
         raise DataError("The prompt has no token.", row=row, unit="prompt", remedy="Write one, or remove it.")
-    return encoded
+    return encoded, cut
+
+
+def encode_prompts(
+    prompts: InstructionDataset | Iterable[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    *,
+    max_prompt_length: int,
+) -> list[list[int]]:
+    """Token ids of prompts to respond to, one list a prompt; arguments and errors as in `encode_prompts_with_cuts`."""
+    return encode_prompts_with_cuts(prompts, tokenizer, template, max_prompt_length=max_prompt_length)[0]
 
 
 class _PromptEncoder:

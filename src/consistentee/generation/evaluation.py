@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consistentee.generation.data import InstructionDataset
-from consistentee.generation.encoding import TokenizedPrompts, encode_prompts
+from consistentee.generation.encoding import TokenizedPrompts, encode_prompts_with_cuts
 from consistentee.generation.forced import (
     ForcedTokens,
     forced_exits,
@@ -37,6 +37,7 @@ from consistentee.generation.results import (
 )
 from consistentee.generation.saved import SavedGenerator
 from consistentee.generation.text_metrics import text_metrics
+from consistentee.limits import LONGER_TRAINING, say_cuts
 from consistentee.progress import track
 from consistentee.timing import environment
 
@@ -121,7 +122,10 @@ def evaluate_generation(
     own, written = generate(criterion, limit)
     full, _ = texts.generate(criterion, highest_threshold(criterion, depth), "full", None)
 
-    forced = _Forced(saved, reference_rows(saved, rows), batch_size, progress, seed)
+    references = reference_rows(saved, rows)
+    whole = f"prompts with their references were longer than {saved.max_length} tokens"
+    say_cuts(references.num_truncated, len(references), whole, LONGER_TRAINING)
+    forced = _Forced(saved, references, batch_size, progress, seed)
     depths = [depth / speedup for speedup in text_speedups]
     dialled = _without([forced.matched(criterion, aim) for aim in depths], limit)
     curve = forced.curve(criterion, [limit, *dialled], curve_thresholds)
@@ -172,6 +176,7 @@ def evaluate_generation(
         else None,
         examples=texts.examples(written),
         environment=environment(saved.model.device, seed) | {"dtype": _dtype_name(saved)},
+        num_truncated=texts.num_truncated,
     )
 
 
@@ -184,7 +189,7 @@ def evaluate_plain_generation(
     bertscore_model: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Figures of a model without exits: `num_examples`, `metrics`, `tokens_per_second` and `num_tokens`."""
+    """Figures of a model without exits: `num_examples`, `num_truncated`, `metrics`, and tokens and their speed."""
     texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
     point = texts.reference(saved, rows)
     return {
@@ -192,6 +197,7 @@ def evaluate_plain_generation(
         "metrics": point.metrics,
         "tokens_per_second": point.tokens_per_second,
         "num_tokens": point.num_tokens,
+        "num_truncated": texts.num_truncated,
     }
 
 
@@ -228,11 +234,17 @@ class _Texts:
         self._options = replace(
             options, max_new_tokens=self.max_new_tokens, max_prompt_length=checked.max_prompt_length
         )
-        self._encoded = self._encode(saved, self._generator)
+        self._encoded, self.num_truncated = self._encode(saved, self._generator)
 
-    def _encode(self, saved: SavedGenerator, generator: TextGenerator) -> list[list[int]]:
+    def _encode(self, saved: SavedGenerator, generator: TextGenerator) -> tuple[list[list[int]], int]:
+        """Token ids of the prompts, and how many were cut, which is also said."""
         limit = self._options.max_prompt_length or saved.max_length
-        return encode_prompts(self._rows, saved.tokenizer, generator.template, max_prompt_length=limit)
+        encoded, cut = encode_prompts_with_cuts(
+            self._rows, saved.tokenizer, generator.template, max_prompt_length=limit
+        )
+        prompts = f'prompts were longer than the {limit} tokens of model "{saved.name}"'
+        say_cuts(sum(cut), len(cut), prompts, LONGER_TRAINING)
+        return encoded, sum(cut)
 
     def generate(
         self, criterion: str, threshold: float, mode: str, skipped_states: str | None
@@ -257,7 +269,7 @@ class _Texts:
         mode, criterion, threshold = options.mode or "full", "none", 1.0
         if mode != "full":
             criterion, threshold = reference.exit_rule()
-        encoded = self._encode(reference, generator)
+        encoded, _ = self._encode(reference, generator)
         written = list(self._bar(self._run(generator, encoded, options), "reference"))
         point = self._point(written, reference, mode, criterion, threshold)
         max_length = min(self._saved.max_length, reference.max_length)

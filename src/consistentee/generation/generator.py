@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -16,7 +16,7 @@ from transformers import StoppingCriteriaList
 from consistentee.config import require_choice, require_seed
 from consistentee.errors import DataError
 from consistentee.generation.config import GenerationMode, SkippedStates
-from consistentee.generation.encoding import encode_prompts, pad_left
+from consistentee.generation.encoding import encode_prompts_with_cuts, pad_left
 from consistentee.generation.pieces import PieceDecoder, decode_pieces
 from consistentee.generation.saved import SavedGenerator
 from consistentee.generation.stops import StopTexts, cut_at_stop
@@ -77,6 +77,7 @@ class GeneratedText:
         draft_layers: of `lossless` mode, (tokens,): the layer at which each token was drafted, or the last one where
             the verification gave it; else None.
         drafted, accepted: of `lossless` mode: drafts that were verified, and those that stayed; else None.
+        truncated: whether the prompt was longer than there was room for, and was cut.
     """
 
     prompt: str
@@ -90,6 +91,7 @@ class GeneratedText:
     draft_layers: list[int] | None = None
     drafted: int | None = None
     accepted: int | None = None
+    truncated: bool = False
 
     @property
     def mean_exit_layer(self) -> float:
@@ -273,12 +275,12 @@ class TextGenerator:
         """
         options = self.check(_options(options, values))
         _seed(options)
-        encoded = self._encode([(instruction, input)], options, before=0)
+        encoded, cut = self._encode([(instruction, input)], options, before=0)
         stops, _ = self._stops(options)
         decoder = PieceDecoder(self.saved.tokenizer)
         streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, stops)
         (text,) = self._batch([(instruction, input)], encoded, options, streamer)
-        return text
+        return replace(text, truncated=cut[0])
 
     def generate_encoded(
         self, prompts: Sequence[Sequence[int]], *, batch_size: int = 8, options: DecodingOptions
@@ -298,14 +300,16 @@ class TextGenerator:
 
     def encode(self, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of prompts, (instruction, input) each, as `generate_texts` makes them."""
-        return self._encode(prompts, DecodingOptions(), 0)
+        return self._encode(prompts, DecodingOptions(), 0)[0]
 
     def _windows(
         self, prompts: Iterator[tuple[str, str]], batch_size: int, options: DecodingOptions
     ) -> Iterator[GeneratedText]:
         batches, done = 1, 0
         while part := list(itertools.islice(prompts, batches * batch_size)):
-            yield from self._window(part, self._encode(part, options, done), batch_size, options)
+            encoded, cut = self._encode(part, options, done)
+            texts = self._window(part, encoded, batch_size, options)
+            yield from (replace(text, truncated=is_cut) for text, is_cut in zip(texts, cut, strict=True))
             done += len(part)
             if batch_size > 1:  # alone, every prompt is answered before the next is asked for
                 batches = min(2 * batches, WINDOW_BATCHES)
@@ -331,10 +335,13 @@ class TextGenerator:
 
     def _encode(
         self, asked: Sequence[tuple[str, str]], options: DecodingOptions, before: int
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Token ids, and which prompts were cut."""
         limit = options.max_prompt_length or self.saved.context_length
         try:
-            return encode_prompts(asked, self.saved.tokenizer, self.template, max_prompt_length=limit)
+            return encode_prompts_with_cuts(
+                asked, self.saved.tokenizer, self.template, max_prompt_length=limit
+            )
         except DataError as error:
             if error.row is None:
                 raise

@@ -145,10 +145,10 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> nn.Embedding:
         """Give embeddings, LM head and the exits' own heads as many entries as a tokenizer has; as in Hugging Face."""
         embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.decoder.vocab_size = len(embeddings.weight)  # pyright: ignore[reportAttributeAccessIssue]
+        self.config.decoder.vocab_size = len(embeddings.weight)
         if not self.exit_heads.head_is_shared:
             heads = self.exit_heads.heads
-            for index, head in enumerate(heads):
+            for index, head in enumerate(cast("list[nn.Linear]", heads)):
                 heads[index] = self.backbone._get_resized_lm_head(  # as Hugging Face resizes the model's own
                     head, len(embeddings.weight), mean_resizing=mean_resizing
                 )

@@ -126,6 +126,7 @@ class GenerationEvaluation:
             one those that were not.
         examples: a few prompts with their text, token by token.
         environment: hardware, versions, seed.
+        num_truncated: prompts that were longer than the model takes, and were cut.
     """
 
     num_hidden_layers: int
@@ -154,6 +155,7 @@ class GenerationEvaluation:
     draft_histogram: list[int] | None = None
     examples: list[GenerationExample] = field(default_factory=list[GenerationExample])
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
+    num_truncated: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values, ready for JSON."""

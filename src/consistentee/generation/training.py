@@ -42,7 +42,7 @@ from consistentee.generation.policy_phase import first_exit_layer, run_policy_ph
 from consistentee.generation.rounds import record_round, report_choice, report_exits, training_record
 from consistentee.generation.templates import prompt_template
 from consistentee.generation.token_states import TokenStates
-from consistentee.limits import check_tokenizer, training_length
+from consistentee.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
 from consistentee.optimisation import Figures, Optimisation, parameter_groups
 from consistentee.run_folders import open_output, run_identity
 from consistentee.runs import Report, Run
@@ -288,6 +288,10 @@ def _start(
     lengths = {"max_length": max_length, "max_prompt_length": config.max_prompt_length}
     train_rows = encode_rows(train_data.select(kept), tokenizer, template, **lengths)
     validation = encode_rows(train_data.select(held), tokenizer, template, **lengths)
+    num_truncated = train_rows.num_truncated + validation.num_truncated
+    if accelerator.is_main_process:
+        texts = f"texts to train on were longer than {max_length} tokens"
+        say_cuts(num_truncated, len(train_data), texts, LONGER_TRAINING)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     counts = response_counts(
         torch.from_numpy(train_rows.lengths), torch.from_numpy(train_rows.prompt_lengths)
@@ -322,6 +326,7 @@ def _start(
                 "source": train_data.source,
                 "train_rows": len(kept),
                 "validation_rows": len(held),
+                "truncated_rows": num_truncated,
                 "train_tokens": int(counts.sum()),
                 **identity["data"],
             },

@@ -12,6 +12,7 @@ from saved_generators import BYTES, TEMPLATE, tiny_rows
 from test_generation_data import byte_tokenizer
 from tiny_decoders import single_thread, tiny_decoder, tiny_exit_model
 from tiny_training import quick_generation_config
+from transformers import pipeline
 
 from consistentee.errors import UsageError
 from consistentee.generation import decoders
@@ -96,3 +97,21 @@ def test_texts_keep_to_the_positions(backbone: Path) -> None:
         assert 0 < len(text.token_ids) <= new
     with pytest.raises(ValueError, match="max_new_tokens must be below the 40 tokens"):
         generator.generate_texts([("a", "")], max_new_tokens=40)
+
+
+@pytest.mark.parametrize("learn", [train_generation, finetune_generation])
+def test_a_training_saves_its_positions_with_the_tokenizer(
+    tmp_path: Path, backbone: Path, learn: Any
+) -> None:
+    """Hugging Face's pipeline then leaves out what has no room, where it is asked to."""
+    config = quick_generation_config(rounds=0, max_length=32)
+    folder = learn(backbone=backbone, train_data=tiny_rows(12), output_dir=tmp_path / "run", config=config)
+    write: Any = pipeline("text-generation", model=str(folder), device="cpu")
+    assert write.tokenizer.model_max_length == POSITIONS
+    given: Any = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    short, long = "word " * 7, "word " * 400  # 35 tokens and 5 new ones are the model's 40
+    cut = write(long, handle_long_generation="hole", **given)
+    assert cut == write(short, add_special_tokens=False, **given)
+    if learn is train_generation:
+        with pytest.raises(ValueError, match="at most 40 tokens a row, the positions of the model, got 2001"):
+            write(long, **given)

@@ -268,6 +268,9 @@ def _start(
     )
     max_length = training_length(config, model.config.decoder, backbone)
     check_tokenizer(tokenizer, model.get_input_embeddings(), backbone, pads=False)
+    positions = getattr(model.config.decoder, "max_position_embeddings", None)
+    if positions:  # pipelines cut by it (`handle_long_generation`); many tokenizers come without a length
+        tokenizer.model_max_length = min(tokenizer.model_max_length, int(positions))
     model.config.min_exit_layer = first_exit_layer(config.min_exit_layer, model.num_layers)
     model.checkpoint_layers = config.gradient_checkpointing
     model.policy.requires_grad_(False)  # fitted on their own, on cached states

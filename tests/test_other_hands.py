@@ -143,6 +143,19 @@ class TestLora:
             Engine(type(engine.saved)(model, engine.saved.tokenizer, {}, "adapted"))
 
 
+@peft_asks
+def test_prompts_can_be_tuned(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = dict(DataCollatorWithPadding(tokenizer)(rows_of(tokenizer)))
+    config = peft.PromptTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=3, token_dim=32, num_layers=3, num_attention_heads=4
+    )
+    tuned: Any = peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder), config)
+    tuned(**batch).loss.backward()
+    assert float(tuned.prompt_encoder.default.embedding.weight.grad.abs().min()) > 0
+
+
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_embeddings_in_place_of_ids(tmp_path: Path, model_type: str) -> None:
     backbone = tiny_backbone(tmp_path / "backbone", model_type)

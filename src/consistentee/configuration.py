@@ -79,6 +79,11 @@ class EncoderClassifierConfig(PreTrainedConfig):
         return int(getattr(self.encoder, "hidden_size", None) or self.encoder.dim)
 
     @property
+    def vocab_size(self) -> int:
+        """Size of the backbone's vocabulary."""
+        return int(cast(Any, self.encoder).vocab_size)
+
+    @property
     def max_input_length(self) -> int:
         """Tokens that texts are cut to: `max_length`, or fewer where the backbone has not as many positions."""
         longest = longest_input(self.encoder)

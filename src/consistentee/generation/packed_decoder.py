@@ -406,8 +406,8 @@ def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[A
 
     Args:
         model: whose weights.
-        copied: those of which there are copies. They are read, as torch does not count what is written through `.data`:
-            21 ms for the 46 million of SmolLM2-135M, one thread.
+        copied: those of which there are copies. They are read, as torch does not count what is written through `.data`.
+            The 46 million of SmolLM2-135M take a third to a half of the time of one token at full depth.
     """
     counted = tuple(
         (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)

@@ -15,6 +15,7 @@ from consistentee.cli import main
 from consistentee.data import TextDataset
 from consistentee.engine import Engine
 from consistentee.evaluation import evaluate_model, evaluate_plain
+from consistentee.limits import say_cuts
 from consistentee.saved import open_model, read_record
 from consistentee.training import finetune, train
 from consistentee.workloads import model_workload
@@ -88,6 +89,15 @@ def test_training_says_and_records_it(tmp_path: Path, caplog: pytest.LogCaptureF
     learn(**given, train_data=tiny_dataset(32), output_dir=tmp_path / "whole")
     assert caplog.messages == []
     assert read_record(tmp_path / "whole")["data"]["truncated_rows"] == 0
+
+
+def test_of_several_processes_one_says_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        say_cuts(1, 2, f"texts of process {rank}", "Do.")
+    assert caplog.messages == ["1 of 2 texts of process 0 and were cut. Do."]
 
 
 def test_evaluation_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

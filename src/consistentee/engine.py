@@ -98,8 +98,8 @@ class Engine:
 
     Example:
         >>> engine = Engine.from_pretrained("runs/sst2")  # doctest: +SKIP
-        >>> engine.predict(["A fine film.", "Dull."])  # doctest: +SKIP
-        [Prediction(label='positive', score=0.98, exit_layer=2), Prediction(label='negative', score=0.97, exit_layer=3)]
+        >>> engine.predict(["A fine film."])  # doctest: +SKIP
+        [Prediction(label='positive', score=0.98, exit_layer=2, truncated=False)]
     """
 
     def __init__(self, saved: SavedModel, *, dtype: str = "float32", backend: str = "torch") -> None:

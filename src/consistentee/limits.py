@@ -6,6 +6,7 @@ All of it is known before the first step, and otherwise comes up as an index err
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, cast
 
 from torch import nn
@@ -103,8 +104,11 @@ def check_tokenizer(tokenizer: Any, embeddings: nn.Module, name: object, *, pads
 
 
 def say_cuts(cut: int, total: int, what: str, remedy: str) -> None:
-    """Log what `cut_message` says, if any text was cut; with no handler it goes to standard error."""
-    if cut:
+    """Log what `cut_message` says, if any text was cut; with no handler it goes to standard error.
+
+    Of several processes the first says it.
+    """
+    if cut and os.environ.get("RANK", "0") == "0":
         _log.warning(cut_message(cut, total, what, remedy))
 
 

@@ -283,9 +283,8 @@ def start_run(
     train_rows = tokenize(train_part, tokenizer, max_length)
     validation = tokenize(train_data.select(held), tokenizer, max_length)
     num_truncated = train_rows.num_truncated + validation.num_truncated
-    if accelerator.is_main_process:
-        texts = f"texts to train on were longer than {max_length} tokens"
-        say_cuts(num_truncated, len(train_data), texts, LONGER_TRAINING)
+    texts = f"texts to train on were longer than {max_length} tokens"
+    say_cuts(num_truncated, len(train_data), texts, LONGER_TRAINING)
     policy_rows = validation
     if config.policy_data == "seen":
         policy_rows = tokenize(train_part.max_samples(MAX_SEEN_ROWS, config.seed), tokenizer, max_length)

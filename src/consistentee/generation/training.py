@@ -292,9 +292,8 @@ def _start(
     train_rows = encode_rows(train_data.select(kept), tokenizer, template, **lengths)
     validation = encode_rows(train_data.select(held), tokenizer, template, **lengths)
     num_truncated = train_rows.num_truncated + validation.num_truncated
-    if accelerator.is_main_process:
-        texts = f"texts to train on were longer than {max_length} tokens"
-        say_cuts(num_truncated, len(train_data), texts, LONGER_TRAINING)
+    texts = f"texts to train on were longer than {max_length} tokens"
+    say_cuts(num_truncated, len(train_data), texts, LONGER_TRAINING)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     counts = response_counts(
         torch.from_numpy(train_rows.lengths), torch.from_numpy(train_rows.prompt_lengths)

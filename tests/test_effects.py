@@ -76,8 +76,8 @@ def test_those_that_have_one_are_not() -> None:
 
 FINETUNED = (
     "batch_size checkpoint_every consistent_epochs gradient_accumulation_steps group_by_length learning_rate "
-    "max_grad_norm max_length mixed_precision rounds schedule seed tracker validation_fraction warmup_epochs "
-    "warmup_ratio weight_decay"
+    "max_grad_norm max_length mixed_precision parse_special_tokens rounds schedule seed tracker "
+    "validation_fraction warmup_epochs warmup_ratio weight_decay"
 )
 """Settings of both kinds that fine-tuning reads: how many steps it takes, and how."""
 

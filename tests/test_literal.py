@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast, pipeline
 
-from consistentee.batches import encode_texts
+from consistentee.batches import encode_texts, encode_with_cuts
 from consistentee.data import TextDataset
 from consistentee.engine import Engine
 from consistentee.evaluation import evaluate_model
@@ -185,11 +185,11 @@ def test_training_engine_evaluation_and_pipeline_agree(
     seen: list[list[int]] = []
 
     def noted(texts: Any, tokenizer: Any, max_length: int = 128) -> Any:
-        encoded = encode_texts(texts, tokenizer, max_length)
+        encoded, cut = encode_with_cuts(texts, tokenizer, max_length)
         seen.extend(row["input_ids"] for row in encoded)
-        return encoded
+        return encoded, cut
 
-    monkeypatch.setattr("consistentee.batches.encode_texts", noted)
+    monkeypatch.setattr("consistentee.batches.encode_with_cuts", noted)
     config = quick_config(parse_special_tokens=parse)
     folder = make(backbone=backbone, train_data=rows, output_dir=tmp_path / "run", config=config)
     saved = open_model(folder, "cpu")

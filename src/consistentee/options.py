@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter
 from consistentee.atomic import write_text
 from consistentee.config import Recipe, TrainingConfig, load_recipe
 from consistentee.effects import Command, check_effects
-from consistentee.errors import SettingError, UsageError
+from consistentee.errors import UsageError
 from consistentee.generation.config import AnyTrainingConfig, GenerationTrainingConfig
 from consistentee.generation.tasks import is_generation_task
 

@@ -100,6 +100,7 @@ class TestGenerate:
         lines = [json.loads(line) for line in outcome.out.splitlines()]
         assert [line["prompt"] for line in lines] == [f"number {row}" * (1 + row % 3) for row in range(7)]
         for line in lines:
+            assert line.pop("truncated") is False
             assert set(line) == {"prompt", "text", "finish_reason", "exit_layers", "mean_exit_layer"}
             assert len(line["exit_layers"]) == 5
             assert line["mean_exit_layer"] == pytest.approx(sum(line["exit_layers"]) / 5, abs=1e-4)

@@ -14,7 +14,7 @@ from tiny_training import quick_generation_config, tiny_decoder
 from consistentee.cli import main
 from consistentee.errors import DataError
 from consistentee.generation.data import InstructionDataset
-from consistentee.generation.encoding import encode_prompts, encode_rows
+from consistentee.generation.encoding import encode_prompts, encode_prompts_with_cuts, encode_rows
 from consistentee.generation.generator import TextGenerator
 from consistentee.generation.saved import open_generator
 from consistentee.generation.templates import ALPACA, PLAIN, PromptTemplate, prompt_template
@@ -177,12 +177,12 @@ def test_the_option_of_generate(option: list[str], tmp_path: Path, monkeypatch: 
     folder = generator_folder(tmp_path)
     seen: list[int] = []
 
-    def noted(*args: Any, **kwargs: Any) -> list[list[int]]:
-        encoded = encode_prompts(*args, **kwargs)
+    def noted(*args: Any, **kwargs: Any) -> tuple[list[list[int]], list[bool]]:
+        encoded, cut = encode_prompts_with_cuts(*args, **kwargs)
         seen.extend(encoded[0])
-        return encoded
+        return encoded, cut
 
-    monkeypatch.setattr("consistentee.generation.generator.encode_prompts", noted)
+    monkeypatch.setattr("consistentee.generation.generator.encode_prompts_with_cuts", noted)
     arguments = ["--prompt", "a</s>b", "--json", "--max-new-tokens", "2", *option]
     assert main(["generate", str(folder), *arguments]) == 0
     end = open_generator(folder, "cpu").tokenizer.convert_tokens_to_ids("</s>")

@@ -313,7 +313,6 @@ def benchmark_generator(
     from consistentee.atomic import write_json
     from consistentee.benchmark_command import say_left_out
     from consistentee.generation.encoding import encode_prompts_with_cuts
-    from consistentee.generation.generator import TextGenerator
     from consistentee.generation.reports import generation_speed_report
     from consistentee.generation.saved import DTYPES, open_generator
     from consistentee.generation.speed import measure_generation_speed, random_prompts, shape_generator

@@ -283,12 +283,6 @@ def _values(kinds: Any) -> list[str]:
     return [str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])]
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Tokens of a row that learned positions have room for; None where positions are rotations."""
-    row = decoder_architecture(model.config)
-    return int(decoder_base(model).get_submodule(row.positions).weight.shape[0]) if row.positions else None
-
-
 @dataclass
 class DecoderState:
     """Everything that flows from one Hugging Face layer to the next in training.

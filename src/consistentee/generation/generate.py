@@ -17,7 +17,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from consistentee.config import require_choice
-from consistentee.generation import decoders
 from consistentee.generation.config import GenerationMode, SkippedStates
 from consistentee.generation.decoding import Decoding, ExitWeights
 from consistentee.generation.exact_decoding import ExactDecoding
@@ -105,7 +104,6 @@ def generate_tokens(
     model_kwargs.pop("tokenizer", None)  # for stop strings, which are among the criteria by now
     values: Any = generation_config
     _check_search(values, options)
-    _check_positions(model, input_ids, attention_mask, values)
     if not values.use_cache:
         if options.mode != "full":
             raise ValueError('use_cache must be true for exits, got False. Take mode="full" without a cache.')
@@ -350,7 +348,7 @@ class _Positions:
     """
 
     def __init__(self, model: Any, attention_mask: Tensor) -> None:
-        self._limit = decoders.position_limit(model.backbone)
+        self._limit = longest_input(model.config.decoder)
         self._prompts: list[int] = [] if self._limit is None else (attention_mask != 0).sum(1).tolist()
         self._rows = len(attention_mask)
         self.check(dict.fromkeys(range(self._rows), 0))
@@ -405,24 +403,6 @@ def _check_search(config: Any, options: GenerationOptions) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise ValueError(f"{name} must be False with exits, got True: skipped layers have none.")
-
-
-def _check_positions(model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> None:
-    """Refuse texts that would run past a table of positions; the last token of a text needs none."""
-    longest = longest_input(model.config.decoder)
-    if longest is None or config.max_length is None:
-        return
-    width = input_ids.shape[1]
-    prompt = width if attention_mask is None else int(attention_mask.sum(1).max())
-    if prompt > longest:
-        raise ValueError(
-            f"input_ids must have at most {longest} tokens a row, the positions of the model, got {prompt}."
-        )
-    if prompt + config.max_length - width > longest + 1:
-        raise ValueError(
-            f"max_new_tokens must be at most {longest + 1 - prompt} after {prompt} tokens of prompt: the model has "
-            f"{longest} positions, got {config.max_length - width}."
-        )
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ SHAPING = (
 """Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
 own `generation_config` says, and so is transformers' default of the 50 likeliest."""
 
+
 @dataclass(frozen=True)
 class GeneratedText:
     """One text that was generated.

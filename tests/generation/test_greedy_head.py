@@ -65,8 +65,10 @@ def test_most_tokens_are_settled_by_the_candidates(monkeypatch: pytest.MonkeyPat
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_certain_token_is_wrong(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("more", [1, 2])
+def test_no_certain_token_is_wrong(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, more: int) -> None:
     monkeypatch.setattr(greedy_head, "CANDIDATES", 2)
+    monkeypatch.setattr(greedy_head, "MORE", more)
     head, states = random_head(dtype, seed=3), states_of(2000, dtype, seed=4)
     tokens, certain = GreedyHead(head)._screened(states)
     expected = head(states).argmax(-1)
@@ -137,13 +139,27 @@ def test_logits_that_a_soft_cap_makes_equal(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_words_that_cannot_be_told_apart_are_left_to_the_whole_head(dtype: torch.dtype) -> None:
+def test_words_that_cannot_be_told_apart_are_left_to_the_whole_head(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(greedy_head, "MORE", 1)
     head = random_head(dtype)
     head.weight[: CANDIDATES + 5] = head.weight[0]  # more equal words than candidates
     states = head.weight[:1].clone()
     greedy = GreedyHead(head)
     assert not bool(greedy._screened(states)[1].any())
     assert greedy(states).tolist() == head(states).argmax(-1).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_equal_words_beyond_the_first_candidates_are_settled(dtype: torch.dtype) -> None:
+    head = random_head(dtype)
+    head.weight[3 : CANDIDATES + 8] = head.weight[3]
+    greedy, states = GreedyHead(head), head.weight[3:4].clone()
+    tokens, certain = greedy._screened(states)
+    assert bool(certain.all())
+    assert tokens.tolist() == head(states).argmax(-1).tolist() == [3]
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 CANDIDATES = 64
-"""Logits computed again, per token."""
+"""Logits computed again, per token; where they do not settle it, `MORE` times as many, in float64."""
+MORE = 16
 LEAST_WEIGHTS = 1 << 22
 """Heads with fewer weights are read whole: nothing is gained."""
 WEIGHT_LEVELS = 100
@@ -98,23 +99,38 @@ class GreedyHead:
         lost = torch.linalg.vector_norm(exact - kept, dim=1, keepdim=True)
         # w x = w' x' + (w - w') x' + w (x - x'), by Cauchy and Schwarz: no logit is above its bound.
         errors = self._errors + self._norms * (lost / size.clamp_min(USUAL_SIZES[0])).max()
-        bounds, words = scores.addcmul_(errors, size / step).topk(CANDIDATES, dim=1)
-        tokens, least, certain = self._settle(states, words)
-        usual = (size > USUAL_SIZES[0]) & (size < USUAL_SIZES[1])
-        others = self._as_head(bounds[:, -1:] * step, states.dtype)
-        return tokens, certain & (usual & (others < least)).squeeze(1)
+        bounds = scores.addcmul_(errors, size / step)  # times step
+        tokens, certain = self._decide(states, bounds, step, CANDIDATES, torch.float32)
+        if not bool(certain.all()):
+            rows = (~certain).nonzero().squeeze(1)
+            count = min(MORE * CANDIDATES, bounds.shape[1])
+            again, settled = self._decide(states[rows], bounds[rows], step[rows], count, torch.float64)
+            tokens, certain = tokens.index_copy(0, rows, again), certain.index_copy(0, rows, settled)
+        return tokens, certain & ((size > USUAL_SIZES[0]) & (size < USUAL_SIZES[1])).squeeze(1)
 
-    def _settle(self, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The arg max over some words, (tokens, candidates).
+    def _decide(
+        self, states: Tensor, bounds: Tensor, step: Tensor, count: int, precision: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and whether they are certain, from so many words with the highest bounds."""
+        highest, words = bounds.topk(count, dim=1)
+        tokens, least, certain = self._settle(states, words, precision)
+        others = self._as_head(highest[:, -1:] * step, states.dtype)
+        return tokens, certain & (others < least).squeeze(1)
+
+    def _settle(
+        self, states: Tensor, candidates: Tensor, precision: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arg max over some words, (tokens, candidates), whose logits are computed in float32 or float64.
 
         Returns:
             The token (tokens,), a value (tokens, 1) that the other words' logits must stay below, and whether the
             token is certain (tokens,): it stands out by more than rounding, or equals others whatever the rounding.
         """
-        rows, inputs = self._weight[candidates].float(), states.float()[:, :, None]
+        rows, inputs = self._weight[candidates].to(precision), states.to(precision)[:, :, None]
         logits = torch.bmm(rows, inputs).squeeze(2)
         reach = torch.bmm(rows.abs_(), inputs.abs()).squeeze(2)
-        error = reach.mul_(2 * sum_error(states.shape[1]))  # of these logits, and of the whole head's
+        sums = 2 if precision == torch.float32 else 1  # that round: these logits' and the whole head's
+        error = reach.mul_(sums * sum_error(states.shape[1]))
         lowest, highest = (self._as_head(bound, states.dtype) for bound in (logits - error, logits + error))
         best = lowest.amax(1, keepdim=True)
         least = best - SLACK * best.abs()

@@ -163,8 +163,20 @@ def test_environment_is_on_record(report: SpeedReport) -> None:
 
 
 def test_table_fits_a_terminal(report: SpeedReport) -> None:
+    """Whatever the clock said: with figures as wide as they get."""
+    values = {"instances_per_second": 12345.6, "padding_share": 0.654}
+    values.update(wall_clock_speedup=123.45, speedup_over_transformers=12.345)
+    rows = [
+        dataclasses.replace(
+            row,
+            **values,
+            latency_ms_p50=None if row.latency_ms_p50 is None else 12345.6,
+            latency_ms_p95=None if row.latency_ms_p95 is None else 12345.6,
+        )
+        for row in report.rows
+    ]
     stream = io.StringIO()
-    Console(file=stream, width=80).print(speed_report(report))
+    Console(file=stream, width=80).print(speed_report(dataclasses.replace(report, rows=tuple(rows))))
     text = stream.getvalue()
     assert "…" not in text
     assert "throughput" in text

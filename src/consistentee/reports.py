@@ -143,7 +143,7 @@ def speed_report(report: SpeedReport) -> RenderableType:
     Returns:
         Something that a rich console prints.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for name in ("batch", ""):
         table.add_column(name, no_wrap=True)
     names = ("p50\nms", "p95\nms", "per\ns", "pad\n%", "layers", "clock", "eff.", "vs\nHF")
@@ -161,10 +161,10 @@ def speed_report(report: SpeedReport) -> RenderableType:
             _short(row.latency_ms_p95),
             _short(row.instances_per_second),
             f"{100 * row.padding_share:.1f}",
-            f"{row.layer_speedup:.2f}x",
-            f"{row.wall_clock_speedup:.2f}x",
+            _times(row.layer_speedup),
+            _times(row.wall_clock_speedup),
             "" if row.efficiency is None else f"{row.efficiency:.2f}",
-            f"{row.speedup_over_transformers:.2f}x",
+            _times(row.speedup_over_transformers),
             style="bold" if row.name == "engine" else "",
         )
         before = size
@@ -191,3 +191,8 @@ def _short(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def _times(ratio: float) -> str:
+    """At most five characters, up to a thousandfold."""
+    return f"{ratio:.2f}x" if ratio < 9.995 else f"{ratio:.1f}x" if ratio < 99.95 else f"{ratio:.0f}x"

@@ -7,11 +7,19 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
+# A processor without AVX-512, VNNI and AMX, for torch, oneDNN, FBGEMM and MKL; tests/test_mask.py holds them to it.
+MASK := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 \
+  FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+NUMERIC := $(addprefix tests/test_,mask.py linears.py packed.py packing.py heads.py decisions.py exits.py losses.py \
+  states.py backbones.py model.py engine.py engine_properties.py evaluation.py policy_training.py) \
+  $(addprefix tests/generation/test_,greedy_head.py packed_decoder.py decoders.py decoding.py lossless.py generate_api.py \
+  token_states.py exit_rules.py objectives.py policy_fit.py generation_evaluation.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format
+.PHONY: help install demo test test-masked check format
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo '  PYTHON=python3.12 picks the interpreter of a new .venv, WORKERS=4 the test processes, ARGS="-k exits" goes to pytest'
 
 install: $(STAMP) ## make .venv with the package (editable) and all it needs
@@ -22,6 +30,9 @@ demo: $(STAMP) ## train, evaluate and try a small model: a few minutes on 2 core
 
 test: $(STAMP) ## run the tests
 	@$(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-masked: $(STAMP) ## run the numeric tests as on a processor with AVX2 and no more
+	@$(MASK) $(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS) $(NUMERIC)
 
 check: $(STAMP) ## formatting, lint and types
 	@$(RUN) ruff format --check --quiet .

@@ -497,7 +497,7 @@ def test_states_of_two_parts_in_memory_mapped_files(
 
 def test_gradient_accumulation_does_not_change_the_result(quick_train: Callable[..., Path]) -> None:
     whole, parts = quick_train(), quick_train(gradient_accumulation_steps=4)
-    assert largest_difference(read_weights(whole), read_weights(parts)) < 1e-5
+    assert largest_difference(read_weights(whole), read_weights(parts)) < 1e-4
 
 
 def test_finetuning_with_gradient_accumulation(backbone: Path, data: TextDataset, tmp_path: Path) -> None:
@@ -510,7 +510,7 @@ def test_finetuning_with_gradient_accumulation(backbone: Path, data: TextDataset
         )
         for steps in (1, 4)
     )
-    assert largest_difference(read_weights(whole), read_weights(parts)) < 1e-5
+    assert largest_difference(read_weights(whole), read_weights(parts)) < 1e-4
 
 
 def test_bfloat16_after_full_precision_in_one_process(quick_train: Callable[..., Path]) -> None:

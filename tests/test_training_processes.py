@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
             1,
             2,
         ]
-        assert largest_difference(read_weights(one / name), read_weights(two / name)) < 1e-5
+        assert largest_difference(read_weights(one / name), read_weights(two / name)) < 1e-4
         record, other = read_record(one / name), read_record(two / name)
         assert other["validation"] == record["validation"]
         assert len(list((two / name / "consistentee").glob("events*"))) == 1  # one process tracks

@@ -112,8 +112,9 @@ def test_scores_and_logits(mode: str) -> None:
     assert not torch.equal(output.scores[0], output.logits[0])
     if mode == "full":
         theirs = generate(exit_model().backbone, PROMPTS, NEW, **options)
-        torch.testing.assert_close(torch.stack(output.scores), torch.stack(theirs.scores))
-        torch.testing.assert_close(torch.stack(output.logits), torch.stack(theirs.logits))
+        for name in ("scores", "logits"):  # sums are in another order, which each processor chooses
+            found, wanted = torch.stack(output[name]), torch.stack(theirs[name])
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 # --- Sampling -------------------------------------------------------------------------------------

@@ -105,8 +105,9 @@ def tiny_exit_model(
     """
     backbone = tiny_decoder(model_type, seed=seed, **config_values)
     values: dict[str, Any] = {"exit_head": exit_head, "exit_head_rank": 3, **(exit_values or {})}
-    model = EarlyExitForCausalLM.from_backbone(backbone, **values).eval()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed + 1)
+        model = EarlyExitForCausalLM.from_backbone(backbone, **values).eval()
         torch.manual_seed(seed + 1)
         for norm in model.exit_heads.norms:
             sign_norm(norm, model_type)

@@ -317,7 +317,12 @@ def test_forced_exits_must_fit(oracles: Any) -> None:
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"dtype": "float8"}, 'dtype must be one of auto, float32, bfloat16, float16, int8, got "float8"'),
+        ({"dtype": "float8"}, 'dtype must be one of float32, bfloat16, float16, int8, got "float8"'),
+        (
+            {"dtype": "auto"},
+            'dtype and backend must be named, got "auto". `consistentee benchmark MODEL --dtype auto',
+        ),
+        ({"backend": "auto"}, 'dtype and backend must be named, got "auto"'),
         ({"backend": "tensorrt"}, 'backend must be .*got "tensorrt"'),
         ({"device": "quantum"}, "quantum"),
     ],
@@ -326,31 +331,3 @@ def test_wrong_options(oracles: Any, values: dict[str, str], message: str) -> No
     folder = oracles("bert").engine.saved.name
     with pytest.raises(ValueError, match=message):
         Engine.from_pretrained(folder, **values)
-
-
-def test_auto_chooses_by_labels_and_speed(oracles: Any) -> None:
-    oracle: Oracle = oracles("bert")
-    texts = [text for (text,) in oracle.texts]
-    engine = Engine(oracle.engine.saved, dtype="auto")
-    assert engine.choice is None
-    choice = engine.calibrate(texts)
-    assert engine.choice == choice
-    assert (engine.backend.name, engine.backend.dtype) == (choice.backend, choice.dtype)
-    kept = {(trial.backend, trial.dtype): trial for trial in choice.trials}
-    assert kept[choice.backend, choice.dtype].labels_kept == 1
-    fastest = max(t.instances_per_second for t in choice.trials if t.labels_kept == 1)
-    assert kept[choice.backend, choice.dtype].instances_per_second == fastest
-    assert "chosen on the first 24 inputs" in str(choice)
-    with pytest.raises(ValueError, match="has not chosen yet"):
-        engine.calibrate(texts)
-    with pytest.raises(ValueError, match="at least one text to calibrate on, got none"):
-        Engine(oracle.engine.saved, dtype="auto").calibrate([])
-
-
-def test_auto_chooses_on_the_first_texts_and_drops_none(oracles: Any) -> None:
-    oracle: Oracle = oracles("bert")
-    texts = [text for (text,) in oracle.texts]
-    engine = Engine(oracle.engine.saved, dtype="auto")
-    found = engine.predict(texts, threshold=1.0)
-    assert engine.choice is not None
-    assert [p.label for p in found] == [p.label for p in oracle.engine.predict(texts, threshold=1.0)]

@@ -16,6 +16,7 @@ from consistentee.flights import ExitRule
 from consistentee.onnx_backend import BoundOnnxBackend, OnnxBackend
 from consistentee.onnx_sessions import full_model_session
 from consistentee.packed_layers import LAYER_PARTS
+from consistentee.precision import candidates
 from consistentee.saved import open_model
 from consistentee.torch_backend import PackedBackend
 from test_packed import LAYERS, LENGTHS, alone, build, token_rows
@@ -118,11 +119,9 @@ def test_engine_on_it(tmp_path: Path) -> None:
         Engine.from_pretrained(plain, device="cpu", backend=name) for name in ("torch", "onnxruntime")
     )
     assert [p.label for p in one.predict(texts)] == [p.label for p in other.predict(texts)]
-    auto = Engine.from_pretrained(folder, device="cpu", backend="auto", dtype="auto")
-    choice = auto.calibrate(texts)
-    assert ("onnxruntime", "float32") in {(trial.backend, trial.dtype) for trial in choice.trials}
-    assert (auto.backend.name, auto.backend.dtype) == (choice.backend, choice.dtype)
-    assert auto.run([], batch_size=1, rule=ExitRule.full_depth()).labels == []
+    assert ("onnxruntime", "float32") in candidates(engine.saved.model, "auto", "auto")
+    assert candidates(engine.saved.model, "float32", "onnxruntime") == (("onnxruntime", "float32"),)
+    assert engine.run([], batch_size=1, rule=ExitRule.full_depth()).labels == []
 
 
 def test_what_it_does_not_run(tmp_path: Path) -> None:

@@ -77,8 +77,9 @@ def benchmark(
         repeats: Timed repetitions, after one that is not. [default: 5, or fewer as --seconds allows]
         seconds: Time to keep to, about: rows (new tokens), repetitions and batch sizes that are not given are chosen
             for it. [default: 60]
-        backend: What runs the layers: torch, onnxruntime, or auto (with a model).
-        dtype: Precision: float32, bfloat16, float16, int8, or auto (with a model).
+        backend: What runs the layers: torch, onnxruntime, or auto (with a model; see dtype).
+        dtype: Precision: float32, bfloat16, float16, int8, or auto (with a model): compare them on the rows, say which
+            is the fastest that keeps the labels of float32, and measure that one.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         threads: Threads of the CPU. [default: what torch takes]
         seed: Of random weights, rows and forced exits.
@@ -202,7 +203,15 @@ def benchmark(
     else:
         texts = _benchmark_texts(model or "", data_file, task, data_dir, text_columns)
         work = model_workload(
-            model or "", texts, rows=count, device=place, dtype=dtype, backend=backend, seed=seed
+            model or "",
+            texts,
+            rows=count,
+            device=place,
+            dtype=dtype,
+            backend=backend,
+            criterion=criterion,
+            threshold=threshold,
+            seed=seed,
         )
     shares = usage(lambda: work.shares(exit_distribution))
     rule = usage(lambda: work.engine.rule(criterion, threshold))
@@ -222,8 +231,12 @@ def benchmark(
         )
     console().print(speed_report(report))
     say_left_out(report.workload)
+    figures = report.to_dict()
+    if work.choice is not None:
+        say(str(work.choice))
+        figures["choice"] = work.choice.to_dict()
     if json_file is not None:
-        write_json(json_file, report.to_dict())
+        write_json(json_file, figures)
         say(f"Figures written to {json_file}")
     if plot is not None:
         from consistentee.plots import plot_speed

@@ -256,10 +256,9 @@ def predict(
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
         batch_size: Inputs that go through the model together. [default: as many as are fastest, from a growing window]
-        dtype: Precision: float32, bfloat16, float16, int8, or auto: the fastest that keeps the labels of float32 on
-            the first inputs; what it is, is said on standard error.
+        dtype: Precision: float32, bfloat16, float16 or int8; `consistentee benchmark --dtype auto` recommends one.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
-        backend: What runs the layers: torch, onnxruntime, or auto (with a model).
+        backend: What runs the layers: torch or onnxruntime.
         output: Write here instead of to standard output; the file appears when it is complete.
         debug: Show tracebacks and the messages of other libraries.
     """
@@ -284,7 +283,7 @@ def predict(
     windows = usage(
         lambda: engine.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
     )
-    said, count, num_truncated = False, 0, 0
+    count, num_truncated = 0, 0
     is_file = output is not None
     with (
         text_stream(output) as stream,
@@ -293,9 +292,6 @@ def predict(
         ) as shower,
     ):
         for texts, predictions in windows:
-            if engine.choice is not None and not said:
-                print(engine.choice, file=sys.stderr)  # noqa: T201
-                said = True
             for text, prediction in zip(texts, predictions, strict=True):
                 line = {
                     "text": text[0] if len(text) == 1 else list(text),

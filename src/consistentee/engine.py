@@ -15,24 +15,22 @@ What comes out is what running all layers and choosing afterwards gives, in the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 
 from consistentee.backend import Answers, Backend, TokenRow
-from consistentee.batches import encode_texts, encode_with_cuts
+from consistentee.batches import encode_with_cuts
 from consistentee.decisions import ExitDecisions
 from consistentee.errors import SettingError
 from consistentee.flights import ExitRule, run_rows
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
-from consistentee.onnx_backend import has_onnxruntime, onnx_backend
-from consistentee.precision import Candidate, Choice, choose
+from consistentee.onnx_backend import onnx_backend
 from consistentee.saved import SavedModel, open_model
-from consistentee.torch_backend import ExitModel, torch_backend, torch_dtypes
+from consistentee.torch_backend import ExitModel, torch_backend
 
 BATCHES_PER_WINDOW = 64
 """Latency mode: batches that are sorted by length together; more saves padding, fewer answer earlier."""
@@ -42,9 +40,6 @@ WINDOW_ROWS = 1024
 
 FIRST_WINDOW_ROWS = 64
 """Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
-
-CALIBRATION_ROWS = 256
-"""`auto`: inputs on which the candidates are compared."""
 
 BACKENDS = ("torch", "onnxruntime")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -74,15 +69,13 @@ class Engine:
 
     Args:
         saved: a model that `open_model` opened: one with exits, or a plain one, which always runs all its layers.
-        dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU); `auto` takes the fastest that
-            keeps the labels of float32 on the first `CALIBRATION_ROWS` inputs, which wait for it (or on those given
-            to `calibrate`), and says which in `choice`. Other precisions than float32 may leave at other layers.
-        backend: `torch`, `onnxruntime` (BERT and its kin in float32; extra `onnx`, on a GPU with onnxruntime-gpu), or
-            `auto`, which chooses as for the dtype.
+        dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU). Other precisions than float32
+            may leave at other layers and change a label; `consistentee benchmark MODEL --dtype auto` says which is
+            the fastest that keeps them all on given texts.
+        backend: `torch`, or `onnxruntime` (BERT and its kin in float32; extra `onnx`, on a GPU with onnxruntime-gpu).
 
     Attributes:
         backend: what runs the layers.
-        choice: what `auto` chose and why; None without `auto`, and until it has chosen.
 
     Raises:
         ValueError: a model that is not of this library or has adapters, a dtype or backend that is not there.
@@ -120,20 +113,6 @@ class Engine:
         self.saved = saved
         self._model: ExitModel = saved.model
         self._decisions: dict[str | None, ExitDecisions] = {}
-        self.choice: Choice | None = None
-        self._candidates: tuple[Candidate, ...] = ()
-        self._choosing = Lock()
-        if "auto" in (dtype, backend):
-            self._candidates = candidates(saved.model, dtype, backend)
-            backend, dtype = (
-                "torch" if backend == "auto" else backend,
-                "float32" if dtype == "auto" else dtype,
-            )
-            if (
-                backend,
-                dtype,
-            ) not in self._candidates:  # nothing to choose from: as if it had been asked for
-                self._candidates = ()
         self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
 
     @classmethod
@@ -260,54 +239,6 @@ class Engine:
             self._decisions[criterion] = ExitDecisions(model, criterion)
         return self._decisions[criterion]
 
-    def calibrate(
-        self,
-        texts: Iterable[Text],
-        *,
-        batch_size: int | None = None,
-        threshold: float | None = None,
-        criterion: str | None = None,
-    ) -> Choice:
-        """Let an engine with `auto` in dtype or backend choose on these texts, instead of on the first it meets.
-
-        Args:
-            texts: at least one, such as those it will be used on; the arguments are those of `predict`.
-
-        Raises:
-            ValueError: no text, or an engine whose precision was given.
-        """
-        rule = self.rule(criterion, threshold)
-        window = list(self._checked(texts))
-        if not window:
-            raise ValueError("texts must hold at least one text to calibrate on, got none.")
-        with self._choosing:
-            if not self._candidates:
-                raise ValueError(
-                    'calibrate needs an engine with dtype or backend "auto" that has not chosen yet, got '
-                    f'"{self.backend.dtype}" on "{self.backend.name}".'
-                )
-            return self._choose(window, batch_size, rule)
-
-    def _choose(self, window: Sequence[tuple[str, ...]], batch_size: int | None, rule: ExitRule) -> Choice:
-        """Compare the candidates on some texts and go on with the best."""
-        rows = encode_texts(window, self.saved.tokenizer, self.saved.max_length)
-        reference = (self.backend.name, self.backend.dtype)
-        engines = {
-            candidate: self
-            if candidate == reference
-            else Engine(self.saved, dtype=candidate[1], backend=candidate[0])
-            for candidate in self._candidates
-        }
-
-        def one_pass(engine: Engine) -> Callable[[], Answers]:
-            return lambda: engine.run(rows, batch_size=batch_size, rule=rule)
-
-        passes = {candidate: one_pass(engine) for candidate, engine in engines.items()}
-        self.choice = choose(passes, reference, len(rows))
-        self.backend = engines[self.choice.backend, self.choice.dtype].backend
-        self._candidates = ()
-        return self.choice
-
     def _checked(self, texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
         """Tuples of texts, each known to be there, and as many as the model takes."""
         for position, parts in enumerate(_checked(texts), start=1):
@@ -317,12 +248,6 @@ class Engine:
     def _windows(
         self, texts: Iterator[tuple[str, ...]], batch_size: int | None, rule: ExitRule
     ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
-        if self._candidates:
-            sample = list(itertools.islice(texts, CALIBRATION_ROWS))
-            with self._choosing:
-                if sample and self._candidates:
-                    self._choose(sample, batch_size, rule)
-            texts = itertools.chain(sample, texts)
         size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
         largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
         if (
@@ -352,23 +277,18 @@ def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
         MissingExtraError: onnxruntime is asked for and not installed.
         ValueError: there is no such backend or dtype, or the model does not run so.
     """
+    if "auto" in (dtype, backend):
+        raise SettingError(
+            'dtype and backend must be named, got "auto". `consistentee benchmark MODEL --dtype auto --backend auto '
+            "--data-file TEXTS` says which are the fastest that keep the labels of float32."
+        )
     if dtype not in DTYPES:
-        raise SettingError(f'dtype must be one of auto, {", ".join(DTYPES)}, got "{dtype}".')
+        raise SettingError(f'dtype must be one of {", ".join(DTYPES)}, got "{dtype}".')
     if backend == "torch":
         return torch_backend(model, dtype)
     if backend == "onnxruntime":
         return onnx_backend(model, dtype)
-    raise SettingError(f'backend must be one of auto, {", ".join(BACKENDS)}, got "{backend}".')
-
-
-def candidates(model: ExitModel, dtype: str, backend: str) -> tuple[Candidate, ...]:
-    """Backends and dtypes that a model runs in here, of those that were asked for; the first is the reference."""
-    found = [("torch", kind) for kind in torch_dtypes(model)]
-    if has_onnxruntime(model):
-        found.append(("onnxruntime", "float32"))
-    return tuple(
-        (name, kind) for name, kind in found if backend in ("auto", name) and dtype in ("auto", kind)
-    )
+    raise SettingError(f'backend must be one of {", ".join(BACKENDS)}, got "{backend}".')
 
 
 def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:

@@ -12,6 +12,7 @@ from consistentee.backend import TokenRow
 from consistentee.batches import encode_with_cuts
 from consistentee.engine import Engine
 from consistentee.limits import LONGER_TRAINING, say_cuts
+from consistentee.precision import Choice, recommend
 from consistentee.saved import usable_device
 from consistentee.speed import exit_distribution_shares, random_rows, shape_model
 
@@ -26,10 +27,12 @@ class Workload:
     Args:
         engine: with its model.
         rows: tokenized inputs in the order of arrival.
+        choice: how dtype and backend were chosen, where that was asked for.
     """
 
     engine: Engine
     rows: Sequence[TokenRow]
+    choice: Choice | None = None
 
     def shares(self, distribution: str | None) -> list[float] | None:
         """The share of rows that are to leave at each layer; None: as the model's own rule has it.
@@ -87,23 +90,32 @@ def model_workload(
     device: str | None = None,
     dtype: str = "float32",
     backend: str = "torch",
+    criterion: str | None = None,
+    threshold: float | None = None,
     seed: int = 0,
 ) -> Workload:
     """A saved model and a random sample of texts, in the order in which they arrive.
 
+    `auto` in dtype or backend compares what there is on the sample, under the exit rule, and takes what is recommended.
+
     Raises:
-        ValueError: there are no texts.
+        ValueError: there are no texts, too few for `auto`, or the rule does not fit.
     """
-    engine = Engine.from_pretrained(name_or_path, device=device, dtype=dtype, backend=backend)
+    named = [None if value == "auto" else value for value in (dtype, backend)]
+    engine = Engine.from_pretrained(
+        name_or_path, device=device, dtype=named[0] or "float32", backend=named[1] or "torch"
+    )
     read = list(itertools.islice(texts, READ_AT_MOST))
     if not read:
         raise ValueError("There must be at least one text to measure with, got none.")
     kept = sorted(random.Random(seed).sample(range(len(read)), min(rows, len(read))))
     sample = [read[position] for position in kept]
     engine.saved.check_texts(len(sample[0]), "each text")
-    if "auto" in (dtype, backend):
-        engine.calibrate(sample)
     encoded, cut = encode_with_cuts(sample, engine.saved.tokenizer, engine.saved.max_length)
     longer = f"texts were longer than the model's {engine.saved.max_length} tokens"
     say_cuts(sum(cut), len(cut), longer, LONGER_TRAINING)
-    return Workload(engine, encoded)
+    if None not in named:
+        return Workload(engine, encoded)
+    rule = engine.rule(criterion, threshold)
+    choice = recommend(engine.saved, encoded, dtype=dtype, backend=backend, rule=rule)
+    return Workload(Engine(engine.saved, dtype=choice.dtype, backend=choice.backend), encoded, choice)

@@ -112,6 +112,14 @@ def test_encode_texts_errors(tokenizer: PreTrainedTokenizerFast) -> None:
         encode_texts([("\u2003",)], word_tokenizer(template=False))
 
 
+def test_half_a_character_is_found_where_it_stands(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [("good",)] * 1500 + [("so \udc80",)]
+    with pytest.raises(DataError, match="row 1501: Character 4 is half a surrogate pair"):
+        tokenize(singles(*(text for (text,) in texts)), tokenizer)
+    with pytest.raises(DataError, match="text 2: Character 4 is half a surrogate pair"):
+        encode_texts(texts[-2:], tokenizer)
+
+
 def test_rows_and_labels_must_match() -> None:
     with pytest.raises(ValueError, match="equally many, got 1 and 2"):
         TokenizedDataset([{"input_ids": [1]}], [0, 1])

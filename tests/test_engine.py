@@ -11,6 +11,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 from consistentee.engine import Engine, Prediction
+from consistentee.errors import DataError
 from tiny import (
     LABEL_NAMES,
     save,
@@ -105,6 +106,10 @@ def test_complaints_say_which_text(engine: Engine) -> None:
         engine.predict(["good", "bad", " \n"])
     with pytest.raises(ValueError, match="Text 2 must be a string or a pair of strings, got 7"):
         engine.predict(["good", 7])
+    half = r"Text 2: Character 5 is half a surrogate pair \('\\ud83d'\), which is no character. Decode its source"
+    for row in ("bad \ud83d", ("good", "bad \ud83d"), ("bad \ud83d\ud83d", "good")):
+        with pytest.raises(DataError, match=half):
+            engine.predict([("good", "é 😀") if isinstance(row, tuple) else "é 😀", row])
     with pytest.raises(ValueError, match="texts must be a list of texts, got one text"):
         engine.predict("good")
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from consistentee.errors import DataError, SettingError
+from consistentee.errors import DataError, SettingError, require_characters
 from consistentee.literal import as_text
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def encode_with_cuts(
         each row whether it was longer than `max_length`.
 
     Raises:
-        DataError: A text of which no token is left, or pairs for a tokenizer that cannot keep them apart.
+        DataError: A text of which no token is left, half a character, or pairs for a tokenizer that cannot keep them
+            apart.
         ValueError: A `max_length` that leaves no room for text.
     """
     if not texts:
@@ -104,6 +105,9 @@ def encode_with_cuts(
             "The tokenizer puts no separator between the two texts of a pair.",
             remedy="Take a backbone whose tokenizer takes pairs, or one text column.",
         )
+    for position, row in enumerate(texts, start=1):
+        for part in row:
+            require_characters(part, row=position)
     encoded = tokenizer(
         as_text([row[0] for row in texts], tokenizer),
         as_text([row[1] for row in texts], tokenizer) if pair else None,
@@ -167,6 +171,9 @@ def tokenize(
         dict[str, NDArray[np.int32]]
     ] = []  # arrays at once: lists of a large data set would take gigabytes
     num_truncated = 0
+    for position, texts in enumerate(dataset.texts, start=1):
+        for text in texts:
+            require_characters(text, row=position, unit="row")
     for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
         encoded, cut = encode_with_cuts(
             dataset.texts[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length

@@ -14,10 +14,13 @@ What comes out is what running all layers and choosing afterwards gives, in the 
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -25,11 +28,12 @@ import torch
 from consistentee.backend import Answers, Backend, TokenRow
 from consistentee.batches import encode_with_cuts
 from consistentee.decisions import ExitDecisions
-from consistentee.errors import SettingError
+from consistentee.errors import SettingError, require_characters
 from consistentee.flights import ExitRule, run_rows
 from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
 from consistentee.onnx_backend import onnx_backend
 from consistentee.saved import SavedModel, open_model
+from consistentee.threads import settle_after_fork
 from consistentee.torch_backend import ExitModel, torch_backend
 
 BATCHES_PER_WINDOW = 64
@@ -80,7 +84,8 @@ class Engine:
     Raises:
         ValueError: a model that is not of this library or has adapters, a dtype or backend that is not there.
 
-    Several threads may use one engine at the same time.
+    Several threads may use one engine at the same time. It can be pickled, for other processes. After a fork it goes on
+    with one thread (the others stay behind in the parent); on a GPU and on ONNX Runtime, which cannot, it refuses.
 
     On a GPU the host must learn after each layer who leaves: a few bytes a row. It asks about one batch while the
     device computes the next, without extra work; where a single batch is on its way it waits once a layer. In
@@ -114,6 +119,19 @@ class Engine:
         self._model: ExitModel = saved.model
         self._decisions: dict[str | None, ExitDecisions] = {}
         self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
+        # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
+        self._tokenizer = copy.deepcopy(saved.tokenizer)
+        self._tokenizing = Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model and how it runs; the rest is made anew where it is opened."""
+        named = {"dtype": self.backend.dtype, "backend": self.backend.name}
+        return {"saved": self.saved, "tokenizer": self._tokenizer, "named": named}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["saved"], **state["named"])
+        self._tokenizer = state["tokenizer"]
 
     @classmethod
     def from_pretrained(
@@ -220,11 +238,26 @@ class Engine:
         Raises:
             ValueError: forced exit layers that are not one for each row, or not among the layers.
         """
+        self._go_on_after_fork()
         decisions = self._decisions_under(rule)
         classes = self._model.config.num_classes
         return run_rows(
             self.backend, rows, batch_size=batch_size, rule=rule, decisions=decisions, num_classes=classes
         )
+
+    def _encode(self, texts: Sequence[tuple[str, ...]]) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """Token ids, and which were cut; one thread at a time, as the tokenizer is set up anew for each call."""
+        self._go_on_after_fork()
+        with self._tokenizing:
+            return encode_with_cuts(texts, self._tokenizer, self.saved.max_length)
+
+    def _go_on_after_fork(self) -> None:
+        """In a forked process: leave what other threads held."""
+        if os.getpid() == self._process:
+            return
+        settle_after_fork(self.backend.device, self.backend.name)
+        self._tokenizing = Lock()
+        self._process = os.getpid()
 
     def _decisions_under(self, rule: ExitRule) -> ExitDecisions | None:
         """The rule's arithmetic, made once; None where the last classifier alone decides."""
@@ -254,9 +287,9 @@ class Engine:
             batch_size == 1
         ):  # nothing to gain from neighbours: every input is answered before the next is read
             largest = 1
-        names, tokenizer = self.saved.label_names, self.saved.tokenizer
+        names = self.saved.label_names
         while window := list(itertools.islice(texts, size)):
-            rows, cut = encode_with_cuts(window, tokenizer, self.saved.max_length)
+            rows, cut = self._encode(window)
             answers = self.run(rows, batch_size=batch_size, rule=rule)
             found = zip(answers.labels, answers.scores, answers.exit_layers, cut, strict=True)
             yield (
@@ -301,4 +334,6 @@ def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
             raise ValueError(f"Text {position} must be a string or a pair of strings, got {row!r:.60}.")
         if not all(part.strip() for part in parts):
             raise ValueError(f"Text {position} is empty. Leave it out, or give at least one word.")
+        for part in parts:
+            require_characters(part, row=position, unit="Text")
         yield parts

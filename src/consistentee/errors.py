@@ -46,6 +46,30 @@ class UsageError(SettingError):
     """The command line makes no sense as given; the message says what to give instead."""
 
 
+def require_characters(text: str, *, row: int | None = None, unit: str = "text") -> None:
+    """Check that a text is of whole characters, which tokenizers and files need.
+
+    Args:
+        text: Any string.
+        row: Where it stands, counted from 1.
+        unit: What `row` counts.
+
+    Raises:
+        DataError: Half a surrogate pair is in it.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"Character {error.start + 1} is half a surrogate pair ({text[error.start]!a}), which is no character.",
+            row=row,
+            unit=unit,
+            remedy='Decode its source with errors="replace", or remove it.',
+        ) from None
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is needed and not installed; the message names the extra that brings it."""
 

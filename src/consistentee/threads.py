@@ -31,6 +31,20 @@ def usable_threads() -> int:
     return min(threads, usable_processors())
 
 
+def settle_after_fork(device: torch.device, backend: str = "torch") -> None:
+    """Let torch compute in a forked process: alone, as the threads it had stayed behind and would be waited for.
+
+    Raises:
+        RuntimeError: a device or a backend that does not live on in a forked process.
+    """
+    if device.type != "cpu" or backend != "torch":
+        raise RuntimeError(
+            f'A model on device "{device}" with backend "{backend}" must be used in the process that opened it, got '
+            'one forked from it. Open it there, start processes by "spawn", or take backend torch on cpu.'
+        )
+    torch.set_num_threads(1)
+
+
 def usable_processors(root: Path = Path("/")) -> int:
     """Whole processors that this process may use, at least 1: by its affinity and by its control groups' quotas.
 

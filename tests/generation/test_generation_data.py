@@ -449,6 +449,9 @@ def test_lengths_that_leave_no_room() -> None:
         encode_rows(data, tiny_tokenizer(), SHORT, max_length=9)
     with pytest.raises(DataError, match=r"prompt 2: The prompt has no token"):
         encode_prompts([("a", ""), ("", "")], tokenizer, PLAIN, max_prompt_length=9)
+    half = InstructionDataset(["do", "do"], ["it", "it"], ["x", "x\ud83d"], "here")
+    with pytest.raises(DataError, match=r"row 2: Character 2 is half a surrogate pair"):
+        encode_rows(half, tokenizer, SHORT, max_length=64)
 
 
 def test_tokenized_rows_make_batches() -> None:

@@ -201,6 +201,18 @@ class TestGenerateTexts:
                 )
             )
 
+    @pytest.mark.parametrize("prompt", [("a \ud83d", ""), ("a", "é\udc80")])
+    def test_half_a_character_is_named_by_its_prompt(
+        self, generator: TextGenerator, prompt: tuple[str, str]
+    ) -> None:
+        before = [("é 😀", "b")] * 12
+        with pytest.raises(
+            DataError, match=r"prompt 13: Character [23] is half a surrogate pair .* Decode its"
+        ):
+            list(generator.generate_texts([*before, prompt], batch_size=2, max_new_tokens=1))
+        with pytest.raises(DataError, match="prompt 1: Character"):
+            generator.stream(*prompt, on_token=lambda piece, layer: None)
+
     @pytest.mark.parametrize(
         "values, message",
         [

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from consistentee.batches import TOKENIZED_AT_ONCE
-from consistentee.errors import DataError, SettingError
+from consistentee.errors import DataError, SettingError, require_characters
 from consistentee.generation.data import InstructionDataset
 from consistentee.generation.templates import PromptTemplate, Turn
 from consistentee.literal import ControlTokens, literal_ids
@@ -129,6 +129,7 @@ def encode_rows(
         The tokenized rows, in the same order.
 
     Raises:
+        DataError: Half a character in a row.
         ValueError: No end-of-text token, or lengths with no room for the template's own text.
     """
     for name, length, least in (
@@ -140,6 +141,12 @@ def encode_rows(
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ValueError("The tokenizer must have an end-of-text token, got none. Set tokenizer.eos_token.")
+    for position, (prompt, reference) in enumerate(
+        zip(dataset.prompts(), dataset.references, strict=True), start=1
+    ):
+        instruction, context, history = prompt
+        for text in (instruction, context, reference, *(turn for _, turn in history)):
+            require_characters(text, row=position, unit="row")
     encoder = _PromptEncoder(tokenizer, template)
     longest_prompt = max_length if max_prompt_length is None else min(max_prompt_length, max_length)
     shortest_response = max(1, int(SHORTEST_RESPONSE * max_length))
@@ -188,13 +195,16 @@ def encode_prompts_with_cuts(
         One list of token ids a prompt, not padded; and for each whether it was longer than `max_prompt_length`.
 
     Raises:
-        DataError: A prompt of which no token is left.
+        DataError: A prompt of which no token is left, or with half a character.
         ValueError: A `max_prompt_length` with no room for the template's own text.
     """
     if isinstance(prompts, InstructionDataset):
         asked = prompts.prompts()
     else:
         asked = [(instruction, context, ()) for instruction, context in prompts]
+    for position, (instruction, context, history) in enumerate(asked, start=1):
+        for part in (instruction, context, *(text for _, text in history)):
+            require_characters(part, row=position, unit="prompt")
     encoder = _PromptEncoder(tokenizer, template)
     encoded: list[list[int]] = []
     cut: list[bool] = []

@@ -5,9 +5,12 @@ The end-of-text token counts as a token: `exit_layers` has a layer for it, and i
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, get_args
 
 import torch
@@ -22,6 +25,7 @@ from consistentee.generation.saved import SavedGenerator
 from consistentee.generation.stops import StopTexts, cut_at_stop
 from consistentee.generation.streaming import OnToken, PieceStreamer
 from consistentee.generation.templates import PromptTemplate
+from consistentee.threads import settle_after_fork
 from consistentee.timing import synchronised_seconds
 
 WINDOW_BATCHES = 8
@@ -165,6 +169,9 @@ class TextGenerator:
         saved: the model, from `open_generator`.
         template: how prompts are written; None takes the saved template.
 
+    Several threads may use one generator. It can be pickled, for other processes. After a fork it goes on with one
+    thread (the others stay behind in the parent); on a GPU, which cannot, it refuses.
+
     Example:
         >>> generator = TextGenerator(open_generator("alpaca-exits"))  # doctest: +SKIP
         >>> [text.mean_exit_layer for text in generator.generate_texts([("Add.", "1, 2")])]  # doctest: +SKIP
@@ -172,7 +179,23 @@ class TextGenerator:
 
     def __init__(self, saved: SavedGenerator, *, template: PromptTemplate | None = None) -> None:
         self.saved = saved
-        self.template = saved.prompt_template() if template is None else template
+        template = saved.prompt_template() if template is None else template
+        # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
+        self._tokenizer: Any = copy.deepcopy(saved.tokenizer)
+        if template.tokenizer is saved.tokenizer:
+            template = replace(template, tokenizer=self._tokenizer)
+        self.template = template
+        self._tokenizing = Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process."""
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_tokenizing", "_process")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _tokenizing=Lock(), _process=os.getpid())
 
     def check(self, options: DecodingOptions) -> DecodingOptions:
         """The options, with what the saved model decides filled in.
@@ -278,7 +301,7 @@ class TextGenerator:
         _seed(options)
         encoded, cut = self._encode([(instruction, input)], options, before=0)
         stops, _ = self._stops(options)
-        decoder = PieceDecoder(self.saved.tokenizer)
+        decoder = PieceDecoder(self._tokenizer)
         streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, stops)
         (text,) = self._batch([(instruction, input)], encoded, options, streamer)
         return replace(text, truncated=cut[0])
@@ -339,10 +362,12 @@ class TextGenerator:
     ) -> tuple[list[list[int]], list[bool]]:
         """Token ids, and which prompts were cut."""
         limit = options.max_prompt_length or self.saved.context_length
+        self._go_on_after_fork()
         try:
-            return encode_prompts_with_cuts(
-                asked, self.saved.tokenizer, self.template, max_prompt_length=limit
-            )
+            with self._tokenizing:  # the tokenizer is set up anew for each call
+                return encode_prompts_with_cuts(
+                    asked, self._tokenizer, self.template, max_prompt_length=limit
+                )
         except DataError as error:
             if error.row is None:
                 raise
@@ -356,10 +381,11 @@ class TextGenerator:
         options: DecodingOptions,
         streamer: PieceStreamer | None = None,
     ) -> list[GeneratedText]:
+        self._go_on_after_fork()
         saved, model = self.saved, self.saved.model
-        input_ids, mask = pad_left(encoded, saved.tokenizer.pad_token_id)  # (rows, tokens)
+        input_ids, mask = pad_left(encoded, self._tokenizer.pad_token_id)  # (rows, tokens)
         stops, stop_tokens = self._stops(options)
-        ends = _end_tokens(saved) | stop_tokens
+        ends = _end_tokens(model, self._tokenizer) | stop_tokens
         decoding = {
             **dict.fromkeys(SHAPING),
             "num_beams": 1,
@@ -369,7 +395,7 @@ class TextGenerator:
             "top_k": options.top_k,
             "top_p": options.top_p,
             "eos_token_id": sorted(ends),
-            "pad_token_id": saved.tokenizer.pad_token_id,
+            "pad_token_id": self._tokenizer.pad_token_id,
             "return_dict_in_generate": True,
         }
         exits: dict[str, Any] = {}
@@ -378,7 +404,7 @@ class TextGenerator:
                 name: getattr(options, name) for name in ("mode", "criterion", "threshold", "skipped_states")
             }
         if stops:
-            criterion = StopTexts(saved.tokenizer, stops, input_ids.shape[1])
+            criterion = StopTexts(self._tokenizer, stops, input_ids.shape[1])
             exits["stopping_criteria"] = StoppingCriteriaList([criterion])
         start = synchronised_seconds(model.device)
         output: Any = model.generate(  # pyright: ignore[reportCallIssue]
@@ -400,7 +426,7 @@ class TextGenerator:
         ):
             known = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
             token_ids = row[: len(known) if known else _length(row, ends)]
-            pieces = decode_pieces(saved.tokenizer, token_ids)
+            pieces = decode_pieces(self._tokenizer, token_ids)
             stopped = cut_at_stop(pieces, stops)
             if stopped is not None:
                 pieces, token_ids = stopped, token_ids[: len(stopped)]
@@ -427,10 +453,18 @@ class TextGenerator:
 
     def _stops(self, options: DecodingOptions) -> tuple[list[str], set[int]]:
         """Stop strings, and special tokens among them."""
-        tokenizer = self.saved.tokenizer
+        tokenizer = self._tokenizer
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         stops = [stop for stop in options.stop if stop not in special]
         return stops, {special[stop] for stop in options.stop if stop in special}
+
+    def _go_on_after_fork(self) -> None:
+        """In a forked process: leave what other threads held."""
+        if os.getpid() == self._process:
+            return
+        settle_after_fork(self.saved.model.device)
+        self._tokenizing = Lock()
+        self._process = os.getpid()
 
 
 def _options(options: DecodingOptions | None, values: dict[str, Any]) -> DecodingOptions:
@@ -444,11 +478,11 @@ def _seed(options: DecodingOptions) -> None:
         torch.manual_seed(options.seed)
 
 
-def _end_tokens(saved: SavedGenerator) -> set[int]:
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Tokens that end a text: the model's, and the tokenizer's, after which training ends its responses."""
-    known = getattr(saved.model.generation_config, "eos_token_id", None)
+    known = getattr(model.generation_config, "eos_token_id", None)
     ends = set(known) if isinstance(known, (list, tuple)) else {known}
-    return {int(token) for token in (*ends, saved.tokenizer.eos_token_id) if token is not None}
+    return {int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None}
 
 
 def _length(tokens: Sequence[int], ends: set[int]) -> int:

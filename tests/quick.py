@@ -55,8 +55,8 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     """The largest difference between two sets of weights.
 
     The biases of attention keys are left out: they add the same to all of a query's scores, softmax does not see them,
-    and what AdamW makes of their gradients (rounding errors around zero) is noise. So is what it makes of sums in another
-    order, some 1e-5 by the processor; a step that is missing changes weights by about the learning rate.
+    and what AdamW makes of their gradients (rounding errors around zero) is noise. So is what it makes of sums in
+    another order, some 1e-5 by the processor; a step that is missing changes weights by about the learning rate.
     """
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one if not name.endswith("key.bias"))

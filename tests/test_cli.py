@@ -106,9 +106,10 @@ class TestValuesThatDoNotFit:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ("--dtype int4", 'dtype must be one of auto, float32, bfloat16, float16, int8, got "int4"'),
+            ("--dtype int4", 'dtype must be one of float32, bfloat16, float16, int8, got "int4"'),
+            ("--dtype auto", 'dtype and backend must be named, got "auto". `consistentee benchmark MODEL'),
             ("--device tpu", "device must be one that is there: cpu"),
-            ("--backend jax", 'backend must be one of auto, torch, onnxruntime, got "jax"'),
+            ("--backend jax", 'backend must be one of torch, onnxruntime, got "jax"'),
             ("--backend onnxruntime --dtype bfloat16", 'got a model of type "bert" in bfloat16'),
             ("--threshold 7", "threshold must be in [0, 1] for policy, got 7.0"),
         ],

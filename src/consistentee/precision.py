@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from consistentee.backend import Answers, TokenRow
 from consistentee.engine import Engine
+from consistentee.errors import SettingError
 from consistentee.flights import ExitRule
 from consistentee.onnx_backend import has_onnxruntime
 from consistentee.saved import SavedModel
@@ -92,17 +93,17 @@ def recommend(
         rule: when inputs leave; None takes the saved rule.
 
     Raises:
-        ValueError: too few rows, or nothing runs so here.
+        SettingError: too few rows, or nothing runs so here.
     """
     if len(rows) < FEWEST_ROWS:
-        raise ValueError(
+        raise SettingError(
             f'"auto" needs at least {FEWEST_ROWS} rows to compare labels on, got {len(rows)}. Give more rows, or a '
             "dtype and a backend."
         )
     model = cast(ExitModel, saved.model)
     found = candidates(model, dtype, backend)
     if not found:
-        raise ValueError(
+        raise SettingError(
             f'Model "{saved.name}" does not run in dtype "{dtype}" on backend "{backend}" here. It runs in: '
             f"{', '.join(' '.join(pair) for pair in candidates(model, 'auto', 'auto'))}."
         )

@@ -19,7 +19,7 @@ NUMERIC := $(addprefix tests/test_,mask.py linears.py packed.py packing.py heads
 .PHONY: help install demo test test-masked check format
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo '  PYTHON=python3.12 picks the interpreter of a new .venv, WORKERS=4 the test processes, ARGS="-k exits" goes to pytest'
 
 install: $(STAMP) ## make .venv with the package (editable) and all it needs

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -84,6 +85,38 @@ def test_parquet(tmp_path: Path) -> None:
     table = open_table(tmp_path / "a.parquet")
     assert table.unit == "row"
     assert list(table.rows) == [(1, {"text": "a", "label": 1}), (2, {"text": "b", "label": None})]
+
+
+@pytest.mark.parametrize(
+    "stored", [{"_type": "Hologram", "depth": 3}, {"_type": "Value"}, {"a": 1}, 5, None], ids=str
+)
+def test_parquet_with_a_feature_type_of_a_later_datasets(tmp_path: Path, stored: object) -> None:
+    features = {"text": stored, "label": {"_type": "ClassLabel", "names": ["no", "yes"]}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    rows = pyarrow.table({"text": ["a", "b"], "label": [1, None]}).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
+    table = open_table(tmp_path / "a.parquet")
+    assert list(table.rows) == [(1, {"text": "a", "label": "yes"}), (2, {"text": "b", "label": None})]
+    assert list(read_texts(tmp_path / "a.parquet")) == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize("metadata", ["", "[1]", '{"info": null}', '{"info": {"features": [1]}}'])
+def test_parquet_with_metadata_that_are_no_features(tmp_path: Path, metadata: str) -> None:
+    rows = pyarrow.table({"text": ["a"]}).replace_schema_metadata({"huggingface": metadata})
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
+    assert list(open_table(tmp_path / "a.parquet").rows) == [(1, {"text": "a"})]
+
+
+def test_datasets_folder_of_a_later_datasets(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "rows"))
+    info = tmp_path / "rows" / "dataset_info.json"
+    values = json.loads(info.read_text(encoding="utf-8"))
+    values["features"]["text"] = {"_type": "Hologram"}
+    info.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"rows: datasets \S+ cannot open this folder: .*Hologram.* Upgrade datasets"
+    ):
+        open_table(tmp_path / "rows")
 
 
 @pytest.mark.parametrize(

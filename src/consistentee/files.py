@@ -6,10 +6,12 @@ Every complaint names the file, the row counted from 1, and what to do. How line
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -312,7 +314,6 @@ def _texts_of_stream(
 def _parquet(path: Path) -> Table:
     import pyarrow
     import pyarrow.parquet
-    from datasets import Features
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
@@ -320,9 +321,7 @@ def _parquet(path: Path) -> Table:
         raise DataError(
             f"This is not a Parquet file: {error}.", file=path, remedy="Check the file."
         ) from None
-    names = _declared_names(
-        Features.from_arrow_schema(file.schema_arrow)
-    )  # there where `datasets` wrote the file
+    names = _declared_names(_stored_features(file.schema_arrow.metadata))
 
     def rows() -> Numbered:
         with file:
@@ -330,6 +329,26 @@ def _parquet(path: Path) -> Table:
             yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
 
     return Table(str(path), _named_classes(rows(), names), "row", names)
+
+
+def _stored_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The features that `datasets` left in a Parquet file, without those whose type this release of it does not know.
+
+    Args:
+        metadata: of the file's Arrow schema.
+    """
+    from datasets import Features
+
+    try:
+        columns = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        stored = dict(columns)
+    except (ValueError, KeyError, TypeError):  # not what `datasets` writes: the columns speak for themselves
+        return {}
+    features: dict[str, Any] = {}
+    for column, feature in stored.items():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            features.update(Features.from_dict({column: feature}))
+    return features
 
 
 def _datasets_folder(path: Path, splits: Sequence[str]) -> Table:
@@ -341,7 +360,15 @@ def _datasets_folder(path: Path, splits: Sequence[str]) -> Table:
         remedy = "Give a file, or a folder written by datasets.save_to_disk."
         raise DataError("This folder is not a saved datasets folder.", file=path, remedy=remedy)
     remedy = f"Save it with a split named {' or '.join(splits)}, or give one split's own folder."
-    return _one_split(datasets.load_from_disk(str(path)), str(path), splits, remedy)
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except ValueError as error:  # such as a feature type of a later release
+        raise DataError(
+            f"datasets {datasets.__version__} cannot open this folder: {' '.join(str(error).split())}",
+            file=path,
+            remedy="Upgrade datasets, or save the rows as Parquet or JSON lines.",
+        ) from error
+    return _one_split(loaded, str(path), splits, remedy)
 
 
 def _hub_table(source: HubSource, name: str, splits: Sequence[str]) -> Table:

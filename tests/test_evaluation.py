@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
+from consistentee.backbones import load_backbone
 from consistentee.curves import CurvePoint
 from consistentee.engine import Engine
 from consistentee.evaluation import (
@@ -24,10 +26,11 @@ from consistentee.evaluation import (
     evaluate_plain,
     predict_classes,
 )
+from consistentee.generation.saved import is_generation_folder, open_generator
 from consistentee.plots import plot_evaluation
 from consistentee.recall import ClassRecall
 from consistentee.reports import MOST_CLASSES, evaluation_report
-from consistentee.saved import RECORD_FILE, SavedModel, open_model, record_evaluation
+from consistentee.saved import RECORD_FILE, SavedModel, model_source, open_model, record_evaluation
 from tiny import (
     LABEL_NAMES,
     save,
@@ -337,6 +340,36 @@ class TestOpenModel:
     def test_missing_folder(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r'nowhere" does not exist'):
             open_model(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("name", ["gpt2", "user/name"])
+    def test_what_may_be_a_name_on_the_hub_is_asked_for(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert model_source(name) == name
+        (tmp_path / name).mkdir(parents=True)  # a folder wins
+        with pytest.raises(FileNotFoundError, match=rf'Model folder "{name}" has no config\.json'):
+            model_source(name)
+
+    @pytest.mark.parametrize(
+        "name", ["rte-exits/", "a/b/c", "./gpt2", "~/gpt2", "runs\\rte", "a--b", Path("gpt2")]
+    )
+    def test_what_can_be_no_name_on_the_hub(
+        self, name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        message = "does not exist. Check the path; a hub name reads"
+        for what, load in (("Model", open_model), ("Model", open_generator), ("Backbone", load_backbone)):
+            with pytest.raises(FileNotFoundError, match=re.escape(f'{what} folder "{name}" {message}')):
+                load(name)
+        assert not is_generation_folder(name)
+
+    def test_a_name_that_the_hub_does_not_give(self) -> None:
+        for load in (open_model, open_generator, is_generation_folder):
+            with pytest.raises(
+                OSError, match=r'Model "no-such-model" could not be loaded \(there is no such folder'
+            ):
+                load("no-such-model")
 
     def test_folder_without_config(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"has no config\.json"):

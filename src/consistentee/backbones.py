@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -37,6 +38,7 @@ __all__ = [
     "embed_tokens",
     "embedding_projection",
     "encoder_layers",
+    "folder_or_hub_name",
     "load_backbone",
     "num_layers",
     "run_layer",
@@ -569,21 +571,39 @@ def _no_pooler(architecture: Architecture) -> dict[str, bool]:
     return {"add_pooling_layer": False} if architecture.has_pooler else {}
 
 
+def folder_or_hub_name(name_or_path: str | Path, what: str) -> Path | str:
+    """What somebody named: a folder that is there, else a name on the hub.
+
+    Args:
+        name_or_path: a folder wins over the hub's model of that name.
+        what: to call it in messages, such as "Backbone".
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f'{what} "{name}" must be a folder, got a file. Give the folder it lies in.')
+    try:
+        validate_repo_id(name)  # "gpt2" or "user/name"
+        is_path = isinstance(name_or_path, Path)
+    except HFValidationError:
+        is_path = True
+    if is_path:
+        raise FileNotFoundError(
+            f'{what} folder "{name}" does not exist. Check the path; a hub name reads "name" or "user/name".'
+        )
+    return name
+
+
 def _local_folder_or_name(name_or_path: str | Path, subfolder: str) -> str:
     """Check a local folder before anything is read; leave what can only be a name on the hub as it is."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        _check_local_files(path / subfolder)
-        return str(path)
-    name = str(name_or_path)
-    is_path = isinstance(name_or_path, Path) or name.startswith((".", "~")) or path.is_absolute()
-    if path.exists():
-        raise FileNotFoundError(
-            f'Backbone "{name}" must be a folder, got a file. Give the folder it lies in.'
-        )
-    if is_path or name.count("/") > 1 or "\\" in name:
-        raise FileNotFoundError(f'Backbone folder "{name}" does not exist. Check the path.')
-    return name
+    source = folder_or_hub_name(name_or_path, "Backbone")
+    if isinstance(source, Path):
+        _check_local_files(source / subfolder)
+    return str(source)
 
 
 def _check_local_files(folder: Path) -> None:

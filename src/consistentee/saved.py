@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from consistentee.atomic import write_json
-from consistentee.backbones import PICKLE_SUFFIXES, load_problem
+from consistentee.backbones import PICKLE_SUFFIXES, folder_or_hub_name, load_problem
 from consistentee.config import require_thresholds
 from consistentee.configuration import EncoderClassifierConfig
 from consistentee.errors import SettingError
@@ -194,15 +194,10 @@ def model_source(name_or_path: str | Path) -> str:
         FileNotFoundError: there is no such folder, or it lacks config or weights.
         ValueError: its weights are pickled.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if path.is_dir():
-        _check_folder(path)
-        return str(path)
-    if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(
-            f'Model folder "{name}" does not exist. Check the path; a hub name reads "user/name".'
-        )
-    return name
+    source = folder_or_hub_name(name_or_path, "Model")
+    if isinstance(source, Path):
+        _check_folder(source)
+    return str(source)
 
 
 @contextmanager

@@ -216,7 +216,10 @@ def open_generator(
 def is_generation_folder(name_or_path: str | Path) -> bool:
     """Whether a folder, or a name on the hub, holds an `EarlyExitForCausalLM`, by its configuration.
 
-    Nothing else is opened, and False is the answer where there is no configuration to be read.
+    Nothing else is opened, and False is the answer for what is not there or holds no configuration.
+
+    Raises:
+        OSError: the hub has no such model, or cannot be reached.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -226,9 +229,11 @@ def is_generation_folder(name_or_path: str | Path) -> bool:
             return False
     else:
         try:
-            values, _ = PreTrainedConfig.get_config_dict(model_source(name_or_path))
-        except (OSError, ValueError):
+            source = model_source(name_or_path)
+        except FileNotFoundError:
             return False
+        with loading(name_or_path):
+            values, _ = PreTrainedConfig.get_config_dict(source)
     return isinstance(values, dict) and values.get("model_type") == EarlyExitCausalLMConfig.model_type
 
 

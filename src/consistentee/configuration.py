@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from consistentee.config import (
     Criterion,
@@ -18,12 +17,23 @@ from consistentee.config import (
 from consistentee.limits import longest_input
 
 
+def nested_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
+    """The configuration inside a configuration, as an object.
+
+    Args:
+        config: an object, the dict that a config.json holds, or None.
+        default: model type of a dict that names none, and of None.
+    """
+    if isinstance(config, PreTrainedConfig):
+        return config
+    values = dict(config or {})
+    return AutoConfig.for_model(values.pop("model_type", default), **values)
+
+
 class EncoderClassifierConfig(PreTrainedConfig):
     """What the configurations of both models share: a nested encoder configuration and its sizes."""
 
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")
-    }
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_layer",
@@ -46,6 +56,7 @@ class EncoderClassifierConfig(PreTrainedConfig):
     text_pairs: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.encoder_config = nested_config(self.encoder_config, "bert")
         super().__post_init__(**kwargs)
         require_choice("head", self.head, get_args(Head))
         require_choice("pooling", self.pooling, ("cls", "mean"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from consistentee.config import require_choice, require_number, require_range, require_thresholds
+from consistentee.configuration import nested_config
 from consistentee.generation.config import ExitHead, GenerationCriterion, GenerationMode, SkippedStates
 from consistentee.generation.criteria import check_generation_threshold
 
@@ -42,9 +42,7 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
     """
 
     model_type = "consistentee_causal_lm"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
-    }
+    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
@@ -68,6 +66,7 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
     max_sequence_length: int = 256
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.decoder_config = nested_config(self.decoder_config, "llama")
         super().__post_init__(**kwargs)
         require_choice("exit_head", self.exit_head, get_args(ExitHead))
         require_choice("criterion", self.criterion, get_args(GenerationCriterion))

@@ -4,6 +4,7 @@ WORKERS ?= 2
 ARGS ?=
 
 VENV := .venv
+LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
@@ -16,7 +17,7 @@ NUMERIC := $(addprefix tests/test_,mask.py linears.py packed.py packing.py heads
   token_states.py exit_rules.py objectives.py policy_fit.py generation_evaluation.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-masked check format
+.PHONY: help install demo test test-masked test-lowest check format
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +35,9 @@ test: $(STAMP) ## run the tests
 test-masked: $(STAMP) ## run the numeric tests as on a processor with AVX2 and no more
 	@$(MASK) $(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS) $(NUMERIC)
 
+test-lowest: $(LOWEST)/.installed ## run the quick tests with the lowest versions of all dependencies (Python 3.10 to 3.12)
+	@$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow and not network' $(ARGS)
+
 check: $(STAMP) ## formatting, lint and types
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) ruff check --quiet .
@@ -43,12 +47,16 @@ format: $(STAMP) ## format the code and fix what lint can fix
 	@$(RUN) ruff format --quiet .
 	@$(RUN) ruff check --quiet --fix .
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(VENV)/bin/python -c '' 2>/dev/null || { \
+$(STAMP): constraints.txt
+$(LOWEST)/.installed: constraints-lowest.txt
+
+# The folder of the environment is that of the stamp, and what it holds fixed the last thing that the stamp needs.
+%/.installed: pyproject.toml
+	@$*/bin/python -c '' 2>/dev/null || { \
 	  $(PYTHON) -c 'import sys; sys.exit("" if sys.version_info < (3, 10) else 0)' 2>/dev/null || { \
 	    echo 'Python 3.10 or newer is needed, "$(PYTHON)" is not: name one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }; \
-	  $(PYTHON) -m venv --clear $(VENV); }
-	@$(RUN) pip --version >/dev/null 2>&1 || $(RUN) ensurepip >/dev/null
-	@echo 'Installing into $(VENV) (minutes, the first time) ...'
-	@$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	  $(PYTHON) -m venv --clear $*; }
+	@$*/bin/python -m pip --version >/dev/null 2>&1 || $*/bin/python -m ensurepip >/dev/null
+	@echo 'Installing into $* (minutes, the first time) ...'
+	@$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(lastword $^) --editable '.[dev]'
 	@touch $@

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,20 @@ def test_precision() -> None:
     assert resolve_precision("no") == "no"
     assert resolve_precision("bf16") == "bf16"
     assert resolve_precision("auto") in ("no", "bf16", "fp16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_processor_that_is_told_to_do_without_bf16_trains_in_float32() -> None:
+    script = "from consistentee.optimisation import resolve_precision; print(resolve_precision('auto'))"
+    masks = dict.fromkeys(("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"), "AVX2")
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **masks},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "no"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")

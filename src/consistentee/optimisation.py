@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from consistentee.batches import LengthGroupedBatches
 from consistentee.errors import SettingError, require_extra
 from consistentee.generation.config import AnyTrainingConfig
+from consistentee.linears import has_fast_bfloat16
 from consistentee.progress import show_progress
 from consistentee.states import Collate
 
@@ -95,7 +96,7 @@ def resolve_precision(mixed_precision: str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     capabilities = torch.backends.cpu.get_cpu_capability()
     native = "AMX" in capabilities or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    return "bf16" if native else "no"
+    return "bf16" if native and has_fast_bfloat16() else "no"
 
 
 def parameter_groups(model: nn.Module, config: AnyTrainingConfig) -> list[dict[str, Any]]:

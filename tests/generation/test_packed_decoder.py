@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -53,10 +54,14 @@ def assert_equals_huggingface(model: EarlyExitForCausalLM, lengths: tuple[int, .
     prompts = prompts_of(lengths)
     theirs = generate(model.backbone, prompts, NEW, output_logits=True, **options)
     ours = generate(model, prompts, NEW, mode="full", output_logits=True, **options)
-    assert torch.equal(ours.sequences, theirs.sequences)
     assert len(ours.logits) == len(theirs.logits) == NEW
+    alike = torch.ones(len(prompts), dtype=torch.bool)
     for own, expected in zip(ours.logits, theirs.logits, strict=True):
-        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own[alike], expected[alike], rtol=1e-4, atol=1e-4)
+        first, second = expected.topk(2, dim=1).values.unbind(1)
+        alike &= first - second > 2e-5  # rounding breaks a tie this way or that, and behind it texts part
+    assert alike.any()
+    assert torch.equal(ours.sequences[alike], theirs.sequences[alike])
 
 
 # --- Against Hugging Face -------------------------------------------------------------------------
@@ -111,9 +116,20 @@ def test_without_a_cache(model_type: str) -> None:
     ids=str,
 )
 def test_variants_equal_huggingface(model_type: str, values: dict[str, Any]) -> None:
-    # eager: Hugging Face's soft caps are computed there only
-    options = {"attn_implementation": "eager"} if "attn_logit_softcapping" in values else {}
-    assert_equals_huggingface(tiny_exit_model(model_type, **{**values, **options}), (8, 3, 1))
+    assert_equals_huggingface(tiny_exit_model(model_type, **values), (8, 3, 1))
+
+
+def test_soft_caps_of_attention_are_kept(tmp_path: Path) -> None:
+    backbone = tiny_decoder("gemma2")
+    backbone.config._attn_implementation = "sdpa"  # as transformers before 5.21 takes it
+    model = EarlyExitForCausalLM.from_backbone(backbone)
+    assert model.backbone.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    loaded = EarlyExitForCausalLM.from_pretrained(tmp_path)
+    assert loaded.backbone.config._attn_implementation == "eager"
+    without = tiny_decoder("gemma2", attn_logit_softcapping=None)
+    without.config._attn_implementation = "sdpa"
+    assert EarlyExitForCausalLM.from_backbone(without).backbone.config._attn_implementation == "sdpa"
 
 
 def test_a_window_of_the_token_itself() -> None:

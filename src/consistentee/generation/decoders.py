@@ -223,6 +223,16 @@ def soften_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def keep_soft_cap(model: PreTrainedModel) -> None:
+    """Compute attention in the one way that knows gemma2's soft cap of its scores.
+
+    SDPA leaves it out, and transformers before 5.21 takes SDPA for gemma2 all the same.
+    """
+    config: Any = model.config
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """Attention type of every layer, `full_attention` or `sliding_attention`."""
     values: Any = config

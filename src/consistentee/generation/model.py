@@ -67,6 +67,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EarlyExitCausalLMConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.backbone = backbone if backbone is not None else decoders.build_decoder(config.decoder)
+        decoders.keep_soft_cap(self.backbone)
         self.exit_heads = ExitHeads(self.backbone, config.exit_head, config.exit_head_rank)
         self.policy = self.new_policy()
         self.confidence_classifier = ConfidenceClassifier(self.num_layers, config.hidden_size)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from consistentee.errors import SettingError
 from consistentee.generation.configuration import EarlyExitCausalLMConfig
 from consistentee.generation.criteria import GENERATION_CRITERIA, check_generation_threshold
+from consistentee.generation.decoders import keep_soft_cap
 from consistentee.generation.model import EarlyExitForCausalLM
 from consistentee.generation.tasks import GENERATION_TASKS
 from consistentee.generation.templates import PromptTemplate, prompt_template
@@ -210,6 +211,7 @@ def open_generator(
                 "its tokenizer_config.json."
             )
         tokenizer.pad_token = tokenizer.eos_token
+    keep_soft_cap(model)
     return SavedGenerator(model.to(place).eval(), tokenizer, read_record(source), name)
 
 

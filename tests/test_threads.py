@@ -53,8 +53,8 @@ V1_PERIOD = {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n"}
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "20000 100000\n"}, 1),
         (  # the tightest of the groups above it
             {
-                "proc/self/cgroup": "0::/user/work\n",
-                "sys/fs/cgroup/user/work/cpu.max": "max 100000\n",
+                "proc/self/cgroup": "0::/user/job\n",
+                "sys/fs/cgroup/user/job/cpu.max": "max 100000\n",
                 "sys/fs/cgroup/user/cpu.max": "300000 50000\n",
             },
             6,

@@ -25,12 +25,13 @@ def nested_config(config: PreTrainedConfig | dict[str, Any] | None, default: str
         default: model type of a dict that names none, and of None.
 
     Raises:
-        ValueError: it is something else, or of an unknown model type.
+        TypeError: it is something else.
+        ValueError: its model type is unknown.
     """
     if isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict | None):
-        raise ValueError(f"A nested configuration must be a JSON object, got {config!r}.")
+        raise TypeError(f"A nested configuration must be a JSON object, got {config!r}.")
     values = dict(config or {})
     return AutoConfig.for_model(values.pop("model_type", default), **values)
 

@@ -94,7 +94,7 @@ class TestLora:
             (FullDepthForSequenceClassification, ["classifiers"]),
         ],
     )
-    @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume")  # peft 0.18, on saving
+    @pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume")
     def test_trains_saves_and_loads(self, tmp_path: Path, model_class: Any, heads: list[str]) -> None:
         backbone = tiny_backbone(tmp_path / "backbone")
         tokenizer = AutoTokenizer.from_pretrained(backbone)

@@ -108,9 +108,7 @@ class Engine:
                 f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
                 "Give a folder that `consistentee train` or `consistentee finetune` saved."
             )
-        if any(
-            hasattr(module, "base_layer") for module in saved.model.modules()
-        ):  # what peft wraps a layer in
+        if any(hasattr(module, "base_layer") for module in saved.model.modules()):  # peft's mark of a layer
             raise ValueError(
                 f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
                 "merge_and_unload()."
@@ -283,9 +281,7 @@ class Engine:
     ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
         size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
         largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
-        if (
-            batch_size == 1
-        ):  # nothing to gain from neighbours: every input is answered before the next is read
+        if batch_size == 1:  # no neighbours to gain from: an input is answered before the next is read
             largest = 1
         names = self.saved.label_names
         while window := list(itertools.islice(texts, size)):

@@ -8,13 +8,13 @@ LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
-# A processor without AVX-512, VNNI and AMX, for torch, oneDNN, FBGEMM and MKL; tests/test_mask.py holds them to it.
+# A processor without AVX-512, VNNI and AMX, for torch, oneDNN, FBGEMM and MKL; tests/inference/test_mask.py holds them to it.
 MASK := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 \
   FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
-NUMERIC := $(addprefix tests/test_,mask.py linears.py packed.py packing.py heads.py decisions.py exits.py losses.py \
-  states.py backbones.py model.py engine.py engine_properties.py evaluation.py policy_training.py) \
-  $(addprefix tests/generation/test_,greedy_head.py packed_decoder.py decoders.py decoding.py lossless.py generate_api.py \
-  token_states.py exit_rules.py objectives.py policy_fit.py generation_evaluation.py)
+NUMERIC := $(addprefix tests/,functional backbones heads inference models pipelines/test_classifier.py \
+  pipelines/test_classifier_properties.py training/test_states.py training/test_token_states.py training/test_policy.py \
+  training/test_token_policy.py training/test_token_objectives.py evaluation/test_evaluation.py \
+  evaluation/test_generation_evaluation.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-masked test-lowest check format

@@ -23,11 +23,11 @@ from rich.table import Table
 from run_results import FOLDERS, MAX_TRAIN_ROWS, WARMUP_EPOCHS
 
 from consistentee import TrainingConfig, load_task, open_model, train
-from consistentee.atomic import write_json
-from consistentee.batches import collate, tokenize
-from consistentee.curves import curve_score, trade_off_curve
-from consistentee.exits import exit_scores
-from consistentee.states import LayerStates, run_all_layers
+from consistentee.atomic_files import write_json
+from consistentee.data.batches import collate, tokenize
+from consistentee.functional.curves import curve_score, trade_off_curve
+from consistentee.functional.exits import exit_scores
+from consistentee.training.states import LayerStates, run_all_layers
 
 HEADS: dict[str, dict[str, Any]] = {
     "4 queries, as wide as the backbone": {"classifier_hidden_size": None},

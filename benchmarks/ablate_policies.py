@@ -24,14 +24,14 @@ from rich.table import Table
 from torch import Tensor
 
 from consistentee import TrainingConfig, load_task, open_model
-from consistentee.atomic import write_json
-from consistentee.batches import collate, tokenize
-from consistentee.curves import BUDGETS, CurvePoint, curve_score, trade_off_curve
-from consistentee.data import stratified_split
-from consistentee.exits import choose_exit_layer, exit_scores
-from consistentee.hardness import hardness
-from consistentee.policy_training import fit_policy, policy_exit_probs
-from consistentee.states import LayerStates, run_all_layers
+from consistentee.atomic_files import write_json
+from consistentee.data.batches import collate, tokenize
+from consistentee.data.classification import stratified_split
+from consistentee.functional.curves import BUDGETS, CurvePoint, curve_score, trade_off_curve
+from consistentee.functional.exits import choose_exit_layer, exit_scores
+from consistentee.functional.hardness import hardness
+from consistentee.training.policy import fit_policy, policy_exit_probs
+from consistentee.training.states import LayerStates, run_all_layers
 
 RANGE = (0.002, 0.2)
 PRICES = (0.005, 0.02, 0.08)

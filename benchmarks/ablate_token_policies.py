@@ -22,23 +22,23 @@ from rich.console import Console
 from rich.table import Table
 
 from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
-from consistentee.atomic import write_json
-from consistentee.generation.data import split_rows
-from consistentee.generation.encoding import (
+from consistentee.atomic_files import write_json
+from consistentee.data.generation import split_rows
+from consistentee.data.generation_batches import (
     TokenizedPrompts,
     collate_rows,
     encode_rows,
     with_more_tokens,
 )
-from consistentee.generation.forced import forced_exits, reference_rows
-from consistentee.generation.generator import TextGenerator
-from consistentee.generation.matching import match_threshold
-from consistentee.generation.policy_fit import token_hardness, token_losses
-from consistentee.generation.saved import SavedGenerator
-from consistentee.generation.text_metrics import text_metrics
-from consistentee.generation.token_states import TokenStates, run_token_states
-from consistentee.policy_training import fit_policy_on
-from consistentee.timing import environment
+from consistentee.evaluation.matching import match_threshold
+from consistentee.evaluation.teacher_forcing import forced_exits, reference_rows
+from consistentee.evaluation.text_metrics import text_metrics
+from consistentee.inference.timing import environment
+from consistentee.models.loaded_generator import SavedGenerator
+from consistentee.pipelines.generator import TextGenerator
+from consistentee.training.policy import fit_policy_on
+from consistentee.training.token_policy import token_hardness, token_losses
+from consistentee.training.token_states import TokenStates, run_token_states
 
 PRICES = (0.002, 0.2)
 REFERENCE = {"reward_target": "reference"}

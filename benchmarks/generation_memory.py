@@ -47,7 +47,7 @@ def main() -> None:
         ratios = [f"{peak[way] / peak['hugging-face']:.2f}" for way in ("weighted-sum", "consistent")]
         print(f"| {layers} | " + " | ".join(f"{peak[way]:,.0f} MB" for way in WAYS), *ratios, "", sep=" | ")
     if options.json:
-        from consistentee.atomic import write_json
+        from consistentee.atomic_files import write_json
 
         write_json(options.json, rows)
 
@@ -59,10 +59,10 @@ def step(way: str, layers: int, batch_size: int, tokens: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from consistentee.generation import objectives
-    from consistentee.generation.decoders import build_decoder
-    from consistentee.generation.model import EarlyExitForCausalLM
-    from consistentee.generation.speed import GENERATION_SHAPES
+    from consistentee.backbones.decoders import build_decoder
+    from consistentee.evaluation.generation_speed import GENERATION_SHAPES
+    from consistentee.models.causal_lm import EarlyExitForCausalLM
+    from consistentee.training.tasks import token_objectives as objectives
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from consistentee import EarlyExitForSequenceClassification, backbones
-from consistentee.exits import classifier_signals
-from consistentee.heads import PolicyNetwork
+from consistentee import EarlyExitForSequenceClassification
+from consistentee.backbones import encoders as backbones
+from consistentee.functional.exits import classifier_signals
+from consistentee.heads.classifiers import PolicyNetwork
 
 
 def main() -> None:

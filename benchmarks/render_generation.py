@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--pictures", action="store_true", help="draw the pictures, too")
     options = parser.parse_args()
     cells = read_cells()
-    from consistentee.atomic import write_text
+    from consistentee.atomic_files import write_text
 
     write_text(PAGE, page(cells, read_speeds(), read_memory(), read_lossless()))
     if options.pictures:
@@ -345,7 +345,7 @@ def _lossless(cell: dict[str, Any]) -> str:
 
 
 def _examples(evaluation: dict[str, Any]) -> list[str]:
-    from consistentee.generation.exit_colours import marked_tokens
+    from consistentee.evaluation.exit_colours import marked_tokens
 
     lines = [
         "Texts with the layer at which tokens left (⟨12⟩ stands behind those that left at layer 12):",
@@ -382,8 +382,8 @@ def _memory(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(cells: dict[str, dict[str, Any]]) -> None:
     """The pictures of the page."""
-    from consistentee.generation.exit_colours import exits_picture
-    from consistentee.generation.plots import plot_generation
+    from consistentee.evaluation.exit_colours import exits_picture
+    from consistentee.evaluation.generation_plots import plot_generation
 
     for task, cell in cells.items():
         if task in ("alpaca", "xsum"):
@@ -402,7 +402,7 @@ def draw(cells: dict[str, dict[str, Any]]) -> None:
 
 def _evaluation(values: dict[str, Any]) -> Any:
     """The dataclass that was written as plain values."""
-    from consistentee.generation.results import (
+    from consistentee.evaluation.results import (
         GeneratedPoint,
         GenerationEvaluation,
         GenerationExample,

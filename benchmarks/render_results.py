@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from consistentee.atomic import write_text
+from consistentee.atomic_files import write_text
 
 Cell = dict[str, Any]
 TASKS = ("sst2", "mrpc", "rte", "m-cid", "stackoverflow")

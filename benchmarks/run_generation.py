@@ -21,11 +21,11 @@ import torch
 
 import consistentee
 from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
-from consistentee.atomic import write_json
-from consistentee.generation.encoding import encode_prompts
-from consistentee.generation.generator import DecodingOptions, GeneratedText, TextGenerator
-from consistentee.generation.text_metrics import text_metrics
-from consistentee.timing import environment
+from consistentee.atomic_files import write_json
+from consistentee.data.generation_batches import encode_prompts
+from consistentee.evaluation.text_metrics import text_metrics
+from consistentee.inference.timing import environment
+from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
 
 CELLS = Path(__file__).parent / "results" / "generation"
 COMMON = {

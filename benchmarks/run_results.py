@@ -27,14 +27,14 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
 from consistentee import SavedModel, TextDataset, TrainingConfig, finetune, load_task, open_model, train
-from consistentee.atomic import write_text
-from consistentee.batches import collate, tokenize
-from consistentee.curves import trade_off_curve
-from consistentee.exits import CRITERIA, choose_exit_layer, exit_scores
-from consistentee.hardness import memorized_layer
-from consistentee.metrics import compute_metrics
-from consistentee.states import LayerStates, run_all_layers, run_full_depth
-from consistentee.tasks import get_task
+from consistentee.atomic_files import write_text
+from consistentee.data.batches import collate, tokenize
+from consistentee.data.tasks import get_task
+from consistentee.functional.curves import trade_off_curve
+from consistentee.functional.exits import CRITERIA, choose_exit_layer, exit_scores
+from consistentee.functional.hardness import memorized_layer
+from consistentee.functional.metrics import compute_metrics
+from consistentee.training.states import LayerStates, run_all_layers, run_full_depth
 
 FOLDERS = {
     "sst2": "glue/SST-2",

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consistentee import checkpoints, runs, training
-from consistentee.optimisation import Optimisation
-from consistentee.training import finetune, train
+from consistentee.training import checkpoints
+from consistentee.training import classification as training
+from consistentee.training import run as runs
+from consistentee.training.classification import finetune, train
+from consistentee.training.steps import Optimisation
 from quick import quick_config
 from tiny import tiny_dataset
 

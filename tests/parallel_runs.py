@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from consistentee.data import TextDataset
-from consistentee.training import finetune, train
+from consistentee.data.classification import TextDataset
+from consistentee.training.classification import finetune, train
 from quick import quick_config
 from tiny import tiny_dataset
 

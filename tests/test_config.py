@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from consistentee.config import Recipe, TrainingConfig, checked_settings, config_class_of, load_recipe
-from consistentee.generation.config import GenerationTrainingConfig
-from consistentee.generation.tasks import GENERATION_TASKS
-from consistentee.tasks import TASKS
+from consistentee.data.generation_tasks import GENERATION_TASKS
+from consistentee.data.tasks import TASKS
+from consistentee.generation_config import GenerationTrainingConfig
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 PAPER_TASKS = ("rte", "mrpc", "sst2", "qnli", "qqp", "mnli", "m-cid", "stackoverflow")

@@ -13,8 +13,11 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from transformers import PreTrainedModel
 
-from consistentee.generation.model import EarlyExitForCausalLM
-from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
+from consistentee.models.causal_lm import EarlyExitForCausalLM
+from consistentee.models.sequence_classification import (
+    EarlyExitForSequenceClassification,
+    FullDepthForSequenceClassification,
+)
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from consistentee import progress as module
-from consistentee.cli import main
+from consistentee.cli.main import main
 from consistentee.progress import Bar, Lines, Pace, Progress, TimedLines, rows_about, show_progress, track
-from consistentee.training import finetune, train
+from consistentee.training.classification import finetune, train
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 

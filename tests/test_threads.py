@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from consistentee import cli, onnx_sessions, threads
+from consistentee import threads
+from consistentee.cli import main as cli
+from consistentee.inference.encoder import onnx_sessions
 from consistentee.threads import limit_threads, usable_processors, usable_threads
 
 HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -121,7 +123,9 @@ def test_the_command_line_keeps_to_the_quota(
 
 
 def test_importing_changes_nothing() -> None:
-    code = "import torch; torch.set_num_threads(3); import consistentee.cli; print(torch.get_num_threads())"
+    code = (
+        "import torch; torch.set_num_threads(3); import consistentee.cli.main; print(torch.get_num_threads())"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "3"
 

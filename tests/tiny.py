@@ -16,9 +16,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from consistentee.backbones import build_backbone
-from consistentee.data import TextDataset
-from consistentee.model import EarlyExitForSequenceClassification, FullDepthForSequenceClassification
+from consistentee.backbones.encoders import build_backbone
+from consistentee.data.classification import TextDataset
+from consistentee.models.sequence_classification import (
+    EarlyExitForSequenceClassification,
+    FullDepthForSequenceClassification,
+)
 
 SPECIAL = ("[CLS]", "[PAD]", "[SEP]", "[UNK]")  # padding at 1, from where roberta and its kin count positions
 POSITIVE = ("good", "fine", "great", "lovely", "superb", "charming", "funny", "warm")

@@ -16,28 +16,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from consistentee.config import TrainingConfig, load_recipe
-    from consistentee.configuration import EarlyExitConfig, FullDepthConfig
-    from consistentee.curves import CurvePoint
-    from consistentee.data import TextDataset, load_files, load_task
-    from consistentee.engine import Engine, ExitRule, Prediction, Predictor
+    from consistentee.data.classification import TextDataset, load_files, load_task
+    from consistentee.data.generation import InstructionDataset, load_generation_files, load_generation_task
     from consistentee.errors import DataError, MissingExtraError
-    from consistentee.evaluation import Evaluation, evaluate_layers, evaluate_model
-    from consistentee.generation.config import GenerationTrainingConfig
-    from consistentee.generation.configuration import EarlyExitCausalLMConfig
-    from consistentee.generation.data import InstructionDataset, load_generation_files, load_generation_task
-    from consistentee.generation.evaluation import evaluate_generation
-    from consistentee.generation.generator import GeneratedText, TextGenerator
-    from consistentee.generation.model import EarlyExitForCausalLM
-    from consistentee.generation.results import GenerationEvaluation
-    from consistentee.generation.saved import SavedGenerator, open_generator
-    from consistentee.generation.training import finetune_generation, train_generation
-    from consistentee.model import (
+    from consistentee.evaluation.classification import Evaluation, evaluate_layers, evaluate_model
+    from consistentee.evaluation.generation import evaluate_generation
+    from consistentee.evaluation.results import GenerationEvaluation
+    from consistentee.functional.curves import CurvePoint
+    from consistentee.generation_config import GenerationTrainingConfig
+    from consistentee.models.causal_lm import EarlyExitForCausalLM
+    from consistentee.models.causal_lm_configuration import EarlyExitCausalLMConfig
+    from consistentee.models.configuration import EarlyExitConfig, FullDepthConfig
+    from consistentee.models.loaded_classifier import SavedModel, open_model
+    from consistentee.models.loaded_generator import SavedGenerator, open_generator
+    from consistentee.models.sequence_classification import (
         EarlyExitForSequenceClassification,
         EarlyExitOutput,
         FullDepthForSequenceClassification,
     )
-    from consistentee.saved import SavedModel, open_model
-    from consistentee.training import finetune, train
+    from consistentee.pipelines.classifier import Engine, ExitRule, Prediction, Predictor
+    from consistentee.pipelines.generator import GeneratedText, TextGenerator
+    from consistentee.training.classification import finetune, train
+    from consistentee.training.generation import finetune_generation, train_generation
 
 __version__ = "0.1.0"
 
@@ -85,24 +85,28 @@ __all__ = [
 
 _HOMES = {
     "config": ("TrainingConfig", "load_recipe"),
-    "configuration": ("EarlyExitConfig", "FullDepthConfig"),
-    "curves": ("CurvePoint",),
-    "data": ("TextDataset", "load_files", "load_task"),
-    "engine": ("Engine", "ExitRule", "Prediction", "Predictor"),
+    "models.configuration": ("EarlyExitConfig", "FullDepthConfig"),
+    "functional.curves": ("CurvePoint",),
+    "data.classification": ("TextDataset", "load_files", "load_task"),
+    "pipelines.classifier": ("Engine", "ExitRule", "Prediction", "Predictor"),
     "errors": ("DataError", "MissingExtraError"),
-    "evaluation": ("Evaluation", "evaluate_layers", "evaluate_model"),
-    "generation.config": ("GenerationTrainingConfig",),
-    "generation.configuration": ("EarlyExitCausalLMConfig",),
-    "generation.data": ("InstructionDataset", "load_generation_files", "load_generation_task"),
-    "generation.evaluation": ("evaluate_generation",),
-    "generation.generator": ("GeneratedText", "TextGenerator"),
-    "generation.model": ("EarlyExitForCausalLM",),
-    "generation.results": ("GenerationEvaluation",),
-    "generation.saved": ("SavedGenerator", "open_generator"),
-    "generation.training": ("finetune_generation", "train_generation"),
-    "model": ("EarlyExitForSequenceClassification", "EarlyExitOutput", "FullDepthForSequenceClassification"),
-    "saved": ("SavedModel", "open_model"),
-    "training": ("finetune", "train"),
+    "evaluation.classification": ("Evaluation", "evaluate_layers", "evaluate_model"),
+    "generation_config": ("GenerationTrainingConfig",),
+    "models.causal_lm_configuration": ("EarlyExitCausalLMConfig",),
+    "data.generation": ("InstructionDataset", "load_generation_files", "load_generation_task"),
+    "evaluation.generation": ("evaluate_generation",),
+    "pipelines.generator": ("GeneratedText", "TextGenerator"),
+    "models.causal_lm": ("EarlyExitForCausalLM",),
+    "evaluation.results": ("GenerationEvaluation",),
+    "models.loaded_generator": ("SavedGenerator", "open_generator"),
+    "training.generation": ("finetune_generation", "train_generation"),
+    "models.sequence_classification": (
+        "EarlyExitForSequenceClassification",
+        "EarlyExitOutput",
+        "FullDepthForSequenceClassification",
+    ),
+    "models.loaded_classifier": ("SavedModel", "open_model"),
+    "training.classification": ("finetune", "train"),
 }
 _HOME_OF = {name: f"consistentee.{module}" for module, names in _HOMES.items() for name in names}
 
@@ -122,5 +126,8 @@ def __dir__() -> list[str]:
 # How the console script looks while the package is imported.
 _COMMAND_LINE = ("consistentee", "consistentee.exe")
 if os.path.basename(sys.argv[0] if sys.argv else "") not in _COMMAND_LINE:
-    for _name in ("consistentee.model", "consistentee.generation.model"):  # which register their classes
+    for _name in (
+        "consistentee.models.sequence_classification",
+        "consistentee.models.causal_lm",
+    ):  # which register their classes
         importlib.import_module(_name)

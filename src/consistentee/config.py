@@ -233,8 +233,8 @@ def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Reci
 def config_class_of(task: str | None) -> type[Any]:
     """Whose keys a task's recipe has: `GenerationTrainingConfig` for one of generation, else `TrainingConfig`."""
     # The other config is built on this module.
-    from consistentee.generation.config import GenerationTrainingConfig
-    from consistentee.generation.tasks import is_generation_task
+    from consistentee.data.generation_tasks import is_generation_task
+    from consistentee.generation_config import GenerationTrainingConfig
 
     return GenerationTrainingConfig if task and is_generation_task(str(task)) else TrainingConfig
 

@@ -1,0 +1,213 @@
+"""What the commands say and where: standard output, files that appear whole, signals, errors of the command line."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO, TypeVar, cast
+
+from rich.console import Console
+
+from consistentee.atomic_files import atomic_path, is_replaceable, open_in_place
+from consistentee.cli.options import UsageError
+
+T = TypeVar("T")
+
+
+class Stopped(KeyboardInterrupt):
+    """The system asked the process to end; whatever is half done is cleared away, as after Ctrl-C.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn SIGTERM, and a closing terminal's SIGHUP, into `Stopped`, unless somebody handles or ignores them."""
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        mine = []
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class LastingStream:
+    """A stream that work outlasts: once it cannot be written to, what is written is dropped.
+
+    Args:
+        stream: written to as long as it goes; None is one that was closed from the start.
+        on_loss: called once, when it first fails.
+    """
+
+    def __init__(self, stream: TextIO | None, on_loss: Callable[[], object] = lambda: None) -> None:
+        self._stream, self._on_loss, self._lost = stream, on_loss, stream is None
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        self._try(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what is not dropped."""
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal, and still there."""
+        return not self._lost and self._stream is not None and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable[[TextIO], object]) -> None:
+        if self._lost or self._stream is None:
+            return
+        try:
+            action(self._stream)
+        except UnicodeError:
+            raise
+        except (OSError, ValueError):  # nobody reads it, the disk is full, or it has been closed
+            self._lost = True
+            forget(self._stream)
+            self._on_loss()
+
+
+def forget(stream: TextIO) -> None:
+    """Let what is still to be written to a stream go nowhere: Python would try again at its end, and complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)
+
+
+def hold_standard_streams() -> None:
+    """Bear with standard streams that were closed by who started us, and keep their numbers from files opened later."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = cast(TextIO, LastingStream(None))
+
+
+@contextmanager
+def outlasting_readers() -> Iterator[None]:
+    """Work in here does not end with the readers of standard output and error: what it makes is more than its words."""
+    before = sys.stdout, sys.stderr
+    errors = LastingStream(sys.stderr)
+    note = "consistentee: nobody reads standard output any more; the work goes on.\n"
+    sys.stdout = cast(TextIO, LastingStream(sys.stdout, on_loss=lambda: errors.write(note)))
+    sys.stderr = cast(TextIO, errors)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
+
+
+def console() -> Console:
+    """Standard output; wide enough for our tables where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line on standard output, as it is."""
+    sys.stdout.write(message + "\n")
+    sys.stdout.flush()
+
+
+def progress_line(title: str) -> None:
+    """What is being done, on standard error, in the place of what was being done before."""
+    sys.stderr.write(f"\r{title} ...\x1b[K")
+    sys.stderr.flush()
+
+
+@contextmanager
+def announced() -> Iterator[tuple[Callable[[float], None], Callable[[str], None]]]:
+    """Say how long work will take, then what is being done: on a terminal in place, elsewhere at the pace of lines.
+
+    Yields:
+        Two functions: one takes the seconds that it will take, about, the other what is being done.
+    """
+    from consistentee.progress import TimedLines, duration
+
+    lines: list[TimedLines] = []
+
+    def announce(seconds: float) -> None:
+        on_terminal = sys.stderr.isatty()
+        place = "\r\x1b[K" if on_terminal else ""
+        sys.stderr.write(f"{place}This takes about {duration(seconds)}.\n")
+        sys.stderr.flush()
+        if not on_terminal:
+            lines.append(TimedLines("benchmark", seconds))
+
+    def tick(title: str) -> None:
+        if sys.stderr.isatty():
+            progress_line(title)
+        for line in lines:
+            line.now_doing(title)
+
+    try:
+        yield announce, tick
+    finally:
+        for line in lines:
+            line.close()
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+@contextmanager
+def text_stream(path: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears when the block ends without an error; a pipe or device gets each line."""
+    if path is None:
+        yield sys.stdout
+        return
+    if not is_replaceable(path):
+        with io.TextIOWrapper(open_in_place(path), encoding="utf-8") as stream:
+            yield stream
+        return
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        yield stream
+
+
+def usage(check: Callable[[], T]) -> T:
+    """What the function returns; a value that it refuses was given on the command line.
+
+    Raises:
+        UsageError: in place of ValueError.
+    """
+    try:
+        return check()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def at_least_one(**values: float | None) -> None:
+    """Check options that count something; None is one that was not given.
+
+    Raises:
+        UsageError: a value below 1, by the option's name.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")

@@ -1,0 +1,1 @@
+"""From files and hubs to rows and batches."""

@@ -1,0 +1,408 @@
+"""What early exits give on labelled rows: accuracy, depth, the trade-off over thresholds, the plain model beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+from torch import Tensor
+
+from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
+from consistentee.data.batches import TokenizedDataset, collate, tokenize
+from consistentee.data.classification import TextDataset
+from consistentee.data.labels import match_labels
+from consistentee.data.parsing import quoted
+from consistentee.data.tasks import TASKS
+from consistentee.functional.curves import CurvePoint, trade_off_curve
+from consistentee.functional.exits import check_threshold, choose_exit_layer, exit_scores
+from consistentee.functional.metrics import compute_metrics
+from consistentee.functional.recall import ClassRecall, recall_by_class
+from consistentee.models.loaded_classifier import SavedModel
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, EarlyExitOutput
+from consistentee.progress import track
+from consistentee.training.states import run_all_layers
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another exit rule on the same classifiers.
+
+    Args:
+        threshold: the one that training chose for it, or None where it is not known.
+        point: what that threshold gives; None without one.
+        curve: all thresholds.
+    """
+
+    threshold: float | None
+    point: CurvePoint | None
+    curve: list[CurvePoint]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Another model on the same rows, compared pair by pair.
+
+    Args:
+        accuracy: its share of right predictions.
+        metrics: its metrics.
+        accuracy_difference: ours minus its accuracy.
+        standard_error: of that difference, from the paired rows.
+        name: what it is: `plain model`, or an early-exit model and its exit rule.
+        num_hidden_layers: its layers; None where that is not known.
+        mean_exit_layer: mean number of its layers executed.
+    """
+
+    accuracy: float
+    metrics: dict[str, float]
+    accuracy_difference: float
+    standard_error: float
+    name: str = "plain model"
+    num_hidden_layers: int | None = None
+    mean_exit_layer: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one model on one set of rows, at one criterion and threshold.
+
+    Args:
+        num_hidden_layers: layers of the backbone.
+        num_examples: rows.
+        criterion: the exit rule.
+        threshold: an input leaves at the first layer whose exit score exceeds it.
+        accuracy: share of right predictions at the exit layers.
+        metrics: the task's metrics of the same predictions.
+        mean_exit_layer: mean number of layers executed.
+        layer_speedup: layers over mean exit layer (counted, not timed).
+        layers_saved: 1 - mean exit layer / layers.
+        exit_histogram: rows that leave at each layer.
+        exit_accuracy: share of right predictions among the rows that leave at each layer; None where none does.
+        per_layer_accuracy: accuracy if every row left at that layer.
+        classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before.
+        class_recall: recall of every class at the exits and at full depth.
+        curve: the trade-off over thresholds.
+        other_criteria: other exit rules on the same classifiers, by name.
+        reference: another model on the same rows, if one was given.
+        num_truncated: rows that were longer than the model's `max_length`, and were cut.
+    """
+
+    num_hidden_layers: int
+    num_examples: int
+    criterion: str
+    threshold: float
+    accuracy: float
+    metrics: dict[str, float]
+    mean_exit_layer: float
+    layer_speedup: float
+    layers_saved: float
+    exit_histogram: list[int]
+    exit_accuracy: list[float | None]
+    per_layer_accuracy: list[float]
+    classifier_accuracy: list[float]
+    class_recall: list[ClassRecall]
+    curve: list[CurvePoint]
+    other_criteria: dict[str, Rival] = field(default_factory=dict[str, Rival])
+    reference: Reference | None = None
+    num_truncated: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values, ready for JSON."""
+        return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures without the curves, for a training record."""
+        return {
+            name: value for name, value in self.to_dict().items() if name not in ("curve", "other_criteria")
+        }
+
+
+def evaluate_layers(
+    layer_logits: Tensor,
+    exit_probs: Tensor | None,
+    labels: Tensor,
+    *,
+    criterion: str = "policy",
+    threshold: float = 0.5,
+    metrics: Sequence[str] = ("accuracy",),
+    other_criteria: Mapping[str, float | None] | None = None,
+    classifier_logits: Tensor | None = None,
+    reference_predictions: Tensor | None = None,
+    label_names: Sequence[str] | None = None,
+) -> Evaluation:
+    """Evaluate an exit rule on the outputs of all layers.
+
+    Args:
+        layer_logits: (rows, layers, classes), every layer's prediction as an exit there would give it.
+        exit_probs: (rows, layers), the policy's conditional exit probabilities; read by `policy` only.
+        labels: (rows,), int64.
+        criterion: one of `exits.CRITERIA`.
+        threshold: an input leaves at the first layer whose exit score exceeds it.
+        metrics: names from `metrics.METRICS`.
+        other_criteria: further rules to draw, each with its threshold or None.
+        classifier_logits: (rows, layers, classes), each classifier alone; None where that is the same.
+        reference_predictions: (rows,), int64, another model's classes.
+        label_names: classes by index; None calls them "0", "1", ...
+
+    Raises:
+        ValueError: there is no row, or a threshold does not fit its criterion.
+    """
+    if not len(labels):
+        raise ValueError("labels must hold at least one row, got none.")
+    threshold = check_threshold(threshold, criterion)
+    rows, num_layers = layer_logits.shape[:2]
+    right = layer_logits.argmax(-1) == labels[:, None]  # (rows, layers)
+    alone = right if classifier_logits is None else classifier_logits.argmax(-1) == labels[:, None]
+    scores = exit_scores(criterion, layer_logits, exit_probs)
+    exit_layer = choose_exit_layer(scores, threshold)  # (rows,)
+    chosen = (exit_layer - 1)[:, None]
+    predictions = layer_logits.argmax(-1).gather(1, chosen).squeeze(1)
+    right_at_exit = right.gather(1, chosen).squeeze(1)
+    left = torch.bincount(exit_layer - 1, minlength=num_layers)  # (layers,)
+    right_of_left = torch.bincount(exit_layer - 1, weights=right_at_exit.double(), minlength=num_layers)
+    mean_exit_layer = float(exit_layer.double().mean())
+    return Evaluation(
+        num_hidden_layers=num_layers,
+        num_examples=rows,
+        criterion=criterion,
+        threshold=threshold,
+        accuracy=float(right_at_exit.double().mean()),
+        metrics=compute_metrics(metrics, predictions.numpy(), labels.numpy()),
+        mean_exit_layer=mean_exit_layer,
+        layer_speedup=num_layers / mean_exit_layer,
+        layers_saved=1 - mean_exit_layer / num_layers,
+        exit_histogram=left.tolist(),
+        exit_accuracy=[
+            float(hits) / int(count) if count else None
+            for hits, count in zip(right_of_left, left, strict=True)
+        ],
+        per_layer_accuracy=right.double().mean(0).tolist(),
+        classifier_accuracy=alone.double().mean(0).tolist(),
+        class_recall=recall_by_class(
+            predictions.numpy(),
+            layer_logits[:, -1].argmax(-1).numpy(),
+            labels.numpy(),
+            label_names or [str(index) for index in range(layer_logits.shape[-1])],
+        ),
+        curve=trade_off_curve(scores, layer_logits, labels, criterion),
+        other_criteria={
+            name: _rival(name, limit, layer_logits, exit_probs, labels)
+            for name, limit in (other_criteria or {}).items()
+            if name != criterion
+        },
+        reference=None
+        if reference_predictions is None
+        else _paired(right_at_exit, reference_predictions, labels, metrics),
+    )
+
+
+def evaluate_model(
+    saved: SavedModel,
+    dataset: TextDataset,
+    *,
+    criteria: Sequence[str] = (),
+    threshold: float | None = None,
+    metrics: Sequence[str] | None = None,
+    reference: SavedModel | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate a saved model on labelled rows.
+
+    Args:
+        saved: the model, from `open_model`.
+        dataset: rows whose label names are the model's.
+        criteria: exit rules; the first is reported, the others are drawn beside it. None given: the saved one.
+        threshold: of the first criterion; None takes the saved one.
+        metrics: names from `metrics.METRICS`; None takes those of the model's task.
+        reference: a model to compare with on the same rows, with or without exits, as it was saved.
+        batch_size: rows per step; does not change the result.
+        progress: whether to show how far it is.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ValueError: the model has no exits, label names do not agree, or a threshold is missing or does not fit.
+    """
+    model = saved.early_exit_model
+    criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold)
+    others = {name: saved.known_threshold(name) for name in criteria[1:]}
+    columns = class_columns(saved, dataset.label_names)
+    saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
+    accelerator = Accelerator(
+        cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)]
+    )  # full precision, whatever a training in this process used
+    rows = _tokenized(saved, dataset)
+    states = run_all_layers(
+        model,
+        rows,
+        collate=partial(collate, tokenizer=saved.tokenizer),
+        batch_size=batch_size,
+        accelerator=accelerator,
+        description="evaluating" if progress else None,
+    )
+    others_run = None if reference is None else _run(reference, dataset, batch_size, progress)
+    evaluation = evaluate_layers(
+        states.layer_logits[..., columns],
+        states.exit_probs,
+        states.labels,
+        criterion=criterion,
+        threshold=threshold,
+        metrics=default_metrics(saved, len(columns)) if metrics is None else metrics,
+        other_criteria=others,
+        classifier_logits=states.classifier_logits[..., columns],
+        reference_predictions=None if others_run is None else others_run[0],
+        label_names=dataset.label_names,
+    )
+    evaluation = replace(evaluation, num_truncated=rows.num_truncated)
+    if reference is None or others_run is None or evaluation.reference is None:
+        return evaluation
+    return replace(
+        evaluation,
+        reference=replace(
+            evaluation.reference,
+            name=reference_name(reference),
+            num_hidden_layers=getattr(reference.model.config, "num_hidden_layers", None),
+            mean_exit_layer=others_run[1],
+        ),
+    )
+
+
+def _tokenized(saved: SavedModel, dataset: TextDataset) -> TokenizedDataset:
+    """The rows as a model takes them; it is said how many were cut."""
+    rows = tokenize(dataset, saved.tokenizer, saved.max_length)
+    texts = f'texts were longer than the {saved.max_length} tokens of model "{saved.name}"'
+    say_cuts(rows.num_truncated, len(rows), texts, LONGER_TRAINING)
+    return rows
+
+
+def reference_name(reference: SavedModel) -> str:
+    """What reports and pictures call a model that another one is compared with."""
+    if not isinstance(reference.model, EarlyExitForSequenceClassification):
+        return "plain model"
+    criterion, threshold = reference.exit_rule()
+    return f"early-exit model, {criterion} > {threshold:.4g}"
+
+
+def predict_classes(
+    saved: SavedModel, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
+) -> Tensor:
+    """Classes that a model, ours or any Hugging Face classifier, predicts.
+
+    Args:
+        saved: the model, from `open_model`.
+        dataset: rows; their labels are not read.
+        batch_size: rows per step.
+        progress: whether to show how far it is.
+
+    Returns:
+        (rows,), int64, indices into `dataset.label_names`.
+
+    Raises:
+        ValueError: the label names do not agree.
+    """
+    return _run(saved, dataset, batch_size, progress)[0]
+
+
+@torch.no_grad()
+def _run(
+    saved: SavedModel, dataset: TextDataset, batch_size: int, progress: bool
+) -> tuple[Tensor, float | None]:
+    """What `predict_classes` gives, and the mean exit layer; None where the number of layers is not known."""
+    columns = class_columns(saved, dataset.label_names)
+    saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
+    rows = _tokenized(saved, dataset)
+    order = np.argsort(-rows.lengths, kind="stable")
+    predictions = torch.empty(len(rows), dtype=torch.int64)
+    layers: list[Tensor] = []
+    starts = range(0, len(rows), batch_size)
+    for start in track(starts, "reference", shown=progress):
+        part = order[start : start + batch_size].tolist()
+        batch = collate([rows[row] for row in part], saved.tokenizer)
+        inputs = {
+            name: batch[name].to(saved.model.device)
+            for name in ("input_ids", "attention_mask", "token_type_ids")
+            if name in batch
+        }
+        output = saved.model(**inputs)
+        predictions[part] = output.logits[:, columns].argmax(-1).cpu()
+        if isinstance(output, EarlyExitOutput) and output.exit_layer is not None:
+            layers.append(output.exit_layer.cpu())
+    depth = getattr(saved.model.config, "num_hidden_layers", None)
+    return predictions, float(torch.cat(layers).double().mean()) if layers else depth and float(depth)
+
+
+def evaluate_plain(
+    saved: SavedModel, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
+) -> dict[str, Any]:
+    """Accuracy and metrics of a model without exits: `num_examples`, `accuracy`, `metrics`."""
+    predictions = predict_classes(saved, dataset, batch_size=batch_size, progress=progress).numpy()
+    metrics = compute_metrics(default_metrics(saved, len(dataset.label_names)), predictions, dataset.labels)
+    accuracy = compute_metrics(["accuracy"], predictions, dataset.labels)["accuracy"]
+    return {"num_examples": len(dataset), "accuracy": accuracy, "metrics": metrics}
+
+
+def class_columns(saved: SavedModel, label_names: Sequence[str]) -> list[int]:
+    """The model's class index for every label of a data set, matched by name.
+
+    Names match exactly; what then is left over matches without regard to case, where that is one to one. A plain model
+    whose classes have no names (`LABEL_0`, `LABEL_1`, ...) is taken to have the data set's order.
+
+    Raises:
+        ValueError: the names do not agree.
+    """
+    nameless = all(name == f"LABEL_{index}" for index, name in enumerate(saved.label_names))
+    known = label_names[: len(saved.label_names)] if nameless else saved.label_names
+    found = match_labels(label_names, {name: index for index, name in enumerate(known)})
+    columns = [found[name] for name in label_names if name in found]
+    if sorted(columns) != list(range(len(saved.label_names))) or len(columns) != len(label_names):
+        raise ValueError(
+            f'Labels of model "{saved.name}" and of the data must agree, got {quoted(saved.label_names)} '
+            f"and {quoted(label_names)}. Evaluate on data of the task that the model was trained for."
+        )
+    return columns
+
+
+def default_metrics(saved: SavedModel, num_classes: int) -> tuple[str, ...]:
+    """The metrics of the task the model was trained for, all that fit for data of one's own, and the thresholds'."""
+    task = getattr(saved.model.config, "task", None)
+    if task in TASKS:
+        metrics = TASKS[task].metrics
+    else:
+        metrics = ("accuracy", "f1", "matthews") if num_classes == 2 else ("accuracy", "matthews")
+    chosen = (saved.record.get("config") or {}).get("threshold_metric", "accuracy")
+    return tuple(dict.fromkeys((*metrics, chosen)))
+
+
+def _rival(
+    criterion: str, threshold: float | None, layer_logits: Tensor, exit_probs: Tensor | None, labels: Tensor
+) -> Rival:
+    scores = exit_scores(criterion, layer_logits, exit_probs)
+    point = None
+    if threshold is not None:
+        exit_layer = choose_exit_layer(scores, check_threshold(threshold, criterion))
+        right = layer_logits.argmax(-1) == labels[:, None]
+        accuracy = float(right.gather(1, (exit_layer - 1)[:, None]).double().mean())
+        mean_exit_layer = float(exit_layer.double().mean())
+        point = CurvePoint(threshold, accuracy, mean_exit_layer, scores.shape[1] / mean_exit_layer)
+    return Rival(threshold, point, trade_off_curve(scores, layer_logits, labels, criterion))
+
+
+def _paired(
+    right: Tensor, reference_predictions: Tensor, labels: Tensor, metrics: Sequence[str]
+) -> Reference:
+    reference_right = (reference_predictions == labels).double()
+    difference = right.double() - reference_right  # (rows,), -1, 0 or 1
+    spread = float(difference.std()) if len(difference) > 1 else 0.0
+    return Reference(
+        accuracy=float(reference_right.mean()),
+        metrics=compute_metrics(metrics, reference_predictions.numpy(), labels.numpy()),
+        accuracy_difference=float(difference.mean()),
+        standard_error=spread / len(difference) ** 0.5,
+    )

@@ -1,0 +1,452 @@
+"""What exits give in generation: texts against references, what exits cost on the references, full depth and rivals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
+from consistentee.data.generation import InstructionDataset
+from consistentee.data.generation_batches import TokenizedPrompts, encode_prompts_with_cuts
+from consistentee.evaluation.matching import (
+    highest_threshold,
+    matched_threshold,
+    threshold_at_depth,
+)
+from consistentee.evaluation.results import (
+    PLAIN,
+    GeneratedPoint,
+    GenerationEvaluation,
+    GenerationExample,
+    GenerationPoint,
+    GenerationRival,
+)
+from consistentee.evaluation.teacher_forcing import (
+    ForcedTokens,
+    forced_exits,
+    forced_plain,
+    full_depth_scores,
+    reference_rows,
+    text_prompts,
+)
+from consistentee.evaluation.text_metrics import text_metrics
+from consistentee.inference.timing import environment
+from consistentee.models.loaded_generator import SavedGenerator
+from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
+from consistentee.progress import track
+
+CURVE_THRESHOLDS = 8
+"""Thresholds of a curve on the references: each costs a pass over them."""
+
+SHALLOWEST = 0.2  # of the layers: how far down a curve goes
+
+EXAMPLES = 5
+"""Texts that an evaluation keeps token by token."""
+
+
+def evaluate_generation(
+    saved: SavedGenerator,
+    rows: InstructionDataset,
+    *,
+    criteria: Sequence[str] = (),
+    threshold: float | None = None,
+    mode: str | None = None,
+    skipped_states: str | None = None,
+    reference: SavedGenerator | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    text_speedups: Sequence[float] = (),
+    curve_thresholds: int = CURVE_THRESHOLDS,
+    bertscore_model: str | None = None,
+    progress: bool = False,
+    seed: int = 0,
+) -> GenerationEvaluation:
+    """Evaluate a saved generator on prompts with references.
+
+    Texts are generated greedily. Perplexity and token accuracy are of the references' tokens, each predicted from the
+    true ones before it at the layer where it leaves, with states copied as in decoding. The curves are exact: as copied
+    states change with the exits, every threshold has a pass of its own. Their thresholds are equally spaced in depth by
+    the exit scores of one full-depth pass; the chosen threshold and, of a rival, the one at which its tokens leave at
+    the depth of the first criterion, are among them.
+
+    Args:
+        saved: the model, from `open_generator`.
+        rows: prompts and references. Of texts without prompts the second half is generated from the first.
+        criteria: exit rules; the first is reported, the others are its rivals. None given: the saved one. A rival
+            without a saved threshold has its text generated at the depth of the first criterion.
+        threshold: of the first criterion; None takes the saved one.
+        mode: `early-exit`, `full` or `lossless`; None takes the saved one.
+        skipped_states: `copy` or `recompute`; None takes the saved one.
+        reference: a model to compare with on the same prompts, with or without exits, as it was saved.
+        batch_size: rows per step and texts that are generated together.
+        max_new_tokens: longest text; None takes what suits the model's task.
+        text_speedups: layer speed-ups, above 1, at which text of every criterion is generated besides: at the
+            threshold where the references' tokens leave after that share of the layers, as near as it gets.
+        curve_thresholds: thresholds of each curve on the references, beside the chosen ones; at least 1.
+        bertscore_model: encoder for BERTScore; None leaves it out.
+        progress: whether to show how far it is.
+        seed: of the tokens whose scores choose the curves' thresholds.
+
+    Returns:
+        The figures.
+
+    Raises:
+        MissingExtraError: the packages of the text metrics are not installed.
+        ValueError: the model has no exits, there is no row, or options that do not fit.
+    """
+    if curve_thresholds < 1:
+        raise ValueError(f"curve_thresholds must be at least 1, got {curve_thresholds}.")
+    for value in text_speedups:
+        if not 1 < value <= saved.num_hidden_layers:
+            raise ValueError(
+                f"text_speedups must be above 1 and at most {saved.num_hidden_layers} (layers), got {value}."
+            )
+    if not len(rows):
+        raise ValueError("rows must hold at least one prompt, got none.")
+    criterion, limit = saved.exit_rule(criteria[0] if criteria else None, threshold)
+    rivals = [name for name in dict.fromkeys(criteria[1:]) if name != criterion]
+    for name in rivals:
+        if saved.known_threshold(name) is not None:
+            saved.exit_rule(name)  # whether it fits
+    depth = saved.num_hidden_layers
+    config = saved.early_exit_model.config
+    mode, skipped_states = mode or config.mode, skipped_states or config.skipped_states
+    texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
+    generate = partial(texts.generate, mode=mode, skipped_states=skipped_states)
+    own, written = generate(criterion, limit)
+    full, _ = texts.generate(criterion, highest_threshold(criterion, depth), "full", None)
+
+    references = reference_rows(saved, rows)
+    whole = f"prompts with their references were longer than {saved.max_length} tokens"
+    say_cuts(references.num_truncated, len(references), whole, LONGER_TRAINING)
+    forced = _Forced(saved, references, batch_size, progress, seed)
+    depths = [depth / speedup for speedup in text_speedups]
+    dialled = _without([forced.matched(criterion, aim) for aim in depths], limit)
+    curve = forced.curve(criterion, [limit, *dialled], curve_thresholds)
+    at_limit = forced.tokens(criterion, limit)
+
+    def with_forced(point: GeneratedPoint) -> GeneratedPoint:
+        exits = mode == "early-exit"
+        return _with_forced(
+            point, forced.tokens(point.criterion, point.threshold) if exits else forced.full_depth
+        )
+
+    own = with_forced(own)
+    others: dict[str, GenerationRival] = {}
+    for name in rivals:
+        known = saved.known_threshold(name)
+        matched = forced.matched(name, at_limit.mean_exit_layer)
+        chosen = matched if known is None else known
+        thresholds = [chosen, *_without([forced.matched(name, aim) for aim in depths], chosen)]
+        points = forced.curve(name, sorted({matched, *thresholds}), curve_thresholds)
+        generated = [with_forced(generate(name, value)[0]) for value in thresholds]
+        others[name] = GenerationRival(known, points, generated)
+    return GenerationEvaluation(
+        num_hidden_layers=depth,
+        num_examples=len(texts.references),
+        mode=own.mode,
+        criterion=criterion,
+        threshold=limit,
+        batch_size=batch_size,
+        max_new_tokens=texts.max_new_tokens,
+        metrics=own.metrics,
+        num_tokens=own.num_tokens,
+        mean_exit_layer=own.mean_exit_layer,
+        layer_speedup=own.layer_speedup,
+        layers_saved=1 - own.mean_exit_layer / depth,
+        tokens_per_second=own.tokens_per_second,
+        exit_histogram=_histogram([text.exit_layers for text in written], depth),
+        exit_by_position=_by_position(written),
+        curve=curve,
+        full_depth=_with_forced(full, forced.full_depth),
+        generated=[with_forced(generate(criterion, value)[0]) for value in dialled],
+        other_criteria=others,
+        reference=None if reference is None else texts.reference(reference, rows),
+        reference_name=None if reference is None else reference_name(reference),
+        draft_share=own.draft_share,
+        draft_acceptance=own.draft_acceptance,
+        draft_histogram=_histogram([text.draft_layers or [] for text in written], depth)
+        if mode == "lossless"
+        else None,
+        examples=texts.examples(written),
+        environment=environment(saved.model.device, seed) | {"dtype": _dtype_name(saved)},
+        num_truncated=texts.num_truncated,
+    )
+
+
+def evaluate_plain_generation(
+    saved: SavedGenerator,
+    rows: InstructionDataset,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    bertscore_model: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Figures of a model without exits: `num_examples`, `num_truncated`, `metrics`, and tokens and their speed."""
+    texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
+    point = texts.reference(saved, rows)
+    return {
+        "num_examples": len(texts.references),
+        "metrics": point.metrics,
+        "tokens_per_second": point.tokens_per_second,
+        "num_tokens": point.num_tokens,
+        "num_truncated": texts.num_truncated,
+    }
+
+
+def reference_name(reference: SavedGenerator) -> str:
+    """What reports and pictures call a model that another one is compared with."""
+    if not reference.has_exits:
+        return PLAIN
+    mode, (criterion, threshold) = reference.early_exit_model.config.mode, reference.exit_rule()
+    if mode == "full":
+        return "early-exit model, all layers"
+    return f"early-exit model, {criterion} > {threshold:.4g}" + (", lossless" if mode == "lossless" else "")
+
+
+class _Texts:
+    """Texts of one set of prompts, by whatever way to generate, and their metrics."""
+
+    def __init__(
+        self,
+        saved: SavedGenerator,
+        rows: InstructionDataset,
+        max_new_tokens: int | None,
+        batch_size: int,
+        bertscore_model: str | None,
+        progress: bool,
+    ) -> None:
+        self._saved, self._batch_size = saved, batch_size
+        self._bertscore_model, self._progress = bertscore_model, progress
+        self._rows, template = text_prompts(rows, saved.prompt_template())
+        self.references = self._rows.references
+        self._generator = TextGenerator(saved, template=template)
+        options = DecodingOptions(max_new_tokens=max_new_tokens, max_prompt_length=saved.max_length)
+        checked = self._generator.check(replace(options, mode="full"))
+        self.max_new_tokens = checked.max_new_tokens or 1
+        self._options = replace(
+            options, max_new_tokens=self.max_new_tokens, max_prompt_length=checked.max_prompt_length
+        )
+        self._encoded, self.num_truncated = self._encode(saved, self._generator)
+
+    def _encode(self, saved: SavedGenerator, generator: TextGenerator) -> tuple[list[list[int]], int]:
+        """Token ids of the prompts, and how many were cut, which is also said."""
+        limit = self._options.max_prompt_length or saved.max_length
+        encoded, cut = encode_prompts_with_cuts(
+            self._rows, saved.tokenizer, generator.template, max_prompt_length=limit
+        )
+        prompts = f'prompts were longer than the {limit} tokens of model "{saved.name}"'
+        say_cuts(sum(cut), len(cut), prompts, LONGER_TRAINING)
+        return encoded, sum(cut)
+
+    def generate(
+        self, criterion: str, threshold: float, mode: str, skipped_states: str | None
+    ) -> tuple[GeneratedPoint, list[GeneratedText]]:
+        """The texts at one threshold, and what they give."""
+        rule: dict[str, Any] = {} if mode == "full" else {"criterion": criterion, "threshold": threshold}
+        states = skipped_states if mode == "early-exit" else None
+        options = replace(self._options, mode=mode, skipped_states=states, **rule)
+        title = mode if mode == "full" else f"{criterion} > {threshold:.3g}"
+        written = list(self._bar(self._run(self._generator, self._encoded, options), title))
+        shown = "recompute" if mode == "early-exit" and skipped_states == "recompute" else mode
+        return self._point(written, self._saved, shown, criterion, threshold), written
+
+    def reference(self, reference: SavedGenerator, rows: InstructionDataset) -> GeneratedPoint:
+        """What another model gives as it was saved, prompted as it was trained, or else like the first model."""
+        own = self._saved.prompt_template()
+        known = reference.saved_template is not None or own.tokenizer is not None
+        forced_template = reference.prompt_template() if known else own
+        _, template = text_prompts(rows, forced_template)
+        generator = TextGenerator(reference, template=template)
+        options = generator.check(self._options)
+        mode, criterion, threshold = options.mode or "full", "none", 1.0
+        if mode != "full":
+            criterion, threshold = reference.exit_rule()
+        encoded, _ = self._encode(reference, generator)
+        written = list(self._bar(self._run(generator, encoded, options), "reference"))
+        point = self._point(written, reference, mode, criterion, threshold)
+        max_length = min(self._saved.max_length, reference.max_length)
+        tokens = reference_rows(reference, rows, forced_template, max_length)
+        bar = "reference, its perplexity" if self._progress else None
+        if mode == "early-exit":
+            forced = forced_exits(
+                reference,
+                tokens,
+                criterion=criterion,
+                threshold=threshold,
+                batch_size=self._batch_size,
+                description=bar,
+            )
+        else:
+            forced = forced_plain(reference, tokens, batch_size=self._batch_size, description=bar)
+        return _with_forced(point, forced)
+
+    def examples(self, written: Sequence[GeneratedText]) -> list[GenerationExample]:
+        """The first few texts."""
+        asked = zip(self._rows.instructions, self._rows.inputs, self.references, written, strict=True)
+        return [
+            GenerationExample(
+                prompt="\n\n".join(part for part in (instruction, context) if part),
+                reference=expected,
+                text=text.text,
+                pieces=text.pieces,
+                exit_layers=text.exit_layers,
+            )
+            for instruction, context, expected, text in list(asked)[:EXAMPLES]
+        ]
+
+    def _run(
+        self, generator: TextGenerator, encoded: Sequence[Sequence[int]], options: DecodingOptions
+    ) -> Iterator[GeneratedText]:
+        return generator.generate_encoded(encoded, batch_size=self._batch_size, options=options)
+
+    def _bar(self, texts: Iterator[GeneratedText], title: str) -> Iterator[GeneratedText]:
+        return track(texts, title, total=len(self._encoded), unit="text", shown=self._progress)
+
+    def _point(
+        self,
+        written: Sequence[GeneratedText],
+        saved: SavedGenerator,
+        mode: str,
+        criterion: str,
+        threshold: float,
+    ) -> GeneratedPoint:
+        layers = [layer for text in written for layer in text.exit_layers]
+        seconds = sum(text.seconds for text in written)
+        mean = sum(layers) / len(layers)
+        return GeneratedPoint(
+            mode=mode,
+            criterion=criterion,
+            threshold=threshold,
+            metrics=text_metrics(
+                [text.text.strip() for text in written],
+                self.references,
+                bertscore_model=self._bertscore_model,
+                device=saved.model.device,
+            ),
+            mean_exit_layer=mean,
+            layer_speedup=saved.num_hidden_layers / mean,
+            tokens_per_second=len(layers) / max(seconds, 1e-9),
+            num_tokens=len(layers),
+            **_drafts(written, saved.num_hidden_layers),
+        )
+
+
+class _Forced:
+    """The references under exits, each criterion and threshold at most once."""
+
+    def __init__(
+        self, saved: SavedGenerator, rows: TokenizedPrompts, batch_size: int, progress: bool, seed: int
+    ) -> None:
+        self._saved, self._rows, self._batch_size = saved, rows, batch_size
+        self._progress, self._seed = progress, seed
+        self._scores: dict[str, Tensor] = {}
+        self._known: dict[tuple[str, float], ForcedTokens] = {}
+        self.full_depth = self._pass(None, math.inf)
+
+    def tokens(self, criterion: str, threshold: float) -> ForcedTokens:
+        """What every token gives at a threshold."""
+        if threshold >= highest_threshold(criterion, self._saved.num_hidden_layers):
+            return self.full_depth
+        key = (criterion, threshold)
+        if key not in self._known:
+            self._known[key] = self._pass(criterion, threshold)
+        return self._known[key]
+
+    def matched(self, criterion: str, mean_exit_layer: float) -> float:
+        """The threshold at which a criterion's tokens leave at this depth on average, as near as it gets."""
+        threshold, measured = matched_threshold(
+            self._saved,
+            self._rows,
+            self._scores_of(criterion),
+            criterion,
+            mean_exit_layer,
+            batch_size=self._batch_size,
+            description=f"references, {criterion} at layer {mean_exit_layer:.3g}" if self._progress else None,
+        )
+        self._known |= {(criterion, value): tokens for value, tokens in measured.items()}
+        return threshold
+
+    def curve(self, criterion: str, chosen: Sequence[float], count: int) -> list[GenerationPoint]:
+        """Points from full depth down, the chosen thresholds among them."""
+        depth = self._saved.num_hidden_layers
+        highest = highest_threshold(criterion, depth)
+        aims = torch.linspace(depth, max(1.0, SHALLOWEST * depth), count + 1)[1:].tolist()
+        scores = self._scores_of(criterion)
+        spread = {threshold_at_depth(scores, aim, criterion) for aim in aims}
+        points = [self.tokens(criterion, value).point(value, depth) for value in {highest, *chosen, *spread}]
+        points.sort(key=lambda point: (-point.mean_exit_layer, -point.threshold))
+        return points
+
+    def _scores_of(self, criterion: str) -> Tensor:
+        if criterion not in self._scores:
+            self._scores[criterion] = full_depth_scores(
+                self._saved,
+                self._rows,
+                criterion,
+                batch_size=self._batch_size,
+                seed=self._seed,
+                description=f"references, scores of {criterion}" if self._progress else None,
+            )
+        return self._scores[criterion]
+
+    def _pass(self, criterion: str | None, threshold: float) -> ForcedTokens:
+        title = (
+            "references, all layers" if criterion is None else f"references, {criterion} > {threshold:.3g}"
+        )
+        return forced_exits(
+            self._saved,
+            self._rows,
+            criterion=criterion,
+            threshold=threshold,
+            batch_size=self._batch_size,
+            description=title if self._progress else None,
+        )
+
+
+def _drafts(written: Sequence[GeneratedText], depth: int) -> dict[str, float | None]:
+    """`draft_share` and `draft_acceptance` of texts, both None but for those of mode `lossless`."""
+    layers = [layer for text in written for layer in text.draft_layers or ()]
+    drafted = sum(text.drafted or 0 for text in written)
+    return {
+        "draft_share": sum(layer < depth for layer in layers) / len(layers) if layers else None,
+        "draft_acceptance": sum(text.accepted or 0 for text in written) / drafted if drafted else None,
+    }
+
+
+def _with_forced(point: GeneratedPoint, tokens: ForcedTokens) -> GeneratedPoint:
+    """The point with perplexity and token accuracy of the references beside the metrics of its texts."""
+    figures = {"perplexity": tokens.perplexity, "token_accuracy": tokens.token_accuracy}
+    return replace(point, metrics=point.metrics | figures)
+
+
+def _without(thresholds: Sequence[float], known: float) -> list[float]:
+    """Each threshold once, without one that is known."""
+    return [value for value in dict.fromkeys(thresholds) if value != known]
+
+
+def _histogram(exit_layers: Sequence[Sequence[int]], num_hidden_layers: int) -> list[int]:
+    """(layers,) tokens of all texts at each."""
+    layers = torch.tensor([layer for text in exit_layers for layer in text])
+    return torch.bincount(layers - 1, minlength=num_hidden_layers).tolist()
+
+
+def _by_position(texts: Sequence[GeneratedText]) -> list[float]:
+    """(longest text,) mean exit layer of the first token, the second, and so on."""
+    longest = max(len(text.exit_layers) for text in texts)
+    means: list[float] = []
+    for position in range(longest):
+        layers = [text.exit_layers[position] for text in texts if position < len(text.exit_layers)]
+        means.append(sum(layers) / len(layers))
+    return means
+
+
+def _dtype_name(saved: SavedGenerator) -> str:
+    return str(saved.model.dtype).removeprefix("torch.")

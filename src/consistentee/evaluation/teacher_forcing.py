@@ -1,0 +1,370 @@
+"""References under exits: a given text run with an exit rule, all its tokens at once, and what each token gives.
+
+"Forced": every token is predicted from the true ones before it. Tokens leave exactly as in decoding with copied states:
+prompts stay to the last layer, and a token that left keeps its state through the layers above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consistentee.data.generation import InstructionDataset
+from consistentee.data.generation_batches import IGNORED, TokenizedPrompts, collate_rows, encode_rows
+from consistentee.data.templates import PLAIN, PromptTemplate
+from consistentee.evaluation.results import GenerationPoint
+from consistentee.functional.token_criteria import (
+    softmax_margin_scores,
+    state_similarity_scores,
+    static_scores,
+)
+from consistentee.models.causal_lm import EarlyExitForCausalLM
+from consistentee.models.loaded_generator import SavedGenerator
+from consistentee.progress import track
+
+LOGIT_ROWS = 1024
+"""Logits of at most so many tokens are held at once."""
+
+SCORED_TOKENS = 2048
+"""Exit scores of about so many tokens decide which thresholds are looked at."""
+
+LONGEST_LOSS = 100.0  # of a token on average, in nats: the perplexity stays a number
+
+
+@dataclass(frozen=True)
+class ForcedTokens:
+    """What a model makes of the tokens of responses.
+
+    Args:
+        losses: (tokens,) float32, negative log-likelihood of each token, in nats.
+        right: (tokens,) bool, whether the likeliest token is the true one.
+        exit_layers: (tokens,) int64, the layer at which each was predicted, from 1.
+    """
+
+    losses: Tensor
+    right: Tensor
+    exit_layers: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss."""
+        return math.exp(min(float(self.losses.double().mean()), LONGEST_LOSS))
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of right tokens."""
+        return float(self.right.double().mean())
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean number of layers executed for a token."""
+        return float(self.exit_layers.double().mean())
+
+    def point(self, threshold: float, num_hidden_layers: int) -> GenerationPoint:
+        """These figures as a point of a curve."""
+        return GenerationPoint(
+            threshold=threshold,
+            token_accuracy=self.token_accuracy,
+            perplexity=self.perplexity,
+            mean_exit_layer=self.mean_exit_layer,
+            layer_speedup=num_hidden_layers / self.mean_exit_layer,
+        )
+
+
+def reference_rows(
+    saved: SavedGenerator,
+    rows: InstructionDataset,
+    template: PromptTemplate | None = None,
+    max_length: int | None = None,
+) -> TokenizedPrompts:
+    """Prompts with their references as token ids, cut as in training.
+
+    Args:
+        saved: the model, whose tokenizer and lengths these are.
+        rows: prompts and references.
+        template: how prompts are written; None takes the saved template.
+        max_length: the most tokens of a row; None takes the model's.
+    """
+    return encode_rows(
+        rows,
+        saved.tokenizer,
+        saved.prompt_template() if template is None else template,
+        max_length=max_length or saved.max_length,
+    )
+
+
+@torch.no_grad()
+def forced_exits(
+    saved: SavedGenerator,
+    rows: TokenizedPrompts,
+    *,
+    criterion: str | None,
+    threshold: float = math.inf,
+    batch_size: int = 8,
+    description: str | None = None,
+) -> ForcedTokens:
+    """Predict every token of the responses, each at the layer at which it leaves.
+
+    Args:
+        saved: a model with exits.
+        rows: prompts with responses.
+        criterion: exit rule; None for all layers.
+        threshold: a token leaves at the first layer whose exit score exceeds it.
+        batch_size: rows per step; does not change the result.
+        description: of a progress bar; None for none.
+
+    Raises:
+        ValueError: the model has no exits, or no response has a token that follows another.
+    """
+    model = saved.early_exit_model
+    weights = model.exit_weights()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for input_ids, mask, labels, predicts in _batches(saved, rows, batch_size, description):
+        may_leave = predicts & ~_first_of_response(predicts) if _first_is_full(model) else predicts
+        leaving = _Leaving(model, criterion, threshold, may_leave)
+        normed, exit_layer = model.exit_pass(input_ids, mask, may_leave, leaving.decide)
+        targets = labels.roll(-1, 1)[predicts]  # (tokens,): position t predicts token t + 1
+        states, layers = normed[predicts], exit_layer[predicts]
+        for start in range(0, len(states), LOGIT_ROWS):
+            here = slice(start, start + LOGIT_ROWS)
+            logits = weights.logits(states[here], layers[here].tolist())
+            parts.append((*_judged(logits, targets[here]), layers[here].cpu()))
+    return _together(parts)
+
+
+@torch.no_grad()
+def forced_plain(
+    saved: SavedGenerator, rows: TokenizedPrompts, *, batch_size: int = 8, description: str | None = None
+) -> ForcedTokens:
+    """Predict every token of the responses with a model without exits; arguments as `forced_exits`."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    depth = saved.num_hidden_layers
+    for input_ids, mask, labels, predicts in _batches(saved, rows, batch_size, description):
+        shifted = labels.roll(-1, 1)
+        columns = predicts.any(0).nonzero().squeeze(1)
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        at_once = max(1, LOGIT_ROWS // (last - first))  # rows whose logits are held together
+        for start in range(0, len(input_ids), at_once):
+            here = slice(start, start + at_once)
+            keep = torch.arange(first, last, device=input_ids.device)
+            output = saved.model(
+                input_ids=input_ids[here], attention_mask=mask[here], logits_to_keep=keep, use_cache=False
+            )
+            chosen = predicts[here, first:last]
+            targets = shifted[here, first:last][chosen]
+            layers = torch.full((len(targets),), depth)
+            parts.append((*_judged(output.logits[chosen], targets), layers))
+    return _together(parts)
+
+
+@torch.no_grad()
+def full_depth_scores(
+    saved: SavedGenerator,
+    rows: TokenizedPrompts,
+    criterion: str,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    description: str | None = None,
+) -> Tensor:
+    """Exit scores of about `SCORED_TOKENS` tokens of responses at every layer, none of which leaves.
+
+    Args:
+        saved: a model with exits.
+        rows: prompts with responses; as many as are needed are drawn.
+        criterion: exit rule.
+        batch_size: rows per step.
+        seed: of the rows drawn.
+        description: of a progress bar; None for none.
+
+    Returns:
+        (tokens, layers) float32; minus infinity where a token cannot leave, infinity at the last layer.
+    """
+    model = saved.early_exit_model
+    order = np.random.default_rng(seed).permutation(len(rows))
+    counts = np.cumsum((rows.lengths - rows.prompt_lengths)[order])
+    few = order[: int(np.searchsorted(counts, SCORED_TOKENS)) + 1]
+    scores: list[Tensor] = []
+    for input_ids, mask, _, predicts in _batches(saved, rows, batch_size, description, few.tolist()):
+        may_leave = predicts & ~_first_of_response(predicts) if _first_is_full(model) else predicts
+        leaving = _Leaving(model, criterion, math.inf, may_leave, record=True)
+        model.exit_pass(input_ids, mask, may_leave, leaving.decide)
+        here = torch.full((int(predicts.sum()), model.num_layers), -math.inf)
+        here[may_leave[predicts].cpu(), :-1] = torch.stack(leaving.recorded, dim=1)
+        here[:, -1] = math.inf
+        scores.append(here)
+    return torch.cat(scores)
+
+
+class _Leaving:
+    """Which tokens of a batch leave after a layer; scores are computed for those still inside only.
+
+    Args:
+        model: with exits.
+        criterion, threshold: the rule; None for all layers.
+        may_leave: (batch, tokens) bool.
+        record: keep the scores, (tokens that may leave,) a layer.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitForCausalLM,
+        criterion: str | None,
+        threshold: float,
+        may_leave: Tensor,
+        record: bool = False,
+    ) -> None:
+        self._model, self._criterion, self._threshold = model, criterion, threshold
+        self._inside = may_leave.clone()
+        self._record = record
+        self._first = 1 if criterion == "static" else model.config.min_exit_layer
+        self.recorded: list[Tensor] = []
+
+    def decide(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor) -> Tensor:
+        """(batch, tokens) bool; see `model.Decide`."""
+        inside = self._inside
+        none = torch.zeros_like(inside)
+        if self._criterion is None or (self._never() and not self._record):
+            return none
+        if layer_index + 1 < self._first:
+            if self._record:
+                self.recorded.append(torch.full((int(inside.sum()),), -math.inf))
+            return none
+        scores = token_scores(
+            self._model, self._criterion, layer_index, before[inside], after[inside], normed[inside]
+        )
+        if self._record:
+            self.recorded.append(scores.cpu())
+            return none
+        leaves = none.masked_scatter(inside, scores > self._threshold)
+        self._inside = inside & ~leaves
+        return leaves
+
+    def _never(self) -> bool:
+        return self._criterion != "static" and self._threshold >= 1
+
+
+def token_scores(
+    model: EarlyExitForCausalLM,
+    criterion: str,
+    layer_index: int,
+    before: Tensor,
+    after: Tensor,
+    normed: Tensor,
+) -> Tensor:
+    """Exit scores of tokens at one layer, on the scale of the criterion's thresholds.
+
+    Args:
+        model: with exits.
+        criterion: one of `criteria.GENERATION_CRITERIA`.
+        layer_index: 0-based.
+        before, after: (tokens, hidden), states around the layer.
+        normed: (tokens, hidden), `after` behind the exit's norm.
+
+    Returns:
+        (tokens,) float32; minus infinity where the rule lets nobody leave.
+    """
+    if criterion == "policy":
+        return model.policy(normed[:, None], None, layer_index)[:, 0].sigmoid()
+    if criterion == "softmax_margin":
+        parts = [
+            softmax_margin_scores(model.exit_logits(layer_index, part)) for part in normed.split(LOGIT_ROWS)
+        ]
+        return torch.cat(parts)
+    if criterion == "state_similarity":
+        scores = state_similarity_scores(before, after)
+        return scores if layer_index else torch.full_like(scores, -math.inf)
+    if criterion == "confidence_classifier":
+        classifier = model.confidence_classifier
+        logits = normed.to(classifier.weight.dtype) @ classifier.weight[layer_index]
+        return (logits + classifier.bias[layer_index]).float().sigmoid()
+    return static_scores(layer_index, normed)
+
+
+def _batches(
+    saved: SavedGenerator,
+    rows: TokenizedPrompts,
+    batch_size: int,
+    description: str | None,
+    chosen: Sequence[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Input ids, attention mask, labels and "predicts a token of the response", each (rows, tokens), on the device."""
+    device = saved.model.device
+    kept = np.arange(len(rows)) if chosen is None else np.asarray(chosen)
+    order = kept[
+        np.argsort(-rows.lengths[kept], kind="stable")
+    ].tolist()  # the longest first: memory shows at once
+    starts = range(0, len(order), batch_size)
+    for start in track(starts, description or "", shown=description is not None):
+        items = [rows[row] for row in order[start : start + batch_size]]
+        batch = collate_rows(items, pad_token_id=saved.tokenizer.pad_token_id)
+        labels = batch["labels"]
+        predicts = labels.roll(-1, 1) != IGNORED
+        predicts[:, -1] = False
+        if not bool(predicts.any()):
+            continue
+        yield (
+            batch["input_ids"].to(device),
+            batch["attention_mask"].to(device),
+            labels.to(device),
+            predicts.to(device),
+        )
+
+
+def _first_is_full(model: EarlyExitForCausalLM) -> bool:
+    return model.config.full_depth_first_token
+
+
+def _first_of_response(predicts: Tensor) -> Tensor:
+    """The position of each row that predicts the first token: the prompt's last, which went through all layers."""
+    return predicts & (predicts.cumsum(1) == 1)
+
+
+def _judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and hits of (tokens, vocabulary) logits."""
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return losses.cpu(), (logits.argmax(-1) == targets).cpu()
+
+
+def _together(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> ForcedTokens:
+    if not parts:
+        raise ValueError(
+            "references must hold at least one token that follows another, got none. Give longer ones."
+        )
+    losses, right, layers = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ForcedTokens(losses, right, layers)
+
+
+def text_prompts(
+    rows: InstructionDataset, template: PromptTemplate
+) -> tuple[InstructionDataset, PromptTemplate]:
+    """Rows to generate from: of a text that nothing is asked for, the first half of its words is the prompt.
+
+    Args:
+        rows: prompts and references.
+        template: how prompts are written.
+
+    Returns:
+        The rows and their template. Texts of a single word are left out.
+    """
+    if any(
+        instruction or context for instruction, context in zip(rows.instructions, rows.inputs, strict=True)
+    ):
+        return rows, template
+    prompts: list[str] = []
+    rest: list[str] = []
+    for text in rows.references:
+        words = text.split(" ")
+        half = len(words) // 2
+        if half and (follows := " ".join(words[half:])).strip():
+            prompts.append(" ".join(words[:half]))
+            rest.append(follows)
+    if not prompts:
+        raise ValueError("Texts must have at least two words each to be continued, got none that has.")
+    plain = replace(PLAIN, parse_special_tokens=template.parse_special_tokens)
+    return InstructionDataset(prompts, [""] * len(prompts), rest, rows.source), plain

@@ -1,1 +1,0 @@
-"""Token-level early exit in causal language models: data, training and generation."""

@@ -1,0 +1,1 @@
+"""What sits on a layer: internal classifiers, exit heads, policy networks."""

@@ -1,0 +1,1 @@
+"""Early exit on the clock. Knows parts of models, not models."""

@@ -1,0 +1,1 @@
+"""Decoding where every token leaves at a layer of its own."""

@@ -1,0 +1,459 @@
+"""Decoder layers as plain functions on a model's own weights, for generation.
+
+Hugging Face's modules spend more time between kernels than in them when a step has few tokens. Here a layer is about
+seventeen calls of torch, whatever the model type; `decoders.LayerParts` says where each keeps its weights. Only the
+query, key and value projections are copied: into one, with the factors of the norm before them. The norm itself is then
+the same for everything that reads a state, and an exit's policy (`PackedDecoder.fused`) rides along in that product.
+
+What a layer attends to is the caller's: `run` takes a step whose `attend` writes the new keys and values and gives the
+attention's output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from consistentee.backbones import decoders
+from consistentee.backbones.decoders import LayerParts
+
+Map = Callable[[Tensor], Tensor]
+Affine = tuple[Tensor, Tensor]
+"""Weight (outputs, inputs) and bias (outputs,)."""
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and signed sines, each (tokens or 1, 1, rotated size): see `signed_rotary`."""
+
+
+class Step(Protocol):
+    """What attention asks of the caller: where tokens stand and what they may see."""
+
+    def rotary(self, layer_type: str) -> Rotary | None:
+        """Angles of the tokens of this step; None for learned positions."""
+        ...
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Write keys and values (tokens, key/value heads, head size), attend: (tokens, heads * head size)."""
+        ...
+
+
+class Layer:
+    """One layer.
+
+    Args:
+        module: Hugging Face's.
+        parts: where its parts lie.
+        norm: kind of its norms, as in the table.
+        config: of the model.
+        index: 0-based.
+        layer_type: full or sliding attention.
+    """
+
+    def __init__(
+        self, module: nn.Module, parts: LayerParts, norm: str, config: Any, index: int, layer_type: str
+    ) -> None:
+        def part(path: str) -> Any:
+            return module.get_submodule(path) if path else None
+
+        attention: Any = part(parts.attention)
+        self.index = index
+        self.layer_type = layer_type
+        self.num_heads = int(config.num_attention_heads)
+        self.num_key_value_heads = int(getattr(config, "num_key_value_heads", None) or self.num_heads)
+        self.head_size = int(getattr(attention, "head_dim", None) or attention.head_size)
+        self.scaling = float(attention.scaling)
+        self.softcap: float | None = getattr(attention, "attn_logit_softcapping", None)
+        self.qkv_width = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
+        self._qkv_modules = [part(path) for path in (parts.query, parts.key, parts.value) if path]
+        self._input_norm = part(parts.input_norm)
+        self._norm_kind = norm
+        self.qkv = self.projection(None)
+        self._heads_layout = parts.fused == "heads"
+        self._query_norm = norm_function(part(parts.query_norm), norm) if parts.query_norm else None
+        self._key_norm = norm_function(part(parts.key_norm), norm) if parts.key_norm else None
+        self._output = part(parts.attention_output)
+        self._add_output = adding_function(self._output)
+        self._output_norm = _optional_norm(part(parts.attention_output_norm), norm)
+        self._mlp_norm = norm_function(part(parts.mlp_norm), norm)
+        self._gate = linear_function(part(parts.gate)) if parts.gate else None
+        self._up = linear_function(part(parts.up))
+        self._add_down = adding_function(part(parts.down))
+        self._activation = _activation(part(parts.activation))
+        self._mlp_output_norm = _optional_norm(part(parts.mlp_output_norm), norm)
+        self._parallel = bool(getattr(module, "use_parallel_residual", False))
+
+    def projection(self, readers: Affine | None) -> Map:
+        """Queries, keys and values from states behind `unit_norm`, and what else reads these states.
+
+        Args:
+            readers: an affine map of states behind `unit_norm`; its outputs come last.
+
+        Returns:
+            (tokens, hidden) -> (tokens, queries, keys and values, outputs of the readers).
+        """
+        factor, shift = affine_norm(self._input_norm, self._norm_kind)
+        parts = [plain_weights(module) for module in self._qkv_modules]
+        if any(part is None for part in parts):  # an adapter: run as it is
+            modules = self._qkv_modules
+
+            def run(unit: Tensor) -> Tensor:
+                normed = unit * factor if shift is None else torch.addcmul(shift, unit, factor)
+                outputs = [module(normed) for module in modules]
+                if readers is not None:
+                    outputs.append(functional.linear(unit, *readers))
+                return torch.cat(outputs, dim=-1)
+
+            return run
+        plain = [part for part in parts if part is not None]
+        weight = torch.cat([weight for weight, _ in plain])
+        bias = None
+        if shift is not None or any(own is not None for _, own in plain):
+            bias = torch.cat([weight.new_zeros(len(part)) if own is None else own for part, own in plain])
+            bias = bias if shift is None else bias + (weight.float() @ shift.float()).to(weight.dtype)
+        weight = (weight.float() * factor.float()).to(weight.dtype)
+        if readers is None:
+            return lambda unit: functional.linear(unit, weight, bias)
+        width, more = self.qkv_width, readers[1].to(weight.dtype)
+        both = torch.cat([weight, readers[0].to(weight.dtype)])
+        if bias is not None:
+            biases = torch.cat([bias, more])
+            return lambda unit: functional.linear(unit, both, biases)
+
+        def run_unbiased(unit: Tensor) -> Tensor:  # a product with a bias takes a slower way for few rows
+            outputs = functional.linear(unit, both)
+            outputs.narrow(1, width, len(more)).add_(more)
+            return outputs
+
+        return run_unbiased
+
+    def __call__(self, hidden: Tensor, unit: Tensor, step: Step) -> Tensor:
+        """Hidden states after this layer: (tokens, hidden), and the same behind `unit_norm` -> (tokens, hidden)."""
+        return self.finish(hidden, self.qkv(unit), step)
+
+    def finish(self, hidden: Tensor, qkv: Tensor, step: Step) -> Tensor:
+        """Hidden states after this layer, from those before it and their queries, keys and values."""
+        query, key, value = self._split(qkv, step.rotary(self.layer_type))
+        attended = step.attend(self, query, key, value)
+        after = _residual(hidden, attended, self._add_output, self._output_norm)
+        mlp_input = self._mlp_norm(hidden if self._parallel else after)
+        inner = self._activation(self._up(mlp_input) if self._gate is None else self._gate(mlp_input))
+        if self._gate is not None:
+            inner = inner * self._up(mlp_input)
+        return _residual(after, inner, self._add_down, self._mlp_output_norm)
+
+    def _split(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (tokens, heads, size), rotated keys and values (tokens, key/value heads, size)."""
+        tokens, heads, pairs, size = len(qkv), self.num_heads, self.num_key_value_heads, self.head_size
+        if self._heads_layout:
+            query, key, value = qkv.view(tokens, heads, 3 * size).chunk(3, dim=-1)
+        else:
+            by_head = qkv.view(tokens, heads + 2 * pairs, size)
+            value = by_head[:, heads + pairs :]
+            if self._query_norm is None and rotary is not None:  # one rotation for both
+                both = rotate(by_head[:, : heads + pairs], rotary)
+                return both[:, :heads], both[:, heads:], value
+            query, key = by_head[:, :heads], by_head[:, heads : heads + pairs]
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = self._query_norm(query), self._key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query, key, value
+
+    def causal_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of whole rows without padding, each token to itself and what is before it.
+
+        Args:
+            query: (rows, tokens, heads, size).
+            keys, values: (rows, key/value heads, tokens, size).
+
+        Returns:
+            (rows * tokens, heads * size).
+        """
+        rows, tokens, heads, size = query.shape
+        attended = functional.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, is_causal=True, scale=self.scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2).reshape(rows * tokens, heads * size)
+
+    def attention(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of equally many tokens per row.
+
+        Args:
+            query: (rows, tokens, heads, size).
+            keys, values: (rows, key/value heads, slots, size).
+            bias: (rows, tokens, slots), added to the scores; None where every token sees every slot.
+
+        Returns:
+            (rows * tokens, heads * size).
+        """
+        rows, tokens, heads, size = query.shape
+        pairs = self.num_key_value_heads
+        group = heads // pairs
+        if tokens == 1:  # the heads of a group stand where tokens would: no key is repeated
+            grouped = query.view(rows, pairs, group, size)
+        else:
+            grouped = query.view(rows, tokens, pairs, group, size).permute(0, 2, 3, 1, 4)
+            grouped = grouped.reshape(rows, pairs, group * tokens, size)
+        mask = None
+        if bias is not None:
+            slots = keys.shape[2]
+            mask = bias[:, None, None].expand(rows, 1, group, tokens, slots)
+            mask = mask.reshape(rows, 1, group * tokens, slots)
+        if self.softcap is None:
+            attended = functional.scaled_dot_product_attention(
+                grouped, keys, values, attn_mask=mask, scale=self.scaling
+            )
+        else:
+            scores = torch.matmul(grouped, keys.transpose(2, 3)) * self.scaling
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores = scores if mask is None else scores + mask
+            weights = scores.softmax(-1, dtype=torch.float32).to(grouped.dtype)
+            attended = torch.matmul(weights, values)
+        if tokens == 1:
+            return attended.reshape(rows, heads * size)
+        attended = attended.view(rows, pairs, group, tokens, size).permute(0, 3, 1, 2, 4)
+        return attended.reshape(rows * tokens, heads * size)
+
+
+class PackedDecoder:
+    """All layers of a model, and what stands before and behind them.
+
+    Args:
+        model: a Hugging Face causal language model of a type in `DECODERS`, in evaluation mode. Its weights are read
+            in place; make a new `PackedDecoder` where `signature` tells that they have changed.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        row = decoders.decoder_architecture(model.config)
+        kinds = decoders.layer_types(model.config)
+        self.model = model
+        self.layers = [
+            Layer(module, row.parts, row.norm, model.config, index, kinds[index])
+            for index, module in enumerate(decoders.decoder_layers(model))
+        ]
+        self.norm_kind = row.norm
+        hidden = int(cast(Any, model.config).hidden_size)
+        input_norm = decoders.decoder_layers(model)[0].get_submodule(row.parts.input_norm)
+        self.unit_norm = unit_norm(hidden, row.norm, norm_epsilon(input_norm))
+        """What every norm of a state begins with: (tokens, hidden), scaled to unit variance."""
+        self.layer_types = kinds
+        self.sliding_window = decoders.sliding_window(model.config)
+        self.signature = weight_signature(model)
+        self._length_rotary: Any = (
+            None  # a copy: it remembers how long texts were, and the model's own must not
+        )
+        if decoders.rotary_depends_on_length(model):
+            self._length_rotary = copy.deepcopy(decoders.decoder_base(model).rotary_emb)
+        weight = decoders.decoder_base(model).get_submodule(row.embeddings).weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self._plain_embedding = (
+            weight
+            if type(decoders.decoder_base(model).get_submodule(row.embeddings)) is (nn.Embedding)
+            and not row.positions
+            else None
+        )
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(tokens,) ids and positions -> (tokens, hidden)."""
+        if self._plain_embedding is not None:
+            return self._plain_embedding[tokens]
+        return decoders.embed_tokens(self.model, tokens[None], positions[None])[0]
+
+    def fused(self, readers: Sequence[Affine | None]) -> list[Map]:
+        """Every layer's projection with something else that reads the state before it.
+
+        Args:
+            readers: for each layer an affine map of states behind `unit_norm`, or None.
+        """
+        return [
+            layer.qkv if more is None else layer.projection(more)
+            for layer, more in zip(self.layers, readers, strict=True)
+        ]
+
+    def rotary(self, positions: Tensor, lengths: int | Sequence[int]) -> dict[str, Rotary | None]:
+        """Angles of (tokens,) positions for each attention type.
+
+        Args:
+            positions: of the tokens.
+            lengths: tokens of the batch's longest row when these come, for all or for each; read by scalings that
+                change with it alone, which turn a token as they do when it is generated by itself.
+        """
+        if self._length_rotary is None:
+            return self._angles(positions, None)
+        if isinstance(lengths, int):
+            return self._angles(positions, lengths)
+        distinct = list(dict.fromkeys(lengths))
+        if len(distinct) == 1:
+            return self._angles(positions, distinct[0])
+        places = [[place for place, own in enumerate(lengths) if own == length] for length in distinct]
+        parts = [
+            self._angles(positions[torch.tensor(own, device=positions.device)], length)
+            for own, length in zip(places, distinct, strict=True)
+        ]
+        back = torch.tensor([place for own in places for place in own], device=positions.device).argsort()
+        tables: dict[str, Rotary | None] = {}
+        for kind in parts[0]:
+            known = [table for table in (part[kind] for part in parts) if table is not None]
+            tables[kind] = (
+                torch.cat([cos for cos, _ in known])[back],
+                torch.cat([sin for _, sin in known])[back],
+            )
+        return tables
+
+    def _angles(self, positions: Tensor, length: int | None) -> dict[str, Rotary | None]:
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        rotary = self._length_rotary
+        if length is None:
+            tables = decoders.rotary_tables(self.model, like, positions[None])
+        else:
+            # The first call lets it forget longer texts; the second is told the length by one more position.
+            decoders.rotary_tables(self.model, like, torch.zeros_like(positions[None]), rotary)
+            longest = torch.cat([positions, positions.new_tensor([length - 1])])
+            tables = {
+                kind: None if table is None else (table[0][:, :-1], table[1][:, :-1])
+                for kind, table in decoders.rotary_tables(self.model, like, longest[None], rotary).items()
+            }
+        return {kind: None if table is None else signed_rotary(*table) for kind, table in tables.items()}
+
+
+def signed_rotary(cos: Tensor, sin: Tensor) -> Rotary:
+    """Tables of Hugging Face, (1, tokens, size) each, in the form that `rotate` reads."""
+    half = sin.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    return cos[0].unsqueeze(1), signed[0].unsqueeze(1)
+
+
+def rotate(states: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate queries or keys by their positions: (tokens, heads, size), of which the first entries rotate."""
+    cos, sin = rotary
+    width = cos.shape[-1]
+    turned = states if width == states.shape[-1] else states[..., :width]
+    turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
+    return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], dim=-1)
+
+
+def norm_function(module: nn.Module, kind: str) -> Map:
+    """A norm as a function of (..., size)."""
+    norm: Any = module
+    if kind == "layer":
+        shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        return lambda states: functional.layer_norm(states, shape, weight, bias, eps)
+    weight, eps = rms_weight(norm, kind), norm_epsilon(norm)
+    shape = tuple(weight.shape)
+    return lambda states: functional.rms_norm(states, shape, weight, eps)
+
+
+def norm_epsilon(norm: Any) -> float:
+    """What a norm adds to the variance."""
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
+
+
+def unit_norm(size: int, kind: str, epsilon: float) -> Map:
+    """The part of a norm that has no weights."""
+    shape = (size,)
+    if kind == "layer":
+        return lambda states: functional.layer_norm(states, shape, None, None, epsilon)
+    return lambda states: functional.rms_norm(states, shape, None, epsilon)
+
+
+def affine_norm(norm: Any, kind: str) -> tuple[Tensor, Tensor | None]:
+    """The rest of a norm: factors and shift (None for RMS norms), each (size,)."""
+    if kind == "layer":
+        return norm.weight.detach(), norm.bias.detach()
+    return rms_weight(norm, kind), None
+
+
+def rms_weight(norm: Any, kind: str) -> Tensor:
+    """The factors of an RMS norm; stored minus one in gemma."""
+    weight = norm.weight.detach()
+    return weight if kind == "rms" else (weight.float() + 1).to(weight.dtype)
+
+
+def linear_function(module: nn.Module) -> Map:
+    """A linear map as a function of (tokens, inputs); a module of another kind (an adapter) stays what it is."""
+    if type(module) is nn.Linear:
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        return lambda states: functional.linear(states, weight, bias)
+    if type(module) is Conv1D:
+        weight, bias = module.weight.detach(), module.bias.detach()
+        return lambda states: torch.addmm(bias, states, weight)
+    return cast(Map, module)
+
+
+def adding_function(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """A linear map whose result is added to a first argument, in one call where there is no bias."""
+    if type(module) is nn.Linear and module.bias is None:
+        transposed = module.weight.detach().t()
+
+        def add(residual: Tensor | None, states: Tensor) -> Tensor:
+            if residual is None:
+                return torch.mm(states, transposed)
+            return torch.addmm(residual, states, transposed)
+
+        return add
+    run = linear_function(module)
+    return lambda residual, states: run(states) if residual is None else residual + run(states)
+
+
+def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[Any, ...]:
+    """Tells whether weights were replaced or changed in place since.
+
+    Args:
+        model: whose weights.
+        copied: those of which there are copies. They are read, as torch does not count what is written through `.data`.
+            The 46 million of SmolLM2-135M take a third to a half of the time of one token at full depth.
+    """
+    counted = tuple(
+        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
+        for weight in model.parameters()
+    )
+    read = torch.stack([_checksum(weight) for weight in copied]).tolist() if copied else []
+    return (*counted, *read)
+
+
+def _checksum(weight: Tensor) -> Tensor:
+    """A number, int64, that every changed bit changes; rows count by their place."""
+    flat = weight.detach().reshape(-1)
+    per_word = max(1, 8 // flat.element_size())
+    if flat.storage_offset() % per_word:
+        flat = flat.clone()
+    whole = len(flat) - len(flat) % per_word
+    words = flat[:whole].view(torch.int64)
+    in_rows = weight.ndim > 1 and len(flat) > 0 and not len(flat) % (len(weight) * per_word)
+    rows = len(weight) if in_rows else len(words)
+    sums = words.view(rows, len(words) // max(1, rows)).sum(1)
+    places = 2 * torch.arange(rows, device=flat.device) + 1  # odd: no bit is lost
+    return (sums * places).sum() + flat[whole:].view(torch.uint8).sum()
+
+
+def _residual(
+    residual: Tensor, states: Tensor, add: Callable[[Tensor | None, Tensor], Tensor], norm: Map | None
+) -> Tensor:
+    return add(residual, states) if norm is None else residual + norm(add(None, states))
+
+
+def _optional_norm(module: nn.Module | None, kind: str) -> Map | None:
+    return None if module is None else norm_function(module, kind)
+
+
+def _activation(module: Any) -> Map:
+    return (
+        functional.silu
+        if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation"
+        else module
+    )
+
+
+def plain_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (outputs, inputs) and bias of a plain linear map; None for any other module."""
+    if type(module) is nn.Linear:
+        return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if type(module) is Conv1D:
+        return module.weight.detach().t(), module.bias.detach()
+    return None

@@ -1,0 +1,255 @@
+"""ONNX Runtime sessions made from a model: embeddings, layers with their classifiers, the whole of all layers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consistentee.backbones import encoders as backbones
+from consistentee.errors import require_extra
+from consistentee.heads.classifiers import exit_readings
+from consistentee.inference.encoder.onnx_graphs import (
+    HIDDEN,
+    IDS,
+    LENGTHS,
+    POSITION_BIAS,
+    POSITIONS,
+    TOKENS,
+    TYPES,
+    Graph,
+    add_classifier,
+    add_embeddings,
+    add_layer,
+    first_position,
+)
+from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PositionBias, inner_layers
+from consistentee.inference.encoder.torch_backend import ExitModel, classifier_index, policy_of
+from consistentee.threads import usable_threads
+
+OUTPUT, READINGS = "output", "readings"
+"""Outputs: (rows, width, hidden); (rows, classes + width of the policy)."""
+
+MAX_SEGMENT_BYTES = 1_800_000_000
+"""A larger model does not fit into one protobuf message; its layers stay separate sessions."""
+
+
+class OnnxSessions:
+    """The sessions of a model.
+
+    Args:
+        model: of a type in `LAYER_PARTS`; its weights are copied.
+        device: where they run, cpu or cuda. On CPU they take as many threads as torch has now, if there are
+            processors for them.
+
+    Attributes:
+        embeddings: `IDS`, `POSITIONS` and, with `has_types`, `TYPES` to `OUTPUT`.
+        layers: `HIDDEN`, `LENGTHS`, with a position bias `POSITION_BIAS`, and, where `fused` and the layer has a
+            classifier, what `pooling` says, to `OUTPUT` and `READINGS`.
+        fused: whether layers bring their classifiers; albert's share their weights and do not.
+        pooling: what the classifiers' `TOKENS` are: `bias` (0 at tokens, the lowest float at padding), `weights` (each
+            token's share of the mean), or None, for classifiers that need none.
+        position_bias: mpnet's, or None.
+        first_position: where positions begin to count.
+    """
+
+    def __init__(self, model: ExitModel, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self.num_layers = model.num_layers
+        config: Any = model.backbone.config
+        model_type = config.model_type
+        classifiers = model.classifiers
+        means = "weights" if classifiers.pooling == "mean" else None
+        self.pooling = "bias" if classifiers.head == "attention" else means
+        types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
+        self.has_types = types is not None and types.num_embeddings > 1
+        self.first_position = first_position(model.backbone)
+        self.position_bias = (
+            PositionBias(model.backbone, "float32", device) if model_type == "mpnet" else None
+        )
+        self._hidden_size = int(model.config.hidden_size)
+        self._num_heads = int(getattr(config, "num_attention_heads", None) or config.n_heads)
+        self._parts = LAYER_PARTS[model_type]
+        groups = [inner_layers(module) for module in backbones.encoder_layers(model.backbone)]
+        self._groups = [
+            groups[int(index / (self.num_layers / len(groups)))] for index in range(self.num_layers)
+        ]
+        readings = exit_readings(classifiers, policy_of(model), 0)[1]
+        self._shapes: dict[str, Sequence[int | str]] = {READINGS: ("rows", len(readings))}
+        self.embeddings = self._embedding_session()
+        self.fused = len(groups) == self.num_layers
+        if self.fused:
+            self.layers = [self._segment([group], self._index(layer)) for layer, group in enumerate(groups)]
+        else:
+            built = {id(group): self._segment([group]) for group in groups}
+            self.layers = [built[id(group)] for group in self._groups]
+        self._classifiers: dict[int, Any] = {}
+        self._whole: Any = None
+        self._making = Lock()
+
+    def whole(self) -> Any:
+        """All layers as one session, made when first asked for; None for a model that is too large."""
+        if self._whole is None:
+            with self._making:
+                if self._whole is None:
+                    parameters = (
+                        p for group in self._groups for module in group for p in module.parameters()
+                    )
+                    fits = 4 * sum(p.numel() for p in parameters) < MAX_SEGMENT_BYTES
+                    self._whole = self._segment(self._groups) if fits else False
+        return self._whole or None
+
+    def classifier(self, layer_index: int) -> Any:
+        """A layer's classifier alone: `HIDDEN` and, with `pooling`, `TOKENS` to `READINGS`; made when first asked for.
+
+        Raises:
+            ValueError: the layer has none.
+        """
+        index = self._index(layer_index)
+        if index is None:
+            raise ValueError(
+                f"Layer {layer_index} has no classifier: a plain model has one, on its last layer."
+            )
+        if index not in self._classifiers:
+            with self._making:
+                if index not in self._classifiers:
+                    self._classifiers[index] = self._classifier_session(index)
+        return self._classifiers[index]
+
+    def _index(self, layer_index: int) -> int | None:
+        """Which classifier sits on a layer; a plain model's only one on the last."""
+        has_exits = len(self._model.classifiers.layers) == self.num_layers
+        if has_exits or layer_index == self.num_layers - 1:
+            return classifier_index(self._model, layer_index)
+        return None
+
+    def _segment(self, groups: Sequence[list[Any]], index: int | None = None) -> Any:
+        """A session that runs some consecutive layers, and a classifier behind them."""
+        graph = Graph()
+        value = HIDDEN
+        bias = "" if self.position_bias is None else POSITION_BIAS
+        for group in groups:
+            for module in group:
+                value = add_layer(graph, value, module, self._parts, self._num_heads, bias)
+        inputs = self._hidden_input()
+        inputs[LENGTHS] = ("rows",)
+        if bias:
+            inputs[POSITION_BIAS] = (1, self._num_heads, "width", "width")
+        outputs = {OUTPUT: value}
+        if index is not None:
+            outputs[READINGS] = self._add_classifier(graph, value, index, inputs)
+        return make_session(graph.serialize(inputs, outputs, self._shapes), self._device)
+
+    def _embedding_session(self) -> Any:
+        graph = Graph()
+        value = add_embeddings(graph, self._model.backbone, with_types=self.has_types)
+        inputs: dict[str, Sequence[int | str]] = {IDS: ("rows", "width"), POSITIONS: (1, "width")}
+        if self.has_types:
+            inputs[TYPES] = ("rows", "width")
+        return make_session(graph.serialize(inputs, {OUTPUT: value}), self._device)
+
+    def _classifier_session(self, index: int) -> Any:
+        graph = Graph()
+        inputs = self._hidden_input()
+        readings = self._add_classifier(graph, HIDDEN, index, inputs)
+        return make_session(graph.serialize(inputs, {READINGS: readings}, self._shapes), self._device)
+
+    def _hidden_input(self) -> dict[str, Sequence[int | str]]:
+        return {HIDDEN: ("rows", "width", self._hidden_size)}
+
+    def _add_classifier(
+        self, graph: Graph, hidden_states: str, index: int, inputs: dict[str, Sequence[int | str]]
+    ) -> str:
+        if self.pooling is not None:
+            inputs[TOKENS] = ("rows", 1, "width")
+        return add_classifier(graph, hidden_states, self._model.classifiers, policy_of(self._model), index)
+
+
+def make_session(model: bytes, device: torch.device) -> Any:
+    """A session on CPU, with `usable_threads`, or on a GPU, in the order of torch's current stream.
+
+    On CPU its threads stop to wait busily when its run ends: the next layer's session needs the processor.
+
+    Args:
+        model: the serialized graph.
+        device: cpu or cuda.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ValueError: a GPU that the installed onnxruntime does not know.
+    """
+    runtime: Any = require_extra("onnx", "onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if device.type == "cpu":
+        options.intra_op_num_threads = usable_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+        raise ValueError(
+            f'backend "onnxruntime" needs the CUDA provider for device "{device}", got an onnxruntime with '
+            f"{', '.join(runtime.get_available_providers())}. Install onnxruntime-gpu, or take backend torch."
+        )
+    stream = torch.cuda.current_stream(device).cuda_stream
+    cuda = {"device_id": str(device.index or 0), "user_compute_stream": str(stream)}
+    return runtime.InferenceSession(model, options, providers=[("CUDAExecutionProvider", cuda)])
+
+
+def full_model_session(model: ExitModel) -> Any:
+    """What people compare with: `torch.onnx.export` of the whole model, optimised by ONNX Runtime.
+
+    Args:
+        model: on CPU. Inputs of the session: `input_ids` and `attention_mask`, (rows, width) int64, and
+            `token_type_ids` where the model tells types apart; output: the last classifier's logits.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    require_extra("onnx", "onnxscript")
+    embeddings = model.backbone.get_submodule("embeddings")
+    types: Any = getattr(embeddings, "token_type_embeddings", None)
+    names = ["input_ids", "attention_mask"]
+    if types is not None and types.num_embeddings > 1:
+        names.append("token_type_ids")
+    ids = torch.arange(32, dtype=torch.int64).reshape(2, 16) + 5
+    example = (ids, torch.ones_like(ids), torch.zeros_like(ids))[: len(names)]
+    sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("width")}
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                _FullDepth(model).eval(),
+                example,
+                dynamo=True,
+                input_names=names,
+                output_names=["logits"],
+                dynamic_shapes=(sizes,) * len(names),
+                verbose=False,
+            )
+    finally:
+        exporter_log.setLevel(level)
+    return make_session(program.model_proto.SerializeToString(), torch.device("cpu"))
+
+
+class _FullDepth(torch.nn.Module):
+    """All layers and the last classifier, to be exported."""
+
+    def __init__(self, model: ExitModel) -> None:
+        super().__init__()
+        self.backbone, self.classifiers = model.backbone, model.classifiers
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(rows, classes)."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        return self.classifiers(len(self.classifiers.layers) - 1, states, attention_mask)[1]

@@ -1,0 +1,292 @@
+"""Rows on their way through the layers: who leaves where, and how the rest stay together.
+
+A *flight* is a batch between two layers with what its rows bring along. It passes a layer, rows that leave are written
+down, the rest close up; in throughput mode neighbouring flights that have become small join.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from consistentee.inference.encoder.backend import Answers, Backend, TokenRow
+from consistentee.inference.encoder.incremental_scores import ExitDecisions, RowFigures, log_softmax
+
+AHEAD = {"cpu": 0, "cuda": 1}
+"""Flights that are launched before the host asks who leaves an earlier one: on a GPU it decides about one flight while
+the device computes the next. Nothing is computed in vain."""
+
+SPLIT_TOKENS = 16384
+"""Latency mode on a GPU: a batch of so many tokens goes as two halves, so that there is a next flight to compute."""
+
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Throughput mode: tokens that go through a layer together. More hardly helps and falls out of the caches."""
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When rows leave.
+
+    Args:
+        criterion: `policy`, `confidence`, `entropy` or `patience`; None: nothing leaves before the last layer.
+        threshold: a row leaves at the first layer whose exit score exceeds it.
+        exit_layers: leave there instead, 1-based, one for each row of a run: to study speed. The criterion is still
+            computed, so that the cost is real.
+    """
+
+    criterion: str | None
+    threshold: float = 0.0
+    exit_layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def full_depth(cls) -> ExitRule:
+        """All layers for all rows; no classifier but the last is computed."""
+        return cls(None)
+
+    @classmethod
+    def forced(cls, exit_layers: Sequence[int]) -> ExitRule:
+        """Every row leaves where it is told to; the policy is computed all the same."""
+        return cls("policy", exit_layers=tuple(exit_layers))
+
+    def never_leaves(self, num_layers: int) -> bool:
+        """Whether no score can exceed the threshold before the last layer."""
+        if self.criterion is None or self.exit_layers is not None:
+            return self.criterion is None
+        return self.threshold >= (num_layers - 1 if self.criterion == "patience" else 1)
+
+    def check(self, rows: int, num_layers: int) -> None:
+        """Raise unless forced exit layers fit the rows and the model.
+
+        Raises:
+            ValueError: they are not one for each row, or not among the layers.
+        """
+        if self.exit_layers is None:
+            return
+        if len(self.exit_layers) != rows:
+            raise ValueError(
+                f"exit_layers must be one for each of {rows} rows, got {len(self.exit_layers)} of them."
+            )
+        wrong = next((layer for layer in self.exit_layers if not 1 <= layer <= num_layers), None)
+        if wrong is not None:
+            raise ValueError(f"exit_layers must be in [1, {num_layers}], got {wrong}.")
+
+
+@dataclass
+class Flight:
+    """Rows between two layers.
+
+    Args:
+        batch: the backend's.
+        rows: which of the run's rows they are.
+        figures: what the exit decisions carry along.
+    """
+
+    batch: Any
+    rows: list[int]
+    figures: RowFigures
+
+
+class HostCopy:
+    """Values on their way to the host; on a GPU the copy runs behind the kernels launched before it."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def wait(self) -> NDArray[np.float32]:
+        """The values, as soon as they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.numpy()
+
+
+@torch.inference_mode()
+def run_rows(
+    backend: Backend[Any],
+    rows: Sequence[TokenRow],
+    *,
+    batch_size: int | None,
+    rule: ExitRule,
+    decisions: ExitDecisions | None,
+    num_classes: int,
+) -> Answers:
+    """Answers for tokenized rows.
+
+    Args:
+        backend: runs the layers.
+        rows: what `encode_texts` gives, none longer than the model's positions.
+        batch_size: rows that start together (latency mode); None: throughput mode, all rows one window.
+        rule: when they leave.
+        decisions: the arithmetic of the rule's criterion; None: all layers for all rows.
+        num_classes: classes of the model.
+
+    Raises:
+        ValueError: forced exit layers that do not fit.
+    """
+    rule.check(len(rows), backend.num_layers)
+    run = _Run(backend, rows, rule, decisions, num_classes)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    if batch_size is None:
+        run.move(run.token_batches(order), pooled=True)
+    else:
+        for start in range(0, len(order), batch_size):
+            run.move(run.halves(order[start : start + batch_size]), pooled=False)
+    return Answers(run.labels, run.scores, run.exit_layers, run.real_tokens, run.computed_tokens)
+
+
+@dataclass
+class _Run:
+    """One call: its input, and the answers as they come in."""
+
+    backend: Backend[Any]
+    inputs: Sequence[TokenRow]
+    rule: ExitRule
+    decisions: ExitDecisions | None
+    num_classes: int
+    labels: list[int] = field(init=False)
+    scores: list[float] = field(init=False)
+    exit_layers: list[int] = field(init=False)
+    real_tokens: int = 0
+    computed_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        count = len(self.inputs)
+        self.labels, self.scores, self.exit_layers = [0] * count, [0.0] * count, [0] * count
+        device = "cuda" if self.backend.device.type == "cuda" else "cpu"
+        self.most_tokens, self.ahead = BATCH_TOKENS[device], AHEAD[device]
+
+    def token_batches(self, order: Sequence[int]) -> list[list[int]]:
+        """Rows in batches of at most `BATCH_TOKENS` tokens, or of one row."""
+        batches: list[list[int]] = []
+        tokens = 0
+        for row in order:
+            length = len(self.inputs[row]["input_ids"])
+            if not batches or tokens + length > self.most_tokens:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(row)
+            tokens += length
+        return batches
+
+    def halves(self, batch: list[int]) -> list[list[int]]:
+        """A batch of latency mode in the parts it goes in: one, or two where the host works beside the device."""
+        tokens = sum(len(self.inputs[row]["input_ids"]) for row in batch)
+        if not self.ahead or self.decisions is None or tokens < SPLIT_TOKENS or len(batch) < 2:
+            return [batch]
+        middle = len(batch) // 2
+        return [batch[:middle], batch[middle:]]
+
+    def move(self, parts: Sequence[list[int]], *, pooled: bool) -> None:
+        """Take some batches through the model, layer by layer, until the last row has left."""
+        if self.decisions is None:
+            for part in parts:
+                self._run_through(part)
+            return
+        flights: Iterable[Flight] = [self._start(part, self.decisions) for part in parts]
+        for layer_index in range(self.backend.num_layers):
+            flights = self._layer(flights, layer_index, self.decisions, pooled=pooled)
+            if not self.ahead:  # one layer for all, then the next: its weights stay in the caches
+                flights = list(flights)
+        for _ in flights:
+            raise AssertionError("after the last layer nobody is left")
+
+    def _layer(
+        self, flights: Iterable[Flight], layer_index: int, decisions: ExitDecisions, *, pooled: bool
+    ) -> Iterator[Flight]:
+        """Take flights past one layer; gives those of which somebody is left, in their order."""
+        in_air: deque[tuple[Flight, HostCopy]] = deque()
+        for flight in self._join(flights) if pooled else flights:
+            in_air.append(self._launch(flight, layer_index))
+            if len(in_air) > self.ahead:
+                yield from self._settle(*in_air.popleft(), layer_index, decisions)
+        while in_air:
+            yield from self._settle(*in_air.popleft(), layer_index, decisions)
+
+    def _run_through(self, part: list[int]) -> None:
+        """All layers for some rows, and the last classifier."""
+        backend = self.backend
+        batch = backend.run_all_layers(backend.start([self.inputs[row] for row in part]))
+        self.real_tokens += backend.num_layers * sum(backend.lengths(batch))
+        self.computed_tokens += backend.num_layers * backend.computed_tokens(batch)
+        last = backend.num_layers - 1
+        readings = backend.classify(last, batch)
+        self._write(part, readings[:, : self.num_classes].cpu().numpy(), last)
+
+    def _start(self, part: list[int], decisions: ExitDecisions) -> Flight:
+        batch = self.backend.start([self.inputs[row] for row in part])
+        return Flight(batch, part, decisions.begin(len(part), self.num_classes))
+
+    def _launch(self, flight: Flight, layer_index: int) -> tuple[Flight, HostCopy]:
+        """Start one layer and its classifier."""
+        backend = self.backend
+        batch, readings = backend.pass_layer(layer_index, flight.batch)
+        self.real_tokens += sum(backend.lengths(batch))
+        self.computed_tokens += backend.computed_tokens(batch)
+        return Flight(batch, flight.rows, flight.figures), HostCopy(readings)
+
+    def _settle(
+        self, flight: Flight, readings: HostCopy, layer_index: int, decisions: ExitDecisions
+    ) -> Iterator[Flight]:
+        """Write down who leaves after a layer, and give the rest, if there is one."""
+        scores = decisions.step(flight.figures, readings.wait())
+        leaves = self._leaves(flight.rows, scores, layer_index)
+        if not leaves.any():
+            yield flight
+            return
+        gone, stay = np.flatnonzero(leaves).tolist(), np.flatnonzero(~leaves).tolist()
+        self._write([flight.rows[p] for p in gone], flight.figures.prediction_logits[gone], layer_index)
+        if stay:
+            rows = [flight.rows[position] for position in stay]
+            yield Flight(self.backend.select(flight.batch, stay), rows, flight.figures.select(stay))
+
+    def _leaves(
+        self, rows: Sequence[int], scores: NDArray[np.float32], layer_index: int
+    ) -> NDArray[np.bool_]:
+        """Which rows leave here, (rows,)."""
+        if layer_index == self.backend.num_layers - 1:
+            return np.ones(len(rows), dtype=np.bool_)
+        if self.rule.exit_layers is not None:
+            return np.array([self.rule.exit_layers[row] == layer_index + 1 for row in rows], dtype=np.bool_)
+        return scores > self.rule.threshold
+
+    def _write(self, rows: Sequence[int], logits: NDArray[np.float32], layer_index: int) -> None:
+        """Note label, score and exit layer of rows that leave, by their logits (rows, classes)."""
+        labels = logits.argmax(1)
+        scores = np.exp(log_softmax(logits)[np.arange(len(logits)), labels])
+        for row, label, score in zip(rows, labels.tolist(), scores.tolist(), strict=True):
+            self.labels[row], self.scores[row], self.exit_layers[row] = label, score, layer_index + 1
+
+    def _join(self, flights: Iterable[Flight]) -> Iterator[Flight]:
+        """Join neighbours as long as together they are no larger than one batch."""
+        group: list[Flight] = []
+        tokens = 0
+        for flight in flights:
+            size = sum(self.backend.lengths(flight.batch))
+            fits = tokens + size <= self.most_tokens
+            if group and not (fits and self.backend.can_merge(group[-1].batch, flight.batch)):
+                yield self._merged(group)
+                group, tokens = [], 0
+            group.append(flight)
+            tokens += size
+        if group:
+            yield self._merged(group)
+
+    def _merged(self, flights: Sequence[Flight]) -> Flight:
+        if len(flights) == 1:
+            return flights[0]
+        batch = self.backend.merge([flight.batch for flight in flights])
+        rows = [row for flight in flights for row in flight.rows]
+        return Flight(batch, rows, RowFigures.merge([flight.figures for flight in flights]))

@@ -1,0 +1,260 @@
+"""The engine's backends in torch: packed rows for BERT and its kin, padded rows for every other encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from consistentee.backbones import encoders as backbones
+from consistentee.errors import SettingError
+from consistentee.heads.classifiers import PolicyNetwork, exit_readings
+from consistentee.inference.encoder.backend import TokenRow
+from consistentee.inference.encoder.packed_heads import PackedClassifiers
+from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PackedLayers, storage_dtype
+from consistentee.inference.encoder.packing import PackedBatch, pack
+from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16, has_int8
+from consistentee.models.sequence_classification import (
+    EarlyExitForSequenceClassification,
+    FullDepthForSequenceClassification,
+)
+
+ExitModel = EarlyExitForSequenceClassification | FullDepthForSequenceClassification
+
+WIDTH_STEP = 8
+"""Padded rows are padded to multiples of this, so that batches of similar rows can be joined."""
+
+
+def torch_backend(model: ExitModel, dtype: str) -> PackedBackend | PaddedBackend:
+    """The backend that suits a model, on the model's device.
+
+    Args:
+        model: in evaluation mode.
+        dtype: `float32`, `bfloat16`, `float16` or `int8` (packed types on CPU only).
+
+    Raises:
+        ValueError: int8 for a type that runs padded, or on another device.
+    """
+    model_type = model.config.encoder.model_type
+    if model_type in LAYER_PARTS:
+        return PackedBackend(model, dtype)
+    if dtype == "int8":
+        raise SettingError(
+            f'dtype "int8" is there for {", ".join(LAYER_PARTS)}, got a model of type "{model_type}". '
+            "Take float32 or bfloat16."
+        )
+    return PaddedBackend(model, dtype)
+
+
+def torch_dtypes(model: ExitModel) -> tuple[str, ...]:
+    """The dtypes that this model runs in on its device: what `auto` chooses from, float32 first."""
+    device = model.device
+    if device.type == "cuda":
+        half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return ("float32", half)
+    found = ["float32"]
+    if device.type == "cpu" and has_fast_bfloat16():
+        found.append("bfloat16")
+    if has_int8(device) and model.config.encoder.model_type in LAYER_PARTS:
+        found.append("int8")
+    return tuple(found)
+
+
+def classifier_index(model: ExitModel, layer_index: int) -> int:
+    """A plain model's only classifier sits on its last layer."""
+    return layer_index if isinstance(model, EarlyExitForSequenceClassification) else 0
+
+
+def policy_of(model: ExitModel) -> PolicyNetwork | None:
+    """A plain model has none."""
+    return model.policy if isinstance(model, EarlyExitForSequenceClassification) else None
+
+
+def token_tensors(
+    rows: Sequence[TokenRow], width: int, backbone: PreTrainedModel, device: torch.device
+) -> list[Tensor]:
+    """`input_ids`, `attention_mask` and, where the rows have them, `token_type_ids`, (rows, width) int64.
+
+    Args:
+        rows: tokenized inputs of at most `width` tokens.
+        width: what they are padded to, on the right.
+        backbone: its padding id is the one by which roberta and its kin number positions.
+        device: where the tensors go.
+    """
+
+    def padded(values: list[Sequence[int]], fill: int) -> Tensor:
+        if all(len(value) == width for value in values):
+            return torch.tensor(values, dtype=torch.int64).to(device)
+        return torch.tensor([[*v, *[fill] * (width - len(v))] for v in values], dtype=torch.int64).to(device)
+
+    ids = [row["input_ids"] for row in rows]
+    padding = int(getattr(backbone.config, "pad_token_id", None) or 0)
+    tensors = [padded(ids, padding), padded([[1] * len(row) for row in ids], 0)]
+    if "token_type_ids" in rows[0]:
+        tensors.append(padded([row["token_type_ids"] for row in rows], 0))
+    return tensors
+
+
+class PackedBackend:
+    """Rows without padding; see `backend.Backend`."""
+
+    name = "torch"
+
+    def __init__(self, model: ExitModel, dtype: str) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.device = model.device
+        self.num_layers = model.num_layers
+        self._layers = PackedLayers(model.backbone, dtype, model.device)
+        self._classifiers = PackedClassifiers(model.classifiers, policy_of(model), dtype, model.device)
+
+    def start(self, rows: Sequence[TokenRow]) -> PackedBatch:
+        """Embed the rows."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        width = max(lengths)
+        ids, mask, *types = token_tensors(rows, width, self.model.backbone, self.device)
+        hidden_states = backbones.embed_tokens(self.model.backbone, ids, *types)
+        tokens = hidden_states.flatten(0, 1)
+        if min(lengths) < width:
+            tokens = tokens.index_select(0, mask.flatten().nonzero().squeeze(1))
+        return pack(tokens.to(storage_dtype(self.dtype)), lengths)
+
+    def run_layer(self, layer_index: int, batch: PackedBatch) -> PackedBatch:
+        """The batch after one more layer."""
+        return self._layers.run_layer(layer_index, batch)
+
+    def run_all_layers(self, batch: PackedBatch) -> PackedBatch:
+        """The batch after the last layer."""
+        for layer_index in range(self.num_layers):
+            batch = self.run_layer(layer_index, batch)
+        return batch
+
+    def classify(self, layer_index: int, batch: PackedBatch) -> Tensor:
+        """Logits and what the policy reads, float32."""
+        return self._classifiers(classifier_index(self.model, layer_index), batch)
+
+    def pass_layer(self, layer_index: int, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+        """`run_layer` and `classify`."""
+        batch = self.run_layer(layer_index, batch)
+        return batch, self.classify(layer_index, batch)
+
+    def select(self, batch: PackedBatch, rows: Sequence[int]) -> PackedBatch:
+        """Keep some rows."""
+        return batch.select(rows)
+
+    def merge(self, batches: Sequence[PackedBatch]) -> PackedBatch:
+        """Join batches."""
+        return PackedBatch.merge(batches)
+
+    def can_merge(self, one: PackedBatch, other: PackedBatch) -> bool:
+        """Always: there is no padding."""
+        return True
+
+    def lengths(self, batch: PackedBatch) -> Sequence[int]:
+        """Tokens of every row."""
+        return batch.layout.lengths
+
+    def computed_tokens(self, batch: PackedBatch) -> int:
+        """Rows of the token matrix."""
+        return len(batch.hidden_states)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """An `EncoderState` and its rows' lengths."""
+
+    state: backbones.EncoderState
+    lengths: tuple[int, ...]
+
+
+class PaddedBackend:
+    """Padded rows through Hugging Face's own layers; see `backend.Backend`."""
+
+    name = "torch"
+
+    def __init__(self, model: ExitModel, dtype: str) -> None:
+        kind: torch.dtype = getattr(torch, dtype)
+        self.model: Any = model
+        if model.dtype != kind:
+            self.model = copy.deepcopy(model)
+            self.model.to(kind)
+        indices = range(len(model.classifiers.layers))
+        self._readings = [exit_readings(model.classifiers, policy_of(model), index) for index in indices]
+        self.dtype = dtype
+        self.device = model.device
+        self.num_layers = model.num_layers
+
+    def start(self, rows: Sequence[TokenRow]) -> PaddedBatch:
+        """Embed the rows, padded to a multiple of `WIDTH_STEP` as far as the model's positions reach."""
+        lengths = tuple(len(row["input_ids"]) for row in rows)
+        backbone = self.model.backbone
+        most = int(getattr(backbone.config, "max_position_embeddings", max(lengths)))
+        width = max(max(lengths), min(-(-max(lengths) // WIDTH_STEP) * WIDTH_STEP, most))
+        tensors = token_tensors(rows, width, backbone, self.device)
+        return PaddedBatch(backbones.embed(backbone, *tensors), lengths)
+
+    def run_layer(self, layer_index: int, batch: PaddedBatch) -> PaddedBatch:
+        """The batch after one more layer."""
+        return PaddedBatch(backbones.run_layer(self.model.backbone, layer_index, batch.state), batch.lengths)
+
+    def run_all_layers(self, batch: PaddedBatch) -> PaddedBatch:
+        """The batch after the last layer."""
+        for layer_index in range(self.num_layers):
+            batch = self.run_layer(layer_index, batch)
+        return batch
+
+    def classify(self, layer_index: int, batch: PaddedBatch) -> Tensor:
+        """Logits and what the policy reads, float32."""
+        index = classifier_index(self.model, layer_index)
+        state = batch.state
+        pooled, _ = self.model.classifiers(index, state.hidden_states, state.attention_mask)
+        return torch.nn.functional.linear(pooled.float(), *self._readings[index])
+
+    def pass_layer(self, layer_index: int, batch: PaddedBatch) -> tuple[PaddedBatch, Tensor]:
+        """`run_layer` and `classify`."""
+        batch = self.run_layer(layer_index, batch)
+        return batch, self.classify(layer_index, batch)
+
+    def select(self, batch: PaddedBatch, rows: Sequence[int]) -> PaddedBatch:
+        """Keep some rows; their padding stays."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return PaddedBatch(batch.state.select(index), tuple(batch.lengths[row] for row in rows))
+
+    def merge(self, batches: Sequence[PaddedBatch]) -> PaddedBatch:
+        """Join batches of the same width; what all rows share is the same for all of them."""
+        if len(batches) == 1:
+            return batches[0]
+        states = [batch.state for batch in batches]
+        per_row = {name: _joined([state.per_row[name] for state in states]) for name in states[0].per_row}
+        state = backbones.EncoderState(
+            torch.cat([state.hidden_states for state in states]),
+            torch.cat([state.attention_mask for state in states]),
+            per_row,
+            states[0].shared,
+        )
+        return PaddedBatch(state, tuple(length for batch in batches for length in batch.lengths))
+
+    def can_merge(self, one: PaddedBatch, other: PaddedBatch) -> bool:
+        """Batches of the same width whose masks are both there or both missing."""
+        left, right = one.state, other.state
+        same_masks = all(
+            (left.per_row[name] is None) == (right.per_row[name] is None) for name in left.per_row
+        )
+        return left.hidden_states.shape[1] == right.hidden_states.shape[1] and same_masks
+
+    def lengths(self, batch: PaddedBatch) -> Sequence[int]:
+        """Real tokens of every row."""
+        return batch.lengths
+
+    def computed_tokens(self, batch: PaddedBatch) -> int:
+        """Rows times width."""
+        return batch.state.attention_mask.numel()
+
+
+def _joined(masks: list[Tensor | None]) -> Tensor | None:
+    return None if masks[0] is None else torch.cat([mask for mask in masks if mask is not None])

@@ -1,0 +1,1 @@
+"""The Hugging Face classes: configuration, models, what loads and describes them."""

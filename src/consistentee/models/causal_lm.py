@@ -1,0 +1,387 @@
+"""`EarlyExitForCausalLM`: a causal language model whose tokens leave at the layer that is good enough.
+
+`forward` is the full model's, Hugging Face's own. `generate` is Hugging Face's too, with real exits while decoding.
+`exit_pass` runs given texts with exits, all tokens at once: a token that has left keeps its state through the deeper
+layers, so that later tokens attend to exactly the keys and values that decoding would have copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing_extensions import Self
+
+from consistentee.backbones import decoders
+from consistentee.functional.token_criteria import check_generation_threshold
+from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.heads.exit_heads import ExitHeads
+from consistentee.inference.decoder import exit_rules
+from consistentee.inference.decoder.decoding import ExitWeights
+from consistentee.models.causal_lm_configuration import EarlyExitCausalLMConfig
+from consistentee.models.generate import GenerationOptions, generate_tokens
+
+Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens leave, bool."""
+
+
+class ConfidenceClassifier(nn.Module):
+    """One linear classifier per layer: will this exit give the last layer's token?
+
+    Source: CALM (arXiv:2207.07061), "early exit classifier", trained on agreement with the last layer.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_layers, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_layers))
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Logits: (tokens, layers, hidden) -> (tokens, layers), float32."""
+        return ((normed.to(self.weight.dtype) * self.weight).sum(-1) + self.bias).float()
+
+
+class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model with an exit, and a policy that decides about it, after every layer.
+
+    Example:
+        >>> model = EarlyExitForCausalLM.from_pretrained("alpaca-exits")  # doctest: +SKIP
+        >>> model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=9)  # doctest: +SKIP
+
+    Source: ConsistentEE (AAAI 2024, arXiv:2312.11882), generation.
+    """
+
+    config_class = EarlyExitCausalLMConfig
+    config: EarlyExitCausalLMConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: EarlyExitCausalLMConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.backbone = backbone if backbone is not None else decoders.build_decoder(config.decoder)
+        decoders.keep_soft_cap(self.backbone)
+        self.exit_heads = ExitHeads(self.backbone, config.exit_head, config.exit_head_rank)
+        self.policy = self.new_policy()
+        self.confidence_classifier = ConfidenceClassifier(self.num_layers, config.hidden_size)
+        self.checkpoint_layers = False
+        """Whether training computes layers again in the backward pass instead of keeping what is inside them."""
+        self._weights: ExitWeights | None = None
+        self._weights_signature: tuple[Any, ...] = ()
+        self.post_init()
+
+    @classmethod
+    def from_backbone(cls, name_or_path: str | Path | PreTrainedModel, **config_values: Any) -> Self:
+        """A pretrained causal language model with fresh exits and policies.
+
+        Args:
+            name_or_path: hub name or local folder of a supported type, or the model itself.
+            **config_values: further fields of `EarlyExitCausalLMConfig`.
+
+        Raises:
+            ValueError: the type is not supported.
+            OSError: there is no such model.
+        """
+        if isinstance(name_or_path, PreTrainedModel):
+            backbone = name_or_path
+            decoders.decoder_architecture(backbone.config)
+        else:
+            backbone = decoders.load_decoder(name_or_path)
+        inherited: dict[str, Any] = {
+            "attn_implementation": backbone.config._attn_implementation,
+            "tie_word_embeddings": bool(getattr(backbone.config, "tie_word_embeddings", False)),
+        }
+        config = EarlyExitCausalLMConfig(decoder_config=backbone.config, **inherited, **config_values)
+        model = cls(config, backbone=backbone)
+        if backbone.generation_config is not None:
+            model.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
+        return model
+
+    # --- Parts --------------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, hence of possible exits."""
+        return decoders.num_layers(self.backbone)
+
+    def new_policy(self) -> PolicyNetwork:
+        """An untrained policy network as the configuration has it."""
+        return PolicyNetwork(
+            num_layers=self.num_layers,
+            hidden_size=self.config.hidden_size,
+            policy_input="state",
+            policy_hidden_size=self.config.policy_hidden_size,
+            dropout=self.config.policy_dropout,
+            initial_exit_bias=self.config.initial_exit_bias,
+        )
+
+    def exit_norm(self, layer_index: int, hidden_states: Tensor) -> Tensor:
+        """States behind the norm of a layer's exit: what policy and head read; (..., hidden) -> (..., hidden)."""
+        return self.exit_heads.normed(self.backbone, layer_index, hidden_states)
+
+    def exit_logits(self, layer_index: int, normed: Tensor) -> Tensor:
+        """Logits of an exit after a layer, 0-based: (..., hidden) behind its norm -> (..., vocabulary)."""
+        return self.exit_heads.logits(self.backbone, layer_index, normed)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The backbone's LM head."""
+        return decoders.lm_head(self.backbone)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Give embeddings, LM head and the exits' own heads as many entries as a tokenizer has; as in Hugging Face."""
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.decoder.vocab_size = len(embeddings.weight)
+        if not self.exit_heads.head_is_shared:
+            heads = self.exit_heads.heads
+            for index, head in enumerate(cast("list[nn.Linear]", heads)):
+                heads[index] = self.backbone._get_resized_lm_head(  # as Hugging Face resizes the model's own
+                    head, len(embeddings.weight), mean_resizing=mean_resizing
+                )
+        return embeddings
+
+    # --- The full model -----------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        objective: Callable[[EarlyExitForCausalLM, Tensor, Tensor | None, Tensor], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The full model's logits, as Hugging Face's own class gives them.
+
+        Args:
+            input_ids: (batch, tokens), int64.
+            attention_mask: (batch, tokens), 1 for real tokens.
+            position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep: as in Hugging Face.
+            labels: (batch, tokens), -100 where nothing is to be learnt; gives a loss.
+            objective: a training loss (`generation.objectives`) that is called in place of the full model, as
+                `objective(model, input_ids, attention_mask, labels)`: wrappers for several processes need losses to be
+                computed inside `forward`.
+            **kwargs: handed to the backbone.
+
+        Returns:
+            `CausalLMOutputWithPast`, or what the objective returns.
+        """
+        if objective is not None:
+            return objective(self, cast(Tensor, input_ids), attention_mask, cast(Tensor, labels))
+        return self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    # --- With exits ---------------------------------------------------------------------------
+
+    def exit_pass(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        may_leave: Tensor,
+        decide: Decide,
+    ) -> tuple[Tensor, Tensor]:
+        """Run given texts with exits, all tokens at once.
+
+        Args:
+            input_ids: (batch, tokens), int64.
+            attention_mask: (batch, tokens), or None.
+            may_leave: (batch, tokens) bool: tokens that the exits are for. Prompts stay to the last layer.
+            decide: which tokens leave after a layer; asked for all tokens, those that have left among them.
+
+        Returns:
+            States behind the exit's norm, (batch, tokens, hidden), and exit layers, (batch, tokens), 1-based.
+        """
+        state = decoders.embed(self.backbone, input_ids, attention_mask)
+        exit_layer = torch.full_like(input_ids, self.num_layers)
+        inside = torch.ones_like(may_leave)
+        result: Tensor | None = None
+        for index in range(self.num_layers):
+            before = state.hidden_states
+            after = decoders.run_layer(self.backbone, index, state, checkpointed=self.checkpoint_layers)
+            state.hidden_states = torch.where(inside[..., None], after, before)
+            normed = self.exit_norm(index, state.hidden_states)
+            if index == self.num_layers - 1:
+                leaves = inside
+            else:
+                leaves = inside & may_leave & decide(index, before, state.hidden_states, normed)
+            chosen = torch.where(leaves[..., None], normed, torch.zeros_like(normed))
+            result = chosen if result is None else result + chosen
+            exit_layer = torch.where(leaves, index + 1, exit_layer)
+            inside = inside & ~leaves
+        return cast(Tensor, result), exit_layer
+
+    def known_threshold(self, criterion: str) -> float | None:
+        """The saved threshold of a criterion, or None."""
+        if criterion == self.config.criterion:
+            return self.config.threshold
+        value = (self.config.thresholds or {}).get(criterion)
+        return None if value is None else float(value)
+
+    def exit_rule(
+        self,
+        criterion: str | None = None,
+        threshold: float | None = None,
+        min_exit_layer: int | None = None,
+    ) -> exit_rules.ExitRule:
+        """When tokens leave, ready for decoding.
+
+        Args:
+            criterion: in place of the saved one.
+            threshold: in place of the saved one, or of the one that training chose for this criterion.
+            min_exit_layer: in place of the saved one; `static` does without.
+
+        Raises:
+            ValueError: an unknown criterion, a threshold that does not fit, or none to be found.
+        """
+        rule = criterion or self.config.criterion
+        limit = self.known_threshold(rule) if threshold is None else threshold
+        if limit is None:
+            check_generation_threshold(1, rule)
+            raise ValueError(f'There is no saved threshold for criterion "{rule}". Give one with threshold=.')
+        limit = check_generation_threshold(limit, rule)
+        first = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
+        if not 1 <= first <= self.num_layers:
+            raise ValueError(f"min_exit_layer must be from 1 to {self.num_layers}, got {first}.")
+        dtype = self.backbone.dtype
+        found: exit_rules.ExitRule
+        if rule == "policy":
+            found = exit_rules.PolicyRule(self.policy, limit, dtype)
+        elif rule == "softmax_margin":
+            found = exit_rules.MarginRule(self, limit)
+        elif rule == "state_similarity":
+            found = exit_rules.SimilarityRule(limit)
+        elif rule == "confidence_classifier":
+            found = exit_rules.ClassifierRule(self.confidence_classifier, limit, dtype)
+        else:
+            return exit_rules.StaticRule(limit)
+        return found if first == 1 else exit_rules.FromLayer(found, first)
+
+    def exit_weights(self) -> ExitWeights:
+        """The weights laid out for decoding; made anew where they have changed, in whatever way."""
+        if self._weights is None or self._weights_signature != self._weights.signature():
+            self._weights = ExitWeights(self)
+            self._weights_signature = self._weights.signature()
+        return self._weights
+
+    @torch.no_grad()
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        mode: str | None = None,
+        criterion: str | None = None,
+        threshold: float | None = None,
+        skipped_states: str | None = None,
+        full_depth_first_token: bool | None = None,
+        min_exit_layer: int | None = None,
+        draft_tokens: int | None = None,
+        draft_threshold: float | None = None,
+        adaptive_drafts: bool = True,
+        forced_exit_layers: list[list[int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate, as `transformers` does, each token leaving at its own layer.
+
+        Greedy and sampled decoding, logits processors, stopping criteria, streamers and left-padded batches are
+        Hugging Face's. With `return_dict_in_generate=True` the output has `exit_layers`, (batch, new tokens): the layer
+        at which each token left, 1-based, 0 for padding behind the end of a text. A streamer that has a method
+        `put_exit_layers` gets them before each `put`.
+
+        Args:
+            inputs: (batch, tokens) prompts; or `input_ids` by name.
+            generation_config: as in Hugging Face.
+            mode: `early-exit`, `full` (all layers) or `lossless` (exits draft, the full model verifies: greedy text is
+                the full model's), in place of the saved one.
+            criterion: exit rule, in place of the saved one.
+            threshold: in place of the saved one.
+            skipped_states: `copy` or `recompute`, see `EarlyExitCausalLMConfig`.
+            full_depth_first_token, min_exit_layer: see `EarlyExitCausalLMConfig`.
+            draft_tokens: of `lossless`: drafts before a verification, at most.
+            draft_threshold: of `lossless`: the policy's threshold while drafting.
+            adaptive_drafts: of `lossless`: pause drafting where it does not pay on the clock.
+            forced_exit_layers: exits given in advance, for measuring speed: for every new token the layer of each row.
+            **kwargs: as in Hugging Face.
+
+        Raises:
+            ValueError: beams, assistants and other ways to search that exits cannot serve; sampling in `lossless` mode;
+                options that make no sense.
+        """
+        config = self.config
+        options = GenerationOptions(
+            mode=mode or config.mode,
+            criterion=criterion or config.criterion,
+            threshold=threshold,
+            skipped_states=skipped_states or config.skipped_states,
+            full_depth_first_token=(
+                config.full_depth_first_token if full_depth_first_token is None else full_depth_first_token
+            ),
+            min_exit_layer=config.min_exit_layer if min_exit_layer is None else min_exit_layer,
+            draft_tokens=config.draft_tokens if draft_tokens is None else draft_tokens,
+            draft_threshold=config.draft_threshold if draft_threshold is None else draft_threshold,
+            adaptive_drafts=adaptive_drafts,
+            forced_exit_layers=forced_exit_layers,
+        )
+        for name in ("custom_generate", "assistant_model", "assistant_early_exit"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f'{name} does not go with exits. Leave it out; mode="lossless" drafts with the model\'s own exits.'
+                )
+        return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
+            inputs, generation_config, custom_generate=partial(generate_tokens, options=options), **kwargs
+        )
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], *others: Any, **named: Any
+    ) -> dict[str, Any]:
+        """What goes to the decoding loop; Hugging Face would not hand tokenizer and streamer on to one of our own."""
+        tokenizer = kwargs.get("tokenizer")
+        streamer = named.get("streamer", others[-1] if others else None)
+        found = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *others, **named)
+        ours = {"tokenizer": tokenizer, "streamer": streamer}
+        return {**found, **{name: value for name, value in ours.items() if value is not None}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the weights laid out for decoding, which are made again when needed."""
+        return {**self.__dict__, "_weights": None, "_weights_signature": ()}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # New modules initialise themselves when built; the backbone's own rules apply to its parts.
+        return None
+
+
+AutoConfig.register("consistentee_causal_lm", EarlyExitCausalLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(EarlyExitCausalLMConfig, EarlyExitForCausalLM, exist_ok=True)
+# By this list `Trainer` knows whose labels are shifted (label smoothing), and pipelines which models they can run.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[EarlyExitCausalLMConfig.model_type] = EarlyExitForCausalLM.__name__

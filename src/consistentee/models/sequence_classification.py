@@ -1,0 +1,414 @@
+"""Models: a classifier with an exit after every layer, and the plain one it is measured against.
+
+`EarlyExitForSequenceClassification` has two ways to run. *With exits* (the default outside training): the batch goes
+through the layers, rows that the criterion lets go leave, and the rest close up, so that later layers cost only what
+their survivors cost. *All layers* (the default in training): every layer's classifier and policy speak for every row;
+nothing leaves, and choosing the exit afterwards is the slow oracle that the fast way must agree with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import ModelOutput
+from typing_extensions import Self
+
+from consistentee.backbones import encoders as backbones
+from consistentee.functional.exits import check_threshold, choose_exit_layer, classifier_signals, exit_scores
+from consistentee.functional.losses import layer_losses, weighted_sum_loss
+from consistentee.heads.classifiers import InternalClassifiers, PolicyNetwork
+from consistentee.models.configuration import EarlyExitConfig, EncoderClassifierConfig, FullDepthConfig
+from consistentee.models.hf_pipelines import register_pipeline
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """What `EarlyExitForSequenceClassification` returns.
+
+    Attributes:
+        loss: scalar, when labels are given: the weighted sum of all classifiers' losses where all layers ran, the
+            cross-entropy at the exit layer otherwise.
+        logits: (batch, classes), the prediction at the exit layer.
+        exit_layer: (batch,), int64, 1-based: layers executed.
+        layer_logits: (batch, layers, classes), every layer's prediction as an exit there gives it; all layers only.
+        classifier_logits: (batch, layers, classes), every classifier's own logits before ensembling; all layers only.
+        pooled: (batch, layers, hidden), the states; all layers only.
+        exit_probs: (batch, layers), conditional exit probabilities; all layers only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_layer: Tensor | None = None
+    layer_logits: Tensor | None = None
+    classifier_logits: Tensor | None = None
+    pooled: Tensor | None = None
+    exit_probs: Tensor | None = None
+
+
+def ensemble_step(running: Tensor | None, classifier_logits: Tensor, decay: float) -> Tensor:
+    """The prediction of one layer: its classifier's, mixed with the running prediction of the layers before.
+
+    A decaying geometric ensemble: `log p_t <- decay * log p_{t-1} + (1 - decay) * log_softmax(f_t)`.
+
+    Args:
+        running: (batch, classes), what this function gave for the layer before; None at the first layer.
+        classifier_logits: (batch, classes), this layer's own logits.
+        decay: in [0, 1); 0 returns the layer's own logits.
+
+    Returns:
+        (batch, classes), float32 (unnormalised) log-probabilities.
+
+    Source: ours; ensembling over the layers passed comes from Zero Time Waste (arXiv:2106.05409), which learns it.
+    """
+    if decay == 0:
+        return classifier_logits.float()
+    log_probs = classifier_logits.float().log_softmax(-1)
+    return log_probs if running is None else decay * running + (1 - decay) * log_probs
+
+
+def ensemble_layers(classifier_logits: Tensor, decay: float) -> Tensor:
+    """`ensemble_step` over all layers: (batch, layers, classes) -> (batch, layers, classes)."""
+    running: Tensor | None = None
+    columns: list[Tensor] = []
+    for logits in classifier_logits.unbind(1):
+        running = ensemble_step(running, logits, decay)
+        columns.append(running)
+    return torch.stack(columns, dim=1)
+
+
+class _EncoderClassifier(PreTrainedModel):
+    """What both models share: a backbone run layer by layer, and how to put classifiers on a pretrained one."""
+
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    config: EncoderClassifierConfig
+
+    def __init__(self, config: EncoderClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder)
+        self.num_layers = backbones.num_layers(self.backbone)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str | Path,
+        *,
+        num_labels: int | None = None,
+        label_names: Sequence[str] | None = None,
+        pooling: str = "auto",
+        **config_values: Any,
+    ) -> Self:
+        """A pretrained encoder with fresh classifiers, and policies where the model has them, on top.
+
+        Args:
+            name_or_path: hub name or local folder of an encoder of a supported type.
+            num_labels: number of classes; or give `label_names`.
+            label_names: the classes' names in order of their index.
+            pooling: `cls`, `mean`, or `auto` for what suits the backbone.
+            **config_values: further fields of the model's configuration, such as `head` or `policy_input`.
+
+        Raises:
+            ValueError: if the type is not supported, or neither `num_labels` nor `label_names` is given.
+            OSError: if there is no such model.
+        """
+        backbone = backbones.load_backbone(name_or_path)
+        config_class: Any = cls.config_class
+        config = config_class(
+            encoder_config=backbone.config,
+            # A new outer configuration would otherwise reset the backbone's.
+            attn_implementation=backbone.config._attn_implementation,
+            pooling=resolve_pooling(pooling, backbone),
+            **_labels(num_labels, label_names),
+            **config_values,
+        )
+        return cls(config, backbone=backbone)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Give the backbone as many token embeddings as a tokenizer has tokens; as in Hugging Face."""
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.encoder.vocab_size = len(embeddings.weight)
+        return embeddings
+
+    def _new_classifiers(self, num_layers: int) -> InternalClassifiers:
+        return InternalClassifiers(
+            num_layers=num_layers,
+            hidden_size=self.config.hidden_size,
+            num_labels=self.config.num_classes,
+            head=self.config.head,
+            pooling=self.config.pooling,
+            num_queries=self.config.num_queries,
+            width=self.config.pooled_size,
+            dropout=self.config.head_dropout,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # New modules initialise themselves when built; the backbone's own rules apply to its parts.
+        return None
+
+
+class EarlyExitForSequenceClassification(_EncoderClassifier):
+    """An encoder with a classifier and an exit policy after every layer.
+
+    Example:
+        >>> name = "google-bert/bert-base-uncased"
+        >>> model = EarlyExitForSequenceClassification.from_backbone(name, num_labels=2)  # doctest: +SKIP
+        >>> output = model(**tokenizer(["a fine film"], return_tensors="pt"))  # doctest: +SKIP
+        >>> output.logits.argmax(-1), output.exit_layer  # doctest: +SKIP
+
+    Source: ConsistentEE (AAAI 2024, arXiv:2312.11882).
+    """
+
+    config_class = EarlyExitConfig
+    config: EarlyExitConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: EarlyExitConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        self.classifiers = self._new_classifiers(self.num_layers)
+        self.policy = self.new_policy()
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+        all_layers: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> EarlyExitOutput | tuple[Any, ...]:
+        """Classify a batch.
+
+        Args:
+            input_ids: (batch, tokens), int64; None with `inputs_embeds`.
+            attention_mask: (batch, tokens), 1 for real tokens; all ones if missing.
+            token_type_ids: (batch, tokens), for backbones that have them.
+            labels: (batch,), int64; a loss is returned if given.
+            inputs_embeds: (batch, tokens, embedding size), what the token embeddings gave, in place of `input_ids`.
+            threshold: in place of the saved one.
+            criterion: `policy`, `confidence`, `entropy` or `patience`, in place of the saved one. A criterion other
+                than the saved one needs its own threshold.
+            all_layers: run every layer for every row; by default in training mode only.
+            output_attentions, output_hidden_states: there are none to give; adapters of peft name both.
+            return_dict: False returns a tuple of the fields that are set.
+
+        Raises:
+            ValueError: if the threshold does not fit the criterion, or rows are longer than the backbone's positions.
+        """
+        _refuse_inner_states(output_attentions, output_hidden_states)
+        rule, limit = self.exit_rule(criterion, threshold)
+        state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids, inputs_embeds)
+        if self.training if all_layers is None else all_layers:
+            output = self._run_all_layers(state, rule, limit)
+            if labels is not None:
+                losses = layer_losses(cast(Tensor, output.classifier_logits), labels)
+                output.loss = weighted_sum_loss(losses).mean()
+        else:
+            output = self._run_with_exits(state, rule, limit)
+            if labels is not None:
+                output.loss = nn.functional.cross_entropy(cast(Tensor, output.logits), labels)
+        return output.to_tuple() if return_dict is False else output
+
+    def new_policy(self, policy_input: str | None = None) -> PolicyNetwork:
+        """An untrained policy network as the configuration has it, or with another input."""
+        return PolicyNetwork(
+            num_layers=self.num_layers,
+            hidden_size=self.config.pooled_size,
+            policy_input=policy_input or self.config.policy_input,
+            policy_hidden_size=self.config.policy_hidden_size,
+            dropout=self.config.policy_dropout,
+            initial_exit_bias=self.config.initial_exit_bias,
+        )
+
+    def set_policy(self, policy: PolicyNetwork) -> None:
+        """Put another policy network into the model; the configuration follows."""
+        self.config.policy_input = policy.policy_input
+        self.policy = policy.to(self.device)
+
+    def exit_rule(self, criterion: str | None = None, threshold: float | None = None) -> tuple[str, float]:
+        """The criterion and threshold that a call would use, checked.
+
+        Raises:
+            ValueError: if the threshold does not fit, or a criterion other than the saved one comes without one.
+        """
+        rule = self.config.criterion if criterion is None else criterion
+        if threshold is None and rule != self.config.criterion:
+            raise ValueError(
+                f'criterion "{rule}" needs a threshold of its own: the saved one ({self.config.threshold}) '
+                f'belongs to "{self.config.criterion}".'
+            )
+        return rule, check_threshold(self.config.threshold if threshold is None else threshold, rule)
+
+    def exit_logits(self, pooled: Tensor, layer_logits: Tensor) -> Tensor:
+        """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""
+        signals = classifier_signals(layer_logits) if self.policy.needs_signals else None
+        return self.policy(pooled, signals)
+
+    def _run_all_layers(
+        self, state: backbones.EncoderState, criterion: str, threshold: float
+    ) -> EarlyExitOutput:
+        pooled_layers: list[Tensor] = []
+        logits_layers: list[Tensor] = []
+        for index in range(self.num_layers):
+            state = backbones.run_layer(self.backbone, index, state)
+            pooled, logits = self.classifiers(index, state.hidden_states, state.attention_mask)
+            pooled_layers.append(pooled)
+            logits_layers.append(logits)
+        pooled = torch.stack(pooled_layers, dim=1)  # (batch, layers, hidden)
+        classifier_logits = torch.stack(logits_layers, dim=1).float()  # (batch, layers, classes)
+        layer_logits = ensemble_layers(classifier_logits, self.config.ensemble_decay)
+        with torch.no_grad():
+            exit_probs = self.exit_logits(pooled.detach(), layer_logits.detach()).sigmoid()
+            exit_layer = choose_exit_layer(exit_scores(criterion, layer_logits, exit_probs), threshold)
+        chosen = (exit_layer - 1)[:, None, None].expand(-1, 1, layer_logits.shape[-1])
+        return EarlyExitOutput(
+            logits=layer_logits.gather(1, chosen).squeeze(1),
+            exit_layer=exit_layer,
+            layer_logits=layer_logits,
+            classifier_logits=classifier_logits,
+            pooled=pooled,
+            exit_probs=exit_probs,
+        )
+
+    def _run_with_exits(
+        self, state: backbones.EncoderState, criterion: str, threshold: float
+    ) -> EarlyExitOutput:
+        batch = state.hidden_states.shape[0]
+        device = state.hidden_states.device
+        rows = torch.arange(batch, device=device)  # which inputs are still inside
+        output_logits = torch.empty(batch, self.config.num_classes, device=device)
+        exit_layer = torch.full((batch,), self.num_layers, device=device)
+        passed: Tensor | None = None  # (rows, layers passed, classes), the survivors' predictions so far
+        for index in range(self.num_layers):
+            state = backbones.run_layer(self.backbone, index, state)
+            pooled, classifier_logits = self.classifiers(index, state.hidden_states, state.attention_mask)
+            before = None if passed is None else passed[:, -1]
+            logits = ensemble_step(before, classifier_logits, self.config.ensemble_decay)
+            passed = logits[:, None] if passed is None else torch.cat([passed, logits[:, None]], dim=1)
+            if index == self.num_layers - 1:
+                output_logits[rows] = logits
+                break
+            leaves = self._leaves_here(index, pooled, passed, criterion, threshold)  # (rows,)
+            if not bool(leaves.any()):
+                continue
+            output_logits[rows[leaves]] = logits[leaves]
+            exit_layer[rows[leaves]] = index + 1
+            stay = (~leaves).nonzero().squeeze(1)
+            if len(stay) == 0:
+                break
+            rows, passed, state = rows[stay], passed[stay], state.select(stay)
+        return EarlyExitOutput(logits=output_logits, exit_layer=exit_layer)
+
+    def _leaves_here(
+        self, index: int, pooled: Tensor, passed: Tensor, criterion: str, threshold: float
+    ) -> Tensor:
+        if criterion == "policy":
+            signals = classifier_signals(passed)[:, -1:] if self.policy.needs_signals else None
+            return self.policy(pooled[:, None], signals, index)[:, 0].sigmoid() > threshold
+        return exit_scores(criterion, passed, None)[:, -1] > threshold
+
+
+class FullDepthForSequenceClassification(_EncoderClassifier):
+    """The plain model: the same backbone with one classifier, of the same kind, at the top. The reference."""
+
+    config_class = FullDepthConfig
+    config: FullDepthConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: FullDepthConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        self.classifiers = self._new_classifiers(1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Classify a batch at full depth; shapes and errors as in `EarlyExitForSequenceClassification.forward`."""
+        _refuse_inner_states(output_attentions, output_hidden_states)
+        state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids, inputs_embeds)
+        for index in range(self.num_layers):
+            state = backbones.run_layer(self.backbone, index, state)
+        _, logits = self.classifiers(0, state.hidden_states, state.attention_mask)
+        logits = logits.float()
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+
+def _refuse_inner_states(*wanted: bool | None) -> None:
+    if any(wanted):
+        raise ValueError(
+            "output_attentions and output_hidden_states must not be set: layers run one by one and keep neither. "
+            "Ask the backbone, model.backbone, for them."
+        )
+
+
+def resolve_pooling(pooling: str, backbone: PreTrainedModel) -> str:
+    """`cls` or `mean`: the given one, or what suits the backbone's type if `auto`."""
+    return backbones.architecture_of(backbone.config).pooling if pooling == "auto" else pooling
+
+
+def _labels(num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:
+    if label_names is None:
+        if num_labels is None:
+            raise ValueError("num_labels or label_names must be given, got neither.")
+        label_names = [f"LABEL_{index}" for index in range(num_labels)]
+    elif num_labels is not None and num_labels != len(label_names):
+        raise ValueError(
+            f"num_labels must equal the number of label_names, got {num_labels} and {len(label_names)}."
+        )
+    if len(label_names) < 2:
+        raise ValueError(f"num_labels must be at least 2, got {len(label_names)}.")
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
+
+
+AutoConfig.register("consistentee", EarlyExitConfig, exist_ok=True)
+AutoConfig.register("consistentee_full_depth", FullDepthConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    EarlyExitConfig, EarlyExitForSequenceClassification, exist_ok=True
+)
+AutoModelForSequenceClassification.register(
+    FullDepthConfig, FullDepthForSequenceClassification, exist_ok=True
+)
+for _config_class, _model_class in (
+    (EarlyExitConfig, EarlyExitForSequenceClassification),
+    (FullDepthConfig, FullDepthForSequenceClassification),
+):  # by this list pipelines know which models they can run
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[_config_class.model_type] = _model_class.__name__
+register_pipeline()

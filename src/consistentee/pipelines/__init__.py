@@ -1,0 +1,1 @@
+"""What users call: the classifier and the text generator."""

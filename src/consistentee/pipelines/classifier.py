@@ -1,0 +1,338 @@
+"""Inference whose clock agrees with the layers it saves.
+
+After a layer, rows that leave go out and the rest close up, so that every later layer costs what its survivors cost;
+classifiers and policy look at each layer only as far as the exit rule needs them. Two modes:
+
+- *latency* (a `batch_size`): one batch after another goes straight through, its rows sorted by length among their
+  neighbours.
+- *throughput* (no `batch_size`): a window of inputs moves through the model layer by layer, and the survivors of all
+  its batches are pooled, so that the batches of deep layers are as full as those of the first. Batches are sized by
+  tokens, not by rows. Memory is bounded by the window: at most `WINDOW_ROWS` inputs and their hidden states.
+
+What comes out is what running all layers and choosing afterwards gives, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from consistentee.data.batches import encode_with_cuts
+from consistentee.errors import SettingError, require_characters
+from consistentee.inference.encoder.backend import Answers, Backend, TokenRow
+from consistentee.inference.encoder.incremental_scores import ExitDecisions
+from consistentee.inference.encoder.onnx_backend import onnx_backend
+from consistentee.inference.encoder.scheduler import ExitRule, run_rows
+from consistentee.inference.encoder.torch_backend import ExitModel, torch_backend
+from consistentee.models.loaded_classifier import SavedModel, open_model
+from consistentee.models.sequence_classification import (
+    EarlyExitForSequenceClassification,
+    FullDepthForSequenceClassification,
+)
+from consistentee.threads import settle_after_fork
+
+BATCHES_PER_WINDOW = 64
+"""Latency mode: batches that are sorted by length together; more saves padding, fewer answer earlier."""
+
+WINDOW_ROWS = 1024
+"""Throughput mode: inputs on their way at a time, at most."""
+
+FIRST_WINDOW_ROWS = 64
+"""Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
+
+BACKENDS = ("torch", "onnxruntime")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+Text = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one input.
+
+    Args:
+        label: name of the class.
+        score: its probability at the exit layer, in [0, 1].
+        exit_layer: layers executed, from 1.
+        truncated: whether the input was longer than the model's `max_length`, and was cut.
+    """
+
+    label: str
+    score: float
+    exit_layer: int
+    truncated: bool = False
+
+
+class Engine:
+    """A saved model, ready to predict fast.
+
+    Args:
+        saved: a model that `open_model` opened: one with exits, or a plain one, which always runs all its layers.
+        dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU). Other precisions than float32
+            may leave at other layers and change a label; `consistentee benchmark MODEL --dtype auto` says which is
+            the fastest that keeps them all on given texts.
+        backend: `torch`, or `onnxruntime` (BERT and its kin in float32; extra `onnx`, on a GPU with onnxruntime-gpu).
+
+    Attributes:
+        backend: what runs the layers.
+
+    Raises:
+        ValueError: a model that is not of this library or has adapters, a dtype or backend that is not there.
+
+    Several threads may use one engine at the same time. It can be pickled, for other processes. After a fork it goes on
+    with one thread (the others stay behind in the parent); on a GPU and on ONNX Runtime, which cannot, it refuses.
+
+    On a GPU the host must learn after each layer who leaves: a few bytes a row. It asks about one batch while the
+    device computes the next, without extra work; where a single batch is on its way it waits once a layer. In
+    throughput mode many are; in latency mode batches of at least `flights.SPLIT_TOKENS` tokens go as two halves.
+
+    Where the threshold is so high that nobody can leave, the policy is not computed, and classifiers only if the last
+    layer's prediction has a share of theirs (`ensemble_decay`).
+
+    Example:
+        >>> engine = Engine.from_pretrained("runs/sst2")  # doctest: +SKIP
+        >>> engine.predict(["A fine film."])  # doctest: +SKIP
+        [Prediction(label='positive', score=0.98, exit_layer=2, truncated=False)]
+    """
+
+    def __init__(self, saved: SavedModel, *, dtype: str = "float32", backend: str = "torch") -> None:
+        if not isinstance(
+            saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)
+        ):
+            raise ValueError(
+                f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
+                "Give a folder that `consistentee train` or `consistentee finetune` saved."
+            )
+        if any(hasattr(module, "base_layer") for module in saved.model.modules()):  # peft's mark of a layer
+            raise ValueError(
+                f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
+                "merge_and_unload()."
+            )
+        self.saved = saved
+        self._model: ExitModel = saved.model
+        self._decisions: dict[str | None, ExitDecisions] = {}
+        self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
+        # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
+        self._tokenizer = copy.deepcopy(saved.tokenizer)
+        self._tokenizing = Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model and how it runs; the rest is made anew where it is opened."""
+        named = {"dtype": self.backend.dtype, "backend": self.backend.name}
+        return {"saved": self.saved, "tokenizer": self._tokenizer, "named": named}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["saved"], **state["named"])
+        self._tokenizer = state["tokenizer"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = "auto",
+        dtype: str = "float32",
+        backend: str = "torch",
+    ) -> Engine:
+        """Open a model folder (or a name on the hub).
+
+        Args:
+            name_or_path: what `consistentee train` saved.
+            device: where to compute; `auto` (or None) takes a GPU if there is one.
+            dtype: see the class.
+            backend: see the class.
+
+        Raises:
+            OSError: there is no such model.
+            ValueError: it is not a model of this library, or it does not run so.
+        """
+        return cls(
+            open_model(name_or_path, None if device == "auto" else device), dtype=dtype, backend=backend
+        )
+
+    def predict(
+        self,
+        texts: Iterable[Text],
+        *,
+        batch_size: int | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+    ) -> list[Prediction]:
+        """Predictions for texts or pairs of texts, in their order.
+
+        Args:
+            texts: strings, or tuples of one text or two.
+            batch_size: inputs that start together (latency mode); None: throughput mode.
+            threshold: an input leaves at the first layer whose exit score exceeds it; None takes the saved one.
+            criterion: `policy`, `confidence`, `entropy` or `patience`; None takes the saved one.
+
+        Raises:
+            ValueError: a text is empty, or a pair where the model takes one text, or the other way round (the message
+                says which), or the threshold does not fit the criterion.
+        """
+        return list(self.stream(texts, batch_size=batch_size, threshold=threshold, criterion=criterion))
+
+    def stream(
+        self,
+        texts: Iterable[Text],
+        *,
+        batch_size: int | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+    ) -> Iterator[Prediction]:
+        """As `predict`, but lazily: of an endless input only a window is held at a time."""
+        windows = self.windows(texts, batch_size=batch_size, threshold=threshold, criterion=criterion)
+        return (prediction for _, predictions in windows for prediction in predictions)
+
+    def windows(
+        self,
+        texts: Iterable[Text],
+        *,
+        batch_size: int | None = None,
+        threshold: float | None = None,
+        criterion: str | None = None,
+    ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
+        """As `stream`, window by window, the texts beside their predictions.
+
+        The first window is small (one batch), so that answers begin early; each next one is twice as large, up to
+        `WINDOW_ROWS` inputs, or `BATCHES_PER_WINDOW` batches. Inside a window rows of similar length run together. With
+        a `batch_size` of 1 every window is one input, answered before the next is asked for.
+
+        Yields:
+            The texts of a window and their predictions, both in the order of the input.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        return self._windows(self._checked(texts), batch_size, self.rule(criterion, threshold))
+
+    def rule(self, criterion: str | None = None, threshold: float | None = None) -> ExitRule:
+        """The exit rule of a call: the given one, or the saved one.
+
+        Raises:
+            ValueError: a threshold that does not fit, or either for a model without exits.
+        """
+        if isinstance(self.saved.model, EarlyExitForSequenceClassification):
+            return ExitRule(*self.saved.exit_rule(criterion, threshold))
+        if threshold is not None or criterion is not None:
+            raise ValueError(
+                f'Model "{self.saved.name}" has no exits: threshold and criterion must not be given.'
+            )
+        return ExitRule.full_depth()
+
+    def run(self, rows: Sequence[TokenRow], *, batch_size: int | None, rule: ExitRule) -> Answers:
+        """Answers for tokenized rows.
+
+        Args:
+            rows: what `encode_texts` gives, none longer than the model's positions.
+            batch_size: inputs that start together (latency mode); None: throughput mode, all rows one window.
+            rule: when they leave.
+
+        Raises:
+            ValueError: forced exit layers that are not one for each row, or not among the layers.
+        """
+        self._go_on_after_fork()
+        decisions = self._decisions_under(rule)
+        classes = self._model.config.num_classes
+        return run_rows(
+            self.backend, rows, batch_size=batch_size, rule=rule, decisions=decisions, num_classes=classes
+        )
+
+    def _encode(self, texts: Sequence[tuple[str, ...]]) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """Token ids, and which were cut; one thread at a time, as the tokenizer is set up anew for each call."""
+        self._go_on_after_fork()
+        with self._tokenizing:
+            return encode_with_cuts(texts, self._tokenizer, self.saved.max_length)
+
+    def _go_on_after_fork(self) -> None:
+        """In a forked process: leave what other threads held."""
+        if os.getpid() == self._process:
+            return
+        settle_after_fork(self.backend.device, self.backend.name)
+        self._tokenizing = Lock()
+        self._process = os.getpid()
+
+    def _decisions_under(self, rule: ExitRule) -> ExitDecisions | None:
+        """The rule's arithmetic, made once; None where the last classifier alone decides."""
+        model, criterion = self._model, rule.criterion
+        if criterion is None or not isinstance(model, EarlyExitForSequenceClassification):
+            return None
+        if rule.never_leaves(model.num_layers):
+            if not model.config.ensemble_decay:
+                return None
+            criterion = None  # every classifier has a share in the last prediction; nothing is decided
+        if criterion not in self._decisions:
+            self._decisions[criterion] = ExitDecisions(model, criterion)
+        return self._decisions[criterion]
+
+    def _checked(self, texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
+        """Tuples of texts, each known to be there, and as many as the model takes."""
+        for position, parts in enumerate(_checked(texts), start=1):
+            self.saved.check_texts(len(parts), f"text {position}")
+            yield parts
+
+    def _windows(
+        self, texts: Iterator[tuple[str, ...]], batch_size: int | None, rule: ExitRule
+    ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
+        size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
+        largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
+        if batch_size == 1:  # no neighbours to gain from: an input is answered before the next is read
+            largest = 1
+        names = self.saved.label_names
+        while window := list(itertools.islice(texts, size)):
+            rows, cut = self._encode(window)
+            answers = self.run(rows, batch_size=batch_size, rule=rule)
+            found = zip(answers.labels, answers.scores, answers.exit_layers, cut, strict=True)
+            yield (
+                window,
+                [Prediction(names[label], score, layer, is_cut) for label, score, layer, is_cut in found],
+            )
+            size = min(2 * size, largest)
+
+
+Predictor = Engine
+"""The name this class had before it was fast."""
+
+
+def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
+    """A backend by name.
+
+    Raises:
+        MissingExtraError: onnxruntime is asked for and not installed.
+        ValueError: there is no such backend or dtype, or the model does not run so.
+    """
+    if "auto" in (dtype, backend):
+        raise SettingError(
+            'dtype and backend must be named, got "auto". `consistentee benchmark MODEL --dtype auto --backend auto '
+            "--data-file TEXTS` says which are the fastest that keep the labels of float32."
+        )
+    if dtype not in DTYPES:
+        raise SettingError(f'dtype must be one of {", ".join(DTYPES)}, got "{dtype}".')
+    if backend == "torch":
+        return torch_backend(model, dtype)
+    if backend == "onnxruntime":
+        return onnx_backend(model, dtype)
+    raise SettingError(f'backend must be one of {", ".join(BACKENDS)}, got "{backend}".')
+
+
+def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
+    """Tuples of texts, each known to be there."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of texts, got one text. Put it into a list.")
+    for position, row in enumerate(texts, start=1):
+        parts = tuple(row) if isinstance(row, (tuple, list)) else (row,)
+        if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"Text {position} must be a string or a pair of strings, got {row!r:.60}.")
+        if not all(part.strip() for part in parts):
+            raise ValueError(f"Text {position} is empty. Leave it out, or give at least one word.")
+        for part in parts:
+            require_characters(part, row=position, unit="Text")
+        yield parts

@@ -1,0 +1,490 @@
+"""Texts from prompts, many at a time or one as it is written: what the command line and the evaluation generate with.
+
+The end-of-text token counts as a token: `exit_layers` has a layer for it, and its piece of the text is "".
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any, get_args
+
+import torch
+from transformers import StoppingCriteriaList
+
+from consistentee.config import require_choice, require_seed
+from consistentee.data.generation_batches import encode_prompts_with_cuts, pad_left
+from consistentee.data.templates import PromptTemplate
+from consistentee.errors import DataError
+from consistentee.generation_config import GenerationMode, SkippedStates
+from consistentee.inference.timing import synchronised_seconds
+from consistentee.models.loaded_generator import SavedGenerator
+from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
+from consistentee.pipelines.stops import StopTexts, cut_at_stop
+from consistentee.pipelines.streaming import OnToken, PieceStreamer
+from consistentee.threads import settle_after_fork
+
+WINDOW_BATCHES = 8
+"""Prompts are sorted by length within so many batches; the first window is a single batch, the next ones double."""
+
+SHAPING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_h",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "watermarking_config",
+    "min_length",
+    "min_new_tokens",
+    "max_time",
+    "stop_strings",
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+)
+"""Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
+own `generation_config` says, and so is transformers' default of the 50 likeliest."""
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """One text that was generated.
+
+    Args:
+        prompt: the instruction it answers.
+        input: what the instruction is about, or "".
+        text: what was written, without the end-of-text token.
+        token_ids: (tokens,) the end-of-text token among them, if the text came to its end.
+        pieces: (tokens,) the text token by token; together they are the text.
+        exit_layers: (tokens,) the layer at which each token left, from 1; all layers of a model without exits, and in
+            `lossless` mode, where all layers verify what exits draft.
+        seconds: its share of the time that its batch took.
+        finish_reason: `stop` (a stop string), `end` (the end-of-text token) or `length` (`max_new_tokens`).
+        draft_layers: of `lossless` mode, (tokens,): the layer at which each token was drafted, or the last one where
+            the verification gave it; else None.
+        drafted, accepted: of `lossless` mode: drafts that were verified, and those that stayed; else None.
+        truncated: whether the prompt was longer than there was room for, and was cut.
+    """
+
+    prompt: str
+    input: str
+    text: str
+    token_ids: list[int]
+    pieces: list[str]
+    exit_layers: list[int]
+    seconds: float
+    finish_reason: str = "length"
+    draft_layers: list[int] | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    truncated: bool = False
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean number of layers executed for a token, the end-of-text token included."""
+        return sum(self.exit_layers) / len(self.exit_layers)
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How to generate: these options alone decide, and nothing of the model's `generation_config` but its end of text.
+
+    Args:
+        mode: `early-exit`, `full` or `lossless`; None takes the saved one.
+        criterion: exit rule; None takes the saved one.
+        threshold: None takes the one saved for the criterion.
+        skipped_states: `copy` or `recompute`; None takes the saved one.
+        max_new_tokens: longest text; None takes what suits the model's task.
+        max_prompt_length: longest prompt, in tokens; None takes what the model has room for beside the text.
+        do_sample: whether to draw tokens; otherwise the likeliest is taken.
+        temperature: above 0, divides the logits before drawing; None is 1.
+        top_k: at least 1, tokens are drawn from so many of the likeliest; None is all of them.
+        top_p: in (0, 1], share of the probability from which tokens are drawn; None is all of it.
+        seed: of the draws; None goes on with torch's generator as it is.
+        stop: strings that end a text, one or several; the text ends before them. One that is the name of a special
+            token, such as "<|im_end|>", stands for that token.
+    """
+
+    mode: str | None = None
+    criterion: str | None = None
+    threshold: float | None = None
+    skipped_states: str | None = None
+    max_new_tokens: int | None = None
+    max_prompt_length: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if "" in self.stop:
+            raise ValueError('stop must hold strings with at least one character, got "". Leave it out.')
+        if self.mode is not None:
+            require_choice("mode", self.mode, get_args(GenerationMode))
+        if self.skipped_states is not None:
+            require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
+        for name in ("max_new_tokens", "max_prompt_length", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in ("temperature", "top_k", "top_p"):
+            if getattr(self, name) is not None and not self.do_sample:
+                raise ValueError(f"{name} goes with do_sample, got {getattr(self, name)} without it.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.seed is not None:
+            require_seed(self.seed)
+        if self.do_sample and self.mode == "lossless":
+            raise ValueError('do_sample must be False in mode "lossless", got True: it verifies greedy text.')
+
+
+class TextGenerator:
+    """Writes texts with a model.
+
+    Args:
+        saved: the model, from `open_generator`.
+        template: how prompts are written; None takes the saved template.
+
+    Several threads may use one generator. It can be pickled, for other processes. After a fork it goes on with one
+    thread (the others stay behind in the parent); on a GPU, which cannot, it refuses.
+
+    Example:
+        >>> generator = TextGenerator(open_generator("alpaca-exits"))  # doctest: +SKIP
+        >>> [text.mean_exit_layer for text in generator.generate_texts([("Add.", "1, 2")])]  # doctest: +SKIP
+    """
+
+    def __init__(self, saved: SavedGenerator, *, template: PromptTemplate | None = None) -> None:
+        self.saved = saved
+        template = saved.prompt_template() if template is None else template
+        # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
+        self._tokenizer: Any = copy.deepcopy(saved.tokenizer)
+        if template.tokenizer is saved.tokenizer:
+            template = replace(template, tokenizer=self._tokenizer)
+        self.template = template
+        self._tokenizing = Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process."""
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_tokenizing", "_process")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _tokenizing=Lock(), _process=os.getpid())
+
+    def check(self, options: DecodingOptions) -> DecodingOptions:
+        """The options, with what the saved model decides filled in.
+
+        Raises:
+            ValueError: they do not fit the model.
+        """
+        saved = self.saved
+        new = options.max_new_tokens or min(saved.max_new_tokens, max(1, saved.context_length // 2))
+        if new >= saved.context_length:
+            raise ValueError(
+                f"max_new_tokens must be below the {saved.context_length} tokens that the model has room for, "
+                f"got {new}."
+            )
+        room = saved.context_length - new
+        values = {
+            **vars(options),
+            "max_new_tokens": new,
+            "max_prompt_length": min(options.max_prompt_length or room, room),
+        }
+        if not saved.has_exits:
+            given = [
+                name for name in ("criterion", "threshold", "skipped_states") if values[name] is not None
+            ]
+            if values["mode"] not in (None, "full"):
+                given.append("mode")
+            if given:
+                raise ValueError(
+                    f'{given[0]} goes with exits, which model "{saved.name}" does not have. Leave it out.'
+                )
+            return DecodingOptions(**{**values, "mode": "full"})
+        mode = options.mode or saved.early_exit_model.config.mode
+        idle = {
+            "full": ("criterion", "threshold", "skipped_states"),
+            "lossless": ("skipped_states",),
+        }.get(mode, ())
+        for name in idle:
+            if values[name] is not None:
+                raise ValueError(
+                    f'{name} has no effect in mode "{mode}", got {values[name]}. Leave it out, or take another mode.'
+                )
+        if mode != "full":
+            values["criterion"], values["threshold"] = saved.exit_rule(options.criterion, options.threshold)
+        return DecodingOptions(**{**values, "mode": mode})
+
+    def generate_texts(
+        self,
+        prompts: Iterable[tuple[str, str]],
+        *,
+        batch_size: int = 8,
+        options: DecodingOptions | None = None,
+        **values: Any,
+    ) -> Iterator[GeneratedText]:
+        """Write a text for every prompt, in the order of the prompts.
+
+        Prompts are taken a window at a time and sorted by length within it, so that little is padded and a stream
+        of any length fits; the batch with the prompt that is due first goes first. With a `batch_size` of 1 every
+        prompt is answered before the next is taken.
+
+        Args:
+            prompts: pairs of an instruction and an input ("" for none).
+            batch_size: texts that are written together, at least 1.
+            options: how to generate.
+            **values: fields of `DecodingOptions`, in place of `options`.
+
+        Yields:
+            One text a prompt.
+
+        Raises:
+            DataError: a prompt of which no token is left.
+            ValueError: options that do not fit the model or each other; raised before anything is generated.
+        """
+        options = self.check(_options(options, values))
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        _seed(options)
+        return self._windows(iter(prompts), batch_size, options)
+
+    def stream(
+        self,
+        instruction: str,
+        input: str = "",
+        *,
+        on_token: OnToken,
+        options: DecodingOptions | None = None,
+        **values: Any,
+    ) -> GeneratedText:
+        """Write one text, telling of every token as soon as it is there.
+
+        Args:
+            instruction: what is asked for.
+            input: what it is about, or "".
+            on_token: called with each token's piece of the text and its exit layer; in `lossless` mode the layer at
+                which it was drafted, as in `draft_layers`. What may begin a stop string is held back until it is
+                certain.
+            options: how to generate.
+            **values: fields of `DecodingOptions`, in place of `options`.
+
+        Raises:
+            DataError, ValueError: as `generate_texts`.
+        """
+        options = self.check(_options(options, values))
+        _seed(options)
+        encoded, cut = self._encode([(instruction, input)], options, before=0)
+        stops, _ = self._stops(options)
+        decoder = PieceDecoder(self._tokenizer)
+        streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, stops)
+        (text,) = self._batch([(instruction, input)], encoded, options, streamer)
+        return replace(text, truncated=cut[0])
+
+    def generate_encoded(
+        self, prompts: Sequence[Sequence[int]], *, batch_size: int = 8, options: DecodingOptions
+    ) -> Iterator[GeneratedText]:
+        """Write a text for every prompt, given as token ids; as `generate_texts`, whose texts know their prompts.
+
+        Args:
+            prompts: (prompts, tokens), not padded.
+            batch_size: as in `generate_texts`.
+            options: as in `generate_texts`.
+        """
+        options = self.check(options)
+        _seed(options)
+        for start in range(0, len(prompts), batch_size * WINDOW_BATCHES):
+            part = prompts[start : start + batch_size * WINDOW_BATCHES]
+            yield from self._window([("", "")] * len(part), part, batch_size, options)
+
+    def encode(self, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of prompts, (instruction, input) each, as `generate_texts` makes them."""
+        return self._encode(prompts, DecodingOptions(), 0)[0]
+
+    def _windows(
+        self, prompts: Iterator[tuple[str, str]], batch_size: int, options: DecodingOptions
+    ) -> Iterator[GeneratedText]:
+        batches, done = 1, 0
+        while part := list(itertools.islice(prompts, batches * batch_size)):
+            encoded, cut = self._encode(part, options, done)
+            texts = self._window(part, encoded, batch_size, options)
+            yield from (replace(text, truncated=is_cut) for text, is_cut in zip(texts, cut, strict=True))
+            done += len(part)
+            if batch_size > 1:  # alone, every prompt is answered before the next is asked for
+                batches = min(2 * batches, WINDOW_BATCHES)
+
+    def _window(
+        self,
+        asked: Sequence[tuple[str, str]],
+        encoded: Sequence[Sequence[int]],
+        batch_size: int,
+        options: DecodingOptions,
+    ) -> Iterator[GeneratedText]:
+        """Texts of one window, each as soon as it and all before it are written."""
+        order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        texts: dict[int, GeneratedText] = {}
+        due = 0
+        for rows in sorted(batches, key=min):
+            written = self._batch([asked[row] for row in rows], [encoded[row] for row in rows], options)
+            texts.update(zip(rows, written, strict=True))
+            while due in texts:
+                yield texts.pop(due)
+                due += 1
+
+    def _encode(
+        self, asked: Sequence[tuple[str, str]], options: DecodingOptions, before: int
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Token ids, and which prompts were cut."""
+        limit = options.max_prompt_length or self.saved.context_length
+        self._go_on_after_fork()
+        try:
+            with self._tokenizing:  # the tokenizer is set up anew for each call
+                return encode_prompts_with_cuts(
+                    asked, self._tokenizer, self.template, max_prompt_length=limit
+                )
+        except DataError as error:
+            if error.row is None:
+                raise
+            row = before + error.row
+            raise DataError(error.problem, row=row, unit="prompt", remedy=error.remedy) from error
+
+    def _batch(
+        self,
+        asked: Sequence[tuple[str, str]],
+        encoded: Sequence[Sequence[int]],
+        options: DecodingOptions,
+        streamer: PieceStreamer | None = None,
+    ) -> list[GeneratedText]:
+        self._go_on_after_fork()
+        saved, model = self.saved, self.saved.model
+        input_ids, mask = pad_left(encoded, self._tokenizer.pad_token_id)  # (rows, tokens)
+        stops, stop_tokens = self._stops(options)
+        ends = _end_tokens(model, self._tokenizer) | stop_tokens
+        decoding = {
+            **dict.fromkeys(SHAPING),
+            "num_beams": 1,
+            "max_new_tokens": options.max_new_tokens,
+            "do_sample": options.do_sample,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "eos_token_id": sorted(ends),
+            "pad_token_id": self._tokenizer.pad_token_id,
+            "return_dict_in_generate": True,
+        }
+        exits: dict[str, Any] = {}
+        if saved.has_exits:
+            exits = {
+                name: getattr(options, name) for name in ("mode", "criterion", "threshold", "skipped_states")
+            }
+        if stops:
+            criterion = StopTexts(self._tokenizer, stops, input_ids.shape[1])
+            exits["stopping_criteria"] = StoppingCriteriaList([criterion])
+        start = synchronised_seconds(model.device)
+        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            streamer=streamer,
+            **decoding,
+            **exits,
+        )
+        seconds = (synchronised_seconds(model.device) - start) / len(encoded)
+        new: list[list[int]] = output.sequences[:, input_ids.shape[1] :].tolist()
+        layers: list[list[int]] = [[]] * len(new)
+        if saved.has_exits:
+            layers = output.exit_layers.tolist()
+        lossless = options.mode == "lossless"
+        texts: list[GeneratedText] = []
+        for number, ((instruction, context), row, row_layers) in enumerate(
+            zip(asked, new, layers, strict=True)
+        ):
+            known = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
+            token_ids = row[: len(known) if known else _length(row, ends)]
+            pieces = decode_pieces(self._tokenizer, token_ids)
+            stopped = cut_at_stop(pieces, stops)
+            if stopped is not None:
+                pieces, token_ids = stopped, token_ids[: len(stopped)]
+            reason = "end" if token_ids[-1] in ends else "length"
+            if stopped is not None or token_ids[-1] in stop_tokens:
+                reason = "stop"
+            all_layers = [saved.num_hidden_layers] * len(token_ids)
+            texts.append(
+                GeneratedText(
+                    instruction,
+                    context,
+                    "".join(pieces),
+                    token_ids,
+                    pieces,
+                    known if known and not lossless else all_layers,
+                    seconds,
+                    finish_reason=reason,
+                    draft_layers=known if lossless else None,
+                    drafted=output.drafted_by_row[number] if lossless else None,
+                    accepted=output.accepted_by_row[number] if lossless else None,
+                )
+            )
+        return texts
+
+    def _stops(self, options: DecodingOptions) -> tuple[list[str], set[int]]:
+        """Stop strings, and special tokens among them."""
+        tokenizer = self._tokenizer
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        stops = [stop for stop in options.stop if stop not in special]
+        return stops, {special[stop] for stop in options.stop if stop in special}
+
+    def _go_on_after_fork(self) -> None:
+        """In a forked process: leave what other threads held."""
+        if os.getpid() == self._process:
+            return
+        settle_after_fork(self.saved.model.device)
+        self._tokenizing = Lock()
+        self._process = os.getpid()
+
+
+def _options(options: DecodingOptions | None, values: dict[str, Any]) -> DecodingOptions:
+    if not values:
+        return options or DecodingOptions()
+    return DecodingOptions(**{**vars(options or DecodingOptions()), **values})
+
+
+def _seed(options: DecodingOptions) -> None:
+    if options.do_sample and options.seed is not None:
+        torch.manual_seed(options.seed)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text: the model's, and the tokenizer's, after which training ends its responses."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(known) if isinstance(known, (list, tuple)) else {known}
+    return {int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None}
+
+
+def _length(tokens: Sequence[int], ends: set[int]) -> int:
+    """Tokens up to the first that ends the text, which counts."""
+    return next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))

@@ -1,0 +1,1 @@
+"""Training runs: their steps, phases, methods and tasks."""

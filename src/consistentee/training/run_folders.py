@@ -1,0 +1,213 @@
+"""Whose an output folder is, and whether a run that is to go on there is the one that began there.
+
+Nothing of anybody else's is overwritten or deleted: a folder is taken if it is new, empty, or provably left by a run of
+this library. A resumed run has the settings, backbone and data of the one before, or it stops before it does anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from consistentee.generation_config import AnyTrainingConfig
+from consistentee.models.loaded_classifier import RECORD_FILE, read_record
+from consistentee.training import checkpoints
+from consistentee.training.steps import make_accelerator
+
+Contents = Literal["nothing", "unfinished", "finished"]
+"""What a run finds in its output folder."""
+
+BACKBONE_FILES = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+"""What a backbone's folder is read for: weights, configuration and tokenizer."""
+
+
+def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
+    """See that nothing of anybody else's lies where a run is to write.
+
+    Args:
+        output_dir: the run's folder.
+        backbone: hub name or local folder; None for none.
+
+    Returns:
+        What is there.
+
+    Raises:
+        FileExistsError: something that no run of ours has left, or no folder at all.
+        ValueError: the backbone's folder, one above it, or one in it.
+    """
+    if backbone is not None and Path(backbone).expanduser().is_dir():
+        _check_apart(output_dir, Path(backbone).expanduser())
+    if not output_dir.exists():
+        return "nothing"
+    if not output_dir.is_dir():
+        raise FileExistsError(f"Output folder {output_dir} is a file. Choose another.")
+    if _is_our_record(output_dir):
+        return "finished"
+    if checkpoints.is_claimed(output_dir) or checkpoints.is_earlier_run(output_dir):
+        return "unfinished"
+    strangers = sorted(path.name for path in output_dir.iterdir() if not _is_just_begun(path))
+    if strangers:
+        raise FileExistsError(
+            f'Output folder {output_dir} holds "{strangers[0]}", which no run of consistentee left there. '
+            "Choose a new or an empty folder."
+        )
+    return "nothing"
+
+
+def open_output(
+    output_dir: Path,
+    *,
+    identity: Mapping[str, Any],
+    config: AnyTrainingConfig,
+    resume: bool,
+    report: Callable[[str], None],
+    unused_parameters: bool = False,
+) -> tuple[Accelerator, Path | None] | None:
+    """The accelerator of a run and its newest checkpoint, or None if the folder holds that run's finished model.
+
+    Args:
+        output_dir: the run's folder.
+        identity: of this run, from `run_identity`.
+        config: settings.
+        resume: whether to go on with what is there.
+        report: is told of a finished model.
+        unused_parameters: whether steps leave parameters out.
+
+    Raises:
+        FileExistsError: the folder holds another run and `resume` is not set, or something of anybody else's.
+        ValueError: it holds a run with other settings, backbone or data, or it is the backbone's.
+    """
+    contents = check_output_dir(output_dir, identity["backbone"])
+    if contents == "finished":
+        if not resume:
+            raise FileExistsError(
+                f"Output folder {output_dir} holds a finished model. Choose another, or remove it."
+            )
+        _check_same_run(f"The finished model in {output_dir}", read_record(output_dir), identity, config)
+    elif contents == "unfinished":
+        newest = checkpoints.latest_checkpoint(output_dir)
+        if not resume and (newest is not None or checkpoints.is_earlier_run(output_dir)):
+            raise FileExistsError(
+                f"Output folder {output_dir} holds an unfinished run. Continue it with --resume, or remove it."
+            )
+        newest = newest or checkpoints.latest_earlier(output_dir)
+        if newest is not None:
+            saved = checkpoints.read_progress(newest)["identity"]
+            _check_same_run(f"The unfinished run in {output_dir}", saved, identity, config)
+    accelerator = make_accelerator(config, str(output_dir), unused_parameters=unused_parameters)
+    accelerator.wait_for_everyone()  # until all have looked
+    if accelerator.is_main_process:
+        checkpoints.take_over_earlier(output_dir)
+        if contents == "finished":  # the run may have ended just before it removed them
+            checkpoints.remove_checkpoints(output_dir)
+            report(f"{output_dir} holds a finished model: nothing to resume.")
+    accelerator.wait_for_everyone()
+    return None if contents == "finished" else (accelerator, checkpoints.latest_checkpoint(output_dir))
+
+
+def run_identity(
+    kind: str, backbone: str | Path, config: AnyTrainingConfig, data_fingerprint: str
+) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on with, as plain JSON values."""
+    return {
+        "kind": kind,
+        "backbone": str(backbone),
+        "backbone_fingerprint": backbone_fingerprint(backbone),
+        "config": config.to_dict(),
+        "data": {"fingerprint": data_fingerprint},
+    }
+
+
+def backbone_fingerprint(backbone: str | Path) -> str | None:
+    """Hash of a local backbone's weights, configuration and tokenizer; None for a name on the hub."""
+    folder = Path(backbone).expanduser()
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in BACKBONE_FILES for path in folder.glob(pattern)}):
+        digest.update(f"{path.name}\x1f{path.stat().st_size}\x1e".encode())
+        with path.open("rb") as stream:
+            while part := stream.read(1 << 22):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _check_same_run(
+    whose: str, saved: Mapping[str, Any], current: Mapping[str, Any], config: AnyTrainingConfig
+) -> None:
+    """Raise unless both are the same run; the message names all that differs."""
+    defaults = type(config)().to_dict()  # of settings that the version before did not have
+
+    def shown(name: str, of: Mapping[str, Any]) -> Any:
+        if name == "backbone":
+            content = of.get("backbone_fingerprint")
+            return of["backbone"] if content is None else f"{of['backbone']} (content {content[:8]})"
+        if name == "data fingerprint":
+            return of["data"]["fingerprint"]
+        return of["kind"] if name == "kind" else of["config"].get(name, defaults[name])
+
+    def differs(name: str) -> bool:
+        if name == "backbone" and saved.get("backbone_fingerprint") and current.get("backbone_fingerprint"):
+            return saved["backbone_fingerprint"] != current["backbone_fingerprint"]  # wherever it lies
+        if name == "backbone":
+            return saved["backbone"] != current["backbone"]
+        return shown(name, saved) != shown(name, current)
+
+    names = [name for name in ("kind", "backbone", "data fingerprint", *current["config"]) if differs(name)]
+    if names:
+        listed = "; ".join(
+            f"{name} = {shown(name, saved)}, this one {shown(name, current)}" for name in names
+        )
+        raise ValueError(
+            f"{whose} has {listed}. Resume with the same settings, backbone and data, or choose another output folder."
+        )
+
+
+def _check_apart(output_dir: Path, backbone: Path) -> None:
+    """Raise if one of the folders lies in the other, by whatever names and links."""
+    output, source = output_dir.expanduser().resolve(), backbone.resolve()
+    place = None
+    if _same(output, source):
+        place = "is"
+    elif any(_same(output, above) for above in source.parents):
+        place = "holds"
+    elif any(_same(above, source) for above in output.parents):
+        place = "lies in"
+    if place is not None:
+        raise ValueError(
+            f"Output folder {output_dir} {place} the folder of the backbone, {backbone}, which is not to be changed. "
+            "Choose a folder beside it."
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _is_our_record(output_dir: Path) -> bool:
+    """Whether a training of ours left its record here, the last thing that it writes."""
+    record = read_record(output_dir) if (output_dir / RECORD_FILE).is_file() else {}
+    return {"kind", "backbone", "config", "data"} <= record.keys() and isinstance(record["config"], dict)
+
+
+def _is_just_begun(path: Path) -> bool:
+    """Whether it is what a run leaves that is killed while it claims a folder."""
+    if path.name != checkpoints.FOLDER or not path.is_dir():
+        return False
+    return all(inside.match(f".{Path(checkpoints.MARKER).stem}.*") for inside in path.iterdir())

@@ -1,0 +1,263 @@
+"""The gradient steps under both kinds of training: which rows, which learning rate, which process takes what.
+
+A step is a pure function of the run's seed and the step's number: its rows, its dropout and its learning rate follow
+from them alone. That is what makes an interrupted run end where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor, nn
+
+from consistentee.data.batches import LengthGroupedBatches
+from consistentee.errors import SettingError, require_extra
+from consistentee.generation_config import AnyTrainingConfig
+from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16
+from consistentee.progress import show_progress
+from consistentee.training.states import Collate
+
+PATIENCE_OF_PROCESSES = timedelta(days=1)  # the others wait while the main process fits policies
+
+Figures = dict[str, Tensor]
+LossAndFigures = Callable[[Any, Tensor], tuple[Tensor, Figures]]
+"""(output, labels) -> loss of every row, (rows,), and figures of every row for the progress bar, each (rows,), NaN for
+a row that has none."""
+
+
+class Rows(Protocol):
+    """Tokenized rows: items for the collating function, and their lengths in tokens, (rows,)."""
+
+    lengths: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def make_accelerator(
+    config: AnyTrainingConfig, output_dir: str, *, unused_parameters: bool = False
+) -> Accelerator:
+    """An accelerator with the configured precision and tracker.
+
+    Args:
+        config: settings.
+        output_dir: where the tracker writes.
+        unused_parameters: whether steps leave parameters out, which several processes must be told.
+
+    Raises:
+        ImportError: the tracker is not installed.
+        ValueError: fp16 without a GPU.
+    """
+    if config.tracker == "tensorboard":
+        require_extra("tensorboard", "tensorboard")
+    elif config.tracker in ("wandb", "mlflow") and importlib.util.find_spec(config.tracker) is None:
+        raise ImportError(
+            f"tracker {config.tracker} is not installed. Install it with: pip install {config.tracker}"
+        )
+    # A run before this one in the same process may have had another precision, to which accelerate would hold this one.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available(),
+        mixed_precision=resolve_precision(config.mixed_precision),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=output_dir,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Optimisation` does its own
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE_OF_PROCESSES),
+            DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
+        ],
+    )
+
+
+def resolve_precision(mixed_precision: str) -> str:
+    """`no`, `bf16` or `fp16`: the given one, or for `auto` bf16 where the hardware computes in it, else `no`."""
+    if mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise SettingError("mixed_precision fp16 needs a GPU, and there is none. Use auto, bf16 or no.")
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    native = "AMX" in capabilities or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return "bf16" if native and has_fast_bfloat16() else "no"
+
+
+def parameter_groups(model: nn.Module, config: AnyTrainingConfig) -> list[dict[str, Any]]:
+    """Backbone and new parameters apart, each with and without weight decay; the policy is trained elsewhere."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "is_backbone": is_backbone,
+        }
+        for (is_backbone, decays), parameters in groups.items()
+    ]
+
+
+def schedule_factor(step: int, total_steps: int, config: AnyTrainingConfig) -> float:
+    """What the peak learning rates are multiplied by at a step: a linear rise, then a linear fall or a constant."""
+    rise = math.ceil(config.warmup_ratio * total_steps)
+    if step < rise:
+        return (step + 1) / rise
+    if config.schedule == "constant":
+        return 1.0
+    return max(0.0, (total_steps - step) / max(1, total_steps - rise))
+
+
+@dataclass
+class Optimisation:
+    """A model, its optimizer and its rows, and the number of steps taken so far.
+
+    Attributes:
+        model: as prepared by the accelerator; its `forward` is what is called.
+        total_steps: planned length of the whole run, which the learning rate follows.
+        step: optimizer steps taken.
+        row_weights: (rows,), what a row's loss weighs in the mean over a batch; None where all weigh the same.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    dataset: Rows
+    collate: Collate
+    config: AnyTrainingConfig
+    total_steps: int
+    step: int = 0
+    row_weights: Tensor | None = None
+    checkpoint: Callable[[], None] = lambda: None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.batches = LengthGroupedBatches(
+            self.dataset.lengths,
+            self.config.batch_size,
+            seed=self.config.seed,
+            group_by_length=self.config.group_by_length,
+        )
+
+    def run(
+        self,
+        until: int,
+        loss_of: LossAndFigures,
+        *,
+        phase: str,
+        learning_rate: float,
+        before_step: Callable[[], object] = lambda: None,
+        objective: Callable[..., Any] | None = None,
+    ) -> None:
+        """Take steps until `step` reaches `until`.
+
+        Args:
+            until: the step to stop at.
+            loss_of: gives every row's loss and figures from the model's output.
+            phase: name on the progress bar and in the tracker.
+            learning_rate: the backbone's peak in this phase.
+            before_step: called with the model in training mode, to put parts of it into another.
+            objective: handed to the model's `forward` with the labels, where losses are computed inside it.
+
+        Raises:
+            FloatingPointError: the loss is infinite or not a number.
+        """
+        self.figures.clear()
+        shown = self.accelerator.is_main_process
+        with show_progress(phase, until, unit="step", initial=self.step, shown=shown) as bar:
+            while self.step < until:
+                epoch, offset = divmod(self.step, len(self.batches))
+                self.batches.set_epoch(epoch, offset)
+                for rows in itertools.islice(self.batches, until - self.step):
+                    self._step(rows, loss_of, learning_rate, before_step, objective)
+                    bar.update(figures=self.figures)
+                    if self.config.tracker != "none":
+                        self.accelerator.log(
+                            {f"{phase}/{name}": v for name, v in self.figures.items()}, step=self.step
+                        )
+                    if self.step % self.config.checkpoint_every == 0 and self.step < until:
+                        self.checkpoint()
+
+    def _step(
+        self,
+        rows: Sequence[int],
+        loss_of: LossAndFigures,
+        learning_rate: float,
+        before_step: Callable[[], object],
+        objective: Callable[..., Any] | None,
+    ) -> None:
+        accelerator = self.accelerator
+        torch.manual_seed(step_seed(self.config.seed, self.step, accelerator.process_index))
+        factor = schedule_factor(self.step, self.total_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * (learning_rate if group["is_backbone"] else self.config.head_learning_rate)
+        self.model.train()
+        before_step()
+
+        share = math.ceil(len(rows) / accelerator.num_processes)
+        mine = list(rows[accelerator.process_index * share :][:share])
+        real = torch.tensor([1.0] * len(mine) + [0.0] * (share - len(mine)), device=accelerator.device)
+        # Equally many rows on every process; the extra ones weigh nothing.
+        mine += [rows[0]] * (share - len(mine))
+        if self.row_weights is not None:
+            mean = self.row_weights[list(rows)].mean().clamp_min(torch.finfo(torch.float32).tiny)
+            real *= (self.row_weights[mine] / mean).to(real.device)
+        parts = torch.arange(share).split(math.ceil(share / self.config.gradient_accumulation_steps))
+        totals: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            batch = self.collate([self.dataset[mine[index]] for index in part.tolist()])
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items() if name != "index"}
+            labels = batch.pop("labels")
+            last = number == len(parts) - 1  # only then are gradients exchanged between processes
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                inside = {} if objective is None else {"labels": labels, "objective": objective}
+                output = self.model(**batch, **inside)
+                losses, figures = loss_of(output, labels)
+                weights = real[part.to(real.device)]
+                # Processes average their gradients, hence the factor: the mean over the whole batch comes out.
+                loss = (losses * weights).sum() / len(rows) * accelerator.num_processes
+                accelerator.backward(loss)
+            for name, values in {**figures, "loss": losses.detach()}.items():
+                known = torch.ones_like(weights) if name == "loss" else (~values.isnan()).to(weights.dtype)
+                known_values = values if name == "loss" else values.nan_to_num()
+                sums = torch.stack([(known_values * weights).sum(), (known * weights).sum()])
+                totals[name] = totals[name] + sums if name in totals else sums
+        accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        reduced = cast(Tensor, accelerator.reduce(torch.stack([*totals.values()])))
+        for name, (total, weight) in zip(totals, reduced.tolist(), strict=True):
+            if weight == 0:
+                continue
+            value = float(total / weight)
+            self.figures[name] = 0.95 * self.figures.get(name, value) + 0.05 * value  # smoothed, for reading
+        scaled = accelerator.scaler is not None  # a scaler leaves out steps that overflow
+        if not scaled and not math.isfinite(self.figures.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"loss must be finite, got {self.figures['loss']} at step {self.step}. Lower learning_rate or "
+                "head_learning_rate, or take mixed_precision no."
+            )
+
+
+def step_seed(seed: int, step: int, process_index: int) -> int:
+    """Seed of one step on one process, well mixed."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1_009 + process_index)
+    return int(torch.randint(2**62, (1,), generator=generator))

@@ -1,0 +1,1 @@
+"""What training has of its own for rows and for tokens."""

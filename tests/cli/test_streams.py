@@ -1,0 +1,177 @@
+"""Standard output that nobody reads, streams that were closed from the start, and signals: real processes and pipes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consistentee.cli import main as cli
+from consistentee.cli.main import main
+from consistentee.cli.terminal import LastingStream, Stopped, outlasting_readers, stoppable
+from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
+from tiny_training import tiny_decoder
+
+COMMAND = [sys.executable, "-m", "consistentee"]
+SETTINGS = "--warmup-epochs 1 --rounds 0 --policy-input signals --policy-epochs 1 --policy-min-steps 1"
+SETTINGS += " --policy-folds 2 --layer-costs 0.02 --mixed-precision no"
+QUICK_TEXTS = "--rounds 0 --warmup-epochs 1 --mixed-precision no --prompt-template plain --max-length 32"
+QUICK_TEXTS += " --validation-fraction 0.4"
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Commands that train, without their output folders."""
+    root = tmp_path_factory.mktemp("streams")
+    rows = write_csv(root / "train.csv", tiny_dataset(60, seed=1))
+    evaluation = write_csv(root / "evaluation.csv", tiny_dataset(30, seed=2))
+    files = ["--train-file", str(rows), "--eval-file", str(evaluation)]
+    encoder, decoder = tiny_backbone(root / "encoder"), tiny_decoder(root / "decoder", layers=2)
+    texts = root / "texts.jsonl"
+    lines = [json.dumps({"instruction": f"say {n}", "output": f"{n} {n}"}) for n in range(20)]
+    texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    columns = ["--text-columns", "text", "--label-column", "label", "--backbone", str(encoder)]
+    prompts = ["--train-file", str(texts), "--eval-file", str(texts), "--response-column", "output"]
+    tiny_model(root / "model", encoder)
+    return {
+        "train": ["train", *files, *columns, *SETTINGS.split()],
+        "finetune texts": ["finetune", *prompts, "--backbone", str(decoder), *QUICK_TEXTS.split()],
+        "predict": ["predict", str(root / "model"), str(evaluation)],
+        "evaluate": ["evaluate", str(root / "model"), "--eval-file", str(evaluation), *columns[:4]],
+    }
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "training_record.json").read_text(encoding="utf-8"))
+
+
+# Readers that go away.
+
+
+@pytest.mark.parametrize("name", ["train", "finetune texts"])
+def test_training_outlasts_its_reader(name: str, arguments: dict[str, list[str]], tmp_path: Path) -> None:
+    command = [*COMMAND, *arguments[name], "--output-dir", str(tmp_path / "o")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "steps" in process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert errors == "consistentee: nobody reads standard output any more; the work goes on.\n"
+    assert record(tmp_path / "o")["evaluation"]["num_examples"] > 0
+    assert (tmp_path / "o" / "model.safetensors").is_file()
+
+
+def test_training_without_any_output(arguments: dict[str, list[str]], tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *COMMAND, *arguments["train"]]
+    done = subprocess.run([*command, "--output-dir", str(tmp_path / "o")], check=False)
+    assert done.returncode == 0
+    assert record(tmp_path / "o")["evaluation"]["num_examples"] == 30
+
+
+def test_answers_need_somewhere_to_go(arguments: dict[str, list[str]], tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *arguments["predict"]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "have nowhere to go. Give --output." in done.stderr
+
+
+def test_figures_are_written_although_nobody_reads_the_table(
+    arguments: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert main([*arguments["evaluate"], "--json", str(tmp_path / "e.json")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["num_examples"] == 30
+
+
+def test_another_broken_pipe_is_a_failure(
+    arguments: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError("of the hub")
+
+    monkeypatch.setattr("consistentee.training.classification.train", fail)
+    assert main([*arguments["train"], "--output-dir", "nowhere"]) == 1
+    assert "of the hub" in capsys.readouterr().err
+    assert {command.__name__ for command in cli.OUTLASTING} < {command.__name__ for command in cli.COMMANDS}
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(28, "No space left"), ValueError("closed file")]
+)
+def test_a_stream_that_fails_is_dropped_once(error: Exception) -> None:
+    class Failing(io.StringIO):
+        def write(self, text: str) -> int:
+            if text == "bad":
+                raise error
+            return super().write(text)
+
+    lost, stream = list[int](), Failing()
+    lasting = LastingStream(stream, on_loss=lambda: lost.append(1))
+    for text in ("good", "bad", "bad", "good"):
+        assert lasting.write(text) == len(text)
+    lasting.flush()
+    assert (stream.getvalue(), lost) == ("good", [1])
+    assert not lasting.isatty()
+    assert not LastingStream(None).isatty()
+    assert LastingStream(None).write("x") == 1
+
+
+def test_a_text_that_has_no_bytes_is_an_error() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with pytest.raises(UnicodeEncodeError):
+        LastingStream(stream).write("ä")
+
+
+def test_streams_are_as_before_afterwards() -> None:
+    before = sys.stdout, sys.stderr
+    with outlasting_readers():
+        assert (sys.stdout, sys.stderr) != before
+        sys.stdout.write("x")
+    assert (sys.stdout, sys.stderr) == before
+
+
+# Signals.
+
+
+def test_training_that_is_ended_says_how_it_goes_on(arguments: dict[str, list[str]], tmp_path: Path) -> None:
+    command = [*COMMAND, *arguments["train"], "--output-dir", str(tmp_path / "o")]
+    endless = [word if word != "1" else "500" for word in command]
+    with subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == "consistentee: Ended by SIGTERM. Continue with the same command and --resume.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_what_can_be_stopped(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped, stoppable():
+        os.kill(os.getpid(), number)
+    assert stopped.value.number == number
+    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

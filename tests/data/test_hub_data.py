@@ -1,0 +1,130 @@
+"""Data sets of the hub as files: by name, with configuration and split, as a downloaded folder, and what fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from consistentee.cli.main import main
+from consistentee.data.classification import load_files
+from consistentee.data.files import HubSource, hub_source, open_table, read_texts
+from consistentee.data.generation import load_generation_files, read_prompts
+from consistentee.errors import DataError
+
+ROWS = {"text": ["a", "b", "c"], "label": [0, 1, 0]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as the hub has it: a card, and a Parquet file for each split and configuration."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "y"])}
+    )
+    root = tmp_path / "user" / "name"
+    for split, rows in (("train", 3), ("test", 2)):
+        part = datasets.Dataset.from_dict(
+            {name: values[:rows] for name, values in ROWS.items()}, features=features
+        )
+        part.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("hf:user/name", HubSource("user/name")),
+        ("hf:user/name:test[:10]", HubSource("user/name", None, "test[:10]")),
+        ("hf:user/name/main:test", HubSource("user/name", "main", "test")),
+        ("hf:imdb", HubSource("imdb")),
+        ("user/name", HubSource("user/name")),
+        ("user/name.v2:train", HubSource("user/name.v2", None, "train")),
+        ("user/name.csv", None),
+        ("user/name.txt", None),
+        ("/user/name", None),
+        ("./name", None),
+        ("../name", None),
+        ("name", None),
+        ("a/b/c", None),
+    ],
+)
+def test_names(path: str, source: HubSource | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub_source(path) == hub_source(Path(path)) == source
+    (tmp_path / "user").mkdir()
+    if not path.startswith("hf:"):
+        assert hub_source(path) is None  # a folder is nearer
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_downloaded_folder(folder: Path, prefix: str) -> None:
+    train, evaluation = load_files(f"{prefix}{folder}", f"{prefix}{folder}", ["text"], "label")
+    assert train is not None
+    assert evaluation is not None
+    assert (train.texts, train.labels, train.label_names) == ([("a",), ("b",), ("c",)], [0, 1, 0], ("n", "y"))
+    assert evaluation.texts == [("a",), ("b",)]
+    assert str(folder) in train.source
+
+
+def test_splits(folder: Path) -> None:
+    assert len(list(open_table(f"hf:{folder}:test").rows)) == 2
+    assert len(list(open_table(f"hf:{folder}:train[:1]").rows)) == 1
+    assert list(read_texts(f"hf:{folder}")) == [("a",), ("b",)]
+    assert [row["prompt"] for row in read_prompts(f"hf:{folder}:train")] == ["a", "b", "c"]
+    (folder / "data" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r'It has only the splits "test"\. Name one of them: hf:.*name:SPLIT'):
+        open_table(folder)
+    with pytest.raises(DataError, match=r"It could not be loaded: Unknown split .* Give one of its files"):
+        open_table(f"hf:{folder}:dev")
+
+
+def test_a_name_is_asked_for_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(path: str, config: str | None, *, split: str | None) -> Any:
+        asked.append((path, config, split))
+        rows = datasets.Dataset.from_dict({"instruction": ["a", "b"], "output": ["c", "d"]})
+        return rows if split else datasets.DatasetDict({"train": rows, "validation": rows.select([0])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    train, evaluation = load_generation_files("hf:user/name/main", "user/name")
+    assert train is not None
+    assert evaluation is not None
+    assert (train.references, train.source) == (["c", "d"], "hf:user/name/main train")
+    assert (evaluation.references, evaluation.source) == (["c"], "user/name validation")
+    load_generation_files("hf:user/name:train[:2]", None)
+    assert asked == [("user/name", "main", None), ("user/name", None, None), ("user/name", None, "train[:2]")]
+
+
+@pytest.mark.parametrize("name", ["user/no-such-data", "hf:user/no-such-data"])
+def test_a_hub_that_cannot_be_asked(name: str) -> None:
+    message = r'"user/no-such-data" is no file or folder here, and the hub\'s data set could not be loaded: .+\. Check'
+    with pytest.raises(DataError, match=message):
+        open_table(name)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ConnectionError("no route"), "could not be loaded: no route. Check the name"),
+        (
+            ValueError("Config name is missing.\nPick one of a, b."),
+            "Config name is missing. Pick one of a, b. Check",
+        ),
+        (RuntimeError(), "could not be loaded: RuntimeError. Check"),
+    ],
+)
+def test_errors_of_the_hub_are_one_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    arguments = ["--train-file", "hf:user/name", "--text-columns", "text", "--label-column", "label"]
+    assert main(["train", "--output-dir", "out", "--backbone", "b", *arguments]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1

@@ -1,0 +1,128 @@
+"""The trade-off curve, its score and the choice of a threshold, on tables small enough to work by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from consistentee.functional.curves import (
+    BUDGETS,
+    CurvePoint,
+    budget_hits,
+    choose_threshold,
+    curve_score,
+    threshold_by_metric,
+    trade_off_curve,
+)
+from consistentee.functional.exits import CRITERIA, choose_exit_layer, confidence_scores, exit_scores
+from consistentee.functional.metrics import macro_f1
+
+
+def point(threshold: float, accuracy: float, mean_exit_layer: float) -> CurvePoint:
+    return CurvePoint(threshold, accuracy, mean_exit_layer, 12 / mean_exit_layer)
+
+
+def test_trade_off_curve_by_hand():
+    predictions = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]])
+    labels = torch.tensor([1, 1, 0])
+    layer_logits = torch.nn.functional.one_hot(predictions, 2).float()
+    scores = torch.tensor([[0.2, 0.6, 0.1], [0.9, 0.9, 0.9], [0.3, 0.4, 0.5]])
+    points = {p.threshold: p for p in trade_off_curve(scores, layer_logits, labels, "policy")}
+
+    assert points[0.0].accuracy == pytest.approx(2 / 3)  # all leave at once: wrong, right, right
+    assert (points[0.0].mean_exit_layer, points[0.0].layer_speedup) == (1.0, 3.0)
+    at_03 = next(p for t, p in points.items() if t == pytest.approx(0.3))
+    assert at_03.accuracy == pytest.approx(1.0)  # leave at 2, 1, 2: all right
+    assert at_03.mean_exit_layer == pytest.approx(5 / 3)
+    assert at_03.layer_speedup == pytest.approx(9 / 5)
+    assert points[1.0].accuracy == pytest.approx(2 / 3)  # all at the top: right, right, wrong
+    assert (points[1.0].mean_exit_layer, points[1.0].layer_speedup) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_trade_off_curve_agrees_with_a_loop(criterion: str):
+    layer_logits, labels, exit_probs = torch.randn(30, 4, 3), torch.randint(3, (30,)), torch.rand(30, 4)
+    scores = exit_scores(criterion, layer_logits, exit_probs)
+    points = trade_off_curve(scores, layer_logits, labels, criterion)
+    assert [p.mean_exit_layer for p in points] == sorted(p.mean_exit_layer for p in points)
+    for p in points:
+        layers = choose_exit_layer(scores, p.threshold).tolist()
+        right = [
+            int(layer_logits[row, layer - 1].argmax() == labels[row]) for row, layer in enumerate(layers)
+        ]
+        assert p.accuracy == pytest.approx(sum(right) / 30)
+        assert p.mean_exit_layer == pytest.approx(sum(layers) / 30)
+        assert p.layer_speedup == pytest.approx(4 / p.mean_exit_layer)
+
+
+def test_curve_score_takes_the_best_accuracy_at_each_speed_or_more():
+    points = [point(0.0, 0.6, 3.0), point(0.5, 0.8, 6.0), point(0.7, 0.7, 8.0), point(1.0, 0.9, 12.0)]
+    # speeds 4x, 2x, 1.5x, 1x; the point at 1.5x is beaten by the one at 2x
+    best = {1.25: 0.8, 1.5: 0.8, 2.0: 0.8, 2.5: 0.6, 3.0: 0.6, 4.0: 0.6}
+    assert set(best) == set(BUDGETS)
+    assert curve_score(points) == pytest.approx(sum(best.values()) / 6)
+
+
+def test_curve_score_counts_a_speed_never_reached_as_nothing():
+    assert curve_score([point(1.0, 0.9, 12.0)]) == 0
+    assert curve_score([]) == 0
+
+
+def test_choose_threshold_takes_the_fewest_layers_above_the_floor():
+    points = [point(0.9, 0.90, 10), point(0.3, 0.88, 4), point(0.1, 0.70, 2), point(0.6, 0.89, 7)]
+    assert choose_threshold(points, 0.885) == 0.6
+    assert choose_threshold(points, 0.88) == 0.3
+    assert choose_threshold(points, 0.0) == 0.1
+
+
+def test_choose_threshold_falls_back_to_the_best():
+    points = [point(0.1, 0.70, 2), point(0.6, 0.92, 7), point(1.0, 0.90, 12)]
+    assert choose_threshold(points, 0.95) == 0.6
+
+
+def test_choose_threshold_passes_over_a_lucky_bump():
+    accuracies = [0.70, 0.71, 0.72, 0.91, 0.74, 0.75, 0.76, *[0.90] * 33]
+    points = [point(i / 40, accuracy, 1 + i / 4) for i, accuracy in enumerate(accuracies)]
+    chosen = choose_threshold(points, 0.90)
+    assert chosen > 6 / 40
+    assert chosen < 20 / 40
+
+
+def test_choose_threshold_accepts_a_flat_curve_at_the_floor():
+    points = [point(i / 40, 0.9, 1 + i / 4) for i in range(40)]
+    assert choose_threshold(points, 0.9) == 0.0
+
+
+def test_budget_hits_add_up_to_the_score():
+    torch.manual_seed(0)
+    layer_logits, labels = torch.randn(60, 5, 3), torch.randint(3, (60,))
+    scores = confidence_scores(layer_logits)
+    points = trade_off_curve(scores, layer_logits, labels, "confidence")
+    hits = budget_hits(scores, layer_logits, labels, points)
+    assert hits.shape == (60,)
+    assert int(hits.min()) >= 0
+    assert int(hits.max()) <= len(BUDGETS)
+    assert float(hits.double().mean()) / len(BUDGETS) == pytest.approx(curve_score(points))
+
+
+def test_thresholds_by_another_metric_agree_with_a_loop():
+    torch.manual_seed(3)
+    layer_logits, labels = torch.randn(200, 6, 3), torch.randint(3, (200,))
+    layer_logits[:, -1, :].scatter_add_(1, labels[:, None], torch.full((200, 1), 2.0))
+    scores = confidence_scores(layer_logits)
+    points = trade_off_curve(scores, layer_logits, labels, "confidence")
+    predictions = layer_logits.argmax(-1)
+
+    def by(metric: str, max_loss: float) -> float:
+        return threshold_by_metric(points, scores, layer_logits, labels, metric=metric, max_loss=max_loss)
+
+    qualities = []
+    for p in points:
+        layers = choose_exit_layer(scores, p.threshold).tolist()
+        at_exit = [int(predictions[row, layer - 1]) for row, layer in enumerate(layers)]
+        qualities.append(macro_f1(at_exit, labels))
+    full = macro_f1(predictions[:, -1], labels)
+    for loss in (0.0, 0.05, 0.2):
+        assert by("macro_f1", loss) == choose_threshold(points, full - loss, qualities)
+    top = float((predictions[:, -1] == labels).float().mean())
+    assert by("accuracy", 0.05) == choose_threshold(points, top - 0.05)

@@ -1,0 +1,114 @@
+"""Decisions carried from layer to layer equal those that see all layers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from consistentee.functional.exits import CRITERIA, exit_scores
+from consistentee.heads.classifiers import exit_readings
+from consistentee.inference.encoder.incremental_scores import ExitDecisions, RowFigures, gelu
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, ensemble_layers
+from tiny import tiny_backbone, unsettle
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_backbone(tmp_path_factory.mktemp("decisions"), layers=LAYERS)
+
+
+def build(backbone: Path, classes: int, **values: object) -> EarlyExitForSequenceClassification:
+    model = EarlyExitForSequenceClassification.from_backbone(backbone, num_labels=classes, **values).eval()
+    unsettle(model)
+    with torch.no_grad():
+        model.policy.exit_bias.normal_()
+        if model.policy.needs_signals:
+            model.policy.confidence_weight.fill_(0.3)
+            model.policy.signal_output.bias.fill_(0.2)
+    return model
+
+
+def readings(
+    model: EarlyExitForSequenceClassification, layer: int, pooled: torch.Tensor, logits: torch.Tensor
+) -> NDArray[np.float32]:
+    """Given logits in place of the classifier's own, beside what the policy reads."""
+    weight, bias = exit_readings(model.classifiers, model.policy, layer)
+    found = torch.nn.functional.linear(pooled, weight, bias)
+    found[:, : logits.shape[1]] = logits
+    return found.numpy()
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "criterion,policy_input",
+    [
+        *(("policy", policy_input) for policy_input in ("state", "signals", "state+signals")),
+        *((criterion, "signals") for criterion in CRITERIA if criterion != "policy"),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 6, 50])
+@torch.no_grad()
+def test_step_by_step_as_all_at_once(
+    backbone: Path, classes: int, decay: float, criterion: str, policy_input: str, rows: int
+) -> None:
+    model = build(backbone, classes, ensemble_decay=decay, policy_input=policy_input)
+    pooled = torch.randn(rows, LAYERS, 32)
+    logits = 3 * torch.randn(rows, LAYERS, classes)
+    logits[0, 2:] = logits[0, 1] * 8  # a run of one class, sure to the last digit of float32
+    layer_logits = ensemble_layers(logits, decay)
+    exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
+    wanted = exit_scores(criterion, layer_logits, exit_probs)
+    decisions = ExitDecisions(model, criterion)
+    figures = decisions.begin(rows, classes)
+    for layer in range(LAYERS):
+        found = decisions.step(figures, readings(model, layer, pooled[:, layer], logits[:, layer]))
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted[:, layer].numpy(), rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(figures.prediction_logits, layer_logits[:, layer].numpy(), atol=1e-5)
+    assert figures.layers == LAYERS
+
+
+@torch.no_grad()
+def test_rows_that_leave_and_rows_that_join_take_their_figures_along(backbone: Path) -> None:
+    model = build(backbone, 3, policy_input="state+signals")
+    pooled, logits = torch.randn(7, LAYERS, 32), 2 * torch.randn(7, LAYERS, 3)
+    wanted = model.exit_logits(pooled, ensemble_layers(logits, 0.5)).sigmoid().numpy()
+    decisions = ExitDecisions(model, "policy")
+
+    def pass_layers(rows: list[int], first: int, last: int, figures: RowFigures) -> None:
+        for layer in range(first, last):
+            found = decisions.step(figures, readings(model, layer, pooled[rows, layer], logits[rows, layer]))
+            np.testing.assert_allclose(found, wanted[rows, layer], rtol=1e-4, atol=2e-5)
+
+    one, other = decisions.begin(4, 3), decisions.begin(3, 3)
+    pass_layers([0, 1, 2, 3], 0, 2, one)
+    pass_layers([4, 5, 6], 0, 2, other)
+    joined = RowFigures.merge([one.select([1, 3]), other.select([2])])
+    assert joined.layers == 2
+    pass_layers([1, 3, 6], 2, LAYERS, joined)
+    alone = one.select([0])
+    pass_layers([0], 2, LAYERS, alone)
+
+
+def test_extreme_logits_give_finite_scores(backbone: Path) -> None:
+    model = build(backbone, 2, policy_input="signals")
+    for rows in (1, 3):
+        decisions = ExitDecisions(model, "policy")
+        figures = decisions.begin(rows, 2)
+        for value in (1e4, -1e4, 0.0):
+            logits = torch.tensor([[value, -value]]).repeat(rows, 1)
+            assert np.isfinite(decisions.step(figures, logits.numpy())).all()
+
+
+def test_gelu_is_torchs() -> None:
+    values = torch.linspace(-12, 12, 4801)
+    found = gelu(values.numpy())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, torch.nn.functional.gelu(values.double()).numpy(), atol=1e-6, rtol=1e-5)

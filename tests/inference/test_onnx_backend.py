@@ -1,0 +1,190 @@
+"""ONNX Runtime runs the same layers and classifiers as the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+
+from test_packed_layers import LAYERS, LENGTHS, alone, build, token_rows
+
+from consistentee.evaluation.precision import candidates
+from consistentee.inference.encoder import onnx_backend, onnx_sessions
+from consistentee.inference.encoder.onnx_backend import BoundOnnxBackend, OnnxBackend
+from consistentee.inference.encoder.onnx_sessions import full_model_session
+from consistentee.inference.encoder.packed_layers import LAYER_PARTS
+from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.inference.encoder.torch_backend import PackedBackend
+from consistentee.models.loaded_classifier import open_model
+from consistentee.pipelines.classifier import Engine
+from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model
+
+CASES = [(model_type, {}, {}) for model_type in LAYER_PARTS]
+CASES += [
+    ("albert", {"num_hidden_groups": 2, "inner_group_num": 2}, {}),
+    ("bert", {"hidden_act": "relu"}, {}),
+    ("bert", {"hidden_act": "gelu_new"}, {}),
+    ("bert", {}, {"head": "shared_pooler", "pooling": "cls"}),
+    ("mpnet", {}, {"head": "shared_pooler", "pooling": "mean"}),
+]
+
+
+BACKENDS = pytest.mark.parametrize("kind", [OnnxBackend, BoundOnnxBackend])
+
+
+def states_of(batch: Any, row: int, length: int) -> torch.Tensor:
+    return torch.as_tensor(batch.hidden_states[row, :length])
+
+
+@BACKENDS
+@pytest.mark.parametrize("model_type,config,values", CASES)
+@torch.no_grad()
+def test_layers_and_classifiers(
+    tmp_path: Path, kind: Any, model_type: str, config: dict[str, Any], values: dict[str, Any]
+) -> None:
+    model = build(tmp_path, model_type, config, **values)
+    rows = token_rows(model)
+    wanted = [alone(model, row) for row in rows]
+    backend, torchs = kind(model), PackedBackend(model, "float32")
+    batch, other = backend.start(rows), torchs.start(rows)
+    for layer in range(LAYERS):
+        before = batch
+        batch, other = backend.run_layer(layer, batch), torchs.run_layer(layer, other)
+        for row, states in enumerate(wanted):
+            found = states_of(batch, row, LENGTHS[row])
+            torch.testing.assert_close(found, states[layer], atol=1e-4, rtol=1e-4)
+        right = torchs.classify(layer, other)
+        torch.testing.assert_close(backend.classify(layer, batch), right, atol=2e-4, rtol=1e-3)
+        passed, readings = backend.pass_layer(layer, before)
+        torch.testing.assert_close(readings, right, atol=2e-4, rtol=1e-3)
+        for row, length in enumerate(LENGTHS):
+            one, same = states_of(passed, row, length), states_of(batch, row, length)
+            torch.testing.assert_close(one, same, atol=1e-5, rtol=1e-5)
+    whole = backend.run_all_layers(backend.start(rows))
+    for row, length in enumerate(LENGTHS):
+        one, same = states_of(whole, row, length), states_of(batch, row, length)
+        torch.testing.assert_close(one, same, atol=1e-4, rtol=1e-4)
+
+
+@BACKENDS
+@torch.no_grad()
+def test_rows_leave_join_and_shed_padding(tmp_path: Path, kind: Any) -> None:
+    model = build(tmp_path, "mpnet")
+    rows = token_rows(model)
+    backend = kind(model)
+    one, other = backend.run_layer(0, backend.start(rows[:4])), backend.run_layer(0, backend.start(rows[4:]))
+    kept = backend.select(one, [0, 1, 2])
+    assert kept.hidden_states.shape[1] == 9
+    assert backend.computed_tokens(kept) == 27
+    assert not backend.can_merge(kept, other)
+    joined = backend.run_layer(1, backend.merge([kept, other]))
+    for position, row in enumerate((0, 1, 2, 4, 5)):
+        found = states_of(joined, position, LENGTHS[row])
+        torch.testing.assert_close(found, alone(model, rows[row])[1], atol=1e-4, rtol=1e-4)
+
+
+@BACKENDS
+def test_one_segment_only_where_it_fits(tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tmp_path, "bert")
+    rows = token_rows(model)
+    with torch.no_grad():
+        whole = kind(model)
+        wanted = whole.run_all_layers(whole.start(rows)).hidden_states
+        assert whole._sessions.whole() is not None
+        monkeypatch.setattr(onnx_sessions, "MAX_SEGMENT_BYTES", 1)
+        parts = kind(model)
+        found = parts.run_all_layers(parts.start(rows)).hidden_states
+        assert parts._sessions.whole() is None
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted), atol=1e-4, rtol=1e-4)
+
+
+def test_engine_on_it(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone")
+    folder = tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0)
+    texts = [text for (text,) in tiny_dataset(40, seed=5).texts]
+    engine = Engine.from_pretrained(folder, device="cpu", backend="onnxruntime")
+    assert (engine.backend.name, engine.backend.dtype) == ("onnxruntime", "float32")
+    reference = Engine.from_pretrained(folder, device="cpu")
+    for criterion, threshold in (("confidence", 1.0), ("patience", 1.5)):
+        for batch_size in (None, 1, 7):
+            options: Any = {"batch_size": batch_size, "criterion": criterion, "threshold": threshold}
+            found, wanted = engine.predict(texts, **options), reference.predict(texts, **options)
+            assert [(p.label, p.exit_layer) for p in found] == [(p.label, p.exit_layer) for p in wanted]
+            assert [p.score for p in found] == pytest.approx([p.score for p in wanted], abs=1e-4)
+    plain = tiny_full_depth_model(tmp_path / "plain", backbone)
+    one, other = (
+        Engine.from_pretrained(plain, device="cpu", backend=name) for name in ("torch", "onnxruntime")
+    )
+    assert [p.label for p in one.predict(texts)] == [p.label for p in other.predict(texts)]
+    assert ("onnxruntime", "float32") in candidates(engine.saved.model, "auto", "auto")
+    assert candidates(engine.saved.model, "float32", "onnxruntime") == (("onnxruntime", "float32"),)
+    assert engine.run([], batch_size=1, rule=ExitRule.full_depth()).labels == []
+
+
+def test_what_it_does_not_run(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r'backend "onnxruntime" runs bert, .* in bfloat16 on cpu. Take backend'
+    ):
+        onnx_backend.onnx_backend(build(tmp_path / "bert", "bert"), "bfloat16")
+    with pytest.raises(ValueError, match='got a model of type "modernbert"'):
+        onnx_backend.onnx_backend(build(tmp_path / "modernbert", "modernbert"), "float32")
+    with pytest.raises(ValueError, match="knows the activations gelu, gelu_new and relu, got SiLU"):
+        OnnxBackend(build(tmp_path / "silu", "bert", {"hidden_act": "silu"}))
+
+
+def test_a_gpu_needs_an_onnxruntime_that_knows_it() -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in runtime.get_available_providers():
+        pytest.skip("this onnxruntime has it")
+    with pytest.raises(ValueError, match=r"needs the CUDA provider .* Install onnxruntime-gpu"):
+        onnx_sessions.make_session(b"", torch.device("cuda", 0))
+
+
+def test_a_plain_model_has_one_classifier(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone")
+    plain: Any = open_model(tiny_full_depth_model(tmp_path / "plain", backbone), "cpu").model
+    rows = token_rows(plain)
+    for kind in (OnnxBackend, BoundOnnxBackend):
+        backend = kind(plain)
+        batch = backend.run_all_layers(backend.start(rows))
+        assert backend.classify(plain.num_layers - 1, batch).shape == (len(rows), plain.config.num_classes)
+        with pytest.raises(ValueError, match="Layer 0 has no classifier"):
+            backend.classify(0, batch)
+
+
+@torch.no_grad()
+def test_engine_on_bound_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"), initial_exit_bias=0.0)
+    texts = [text for (text,) in tiny_dataset(40, seed=6).texts]
+    wanted = Engine.from_pretrained(folder, device="cpu").predict(
+        texts, threshold=0.9, criterion="confidence"
+    )
+    monkeypatch.setattr(onnx_backend, "OnnxBackend", BoundOnnxBackend)
+    engine = Engine.from_pretrained(folder, device="cpu", backend="onnxruntime")
+    assert isinstance(engine.backend, BoundOnnxBackend)
+    for batch_size in (None, 1, 7):
+        found = engine.predict(texts, batch_size=batch_size, threshold=0.9, criterion="confidence")
+        assert [(p.label, p.exit_layer) for p in found] == [(p.label, p.exit_layer) for p in wanted]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+@torch.no_grad()
+def test_the_rival_is_the_same_model(tmp_path: Path, model_type: str) -> None:
+    model = build(tmp_path, model_type)
+    session = full_model_session(model)
+    names = [given.name for given in session.get_inputs()]
+    assert names[:2] == ["input_ids", "attention_mask"]
+    for rows, width in ((1, 7), (5, 21)):
+        ids = torch.randint(4, 60, (rows, width))
+        values = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
+        wanted = model(**{name: values[name] for name in names}, all_layers=True).classifier_logits[:, -1]
+        found = session.run(None, {name: values[name].numpy() for name in names})[0]
+        torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-3)

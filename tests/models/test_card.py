@@ -1,0 +1,114 @@
+"""The model card of every kind of record, complete and not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from consistentee.evaluation.classification import evaluate_layers
+from consistentee.models.card import model_card, write_model_card
+
+RECORD: dict[str, Any] = {
+    "kind": "early_exit",
+    "task": "sst2",
+    "backbone": "somebody/an-encoder",
+    "data": {"train_rows": 9000, "validation_rows": 1000},
+    "environment": {"consistentee": "0.1.0", "torch": "2.13.0", "device": "x86_64"},
+    "thresholds": {"policy": 0.6, "patience": 2.5},
+}
+
+
+def evaluation() -> dict[str, Any]:
+    labels = torch.tensor([0, 1, 1, 0])
+    logits = torch.zeros(4, 3, 2)
+    logits[torch.arange(4), :, labels] = 1.0
+    probs = torch.tensor([[0.9, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.9, 0.0], [0.9, 0.0, 0.0]])
+    return evaluate_layers(
+        logits, probs, labels, metrics=("accuracy", "f1"), reference_predictions=labels
+    ).summary()
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_front_matter() -> None:
+    front = front_matter(model_card(RECORD))
+    assert front["library_name"] == "consistentee"
+    assert front["pipeline_tag"] == "text-classification"
+    assert front["base_model"] == "somebody/an-encoder"
+    assert "license" not in front
+
+
+@pytest.mark.parametrize("backbone", ["/home/me/models/an-encoder", "../models/an-encoder", "~/an-encoder"])
+def test_places_on_a_disk_are_not_published(backbone: str) -> None:
+    card = model_card({**RECORD, "backbone": backbone})
+    assert "base_model" not in front_matter(card)
+    assert "`an-encoder`" in card
+    assert backbone not in card
+
+
+def test_figures_of_an_evaluation() -> None:
+    card = model_card({**RECORD, "evaluation": evaluation()})
+    assert "Measured on 4 rows that training has not seen." in card
+    assert "| mean exit layer | 1.75 of 3 |" in card
+    assert "| difference, paired | +0.0 points (standard error 0.0) |" in card
+    assert "| 1 | 2 | 100.0 % | 100.0 % |" in card
+    assert "policy 0.6, patience 2.5" in card
+    assert "threshold=0.9" in card  # another than the saved one
+
+
+def test_without_an_evaluation_validation_figures_are_called_so() -> None:
+    validation = {"num_examples": 1000, "accuracy": 0.9, "full_depth_accuracy": 0.91, "layer_speedup": 2.0}
+    card = model_card({**RECORD, "validation": validation})
+    assert "Not evaluated on unseen rows yet" in card
+    assert "On the 1,000 validation rows, which chose threshold and stopping:" in card
+    assert "| layer speed-up | 2.00x |" in card
+
+
+def test_plain_model() -> None:
+    figures = {"num_examples": 872, "accuracy": 0.925, "metrics": {"matthews": 0.85}}
+    card = model_card({"kind": "full_depth", "backbone": "an-encoder", "evaluation": figures})
+    assert "# Plain classifier\n" in card
+    assert "| accuracy | 92.5 % |" in card
+    assert "| matthews | 0.850 |" in card
+    assert "threshold" not in card
+
+
+KINDS_OF_OURS = ["early_exit", "full_depth", "early_exit_generation"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OURS)
+def test_the_first_lines_say_what_to_install_and_to_import(kind: str) -> None:
+    _, _, body = model_card({**RECORD, "kind": kind}).split("---\n", 2)
+    first = body.split("\n\n")[1:3]
+    assert "package `consistentee`" in first[0]
+    assert "`pip install .`" in first[0]
+    assert first[1] == "```python\nimport consistentee\n```"
+
+
+def test_a_model_of_transformers_needs_nothing_else() -> None:
+    card = model_card({"kind": "full_depth_generation", "backbone": "a-decoder"})
+    assert "import consistentee" not in card
+
+
+@pytest.mark.parametrize("imports, code", [("", 1), ("import consistentee; ", 0)])
+def test_the_import_is_what_makes_the_folder_known(tmp_path: Path, imports: str, code: int) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "consistentee"}', encoding="utf-8")
+    script = f"{imports}from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("does not recognize this architecture" in done.stderr) == bool(code)
+
+
+def test_empty_record(tmp_path: Path) -> None:
+    path = write_model_card(tmp_path, {})
+    assert path == tmp_path / "README.md"
+    assert "Not evaluated" in path.read_text(encoding="utf-8")

@@ -1,0 +1,145 @@
+"""Predictions: the oracle's, in the order of the input, lazily, and with complaints that say which text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, pipeline
+
+from consistentee.errors import DataError
+from consistentee.pipelines.classifier import Engine, Prediction
+from tiny import (
+    LABEL_NAMES,
+    save,
+    tiny_backbone,
+    tiny_dataset,
+    tiny_full_depth_model,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+TEXTS = [text for (text,) in tiny_dataset(40, seed=5).texts]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("prediction")
+    backbone = tiny_backbone(root / "backbone")
+    torch.manual_seed(2)
+    tiny_full_depth_model(root / "plain", backbone)
+    return tiny_model(root / "model", backbone, initial_exit_bias=0.0)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return Engine.from_pretrained(folder, device="cpu")
+
+
+def oracle(engine: Engine, text: str, threshold: float) -> Prediction:
+    """Run all layers for one text, then choose."""
+    with torch.no_grad():
+        output = engine.saved.model(
+            **engine.saved.tokenizer(text, return_tensors="pt"), all_layers=True, threshold=threshold
+        )
+    score, label = output.logits.softmax(-1).max(-1)
+    return Prediction(LABEL_NAMES[int(label)], float(score), int(output.exit_layer))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 200])
+def test_agrees_with_the_oracle_in_the_order_of_the_input(engine: Engine, batch_size: int) -> None:
+    with torch.no_grad():
+        inputs = engine.saved.tokenizer(TEXTS, return_tensors="pt", padding=True)
+        first = engine.saved.model(**inputs, all_layers=True).exit_probs[:, 0].sort().values
+    threshold = float(
+        first[len(TEXTS) // 2 - 1 : len(TEXTS) // 2 + 1].mean()
+    )  # half of them leave at layer 1
+    predictions = engine.predict(TEXTS, threshold=threshold, batch_size=batch_size)
+    assert len({prediction.exit_layer for prediction in predictions}) > 1
+    for text, prediction in zip(TEXTS, predictions, strict=True):
+        wanted = oracle(engine, text, threshold)
+        assert (prediction.label, prediction.exit_layer) == (wanted.label, wanted.exit_layer)
+        assert prediction.score == pytest.approx(wanted.score, abs=1e-5)
+
+
+def test_threshold_turns_depth(engine: Engine) -> None:
+    assert {p.exit_layer for p in engine.predict(TEXTS[:5], threshold=0.0)} == {1}
+    assert {p.exit_layer for p in engine.predict(TEXTS[:5], threshold=1.0)} == {3}
+    assert {p.exit_layer for p in engine.predict(TEXTS[:5], threshold=9, criterion="patience")} == {3}
+
+
+def test_streams_without_an_end(engine: Engine) -> None:
+    read = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal read
+        for text in itertools.cycle(TEXTS):
+            read += 1
+            yield text
+
+    found = list(itertools.islice(engine.stream(endless(), batch_size=4), 10))
+    assert [p.exit_layer for p in found] == [p.exit_layer for p in engine.predict(TEXTS[:10])]
+    assert read == 12  # windows of 4 and 8
+
+
+def test_windows_grow_and_keep_texts_beside_predictions(engine: Engine) -> None:
+    windows = list(engine.windows(TEXTS[:20], batch_size=4))
+    assert [len(texts) for texts, _ in windows] == [4, 8, 8]
+    assert [text for texts, _ in windows for (text,) in texts] == TEXTS[:20]
+
+
+def test_no_texts_give_no_predictions(engine: Engine) -> None:
+    assert engine.predict([]) == []
+
+
+def test_pairs(engine: Engine) -> None:
+    one, other = engine.predict([("a film", "good"), ("good film and it was dull", "bad")])
+    assert one.label in LABEL_NAMES
+    assert 0.5 <= other.score <= 1
+
+
+def test_complaints_say_which_text(engine: Engine) -> None:
+    with pytest.raises(ValueError, match=r"Text 3 is empty. Leave it out"):
+        engine.predict(["good", "bad", " \n"])
+    with pytest.raises(ValueError, match="Text 2 must be a string or a pair of strings, got 7"):
+        engine.predict(["good", 7])
+    half = r"Text 2: Character 5 is half a surrogate pair \('\\ud83d'\), which is no character. Decode its source"
+    for row in ("bad \ud83d", ("good", "bad \ud83d"), ("bad \ud83d\ud83d", "good")):
+        with pytest.raises(DataError, match=half):
+            engine.predict([("good", "é 😀") if isinstance(row, tuple) else "é 😀", row])
+    with pytest.raises(ValueError, match="texts must be a list of texts, got one text"):
+        engine.predict("good")
+
+
+def test_options_are_checked_before_anything_is_read(engine: Engine) -> None:
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\] for policy, got 2"):
+        engine.stream(["good"], threshold=2)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        engine.stream(["good"], batch_size=0)
+    with pytest.raises(ValueError, match='no threshold for criterion "entropy"'):
+        engine.stream(["good"], criterion="entropy")
+
+
+def test_plain_model_runs_all_its_layers(folder: Path) -> None:
+    plain = Engine.from_pretrained(folder.parent / "plain", device="cpu")
+    assert {prediction.exit_layer for prediction in plain.predict(TEXTS[:3])} == {3}
+    with pytest.raises(ValueError, match="has no exits: threshold and criterion must not be given"):
+        plain.predict(["good"], threshold=0.5)
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    save(BertForSequenceClassification(config), tiny_tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match="was not saved by this library"):
+        Engine.from_pretrained(tmp_path)
+
+
+def test_pipeline_gives_the_same_labels(folder: Path, engine: Engine) -> None:
+    classify = pipeline("text-classification", model=str(folder), device="cpu")
+    found = [row["label"] for row in classify(TEXTS[:8])]
+    assert found == [prediction.label for prediction in engine.predict(TEXTS[:8])]

@@ -1,0 +1,312 @@
+"""Texts from prompts: order, batches, pieces that are the text, exit layers, streams; and folders that open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import consistentee
+from consistentee.data.templates import ALPACA, PLAIN
+from consistentee.errors import DataError
+from consistentee.models.causal_lm import EarlyExitForCausalLM
+from consistentee.models.loaded_classifier import open_model
+from consistentee.models.loaded_generator import SavedGenerator, is_generation_folder, open_generator
+from consistentee.pipelines.generator import DecodingOptions, PieceDecoder, TextGenerator, decode_pieces
+from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
+from tiny import tiny_backbone, tiny_model
+from tiny_decoders import single_thread
+from tiny_tokenizers import byte_tokenizer
+
+PROMPTS = list(zip(tiny_rows(11).instructions, tiny_rows(11).inputs, strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("generators")
+    return {"exits": generator_folder(root / "exits"), "plain": plain_folder(root / "plain")}
+
+
+@pytest.fixture(scope="module")
+def saved(folders: dict[str, Path]) -> SavedGenerator:
+    return open_generator(folders["exits"], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def generator(saved: SavedGenerator) -> TextGenerator:
+    return TextGenerator(saved)
+
+
+class TestPieces:
+    def test_of_characters_that_take_several_tokens(self) -> None:
+        tokenizer = byte_tokenizer()
+        for text in ("très bien", "日本語 ok", "a😀b", "x�y", ""):
+            token_ids = tokenizer(text)["input_ids"]
+            pieces = decode_pieces(tokenizer, token_ids)
+            assert len(pieces) == len(token_ids)
+            assert "".join(pieces) == text
+
+    def test_belong_to_the_token_that_completes_them(self) -> None:
+        tokenizer = byte_tokenizer()
+        assert decode_pieces(tokenizer, tokenizer("é!")["input_ids"]) == ["", "é", "!"]
+
+    def test_of_bytes_that_are_no_text(self) -> None:
+        tokenizer = byte_tokenizer()
+        torch.manual_seed(5)
+        for _ in range(50):
+            token_ids = torch.randint(2, 258, (20,)).tolist()
+            assert "".join(decode_pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+
+    def test_special_tokens_have_none(self) -> None:
+        tokenizer = byte_tokenizer()
+        inside = tokenizer("hi")["input_ids"]
+        assert decode_pieces(tokenizer, [0, *inside, 1]) == ["", "h", "i", ""]
+
+    def test_what_is_left_over_comes_at_the_end(self) -> None:
+        tokenizer = byte_tokenizer()
+        decoder = PieceDecoder(tokenizer)
+        first, _ = tokenizer("é")["input_ids"]
+        assert decoder.put(first) == ""
+        assert decoder.end() == "�"
+        assert decoder.end() == ""
+
+
+class TestGenerateTexts:
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
+    def test_in_input_order_and_the_same_at_every_batch_size(
+        self, generator: TextGenerator, saved: SavedGenerator, batch_size: int
+    ) -> None:
+        texts = list(generator.generate_texts(PROMPTS, batch_size=batch_size, max_new_tokens=9))
+        assert [(text.prompt, text.input) for text in texts] == PROMPTS
+        for (instruction, context), text in zip(PROMPTS, texts, strict=True):
+            input_ids = torch.tensor([saved.tokenizer(TEMPLATE.render(instruction, context))["input_ids"]])
+            expected = saved.early_exit_model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=9,
+                return_dict_in_generate=True,
+            )
+            assert text.token_ids == expected.sequences[0, input_ids.shape[1] :].tolist()
+            assert text.exit_layers == expected.exit_layers[0].tolist()
+            assert text.text == saved.tokenizer.decode(text.token_ids, skip_special_tokens=True)
+        assert len({layer for text in texts for layer in text.exit_layers}) > 1
+
+    def test_the_end_of_text_counts_as_a_token_and_has_no_piece(
+        self, saved: SavedGenerator, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (text,) = generator.generate_texts([("go", "")], max_new_tokens=9)
+        end = text.token_ids[3]
+        assert end not in text.token_ids[:3]
+        monkeypatch.setattr(saved.model.generation_config, "eos_token_id", [end])
+        (ended, other) = generator.generate_texts([("go", ""), PROMPTS[4]], batch_size=2, max_new_tokens=9)
+        assert ended.token_ids == text.token_ids[:4]
+        assert ended.exit_layers == text.exit_layers[:4]
+        assert ended.mean_exit_layer == sum(text.exit_layers[:4]) / 4
+        assert len(ended.pieces) == 4
+        assert len(other.token_ids) == len(other.exit_layers)
+
+    def test_a_stream_is_not_read_ahead_for_ever(self, generator: TextGenerator) -> None:
+        read = 0
+
+        def endless() -> Iterator[tuple[str, str]]:
+            nonlocal read
+            while True:
+                read += 1
+                yield f"prompt {read}", ""
+
+        texts = generator.generate_texts(endless(), batch_size=2, max_new_tokens=2)
+        assert read == 0
+        assert next(texts).prompt == "prompt 1"
+        assert read == 2
+        assert [next(texts).prompt for _ in range(40)] == [f"prompt {row}" for row in range(2, 42)]
+        assert read <= 41 + 16
+
+    def test_full_and_lossless_modes_write_the_same(self, generator: TextGenerator) -> None:
+        full = list(generator.generate_texts(PROMPTS[:3], mode="full", max_new_tokens=8))
+        lossless = list(generator.generate_texts(PROMPTS[:3], mode="lossless", max_new_tokens=8))
+        assert [text.token_ids for text in full] == [text.token_ids for text in lossless]
+        assert {layer for text in full for layer in text.exit_layers} == {4}
+
+    def test_a_seed_repeats_what_is_drawn(self, generator: TextGenerator) -> None:
+        draw = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": 8}
+        once, twice, other = (
+            [text.token_ids for text in generator.generate_texts(PROMPTS[:2], seed=seed, **draw)]
+            for seed in (1, 1, 2)
+        )
+        assert once == twice
+        assert once != other
+
+    @pytest.mark.parametrize("kind", ["exits", "plain"])
+    def test_nothing_but_the_options_decides(self, folders: dict[str, Path], kind: str) -> None:
+        values: dict[str, Any] = {"max_new_tokens": 12} | ({} if kind == "plain" else {"mode": "full"})
+        saved = open_generator(folders[kind], device="cpu")
+        generator = TextGenerator(saved, template=TEMPLATE)
+        greedy = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], **values)]
+        torch.manual_seed(7)
+        drawn = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], do_sample=True, **values)]
+        config: Any = saved.model.generation_config
+        config.repetition_penalty = 3.0
+        config.no_repeat_ngram_size = 1
+        config.suppress_tokens = sorted({token for row in greedy + drawn for token in row})
+        config.min_length, config.top_k, config.temperature, config.min_p = 60, 2, 0.1, 0.5
+        assert [text.token_ids for text in generator.generate_texts(PROMPTS[:4], **values)] == greedy
+        torch.manual_seed(7)
+        again = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], do_sample=True, **values)]
+        assert again == drawn
+
+    def test_draws_are_from_all_tokens_or_as_many_as_asked_for(self, generator: TextGenerator) -> None:
+        (prompt,) = generator.encode([("go", "")])
+        model: Any = generator.saved.model
+        ranks = model(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).argsort()
+        drawn: dict[int | None, set[int]] = {}
+        for top_k in (None, 5):
+            options = DecodingOptions(
+                mode="full", max_new_tokens=1, do_sample=True, temperature=20.0, top_k=top_k, seed=0
+            )
+            texts = generator.generate_encoded([prompt] * 200, batch_size=50, options=options)
+            drawn[top_k] = {int(ranks[text.token_ids[0]]) for text in texts}
+        assert max(drawn[None]) > 200  # of 258: Hugging Face's default would end at 50
+        assert drawn[5] == {0, 1, 2, 3, 4}
+
+    def test_a_model_without_exits(self, folders: dict[str, Path]) -> None:
+        plain = open_generator(folders["plain"], device="cpu")
+        exits = open_generator(folders["exits"], device="cpu")
+        texts = list(TextGenerator(plain, template=TEMPLATE).generate_texts(PROMPTS[:4], max_new_tokens=5))
+        full = list(TextGenerator(exits).generate_texts(PROMPTS[:4], mode="full", max_new_tokens=5))
+        assert [text.token_ids for text in texts] == [text.token_ids for text in full]
+        assert [text.exit_layers for text in texts] == [text.exit_layers for text in full]
+        with pytest.raises(ValueError, match=r"threshold goes with exits, which model .* does not have"):
+            TextGenerator(plain).generate_texts(PROMPTS, threshold=0.5)
+
+    def test_an_empty_prompt_is_named_by_its_number(self, saved: SavedGenerator) -> None:
+        generator = TextGenerator(saved, template=PLAIN)
+        saved_beginning = open_generator(saved.name, device="cpu")
+        saved_beginning.tokenizer._tokenizer.post_processor = byte_tokenizer()._tokenizer.post_processor
+        generator = TextGenerator(saved_beginning, template=PLAIN)
+        with pytest.raises(DataError, match="prompt 4: The prompt has no token"):
+            list(
+                generator.generate_texts(
+                    [*[("a", "")] * 3, ("", ""), ("b", "")], batch_size=2, max_new_tokens=2
+                )
+            )
+
+    @pytest.mark.parametrize("prompt", [("a \ud83d", ""), ("a", "é\udc80")])
+    def test_half_a_character_is_named_by_its_prompt(
+        self, generator: TextGenerator, prompt: tuple[str, str]
+    ) -> None:
+        before = [("é 😀", "b")] * 12
+        with pytest.raises(
+            DataError, match=r"prompt 13: Character [23] is half a surrogate pair .* Decode its"
+        ):
+            list(generator.generate_texts([*before, prompt], batch_size=2, max_new_tokens=1))
+        with pytest.raises(DataError, match="prompt 1: Character"):
+            generator.stream(*prompt, on_token=lambda piece, layer: None)
+
+    @pytest.mark.parametrize(
+        "values, message",
+        [
+            ({"mode": "fast"}, "mode must be one of early-exit, full, lossless"),
+            ({"threshold": 1.5}, r"threshold must be in \[0, 1\] for policy, got 1.5"),
+            ({"criterion": "softmax_margin"}, 'has no threshold for criterion "softmax_margin"'),
+            ({"temperature": 0.5}, "temperature goes with do_sample"),
+            ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
+            ({"top_k": 3}, "top_k goes with do_sample"),
+            ({"do_sample": True, "top_k": 0}, "top_k must be at least 1, got 0"),
+            ({"do_sample": True, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+            ({"do_sample": True, "mode": "lossless"}, 'do_sample must be False in mode "lossless"'),
+            ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+            ({"max_new_tokens": 256}, "max_new_tokens must be below the 256 tokens"),
+            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ],
+    )
+    def test_options_are_checked_before_anything_is_read(
+        self, generator: TextGenerator, values: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            generator.generate_texts(iter(PROMPTS), **values)
+
+    def test_a_long_prompt_leaves_room_for_the_text(self, generator: TextGenerator) -> None:
+        (text,) = generator.generate_texts([("sum up", "word " * 200)], max_new_tokens=6)
+        assert len(text.token_ids) == 6
+
+
+class TestStream:
+    @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
+    def test_tells_of_every_token_and_gives_the_same_text(self, generator: TextGenerator, mode: str) -> None:
+        heard: list[tuple[str, int]] = []
+        text = generator.stream(
+            "go", on_token=lambda *token: heard.append(token), mode=mode, max_new_tokens=12
+        )
+        assert [layer for _, layer in heard] == text.exit_layers
+        assert "".join(piece for piece, _ in heard) == text.text
+        (expected,) = generator.generate_texts([("go", "")], mode=mode, max_new_tokens=12)
+        assert text.token_ids == expected.token_ids
+
+
+class TestOpening:
+    def test_what_a_folder_is(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        assert is_generation_folder(folders["exits"])
+        assert not is_generation_folder(folders["plain"])
+        assert not is_generation_folder(tmp_path)
+        assert not is_generation_folder(tmp_path / "no")
+
+    def test_what_the_model_knows(self, saved: SavedGenerator, folders: dict[str, Path]) -> None:
+        assert saved.has_exits
+        assert saved.tokenizer.padding_side == "left"
+        assert saved.prompt_template() == TEMPLATE
+        assert saved.prompt_template("alpaca") == ALPACA
+        assert saved.exit_rule() == ("policy", 0.5)
+        assert saved.exit_rule("static", 3) == ("static", 3.0)
+        assert (saved.max_length, saved.context_length, saved.max_new_tokens) == (64, 256, 256)
+        plain = open_generator(folders["plain"], device="cpu")
+        with pytest.raises(ValueError, match=r"has no exits \(it is a LlamaForCausalLM\)"):
+            _ = plain.early_exit_model
+
+    def test_thresholds_come_from_the_config_or_the_record(self, tmp_path: Path) -> None:
+        folder = generator_folder(tmp_path / "m", thresholds={"softmax_margin": 0.25})
+        (folder / "training_record.json").write_text('{"thresholds": {"static": 2}}', encoding="utf-8")
+        opened = open_generator(folder, device="cpu")
+        assert opened.exit_rule("softmax_margin") == ("softmax_margin", 0.25)
+        assert opened.exit_rule("static") == ("static", 2.0)
+
+    def test_dtype(self, folders: dict[str, Path]) -> None:
+        assert open_generator(folders["exits"], device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+        with pytest.raises(ValueError, match='dtype must be one of float32, bfloat16, float16, got "int8"'):
+            open_generator(folders["exits"], dtype="int8")
+
+    def test_a_padding_token_is_found(self, tmp_path: Path) -> None:
+        folder = plain_folder(tmp_path / "m")
+        path = folder / "tokenizer_config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["pad_token"]
+        path.write_text(json.dumps(values), encoding="utf-8")
+        assert open_generator(folder, device="cpu").tokenizer.pad_token == "</s>"
+
+    def test_folders_that_are_none(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"does not exist\. Check the path"):
+            open_generator(tmp_path / "no")
+        classifier = tiny_model(tmp_path / "classifier", tiny_backbone(tmp_path / "backbone"))
+        with pytest.raises(ValueError, match=r"It is a text classifier\. Use `consistentee predict`"):
+            open_generator(classifier)
+        with pytest.raises(ValueError, match="could not be loaded"):
+            open_model(folders["exits"])
+
+    def test_the_auto_class_opens_one(self, folders: dict[str, Path]) -> None:
+        assert consistentee.EarlyExitForCausalLM is EarlyExitForCausalLM
+        assert isinstance(AutoModelForCausalLM.from_pretrained(folders["exits"]), EarlyExitForCausalLM)
+
+
+def test_options_name_the_choices() -> None:
+    with pytest.raises(ValueError, match="skipped_states must be one of copy, recompute"):
+        DecodingOptions(skipped_states="drop")

@@ -1,0 +1,151 @@
+"""Checkpoints: everything comes back bit for bit, and an interrupted write leaves the one before."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from consistentee.training import checkpoints
+from consistentee.training.checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    remove_checkpoints,
+    save_checkpoint,
+    save_weights,
+)
+
+
+def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model after a few steps, so that its optimizer has something to remember."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(folder: Path, number: int, seed: int = 0, **progress: Any) -> dict[str, Tensor]:
+    model, optimizer = trained(seed)
+    state = {"optimizer": optimizer.state_dict(), "scaler": None}
+    save_checkpoint(folder, number, weights=model.state_dict(), optimizer=state, progress=progress)
+    return model.state_dict()
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path):
+    model, optimizer = trained()
+    progress = {"step": 12, "history": [{"score": 0.1 + 0.2}], "best_score": None, "name": "früh"}
+    state = {"optimizer": optimizer.state_dict(), "scaler": None}
+    save_checkpoint(tmp_path, 1, weights=model.state_dict(), optimizer=state, progress=progress)
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    weights, loaded, same_progress = load_checkpoint(folder)
+    assert same_progress == progress
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+    # Training goes on from it as if nothing had happened.
+    other, other_optimizer = trained(seed=1)
+    other.load_state_dict(weights)
+    other_optimizer.load_state_dict(loaded["optimizer"])
+    batch = torch.randn(5, 4)
+    for net, step in ((model, optimizer), (other, other_optimizer)):
+        net(batch).square().sum().backward()
+        step.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_newest_is_kept_and_the_ones_before_go(tmp_path: Path):
+    save(tmp_path, 9, step=9)
+    save(tmp_path, 10, step=10)
+    assert latest_checkpoint(tmp_path) == tmp_path / checkpoints.FOLDER / "000000010"
+    assert [path.name for path in (tmp_path / checkpoints.FOLDER).iterdir()] == ["000000010"]
+
+
+def test_the_best_weights_outlive_the_checkpoints(tmp_path: Path):
+    best = tmp_path / checkpoints.FOLDER / "best.safetensors"
+    weights = trained()[0].state_dict()
+    save_weights(best, weights)
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    loaded = load_weights(best)
+    assert all(torch.equal(value, loaded[name]) for name, value in weights.items())
+    save_weights(best, {name: value + 1 for name, value in weights.items()})
+    assert torch.equal(load_weights(best)["0.bias"], weights["0.bias"] + 1)
+    assert sorted(path.name for path in best.parent.iterdir()) == ["000000002", "best.safetensors"]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / checkpoints.FOLDER).mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("broken_at", ["save_file", "write_json", "os.replace"])
+def test_an_interrupted_write_leaves_the_checkpoint_before(
+    broken_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save(tmp_path, 1, step=1)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"consistentee.training.checkpoints.{broken_at}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, step=2)
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    assert load_checkpoint(folder)[2] == {"step": 1}
+    save(tmp_path, 2, step=2)  # and the next write clears up
+    assert [path.name for path in (tmp_path / checkpoints.FOLDER).iterdir()] == ["000000002"]
+
+
+def test_a_folder_without_progress_is_not_complete(tmp_path: Path):
+    save(tmp_path, 1, step=1)
+    (tmp_path / checkpoints.FOLDER / "000000007").mkdir()
+    (tmp_path / checkpoints.FOLDER / "000000008.partial").mkdir()
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    assert folder.name == "000000001"
+
+
+def test_weights_that_share_memory_are_saved(tmp_path: Path):
+    layer = torch.randn(3, 3)
+    weights = {"one": layer, "same": layer, "turned": layer.T}
+    save_checkpoint(tmp_path, 1, weights=weights, optimizer={}, progress={})
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    loaded = load_checkpoint(folder)[0]
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("code in a checkpoint was run",))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
+    save(tmp_path, 1)
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    torch.save({"optimizer": Harmful()}, folder / "optimizer.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(folder)
+
+
+def test_remove_checkpoints(tmp_path: Path):
+    save(tmp_path, 1)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    remove_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    remove_checkpoints(tmp_path)

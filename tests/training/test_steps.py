@@ -1,0 +1,169 @@
+"""Learning rates, parameter groups, precision, seeds; and that several processes may rely on every gradient."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
+from consistentee.functional.losses import layer_losses, weighted_sum_loss
+from consistentee.models.sequence_classification import (
+    EarlyExitForSequenceClassification,
+    FullDepthForSequenceClassification,
+)
+from consistentee.training.run import Run, start_run
+from consistentee.training.steps import (
+    make_accelerator,
+    parameter_groups,
+    resolve_precision,
+    schedule_factor,
+    step_seed,
+)
+from quick import quick_config
+from tiny import tiny_backbone, tiny_dataset
+
+
+def new_run(backbone: Path, folder: Path, **changes: object) -> Run:
+    run = start_run(
+        EarlyExitForSequenceClassification,
+        backbone=backbone,
+        train_data=tiny_dataset(50),
+        output_dir=folder,
+        config=quick_config(**changes),
+        task=None,
+        resume=False,
+        report=lambda message: None,
+    )
+    assert run is not None
+    return run
+
+
+def test_the_learning_rate_rises_and_falls_over_the_whole_run() -> None:
+    config = quick_config(warmup_ratio=0.2, schedule="linear")
+    factors = [schedule_factor(step, 10, config) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert schedule_factor(10, 10, config) == 0
+
+
+def test_a_constant_learning_rate_rises_too() -> None:
+    config = quick_config(warmup_ratio=0.2, schedule="constant")
+    assert [schedule_factor(step, 10, config) for step in range(10)] == [0.5, *[1.0] * 9]
+    assert [
+        schedule_factor(step, 3, quick_config(warmup_ratio=0.0, schedule="constant")) for step in range(3)
+    ] == [1.0] * 3
+
+
+def test_parameter_groups(tmp_path: Path) -> None:
+    model = EarlyExitForSequenceClassification.from_backbone(tiny_backbone(tmp_path, layers=2), num_labels=2)
+    model.policy.requires_grad_(False)
+    groups = parameter_groups(model, quick_config(weight_decay=0.1))
+    kinds = {(group["is_backbone"], group["weight_decay"]) for group in groups}
+    assert kinds == {(True, 0.1), (True, 0.0), (False, 0.1), (False, 0.0)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    listed = [names[id(parameter)] for group in groups for parameter in group["params"]]
+    assert sorted(listed) == sorted(name for name in names.values() if not name.startswith("policy."))
+    for group in groups:
+        for parameter in group["params"]:
+            assert names[id(parameter)].startswith("backbone.") is group["is_backbone"]
+            assert (parameter.ndim > 1) is (group["weight_decay"] > 0)
+
+
+def test_backbone_and_heads_have_learning_rates_of_their_own(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone", layers=2)
+    run = new_run(backbone, tmp_path / "m", head_learning_rate=1e-2, warmup_ratio=0.0, schedule="constant")
+
+    def losses(output: object, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return weighted_sum_loss(layer_losses(output.classifier_logits, labels)), {}
+
+    run.optimisation.run(2, losses, phase="any", learning_rate=1e-5)
+    rates = {(group["is_backbone"], group["lr"]) for group in run.optimisation.optimizer.param_groups}
+    assert rates == {(True, 1e-5), (False, 1e-2)}
+    assert run.optimisation.step == 2
+    assert set(run.optimisation.figures) == {"loss"}
+
+
+def test_a_step_may_be_called_before_and_asked_for_again(tmp_path: Path) -> None:
+    """Steps that are behind already are not taken: that is how a resumed run finds its phase."""
+    run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m")
+    run.optimisation.step = 3
+    run.optimisation.run(
+        3, lambda output, labels: pytest.fail("a step was taken"), phase="any", learning_rate=1.0
+    )
+    assert run.optimisation.step == 3
+
+
+def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
+    run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m", checkpoint_every=2)
+    at: list[int] = []
+    run.optimisation.checkpoint = lambda: at.append(run.optimisation.step)
+    run.optimisation.run(
+        6, lambda output, labels: (output.logits.sum(1) * 0, {}), phase="any", learning_rate=1e-5
+    )
+    assert at == [2, 4]  # the end of a phase has one of its own
+
+
+def test_every_step_and_process_has_a_seed_of_its_own() -> None:
+    seeds = {
+        step_seed(seed, step, process) for seed in range(4) for step in range(100) for process in range(4)
+    }
+    assert len(seeds) == 4 * 100 * 4
+    assert step_seed(3, 14, 1) == step_seed(3, 14, 1)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("head", ["attention", "shared_pooler"])
+def test_every_parameter_gets_a_gradient(model_type: str, head: str, tmp_path: Path) -> None:
+    """Processes wait for the gradient of every parameter of each other: one that gets none would stop them all."""
+    backbone = tiny_backbone(tmp_path, model_type, layers=2)
+    inputs = {"input_ids": torch.randint(4, 60, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    labels = torch.tensor([0, 1, 1])
+    for model_class in (EarlyExitForSequenceClassification, FullDepthForSequenceClassification):
+        model = model_class.from_backbone(backbone, num_labels=2, head=head).train()
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+        without = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.grad is None and not name.startswith("policy.")
+        ]
+        assert without == []
+
+
+def test_precision() -> None:
+    assert resolve_precision("no") == "no"
+    assert resolve_precision("bf16") == "bf16"
+    assert resolve_precision("auto") in ("no", "bf16", "fp16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_processor_that_is_told_to_do_without_bf16_trains_in_float32() -> None:
+    script = "from consistentee.training.steps import resolve_precision; print(resolve_precision('auto'))"
+    masks = dict.fromkeys(("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"), "AVX2")
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **masks},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "no"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(
+        ValueError, match=r"mixed_precision fp16 needs a GPU, and there is none\. Use auto, bf16 or no\."
+    ):
+        make_accelerator(quick_config(mixed_precision="fp16"), "anywhere")
+
+
+def test_accumulation_settings_of_the_launcher_are_not_applied_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert make_accelerator(quick_config(), str(tmp_path)).gradient_accumulation_steps == 1

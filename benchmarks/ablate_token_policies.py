@@ -30,8 +30,7 @@ from consistentee.data.generation_batches import (
     encode_rows,
     with_more_tokens,
 )
-from consistentee.evaluation.matching import match_threshold
-from consistentee.evaluation.teacher_forcing import forced_exits, reference_rows
+from consistentee.evaluation.teacher_forcing import ReferencePasses, reference_rows
 from consistentee.evaluation.text_metrics import text_metrics
 from consistentee.inference.timing import environment
 from consistentee.models.loaded_generator import SavedGenerator
@@ -133,19 +132,16 @@ class Judge:
 
     def depths(self, criterion: str) -> list[dict[str, Any]]:
         """Figures of a rule, one row a depth."""
-        found: list[dict[str, Any]] = []
-        for depth in self._depths:
-            threshold = match_threshold(
-                self._saved, self._references, criterion, depth, batch_size=32, refinements=3
-            )
-            found.append(self.texts(criterion, threshold))
-        return found
+        passes = ReferencePasses(self._saved, self._references, batch_size=32)
+        thresholds = [passes.threshold_for_depth(criterion, depth, refinements=3) for depth in self._depths]
+        return [self.texts(criterion, threshold, passes) for threshold in thresholds]
 
-    def texts(self, criterion: str | None, threshold: float = 1.0) -> dict[str, Any]:
+    def texts(
+        self, criterion: str | None, threshold: float = 1.0, passes: ReferencePasses | None = None
+    ) -> dict[str, Any]:
         """Figures at one threshold; without a rule, of full depth."""
-        forced = forced_exits(
-            self._saved, self._references, criterion=criterion, threshold=threshold, batch_size=32
-        )
+        passes = passes or ReferencePasses(self._saved, self._references, batch_size=32)
+        references = passes.full_depth if criterion is None else passes.tokens(criterion, threshold)
         limits: dict[str, Any] = {"max_new_tokens": 128, "max_prompt_length": self._saved.max_length}
         if criterion is None:
             limits["mode"] = "full"
@@ -156,9 +152,9 @@ class Judge:
         metrics = text_metrics([text.text.strip() for text in texts], self._rows.references)
         layers = [layer for text in texts for layer in text.exit_layers]
         return {
-            "references' layer": forced.mean_exit_layer,
-            "right": forced.token_accuracy,
-            "perplexity": forced.perplexity,
+            "references' layer": references.mean_exit_layer,
+            "right": references.token_accuracy,
+            "perplexity": references.perplexity,
             "rougeL": metrics["rougeL"],
             "bleu": metrics["bleu"],
             "texts' layer": sum(layers) / len(layers),

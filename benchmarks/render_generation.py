@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,6 @@ def _task(task: str, cell: dict[str, Any]) -> str:
     picture = IMAGES / f"generation-{task}.png"
     if picture.is_file() or task in ("alpaca", "xsum"):
         lines += [f"![Quality against depth on {TITLES[task]}](images/generation-{task}.png)", ""]
-    if task == "alpaca":
-        lines += ["![Texts, each token coloured by its exit layer](images/generation-exits.png)", ""]
     lines += _examples(evaluation)
     return "\n".join(lines)
 
@@ -345,19 +344,25 @@ def _lossless(cell: dict[str, Any]) -> str:
 
 
 def _examples(evaluation: dict[str, Any]) -> list[str]:
-    from consistentee.evaluation.exit_colours import marked_tokens
-
     lines = [
         "Texts with the layer at which tokens left (⟨12⟩ stands behind those that left at layer 12):",
         "",
     ]
     for example in evaluation["examples"][:2]:
         prompt = " ".join(example["prompt"].split())
-        marked = marked_tokens(
-            example["pieces"][:60], example["exit_layers"][:60], evaluation["num_hidden_layers"]
-        )
+        marked = marked_tokens(example["pieces"][:60], example["exit_layers"][:60])
         lines += [f"> **{prompt[:160]}**", ">", f"> {' '.join(marked.split())}", ""]
     return lines
+
+
+def marked_tokens(pieces: Sequence[str], exit_layers: Sequence[int]) -> str:
+    """The text, and behind each row of tokens that left at one layer that layer; white space comes after the mark."""
+    marked = ""
+    for layer, tokens in groupby(zip(pieces, exit_layers, strict=True), key=lambda token: token[1]):
+        run = "".join(piece for piece, _ in tokens)
+        visible = run.rstrip()
+        marked += f"{visible}⟨{layer}⟩{run[len(visible) :]}" if visible else run
+    return marked
 
 
 def _memory(rows: Sequence[dict[str, Any]]) -> str:
@@ -382,22 +387,12 @@ def _memory(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(cells: dict[str, dict[str, Any]]) -> None:
     """The pictures of the page."""
-    from consistentee.evaluation.exit_colours import exits_picture
     from consistentee.evaluation.generation_plots import plot_generation
 
     for task, cell in cells.items():
         if task in ("alpaca", "xsum"):
             title = f"SmolLM2-135M, {TITLES[task]}"
             plot_generation(_evaluation(cell["evaluation"]), IMAGES / f"generation-{task}.png", title)
-    if "alpaca" in cells:
-        evaluation = cells["alpaca"]["evaluation"]
-        chosen = [example for example in evaluation["examples"] if len(example["pieces"]) > 3][:3]
-        exits_picture(
-            [(example["pieces"][:110], example["exit_layers"][:110]) for example in chosen],
-            IMAGES / "generation-exits.png",
-            num_hidden_layers=evaluation["num_hidden_layers"],
-            titles=[" ".join(example["prompt"].split())[:80] for example in chosen],
-        )
 
 
 def _evaluation(values: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Evaluation of generation: forced exits are the exits of decoding, figures agree with each other, thresholds match."""
+"""Evaluation of generation: teacher-forced exits are those of decoding, figures agree, thresholds match."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rich.console import Console
 from consistentee.data.generation import InstructionDataset
 from consistentee.data.generation_batches import TokenizedPrompts
 from consistentee.data.templates import PLAIN
-from consistentee.evaluation import teacher_forcing as forced
-from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation
+from consistentee.evaluation import teacher_forcing
+from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation, text_prompts
 from consistentee.evaluation.generation_reports import generation_report
-from consistentee.evaluation.matching import match_threshold, threshold_at_depth
 from consistentee.evaluation.results import GenerationEvaluation
 from consistentee.evaluation.teacher_forcing import (
-    forced_exits,
-    forced_plain,
+    ReferencePasses,
     full_depth_scores,
     reference_rows,
-    text_prompts,
+    teacher_forced_baseline,
+    teacher_forced_exits,
 )
+from consistentee.functional.depth_matching import threshold_for_depth
 from consistentee.functional.token_criteria import GENERATION_CRITERIA
 from consistentee.inference.decoder.lossless import DraftClock
 from consistentee.models.loaded_generator import SavedGenerator, open_generator
@@ -81,7 +81,7 @@ def evaluation(saved: SavedGenerator, plain: SavedGenerator) -> GenerationEvalua
     )
 
 
-class TestForcedExits:
+class TestTeacherForcedExits:
     @pytest.mark.parametrize("criterion", GENERATION_CRITERIA)
     @pytest.mark.parametrize("first, min_exit_layer", [(True, 1), (False, 1), (False, 3)])
     def test_are_those_of_decoding(
@@ -103,7 +103,7 @@ class TestForcedExits:
             )
             prompt_ids = saved.tokenizer(TEMPLATE.render(prompt))["input_ids"]
             rows = TokenizedPrompts([prompt_ids], [text.token_ids])
-            tokens = forced_exits(saved, rows, criterion=criterion, threshold=threshold)
+            tokens = teacher_forced_exits(saved, rows, criterion=criterion, threshold=threshold)
             assert tokens.exit_layers.tolist() == text.exit_layers
             assert tokens.token_accuracy == 1.0
             left |= set(text.exit_layers)
@@ -114,7 +114,7 @@ class TestForcedExits:
 
     def test_of_nobody_are_the_full_model(self, saved: SavedGenerator, plain: SavedGenerator) -> None:
         rows = reference_rows(saved, tiny_rows(7))
-        full = forced_exits(saved, rows, criterion=None, batch_size=3)
+        full = teacher_forced_exits(saved, rows, criterion=None, batch_size=3)
         assert set(full.exit_layers.tolist()) == {4}
         losses = []
         for row in range(len(rows)):
@@ -130,7 +130,7 @@ class TestForcedExits:
         expected = torch.cat(losses)
         torch.testing.assert_close(full.losses.sort().values, expected.sort().values, rtol=1e-4, atol=1e-4)
         assert full.perplexity == pytest.approx(math.exp(float(expected.mean())), rel=1e-4)
-        without = forced_plain(plain, rows, batch_size=3)
+        without = teacher_forced_baseline(plain, rows, batch_size=3)
         torch.testing.assert_close(
             full.losses.sort().values, without.losses.sort().values, rtol=1e-4, atol=1e-4
         )
@@ -140,41 +140,41 @@ class TestForcedExits:
         self, saved: SavedGenerator, plain: SavedGenerator, logit_rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         rows = reference_rows(saved, tiny_rows(7))
-        expected = forced_exits(saved, rows, criterion="softmax_margin", threshold=0.3)
-        expected_plain = forced_plain(plain, rows)
-        monkeypatch.setattr(forced, "LOGIT_ROWS", logit_rows)
-        again = forced_exits(saved, rows, criterion="softmax_margin", threshold=0.3)
+        expected = teacher_forced_exits(saved, rows, criterion="softmax_margin", threshold=0.3)
+        expected_plain = teacher_forced_baseline(plain, rows)
+        monkeypatch.setattr(teacher_forcing, "LOGIT_ROWS", logit_rows)
+        again = teacher_forced_exits(saved, rows, criterion="softmax_margin", threshold=0.3)
         torch.testing.assert_close(again.losses, expected.losses)
         assert again.exit_layers.tolist() == expected.exit_layers.tolist()
-        torch.testing.assert_close(forced_plain(plain, rows).perplexity, expected_plain.perplexity)
+        torch.testing.assert_close(teacher_forced_baseline(plain, rows).perplexity, expected_plain.perplexity)
 
     def test_need_a_token_to_predict(self, saved: SavedGenerator) -> None:
         with pytest.raises(ValueError, match="at least one token that follows another, got none"):
-            forced_exits(saved, TokenizedPrompts([[]], [[5]]), criterion=None)
+            teacher_forced_exits(saved, TokenizedPrompts([[]], [[5]]), criterion=None)
 
 
 class TestThresholds:
     def test_at_depth_from_scores(self) -> None:
         scores = torch.tensor([[0.2, 0.6, math.inf], [0.4, 0.9, math.inf], [0.8, 0.1, math.inf]])
         for depth, low, high in ((1.0, 0.0, 0.2), (3.0, 0.9, 1.0)):
-            threshold = threshold_at_depth(scores, depth, "policy")
+            threshold = threshold_for_depth(scores, depth, "policy")
             assert low - 1e-6 <= threshold <= high
-        half = threshold_at_depth(scores, 2.0, "policy")
+        half = threshold_for_depth(scores, 2.0, "policy")
         left = ((scores > half).int().argmax(1) + 1).double().mean()
         assert abs(float(left) - 2.0) <= 1 / 3
 
     @pytest.mark.parametrize("criterion", ["policy", "softmax_margin", "state_similarity"])
     def test_match_a_depth(self, saved: SavedGenerator, criterion: str) -> None:
-        rows = tiny_rows(12)
+        passes = ReferencePasses(saved, reference_rows(saved, tiny_rows(12)))
         target = 2.9
-        threshold = match_threshold(saved, rows, criterion, target, refinements=4)
-        tokens = forced_exits(saved, reference_rows(saved, rows), criterion=criterion, threshold=threshold)
+        tokens = passes.tokens(criterion, passes.threshold_for_depth(criterion, target, refinements=4))
         assert abs(tokens.mean_exit_layer - target) < 0.25
 
     def test_of_static_depth_are_whole_layers(self, saved: SavedGenerator) -> None:
-        assert match_threshold(saved, tiny_rows(5), "static", 2.2) == 2.0
+        passes = ReferencePasses(saved, reference_rows(saved, tiny_rows(5)))
+        assert passes.threshold_for_depth("static", 2.2) == 2.0
         with pytest.raises(ValueError, match="target_mean_exit_layer must be from 1 to 4, got 5"):
-            match_threshold(saved, tiny_rows(5), "static", 5)
+            passes.threshold_for_depth("static", 5)
 
     def test_scores_know_who_cannot_leave(self, saved: SavedGenerator) -> None:
         rows = reference_rows(saved, tiny_rows(5))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from consistentee.errors import MissingExtraError
 from consistentee.evaluation.generation_plots import plot_generation
+from consistentee.evaluation.plots import layer_ticks
 from consistentee.evaluation.results import (
     GeneratedPoint,
     GenerationEvaluation,
@@ -164,3 +165,9 @@ def test_unknown_ending_and_missing_extra(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"consistentee\[plot\]"):
         plot_generation(EVALUATION, tmp_path / "plot.png")
+
+
+def test_ticks() -> None:
+    assert layer_ticks(1) == [1]
+    assert layer_ticks(24) == [1, *range(4, 23, 2), 24]
+    assert layer_ticks(32) == [1, 5, 10, 15, 20, 25, 32]

@@ -444,7 +444,7 @@ def _write_as_it_comes(
     generator: TextGenerator, prompt: str, input: str, options: DecodingOptions, show_exits: bool
 ) -> GeneratedText:
     """The text on standard output, token by token; white space before its first letter is left out."""
-    from consistentee.evaluation.exit_colours import ExitPrinter
+    from consistentee.cli.exit_colours import ExitPrinter
 
     lossless = options.mode == "lossless"
     printer = None

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
 from consistentee.data.generation import InstructionDataset
-from consistentee.data.generation_batches import TokenizedPrompts, encode_prompts_with_cuts
-from consistentee.evaluation.matching import (
-    highest_threshold,
-    matched_threshold,
-    threshold_at_depth,
-)
+from consistentee.data.generation_batches import encode_prompts_with_cuts
+from consistentee.data.templates import PLAIN as PLAIN_TEMPLATE
+from consistentee.data.templates import PromptTemplate
 from consistentee.evaluation.results import (
     PLAIN,
     GeneratedPoint,
     GenerationEvaluation,
     GenerationExample,
-    GenerationPoint,
     GenerationRival,
 )
 from consistentee.evaluation.teacher_forcing import (
-    ForcedTokens,
-    forced_exits,
-    forced_plain,
-    full_depth_scores,
+    ReferencePasses,
+    TeacherForcedTokens,
     reference_rows,
-    text_prompts,
+    teacher_forced_baseline,
+    teacher_forced_exits,
 )
 from consistentee.evaluation.text_metrics import text_metrics
+from consistentee.functional.depth_matching import full_depth_threshold
 from consistentee.inference.timing import environment
 from consistentee.models.loaded_generator import SavedGenerator
 from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
@@ -43,8 +37,6 @@ from consistentee.progress import track
 
 CURVE_THRESHOLDS = 8
 """Thresholds of a curve on the references: each costs a pass over them."""
-
-SHALLOWEST = 0.2  # of the layers: how far down a curve goes
 
 EXAMPLES = 5
 """Texts that an evaluation keeps token by token."""
@@ -120,32 +112,32 @@ def evaluate_generation(
     texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
     generate = partial(texts.generate, mode=mode, skipped_states=skipped_states)
     own, written = generate(criterion, limit)
-    full, _ = texts.generate(criterion, highest_threshold(criterion, depth), "full", None)
+    full, _ = texts.generate(criterion, full_depth_threshold(criterion, depth), "full", None)
 
     references = reference_rows(saved, rows)
     whole = f"prompts with their references were longer than {saved.max_length} tokens"
     say_cuts(references.num_truncated, len(references), whole, LONGER_TRAINING)
-    forced = _Forced(saved, references, batch_size, progress, seed)
+    passes = ReferencePasses(saved, references, batch_size=batch_size, progress=progress, seed=seed)
     depths = [depth / speedup for speedup in text_speedups]
-    dialled = _without([forced.matched(criterion, aim) for aim in depths], limit)
-    curve = forced.curve(criterion, [limit, *dialled], curve_thresholds)
-    at_limit = forced.tokens(criterion, limit)
+    dialled = _without([passes.threshold_for_depth(criterion, aim) for aim in depths], limit)
+    curve = passes.curve(criterion, [limit, *dialled], curve_thresholds)
+    at_limit = passes.tokens(criterion, limit)
 
-    def with_forced(point: GeneratedPoint) -> GeneratedPoint:
+    def with_references(point: GeneratedPoint) -> GeneratedPoint:
         exits = mode == "early-exit"
-        return _with_forced(
-            point, forced.tokens(point.criterion, point.threshold) if exits else forced.full_depth
+        return _with_references(
+            point, passes.tokens(point.criterion, point.threshold) if exits else passes.full_depth
         )
 
-    own = with_forced(own)
+    own = with_references(own)
     others: dict[str, GenerationRival] = {}
     for name in rivals:
         known = saved.known_threshold(name)
-        matched = forced.matched(name, at_limit.mean_exit_layer)
+        matched = passes.threshold_for_depth(name, at_limit.mean_exit_layer)
         chosen = matched if known is None else known
-        thresholds = [chosen, *_without([forced.matched(name, aim) for aim in depths], chosen)]
-        points = forced.curve(name, sorted({matched, *thresholds}), curve_thresholds)
-        generated = [with_forced(generate(name, value)[0]) for value in thresholds]
+        thresholds = [chosen, *_without([passes.threshold_for_depth(name, aim) for aim in depths], chosen)]
+        points = passes.curve(name, sorted({matched, *thresholds}), curve_thresholds)
+        generated = [with_references(generate(name, value)[0]) for value in thresholds]
         others[name] = GenerationRival(known, points, generated)
     return GenerationEvaluation(
         num_hidden_layers=depth,
@@ -164,8 +156,8 @@ def evaluate_generation(
         exit_histogram=_histogram([text.exit_layers for text in written], depth),
         exit_by_position=_by_position(written),
         curve=curve,
-        full_depth=_with_forced(full, forced.full_depth),
-        generated=[with_forced(generate(criterion, value)[0]) for value in dialled],
+        full_depth=_with_references(full, passes.full_depth),
+        generated=[with_references(generate(criterion, value)[0]) for value in dialled],
         other_criteria=others,
         reference=None if reference is None else texts.reference(reference, rows),
         reference_name=None if reference is None else reference_name(reference),
@@ -262,8 +254,8 @@ class _Texts:
         """What another model gives as it was saved, prompted as it was trained, or else like the first model."""
         own = self._saved.prompt_template()
         known = reference.saved_template is not None or own.tokenizer is not None
-        forced_template = reference.prompt_template() if known else own
-        _, template = text_prompts(rows, forced_template)
+        given = reference.prompt_template() if known else own
+        _, template = text_prompts(rows, given)
         generator = TextGenerator(reference, template=template)
         options = generator.check(self._options)
         mode, criterion, threshold = options.mode or "full", "none", 1.0
@@ -273,10 +265,10 @@ class _Texts:
         written = list(self._bar(self._run(generator, encoded, options), "reference"))
         point = self._point(written, reference, mode, criterion, threshold)
         max_length = min(self._saved.max_length, reference.max_length)
-        tokens = reference_rows(reference, rows, forced_template, max_length)
+        tokens = reference_rows(reference, rows, given, max_length)
         bar = "reference, its perplexity" if self._progress else None
         if mode == "early-exit":
-            forced = forced_exits(
+            references = teacher_forced_exits(
                 reference,
                 tokens,
                 criterion=criterion,
@@ -285,8 +277,10 @@ class _Texts:
                 description=bar,
             )
         else:
-            forced = forced_plain(reference, tokens, batch_size=self._batch_size, description=bar)
-        return _with_forced(point, forced)
+            references = teacher_forced_baseline(
+                reference, tokens, batch_size=self._batch_size, description=bar
+            )
+        return _with_references(point, references)
 
     def examples(self, written: Sequence[GeneratedText]) -> list[GenerationExample]:
         """The first few texts."""
@@ -339,78 +333,6 @@ class _Texts:
         )
 
 
-class _Forced:
-    """The references under exits, each criterion and threshold at most once."""
-
-    def __init__(
-        self, saved: SavedGenerator, rows: TokenizedPrompts, batch_size: int, progress: bool, seed: int
-    ) -> None:
-        self._saved, self._rows, self._batch_size = saved, rows, batch_size
-        self._progress, self._seed = progress, seed
-        self._scores: dict[str, Tensor] = {}
-        self._known: dict[tuple[str, float], ForcedTokens] = {}
-        self.full_depth = self._pass(None, math.inf)
-
-    def tokens(self, criterion: str, threshold: float) -> ForcedTokens:
-        """What every token gives at a threshold."""
-        if threshold >= highest_threshold(criterion, self._saved.num_hidden_layers):
-            return self.full_depth
-        key = (criterion, threshold)
-        if key not in self._known:
-            self._known[key] = self._pass(criterion, threshold)
-        return self._known[key]
-
-    def matched(self, criterion: str, mean_exit_layer: float) -> float:
-        """The threshold at which a criterion's tokens leave at this depth on average, as near as it gets."""
-        threshold, measured = matched_threshold(
-            self._saved,
-            self._rows,
-            self._scores_of(criterion),
-            criterion,
-            mean_exit_layer,
-            batch_size=self._batch_size,
-            description=f"references, {criterion} at layer {mean_exit_layer:.3g}" if self._progress else None,
-        )
-        self._known |= {(criterion, value): tokens for value, tokens in measured.items()}
-        return threshold
-
-    def curve(self, criterion: str, chosen: Sequence[float], count: int) -> list[GenerationPoint]:
-        """Points from full depth down, the chosen thresholds among them."""
-        depth = self._saved.num_hidden_layers
-        highest = highest_threshold(criterion, depth)
-        aims = torch.linspace(depth, max(1.0, SHALLOWEST * depth), count + 1)[1:].tolist()
-        scores = self._scores_of(criterion)
-        spread = {threshold_at_depth(scores, aim, criterion) for aim in aims}
-        points = [self.tokens(criterion, value).point(value, depth) for value in {highest, *chosen, *spread}]
-        points.sort(key=lambda point: (-point.mean_exit_layer, -point.threshold))
-        return points
-
-    def _scores_of(self, criterion: str) -> Tensor:
-        if criterion not in self._scores:
-            self._scores[criterion] = full_depth_scores(
-                self._saved,
-                self._rows,
-                criterion,
-                batch_size=self._batch_size,
-                seed=self._seed,
-                description=f"references, scores of {criterion}" if self._progress else None,
-            )
-        return self._scores[criterion]
-
-    def _pass(self, criterion: str | None, threshold: float) -> ForcedTokens:
-        title = (
-            "references, all layers" if criterion is None else f"references, {criterion} > {threshold:.3g}"
-        )
-        return forced_exits(
-            self._saved,
-            self._rows,
-            criterion=criterion,
-            threshold=threshold,
-            batch_size=self._batch_size,
-            description=title if self._progress else None,
-        )
-
-
 def _drafts(written: Sequence[GeneratedText], depth: int) -> dict[str, float | None]:
     """`draft_share` and `draft_acceptance` of texts, both None but for those of mode `lossless`."""
     layers = [layer for text in written for layer in text.draft_layers or ()]
@@ -421,7 +343,7 @@ def _drafts(written: Sequence[GeneratedText], depth: int) -> dict[str, float | N
     }
 
 
-def _with_forced(point: GeneratedPoint, tokens: ForcedTokens) -> GeneratedPoint:
+def _with_references(point: GeneratedPoint, tokens: TeacherForcedTokens) -> GeneratedPoint:
     """The point with perplexity and token accuracy of the references beside the metrics of its texts."""
     figures = {"perplexity": tokens.perplexity, "token_accuracy": tokens.token_accuracy}
     return replace(point, metrics=point.metrics | figures)
@@ -450,3 +372,33 @@ def _by_position(texts: Sequence[GeneratedText]) -> list[float]:
 
 def _dtype_name(saved: SavedGenerator) -> str:
     return str(saved.model.dtype).removeprefix("torch.")
+
+
+def text_prompts(
+    rows: InstructionDataset, template: PromptTemplate
+) -> tuple[InstructionDataset, PromptTemplate]:
+    """Rows to generate from: of a text that nothing is asked for, the first half of its words is the prompt.
+
+    Args:
+        rows: prompts and references.
+        template: how prompts are written.
+
+    Returns:
+        The rows and their template. Texts of a single word are left out.
+    """
+    if any(
+        instruction or context for instruction, context in zip(rows.instructions, rows.inputs, strict=True)
+    ):
+        return rows, template
+    prompts: list[str] = []
+    rest: list[str] = []
+    for text in rows.references:
+        words = text.split(" ")
+        half = len(words) // 2
+        if half and (follows := " ".join(words[half:])).strip():
+            prompts.append(" ".join(words[:half]))
+            rest.append(follows)
+    if not prompts:
+        raise ValueError("Texts must have at least two words each to be continued, got none that has.")
+    plain = replace(PLAIN_TEMPLATE, parse_special_tokens=template.parse_special_tokens)
+    return InstructionDataset(prompts, [""] * len(prompts), rest, rows.source), plain

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from consistentee.evaluation.exit_colours import layer_ticks
 from consistentee.evaluation.plots import (
     BAR,
     COLOURS,
@@ -19,6 +18,7 @@ from consistentee.evaluation.plots import (
     draw_bars,
     draw_speedups,
     frame,
+    layer_ticks,
     picture,
 )
 from consistentee.evaluation.results import LAST_LAYER, PLAIN

@@ -371,3 +371,15 @@ def frame(axes: Axes, x_label: str, y_label: str, title: str) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GREY)
+
+
+def layer_ticks(num_hidden_layers: int) -> list[int]:
+    """Layers to name on an axis: the first, the last, and round ones between that leave room.
+
+    Example:
+        >>> layer_ticks(30)
+        [1, 5, 10, 15, 20, 25, 30]
+    """
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 1000) if num_hidden_layers <= 12 * step)
+    round_ones = range(step, num_hidden_layers - step // 2, step)
+    return sorted({1, num_hidden_layers, *(layer for layer in round_ones if layer != 2)})

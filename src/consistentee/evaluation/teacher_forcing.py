@@ -1,14 +1,15 @@
-"""References under exits: a given text run with an exit rule, all its tokens at once, and what each token gives.
+"""Teacher forcing under exits: references run with an exit criterion, all their tokens at once.
 
-"Forced": every token is predicted from the true ones before it. Tokens leave exactly as in decoding with copied states:
-prompts stay to the last layer, and a token that left keeps its state through the layers above.
+Every token is predicted from the true ones before it. Tokens leave exactly as in decoding with copied states: prompts
+stay to the last layer, and a token that left keeps its state through the layers above.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from consistentee.data.generation import InstructionDataset
 from consistentee.data.generation_batches import IGNORED, TokenizedPrompts, collate_rows, encode_rows
-from consistentee.data.templates import PLAIN, PromptTemplate
+from consistentee.data.templates import PromptTemplate
 from consistentee.evaluation.results import GenerationPoint
+from consistentee.functional.depth_matching import full_depth_threshold, threshold_for_depth
 from consistentee.functional.token_criteria import (
     softmax_margin_scores,
     state_similarity_scores,
@@ -33,11 +35,13 @@ LOGIT_ROWS = 1024
 SCORED_TOKENS = 2048
 """Exit scores of about so many tokens decide which thresholds are looked at."""
 
+SHALLOWEST = 0.2  # of the layers: how far down a curve goes
+
 LONGEST_LOSS = 100.0  # of a token on average, in nats: the perplexity stays a number
 
 
 @dataclass(frozen=True)
-class ForcedTokens:
+class TeacherForcedTokens:
     """What a model makes of the tokens of responses.
 
     Args:
@@ -99,7 +103,7 @@ def reference_rows(
 
 
 @torch.no_grad()
-def forced_exits(
+def teacher_forced_exits(
     saved: SavedGenerator,
     rows: TokenizedPrompts,
     *,
@@ -107,7 +111,7 @@ def forced_exits(
     threshold: float = math.inf,
     batch_size: int = 8,
     description: str | None = None,
-) -> ForcedTokens:
+) -> TeacherForcedTokens:
     """Predict every token of the responses, each at the layer at which it leaves.
 
     Args:
@@ -138,10 +142,10 @@ def forced_exits(
 
 
 @torch.no_grad()
-def forced_plain(
+def teacher_forced_baseline(
     saved: SavedGenerator, rows: TokenizedPrompts, *, batch_size: int = 8, description: str | None = None
-) -> ForcedTokens:
-    """Predict every token of the responses with a model without exits; arguments as `forced_exits`."""
+) -> TeacherForcedTokens:
+    """Predict every token of the responses with a model without exits; arguments as `teacher_forced_exits`."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     depth = saved.num_hidden_layers
     for input_ids, mask, labels, predicts in _batches(saved, rows, batch_size, description):
@@ -199,6 +203,116 @@ def full_depth_scores(
         here[:, -1] = math.inf
         scores.append(here)
     return torch.cat(scores)
+
+
+class ReferencePasses:
+    """The references under exits, each criterion and threshold at most once.
+
+    Args:
+        saved: a model with exits.
+        rows: prompts with references.
+        batch_size: rows per step.
+        progress: whether to show how far each pass is.
+        seed: of the rows whose scores are looked at.
+    """
+
+    def __init__(
+        self,
+        saved: SavedGenerator,
+        rows: TokenizedPrompts,
+        *,
+        batch_size: int = 8,
+        progress: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._saved, self._rows, self._batch_size = saved, rows, batch_size
+        self._progress, self._seed = progress, seed
+        self._scores: dict[str, Tensor] = {}
+        self._known: dict[tuple[str, float], TeacherForcedTokens] = {}
+
+    @cached_property
+    def full_depth(self) -> TeacherForcedTokens:
+        """What every token gives at the last layer."""
+        return self._pass(None, math.inf, "all layers")
+
+    def tokens(self, criterion: str, threshold: float) -> TeacherForcedTokens:
+        """What every token gives at a threshold."""
+        if threshold >= full_depth_threshold(criterion, self._saved.num_hidden_layers):
+            return self.full_depth
+        key = (criterion, threshold)
+        if key not in self._known:
+            self._known[key] = self._pass(criterion, threshold, f"{criterion} > {threshold:.3g}")
+        return self._known[key]
+
+    def threshold_for_depth(
+        self, criterion: str, target_mean_exit_layer: float, *, refinements: int = 2
+    ) -> float:
+        """The threshold at which the references' tokens leave after a given number of layers on average.
+
+        A first threshold comes from the scores of one full-depth pass; as states that are copied change later scores,
+        the depth is then measured and the threshold corrected.
+
+        Args:
+            criterion: exit criterion.
+            target_mean_exit_layer: from 1 to the number of layers.
+            refinements: measurements, at most; none needs no more than the full-depth pass.
+
+        Returns:
+            Of the thresholds measured, the one nearest to the target. `static` knows whole layers only.
+
+        Raises:
+            ValueError: there is no such depth, or the model has no exits.
+        """
+        depth, target = float(self._saved.num_hidden_layers), target_mean_exit_layer
+        if not 1 <= target <= depth:
+            raise ValueError(f"target_mean_exit_layer must be from 1 to {depth:g}, got {target}.")
+        away: dict[float, float] = {}  # by threshold: how far from the target it left the tokens
+        aim, threshold = target, threshold_for_depth(self._scores_of(criterion), target, criterion)
+        for _ in range(refinements):
+            if threshold in away:
+                break
+            away[threshold] = target - self.tokens(criterion, threshold).mean_exit_layer
+            if abs(away[threshold]) < 0.02 * target:
+                break
+            aim = min(max(aim + away[threshold], 1.0), depth)
+            threshold = threshold_for_depth(self._scores_of(criterion), aim, criterion)
+        return min(away, key=lambda value: abs(away[value]), default=threshold)
+
+    def curve(self, criterion: str, chosen: Sequence[float], count: int) -> list[GenerationPoint]:
+        """Points from full depth down, the chosen thresholds and `count` at equal steps of depth among them."""
+        depth = self._saved.num_hidden_layers
+        aims = torch.linspace(depth, max(1.0, SHALLOWEST * depth), count + 1)[1:].tolist()
+        scores = self._scores_of(criterion)
+        spread = {threshold_for_depth(scores, aim, criterion) for aim in aims}
+        thresholds = {full_depth_threshold(criterion, depth), *chosen, *spread}
+        points = [self.tokens(criterion, value).point(value, depth) for value in thresholds]
+        points.sort(key=lambda point: (-point.mean_exit_layer, -point.threshold))
+        return points
+
+    def _scores_of(self, criterion: str) -> Tensor:
+        if criterion not in self._scores:
+            self._scores[criterion] = full_depth_scores(
+                self._saved,
+                self._rows,
+                criterion,
+                batch_size=self._batch_size,
+                seed=self._seed,
+                description=self._title(f"scores of {criterion}"),
+            )
+        return self._scores[criterion]
+
+    def _pass(self, criterion: str | None, threshold: float, title: str) -> TeacherForcedTokens:
+        return teacher_forced_exits(
+            self._saved,
+            self._rows,
+            criterion=criterion,
+            threshold=threshold,
+            batch_size=self._batch_size,
+            description=self._title(title),
+        )
+
+    def _title(self, text: str) -> str | None:
+        return f"references, {text}" if self._progress else None
 
 
 class _Leaving:
@@ -331,40 +445,10 @@ def _judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses.cpu(), (logits.argmax(-1) == targets).cpu()
 
 
-def _together(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> ForcedTokens:
+def _together(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> TeacherForcedTokens:
     if not parts:
         raise ValueError(
             "references must hold at least one token that follows another, got none. Give longer ones."
         )
     losses, right, layers = (torch.cat(column) for column in zip(*parts, strict=True))
-    return ForcedTokens(losses, right, layers)
-
-
-def text_prompts(
-    rows: InstructionDataset, template: PromptTemplate
-) -> tuple[InstructionDataset, PromptTemplate]:
-    """Rows to generate from: of a text that nothing is asked for, the first half of its words is the prompt.
-
-    Args:
-        rows: prompts and references.
-        template: how prompts are written.
-
-    Returns:
-        The rows and their template. Texts of a single word are left out.
-    """
-    if any(
-        instruction or context for instruction, context in zip(rows.instructions, rows.inputs, strict=True)
-    ):
-        return rows, template
-    prompts: list[str] = []
-    rest: list[str] = []
-    for text in rows.references:
-        words = text.split(" ")
-        half = len(words) // 2
-        if half and (follows := " ".join(words[half:])).strip():
-            prompts.append(" ".join(words[:half]))
-            rest.append(follows)
-    if not prompts:
-        raise ValueError("Texts must have at least two words each to be continued, got none that has.")
-    plain = replace(PLAIN, parse_special_tokens=template.parse_special_tokens)
-    return InstructionDataset(prompts, [""] * len(prompts), rest, rows.source), plain
+    return TeacherForcedTokens(losses, right, layers)

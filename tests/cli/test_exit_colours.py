@@ -1,30 +1,16 @@
-"""Tokens and their layers: readable in colour, without it, as they arrive, and in a picture."""
+"""Tokens and their layers: readable in colour and without it, as they arrive."""
 
 from __future__ import annotations
 
 import io
 import random
 import re
-import struct
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from consistentee.evaluation.exit_colours import (
-    COLUMNS,
-    LETTER,
-    LINE,
-    ExitPrinter,
-    can_colour,
-    coloured_tokens,
-    exits_picture,
-    layer_colour,
-    layer_ticks,
-    legend,
-    marked_tokens,
-)
+from benchmark_scripts import script
+from consistentee.cli.exit_colours import ExitPrinter, can_colour, layer_colour, legend
 
 DEPTH = 30
 PIECES = ["The", " cat", " sat", " on", " the", " mat", ".", "\n", "It", " slept"]
@@ -63,22 +49,6 @@ def test_colours_go_from_cool_to_warm() -> None:
     assert blue.index(max(blue)) < 6
     assert blue[6:] == sorted(blue[6:], reverse=True)
     assert int(colours[0][1:3], 16) < 20 < 180 < int(colours[-1][1:3], 16)
-
-
-def test_coloured_tokens_keep_the_text_and_give_each_run_its_colour() -> None:
-    text = coloured_tokens(PIECES, LAYERS, DEPTH)
-    assert text.plain == "".join(PIECES)
-    runs = [(text.plain[span.start : span.end], span.style) for span in text.spans]
-    assert runs == [
-        (run, layer_colour(layer, DEPTH))
-        for run, layer in [("The cat", 12), (" sat on", 3), (" the mat.", 30), ("\n", 5), ("It slept", 7)]
-    ]
-
-
-def test_marks_without_colour() -> None:
-    assert marked_tokens(PIECES, LAYERS, DEPTH) == MARKED
-    assert marked_tokens(["a", "", " "], [1, 2, 1], 2, brackets="<>") == "a<1> "
-    assert marked_tokens([], [], DEPTH) == ""
 
 
 def test_legend_shares() -> None:
@@ -123,12 +93,14 @@ def test_printer_writes_tokens_as_they_come() -> None:
 
 
 def test_printer_agrees_with_the_whole_text_at_once() -> None:
+    marked_tokens = script("render_generation").marked_tokens
+    assert marked_tokens(PIECES, LAYERS) == MARKED
     rng = random.Random(0)
     for _ in range(200):
         pieces = rng.choices(["a", " b", " ", "\n", "", "c ", "[d]", ":e:"], k=rng.randint(1, 12))
         layers = rng.choices([1, 2, 30], k=len(pieces))
         out = printed(pieces, layers, colour=False)
-        assert out.startswith(marked_tokens(pieces, layers, DEPTH) + "\n\n⟨n⟩"), (pieces, layers)
+        assert out.startswith(marked_tokens(pieces, layers) + "\n\n⟨n⟩"), (pieces, layers)
 
 
 def test_printer_in_colour() -> None:
@@ -188,88 +160,5 @@ def test_layers_that_do_not_exist() -> None:
         message = rf"exit_layer must be from 1 to 30, got {layer}\. Layers count from 1"
         with pytest.raises(ValueError, match=message):
             ExitPrinter(io.StringIO(), DEPTH).put("a", layer)
-        for call in (coloured_tokens, marked_tokens):
-            with pytest.raises(ValueError, match=message):
-                call(["a"], [layer], DEPTH)
         with pytest.raises(ValueError, match=message):
             legend(DEPTH, [layer])
-        with pytest.raises(ValueError, match=message):
-            exits_picture([(["a"], [layer])], "a.png", num_hidden_layers=DEPTH)
-    with pytest.raises(ValueError, match="pieces and exit_layers must be of equal length, got 2 and 1"):
-        coloured_tokens(["a", "b"], [1], DEPTH)
-
-
-LONG = [f" {'wo' * length}" for length in (1, 7, 3, 2, 9, 4)] * 12 + [
-    "rd",
-    ",",
-    "\n",
-    "$x$ _y^2",
-    " " * 3,
-    "z" * 120,
-]
-
-
-def test_picture_has_every_letter_and_nothing_overlaps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.axes import Axes
-
-    drawn: list[tuple[float, float, str]] = []
-    original = Axes.text
-
-    def text(self: Axes, x: float, y: float, s: str, **options: object) -> object:
-        if options.get("fontfamily") == "DejaVu Sans Mono":
-            drawn.append((x, y, s))
-        return original(self, x, y, s, **options)
-
-    monkeypatch.setattr(Axes, "text", text)
-    rows = [(LONG, [1 + place % DEPTH for place in range(len(LONG))]), ([" short"], [DEPTH])]
-    path = exits_picture(rows, tmp_path / "exits.png", num_hidden_layers=DEPTH, titles=["a $ sign", ""])
-    content = path.read_bytes()
-    assert content.startswith(b"\x89PNG")
-    width, height = struct.unpack(">II", content[16:24])
-    assert width > COLUMNS * LETTER * 150 / 72
-    letters = "".join(s for _, _, s in drawn)
-    expected = "".join(LONG).replace("\n", "↵") + "short"
-    assert re.sub(r"\s", "", letters) == re.sub(r"\s", "", expected)
-    left = min(x for x, _, _ in drawn)
-    for (x, y, s), (next_x, next_y, _) in pairwise(drawn):
-        assert x + len(s) * LETTER <= left + COLUMNS * LETTER + 0.01
-        assert next_y >= y + LINE or (next_y == y and next_x == pytest.approx(x + len(s) * LETTER))
-    assert max(y for _, y, _ in drawn) < height / 150 * 72
-
-
-def test_words_are_not_broken_between_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
-    lines: dict[float, str] = {}
-    original = Axes.text
-
-    def text(self: Axes, x: float, y: float, s: str, **options: object) -> object:
-        if options.get("fontfamily") == "DejaVu Sans Mono":
-            lines[y] = lines.get(y, "") + s
-        return original(self, x, y, s, **options)
-
-    monkeypatch.setattr(Axes, "text", text)
-    words = ["un", "break", "able", " "] * 20
-    exits_picture([(words, [1] * len(words))], tmp_path / "exits.svg", num_hidden_layers=2)
-    assert len(lines) > 2
-    assert all(set(line.split()) == {"unbreakable"} for line in lines.values())
-
-
-def test_picture_of_what_cannot_be_drawn(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must end in .png, .pdf, .svg"):
-        exits_picture([(["a"], [1])], tmp_path / "a.bmp", num_hidden_layers=2)
-    with pytest.raises(
-        ValueError, match="titles must name every text of at least one, got 2 titles and 1 texts"
-    ):
-        exits_picture([(["a"], [1])], tmp_path / "a.png", num_hidden_layers=2, titles=["a", "b"])
-    with pytest.raises(ValueError, match="got 0 titles and 0 texts"):
-        exits_picture([], tmp_path / "a.png", num_hidden_layers=2)
-    assert not list(tmp_path.iterdir())
-
-
-def test_ticks() -> None:
-    assert layer_ticks(1) == [1]
-    assert layer_ticks(24) == [1, *range(4, 23, 2), 24]
-    assert layer_ticks(32) == [1, 5, 10, 15, 20, 25, 32]

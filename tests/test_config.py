@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from consistentee.config import Recipe, TrainingConfig, checked_settings, config_class_of, load_recipe
-from consistentee.data.generation_tasks import GENERATION_TASKS
-from consistentee.data.tasks import TASKS
+from consistentee.config import TrainingConfig, checked_settings
+from consistentee.data.recipes import Recipe, config_class_of, load_recipe
+from consistentee.data.tasks import TASKS, GenerationTask
 from consistentee.generation_config import GenerationTrainingConfig
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
@@ -246,8 +246,7 @@ def test_there_is_a_recipe_for_every_data_set_of_the_paper():
 def test_a_shipped_recipe_is_valid_and_says_what_it_is_for(path: Path):
     recipe = load_recipe(path)
     assert recipe.task == path.stem
-    generates = recipe.task in GENERATION_TASKS
-    assert generates or recipe.task in TASKS
+    generates = isinstance(TASKS[recipe.task], GenerationTask)
     assert recipe.backbone == ("huggyllama/llama-7b" if generates else "google-bert/bert-base-uncased")
     config_class = config_class_of(recipe.task)
     assert config_class is (GenerationTrainingConfig if generates else TrainingConfig)

@@ -15,9 +15,10 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from consistentee.config import TrainingConfig, load_recipe
+    from consistentee.config import TrainingConfig
     from consistentee.data.classification import TextDataset, load_files, load_task
     from consistentee.data.generation import InstructionDataset, load_generation_files, load_generation_task
+    from consistentee.data.recipes import load_recipe
     from consistentee.errors import DataError, MissingExtraError
     from consistentee.evaluation.classification import Evaluation, evaluate_layers, evaluate_model
     from consistentee.evaluation.generation import evaluate_generation
@@ -84,7 +85,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "config": ("TrainingConfig", "load_recipe"),
+    "config": ("TrainingConfig",),
+    "data.recipes": ("load_recipe",),
     "models.configuration": ("EarlyExitConfig", "FullDepthConfig"),
     "functional.curves": ("CurvePoint",),
     "data.classification": ("TextDataset", "load_files", "load_task"),

@@ -1,4 +1,4 @@
-"""How to train: `TrainingConfig`, its checks, and recipe files. Imports nothing heavy."""
+"""How to train: `TrainingConfig` and its checks. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import dataclasses
 import difflib
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
-
-import yaml
 
 Head = Literal["attention", "shared_pooler"]
 Pooling = Literal["auto", "cls", "mean"]
@@ -187,56 +184,6 @@ class TrainingConfig:
             ValueError: if a key is unknown (with the nearest known one) or a value has the wrong type.
         """
         return cls(**checked_settings(values))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe file: training settings, and optionally what to train on."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    task: str | None = None
-    backbone: str | None = None
-
-
-def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Recipe:
-    """Read a YAML recipe: keys of a training config, and optionally `task` and `backbone`.
-
-    Args:
-        path: the file.
-        config_class: whose keys they are, `TrainingConfig` or `GenerationTrainingConfig`; None takes what the recipe's
-            task asks for.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a YAML mapping, or a key or value is wrong.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Recipe {path} does not exist. Give the path of a YAML file.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Recipe {path} is not valid YAML: {error}".replace("\n", " ")) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"Recipe {path} must be a mapping of settings, got {type(values).__name__}.")
-    names = {key: values.pop(key) for key in ("task", "backbone") if key in values}
-    if config_class is None:
-        config_class = config_class_of(names.get("task"))
-    try:
-        settings = checked_settings(values, config_class)
-        config_class(**settings)
-    except ValueError as error:
-        raise ValueError(f"Recipe {path}: {error}") from error
-    return Recipe(settings=settings, **names)
-
-
-def config_class_of(task: str | None) -> type[Any]:
-    """Whose keys a task's recipe has: `GenerationTrainingConfig` for one of generation, else `TrainingConfig`."""
-    # The other config is built on this module.
-    from consistentee.data.generation_tasks import is_generation_task
-    from consistentee.generation_config import GenerationTrainingConfig
-
-    return GenerationTrainingConfig if task and is_generation_task(str(task)) else TrainingConfig
 
 
 def checked_settings(values: Mapping[str, Any], config_class: type[Any] = TrainingConfig) -> dict[str, Any]:

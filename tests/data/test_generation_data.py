@@ -34,7 +34,7 @@ from consistentee.data.generation_batches import (
     pad_left,
     with_more_tokens,
 )
-from consistentee.data.generation_tasks import get_generation_task
+from consistentee.data.tasks import GenerationTask, get_task
 from consistentee.data.templates import ALPACA, PLAIN, PromptTemplate, prompt_template
 from consistentee.errors import DataError
 from tiny import tiny_tokenizer
@@ -131,7 +131,7 @@ def test_files_by_their_beginning(tmp_path: Path) -> None:
     write_jsonl(folder / "train_100.jsonl", {"id": "0", "article": " a ", "highlights": "b .\nc ."})
     write_jsonl(folder / "validation_15.jsonl", {"article": "d", "highlights": "e", "id": "1"})
     train, evaluation = load_generation_task("cnndm", tmp_path, need_train=True)
-    instruction = get_generation_task("cnndm").instruction
+    instruction = get_task("cnndm", GenerationTask).instruction
     assert train == InstructionDataset([instruction], ["a"], ["b .\nc ."], str(folder / "train_100.jsonl"))
     assert (evaluation.inputs, evaluation.references) == (["d"], ["e"])
     write_jsonl(folder / "test_9.jsonl", {"article": "f", "highlights": "g"})

@@ -23,8 +23,8 @@ from consistentee.cli.options import (
     UsageError,
 )
 from consistentee.cli.terminal import announced, at_least_one, console, say, text_stream, usage
-from consistentee.config import Recipe
 from consistentee.data.files import FORMATS
+from consistentee.data.recipes import Recipe
 from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.generation_config import (
     GenerationCriterion,

@@ -17,7 +17,8 @@ from consistentee.cli.options import (
     UsageError,
     check_training_source,
 )
-from consistentee.config import Recipe
+from consistentee.data.recipes import Recipe
+from consistentee.data.tasks import GenerationTask, get_task
 
 if TYPE_CHECKING:
     from consistentee.data.generation import InstructionDataset
@@ -38,7 +39,6 @@ class GenerationData:
 def generation_training_data(options: TrainingDataOptions, recipe: Recipe, seed: int) -> GenerationData:
     """Load what a training command is to make a text generator from and to report on; as `training_data`."""
     from consistentee.data.generation import load_generation_files, load_generation_task
-    from consistentee.data.generation_tasks import get_generation_task
 
     check_training_source(options)
     if options.train_file is not None:
@@ -51,7 +51,7 @@ def generation_training_data(options: TrainingDataOptions, recipe: Recipe, seed:
             raise UsageError(
                 "--prompt-column, --input-column and --response-column go with --train-file; a task knows its own."
             )
-        task = get_generation_task(options.task or recipe.task or "").name
+        task = get_task(options.task or recipe.task or "", GenerationTask).name
         train, evaluation = load_generation_task(task, options.data_dir, need_train=True)
     if train is None:  # both loaders give rows or raise
         raise UsageError("There are no rows to train on.")
@@ -103,7 +103,6 @@ def _conversations(rows: InstructionDataset) -> Iterator[str]:
 def generation_evaluation_data(options: DataOptions, model_task: str | None) -> InstructionDataset:
     """Load the prompts and references to evaluate a saved text generator on; as `evaluation_data`."""
     from consistentee.data.generation import load_generation_files, load_generation_task
-    from consistentee.data.generation_tasks import get_generation_task
 
     options.check_kind("generation")
     if options.eval_file is not None:
@@ -121,7 +120,7 @@ def generation_evaluation_data(options: DataOptions, model_task: str | None) -> 
     if task is None:
         raise UsageError("Give --task with --data-dir, or --eval-file.")
     try:
-        name = get_generation_task(task).name
+        name = get_task(task, GenerationTask).name
     except ValueError as error:
         raise UsageError(str(error)) from error
     return load_generation_task(name, options.data_dir)[1]

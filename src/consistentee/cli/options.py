@@ -17,8 +17,9 @@ from cyclopts import Group, Parameter
 
 from consistentee.atomic_files import write_text
 from consistentee.cli.effects import Command, check_effects
-from consistentee.config import Recipe, TrainingConfig, load_recipe
-from consistentee.data.generation_tasks import is_generation_task
+from consistentee.config import TrainingConfig
+from consistentee.data.recipes import Recipe, load_recipe
+from consistentee.data.tasks import is_generation_task
 from consistentee.errors import UsageError
 from consistentee.generation_config import AnyTrainingConfig, GenerationTrainingConfig
 

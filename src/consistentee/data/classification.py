@@ -22,7 +22,7 @@ from consistentee.data.batches import LengthGroupedBatches, TokenizedDataset, co
 from consistentee.data.files import Table, open_table, read_texts, table_of
 from consistentee.data.labels import match_labels, numbers_as_written_once, same_number_twice
 from consistentee.data.parsing import quoted, raise_or_skip
-from consistentee.data.tasks import Columns, Task, get_task, plain_name
+from consistentee.data.tasks import ClassificationTask, LabelColumns, get_task, plain_name
 from consistentee.errors import DataError
 
 __all__ = [
@@ -166,7 +166,7 @@ def load_files(
         raise ValueError(
             f"Columns must differ, got text columns {quoted(text_columns)} and label column {label_column!r}."
         )
-    layouts = (Columns(tuple(text_columns), label_column),)
+    layouts = (LabelColumns(tuple(text_columns), label_column),)
     names = tuple(label_names) if label_names is not None else None
     train = evaluation = None
     if train_file is not None:
@@ -245,7 +245,7 @@ class _Rows:
     declared_names: tuple[str, ...] | None
 
 
-def _read(table: Table, layouts: Sequence[Columns]) -> _Rows:
+def _read(table: Table, layouts: Sequence[LabelColumns]) -> _Rows:
     """Every row of a table; broken ones raise, or are left out with a warning where the table collects them."""
     columns, table = table.with_columns()
     layout = next((layout for layout in layouts if {*layout.text, layout.label} <= set(columns)), None)
@@ -344,7 +344,7 @@ def _learned_names(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def _hub_tables(task: Task) -> tuple[Table, Table]:
+def _hub_tables(task: ClassificationTask) -> tuple[Table, Table]:
     if task.hub_path is None:
         raise DataError(
             f'Task "{task.name}" has no canonical home on the hub.',
@@ -369,7 +369,7 @@ def _hub_tables(task: Task) -> tuple[Table, Table]:
     )
 
 
-def _local_tables(task: Task, data_dir: str | os.PathLike[str]) -> tuple[Table | None, Table]:
+def _local_tables(task: ClassificationTask, data_dir: str | os.PathLike[str]) -> tuple[Table | None, Table]:
     root = Path(data_dir)
     if not root.is_dir():
         raise DataError("There is no such folder.", file=root, remedy="Check --data-dir.")

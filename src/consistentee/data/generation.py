@@ -15,10 +15,9 @@ from consistentee.data.classification import BROKEN_SHARE
 from consistentee.data.conversations import CONVERSATION_COLUMNS, answers, read_turns
 from consistentee.data.encodings import decoded_lines, file_lines
 from consistentee.data.files import FORMATS, HUB_PREFIX, Table, json_format, open_table, table_of
-from consistentee.data.generation_tasks import END_MARKER, GenerationTask, Layout, get_generation_task
 from consistentee.data.instructions import InstructionDataset, split_rows
 from consistentee.data.parsing import Numbered, parse, quoted, raise_or_skip
-from consistentee.data.tasks import plain_name
+from consistentee.data.tasks import END_MARKER, GenerationTask, PromptColumns, get_task, plain_name
 from consistentee.errors import DataError
 
 __all__ = [
@@ -48,7 +47,7 @@ def load_generation_task(
     Published files hold a few rows without a response: they are left out.
 
     Args:
-        name: A task of `tasks.GENERATION_TASKS`.
+        name: A generation task of `tasks.TASKS`.
         data_dir: The task's folder, or the folder that holds it, with files whose names begin with train and with
             test, validation or dev, or with a single file; None loads from the hub.
         need_train: Whether a missing training file is an error.
@@ -61,7 +60,7 @@ def load_generation_task(
         DataError: A missing or broken file; the message names file, row and remedy.
         ValueError: An unknown task.
     """
-    task = get_generation_task(name)
+    task = get_task(name, GenerationTask)
     tables = _hub_tables(task) if data_dir is None else _local_tables(task, Path(data_dir))
     sets = [_read(table, task.layouts, task.instruction) for table in tables if table is not None]
     if tables[1] is None:
@@ -127,7 +126,7 @@ def load_generation_files(
         for column in (prompt, response, *([] if input_column is None else [input_column])):
             if column not in columns:
                 raise table.error(1, f'There is no column "{column}".', f"Columns here: {quoted(columns)}.")
-        return _read(table, (Layout(response, prompt, context),), "")
+        return _read(table, (PromptColumns(response, prompt, context),), "")
 
     return rows(train_file), rows(eval_file, ("validation", "test"))
 
@@ -259,7 +258,7 @@ def _optional_text(table: Table, row: int, values: Mapping[str, Any], column: st
     return table.texts_of(row, values, (column,))[0].strip()
 
 
-def _read(table: Table, layouts: Sequence[Layout], instruction: str) -> InstructionDataset:
+def _read(table: Table, layouts: Sequence[PromptColumns], instruction: str) -> InstructionDataset:
     """Every row of a table; broken ones raise, or are left out where the table collects them."""
     columns, table = table.with_columns()
     layout = next((layout for layout in layouts if set(layout.needed) <= set(columns)), None)
@@ -299,7 +298,7 @@ def _read_conversations(table: Table, column: str) -> InstructionDataset:
     return replace(data, history=history, conversations=conversations)
 
 
-def _row(table: Table, number: int, values: Mapping[str, Any], layout: Layout) -> tuple[str, str, str]:
+def _row(table: Table, number: int, values: Mapping[str, Any], layout: PromptColumns) -> tuple[str, str, str]:
     """Instruction ("" where the task has one for all rows), input and reference of a row."""
     prompt, reference = (text.strip() for text in table.texts_of(number, values, layout.needed))
     reference = reference.removesuffix(END_MARKER).rstrip()

@@ -18,7 +18,7 @@ from consistentee.data.batches import TokenizedDataset, collate, tokenize
 from consistentee.data.classification import TextDataset
 from consistentee.data.labels import match_labels
 from consistentee.data.parsing import quoted
-from consistentee.data.tasks import TASKS
+from consistentee.data.tasks import TASKS, ClassificationTask
 from consistentee.functional.curves import CurvePoint, trade_off_curve
 from consistentee.functional.exits import check_threshold, choose_exit_layer, exit_scores
 from consistentee.functional.metrics import compute_metrics
@@ -371,9 +371,9 @@ def class_columns(saved: SavedModel, label_names: Sequence[str]) -> list[int]:
 
 def default_metrics(saved: SavedModel, num_classes: int) -> tuple[str, ...]:
     """The metrics of the task the model was trained for, all that fit for data of one's own, and the thresholds'."""
-    task = getattr(saved.model.config, "task", None)
-    if task in TASKS:
-        metrics = TASKS[task].metrics
+    task = TASKS.get(getattr(saved.model.config, "task", None) or "")
+    if isinstance(task, ClassificationTask):
+        metrics = task.metrics
     else:
         metrics = ("accuracy", "f1", "matthews") if num_classes == 2 else ("accuracy", "matthews")
     chosen = (saved.record.get("config") or {}).get("threshold_metric", "accuracy")

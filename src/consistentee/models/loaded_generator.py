@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from consistentee.backbones.decoders import keep_soft_cap
 from consistentee.backbones.limits import check_tokenizer
-from consistentee.data.generation_tasks import GENERATION_TASKS
+from consistentee.data.tasks import TASKS, GenerationTask
 from consistentee.data.templates import PromptTemplate, prompt_template
 from consistentee.errors import SettingError
 from consistentee.functional.token_criteria import GENERATION_CRITERIA, check_generation_threshold
@@ -107,8 +107,8 @@ class SavedGenerator:
     @property
     def max_new_tokens(self) -> int:
         """How long a text gets where nobody says: as long as the texts of its task."""
-        task = GENERATION_TASKS.get(self.task or "")
-        return MAX_NEW_TOKENS if task is None else task.max_new_tokens
+        task = TASKS.get(self.task or "")
+        return task.max_new_tokens if isinstance(task, GenerationTask) else MAX_NEW_TOKENS
 
     def prompt_template(self, spec: str | os.PathLike[str] | None = None) -> PromptTemplate:
         """How prompts are written.

@@ -252,7 +252,7 @@ def hub_splits(task_name: str) -> datasets.DatasetDict:
     features = datasets.Features(
         {
             **{column: datasets.Value("string") for column in task.text_columns},
-            "label": datasets.ClassLabel(names=list(task.label_names)),
+            "label": datasets.ClassLabel(names=list(task.label_names or ())),
             "idx": datasets.Value("int32"),
         }
     )

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from run_results import FOLDERS, MAX_TRAIN_ROWS, WARMUP_EPOCHS
 
-from consistentee import TrainingConfig, load_task, open_model, train
+from consistentee import ClassificationTrainingConfig, load_task, open_model, train
 from consistentee.atomic_files import write_json
 from consistentee.data.batches import collate, tokenize
 from consistentee.functional.curves import curve_score, trade_off_curve
@@ -70,7 +70,7 @@ def run_cell(backbone: Path, data_dir: Path, task: str, head: str, seed: int, fo
     train_data, _ = load_task(task, data_dir, need_train=True)
     if train_data is None:
         raise SystemExit(f"{data_dir} holds no training rows.")
-    config = TrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task], rounds=0)
+    config = ClassificationTrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task], rounds=0)
     train(
         backbone=backbone,
         train_data=train_data.max_samples(MAX_TRAIN_ROWS.get(task), seed=0),

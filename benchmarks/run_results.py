@@ -26,7 +26,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
-from consistentee import SavedModel, TextDataset, TrainingConfig, finetune, load_task, open_model, train
+from consistentee import (
+    ClassificationTrainingConfig,
+    SavedModel,
+    TextDataset,
+    finetune,
+    load_task,
+    open_model,
+    train,
+)
 from consistentee.atomic_files import write_text
 from consistentee.data.batches import collate, tokenize
 from consistentee.data.tasks import get_task
@@ -93,7 +101,7 @@ def run_cell(
     if train_data is None:
         raise SystemExit(f"{data_dir} holds no training rows.")
     train_data = train_data.max_samples(MAX_TRAIN_ROWS.get(task), seed=0)
-    config = TrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task])
+    config = ClassificationTrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task])
     if method == "weighted":  # as many epochs, all of them on the weighted sum
         total = config.warmup_epochs + config.rounds * config.consistent_epochs
         config = replace(config, warmup_epochs=total, rounds=0)

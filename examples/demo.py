@@ -26,20 +26,20 @@ from rich.console import Console
 from rich.table import Table
 
 from consistentee import (
+    ClassificationTrainingConfig,
     Engine,
     ExitRule,
     MissingExtraError,
     Prediction,
     TextDataset,
-    TrainingConfig,
     evaluate_model,
     finetune,
     open_model,
     train,
 )
 from consistentee.atomic_files import write_json
-from consistentee.config import require_seed
 from consistentee.data.batches import encode_texts
+from consistentee.errors import require_seed
 from consistentee.evaluation.plots import plot_evaluation
 from consistentee.evaluation.reports import evaluation_report
 from consistentee.functional.exits import CRITERIA
@@ -68,7 +68,7 @@ LEAST_TRAIN_ROWS = 800  # fewer give no result worth a look
 TRIAL_STEPS, BATCH_ROWS = 3, 32
 TIMED_ROWS, TIMED_REPEATS = 512, 3
 SENTENCES, SEARCHED = 12, 300  # sentences shown, and among how many they are looked for
-SETTINGS = TrainingConfig(
+SETTINGS = ClassificationTrainingConfig(
     max_length=64,
     learning_rate=1e-4,  # a small encoder takes and needs more
     warmup_epochs=1.0,
@@ -127,7 +127,7 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
         f"{len(evaluation_rows):,} to measure on."
     )
 
-    config = TrainingConfig(**{**SETTINGS.to_dict(), "seed": seed})
+    config = ClassificationTrainingConfig(**{**SETTINGS.to_dict(), "seed": seed})
     step(2, "The plain model: one classifier at the top, every input runs all the layers")
     _run(finetune, plain_dir, backbone, train_rows, config, say)
 
@@ -283,7 +283,7 @@ def _run(
     folder: Path,
     backbone: Path,
     rows: TextDataset,
-    config: TrainingConfig,
+    config: ClassificationTrainingConfig,
     say: Callable[[str], None],
 ) -> None:
     """Train or fine-tune; what an earlier run of the demo began goes on, what it finished stays."""

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig
 
 QUICK: dict[str, Any] = {
     "batch_size": 16,
@@ -30,9 +30,9 @@ QUICK: dict[str, Any] = {
 }
 
 
-def quick_config(**changes: Any) -> TrainingConfig:
+def quick_config(**changes: Any) -> ClassificationTrainingConfig:
     """Settings for a run of a few steps, in full precision, without dropout but in the policy."""
-    return TrainingConfig(**{**QUICK, **changes})
+    return ClassificationTrainingConfig(**{**QUICK, **changes})
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from consistentee.config import TrainingConfig, checked_settings
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, checked_settings
 from consistentee.data.recipes import Recipe, config_class_of, load_recipe
 from consistentee.data.tasks import TASKS, GenerationTask
-from consistentee.generation_config import GenerationTrainingConfig
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 PAPER_TASKS = ("rte", "mrpc", "sst2", "qnli", "qqp", "mnli", "m-cid", "stackoverflow")
@@ -25,53 +24,62 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-# --- TrainingConfig ---
+# --- ClassificationTrainingConfig ---
 
 
 def test_to_dict_and_back():
-    config = TrainingConfig(
+    config = ClassificationTrainingConfig(
         layer_costs=(0.1, 0.2), consistent_learning_rate=3e-5, head="shared_pooler", seed=7
     )
     values = config.to_dict()
     assert values["layer_costs"] == [0.1, 0.2]
-    assert TrainingConfig.from_dict(values) == config
-    assert TrainingConfig.from_dict(json.loads(json.dumps(values))) == config
-    assert TrainingConfig.from_dict(yaml.safe_load(yaml.safe_dump(values))) == config
-    assert TrainingConfig.from_dict({}) == TrainingConfig()
+    assert ClassificationTrainingConfig.from_dict(values) == config
+    assert ClassificationTrainingConfig.from_dict(json.loads(json.dumps(values))) == config
+    assert ClassificationTrainingConfig.from_dict(yaml.safe_load(yaml.safe_dump(values))) == config
+    assert ClassificationTrainingConfig.from_dict({}) == ClassificationTrainingConfig()
 
 
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainingConfig().seed = 1
+        ClassificationTrainingConfig().seed = 1
 
 
 def test_every_setting_is_written_out():
-    assert set(TrainingConfig().to_dict()) == {field.name for field in dataclasses.fields(TrainingConfig)}
+    config = ClassificationTrainingConfig()
+    assert set(config.to_dict()) == {field.name for field in dataclasses.fields(config)}
 
 
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(
         ValueError, match=r'"learning_rat" is not a training setting. Did you mean "learning_rate"?'
     ):
-        TrainingConfig.from_dict({"learning_rat": 1e-5})
+        ClassificationTrainingConfig.from_dict({"learning_rat": 1e-5})
     with pytest.raises(ValueError, match=r'"xyz" is not a training setting.$'):
-        TrainingConfig.from_dict({"xyz": 1})
+        ClassificationTrainingConfig.from_dict({"xyz": 1})
     with pytest.raises(ValueError, match=r'"3" is not a training setting.'):
-        TrainingConfig.from_dict({3: 1})
+        ClassificationTrainingConfig.from_dict({3: 1})
 
 
 @pytest.mark.parametrize(
     "value, expected", [("1e-5", 1e-5), ("3E-4", 3e-4), (1, 1.0), ("0.5", 0.5), (2e-5, 2e-5)]
 )
 def test_numbers_may_be_written_as_text(value: Any, expected: float):
-    learning_rate = checked_settings({"learning_rate": value})["learning_rate"]
+    learning_rate = checked_settings({"learning_rate": value}, ClassificationTrainingConfig)["learning_rate"]
     assert learning_rate == expected
     assert isinstance(learning_rate, float)
-    assert checked_settings({"consistent_learning_rate": value})["consistent_learning_rate"] == expected
+    assert (
+        checked_settings({"consistent_learning_rate": value}, ClassificationTrainingConfig)[
+            "consistent_learning_rate"
+        ]
+        == expected
+    )
 
 
 def test_consistent_learning_rate_may_be_none():
-    assert TrainingConfig.from_dict({"consistent_learning_rate": None}).consistent_learning_rate is None
+    assert (
+        ClassificationTrainingConfig.from_dict({"consistent_learning_rate": None}).consistent_learning_rate
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +93,7 @@ def test_consistent_learning_rate_may_be_none():
     ],
 )
 def test_layer_costs_are_one_or_several_prices(value: Any, expected: tuple[float, ...]):
-    assert TrainingConfig.from_dict({"layer_costs": value}).layer_costs == expected
+    assert ClassificationTrainingConfig.from_dict({"layer_costs": value}).layer_costs == expected
 
 
 @pytest.mark.parametrize(
@@ -108,7 +116,7 @@ def test_layer_costs_are_one_or_several_prices(value: Any, expected: tuple[float
 )
 def test_a_wrong_type_is_named(key: str, value: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        TrainingConfig.from_dict({key: value})
+        ClassificationTrainingConfig.from_dict({key: value})
 
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
@@ -184,15 +192,15 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize("name, value, message", BAD_VALUES)
 def test_a_bad_value_is_named(name: str, value: Any, message: str):
     with pytest.raises(ValueError, match=message):
-        TrainingConfig(**{name: value})
+        ClassificationTrainingConfig(**{name: value})
 
 
 def test_the_batch_is_cut_into_equal_parts():
     with pytest.raises(
         ValueError, match="batch_size must be a multiple of gradient_accumulation_steps, got 32 and 3"
     ):
-        TrainingConfig(gradient_accumulation_steps=3)
-    assert TrainingConfig(gradient_accumulation_steps=4).batch_size == 32
+        ClassificationTrainingConfig(gradient_accumulation_steps=3)
+    assert ClassificationTrainingConfig(gradient_accumulation_steps=4).batch_size == 32
 
 
 # --- Recipe files ---
@@ -249,7 +257,7 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_is_for(path: Path):
     generates = isinstance(TASKS[recipe.task], GenerationTask)
     assert recipe.backbone == ("huggyllama/llama-7b" if generates else "google-bert/bert-base-uncased")
     config_class = config_class_of(recipe.task)
-    assert config_class is (GenerationTrainingConfig if generates else TrainingConfig)
+    assert config_class is (GenerationTrainingConfig if generates else ClassificationTrainingConfig)
     config = config_class(**recipe.settings)
     assert config_class.from_dict(config.to_dict()) == config
 

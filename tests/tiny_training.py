@@ -12,8 +12,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from consistentee.config import GenerationTrainingConfig
 from consistentee.data.generation import InstructionDataset
-from consistentee.generation_config import GenerationTrainingConfig
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 
 VOCABULARY = 258

@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from consistentee.config import TrainingConfig
+    from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
     from consistentee.data.classification import TextDataset, load_files, load_task
     from consistentee.data.generation import InstructionDataset, load_generation_files, load_generation_task
     from consistentee.data.recipes import load_recipe
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from consistentee.evaluation.generation import evaluate_generation
     from consistentee.evaluation.results import GenerationEvaluation
     from consistentee.functional.curves import CurvePoint
-    from consistentee.generation_config import GenerationTrainingConfig
     from consistentee.models.causal_lm import EarlyExitForCausalLM
     from consistentee.models.causal_lm_configuration import EarlyExitCausalLMConfig
     from consistentee.models.configuration import EarlyExitConfig, FullDepthConfig
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassificationTrainingConfig",
     "CurvePoint",
     "DataError",
     "EarlyExitCausalLMConfig",
@@ -66,7 +66,6 @@ __all__ = [
     "SavedModel",
     "TextDataset",
     "TextGenerator",
-    "TrainingConfig",
     "__version__",
     "evaluate_generation",
     "evaluate_layers",
@@ -85,7 +84,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "config": ("TrainingConfig",),
+    "config": ("ClassificationTrainingConfig", "GenerationTrainingConfig"),
     "data.recipes": ("load_recipe",),
     "models.configuration": ("EarlyExitConfig", "FullDepthConfig"),
     "functional.curves": ("CurvePoint",),
@@ -93,7 +92,6 @@ _HOMES = {
     "pipelines.classifier": ("Engine", "ExitRule", "Prediction", "Predictor"),
     "errors": ("DataError", "MissingExtraError"),
     "evaluation.classification": ("Evaluation", "evaluate_layers", "evaluate_model"),
-    "generation_config": ("GenerationTrainingConfig",),
     "models.causal_lm_configuration": ("EarlyExitCausalLMConfig",),
     "data.generation": ("InstructionDataset", "load_generation_files", "load_generation_task"),
     "evaluation.generation": ("evaluate_generation",),

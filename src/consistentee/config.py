@@ -1,13 +1,19 @@
-"""How to train: `TrainingConfig` and its checks. Imports nothing heavy."""
+"""How to train: one base of settings for both tasks, what each adds, and their checks.
+
+Imports nothing heavy: the command line shows its help from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
+
+from typing_extensions import Self
+
+from consistentee.errors import require_choice, require_range, require_seed
 
 Head = Literal["attention", "shared_pooler"]
 Pooling = Literal["auto", "cls", "mean"]
@@ -22,14 +28,189 @@ HardnessMeasure = Literal["memorized_layer", "forgetting_events", "final_loss", 
 ThresholdMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 Criterion = Literal["policy", "confidence", "entropy", "patience"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+Schedule = Literal["linear", "constant"]
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "all"]
+
+ExitHead = Literal["shared", "low_rank", "separate"]
+GenerationCriterion = Literal[
+    "policy", "softmax_margin", "state_similarity", "confidence_classifier", "static"
+]
+GenerationMode = Literal["early-exit", "full", "lossless"]
+SkippedStates = Literal["copy", "recompute"]
+BackboneTraining = Literal["full", "lora", "frozen"]
+RewardTarget = Literal["reference", "last_layer", "both"]
+TokenRewardLoss = Literal["regret", "error", "cross_entropy"]
+TokenPolicyData = Literal["held_out", "filled"]
+TokenHardness = Literal["memorized_layer", "final_loss", "uniform"]
+
+# Where the numbers among the settings must lie, in whichever config has them.
+_ABOVE_ZERO = (
+    "max_length num_queries classifier_hidden_size policy_hidden_size max_prompt_length exit_head_rank lora_rank "
+    "lora_alpha batch_size gradient_accumulation_steps learning_rate consistent_learning_rate head_learning_rate "
+    "max_grad_norm warmup_epochs layers_per_step policy_tokens policy_epochs policy_min_steps policy_batch_size "
+    "policy_learning_rate patience checkpoint_every max_cache_mb logit_rows"
+)
+_NOT_NEGATIVE = "weight_decay distillation rounds consistent_epochs policy_weight_decay entropy_bonus"
+_SHARES = "weighted_sum_share max_accuracy_loss last_layer_share"
+_SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio price_warmup"
+_AT_LEAST = {"num_rollouts": 2, "policy_folds": 2, "min_exit_layer": 1}
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained. Every field is a command-line option of the same name and a key of a recipe.
+    """What the trainings of both tasks have in common; an instance is a row, or a token of a response.
 
-    The defaults are what paired comparisons supported (docs/experiments.md); the paper's own values are in `recipes/`.
+    Every field is a command-line option of the same name and a key of a recipe. The defaults are what paired
+    comparisons supported (docs/experiments.md); the paper's own values are in `recipes/`.
     """
+
+    # Data
+    max_length: int = 128
+    """Tokens of an input (of a prompt with its response) at most, and no more than the backbone has positions; longer
+    ones are cut."""
+    parse_special_tokens: bool = False
+    """Take special tokens that a text spells, such as [SEP], for special tokens; otherwise they are text."""
+    validation_fraction: float = 0.2
+    """Share of the training rows kept from the model: for selection, and for the policy if `held_out`."""
+
+    # Optimisation
+    batch_size: int = 32
+    """Rows per optimizer step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: int = 1
+    """Parts a batch is cut into to save memory; does not change the result."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of the backbone, or of its adapters, in the warm-up."""
+    consistent_learning_rate: float | None = None
+    """Peak learning rate of the backbone in the consistent phase; by default the warm-up's."""
+    head_learning_rate: float = 1e-3
+    """Peak learning rate of new parameters: poolers and classifiers, or the exits' norms, adapters and heads."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on matrices only."""
+    schedule: Schedule = "linear"
+    """After the warm-up ramp: fall to zero at the planned end, or stay."""
+    warmup_ratio: float = 0.1
+    """Share of all steps over which the learning rate rises from zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    mixed_precision: MixedPrecision = "auto"
+    """`auto`: bf16 where the hardware computes in it, full precision elsewhere."""
+    group_by_length: bool = True
+    """Batch inputs of similar length, so that little is padded."""
+
+    # Phase 1: warm-up on the weighted sum of all classifiers' losses
+    warmup_epochs: float = 2.0
+    """Epochs of the warm-up."""
+
+    # Phases 2 and 3: policy, then classifiers and backbone; repeated
+    rounds: int = 2
+    """How often phases 2 and 3 are repeated."""
+    consistent_epochs: float = 0.5
+    """Epochs of the consistent phase in each round."""
+    weighted_sum_share: float = 0.3
+    """Share of the weighted-sum loss mixed into the consistent loss, 0 (the paper) to 1."""
+    estimator: Estimator = "exact"
+    """Policy gradient: the exact one, or REINFORCE from `num_rollouts` samples."""
+    num_rollouts: int = 8
+    """Exit layers drawn per instance by `sampled`."""
+    reward: Reward = "hardness"
+    """Price per layer falls with the instance's hardness, or is `uniform`."""
+    layer_costs: tuple[float, ...] = (0.002, 0.2)
+    """Prices of one layer: the ends of a range, or those to choose from; one value fixes it."""
+    prices: Prices = "range"
+    """`range`: one policy learns all prices from the lowest to the highest of `layer_costs`, and the threshold dials
+    among them. `each`: one policy for each of `layer_costs` (the paper's), of which validation chooses."""
+    policy_hidden_size: int = 32
+    """Width of the policy network."""
+    policy_dropout: float = 0.5
+    """Dropout on the state that the policy reads."""
+    policy_epochs: int = 40
+    """Epochs of each policy fit on cached states, or more where these are fewer than `policy_min_steps`."""
+    policy_min_steps: int = 100
+    """Least number of steps of a policy fit: few instances need more epochs."""
+    policy_batch_size: int = 128
+    """Instances per step of a policy fit."""
+    policy_learning_rate: float = 1e-3
+    """Learning rate of a policy fit."""
+    policy_weight_decay: float = 0.01
+    """Weight decay of a policy fit."""
+    entropy_bonus: float = 0.01
+    """Weight of the exit distribution's entropy in the policy's objective, falling to zero over the fit."""
+    price_warmup: float = 0.3
+    """Share of a policy fit over which the price rises from zero: quality first, then speed."""
+    initial_exit_bias: float = -1.0
+    """Exit logit of an untrained policy; negative = go deep."""
+    policy_folds: int = 4
+    """Folds of the cross-fitted policy; the tokens of one text are in one fold."""
+    patience: int = 2
+    """Stop after this many rounds in turn that are worse on validation rows by more than a standard error."""
+    max_accuracy_loss: float = 0.0
+    """Default thresholds may lose this much validation accuracy (0.01 = one point), of rows or of tokens, against the
+    last layer."""
+
+    # Run
+    seed: int = 0
+    """Seed of splits, order, initial weights, dropout and drawn exits."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the end of each phase is always one."""
+    max_cache_mb: float = 1024.0
+    """States above this size are kept in a memory-mapped file."""
+    tracker: Tracker = "none"
+    """Experiment tracker, through accelerate."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_costs", tuple(float(cost) for cost in self.layer_costs))
+        self._check_choices_and_ranges()
+        require_seed(self.seed)
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}.")
+        if not self.layer_costs or not all(cost >= 0 for cost in self.layer_costs):
+            raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(self.layer_costs)}.")
+        if self.prices == "range" and min(self.layer_costs) == 0 < max(self.layer_costs):
+            raise ValueError(
+                f"layer_costs must be above 0 for a range of prices, got {list(self.layer_costs)}. "
+                "Start it at a small price such as 0.001, or take prices: each."
+            )
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size must be a multiple of gradient_accumulation_steps, got {self.batch_size} "
+                f"and {self.gradient_accumulation_steps}."
+            )
+
+    def _check_choices_and_ranges(self) -> None:
+        hints = get_type_hints(type(self))
+        for field_ in dataclasses.fields(self):
+            name, value, choices = field_.name, getattr(self, field_.name), get_args(hints[field_.name])
+            if choices and all(isinstance(choice, str) for choice in choices):
+                require_choice(name, value, choices)
+            if value is None:
+                continue
+            if name in _ABOVE_ZERO.split() and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+            if name in _NOT_NEGATIVE.split() and not value >= 0:
+                raise ValueError(f"{name} must be >= 0, got {value}.")
+            if name in _AT_LEAST and not value >= _AT_LEAST[name]:
+                raise ValueError(f"{name} must be at least {_AT_LEAST[name]}, got {value}.")
+            if name in (*_SHARES.split(), *_SHARES_BELOW_ONE.split()):
+                require_range(name, value, 0, 1, open_end=name in _SHARES_BELOW_ONE.split())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, ready for JSON or YAML."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from plain values.
+
+        Raises:
+            ValueError: if a key is unknown (with the nearest known one) or a value has the wrong type.
+        """
+        return cls(**checked_settings(values, cls))
+
+
+@dataclass(frozen=True)
+class ClassificationTrainingConfig(TrainingConfig):
+    """How a classifier with exits is trained."""
 
     # Model
     head: Head = "attention"
@@ -47,146 +228,116 @@ class TrainingConfig:
     policy_input: PolicyInputChoice = "auto"
     """What the policy reads: the pooled state, the classifiers' signals, or both; `auto` lets validation decide
     whether the state earns its place beside the signals."""
-    policy_hidden_size: int = 32
-    """Width of the policy network."""
-    policy_dropout: float = 0.5
-    """Dropout on the pooled state that the policy reads."""
 
-    # Data
-    max_length: int = 128
-    """Tokens per input, at most as many as the backbone has positions; longer inputs are cut."""
-    parse_special_tokens: bool = False
-    """Take special tokens that a text spells, such as [SEP], for special tokens; otherwise they are text."""
-    validation_fraction: float = 0.2
-    """Share of the training rows kept from the classifiers: for selection, and for the policy if `held_out`."""
-    policy_data: PolicyData = "held_out"
-    """Rows the policy learns from: the validation rows, cross-fitted, or rows the classifiers have `seen`."""
-
-    # Optimisation
-    batch_size: int = 32
-    """Instances per optimizer step, over all processes and accumulation steps together."""
-    gradient_accumulation_steps: int = 1
-    """Parts a batch is cut into to save memory; does not change the result."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of the backbone in the warm-up."""
-    consistent_learning_rate: float | None = None
-    """Peak learning rate of the backbone in the consistent phase; by default the warm-up's."""
-    head_learning_rate: float = 1e-3
-    """Peak learning rate of new parameters (poolers and classifiers)."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay, on matrices only."""
-    schedule: Literal["linear", "constant"] = "linear"
-    """After the warm-up ramp: fall to zero at the planned end, or stay."""
-    warmup_ratio: float = 0.1
-    """Share of all steps over which the learning rate rises from zero."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    mixed_precision: MixedPrecision = "auto"
-    """`auto`: bf16 where the hardware computes in it, full precision elsewhere."""
-    group_by_length: bool = True
-    """Batch inputs of similar length, so that little is padded."""
-
-    # Phase 1: warm-up on the weighted sum of all classifiers' losses
-    warmup_epochs: float = 2.0
-    """Epochs of the warm-up."""
+    # Phases
     distillation: float = 0.0
     """Weight of KL(last layer || layer) in the warm-up."""
-
-    # Phases 2 and 3: policy, then classifiers and backbone; repeated
-    rounds: int = 2
-    """How often phases 2 and 3 are repeated."""
-    consistent_epochs: float = 0.5
-    """Epochs of the consistent phase in each round."""
-    weighted_sum_share: float = 0.3
-    """Share of the weighted-sum loss mixed into the consistent loss, 0 (the paper) to 1."""
-    estimator: Estimator = "exact"
-    """Policy gradient: the exact one, or REINFORCE from `num_rollouts` samples."""
-    num_rollouts: int = 8
-    """Exit layers drawn per instance by `sampled`."""
-    reward: Reward = "hardness"
-    """Price per layer falls with the instance's hardness, or is `uniform`."""
     reward_loss: RewardLoss = "error"
     """What a bad exit costs: `cross_entropy` (the paper) or `error` (0 or 1)."""
     hardness: HardnessMeasure = "memorized_layer"
     """Measure behind the `hardness` reward."""
-    layer_costs: tuple[float, ...] = (0.002, 0.2)
-    """Prices of one layer: the ends of a range, or those to choose from; one value fixes it."""
-    prices: Prices = "range"
-    """`range`: one policy learns all prices from the lowest to the highest of `layer_costs`, and the threshold dials
-    among them. `each`: one policy for each of `layer_costs` (the paper's), of which validation chooses."""
-    policy_epochs: int = 40
-    """Epochs of each policy fit on cached states, or more where these are fewer than `policy_min_steps`."""
-    policy_min_steps: int = 100
-    """Least number of steps of a policy fit: few rows need more epochs."""
-    policy_batch_size: int = 128
-    """Instances per step of a policy fit."""
-    policy_learning_rate: float = 1e-3
-    """Learning rate of a policy fit."""
-    policy_weight_decay: float = 0.01
-    """Weight decay of a policy fit."""
-    entropy_bonus: float = 0.01
-    """Weight of the exit distribution's entropy in the policy's objective, falling to zero over the fit."""
-    price_warmup: float = 0.3
-    """Share of a policy fit over which the price rises from zero: quality first, then speed."""
-    initial_exit_bias: float = -1.0
-    """Exit logit of an untrained policy; negative = go deep."""
-    policy_folds: int = 4
-    """Folds of the cross-fitted policy on held-out rows."""
-    patience: int = 2
-    """Stop after this many rounds in turn that are worse on validation rows by more than a standard error."""
+    policy_data: PolicyData = "held_out"
+    """Rows the policy learns from: the validation rows, cross-fitted, or rows the classifiers have `seen`."""
     threshold_metric: ThresholdMetric = "accuracy"
     """Metric of the validation rows by which default thresholds are chosen. `accuracy` hardly sees a rare class;
     `macro_f1` counts every class alike, `f1` is that of the second of two classes."""
-    max_accuracy_loss: float = 0.0
-    """The default threshold may lose this much validation accuracy (0.01 = one point), or of the `threshold_metric`,
-    against the last layer."""
 
-    # Run
-    seed: int = 0
-    """Seed of splits, order, initial weights and dropout."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; the end of each phase is always one."""
-    max_cache_mb: float = 1024.0
-    """Pooled states above this size are kept in a memory-mapped file."""
-    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "all"] = "none"
-    """Experiment tracker, through accelerate."""
+
+@dataclass(frozen=True)
+class GenerationTrainingConfig(TrainingConfig):
+    """How a causal language model with exits is trained."""
+
+    max_length: int = 256
+    validation_fraction: float = 0.1
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.05
+    warmup_epochs: float = 1.0
+    rounds: int = 1
+    num_rollouts: int = 4
+    reward: Reward = "uniform"
+    """Price per layer: the same for all tokens, or falling with a token's `hardness` (the paper). What the last layer
+    gets wrong, nearly half of a language model's tokens, is hardest, and would use all layers for nothing."""
+    policy_epochs: int = 10
+    policy_batch_size: int = 256
+    policy_folds: int = 2
+    max_accuracy_loss: float = 0.01
+    max_cache_mb: float = 2048.0
+
+    # Model
+    exit_head: ExitHead = "shared"
+    """What makes a token of a state below the last layer: a norm per layer and the model's head (`shared`), a small
+    adapter per layer in between (`low_rank`), or a head per layer (`separate`, the paper's)."""
+    exit_head_rank: int = 16
+    """Rank of `low_rank` adapters."""
+
+    # Data
+    max_prompt_length: int | None = None
+    """Tokens of a prompt at most; by default whatever leaves room for the response."""
+    prompt_template: str = "auto"
+    """`auto` (the tokenizer's chat template, else Alpaca's), `chat`, `alpaca`, `plain`, or a template file."""
+
+    # What is trained of the backbone
+    backbone_training: BackboneTraining = "lora"
+    """`full`: all weights. `lora`: adapters, merged into the weights at the end. `frozen`: exits only."""
+    lora_rank: int = 16
+    """Rank of the LoRA adapters."""
+    lora_alpha: float = 32.0
+    """Scale of the LoRA adapters, divided by their rank."""
+    lora_dropout: float = 0.05
+    """Dropout before the LoRA adapters."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping what is inside them: a third slower, far smaller."""
+    logit_rows: int = 1024
+    """Rows of logits that are held at once, one a token and layer: a few times logit_rows x vocabulary x 4 bytes is
+    what the heads need, whatever the batch."""
+
+    # Phases
+    layers_per_step: int = 4
+    """Layers below the last whose exits a step computes, drawn with probability proportional to their number."""
+    last_layer_share: float = 0.3
+    """Weight of the last layer's loss in the weighted sum; its own share by number would be 2 / (layers + 1), too
+    little for the layer that every exit is measured against."""
+    reward_loss: TokenRewardLoss = "regret"
+    """What a bad exit costs. `regret`: how much likelier the last layer holds its own token, in nats, up to 10, over
+    10: another good word costs little, a senseless one all. `error`: 1 where the token is not the target's.
+    `cross_entropy`: of the reference token (the paper)."""
+    reward_target: RewardTarget = "reference"
+    """An exit is right where its token is the `reference`'s (the paper) or the `last_layer`'s; hardness and thresholds
+    follow, and the `error`, which also knows half and half (`both`)."""
+    hardness: TokenHardness = "memorized_layer"
+    """Measure behind the `hardness` reward."""
+    min_exit_layer: int | None = None
+    """The first layer that a token may leave at; None takes a sixth of the layers. Exits below it hardly beat a guess,
+    and one senseless word can spoil a text."""
+    policy_tokens: int = 30_000
+    """Response tokens that the policy learns from and that thresholds are chosen on, at most."""
+    policy_data: TokenPolicyData = "filled"
+    """`held_out`: these are of validation rows. `filled`: where those hold fewer, training rows fill up what the policy
+    learns from; thresholds and figures rest on validation rows all the same."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer_costs", tuple(float(cost) for cost in self.layer_costs))
-        check_fields(
-            self,
-            positive=(
-                "num_queries policy_hidden_size max_length batch_size gradient_accumulation_steps learning_rate "
-                "head_learning_rate max_grad_norm warmup_epochs policy_epochs policy_min_steps policy_batch_size "
-                "policy_learning_rate patience checkpoint_every max_cache_mb"
-            ),
-            not_negative="weight_decay distillation rounds consistent_epochs policy_weight_decay entropy_bonus",
-            shares="weighted_sum_share max_accuracy_loss",
-            shares_below_one="head_dropout ensemble_decay policy_dropout warmup_ratio price_warmup",
-        )
-        if self.classifier_hidden_size is not None and not self.classifier_hidden_size > 0:
-            raise ValueError(f"classifier_hidden_size must be above 0, got {self.classifier_hidden_size}.")
-        if self.consistent_learning_rate is not None and not self.consistent_learning_rate > 0:
+        super().__post_init__()
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}.")
+        if self.backbone_training == "frozen" and self.last_layer_share == 1:
             raise ValueError(
-                f"consistent_learning_rate must be above 0, got {self.consistent_learning_rate}."
+                "last_layer_share must be below 1 for a frozen backbone, got 1. "
+                "The last layer belongs to the backbone, and nothing would be trained."
             )
-        check_shared_fields(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, ready for JSON or YAML."""
-        return plain_values(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
-        """Settings from plain values.
-
-        Raises:
-            ValueError: if a key is unknown (with the nearest known one) or a value has the wrong type.
-        """
-        return cls(**checked_settings(values))
+        if self.reward_target == "both" and self.reward_loss != "error":
+            raise ValueError(
+                f'reward_loss must be error for reward_target both, got "{self.reward_loss}". '
+                "Only errors have halves: set reward_target: reference or last_layer."
+            )
+        if self.reward_target == "last_layer" and self.reward_loss == "cross_entropy":
+            raise ValueError(
+                'reward_loss must be regret or error for reward_target last_layer, got "cross_entropy". '
+                "The cross-entropy is that of the reference token: set reward_target: reference for it."
+            )
 
 
-def checked_settings(values: Mapping[str, Any], config_class: type[Any] = TrainingConfig) -> dict[str, Any]:
+def checked_settings(values: Mapping[str, Any], config_class: type[TrainingConfig]) -> dict[str, Any]:
     """The given settings with each value in its field's type; raises ValueError on an unknown key or a wrong type."""
     hints = get_type_hints(config_class)
     settings: dict[str, Any] = {}
@@ -227,95 +378,3 @@ def _checked_value(key: str, value: Any, hint: Any) -> Any:
         return value
     require_choice(key, value, kinds)
     return value
-
-
-def plain_values(config: Any) -> dict[str, Any]:
-    """The settings of a training config as plain values, ready for JSON or YAML."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-
-
-def check_fields(
-    config: Any, *, positive: str, not_negative: str, shares: str, shares_below_one: str
-) -> None:
-    """Raise ValueError unless all choices are among theirs and the named fields lie where they must.
-
-    Args:
-        config: a training config.
-        positive: names of fields that must be above 0, separated by spaces.
-        not_negative: of fields that must be >= 0.
-        shares: of fields that must be in [0, 1].
-        shares_below_one: of fields that must be in [0, 1).
-    """
-    hints = get_type_hints(type(config))
-    for field_ in dataclasses.fields(config):
-        choices = get_args(hints[field_.name])
-        if choices and all(isinstance(choice, str) for choice in choices):
-            require_choice(field_.name, getattr(config, field_.name), choices)
-    for name in shares_below_one.split():
-        require_range(name, getattr(config, name), 0, 1, open_end=True)
-    for name in shares.split():
-        require_range(name, getattr(config, name), 0, 1)
-    if not 0 < config.validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be between 0 and 1, got {config.validation_fraction}.")
-    for name in positive.split():
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(config, name)}.")
-    for name in not_negative.split():
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}.")
-
-
-def check_shared_fields(config: Any) -> None:
-    """Raise ValueError unless rollouts, folds, prices and the parts of a batch make sense, in either config."""
-    require_seed(config.seed)
-    if config.num_rollouts < 2:
-        raise ValueError(f"num_rollouts must be at least 2, got {config.num_rollouts}.")
-    if config.policy_folds < 2:
-        raise ValueError(f"policy_folds must be at least 2, got {config.policy_folds}.")
-    if not config.layer_costs or not all(cost >= 0 for cost in config.layer_costs):
-        raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(config.layer_costs)}.")
-    if config.prices == "range" and min(config.layer_costs) == 0 < max(config.layer_costs):
-        raise ValueError(
-            f"layer_costs must be above 0 for a range of prices, got {list(config.layer_costs)}. "
-            "Start it at a small price such as 0.001, or take prices: each."
-        )
-    if config.batch_size % config.gradient_accumulation_steps:
-        raise ValueError(
-            f"batch_size must be a multiple of gradient_accumulation_steps, got {config.batch_size} "
-            f"and {config.gradient_accumulation_steps}."
-        )
-
-
-def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(map(str, choices))}, got "{value}".')
-
-
-def require_number(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raise ValueError unless the value is a number, as one that was read from a file need not be."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
-
-
-def require_thresholds(name: str, values: Any) -> None:
-    """Raise ValueError unless they are numbers by name; None stands for no thresholds."""
-    if values is not None and not isinstance(values, Mapping):
-        raise ValueError(f"{name} must be numbers by the name of their criterion, got {values!r}.")
-    for criterion, value in (values or {}).items():
-        require_number(f"{name}.{criterion}", value)
-
-
-def require_seed(seed: int) -> None:
-    """Raise ValueError unless every generator of random numbers takes the seed."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}.")
-
-
-def require_range(name: str, value: float, low: float, high: float, open_end: bool = False) -> None:
-    """Raise ValueError unless low <= value <= high (below high with `open_end`)."""
-    if not (low <= value < high if open_end else low <= value <= high):
-        raise ValueError(f"{name} must be in [{low}, {high}{')' if open_end else ']'}, got {value}.")

@@ -1,10 +1,13 @@
-"""The errors that are about the user's data and installation rather than about one argument."""
+"""Errors about a user's data, installation and arguments, and the checks that raise them."""
 
 from __future__ import annotations
 
 import importlib
+import numbers
 import os
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 
 class DataError(ValueError):
@@ -96,3 +99,36 @@ def require_extra(extra: str, module: str) -> ModuleType:
             f'This needs {module}, which is not installed. Install it with: pip install "consistentee[{extra}]"',
             name=module,
         ) from error
+
+
+def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(map(str, choices))}, got "{value}".')
+
+
+def require_number(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raise ValueError unless the value is a number, as one that was read from a file need not be."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
+
+
+def require_thresholds(name: str, values: Any) -> None:
+    """Raise ValueError unless they are numbers by name; None stands for no thresholds."""
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be numbers by the name of their criterion, got {values!r}.")
+    by_criterion: Mapping[str, object] = values or {}
+    for criterion, value in by_criterion.items():
+        require_number(f"{name}.{criterion}", value)
+
+
+def require_seed(seed: int) -> None:
+    """Raise ValueError unless every generator of random numbers takes the seed."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def require_range(name: str, value: float, low: float, high: float, open_end: bool = False) -> None:
+    """Raise ValueError unless low <= value <= high (below high with `open_end`)."""
+    if not (low <= value < high if open_end else low <= value <= high):
+        raise ValueError(f"{name} must be in [{low}, {high}{')' if open_end else ']'}, got {value}.")

@@ -20,7 +20,7 @@ import torch
 
 from consistentee import __version__
 from consistentee.cli.main import main
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import TextDataset
 from consistentee.models.loaded_classifier import RECORD_FILE
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
@@ -224,7 +224,7 @@ class TestUsage:
         assert __version__ in call("--version").out
         assert "finetune" in call("--help").out
         text = " ".join(call("train", "--help").out.replace("│", " ").split())
-        for field in dataclasses.fields(TrainingConfig):
+        for field in dataclasses.fields(ClassificationTrainingConfig):
             assert f"--{field.name.replace('_', '-')}"[:28] in text
         assert "Peak learning rate of the backbone in the warm-up. [default: 5e-05]" in text
 
@@ -309,7 +309,7 @@ class TestTrain:
         assert outcome.code == 0, outcome.err
         (arguments,) = training
         config = arguments["config"]
-        assert config == TrainingConfig(
+        assert config == ClassificationTrainingConfig(
             learning_rate=1e-5,
             batch_size=8,
             layer_costs=(0.02, 0.04),

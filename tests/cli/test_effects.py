@@ -11,27 +11,26 @@ from safetensors.torch import load_file
 
 from consistentee.cli.effects import check_effects
 from consistentee.cli.options import NOT_GIVEN, SettingOptions, UsageError, training_config
-from consistentee.config import Recipe, TrainingConfig
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, Recipe
 from consistentee.errors import SettingError
-from consistentee.generation_config import GenerationTrainingConfig
 from consistentee.training.classification import finetune, train
 from tiny import tiny_backbone, tiny_dataset
 
-Tokens = GenerationTrainingConfig
+Rows, Tokens = ClassificationTrainingConfig, GenerationTrainingConfig
 CASES: list[tuple[type[Any], str, dict[str, Any], str, str]] = [
-    (TrainingConfig, "train", {"head": "shared_pooler", "classifier_hidden_size": 8}, "classifier_hidden_size", "--"),
-    (TrainingConfig, "train", {"head": "shared_pooler", "num_queries": 2}, "num_queries", "--head attention"),
-    (TrainingConfig, "train", {"pooling": "cls"}, "pooling", "--head shared_pooler"),
-    (TrainingConfig, "train", {"num_rollouts": 4}, "num_rollouts", "--estimator sampled"),
-    (TrainingConfig, "train", {"reward": "uniform", "hardness": "el2n"}, "hardness", "--reward hardness"),
-    (TrainingConfig, "train", {"rounds": 0, "consistent_epochs": 1.0}, "consistent_epochs", "--rounds above 0"),
-    (TrainingConfig, "train", {"rounds": 0, "patience": 3}, "patience", "--rounds above 0"),
-    (TrainingConfig, "train", {"consistent_epochs": 0.0, "rounds": 3}, "rounds", "--consistent-epochs above 0"),
-    (TrainingConfig, "train", {"policy_input": "signals", "policy_dropout": 0.1}, "policy_dropout", "--policy-input"),
-    (TrainingConfig, "train", {"policy_data": "seen", "policy_folds": 3}, "policy_folds", "--policy-data held_out"),
-    (TrainingConfig, "finetune", {"layer_costs": (0.1,)}, "layer_costs", "finetune does not train"),
-    (TrainingConfig, "finetune", {"consistent_learning_rate": 1e-5}, "consistent_learning_rate", "finetune does not"),
-    (TrainingConfig, "finetune", {"ensemble_decay": 0.1}, "ensemble_decay", "finetune does not train"),
+    (Rows, "train", {"head": "shared_pooler", "classifier_hidden_size": 8}, "classifier_hidden_size", "--"),
+    (Rows, "train", {"head": "shared_pooler", "num_queries": 2}, "num_queries", "--head attention"),
+    (Rows, "train", {"pooling": "cls"}, "pooling", "--head shared_pooler"),
+    (Rows, "train", {"num_rollouts": 4}, "num_rollouts", "--estimator sampled"),
+    (Rows, "train", {"reward": "uniform", "hardness": "el2n"}, "hardness", "--reward hardness"),
+    (Rows, "train", {"rounds": 0, "consistent_epochs": 1.0}, "consistent_epochs", "--rounds above 0"),
+    (Rows, "train", {"rounds": 0, "patience": 3}, "patience", "--rounds above 0"),
+    (Rows, "train", {"consistent_epochs": 0.0, "rounds": 3}, "rounds", "--consistent-epochs above 0"),
+    (Rows, "train", {"policy_input": "signals", "policy_dropout": 0.1}, "policy_dropout", "--policy-input"),
+    (Rows, "train", {"policy_data": "seen", "policy_folds": 3}, "policy_folds", "--policy-data held_out"),
+    (Rows, "finetune", {"layer_costs": (0.1,)}, "layer_costs", "finetune does not train"),
+    (Rows, "finetune", {"consistent_learning_rate": 1e-5}, "consistent_learning_rate", "finetune does not"),
+    (Rows, "finetune", {"ensemble_decay": 0.1}, "ensemble_decay", "finetune does not train"),
     (Tokens, "train", {"backbone_training": "full", "lora_rank": 4}, "lora_rank", "--backbone-training lora"),
     (Tokens, "train", {"backbone_training": "frozen", "learning_rate": 1e-3}, "learning_rate", "full or lora"),
     (Tokens, "train", {"exit_head_rank": 4}, "exit_head_rank", "--exit-head low_rank"),
@@ -61,14 +60,17 @@ def test_are_refused(
 
 def test_those_that_have_one_are_not() -> None:
     for config, given in (
-        (TrainingConfig(head="shared_pooler", pooling="cls"), ("head", "pooling")),
-        (TrainingConfig(estimator="sampled", num_rollouts=3), ("estimator", "num_rollouts")),
-        (TrainingConfig(), ("rounds", "consistent_epochs", "patience", "classifier_hidden_size", "hardness")),
+        (Rows(head="shared_pooler", pooling="cls"), ("head", "pooling")),
+        (Rows(estimator="sampled", num_rollouts=3), ("estimator", "num_rollouts")),
+        (
+            Rows(),
+            ("rounds", "consistent_epochs", "patience", "classifier_hidden_size", "hardness"),
+        ),
         (GenerationTrainingConfig(), ("lora_rank", "learning_rate", "min_exit_layer")),
         (GenerationTrainingConfig(hardness="uniform"), ("hardness",)),
     ):
         check_effects(given, config, "train")
-    for config in (TrainingConfig(), GenerationTrainingConfig()):
+    for config in (Rows(), GenerationTrainingConfig()):
         check_effects(
             ("rounds", "consistent_epochs", "warmup_epochs", "learning_rate", "seed"), config, "finetune"
         )
@@ -85,7 +87,10 @@ FINETUNED = (
 @pytest.mark.parametrize(
     "config_class, more",
     [
-        (TrainingConfig, "head pooling num_queries classifier_hidden_size head_dropout head_learning_rate"),
+        (
+            Rows,
+            "head pooling num_queries classifier_hidden_size head_dropout head_learning_rate",
+        ),
         (
             GenerationTrainingConfig,
             "backbone_training lora_rank lora_alpha lora_dropout gradient_checkpointing logit_rows max_prompt_length "
@@ -131,14 +136,14 @@ def test_change_nothing_indeed(command: Any, values: dict[str, Any], tmp_path: P
             backbone=backbone,
             train_data=tiny_dataset(40),
             output_dir=tmp_path / str(number),
-            config=TrainingConfig(**QUICK, **more),
+            config=Rows(**QUICK, **more),
         )
         weights.append(load_file(folder / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("config_class", [TrainingConfig, GenerationTrainingConfig])
+@pytest.mark.parametrize("config_class", [Rows, GenerationTrainingConfig])
 @pytest.mark.parametrize("seed", [-3, 2**32])
 def test_seeds_that_some_generator_would_not_take(config_class: type[Any], seed: int) -> None:
     with pytest.raises(ValueError, match=rf"^seed must be from 0 to 4294967295, got {seed}\.$"):

@@ -14,9 +14,8 @@ import pytest
 
 from consistentee.cli.main import main
 from consistentee.cli.options import TrainingDataOptions, UsageError
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.generation import load_generation_files
-from consistentee.generation_config import GenerationTrainingConfig
 from consistentee.models.loaded_classifier import RECORD_FILE
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
 from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
@@ -420,7 +419,7 @@ class TestTrain:
 
     def test_help_names_every_setting_of_both_kinds(self, call: Call) -> None:
         text = call("train", "--help").out
-        for config in (TrainingConfig, GenerationTrainingConfig):
+        for config in (ClassificationTrainingConfig, GenerationTrainingConfig):
             for field in dataclasses.fields(config):
                 assert f"--{field.name.replace('_', '-')}"[:28] in text
         for title in ("Settings of classifiers only", "Settings of text generators only"):

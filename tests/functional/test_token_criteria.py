@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consistentee.config import GenerationCriterion
 from consistentee.functional.token_criteria import (
     GENERATION_CRITERIA,
     check_generation_threshold,
@@ -17,7 +18,6 @@ from consistentee.functional.token_criteria import (
     state_similarity_scores,
     static_scores,
 )
-from consistentee.generation_config import GenerationCriterion
 
 
 def test_every_criterion_is_named() -> None:

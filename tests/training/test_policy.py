@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig
 from consistentee.functional.exits import CRITERIA, choose_exit_layer, exit_distribution, exit_scores
 from consistentee.functional.hardness import hardness, memorized_layer
 from consistentee.functional.recall import recall_by_class, recall_warnings
@@ -21,7 +21,7 @@ from consistentee.training.policy import choose_policy, fit_policy, layer_reward
 from consistentee.training.states import LayerStates
 
 LAYERS, HIDDEN = 4, 6
-CONFIG = TrainingConfig(
+CONFIG = ClassificationTrainingConfig(
     policy_input="state",
     policy_dropout=0.0,
     policy_epochs=10,

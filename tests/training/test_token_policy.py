@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from consistentee.config import GenerationTrainingConfig
 from consistentee.functional.curves import CurvePoint
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.losses import exact_policy_loss, sampled_policy_loss
 from consistentee.functional.rewards import rewards
 from consistentee.functional.token_criteria import GENERATION_CRITERIA
 from consistentee.functional.token_curves import depth_thresholds, static_curve, token_curve, token_threshold
-from consistentee.generation_config import GenerationTrainingConfig
 from consistentee.heads.classifiers import PolicyNetwork
 from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.training.token_policy import (

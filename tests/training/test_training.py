@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import TextDataset
 from consistentee.errors import MissingExtraError
 from consistentee.heads.classifiers import PolicyNetwork
@@ -159,7 +159,7 @@ def test_the_record_tells_the_whole_run(learned: tuple[Path, list[str]]) -> None
     folder, said = learned
     record = saved.read_record(folder)
     assert record["kind"] == "early_exit"
-    assert TrainingConfig.from_dict(record["config"]).warmup_epochs == 5
+    assert ClassificationTrainingConfig.from_dict(record["config"]).warmup_epochs == 5
     assert record["data"]["train_rows"] == 192
     assert record["data"]["validation_rows"] == 48
     assert record["environment"]["processes"] == 1
@@ -477,7 +477,7 @@ def test_a_setting_of_the_policy_has_an_effect(change: dict[str, Any], base: dic
 
 def test_every_setting_is_tested() -> None:
     tested = {name for change, _ in EFFECTS + POLICY_EFFECTS for name in change} | TESTED_ELSEWHERE
-    assert tested == {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert tested == {field.name for field in dataclasses.fields(ClassificationTrainingConfig)}
 
 
 @pytest.mark.parametrize("change", [{}, {"checkpoint_every": 1}, {"max_cache_mb": 1e-6}], ids=str)

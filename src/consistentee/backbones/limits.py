@@ -12,9 +12,8 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedConfig
 
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.errors import UsageError
-from consistentee.generation_config import GenerationTrainingConfig
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def longest_input(config: PreTrainedConfig) -> int | None:
 
 
 def training_length(
-    config: TrainingConfig | GenerationTrainingConfig, backbone: PreTrainedConfig, name: object
+    config: ClassificationTrainingConfig | GenerationTrainingConfig, backbone: PreTrainedConfig, name: object
 ) -> int:
     """The tokens that a training cuts its rows to.
 

@@ -11,9 +11,8 @@ from cyclopts import Parameter
 
 from consistentee.cli.options import Columns, Flag, UsageError, check_column_count, known_task
 from consistentee.cli.terminal import announced, console, say, usage
-from consistentee.config import Criterion
+from consistentee.config import Criterion, GenerationCriterion
 from consistentee.evaluation.time_budget import TimeBudget
-from consistentee.generation_config import GenerationCriterion
 
 SECONDS, REPEATS = 60.0, 5
 """What a benchmark takes, about, and repetitions, unless other things are asked for."""
@@ -148,7 +147,7 @@ def benchmark(
     import torch
 
     from consistentee.atomic_files import write_json
-    from consistentee.config import TrainingConfig
+    from consistentee.config import ClassificationTrainingConfig
     from consistentee.evaluation.reports import speed_report
     from consistentee.evaluation.speed import measure_speed
     from consistentee.evaluation.workloads import model_workload, shape_workload
@@ -185,7 +184,7 @@ def benchmark(
     count = num_rows or max(512, 4 * max(sizes, default=1))
     if config_name is not None:
         name, tokens = config_name, sequence_length or 128
-        width = classifier_hidden_size or TrainingConfig().classifier_hidden_size
+        width = classifier_hidden_size or ClassificationTrainingConfig().classifier_hidden_size
         work = usage(
             lambda: shape_workload(
                 name,

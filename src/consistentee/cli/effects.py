@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig
 from consistentee.errors import SettingError
 
 Command = Literal["train", "finetune"]
@@ -59,7 +59,7 @@ _GENERATORS = (
         "--backbone-training lora",
     ),
     _Rule(
-        "learning_rate gradient_checkpointing",
+        "learning_rate consistent_learning_rate gradient_checkpointing",
         lambda c: c.backbone_training == "frozen",
         "--backbone-training full or lora",
     ),
@@ -69,7 +69,7 @@ _FINETUNED_CLASSIFIERS = (
 )
 _FINETUNED_GENERATORS = (
     f"{_POLICY} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
-    "reward_target min_exit_layer"
+    "reward_target min_exit_layer consistent_learning_rate"
 )
 
 
@@ -84,7 +84,7 @@ def check_effects(given: Iterable[str], config: Any, command: Command) -> None:
     Raises:
         SettingError: one of them has no effect.
     """
-    classifier = isinstance(config, TrainingConfig)
+    classifier = isinstance(config, ClassificationTrainingConfig)
     rules = _CLASSIFIERS if classifier else _GENERATORS
     finetuned = (_FINETUNED_CLASSIFIERS if classifier else _FINETUNED_GENERATORS).split()
     for name in given:

@@ -23,15 +23,10 @@ from consistentee.cli.options import (
     UsageError,
 )
 from consistentee.cli.terminal import announced, at_least_one, console, say, text_stream, usage
+from consistentee.config import GenerationCriterion, GenerationMode, GenerationTrainingConfig, SkippedStates
 from consistentee.data.files import FORMATS
 from consistentee.data.recipes import Recipe
 from consistentee.evaluation.time_budget import TimeBudget
-from consistentee.generation_config import (
-    GenerationCriterion,
-    GenerationMode,
-    GenerationTrainingConfig,
-    SkippedStates,
-)
 
 if TYPE_CHECKING:
     from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator

@@ -50,9 +50,8 @@ from consistentee.cli.terminal import (
     text_stream,
     usage,
 )
-from consistentee.config import Criterion
+from consistentee.config import Criterion, GenerationCriterion, GenerationMode, GenerationTrainingConfig
 from consistentee.errors import SettingError
-from consistentee.generation_config import GenerationCriterion, GenerationMode, GenerationTrainingConfig
 
 AnyCriterion = Literal[Criterion, GenerationCriterion]
 TO_GENERATE = Group("Text generators", sort_key=2)

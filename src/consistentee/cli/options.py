@@ -17,11 +17,10 @@ from cyclopts import Group, Parameter
 
 from consistentee.atomic_files import write_text
 from consistentee.cli.effects import Command, check_effects
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, TrainingConfig
 from consistentee.data.recipes import Recipe, load_recipe
 from consistentee.data.tasks import is_generation_task
 from consistentee.errors import UsageError
-from consistentee.generation_config import AnyTrainingConfig, GenerationTrainingConfig
 
 if TYPE_CHECKING:
     from consistentee.data.classification import TextDataset
@@ -171,13 +170,14 @@ class TrainingDataOptions(DataOptions):
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The string under each field of a class; empty where the source is not at hand."""
+    """The string under each field of a class, or of a base's field; empty where the source is not at hand."""
+    inherited = _field_docs(cls.__base__) if cls.__base__ not in (None, object) else {}
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except OSError:
-        return {}
+        return inherited
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    docs: dict[str, str] = {}
+    docs = dict(inherited)
     for field, text in pairwise(body):
         match field, text:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
@@ -189,7 +189,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 def _setting_options() -> type:
     """A dataclass with every field of both training configs, `NOT_GIVEN` where the command line does not give it."""
-    classes = (TrainingConfig, GenerationTrainingConfig)
+    classes = (ClassificationTrainingConfig, GenerationTrainingConfig)
     hints = [get_type_hints(cls) for cls in classes]
     docs = [_field_docs(cls) for cls in classes]
     defaults = [{field.name: field.default for field in dataclasses.fields(cls)} for cls in classes]
@@ -233,7 +233,7 @@ def _either(first: Any, second: Any) -> Any:
 
 
 if TYPE_CHECKING:
-    SettingOptions = TrainingConfig
+    SettingOptions = ClassificationTrainingConfig
 else:
     SettingOptions = _setting_options()
 
@@ -241,15 +241,15 @@ else:
 def training_config(
     settings: Any,
     recipe: Recipe,
-    config_class: type[AnyTrainingConfig] = TrainingConfig,
+    config_class: type[TrainingConfig] = ClassificationTrainingConfig,
     command: Command = "train",
-) -> AnyTrainingConfig:
+) -> TrainingConfig:
     """The settings of a run: command line before recipe before defaults.
 
     Args:
         settings: the command line's `SettingOptions`, or None where none was given.
         recipe: the recipe file's.
-        config_class: `TrainingConfig` or `GenerationTrainingConfig`.
+        config_class: `ClassificationTrainingConfig` or `GenerationTrainingConfig`.
         command: what it is for.
 
     Raises:
@@ -261,7 +261,9 @@ def training_config(
     for name in given:
         if name not in known:
             kinds = ("text generators", "a classifier")
-            of, here = kinds if config_class is TrainingConfig else ("classifiers", "a text generator")
+            of, here = (
+                kinds if config_class is ClassificationTrainingConfig else ("classifiers", "a text generator")
+            )
             raise UsageError(f"--{name.replace('_', '-')} is a setting of {of}, and this trains {here}.")
     try:
         config = config_class.from_dict({**recipe.settings, **given})
@@ -285,9 +287,9 @@ def read_recipe(path: Path | None, options: TrainingDataOptions | None = None) -
     return load_recipe(path, config_class_of_kind(options.kind()))
 
 
-def config_class_of_kind(kind: Kind) -> type[AnyTrainingConfig]:
+def config_class_of_kind(kind: Kind) -> type[TrainingConfig]:
     """The training config of a kind of model."""
-    return GenerationTrainingConfig if kind == "generation" else TrainingConfig
+    return GenerationTrainingConfig if kind == "generation" else ClassificationTrainingConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from consistentee.config import TrainingConfig, checked_settings
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, checked_settings
 from consistentee.data.tasks import is_generation_task
-from consistentee.generation_config import GenerationTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Reci
 
     Args:
         path: the file.
-        config_class: whose keys they are, `TrainingConfig` or `GenerationTrainingConfig`; None takes what the recipe's
-            task asks for.
+        config_class: whose keys they are; None takes what the recipe's task asks for.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -55,5 +53,7 @@ def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Reci
 
 
 def config_class_of(task: str | None) -> type[Any]:
-    """Whose keys a task's recipe has: `GenerationTrainingConfig` for one of generation, else `TrainingConfig`."""
-    return GenerationTrainingConfig if task and is_generation_task(str(task)) else TrainingConfig
+    """Whose keys a task's recipe has; without a task, those of classification."""
+    return (
+        GenerationTrainingConfig if task and is_generation_task(str(task)) else ClassificationTrainingConfig
+    )

@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from consistentee.generation_config import GenerationCriterion
+from consistentee.config import GenerationCriterion
 
 GENERATION_CRITERIA: tuple[str, ...] = get_args(GenerationCriterion)
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, cast, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from consistentee.config import require_choice, require_number, require_range, require_thresholds
+from consistentee.config import ExitHead, GenerationCriterion, GenerationMode, SkippedStates
+from consistentee.errors import require_choice, require_number, require_range, require_thresholds
 from consistentee.functional.token_criteria import check_generation_threshold
-from consistentee.generation_config import ExitHead, GenerationCriterion, GenerationMode, SkippedStates
 from consistentee.models.configuration import nested_config
 
 

@@ -7,14 +7,8 @@ from typing import Any, ClassVar, cast, get_args
 from transformers import AutoConfig, PreTrainedConfig
 
 from consistentee.backbones.limits import longest_input
-from consistentee.config import (
-    Criterion,
-    Head,
-    PolicyInput,
-    require_choice,
-    require_number,
-    require_range,
-)
+from consistentee.config import Criterion, Head, PolicyInput
+from consistentee.errors import require_choice, require_number, require_range
 
 
 def nested_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from consistentee.backbones.limits import longest_input
-from consistentee.config import require_choice
-from consistentee.generation_config import GenerationMode, SkippedStates
+from consistentee.config import GenerationMode, SkippedStates
+from consistentee.errors import require_choice
 from consistentee.inference.decoder.decoding import Decoding, ExitWeights
 from consistentee.inference.decoder.exit_rules import ExitRule, ForcedRule, NeverLeave
 from consistentee.inference.decoder.known_processors import stateful

@@ -22,9 +22,8 @@ from transformers.utils import logging as transformers_logging
 from consistentee.atomic_files import write_json
 from consistentee.backbones.encoders import PICKLE_SUFFIXES, folder_or_hub_name, load_problem
 from consistentee.backbones.limits import check_tokenizer, longest_input
-from consistentee.config import require_thresholds
 from consistentee.data.literal import read_special_tokens
-from consistentee.errors import SettingError
+from consistentee.errors import SettingError, require_thresholds
 from consistentee.functional.exits import CRITERIA, check_threshold
 from consistentee.models.card import write_model_card
 from consistentee.models.configuration import EncoderClassifierConfig

@@ -16,11 +16,10 @@ from typing import Any, get_args
 import torch
 from transformers import StoppingCriteriaList
 
-from consistentee.config import require_choice, require_seed
+from consistentee.config import GenerationMode, SkippedStates
 from consistentee.data.generation_batches import encode_prompts_with_cuts, pad_left
 from consistentee.data.templates import PromptTemplate
-from consistentee.errors import DataError
-from consistentee.generation_config import GenerationMode, SkippedStates
+from consistentee.errors import DataError, require_choice, require_seed
 from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded_generator import SavedGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import TextDataset
 from consistentee.functional.curves import BUDGETS
 from consistentee.functional.exits import choose_exit_layer, exit_distribution, exit_scores
@@ -48,7 +48,7 @@ def train(
     backbone: str | Path,
     train_data: TextDataset,
     output_dir: str | Path,
-    config: TrainingConfig | None = None,
+    config: ClassificationTrainingConfig | None = None,
     task: str | None = None,
     resume: bool = False,
     report: Report = lambda message: None,
@@ -72,7 +72,7 @@ def train(
         ValueError: if a resumed run has other settings, data or backbone, `output_dir` is the backbone's, or
             `threshold_metric` does not fit the classes.
     """
-    config = config or TrainingConfig()
+    config = config or ClassificationTrainingConfig()
     check_threshold_metric(config.threshold_metric, len(train_data.label_names))
     run = start_run(
         EarlyExitForSequenceClassification,
@@ -134,7 +134,7 @@ def finetune(
     backbone: str | Path,
     train_data: TextDataset,
     output_dir: str | Path,
-    config: TrainingConfig | None = None,
+    config: ClassificationTrainingConfig | None = None,
     task: str | None = None,
     resume: bool = False,
     report: Report = lambda message: None,
@@ -149,7 +149,7 @@ def finetune(
         backbone=backbone,
         train_data=train_data,
         output_dir=output_dir,
-        config=config or TrainingConfig(),
+        config=config or ClassificationTrainingConfig(),
         task=task,
         resume=resume,
         report=report,

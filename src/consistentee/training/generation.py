@@ -23,11 +23,11 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import set_seed
 
 from consistentee.backbones.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
+from consistentee.config import GenerationTrainingConfig
 from consistentee.data.generation import InstructionDataset
 from consistentee.data.generation_batches import collate_rows, encode_rows
 from consistentee.data.templates import prompt_template
 from consistentee.errors import SettingError
-from consistentee.generation_config import GenerationTrainingConfig
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.models.loaded_classifier import loading
 from consistentee.training import checkpoints
@@ -106,7 +106,13 @@ def train_generation(
     }
 
     # Phase 1: every exit learns every token, deeper layers weigh more.
-    _steps(run, warmup_steps, weighted_sum_objective(**weighted_sum), phase="warm-up")
+    _steps(
+        run,
+        warmup_steps,
+        weighted_sum_objective(**weighted_sum),
+        phase="warm-up",
+        learning_rate=config.learning_rate,
+    )
     if not progress["warmup_done"]:
         progress["warmup_done"] = True
         run.checkpoint()
@@ -135,6 +141,7 @@ def train_generation(
                 warmup_steps + (number + 1) * round_steps,
                 objective,
                 phase=f"round {number + 1} consistent",
+                learning_rate=config.consistent_learning_rate or config.learning_rate,
             )
             progress.update(rounds_done=number + 1, policy_fitted=False)
             run.checkpoint()
@@ -194,7 +201,7 @@ def finetune_generation(
     ends = [*range(per_epoch, run.optimisation.total_steps, per_epoch), run.optimisation.total_steps]
     objective = full_depth_objective(logit_rows=config.logit_rows)
     for number, end in list(enumerate(ends))[progress["rounds_done"] :]:
-        _steps(run, end, objective, phase=f"epoch {number + 1}")
+        _steps(run, end, objective, phase=f"epoch {number + 1}", learning_rate=config.learning_rate)
         states = token_states(run, run.validation, "validation", keep_pooled=False, last_layer_only=True)
         figures = {"accuracy": states.per_layer_accuracy[-1], "loss": float(states.losses[:, -1].mean())}
         run.say(
@@ -366,7 +373,7 @@ def _fingerprint(data: InstructionDataset) -> str:
 # The steps of the phases.
 
 
-def _steps(run: Run, until: int, objective: Objective, *, phase: str) -> None:
+def _steps(run: Run, until: int, objective: Objective, *, phase: str, learning_rate: float) -> None:
     """Take optimizer steps on an objective."""
 
     def fixed_parts() -> None:
@@ -379,7 +386,7 @@ def _steps(run: Run, until: int, objective: Objective, *, phase: str) -> None:
         until,
         _losses,
         phase=phase,
-        learning_rate=run.config.learning_rate,
+        learning_rate=learning_rate,
         before_step=fixed_parts,
         objective=objective,
     )

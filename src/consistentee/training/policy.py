@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig, TrainingConfig
 from consistentee.functional.curves import (
     CurvePoint,
     budget_hits,
@@ -33,7 +33,6 @@ from consistentee.functional.exits import (
 from consistentee.functional.hardness import hardness
 from consistentee.functional.losses import exact_policy_loss, policy_entropy, sampled_policy_loss
 from consistentee.functional.rewards import reward_losses, rewards
-from consistentee.generation_config import AnyTrainingConfig
 from consistentee.heads.classifiers import PolicyNetwork
 from consistentee.training.states import LayerStates
 
@@ -99,7 +98,7 @@ class PolicyChoice:
 
 
 def layer_rewards(
-    states: LayerStates, row_hardness: Tensor, config: TrainingConfig, layer_cost: float
+    states: LayerStates, row_hardness: Tensor, config: ClassificationTrainingConfig, layer_cost: float
 ) -> Tensor:
     """Reward of leaving at each layer, (rows, layers), for cached states under the configured reward."""
     losses = reward_losses(config.reward_loss, states.layer_logits, states.labels)
@@ -113,7 +112,7 @@ def fit_policy(
     *,
     layer_cost: float,
     price_range: tuple[float, float] | None = None,
-    config: TrainingConfig,
+    config: ClassificationTrainingConfig,
     seed: int,
     rows: Tensor | None = None,
     device: torch.device | str = "cpu",
@@ -157,7 +156,7 @@ def fit_policy_on(
     *,
     layer_cost: float,
     price_range: tuple[float, float] | None = None,
-    config: AnyTrainingConfig,
+    config: TrainingConfig,
     seed: int,
     rows: Tensor | None = None,
     min_exit_layer: int = 1,
@@ -272,7 +271,7 @@ def choose_policy(
     policy_states: LayerStates,
     validation_states: LayerStates | None,
     *,
-    config: TrainingConfig,
+    config: ClassificationTrainingConfig,
     layer_costs: Sequence[float],
     seed: int,
     forgetting_counts: Tensor | None = None,

@@ -20,7 +20,7 @@ from transformers.trainer_utils import set_seed
 
 from consistentee.atomic_files import write_json
 from consistentee.backbones.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
-from consistentee.config import TrainingConfig
+from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.batches import TokenizedDataset, collate, tokenize
 from consistentee.data.classification import TextDataset, stratified_split
 from consistentee.data.literal import read_special_tokens
@@ -46,7 +46,7 @@ class Run:
     """A run's parts.
 
     Attributes:
-        config: `TrainingConfig`, or `GenerationTrainingConfig`.
+        config: `ClassificationTrainingConfig`, or `GenerationTrainingConfig`.
         validation: rows kept from the classifiers, for every choice: `TokenizedDataset`, or `TokenizedPrompts`.
         policy_rows: what the policy learns from: the validation rows (cross-fitted), or rows the classifiers have seen.
         identity: what a resumed run must share with the one it goes on with.
@@ -253,7 +253,7 @@ def start_run(
     backbone: str | Path,
     train_data: TextDataset,
     output_dir: str | Path,
-    config: TrainingConfig,
+    config: ClassificationTrainingConfig,
     task: str | None,
     resume: bool,
     report: Report,
@@ -349,7 +349,10 @@ def start_run(
 
 
 def _new_model(
-    model_class: type[Model], backbone: str | Path, train_data: TextDataset, config: TrainingConfig
+    model_class: type[Model],
+    backbone: str | Path,
+    train_data: TextDataset,
+    config: ClassificationTrainingConfig,
 ) -> Model:
     head: dict[str, Any] = {
         "label_names": train_data.label_names,

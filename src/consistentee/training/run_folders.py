@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from consistentee.generation_config import AnyTrainingConfig
+from consistentee.config import TrainingConfig
 from consistentee.models.loaded_classifier import RECORD_FILE, read_record
 from consistentee.training import checkpoints
 from consistentee.training.steps import make_accelerator
@@ -74,7 +74,7 @@ def open_output(
     output_dir: Path,
     *,
     identity: Mapping[str, Any],
-    config: AnyTrainingConfig,
+    config: TrainingConfig,
     resume: bool,
     report: Callable[[str], None],
     unused_parameters: bool = False,
@@ -122,7 +122,7 @@ def open_output(
 
 
 def run_identity(
-    kind: str, backbone: str | Path, config: AnyTrainingConfig, data_fingerprint: str
+    kind: str, backbone: str | Path, config: TrainingConfig, data_fingerprint: str
 ) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on with, as plain JSON values."""
     return {
@@ -149,7 +149,7 @@ def backbone_fingerprint(backbone: str | Path) -> str | None:
 
 
 def _check_same_run(
-    whose: str, saved: Mapping[str, Any], current: Mapping[str, Any], config: AnyTrainingConfig
+    whose: str, saved: Mapping[str, Any], current: Mapping[str, Any], config: TrainingConfig
 ) -> None:
     """Raise unless both are the same run; the message names all that differs."""
     defaults = type(config)().to_dict()  # of settings that the version before did not have

@@ -26,9 +26,9 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from consistentee.config import TrainingConfig
 from consistentee.data.batches import LengthGroupedBatches
 from consistentee.errors import SettingError, require_extra
-from consistentee.generation_config import AnyTrainingConfig
 from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16
 from consistentee.progress import show_progress
 from consistentee.training.states import Collate
@@ -52,7 +52,7 @@ class Rows(Protocol):
 
 
 def make_accelerator(
-    config: AnyTrainingConfig, output_dir: str, *, unused_parameters: bool = False
+    config: TrainingConfig, output_dir: str, *, unused_parameters: bool = False
 ) -> Accelerator:
     """An accelerator with the configured precision and tracker.
 
@@ -99,7 +99,7 @@ def resolve_precision(mixed_precision: str) -> str:
     return "bf16" if native and has_fast_bfloat16() else "no"
 
 
-def parameter_groups(model: nn.Module, config: AnyTrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Backbone and new parameters apart, each with and without weight decay; the policy is trained elsewhere."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -115,7 +115,7 @@ def parameter_groups(model: nn.Module, config: AnyTrainingConfig) -> list[dict[s
     ]
 
 
-def schedule_factor(step: int, total_steps: int, config: AnyTrainingConfig) -> float:
+def schedule_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
     """What the peak learning rates are multiplied by at a step: a linear rise, then a linear fall or a constant."""
     rise = math.ceil(config.warmup_ratio * total_steps)
     if step < rise:
@@ -141,7 +141,7 @@ class Optimisation:
     optimizer: Any
     dataset: Rows
     collate: Collate
-    config: AnyTrainingConfig
+    config: TrainingConfig
     total_steps: int
     step: int = 0
     row_weights: Tensor | None = None

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from consistentee.config import GenerationTrainingConfig
 from consistentee.functional.curves import CurvePoint, curve_score, hits_at_budgets
 from consistentee.functional.hardness import memorized_layer
 from consistentee.functional.rewards import rewards
 from consistentee.functional.token_criteria import GENERATION_CRITERIA
 from consistentee.functional.token_curves import RANGES, static_curve, token_curve, token_threshold
-from consistentee.generation_config import GenerationTrainingConfig
 from consistentee.heads.classifiers import PolicyNetwork
 from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.training.policy import (

@@ -16,11 +16,16 @@ from torch import Tensor
 
 import consistentee
 
-NAMES: dict[str, tuple[str, ...]] = {}
-"""Public names: as they are here -> what else they are called in some revision."""
+NAMES: dict[str, tuple[str, ...]] = {
+    "TrainingConfig": ("ClassificationTrainingConfig", "ClassificationConfig"),
+    "GenerationTrainingConfig": ("GenerationConfig",),
+    "open_model": ("load_model",),
+    "open_generator": ("load_model",),
+}
+"""Public names: as they were in 0.1.0 -> what else they are called in some revision."""
 
 RENAMED_SETTINGS: dict[str, str] = {}
-"""Settings of trainings: as they are here -> what they are called in a revision that does not know them so."""
+"""Settings of trainings: as they were in 0.1.0 -> what they are called in a revision that does not know them so."""
 
 LEFT_OUT = {
     "backbone",

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from run_results import FOLDERS, MAX_TRAIN_ROWS, WARMUP_EPOCHS
 
-from consistentee import ClassificationTrainingConfig, load_task, open_model, train
+from consistentee import LoadedClassifier, ClassificationTrainingConfig, load_model, load_task, train
 from consistentee.atomic_files import write_json
 from consistentee.data.batches import collate, tokenize
 from consistentee.functional.curves import curve_score, trade_off_curve
@@ -80,7 +80,7 @@ def run_cell(backbone: Path, data_dir: Path, task: str, head: str, seed: int, fo
         resume=True,
         report=partial(print, flush=True),
     )
-    saved = open_model(folder)
+    saved = load_model(folder, LoadedClassifier)
     _, evaluation = load_task(task, data_dir, label_names=saved.label_names)
     rows = tokenize(evaluation, saved.tokenizer, saved.max_length)
     states = run_all_layers(

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from consistentee import ClassificationTrainingConfig, load_task, open_model
+from consistentee import LoadedClassifier, ClassificationTrainingConfig, load_model, load_task
 from consistentee.atomic_files import write_json
 from consistentee.data.batches import collate, tokenize
 from consistentee.data.classification import stratified_split
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    saved = open_model(options.model)
+    saved = load_model(options.model, LoadedClassifier)
     config = ClassificationTrainingConfig.from_dict(saved.record["config"])
     train_data, evaluation = load_task(
         options.task, options.data_dir, need_train=True, label_names=saved.label_names

@@ -21,7 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
+from consistentee import (
+    GenerationTrainingConfig,
+    InstructionDataset,
+    LoadedGenerator,
+    load_generation_task,
+    load_model,
+)
 from consistentee.atomic_files import write_json
 from consistentee.data.generation import split_rows
 from consistentee.data.generation_batches import (
@@ -33,7 +39,6 @@ from consistentee.data.generation_batches import (
 from consistentee.evaluation.teacher_forcing import ReferencePasses, reference_rows
 from consistentee.evaluation.text_metrics import text_metrics
 from consistentee.inference.timing import environment
-from consistentee.models.loaded_generator import SavedGenerator
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.training.policy import fit_policy_on
 from consistentee.training.token_policy import token_hardness, token_losses
@@ -88,7 +93,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    saved = open_generator(options.model, dtype=options.dtype)
+    saved = load_model(options.model, LoadedGenerator, dtype=options.dtype)
     config = GenerationTrainingConfig.from_dict(saved.record["config"])
     if options.policy_tokens is not None:
         config = replace(config, policy_tokens=options.policy_tokens)
@@ -126,7 +131,7 @@ class Judge:
         depths: mean exit layers of references' tokens to look at.
     """
 
-    def __init__(self, saved: SavedGenerator, rows: InstructionDataset, depths: Sequence[float]) -> None:
+    def __init__(self, saved: LoadedGenerator, rows: InstructionDataset, depths: Sequence[float]) -> None:
         self._saved, self._rows, self._depths = saved, rows, depths
         self._references = reference_rows(saved, rows)
 
@@ -162,11 +167,11 @@ class Judge:
         }
 
 
-def _encoded(saved: SavedGenerator, rows: InstructionDataset) -> TokenizedPrompts:
+def _encoded(saved: LoadedGenerator, rows: InstructionDataset) -> TokenizedPrompts:
     return encode_rows(rows, saved.tokenizer, saved.prompt_template(), max_length=saved.max_length)
 
 
-def _states(saved: SavedGenerator, rows: TokenizedPrompts, config: GenerationTrainingConfig) -> TokenStates:
+def _states(saved: LoadedGenerator, rows: TokenizedPrompts, config: GenerationTrainingConfig) -> TokenStates:
     tokenizer = saved.tokenizer
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return run_token_states(
@@ -179,7 +184,7 @@ def _states(saved: SavedGenerator, rows: TokenizedPrompts, config: GenerationTra
     )
 
 
-def _fit(saved: SavedGenerator, states: TokenStates, config: GenerationTrainingConfig, first: int) -> None:
+def _fit(saved: LoadedGenerator, states: TokenStates, config: GenerationTrainingConfig, first: int) -> None:
     """Fit a policy on all tokens and put it into the model."""
     model = saved.early_exit_model
     if states.pooled is None:

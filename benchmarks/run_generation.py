@@ -20,7 +20,13 @@ from typing import Any
 import torch
 
 import consistentee
-from consistentee import GenerationTrainingConfig, InstructionDataset, load_generation_task, open_generator
+from consistentee import (
+    GenerationTrainingConfig,
+    InstructionDataset,
+    LoadedGenerator,
+    load_generation_task,
+    load_model,
+)
 from consistentee.atomic_files import write_json
 from consistentee.data.generation_batches import encode_prompts
 from consistentee.evaluation.text_metrics import text_metrics
@@ -108,8 +114,8 @@ def measure(task: str, exits: Path, plain: Path, options: argparse.Namespace) ->
     start = time.time()
     _, rows = load_generation_task(task, options.data / task)
     rows = rows.max_samples(options.rows, options.seed)
-    saved = open_generator(exits, dtype=options.dtype)
-    reference = open_generator(plain, dtype=options.dtype) if plain.is_dir() else None
+    saved = load_model(exits, LoadedGenerator, dtype=options.dtype)
+    reference = load_model(plain, LoadedGenerator, dtype=options.dtype) if plain.is_dir() else None
     evaluation = consistentee.evaluate_generation(
         saved,
         rows,
@@ -186,7 +192,7 @@ def lossless(exits: Path, options: argparse.Namespace) -> None:
         return
     _, rows = load_generation_task("alpaca", options.data / "alpaca")
     rows = rows.max_samples(LOSSLESS_TEXTS, options.seed)
-    generator = TextGenerator(open_generator(exits, dtype="float32"))
+    generator = TextGenerator(load_model(exits, LoadedGenerator, dtype="float32"))
     asked = list(zip(rows.instructions, rows.inputs, strict=True))
     found: list[dict[str, Any]] = []
     for mode in ("full", "lossless"):  # weights are laid out at the first text

@@ -26,15 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
-from consistentee import (
-    ClassificationTrainingConfig,
-    SavedModel,
-    TextDataset,
-    finetune,
-    load_task,
-    open_model,
-    train,
-)
+from consistentee import LoadedClassifier, TextDataset, ClassificationTrainingConfig, finetune, load_model, load_task, train
 from consistentee.atomic_files import write_text
 from consistentee.data.batches import collate, tokenize
 from consistentee.data.tasks import get_task
@@ -115,7 +107,7 @@ def run_cell(
         resume=True,
         report=partial(print, flush=True),
     )
-    saved = open_model(folder)
+    saved = load_model(folder, LoadedClassifier)
     _, evaluation = load_task(task, data_dir, label_names=saved.label_names)
     figures = _figures_of(saved, evaluation, task)
     keys = ("environment", "warmup", "history", "best_round", "policy")
@@ -137,7 +129,7 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _figures_of(saved: SavedModel, evaluation: TextDataset, task: str) -> dict[str, Any]:
+def _figures_of(saved: LoadedClassifier, evaluation: TextDataset, task: str) -> dict[str, Any]:
     rows = tokenize(evaluation, saved.tokenizer, saved.max_length)
     batches = partial(collate, tokenizer=saved.tokenizer)
     full_precision = Accelerator(kwargs_handlers=[AutocastKwargs(enabled=False)])

@@ -29,12 +29,13 @@ from consistentee import (
     ClassificationTrainingConfig,
     Engine,
     ExitRule,
+    LoadedClassifier,
     MissingExtraError,
     Prediction,
     TextDataset,
     evaluate_model,
     finetune,
-    open_model,
+    load_model,
     train,
 )
 from consistentee.atomic_files import write_json
@@ -45,7 +46,8 @@ from consistentee.evaluation.reports import evaluation_report
 from consistentee.functional.exits import CRITERIA
 from consistentee.inference.timing import paired_ratio, synchronised_seconds, time_in_turn
 from consistentee.models.card import other_threshold
-from consistentee.models.loaded_classifier import default_device, read_record, record_evaluation
+from consistentee.models.loaded import usable_device
+from consistentee.models.record import read_record, record_evaluation
 from consistentee.threads import limit_threads
 from consistentee.training.run_folders import check_output_dir
 from consistentee.training.steps import resolve_precision
@@ -135,8 +137,10 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
     _run(train, model_dir, backbone, train_rows, config, say)
 
     step(4, f"Both on {len(evaluation_rows):,} sentences they have not seen")
-    saved = open_model(model_dir)
-    evaluation = evaluate_model(saved, evaluation_rows, criteria=CRITERIA, reference=open_model(plain_dir))
+    saved = load_model(model_dir, LoadedClassifier)
+    evaluation = evaluate_model(
+        saved, evaluation_rows, criteria=CRITERIA, reference=load_model(plain_dir, LoadedClassifier)
+    )
     record_evaluation(model_dir, evaluation.summary())
     if evaluation.reference is not None:
         plain = {"accuracy": evaluation.reference.accuracy, "metrics": evaluation.reference.metrics}
@@ -190,7 +194,7 @@ def seconds_of_a_row(backbone: Path, rows: TextDataset) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(backbone)
     precision = resolve_precision(SETTINGS.mixed_precision)
-    device = default_device()
+    device = usable_device()
     model.to(device)
     taken: list[float] = []
     for number in range(TRIAL_STEPS + 1):

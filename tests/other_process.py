@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.generator import TextGenerator
 
@@ -26,7 +26,7 @@ PROMPTS = [(f"do {row} {'again ' * 6}", "") for row in range(64)]
 def open_it(kind: str, folder: Path) -> Any:
     """An engine on the backend that `kind` names, or a generator."""
     if kind == "generator":
-        return TextGenerator(open_generator(folder, device="cpu"))
+        return TextGenerator(load_model(folder, LoadedGenerator, device="cpu"))
     return Engine.from_pretrained(folder, device="cpu", backend=kind)
 
 

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from consistentee.backbones.encoders import build_backbone
+from consistentee.backbones.encoders import build_backbone, embed, num_layers, run_layer
 from consistentee.data.classification import TextDataset
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
@@ -183,3 +183,22 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def all_hidden_states(
+    backbone: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Run every layer and give the hidden states after each; the arguments are those of `embed`.
+
+    Returns:
+        One (batch, tokens, hidden) tensor per layer, first layer first.
+    """
+    state = embed(backbone, input_ids, attention_mask, token_type_ids)
+    states: list[torch.Tensor] = []
+    for layer_index in range(num_layers(backbone)):
+        state = run_layer(backbone, layer_index, state)
+        states.append(state.hidden_states)
+    return tuple(states)

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from consistentee.evaluation.results import GenerationEvaluation
     from consistentee.functional.curves import CurvePoint
     from consistentee.models.causal_lm import EarlyExitForCausalLM
-    from consistentee.models.causal_lm_configuration import EarlyExitCausalLMConfig
-    from consistentee.models.configuration import EarlyExitConfig, FullDepthConfig
-    from consistentee.models.loaded_classifier import SavedModel, open_model
-    from consistentee.models.loaded_generator import SavedGenerator, open_generator
+    from consistentee.models.configuration import EarlyExitCausalLMConfig, EarlyExitConfig, FullDepthConfig
+    from consistentee.models.loaded import LoadedClassifier, LoadedGenerator, load_model
     from consistentee.models.sequence_classification import (
         EarlyExitForSequenceClassification,
         EarlyExitOutput,
@@ -59,11 +57,11 @@ __all__ = [
     "GenerationEvaluation",
     "GenerationTrainingConfig",
     "InstructionDataset",
+    "LoadedClassifier",
+    "LoadedGenerator",
     "MissingExtraError",
     "Prediction",
     "Predictor",
-    "SavedGenerator",
-    "SavedModel",
     "TextDataset",
     "TextGenerator",
     "__version__",
@@ -75,10 +73,9 @@ __all__ = [
     "load_files",
     "load_generation_files",
     "load_generation_task",
+    "load_model",
     "load_recipe",
     "load_task",
-    "open_generator",
-    "open_model",
     "train",
     "train_generation",
 ]
@@ -86,26 +83,24 @@ __all__ = [
 _HOMES = {
     "config": ("ClassificationTrainingConfig", "GenerationTrainingConfig"),
     "data.recipes": ("load_recipe",),
-    "models.configuration": ("EarlyExitConfig", "FullDepthConfig"),
+    "models.configuration": ("EarlyExitCausalLMConfig", "EarlyExitConfig", "FullDepthConfig"),
     "functional.curves": ("CurvePoint",),
     "data.classification": ("TextDataset", "load_files", "load_task"),
     "pipelines.classifier": ("Engine", "ExitRule", "Prediction", "Predictor"),
     "errors": ("DataError", "MissingExtraError"),
     "evaluation.classification": ("Evaluation", "evaluate_layers", "evaluate_model"),
-    "models.causal_lm_configuration": ("EarlyExitCausalLMConfig",),
     "data.generation": ("InstructionDataset", "load_generation_files", "load_generation_task"),
     "evaluation.generation": ("evaluate_generation",),
     "pipelines.generator": ("GeneratedText", "TextGenerator"),
     "models.causal_lm": ("EarlyExitForCausalLM",),
     "evaluation.results": ("GenerationEvaluation",),
-    "models.loaded_generator": ("SavedGenerator", "open_generator"),
     "training.generation": ("finetune_generation", "train_generation"),
     "models.sequence_classification": (
         "EarlyExitForSequenceClassification",
         "EarlyExitOutput",
         "FullDepthForSequenceClassification",
     ),
-    "models.loaded_classifier": ("SavedModel", "open_model"),
+    "models.loaded": ("LoadedClassifier", "LoadedGenerator", "load_model"),
     "training.classification": ("finetune", "train"),
 }
 _HOME_OF = {name: f"consistentee.{module}" for module, names in _HOMES.items() for name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -26,7 +25,6 @@ from consistentee.backbones.encoders import (
     ARCHITECTURES,
     SUPPORTED_MODEL_TYPES,
     EncoderState,
-    all_hidden_states,
     architecture_of,
     build_backbone,
     embed,
@@ -36,6 +34,7 @@ from consistentee.backbones.encoders import (
     num_layers,
     run_layer,
 )
+from tiny import all_hidden_states
 
 LAYERS = 4
 LENGTHS = (12, 7, 3, 9, 12)
@@ -458,73 +457,3 @@ def test_load_backbone_from_a_classifier(model_type: str, tmp_path: Path) -> Non
     encoder = classifier.base_model.state_dict()
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor, encoder[name], rtol=0, atol=0)
-
-
-def test_load_backbone_says_nothing_and_hands_on_options(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    AutoModelForSequenceClassification.from_config(tiny_config("bert")).save_pretrained(tmp_path / "inner")
-    capsys.readouterr()
-    loaded = load_backbone(tmp_path, subfolder="inner", attn_implementation="eager", hidden_dropout_prob=0.25)
-    assert "classifier" not in "".join(capsys.readouterr())
-    assert loaded.config._attn_implementation == "eager"
-    assert loaded.config.hidden_dropout_prob == 0.25
-
-
-def test_half_precision_checkpoints_load_in_float32_unless_asked(tmp_path: Path) -> None:
-    build_backbone(tiny_config("bert")).to(torch.float16).save_pretrained(tmp_path)
-    assert load_backbone(tmp_path).dtype == torch.float32
-    assert load_backbone(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_load_backbone_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r'Backbone folder ".*/nowhere" does not exist'):
-        load_backbone(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r'Backbone folder "./models/none" does not exist'):
-        load_backbone("./models/none")
-    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
-        load_backbone(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"must be a folder, got a file"):
-        load_backbone(tmp_path / "file")
-
-
-def test_load_backbone_unknown_name_on_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(
-        OSError, match=r'Backbone "no-one/nothing" could not be loaded: .*Give a model name'
-    ) as error:
-        load_backbone("no-one/nothing", local_files_only=True, cache_dir=str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", "never-heard-of"])
-def test_load_backbone_of_unsupported_type(model_type: str, tmp_path: Path) -> None:
-    build_backbone(tiny_config("bert")).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=f'Backbone type "{model_type}" is not supported. .*modernbert'):
-        load_backbone(tmp_path)
-
-
-def test_load_backbone_refuses_pickles(tmp_path: Path) -> None:
-    backbone = build_backbone(tiny_config("bert"))
-    backbone.config.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"has no weights: model.safetensors is missing"):
-        load_backbone(tmp_path)
-    torch.save(backbone.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match=r"has pickled weights only \(pytorch_model.bin\).* must be safetensors"
-    ):
-        load_backbone(tmp_path)
-
-
-def test_load_backbone_refuses_incomplete_and_broken_weights(tmp_path: Path) -> None:
-    build_backbone(tiny_config("bert", num_hidden_layers=2)).save_pretrained(tmp_path)
-    tiny_config("bert", num_hidden_layers=3).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r'lacks 16 of the weights .* such as "encoder.layer.2'):
-        load_backbone(tmp_path)
-    tiny_config("bert", num_hidden_layers=2, vocab_size=90).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r'another shape, such as "embeddings.word_embeddings.weight"'):
-        load_backbone(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(OSError, match=r"could not be loaded: .*header"):
-        load_backbone(tmp_path)

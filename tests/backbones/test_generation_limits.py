@@ -12,7 +12,7 @@ from transformers import pipeline
 
 from consistentee.backbones import decoders
 from consistentee.errors import UsageError
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.training.generation import finetune_generation, train_generation
 from saved_generators import BYTES, TEMPLATE, tiny_rows
@@ -85,11 +85,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(backbone: Path) -> None:
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(backbone)
     with pytest.raises(ValueError, match=r"must have at most 258 entries.* got 259"):
-        open_generator(backbone, device="cpu")
+        load_model(backbone, LoadedGenerator, device="cpu")
 
 
 def test_texts_keep_to_the_positions(backbone: Path) -> None:
-    generator = TextGenerator(open_generator(backbone, device="cpu"), template=TEMPLATE)
+    generator = TextGenerator(load_model(backbone, LoadedGenerator, device="cpu"), template=TEMPLATE)
     for new in (5, 36):
         (text,) = generator.generate_texts([("sum up", "word " * 60)], max_new_tokens=new)
         assert 0 < len(text.token_ids) <= new

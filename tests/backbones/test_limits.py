@@ -16,7 +16,7 @@ from consistentee.cli.main import main
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.classification import TextDataset
 from consistentee.errors import UsageError
-from consistentee.models.loaded_classifier import open_model
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.training.classification import finetune, train
 from quick import quick_config
@@ -140,14 +140,14 @@ def test_opening_refuses_a_tokenizer_that_does_not_fit(tmp_path: Path, spoil: An
         tiny_full_depth_model(tmp_path / "plain", backbone),
     ):
         spoil(folder)
-        for opened in (open_model, Engine.from_pretrained):
+        for opened in (load_model, Engine.from_pretrained):
             with pytest.raises(ValueError, match=message):
                 opened(folder, device="cpu")
 
 
 def test_embeddings_that_were_resized_fit_again(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "exits", tiny_backbone(tmp_path / "backbone"))
-    saved = open_model(folder, device="cpu")
+    saved = load_model(folder, LoadedClassifier, device="cpu")
     before = Engine(saved).predict(["a good film"])
     saved.tokenizer.add_tokens(["zebra", "yak"])
     model: Any = saved.model

@@ -73,7 +73,7 @@ BREAKS: dict[str, tuple[Break, str]] = {
     "weights empty": (cut("model.safetensors", 0), "Copy it again."),
     "weights of another": (
         values("config.json", policy_hidden_size=7),
-        "its weights do not fit its config.json",
+        "does not fit its config.json",
     ),
     "record a list": (text("training_record.json", "[1]"), "must hold a JSON object. Restore it"),
     "record cut": (cut("training_record.json"), "is not valid JSON"),

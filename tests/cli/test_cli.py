@@ -22,7 +22,7 @@ from consistentee import __version__
 from consistentee.cli.main import main
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import TextDataset
-from consistentee.models.loaded_classifier import RECORD_FILE
+from consistentee.models.record import RECORD_FILE
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 
 COLUMNS = ("--text-columns", "text", "--label-column", "label")

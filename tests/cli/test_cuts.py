@@ -16,7 +16,8 @@ from consistentee.data.batches import encode_texts, encode_with_cuts, tokenize
 from consistentee.data.classification import TextDataset
 from consistentee.evaluation.classification import evaluate_model, evaluate_plain
 from consistentee.evaluation.workloads import model_workload
-from consistentee.models.loaded_classifier import open_model, read_record
+from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.models.record import read_record
 from consistentee.pipelines.classifier import Engine
 from consistentee.training.classification import finetune, train
 from quick import quick_config
@@ -102,8 +103,10 @@ def test_of_several_processes_one_says_it(
 
 def test_evaluation_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backbone = tiny_backbone(tmp_path / "backbone")
-    exits = open_model(tiny_model(tmp_path / "exits", backbone, max_length=40), device="cpu")
-    plain = open_model(tiny_full_depth_model(tmp_path / "plain", backbone), device="cpu")
+    exits = load_model(
+        tiny_model(tmp_path / "exits", backbone, max_length=40), LoadedClassifier, device="cpu"
+    )
+    plain = load_model(tiny_full_depth_model(tmp_path / "plain", backbone), LoadedClassifier, device="cpu")
     evaluation = evaluate_model(exits, with_long_rows(16, 2))
     assert evaluation.num_truncated == evaluation.to_dict()["num_truncated"] == 2
     assert "2 of 16 texts were longer than the 40 tokens of model" in caplog.text

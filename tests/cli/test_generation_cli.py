@@ -16,7 +16,7 @@ from consistentee.cli.main import main
 from consistentee.cli.options import TrainingDataOptions, UsageError
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.generation import load_generation_files
-from consistentee.models.loaded_classifier import RECORD_FILE
+from consistentee.models.record import RECORD_FILE
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
 from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
 from tiny_decoders import single_thread

@@ -13,8 +13,8 @@ from consistentee.cli.main import main
 from consistentee.data.generation import InstructionDataset
 from consistentee.data.generation_batches import encode_prompts_with_cuts, encode_rows
 from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation
-from consistentee.models.loaded_classifier import read_record
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
+from consistentee.models.record import read_record
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.training.generation import finetune_generation, train_generation
 from saved_generators import BYTES, TEMPLATE, generator_folder, plain_folder, tiny_rows
@@ -77,7 +77,7 @@ def test_training_says_and_records_it(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_evaluation_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    exits = open_generator(generator_folder(tmp_path / "exits"), device="cpu")
+    exits = load_model(generator_folder(tmp_path / "exits"), LoadedGenerator, device="cpu")
     evaluation = evaluate_generation(exits, with_long_rows(6, 3), max_new_tokens=4, curve_thresholds=1)
     assert evaluation.num_truncated == evaluation.to_dict()["num_truncated"] == 1
     first, second = caplog.messages
@@ -88,12 +88,12 @@ def test_evaluation_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     caplog.clear()
     assert evaluate_generation(exits, tiny_rows(6), max_new_tokens=4, curve_thresholds=1).num_truncated == 0
     assert caplog.messages == []
-    plain = open_generator(plain_folder(tmp_path / "plain"), device="cpu")
+    plain = load_model(plain_folder(tmp_path / "plain"), LoadedGenerator, device="cpu")
     assert evaluate_plain_generation(plain, tiny_rows(4), max_new_tokens=4)["num_truncated"] == 0
 
 
 def test_texts_tell(tmp_path: Path) -> None:
-    generator = TextGenerator(open_generator(generator_folder(tmp_path / "exits"), device="cpu"))
+    generator = TextGenerator(load_model(generator_folder(tmp_path / "exits"), LoadedGenerator, device="cpu"))
     prompts = [("go", ""), ("sum up", "word " * 80), ("stop", "a"), ("word " * 80, "")]
     for batch_size in (1, 3):
         texts = list(generator.generate_texts(prompts, batch_size=batch_size, max_new_tokens=5))

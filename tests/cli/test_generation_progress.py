@@ -9,7 +9,7 @@ import pytest
 from consistentee import progress
 from consistentee.cli.main import main
 from consistentee.evaluation.generation import evaluate_generation
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.progress import Pace
 from consistentee.training.generation import finetune_generation, train_generation
 from saved_generators import generator_folder, plain_folder, tiny_rows
@@ -40,11 +40,11 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_evaluation_and_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, plain = generator_folder(tmp_path / "model"), plain_folder(tmp_path / "plain")
     evaluate_generation(
-        open_generator(model),
+        load_model(model, LoadedGenerator),
         tiny_rows(4),
         criteria=["policy", "static"],
         threshold=0.5,
-        reference=open_generator(plain),
+        reference=load_model(plain, LoadedGenerator),
         text_speedups=[1.5],
         max_new_tokens=3,
         curve_thresholds=1,

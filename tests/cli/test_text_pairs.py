@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from consistentee.backbones.loading import read_config
 from consistentee.cli.main import main
 from consistentee.data.classification import TextDataset
 from consistentee.data.files import read_texts
 from consistentee.errors import DataError
 from consistentee.evaluation.classification import evaluate_model, predict_classes
-from consistentee.models.loaded_classifier import open_model, saved_text_pairs
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.training.classification import finetune, train
 from quick import quick_config
@@ -40,7 +41,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool | None, Path]
 
 def test_the_folder_says_so(folders: dict[bool | None, Path]) -> None:
     for pairs, folder in folders.items():
-        assert saved_text_pairs(folder) is open_model(folder, "cpu").text_pairs is pairs
+        assert load_model(folder).text_pairs is pairs
+        assert read_config(folder)["text_pairs"] is pairs
     assert 'engine.predict(["some text"]' in (folders[False] / "README.md").read_text()
     card = (folders[True] / "README.md").read_text()
     assert 'engine.predict([("some text", "the other text")])' in card
@@ -62,7 +64,10 @@ def test_engine(folders: dict[bool | None, Path]) -> None:
 
 
 def test_evaluation(folders: dict[bool | None, Path]) -> None:
-    one, two = open_model(folders[False], "cpu"), open_model(folders[True], "cpu")
+    one, two = (
+        load_model(folders[False], LoadedClassifier, device="cpu"),
+        load_model(folders[True], LoadedClassifier, device="cpu"),
+    )
     with pytest.raises(ValueError, match="takes single texts, and each row of here is a pair"):
         evaluate_model(one, rows_of(True))
     with pytest.raises(ValueError, match="takes pairs of texts, and each row of here is a single text"):

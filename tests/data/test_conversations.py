@@ -21,7 +21,7 @@ from consistentee.data.generation_batches import IGNORED, encode_prompts, encode
 from consistentee.data.templates import ALPACA, PromptTemplate, prompt_template
 from consistentee.errors import DataError
 from consistentee.evaluation.generation import evaluate_generation
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.training.generation import train_generation
 from tiny_tokenizers import byte_level
 from tiny_training import byte_tokenizer, quick_generation_config, tiny_decoder
@@ -208,7 +208,9 @@ def test_training_evaluation_and_the_held_out_file(tmp_path: Path) -> None:
     folder = train_generation(
         backbone=backbone, train_data=data.train, output_dir=tmp_path / "run", config=config
     )
-    evaluation = evaluate_generation(open_generator(folder, "cpu"), again, max_new_tokens=3)
+    evaluation = evaluate_generation(
+        load_model(folder, LoadedGenerator, device="cpu"), again, max_new_tokens=3
+    )
     assert evaluation.num_examples == len(again)
 
 

@@ -15,7 +15,7 @@ from consistentee.data.generation_batches import encode_prompts, encode_prompts_
 from consistentee.data.literal import special_tokens
 from consistentee.data.templates import ALPACA, PLAIN, PromptTemplate, prompt_template
 from consistentee.errors import DataError
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.training.generation import train_generation
 from saved_generators import generator_folder
@@ -157,7 +157,7 @@ def test_training_and_generator_agree(parse: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("consistentee.training.generation.encode_rows", noted)
     config = quick_generation_config(parse_special_tokens=parse, prompt_template="plain", max_length=40)
     folder = train_generation(backbone=backbone, train_data=rows, output_dir=tmp_path / "run", config=config)
-    saved = open_generator(folder, "cpu")
+    saved = load_model(folder, LoadedGenerator, device="cpu")
     assert saved.prompt_template().parse_special_tokens is parse
     assert saved.prompt_template("alpaca").parse_special_tokens is parse
     asked = TextGenerator(saved).encode(list(zip(rows.instructions, rows.inputs, strict=True)))
@@ -185,5 +185,5 @@ def test_the_option_of_generate(option: list[str], tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("consistentee.pipelines.generator.encode_prompts_with_cuts", noted)
     arguments = ["--prompt", "a</s>b", "--json", "--max-new-tokens", "2", *option]
     assert main(["generate", str(folder), *arguments]) == 0
-    end = open_generator(folder, "cpu").tokenizer.convert_tokens_to_ids("</s>")
+    end = load_model(folder, LoadedGenerator, device="cpu").tokenizer.convert_tokens_to_ids("</s>")
     assert (end in seen) is bool(option)

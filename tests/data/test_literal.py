@@ -17,7 +17,7 @@ from consistentee.data.batches import encode_texts, encode_with_cuts
 from consistentee.data.classification import TextDataset
 from consistentee.data.literal import literal_copy, read_special_tokens, special_tokens, take_literally
 from consistentee.evaluation.classification import evaluate_model
-from consistentee.models.loaded_classifier import open_model
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.training.classification import finetune, train
 from quick import quick_config
@@ -164,7 +164,7 @@ def test_training_engine_evaluation_and_pipeline_agree(
     monkeypatch.setattr("consistentee.data.batches.encode_with_cuts", noted)
     config = quick_config(parse_special_tokens=parse)
     folder = make(backbone=backbone, train_data=rows, output_dir=tmp_path / "run", config=config)
-    saved = open_model(folder, "cpu")
+    saved = load_model(folder, LoadedClassifier, device="cpu")
     assert saved.model.config.parse_special_tokens is parse
     raw = AutoTokenizer.from_pretrained(backbone)
     wanted = {tuple(raw(text, split_special_tokens=not parse)["input_ids"]) for (text,) in rows.texts}

@@ -10,7 +10,7 @@ import pytest
 
 from benchmark_scripts import script
 from consistentee.evaluation.generation import evaluate_generation
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import GeneratedText, TextGenerator
 from saved_generators import generator_folder, tiny_rows
 
@@ -47,7 +47,7 @@ def test_variants_are_measured_in_the_batches_of_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise one configuration gets two figures: 16 bits round differently in another batch."""
-    saved = open_generator(generator_folder(tmp_path / "model"))
+    saved = load_model(generator_folder(tmp_path / "model"), LoadedGenerator)
     rows = tiny_rows(7)
     batches: list[list[list[int]]] = []
     batch = TextGenerator._batch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from consistentee.backbones.encoders import load_backbone
 from consistentee.evaluation.classification import (
     Evaluation,
     class_columns,
@@ -28,14 +26,8 @@ from consistentee.evaluation.plots import plot_evaluation
 from consistentee.evaluation.reports import MOST_CLASSES, evaluation_report
 from consistentee.functional.curves import CurvePoint
 from consistentee.functional.recall import ClassRecall
-from consistentee.models.loaded_classifier import (
-    RECORD_FILE,
-    SavedModel,
-    model_source,
-    open_model,
-    record_evaluation,
-)
-from consistentee.models.loaded_generator import is_generation_folder, open_generator
+from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.models.record import RECORD_FILE, record_evaluation
 from consistentee.pipelines.classifier import Engine
 from tiny import (
     LABEL_NAMES,
@@ -59,8 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(folder: Path) -> SavedModel:
-    return open_model(folder, "cpu")
+def saved(folder: Path) -> LoadedClassifier:
+    return load_model(folder, LoadedClassifier, device="cpu")
 
 
 def logits_of(classes: list[list[int]]) -> Tensor:
@@ -155,7 +147,9 @@ def test_of_very_many_classes_the_report_has_those_that_lose_most() -> None:
     assert "10 more classes: --json has all of them." in lines
 
 
-def test_classes_have_the_names_of_the_data_and_the_chosen_metric_is_reported(saved: SavedModel) -> None:
+def test_classes_have_the_names_of_the_data_and_the_chosen_metric_is_reported(
+    saved: LoadedClassifier,
+) -> None:
     rows = tiny_dataset(20)
     turned = replace(rows, label_names=LABEL_NAMES[::-1])
     assert [found.label for found in evaluate_model(saved, turned).class_recall] == list(LABEL_NAMES[::-1])
@@ -202,7 +196,7 @@ def test_no_rows_and_bad_thresholds_are_refused() -> None:
 
 
 @pytest.mark.parametrize("criterion, threshold", [("policy", 0.5), ("confidence", 0.55), ("patience", 1.5)])
-def test_agrees_with_real_exits(saved: SavedModel, criterion: str, threshold: float) -> None:
+def test_agrees_with_real_exits(saved: LoadedClassifier, criterion: str, threshold: float) -> None:
     rows = tiny_dataset(50)
     evaluation = evaluate_model(saved, rows, criteria=[criterion], threshold=threshold, batch_size=16)
     predictions = Engine(saved).predict(rows.texts, criterion=criterion, threshold=threshold, batch_size=7)
@@ -214,7 +208,7 @@ def test_agrees_with_real_exits(saved: SavedModel, criterion: str, threshold: fl
     assert set(evaluation.metrics) == {"accuracy", "f1", "matthews"}
 
 
-def test_label_order_of_the_data_does_not_matter(saved: SavedModel) -> None:
+def test_label_order_of_the_data_does_not_matter(saved: LoadedClassifier) -> None:
     rows = tiny_dataset(40)
     turned = replace(rows, labels=[1 - label for label in rows.labels], label_names=("Positive", "NEGATIVE"))
     first, second = (evaluate_model(saved, data) for data in (rows, turned))
@@ -222,15 +216,15 @@ def test_label_order_of_the_data_does_not_matter(saved: SavedModel) -> None:
     assert first.per_layer_accuracy == second.per_layer_accuracy
 
 
-def test_labels_that_differ_are_refused(saved: SavedModel) -> None:
+def test_labels_that_differ_are_refused(saved: LoadedClassifier) -> None:
     rows = replace(tiny_dataset(8), label_names=("bad", "good"))
     with pytest.raises(ValueError, match=r'got "negative", "positive" and "bad", "good"'):
         evaluate_model(saved, rows)
 
 
-def test_plain_model_as_reference(saved: SavedModel, folder: Path) -> None:
+def test_plain_model_as_reference(saved: LoadedClassifier, folder: Path) -> None:
     rows = tiny_dataset(40)
-    plain = open_model(folder.parent / "plain", "cpu")
+    plain = load_model(folder.parent / "plain", LoadedClassifier, device="cpu")
     evaluation = evaluate_model(saved, rows, reference=plain)
     alone = evaluate_plain(plain, rows)
     assert evaluation.reference is not None
@@ -240,11 +234,15 @@ def test_plain_model_as_reference(saved: SavedModel, folder: Path) -> None:
         evaluate_model(plain, rows)
 
 
-def test_an_early_exit_reference_is_called_one(saved: SavedModel, folder: Path, tmp_path: Path) -> None:
+def test_an_early_exit_reference_is_called_one(saved: LoadedClassifier, folder: Path, tmp_path: Path) -> None:
     """The table, the line below it, the figures, the picture and the card say what ran, and how deep."""
     rows = tiny_dataset(24, seed=5)
     deeper = tiny_backbone(tmp_path / "backbone", layers=4)
-    other = open_model(tiny_model(tmp_path / "other", deeper, threshold=0.45, initial_exit_bias=0.0), "cpu")
+    other = load_model(
+        tiny_model(tmp_path / "other", deeper, threshold=0.45, initial_exit_bias=0.0),
+        LoadedClassifier,
+        device="cpu",
+    )
     alone = evaluate_model(other, rows)
     assert 1 < alone.mean_exit_layer < 4
     evaluation = evaluate_model(saved, rows, reference=other, batch_size=7)
@@ -266,7 +264,11 @@ def test_an_early_exit_reference_is_called_one(saved: SavedModel, folder: Path, 
     picture = html.unescape(plot_evaluation(evaluation, tmp_path / "p.svg").read_text(encoding="utf-8"))
     assert f"early-exit model, policy > 0.45 ({alone.mean_exit_layer:.2f} of 4 layers)" in picture
     plain = evaluate_model(
-        saved, rows, reference=open_model(tiny_full_depth_model(tmp_path / "plain", deeper), "cpu")
+        saved,
+        rows,
+        reference=load_model(
+            tiny_full_depth_model(tmp_path / "plain", deeper), LoadedClassifier, device="cpu"
+        ),
     )
     assert plain.reference is not None
     assert (plain.reference.name, plain.reference.mean_exit_layer) == ("plain model", 4)
@@ -284,7 +286,7 @@ def test_hugging_face_classifier_as_reference(tmp_path: Path) -> None:
         max_position_embeddings=64,
     )
     save(BertForSequenceClassification(config), tokenizer, tmp_path)
-    plain = open_model(tmp_path, "cpu")
+    plain = load_model(tmp_path, LoadedClassifier, device="cpu")
     rows = tiny_dataset(10)
     predictions = predict_classes(plain, rows, batch_size=3)
     batch = tokenizer([text for (text,) in rows.texts], padding=True, return_tensors="pt")
@@ -298,7 +300,9 @@ def test_hugging_face_classifier_as_reference(tmp_path: Path) -> None:
 
 def test_labels_that_differ_in_case_only_are_not_merged(tmp_path: Path) -> None:
     backbone = tiny_backbone(tmp_path / "backbone")
-    model = open_model(tiny_model(tmp_path / "model", backbone, label_names=("us", "US")), "cpu")
+    model = load_model(
+        tiny_model(tmp_path / "model", backbone, label_names=("us", "US")), LoadedClassifier, device="cpu"
+    )
     assert class_columns(model, ("us", "US")) == [0, 1]
     assert class_columns(model, ("US", "us")) == [1, 0]
     rows = replace(tiny_dataset(40), label_names=("us", "US"))
@@ -311,13 +315,13 @@ def test_labels_that_differ_in_case_only_are_not_merged(tmp_path: Path) -> None:
         class_columns(model, ("us", "Us"))
 
 
-def test_other_letters_are_understood_where_nothing_is_merged(saved: SavedModel) -> None:
+def test_other_letters_are_understood_where_nothing_is_merged(saved: LoadedClassifier) -> None:
     assert class_columns(saved, ("Positive", "NEGATIVE")) == [1, 0]
     with pytest.raises(ValueError, match="must agree"):
         class_columns(saved, ("Positive", "positive"))
 
 
-def test_thresholds_of_other_criteria_come_from_the_record(saved: SavedModel, folder: Path) -> None:
+def test_thresholds_of_other_criteria_come_from_the_record(saved: LoadedClassifier, folder: Path) -> None:
     assert saved.exit_rule() == ("policy", 0.5)
     with pytest.raises(ValueError, match=r'no threshold for criterion "entropy". Give one with --threshold'):
         saved.exit_rule("entropy")
@@ -331,7 +335,7 @@ def test_thresholds_of_other_criteria_come_from_the_record(saved: SavedModel, fo
     assert evaluation.other_criteria["patience"].point is None
 
 
-def test_evaluation_is_recorded_in_the_folder(folder: Path, saved: SavedModel, tmp_path: Path) -> None:
+def test_evaluation_is_recorded_in_the_folder(folder: Path, saved: LoadedClassifier, tmp_path: Path) -> None:
     evaluation = evaluate_model(saved, tiny_dataset(12))
     (tmp_path / RECORD_FILE).write_text('{"kind": "early_exit", "seed": 3}', encoding="utf-8")
     record_evaluation(tmp_path, evaluation.summary())
@@ -340,64 +344,3 @@ def test_evaluation_is_recorded_in_the_folder(folder: Path, saved: SavedModel, t
     assert record["evaluation"]["accuracy"] == evaluation.accuracy
     assert "Measured on 12 rows" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", RECORD_FILE]
-
-
-class TestOpenModel:
-    def test_missing_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r'nowhere" does not exist'):
-            open_model(tmp_path / "nowhere")
-
-    @pytest.mark.parametrize("name", ["gpt2", "user/name"])
-    def test_what_may_be_a_name_on_the_hub_is_asked_for(
-        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        assert model_source(name) == name
-        (tmp_path / name).mkdir(parents=True)  # a folder wins
-        with pytest.raises(FileNotFoundError, match=rf'Model folder "{name}" has no config\.json'):
-            model_source(name)
-
-    @pytest.mark.parametrize(
-        "name", ["rte-exits/", "a/b/c", "./gpt2", "~/gpt2", "runs\\rte", "a--b", Path("gpt2")]
-    )
-    def test_what_can_be_no_name_on_the_hub(
-        self, name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        message = "does not exist. Check the path; a hub name reads"
-        for what, load in (("Model", open_model), ("Model", open_generator), ("Backbone", load_backbone)):
-            with pytest.raises(FileNotFoundError, match=re.escape(f'{what} folder "{name}" {message}')):
-                load(name)
-        assert not is_generation_folder(name)
-
-    def test_a_name_that_the_hub_does_not_give(self) -> None:
-        for load in (open_model, open_generator, is_generation_folder):
-            with pytest.raises(
-                OSError, match=r'Model "no-such-model" could not be loaded \(there is no such folder'
-            ):
-                load("no-such-model")
-
-    def test_folder_without_config(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-            open_model(tmp_path)
-
-    def test_folder_without_weights(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-        with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
-            open_model(tmp_path)
-        (tmp_path / "pytorch_model.bin").write_bytes(b"")
-        with pytest.raises(ValueError, match="pickled weights only"):
-            open_model(tmp_path)
-
-    def test_encoder_without_classifier(self, folder: Path) -> None:
-        with pytest.raises(
-            ValueError, match="Give the folder of a trained classifier, not of an encoder alone"
-        ):
-            open_model(folder.parent / "backbone")
-
-    def test_broken_record(self, folder: Path, tmp_path: Path) -> None:
-        for path in folder.iterdir():
-            (tmp_path / path.name).symlink_to(path)
-        (tmp_path / RECORD_FILE).write_text("{", encoding="utf-8")
-        with pytest.raises(ValueError, match="is not valid JSON"):
-            open_model(tmp_path)

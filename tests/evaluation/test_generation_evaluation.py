@@ -30,7 +30,7 @@ from consistentee.evaluation.teacher_forcing import (
 from consistentee.functional.depth_matching import threshold_for_depth
 from consistentee.functional.token_criteria import GENERATION_CRITERIA
 from consistentee.inference.decoder.lossless import DraftClock
-from consistentee.models.loaded_generator import SavedGenerator, open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
 from saved_generators import BYTES, TEMPLATE, generator_folder, plain_folder, tiny_rows
 from tiny_decoders import single_thread, tiny_decoder
@@ -57,18 +57,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(root: Path) -> SavedGenerator:
+def saved(root: Path) -> LoadedGenerator:
     thresholds = {name: value for name, value in THRESHOLDS.items() if name in ("softmax_margin", "static")}
-    return open_generator(generator_folder(root / "exits", thresholds=thresholds), device="cpu")
+    return load_model(generator_folder(root / "exits", thresholds=thresholds), LoadedGenerator, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def plain(root: Path) -> SavedGenerator:
-    return open_generator(plain_folder(root / "plain"), device="cpu")
+def plain(root: Path) -> LoadedGenerator:
+    return load_model(plain_folder(root / "plain"), LoadedGenerator, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def evaluation(saved: SavedGenerator, plain: SavedGenerator) -> GenerationEvaluation:
+def evaluation(saved: LoadedGenerator, plain: LoadedGenerator) -> GenerationEvaluation:
     return evaluate_generation(
         saved,
         tiny_rows(9),
@@ -86,7 +86,7 @@ class TestTeacherForcedExits:
     @pytest.mark.parametrize("first, min_exit_layer", [(True, 1), (False, 1), (False, 3)])
     def test_are_those_of_decoding(
         self,
-        saved: SavedGenerator,
+        saved: LoadedGenerator,
         criterion: str,
         first: bool,
         min_exit_layer: int,
@@ -112,7 +112,7 @@ class TestTeacherForcedExits:
         scores = full_depth_scores(saved, rows, criterion)
         assert criterion == "static" or scores[:, : min_exit_layer - 1].isneginf().all()
 
-    def test_of_nobody_are_the_full_model(self, saved: SavedGenerator, plain: SavedGenerator) -> None:
+    def test_of_nobody_are_the_full_model(self, saved: LoadedGenerator, plain: LoadedGenerator) -> None:
         rows = reference_rows(saved, tiny_rows(7))
         full = teacher_forced_exits(saved, rows, criterion=None, batch_size=3)
         assert set(full.exit_layers.tolist()) == {4}
@@ -137,7 +137,7 @@ class TestTeacherForcedExits:
 
     @pytest.mark.parametrize("logit_rows", [1, 5, 10_000])
     def test_do_not_depend_on_how_logits_are_cut(
-        self, saved: SavedGenerator, plain: SavedGenerator, logit_rows: int, monkeypatch: pytest.MonkeyPatch
+        self, saved: LoadedGenerator, plain: LoadedGenerator, logit_rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         rows = reference_rows(saved, tiny_rows(7))
         expected = teacher_forced_exits(saved, rows, criterion="softmax_margin", threshold=0.3)
@@ -148,7 +148,7 @@ class TestTeacherForcedExits:
         assert again.exit_layers.tolist() == expected.exit_layers.tolist()
         torch.testing.assert_close(teacher_forced_baseline(plain, rows).perplexity, expected_plain.perplexity)
 
-    def test_need_a_token_to_predict(self, saved: SavedGenerator) -> None:
+    def test_need_a_token_to_predict(self, saved: LoadedGenerator) -> None:
         with pytest.raises(ValueError, match="at least one token that follows another, got none"):
             teacher_forced_exits(saved, TokenizedPrompts([[]], [[5]]), criterion=None)
 
@@ -164,19 +164,19 @@ class TestThresholds:
         assert abs(float(left) - 2.0) <= 1 / 3
 
     @pytest.mark.parametrize("criterion", ["policy", "softmax_margin", "state_similarity"])
-    def test_match_a_depth(self, saved: SavedGenerator, criterion: str) -> None:
+    def test_match_a_depth(self, saved: LoadedGenerator, criterion: str) -> None:
         passes = ReferencePasses(saved, reference_rows(saved, tiny_rows(12)))
         target = 2.9
         tokens = passes.tokens(criterion, passes.threshold_for_depth(criterion, target, refinements=4))
         assert abs(tokens.mean_exit_layer - target) < 0.25
 
-    def test_of_static_depth_are_whole_layers(self, saved: SavedGenerator) -> None:
+    def test_of_static_depth_are_whole_layers(self, saved: LoadedGenerator) -> None:
         passes = ReferencePasses(saved, reference_rows(saved, tiny_rows(5)))
         assert passes.threshold_for_depth("static", 2.2) == 2.0
         with pytest.raises(ValueError, match="target_mean_exit_layer must be from 1 to 4, got 5"):
             passes.threshold_for_depth("static", 5)
 
-    def test_scores_know_who_cannot_leave(self, saved: SavedGenerator) -> None:
+    def test_scores_know_who_cannot_leave(self, saved: LoadedGenerator) -> None:
         rows = reference_rows(saved, tiny_rows(5))
         scores = full_depth_scores(saved, rows, "policy", batch_size=2)
         responses = rows.lengths - rows.prompt_lengths
@@ -248,7 +248,7 @@ class TestEvaluation:
         assert len(values["examples"]) == 5
         assert values["environment"]["dtype"] == "float32"
 
-    def test_lossless_text_has_the_figures_of_all_layers(self, saved: SavedGenerator) -> None:
+    def test_lossless_text_has_the_figures_of_all_layers(self, saved: LoadedGenerator) -> None:
         evaluation = evaluate_generation(
             saved, tiny_rows(3), mode="lossless", max_new_tokens=4, curve_thresholds=1
         )
@@ -257,7 +257,7 @@ class TestEvaluation:
         assert evaluation.mode == "lossless"
 
     def test_lossless_tokens_ran_all_layers(
-        self, saved: SavedGenerator, monkeypatch: pytest.MonkeyPatch
+        self, saved: LoadedGenerator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Layers are those that ran; what exits drafted has figures of its own."""
         monkeypatch.setattr(DraftClock, "drafts", True)
@@ -298,10 +298,10 @@ class TestEvaluation:
 
     @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
     def test_an_early_exit_reference_is_called_one(
-        self, saved: SavedGenerator, tmp_path: Path, mode: str
+        self, saved: LoadedGenerator, tmp_path: Path, mode: str
     ) -> None:
         values = {"criterion": "static", "threshold": 2.0, "mode": mode}
-        other = open_generator(generator_folder(tmp_path / "other", **values), device="cpu")
+        other = load_model(generator_folder(tmp_path / "other", **values), LoadedGenerator, device="cpu")
         evaluation = evaluate_generation(
             saved, tiny_rows(4), reference=other, max_new_tokens=6, curve_thresholds=1
         )
@@ -321,13 +321,13 @@ class TestEvaluation:
         assert f"{mean:.2f} / 4" in row
         assert f"{4 / mean:.2f}x" in row
 
-    def test_a_reference_has_its_own_number_of_layers(self, saved: SavedGenerator, tmp_path: Path) -> None:
+    def test_a_reference_has_its_own_number_of_layers(self, saved: LoadedGenerator, tmp_path: Path) -> None:
         tiny_decoder("llama", **BYTES, num_hidden_layers=2).save_pretrained(tmp_path)
         byte_tokenizer(begin=True).save_pretrained(tmp_path)
         evaluation = evaluate_generation(
             saved,
             tiny_rows(3),
-            reference=open_generator(tmp_path, device="cpu"),
+            reference=load_model(tmp_path, LoadedGenerator, device="cpu"),
             max_new_tokens=4,
             curve_thresholds=1,
         )
@@ -338,13 +338,13 @@ class TestEvaluation:
         assert "2.00 / 2" in row
         assert "1.00x" in row
 
-    def test_plain_figures(self, plain: SavedGenerator) -> None:
+    def test_plain_figures(self, plain: LoadedGenerator) -> None:
         figures = evaluate_plain_generation(plain, tiny_rows(3), max_new_tokens=4)
         assert figures["num_examples"] == 3
         assert figures["num_tokens"] == 12
         assert figures["metrics"]["perplexity"] > 1
 
-    def test_options_that_make_no_sense(self, saved: SavedGenerator, plain: SavedGenerator) -> None:
+    def test_options_that_make_no_sense(self, saved: LoadedGenerator, plain: LoadedGenerator) -> None:
         for speedup in (1.0, 4.1):
             with pytest.raises(ValueError, match="text_speedups must be above 1 and at most 4"):
                 evaluate_generation(saved, tiny_rows(2), text_speedups=(2.0, speedup))
@@ -366,7 +366,7 @@ class TestTexts:
         rows = tiny_rows(3)
         assert text_prompts(rows, TEMPLATE) == (rows, TEMPLATE)
 
-    def test_are_evaluated(self, saved: SavedGenerator) -> None:
+    def test_are_evaluated(self, saved: LoadedGenerator) -> None:
         rows = InstructionDataset([""] * 2, [""] * 2, ["a b c d", "one two three"], "texts")
         evaluation = evaluate_generation(saved, rows, max_new_tokens=3, curve_thresholds=1)
         assert [example.prompt for example in evaluation.examples] == ["a b", "one"]

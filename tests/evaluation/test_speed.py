@@ -31,7 +31,7 @@ from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.inference import timing
 from consistentee.inference.encoder.packing import padded_count
 from consistentee.inference.timing import environment, paired_ratio, time_in_turn
-from consistentee.models.loaded_classifier import SavedModel, open_model
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from tiny import tiny_backbone, tiny_full_depth_model, tiny_model
 
@@ -41,15 +41,17 @@ ROWS = [{"input_ids": [4 + (row + i) % 50 for i in range(3 + row % 9)]} for row 
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedModel:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> LoadedClassifier:
     root = tmp_path_factory.mktemp("speed")
     backbone = tiny_backbone(root / "backbone", "mpnet", layers=LAYERS)
     tiny_full_depth_model(root / "plain", backbone)
-    return open_model(tiny_model(root / "model", backbone, initial_exit_bias=0.0), "cpu")
+    return load_model(
+        tiny_model(root / "model", backbone, initial_exit_bias=0.0), LoadedClassifier, device="cpu"
+    )
 
 
 @pytest.fixture(scope="module")
-def report(saved: SavedModel) -> SpeedReport:
+def report(saved: LoadedClassifier) -> SpeedReport:
     shares = exit_distribution_shares("even", LAYERS)
     return measure_speed(Engine(saved), ROWS, batch_sizes=(1, 8), shares=shares, repeats=2)
 
@@ -140,8 +142,8 @@ def test_rows_of_the_report_belong_together(report: SpeedReport) -> None:
     assert rows["transformers", 8].padding_share == pytest.approx(1 - real / positions)
 
 
-def test_a_plain_model_has_no_exits_to_measure(saved: SavedModel) -> None:
-    plain = Engine(open_model(Path(saved.name).parent / "plain", "cpu"))
+def test_a_plain_model_has_no_exits_to_measure(saved: LoadedClassifier) -> None:
+    plain = Engine(load_model(Path(saved.name).parent / "plain", LoadedClassifier, device="cpu"))
     found = measure_speed(Engine(plain.saved, dtype="bfloat16"), ROWS, batch_sizes=(), repeats=1)
     assert [row.name for row in found.rows] == [
         "engine-full-depth",
@@ -152,7 +154,7 @@ def test_a_plain_model_has_no_exits_to_measure(saved: SavedModel) -> None:
 @pytest.mark.parametrize(
     "values", [{"repeats": 0}, {"batch_sizes": (0,)}, {"batch_sizes": (), "throughput": False}]
 )
-def test_nothing_to_measure(saved: SavedModel, values: dict[str, Any]) -> None:
+def test_nothing_to_measure(saved: LoadedClassifier, values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least one row, one repetition and one batch size"):
         measure_speed(Engine(saved), ROWS[:3], **values)
 
@@ -209,7 +211,7 @@ def test_competitors_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(calls) == "bbccaa"
 
 
-def test_a_time_to_keep_to(saved: SavedModel) -> None:
+def test_a_time_to_keep_to(saved: LoadedClassifier) -> None:
     engine, said = Engine(saved, dtype="bfloat16"), list[float]()
     options: dict[str, Any] = {"batch_sizes": (1, 8), "repeats": 4, "announce": said.append}
     short = measure_speed(engine, ROWS, budget=TimeBudget(1e-9), **options)

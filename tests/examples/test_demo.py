@@ -16,7 +16,7 @@ from rich.console import Console
 import demo
 from consistentee.cli.main import app
 from consistentee.data.classification import TextDataset
-from consistentee.models.loaded_classifier import open_model
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine, Prediction
 from tiny import tiny_backbone, tiny_dataset, tiny_model
 
@@ -52,7 +52,9 @@ def test_a_step_is_tried(tmp_path: Path) -> None:
 
 
 def test_time_is_told_beside_layers(tmp_path: Path) -> None:
-    engine = Engine(open_model(tiny_model(tmp_path / "m", tiny_backbone(tmp_path / "b")), device="cpu"))
+    engine = Engine(
+        load_model(tiny_model(tmp_path / "m", tiny_backbone(tmp_path / "b")), LoadedClassifier, device="cpu")
+    )
     texts = tiny_dataset(12).texts
     told = demo.time_saved(engine, texts)
     assert told.startswith("12 sentences take ")

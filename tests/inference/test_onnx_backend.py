@@ -19,7 +19,7 @@ from consistentee.inference.encoder.onnx_sessions import full_model_session
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.encoder.torch_backend import PackedBackend
-from consistentee.models.loaded_classifier import open_model
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model
 
@@ -146,7 +146,9 @@ def test_a_gpu_needs_an_onnxruntime_that_knows_it() -> None:
 
 def test_a_plain_model_has_one_classifier(tmp_path: Path) -> None:
     backbone = tiny_backbone(tmp_path / "backbone")
-    plain: Any = open_model(tiny_full_depth_model(tmp_path / "plain", backbone), "cpu").model
+    plain: Any = load_model(
+        tiny_full_depth_model(tmp_path / "plain", backbone), LoadedClassifier, device="cpu"
+    ).model
     rows = token_rows(plain)
     for kind in (OnnxBackend, BoundOnnxBackend):
         backend = kind(plain)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from consistentee.backbones import encoders as backbones
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
 from consistentee.inference.encoder.packing import PackedBatch
 from consistentee.inference.encoder.prepacked_linear import has_int8
 from consistentee.inference.encoder.torch_backend import PackedBackend
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
-from tiny import tiny_backbone, unsettle
+from tiny import all_hidden_states, tiny_backbone, unsettle
 
 CPU = torch.device("cpu")
 LAYERS = 4
@@ -37,7 +36,7 @@ def build(folder: Path, model_type: str, config: dict[str, Any] | None = None, *
 def token_rows(model: Any) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(1)
     rows = [{"input_ids": torch.randint(4, 60, (n,), generator=generator).tolist()} for n in LENGTHS]
-    if getattr(model.config.encoder, "type_vocab_size", 0) > 1:
+    if getattr(model.config.backbone_config, "type_vocab_size", 0) > 1:
         for row in rows:
             row["token_type_ids"] = [int(i > 4) for i in range(len(row["input_ids"]))]
     return rows
@@ -46,7 +45,7 @@ def token_rows(model: Any) -> list[dict[str, list[int]]]:
 def alone(model: Any, row: dict[str, list[int]]) -> tuple[Tensor, ...]:
     """The hidden states of one row after each layer, (tokens, hidden) each."""
     types = torch.tensor([row["token_type_ids"]]) if "token_type_ids" in row else None
-    states = backbones.all_hidden_states(model.backbone, torch.tensor([row["input_ids"]]), None, types)
+    states = all_hidden_states(model.backbone, torch.tensor([row["input_ids"]]), None, types)
     return tuple(state[0] for state in states)
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.models.causal_lm_configuration import EarlyExitCausalLMConfig
+from consistentee.models.configuration import EarlyExitCausalLMConfig
 from consistentee.models.generate import EarlyExitGenerateOutput
 from tiny_decoders import (
     EVERY_TYPE,
@@ -344,8 +344,8 @@ def test_saved_models_come_back(model_type: str, exit_head: str, tmp_path: Path)
             assert torch.equal(weights[name], weight), name
         for name in (*values, "exit_head", "exit_head_rank", "mode", "criterion", "policy_hidden_size"):
             assert getattr(loaded.config, name) == getattr(model.config, name), name
-        decoder = {**model.config.decoder.to_dict(), "dtype": "float32"}  # noted when saved
-        assert loaded.config.decoder.to_dict() == decoder
+        decoder = {**model.config.backbone_config.to_dict(), "dtype": "float32"}  # noted when saved
+        assert loaded.config.backbone_config.to_dict() == decoder
         after = generate(loaded, PROMPTS, NEW)
         assert torch.equal(after.sequences, before.sequences)
         assert torch.equal(after.exit_layers, before.exit_layers)

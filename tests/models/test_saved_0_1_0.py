@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from consistentee import Engine, TextGenerator
-from consistentee.models.loaded_classifier import open_model, read_record
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedClassifier, LoadedGenerator, load_model
+from consistentee.models.record import read_record
 
 SAVED = Path(__file__).parents[1] / "saved_0_1_0"
 CLASSIFIERS = ("early_exit", "early_exit_later", "full_depth")
@@ -31,7 +31,7 @@ def expected(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_predict_as_they_did(name: str) -> None:
     then = expected(name)
-    engine = Engine(open_model(SAVED / name, "cpu"))
+    engine = Engine(load_model(SAVED / name, LoadedClassifier, device="cpu"))
     for run in then["predictions"]:
         now = engine.predict(then["texts"], batch_size=8, **run["options"])
         assert [prediction.label for prediction in now] == run["labels"]
@@ -43,7 +43,7 @@ def test_classifiers_predict_as_they_did(name: str) -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generators_write_as_they_did(name: str) -> None:
     then = expected(name)
-    saved = open_generator(SAVED / name, device="cpu")
+    saved = load_model(SAVED / name, LoadedGenerator, device="cpu")
     generator = TextGenerator(saved)
     prompts = [(instruction, text) for instruction, text in then["prompts"]]
     for run in then["generated"]:

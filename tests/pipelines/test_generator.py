@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-import consistentee
-from consistentee.data.templates import ALPACA, PLAIN
+from consistentee.data.templates import PLAIN
 from consistentee.errors import DataError
-from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.models.loaded_classifier import open_model
-from consistentee.models.loaded_generator import SavedGenerator, is_generation_folder, open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import DecodingOptions, PieceDecoder, TextGenerator, decode_pieces
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
-from tiny import tiny_backbone, tiny_model
 from tiny_decoders import single_thread
 from tiny_tokenizers import byte_tokenizer
 
@@ -39,12 +33,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def saved(folders: dict[str, Path]) -> SavedGenerator:
-    return open_generator(folders["exits"], device="cpu")
+def saved(folders: dict[str, Path]) -> LoadedGenerator:
+    return load_model(folders["exits"], LoadedGenerator, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def generator(saved: SavedGenerator) -> TextGenerator:
+def generator(saved: LoadedGenerator) -> TextGenerator:
     return TextGenerator(saved)
 
 
@@ -85,7 +79,7 @@ class TestPieces:
 class TestGenerateTexts:
     @pytest.mark.parametrize("batch_size", [1, 3, 64])
     def test_in_input_order_and_the_same_at_every_batch_size(
-        self, generator: TextGenerator, saved: SavedGenerator, batch_size: int
+        self, generator: TextGenerator, saved: LoadedGenerator, batch_size: int
     ) -> None:
         texts = list(generator.generate_texts(PROMPTS, batch_size=batch_size, max_new_tokens=9))
         assert [(text.prompt, text.input) for text in texts] == PROMPTS
@@ -103,7 +97,7 @@ class TestGenerateTexts:
         assert len({layer for text in texts for layer in text.exit_layers}) > 1
 
     def test_the_end_of_text_counts_as_a_token_and_has_no_piece(
-        self, saved: SavedGenerator, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+        self, saved: LoadedGenerator, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (text,) = generator.generate_texts([("go", "")], max_new_tokens=9)
         end = text.token_ids[3]
@@ -150,7 +144,7 @@ class TestGenerateTexts:
     @pytest.mark.parametrize("kind", ["exits", "plain"])
     def test_nothing_but_the_options_decides(self, folders: dict[str, Path], kind: str) -> None:
         values: dict[str, Any] = {"max_new_tokens": 12} | ({} if kind == "plain" else {"mode": "full"})
-        saved = open_generator(folders[kind], device="cpu")
+        saved = load_model(folders[kind], LoadedGenerator, device="cpu")
         generator = TextGenerator(saved, template=TEMPLATE)
         greedy = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], **values)]
         torch.manual_seed(7)
@@ -180,8 +174,8 @@ class TestGenerateTexts:
         assert drawn[5] == {0, 1, 2, 3, 4}
 
     def test_a_model_without_exits(self, folders: dict[str, Path]) -> None:
-        plain = open_generator(folders["plain"], device="cpu")
-        exits = open_generator(folders["exits"], device="cpu")
+        plain = load_model(folders["plain"], LoadedGenerator, device="cpu")
+        exits = load_model(folders["exits"], LoadedGenerator, device="cpu")
         texts = list(TextGenerator(plain, template=TEMPLATE).generate_texts(PROMPTS[:4], max_new_tokens=5))
         full = list(TextGenerator(exits).generate_texts(PROMPTS[:4], mode="full", max_new_tokens=5))
         assert [text.token_ids for text in texts] == [text.token_ids for text in full]
@@ -189,9 +183,9 @@ class TestGenerateTexts:
         with pytest.raises(ValueError, match=r"threshold goes with exits, which model .* does not have"):
             TextGenerator(plain).generate_texts(PROMPTS, threshold=0.5)
 
-    def test_an_empty_prompt_is_named_by_its_number(self, saved: SavedGenerator) -> None:
+    def test_an_empty_prompt_is_named_by_its_number(self, saved: LoadedGenerator) -> None:
         generator = TextGenerator(saved, template=PLAIN)
-        saved_beginning = open_generator(saved.name, device="cpu")
+        saved_beginning = load_model(saved.name, LoadedGenerator, device="cpu")
         saved_beginning.tokenizer._tokenizer.post_processor = byte_tokenizer()._tokenizer.post_processor
         generator = TextGenerator(saved_beginning, template=PLAIN)
         with pytest.raises(DataError, match="prompt 4: The prompt has no token"):
@@ -252,59 +246,6 @@ class TestStream:
         assert "".join(piece for piece, _ in heard) == text.text
         (expected,) = generator.generate_texts([("go", "")], mode=mode, max_new_tokens=12)
         assert text.token_ids == expected.token_ids
-
-
-class TestOpening:
-    def test_what_a_folder_is(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        assert is_generation_folder(folders["exits"])
-        assert not is_generation_folder(folders["plain"])
-        assert not is_generation_folder(tmp_path)
-        assert not is_generation_folder(tmp_path / "no")
-
-    def test_what_the_model_knows(self, saved: SavedGenerator, folders: dict[str, Path]) -> None:
-        assert saved.has_exits
-        assert saved.tokenizer.padding_side == "left"
-        assert saved.prompt_template() == TEMPLATE
-        assert saved.prompt_template("alpaca") == ALPACA
-        assert saved.exit_rule() == ("policy", 0.5)
-        assert saved.exit_rule("static", 3) == ("static", 3.0)
-        assert (saved.max_length, saved.context_length, saved.max_new_tokens) == (64, 256, 256)
-        plain = open_generator(folders["plain"], device="cpu")
-        with pytest.raises(ValueError, match=r"has no exits \(it is a LlamaForCausalLM\)"):
-            _ = plain.early_exit_model
-
-    def test_thresholds_come_from_the_config_or_the_record(self, tmp_path: Path) -> None:
-        folder = generator_folder(tmp_path / "m", thresholds={"softmax_margin": 0.25})
-        (folder / "training_record.json").write_text('{"thresholds": {"static": 2}}', encoding="utf-8")
-        opened = open_generator(folder, device="cpu")
-        assert opened.exit_rule("softmax_margin") == ("softmax_margin", 0.25)
-        assert opened.exit_rule("static") == ("static", 2.0)
-
-    def test_dtype(self, folders: dict[str, Path]) -> None:
-        assert open_generator(folders["exits"], device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
-        with pytest.raises(ValueError, match='dtype must be one of float32, bfloat16, float16, got "int8"'):
-            open_generator(folders["exits"], dtype="int8")
-
-    def test_a_padding_token_is_found(self, tmp_path: Path) -> None:
-        folder = plain_folder(tmp_path / "m")
-        path = folder / "tokenizer_config.json"
-        values = json.loads(path.read_text(encoding="utf-8"))
-        del values["pad_token"]
-        path.write_text(json.dumps(values), encoding="utf-8")
-        assert open_generator(folder, device="cpu").tokenizer.pad_token == "</s>"
-
-    def test_folders_that_are_none(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"does not exist\. Check the path"):
-            open_generator(tmp_path / "no")
-        classifier = tiny_model(tmp_path / "classifier", tiny_backbone(tmp_path / "backbone"))
-        with pytest.raises(ValueError, match=r"It is a text classifier\. Use `consistentee predict`"):
-            open_generator(classifier)
-        with pytest.raises(ValueError, match="could not be loaded"):
-            open_model(folders["exits"])
-
-    def test_the_auto_class_opens_one(self, folders: dict[str, Path]) -> None:
-        assert consistentee.EarlyExitForCausalLM is EarlyExitForCausalLM
-        assert isinstance(AutoModelForCausalLM.from_pretrained(folders["exits"]), EarlyExitForCausalLM)
 
 
 def test_options_name_the_choices() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import other_process
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.threads import settle_after_fork
@@ -117,7 +117,7 @@ def test_the_tokenizer_is_its_own(folders: dict[str, Path], kind: str) -> None:
 
 
 def test_a_chat_template_goes_with_the_generators_own_tokenizer(folders: dict[str, Path]) -> None:
-    saved = open_generator(folders["generator"], device="cpu")
+    saved = load_model(folders["generator"], LoadedGenerator, device="cpu")
     saved.tokenizer.chat_template = "{{ messages[0]['content'] }}:"
     generator = TextGenerator(saved, template=saved.prompt_template("chat"))
     before = generator.encode([("Add.", "1")])

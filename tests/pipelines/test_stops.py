@@ -17,7 +17,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from consistentee.models.loaded_generator import SavedGenerator, open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from consistentee.pipelines.stops import StopTexts, cut_at_stop, find_stop, possible_stop
@@ -53,17 +53,17 @@ def chunk_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedGenerator:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> LoadedGenerator:
     folder = generator_folder(tmp_path_factory.mktemp("stops") / "exits")
     chunk_tokenizer().save_pretrained(folder)
-    return open_generator(folder, device="cpu")
+    return load_model(folder, LoadedGenerator, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> SavedGenerator:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> LoadedGenerator:
     folder = plain_folder(tmp_path_factory.mktemp("stops") / "plain")
     chunk_tokenizer().save_pretrained(folder)
-    return open_generator(folder, device="cpu")
+    return load_model(folder, LoadedGenerator, device="cpu")
 
 
 class TestPlaces:
@@ -124,7 +124,7 @@ def some_stops(texts: list[GeneratedText]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless", None])
-def test_texts_end_before_them(saved: SavedGenerator, plain: SavedGenerator, mode: str | None) -> None:
+def test_texts_end_before_them(saved: LoadedGenerator, plain: LoadedGenerator, mode: str | None) -> None:
     generator = TextGenerator(plain if mode is None else saved)
     options: dict[str, Any] = {"mode": mode}
     whole = uncut(generator, **options)
@@ -154,7 +154,7 @@ def test_texts_end_before_them(saved: SavedGenerator, plain: SavedGenerator, mod
 
 @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless", None])
 def test_streams_hold_back_what_may_begin_one(
-    saved: SavedGenerator, plain: SavedGenerator, mode: str | None
+    saved: LoadedGenerator, plain: LoadedGenerator, mode: str | None
 ) -> None:
     generator = TextGenerator(plain if mode is None else saved)
     whole = uncut(generator, mode=mode)
@@ -207,7 +207,7 @@ def test_streamed_text_is_never_taken_back(text: str, stops: list[str], data: st
     assert told == (pieces if cut is None else cut)
 
 
-def test_special_tokens_can_be_named(saved: SavedGenerator, plain: SavedGenerator) -> None:
+def test_special_tokens_can_be_named(saved: LoadedGenerator, plain: LoadedGenerator) -> None:
     for one in (saved, plain):
         whole = uncut(TextGenerator(one))
         token = whole[0].token_ids[5]
@@ -222,7 +222,7 @@ def test_special_tokens_can_be_named(saved: SavedGenerator, plain: SavedGenerato
 
 
 def test_the_models_own_end_has_its_own_reason(
-    saved: SavedGenerator, monkeypatch: pytest.MonkeyPatch
+    saved: LoadedGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = TextGenerator(saved)
     whole = uncut(generator)

@@ -15,7 +15,7 @@ import pytest
 
 from consistentee.data.files import read_texts
 from consistentee.data.generation import read_prompts
-from consistentee.models.loaded_generator import open_generator
+from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.generator import TextGenerator
 from saved_generators import generator_folder
@@ -95,7 +95,7 @@ def test_no_reader_reads_ahead(
 @pytest.mark.parametrize("lines", [case[0] for case in CASES[:2]])
 def test_no_prompt_is_read_ahead(lines: list[str], folders: dict[str, Path]) -> None:
     stream = Watched(lines)
-    generator = TextGenerator(open_generator(folders["generate"], "cpu"))
+    generator = TextGenerator(load_model(folders["generate"], LoadedGenerator, device="cpu"))
     prompts = ((row["prompt"], row["input"]) for row in read_prompts(stream))
     texts = generator.generate_texts(prompts, batch_size=1, max_new_tokens=2)
     assert [stream.asked for _ in texts] == [1, 2, 3]

@@ -19,7 +19,7 @@ from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import TextDataset
 from consistentee.errors import MissingExtraError
 from consistentee.heads.classifiers import PolicyNetwork
-from consistentee.models import loaded_classifier as saved
+from consistentee.models import record as saved
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import parallel_runs
-from consistentee.models.loaded_classifier import read_record as read_whole_record
+from consistentee.models.record import read_record as read_whole_record
 from quick import largest_difference, read_record, read_weights
 from tiny import tiny_backbone
 

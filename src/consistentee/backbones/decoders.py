@@ -7,7 +7,6 @@ norms and projections lie: `LayerParts`.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from consistentee.backbones.encoders import load_pretrained
 from consistentee.backbones.limits import longest_input
+from consistentee.backbones.loading import load_pretrained, unsupported_type
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -75,6 +74,7 @@ class DecoderArchitecture:
         positions: path of a table of learned positions, "" where positions are rotary.
         cache_argument: what the layer calls its cache.
         rotary_per_layer_type: sliding and full layers rotate by different angles.
+        load_options: what transformers' Auto classes are told.
     """
 
     model_type: str
@@ -87,6 +87,7 @@ class DecoderArchitecture:
     positions: str = ""
     cache_argument: str = "past_key_values"
     rotary_per_layer_type: bool = False
+    load_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 _LLAMA = LayerParts(
@@ -177,14 +178,7 @@ def decoder_architecture(config_or_model_type: PreTrainedConfig | str) -> Decode
     by_name = isinstance(config_or_model_type, str)
     model_type = config_or_model_type if by_name else config_or_model_type.model_type
     if model_type not in DECODERS:
-        name = model_type.lower().replace("-", "_")
-        close = [supported for supported in SUPPORTED_DECODER_TYPES if supported.startswith(name)]
-        close = close or difflib.get_close_matches(name, SUPPORTED_DECODER_TYPES, n=1)
-        hint = f' Did you mean "{close[0]}"?' if close else ""
-        raise ValueError(
-            f'Causal language model type "{model_type}" is not supported.{hint} '
-            f"Supported model types: {', '.join(SUPPORTED_DECODER_TYPES)}."
-        )
+        raise unsupported_type("Causal language model", model_type, SUPPORTED_DECODER_TYPES)
     if not by_name:
         for name in ("add_cross_attention", "use_bidirectional_attention"):
             if getattr(config_or_model_type, name, False):
@@ -385,29 +379,5 @@ def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_decoder(name_or_path: str | Path, **hub_kwargs: Any) -> PreTrainedModel:
-    """Load a pretrained causal language model from a local folder or from the hub.
-
-    Weights are read from safetensors files only, in float32 unless `dtype` says otherwise, and code that comes with a
-    model is not run unless `trust_remote_code=True` is passed.
-
-    Args:
-        name_or_path: a folder with `config.json` and safetensors weights, or a model name on the hub.
-        **hub_kwargs: handed to `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `cache_dir`, `dtype`, ...
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it lacks its config or its weights.
-        OSError: the model can neither be found on the hub nor in the cache, or a file cannot be read.
-        ValueError: the type is not supported, the weights are pickled or incomplete.
-    """
-
-    def options_of(model_type: str) -> dict[str, Any]:
-        decoder_architecture(model_type)
-        return {}
-
-    return load_pretrained(
-        AutoModelForCausalLM,
-        name_or_path,
-        options_of,
-        lambda config: decoder_architecture(config),
-        **hub_kwargs,
-    )
+    """Load a pretrained causal language model; arguments and errors as in `load_pretrained`."""
+    return load_pretrained(AutoModelForCausalLM, name_or_path, row_of=decoder_architecture, **hub_kwargs)

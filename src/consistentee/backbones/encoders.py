@@ -8,43 +8,18 @@ states equal the entries 1..L of Hugging Face's own `output_hidden_states`.
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
-from transformers.utils import logging as transformers_logging
 
 from consistentee.backbones.limits import BEHIND_PADDING, longest_input
-
-__all__ = [
-    "ARCHITECTURES",
-    "SUPPORTED_MODEL_TYPES",
-    "Architecture",
-    "EncoderState",
-    "all_hidden_states",
-    "architecture_of",
-    "build_backbone",
-    "embed",
-    "embed_tokens",
-    "embedding_projection",
-    "encoder_layers",
-    "folder_or_hub_name",
-    "load_backbone",
-    "num_layers",
-    "run_layer",
-]
-
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+from consistentee.backbones.loading import load_pretrained, unsupported_type
 
 
 @dataclass
@@ -116,6 +91,11 @@ class Architecture:
     pooling: Literal["cls", "mean"]
     has_pooler: bool = False
     embedding_projection: str | None = None
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What transformers' Auto classes are told."""
+        return {"add_pooling_layer": False} if self.has_pooler else {}
 
 
 # --- Embedding: token ids to the state before the first layer -------------------------------------
@@ -329,14 +309,7 @@ def architecture_of(config_or_model_type: PreTrainedConfig | str) -> Architectur
                 "A backbone must be an encoder, got a config with is_decoder=True. Set it to False."
             )
     if model_type not in ARCHITECTURES:
-        name = model_type.lower().replace("_", "-")
-        close = [supported for supported in SUPPORTED_MODEL_TYPES if name.startswith(supported)]
-        close = close or difflib.get_close_matches(name, SUPPORTED_MODEL_TYPES, n=1)
-        hint = f' Did you mean "{close[0]}"?' if close else ""
-        raise ValueError(
-            f'Backbone type "{model_type}" is not supported.{hint} '
-            f"Supported model types: {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
+        raise unsupported_type("Backbone", model_type, SUPPORTED_MODEL_TYPES)
     return ARCHITECTURES[model_type]
 
 
@@ -443,25 +416,6 @@ def run_layer(backbone: PreTrainedModel, layer_index: int, state: EncoderState) 
     return replace(state, hidden_states=hidden_states)
 
 
-def all_hidden_states(
-    backbone: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Run every layer and give the hidden states after each; the arguments are those of `embed`.
-
-    Returns:
-        One (batch, tokens, hidden) tensor per layer, first layer first.
-    """
-    state = embed(backbone, input_ids, attention_mask, token_type_ids)
-    states: list[Tensor] = []
-    for layer_index in range(num_layers(backbone)):
-        state = run_layer(backbone, layer_index, state)
-        states.append(state.hidden_states)
-    return tuple(states)
-
-
 # --- Making a backbone ----------------------------------------------------------------------------
 
 
@@ -474,173 +428,9 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: the type is not supported.
     """
-    return cast(PreTrainedModel, AutoModel.from_config(config, **_no_pooler(architecture_of(config))))
+    return cast(PreTrainedModel, AutoModel.from_config(config, **architecture_of(config).load_options))
 
 
 def load_backbone(name_or_path: str | Path, **hub_kwargs: Any) -> PreTrainedModel:
-    """Load a pretrained backbone from a local folder or from the hub, without its pooler or task head.
-
-    Weights are read from safetensors files only, in float32 unless `dtype` says otherwise, and code that
-    comes with a model is not run unless `trust_remote_code=True` is passed.
-
-    Args:
-        name_or_path: a folder with `config.json` and safetensors weights, or a model name on the hub.
-        **hub_kwargs: handed to `AutoModel.from_pretrained`: `revision`, `token`, `cache_dir`, `subfolder`,
-            `local_files_only`, `dtype`, `attn_implementation`, ...
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it lacks its config or its weights.
-        OSError: the model can neither be found on the hub nor in the cache, or a file cannot be read.
-        ValueError: the type is not supported, the weights are pickled or incomplete.
-    """
-    return load_pretrained(
-        AutoModel,
-        name_or_path,
-        lambda model_type: _no_pooler(architecture_of(model_type)),
-        lambda config: architecture_of(config),
-        **hub_kwargs,
-    )
-
-
-def load_pretrained(
-    auto_class: Any,
-    name_or_path: str | Path,
-    options_of: Callable[[str], Mapping[str, Any]],
-    check: Callable[[PreTrainedConfig], object],
-    **hub_kwargs: Any,
-) -> PreTrainedModel:
-    """Load a pretrained model through one of transformers' Auto classes, as `load_backbone` and `load_decoder` do.
-
-    Args:
-        auto_class: such as `AutoModel`.
-        name_or_path: a folder with `config.json` and safetensors weights, or a model name on the hub.
-        options_of: what a model type wants beside; raises ValueError for one that is not supported.
-        check: called with the config of what was loaded; raises ValueError if it is of no use.
-        **hub_kwargs: handed to `from_pretrained`.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it lacks its config or its weights.
-        OSError: the model can neither be found on the hub nor in the cache, or a file cannot be read.
-        ValueError: the type is not supported, the weights are pickled or incomplete.
-    """
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, **hub_kwargs}
-    name = _local_folder_or_name(name_or_path, str(options.get("subfolder") or ""))
-    try:
-        config_options = {key: value for key, value in options.items() if key != "trust_remote_code"}
-        config_dict, _ = PreTrainedConfig.get_config_dict(name, **config_options)
-        particular = options_of(str(config_dict.get("model_type")))
-        with _quiet_loading_report():
-            model, report = auto_class.from_pretrained(
-                name,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # _check_complete names them instead
-                output_loading_info=True,
-                **particular,
-                **options,
-            )
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f'Backbone "{name}" could not be loaded: {load_problem(error)} '
-            "Give a model name on the hub, or a folder with config.json and model.safetensors."
-        ) from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f'Backbone "{name}" could not be loaded: {load_problem(error)}') from error
-    check(model.config)
-    _check_complete(name, report)
-    return model
-
-
-def load_problem(error: Exception) -> str:
-    """What is wrong with a folder or a name, on one line, from what transformers raised about it."""
-    reason = " ".join(str(error).split())
-    if isinstance(error, SafetensorError):
-        return f"model.safetensors is incomplete or damaged ({reason}). Copy it again."
-    if isinstance(error, json.JSONDecodeError):
-        return f"one of its JSON files is incomplete or damaged ({reason}). Copy the folder again."
-    if isinstance(error, RuntimeError) and "mismatched_sizes" in reason:
-        return "its weights do not fit its config.json. Take both from the same folder."
-    if isinstance(error, (OSError, ValueError)):
-        return reason
-    return (
-        f"config.json or another of its files holds a value of the wrong kind ({type(error).__name__}: {reason}). "
-        "Copy the folder again."
-    )
-
-
-def _no_pooler(architecture: Architecture) -> dict[str, bool]:
-    return {"add_pooling_layer": False} if architecture.has_pooler else {}
-
-
-def folder_or_hub_name(name_or_path: str | Path, what: str) -> Path | str:
-    """What somebody named: a folder that is there, else a name on the hub.
-
-    Args:
-        name_or_path: a folder wins over the hub's model of that name.
-        what: to call it in messages, such as "Backbone".
-
-    Raises:
-        FileNotFoundError: it is neither.
-    """
-    path, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FileNotFoundError(f'{what} "{name}" must be a folder, got a file. Give the folder it lies in.')
-    try:
-        validate_repo_id(name)  # "gpt2" or "user/name"
-        is_path = isinstance(name_or_path, Path)
-    except HFValidationError:
-        is_path = True
-    if is_path:
-        raise FileNotFoundError(
-            f'{what} folder "{name}" does not exist. Check the path; a hub name reads "name" or "user/name".'
-        )
-    return name
-
-
-def _local_folder_or_name(name_or_path: str | Path, subfolder: str) -> str:
-    """Check a local folder before anything is read; leave what can only be a name on the hub as it is."""
-    source = folder_or_hub_name(name_or_path, "Backbone")
-    if isinstance(source, Path):
-        _check_local_files(source / subfolder)
-    return str(source)
-
-
-def _check_local_files(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f'Backbone folder "{folder}" has no config.json. Give a folder written by save_pretrained().'
-        )
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise ValueError(
-            f'Backbone folder "{folder}" has pickled weights only ({", ".join(pickles)}), and opening a pickle '
-            "can run code: weights must be safetensors. If you trust the source, convert it once: "
-            "AutoModel.from_pretrained(folder).save_pretrained(folder)."
-        )
-    raise FileNotFoundError(
-        f'Backbone folder "{folder}" has no weights: model.safetensors is missing. Copy it there.'
-    )
-
-
-def _check_complete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse a backbone part of which would silently keep random weights."""
-    missing = sorted({*report["missing_keys"], *(key for key, *_shapes in report["mismatched_keys"])})
-    if missing:
-        raise ValueError(
-            f'Backbone "{name}" lacks {len(missing)} of the weights that its config asks for, or has them in '
-            f'another shape, such as "{missing[0]}". Check that config.json and the weights belong together.'
-        )
-
-
-@contextmanager
-def _quiet_loading_report() -> Iterator[None]:
-    """Keep back the table of unused weights: heads are dropped on purpose, gaps are checked."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    """Load a pretrained encoder, without its pooler or task head; arguments and errors as in `load_pretrained`."""
+    return load_pretrained(AutoModel, name_or_path, row_of=architecture_of, **hub_kwargs)

@@ -12,7 +12,6 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedConfig
 
-from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.errors import UsageError
 
 _log = logging.getLogger(__name__)
@@ -49,13 +48,12 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def training_length(
-    config: ClassificationTrainingConfig | GenerationTrainingConfig, backbone: PreTrainedConfig, name: object
-) -> int:
+def training_length(max_length: int, *, default: int, backbone: PreTrainedConfig, name: object) -> int:
     """The tokens that a training cuts its rows to.
 
     Args:
-        config: settings of the training.
+        max_length: that was asked for.
+        default: what it is where nobody asks.
         backbone: the backbone's own configuration.
         name: the backbone's, for the message.
 
@@ -66,12 +64,12 @@ def training_length(
         UsageError: there are fewer positions than were asked for; the message names the largest length that fits.
     """
     longest = longest_input(backbone)
-    if longest is None or config.max_length <= longest:
-        return config.max_length
-    if config.max_length == type(config).max_length:
+    if longest is None or max_length <= longest:
+        return max_length
+    if max_length == default:
         return longest
     raise UsageError(
-        f'max_length must be at most {longest}, the positions of backbone "{name}", got {config.max_length}.'
+        f'max_length must be at most {longest}, the positions of backbone "{name}", got {max_length}.'
     )
 
 

@@ -320,9 +320,9 @@ def _generates(model: str | None, config_name: str | None) -> bool:
         from consistentee.evaluation.generation_speed import GENERATION_SHAPES
 
         return config_name in GENERATION_SHAPES
-    from consistentee.models.loaded_generator import is_generation_folder
+    from consistentee.models.loaded import LoadedGenerator, model_kind
 
-    return is_generation_folder(model or "")
+    return model is not None and model_kind(model) is LoadedGenerator
 
 
 def _batch_sizes(text: str | None, throughput: bool) -> list[int]:
@@ -343,10 +343,10 @@ def _benchmark_texts(
 ) -> Iterator[tuple[str, ...]]:
     """The texts that a model is measured on."""
     if data_file is not None:
+        from consistentee.backbones.loading import read_config
         from consistentee.data.files import read_texts
-        from consistentee.models.loaded_classifier import saved_text_pairs
 
-        pairs = saved_text_pairs(model)
+        pairs = read_config(model, "Model").get("text_pairs")
         check_column_count(text_columns, pairs, model)
         return read_texts(str(data_file), text_columns, pairs=pairs)
     from consistentee.data.classification import load_task

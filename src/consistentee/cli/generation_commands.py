@@ -110,7 +110,7 @@ def generate(
     if seed is not None and not do_sample:
         raise UsageError("--seed goes with --do-sample: nothing is drawn without it.")
     from consistentee.data.generation import read_prompts
-    from consistentee.models.loaded_generator import open_generator
+    from consistentee.models.loaded import LoadedGenerator, load_model
     from consistentee.pipelines.generator import DecodingOptions, TextGenerator
     from consistentee.progress import rows_about, show_progress
 
@@ -129,7 +129,7 @@ def generate(
             stop=stop or (),
         )
     )
-    saved = open_generator(model, None if device == "auto" else device, dtype)
+    saved = load_model(model, LoadedGenerator, device=None if device == "auto" else device, dtype=dtype)
     written = saved.prompt_template(template)
     if parse_special_tokens:
         written = replace(written, parse_special_tokens=True)
@@ -177,8 +177,8 @@ def train_generator(
 
     from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation
     from consistentee.evaluation.generation_reports import generation_report
-    from consistentee.models.loaded_classifier import record_evaluation
-    from consistentee.models.loaded_generator import open_generator
+    from consistentee.models.loaded import LoadedGenerator, load_model
+    from consistentee.models.record import record_evaluation
     from consistentee.training import generation as training
 
     folder = (training.train_generation if kind == "train" else training.finetune_generation)(
@@ -198,7 +198,7 @@ def train_generator(
     evaluation_rows = rows.evaluation.max_samples(MAX_TRAINING_TEXTS, config.seed)
     drawn = f" of {len(rows.evaluation):,}" if len(evaluation_rows) < len(rows.evaluation) else ""
     say(f"On {len(evaluation_rows):,}{drawn} rows that training has not seen ({rows.evaluation.source}):")
-    saved = open_generator(folder, device=PartialState().device)
+    saved = load_model(folder, LoadedGenerator, device=PartialState().device)
     if kind == "train":
         evaluation = evaluate_generation(saved, evaluation_rows, progress=True, seed=config.seed)
         figures = evaluation.summary()
@@ -230,7 +230,7 @@ def evaluate_generator(
     from consistentee.evaluation.generation import evaluate_generation
     from consistentee.evaluation.generation_reports import generation_report
     from consistentee.functional.token_criteria import GENERATION_CRITERIA
-    from consistentee.models.loaded_generator import open_generator
+    from consistentee.models.loaded import LoadedGenerator, load_model
     from consistentee.pipelines.generator import DecodingOptions, TextGenerator
 
     for name in criteria:
@@ -238,7 +238,7 @@ def evaluate_generator(
             raise UsageError(
                 f'criterion must be one of {", ".join(GENERATION_CRITERIA)} for a text generator, got "{name}".'
             )
-    saved = open_generator(model)
+    saved = load_model(model, LoadedGenerator)
     rule, limit = usage(lambda: saved.exit_rule(criteria[0] if criteria else None, threshold))
     mode = mode or saved.early_exit_model.config.mode
     if text_speedups and mode != "early-exit":
@@ -259,7 +259,7 @@ def evaluate_generator(
         criteria=[rule, *criteria[1:]],
         threshold=limit,
         mode=mode,
-        reference=None if reference is None else open_generator(reference),
+        reference=None if reference is None else load_model(reference, LoadedGenerator),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         text_speedups=text_speedups or (),
@@ -316,8 +316,7 @@ def benchmark_generator(
         shape_generator,
     )
     from consistentee.evaluation.speed import exit_distribution_shares
-    from consistentee.models.loaded_classifier import usable_device
-    from consistentee.models.loaded_generator import DTYPES, open_generator
+    from consistentee.models.loaded import DTYPES, LoadedGenerator, load_model, usable_device
 
     if dtype not in DTYPES:
         raise UsageError(f'--dtype must be one of {", ".join(DTYPES)} for text generators, got "{dtype}".')
@@ -331,7 +330,7 @@ def benchmark_generator(
         exit_distribution = exit_distribution or "even"
     else:
         name = model or ""
-        saved = open_generator(name, device=device, dtype=dtype)
+        saved = load_model(name, LoadedGenerator, device=device, dtype=dtype)
         network = usage(lambda: saved.early_exit_model)
         pairs = _benchmark_prompts(data_file, task, data_dir)[:num_rows]
         room = max(1, saved.context_length - new_tokens)

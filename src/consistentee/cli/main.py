@@ -164,7 +164,7 @@ def evaluate(
         from consistentee.evaluation.plots import check_plot
 
         usage(lambda: check_plot(plot))
-    from consistentee.models.loaded_generator import is_generation_folder
+    from consistentee.models.loaded import LoadedGenerator, model_kind
 
     of_generators = {
         "mode": mode,
@@ -172,7 +172,7 @@ def evaluate(
         "text_speedups": text_speedups,
         "bertscore_model": bertscore_model,
     }
-    if is_generation_folder(model):
+    if model_kind(model) is LoadedGenerator:
         evaluate_generator(
             model,
             data=data or DataOptions(),
@@ -190,9 +190,9 @@ def evaluate(
     from consistentee.evaluation.classification import evaluate_model
     from consistentee.evaluation.reports import evaluation_report
     from consistentee.functional.exits import CRITERIA
-    from consistentee.models.loaded_classifier import open_model
+    from consistentee.models.loaded import LoadedClassifier, load_model
 
-    saved = open_model(model)  # first of all, so that a broken folder is called one
+    saved = load_model(model, LoadedClassifier)  # first of all, so that a broken folder is called one
     for name, value in of_generators.items():
         if value is not None:
             raise UsageError(
@@ -211,7 +211,7 @@ def evaluate(
         rows,
         criteria=[rule, *(criterion or [])[1:]],
         threshold=limit,
-        reference=None if reference is None else open_model(reference),
+        reference=None if reference is None else load_model(reference, LoadedClassifier),
         batch_size=batch_size or 64,
         progress=True,
     )
@@ -263,10 +263,6 @@ def predict(
     if text_columns is not None and len(text_columns) > 2:
         raise UsageError(f"--text-columns takes one column or two, got {len(text_columns)}.")
     at_least_one(batch_size=batch_size)
-    from consistentee.models.loaded_generator import is_generation_folder
-
-    if is_generation_folder(model):
-        raise ValueError(f'Model "{model}" generates text. Use: consistentee generate {model}')
     from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
     from consistentee.data.files import read_texts
     from consistentee.pipelines.classifier import Engine
@@ -405,7 +401,8 @@ def _train(
     from consistentee.evaluation.classification import evaluate_model, evaluate_plain
     from consistentee.evaluation.reports import evaluation_report
     from consistentee.functional.metrics import check_threshold_metric
-    from consistentee.models.loaded_classifier import open_model, record_evaluation
+    from consistentee.models.loaded import LoadedClassifier, load_model
+    from consistentee.models.record import record_evaluation
     from consistentee.training import classification as training
 
     if kind == "train":
@@ -420,7 +417,7 @@ def _train(
         report=say,
     )
     is_main = PartialState().is_main_process
-    saved = open_model(folder, device=PartialState().device)
+    saved = load_model(folder, LoadedClassifier, device=PartialState().device)
     if kind == "train":
         evaluation = evaluate_model(saved, rows.evaluation, progress=is_main)
         figures = evaluation.summary()

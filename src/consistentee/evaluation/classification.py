@@ -23,7 +23,7 @@ from consistentee.functional.curves import CurvePoint, trade_off_curve
 from consistentee.functional.exits import check_threshold, choose_exit_layer, exit_scores
 from consistentee.functional.metrics import compute_metrics
 from consistentee.functional.recall import ClassRecall, recall_by_class
-from consistentee.models.loaded_classifier import SavedModel
+from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, EarlyExitOutput
 from consistentee.progress import track
 from consistentee.training.states import run_all_layers
@@ -202,20 +202,20 @@ def evaluate_layers(
 
 
 def evaluate_model(
-    saved: SavedModel,
+    saved: LoadedClassifier,
     dataset: TextDataset,
     *,
     criteria: Sequence[str] = (),
     threshold: float | None = None,
     metrics: Sequence[str] | None = None,
-    reference: SavedModel | None = None,
+    reference: LoadedClassifier | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate a saved model on labelled rows.
 
     Args:
-        saved: the model, from `open_model`.
+        saved: the model, from `load_model`.
         dataset: rows whose label names are the model's.
         criteria: exit rules; the first is reported, the others are drawn beside it. None given: the saved one.
         threshold: of the first criterion; None takes the saved one.
@@ -274,7 +274,7 @@ def evaluate_model(
     )
 
 
-def _tokenized(saved: SavedModel, dataset: TextDataset) -> TokenizedDataset:
+def _tokenized(saved: LoadedClassifier, dataset: TextDataset) -> TokenizedDataset:
     """The rows as a model takes them; it is said how many were cut."""
     rows = tokenize(dataset, saved.tokenizer, saved.max_length)
     texts = f'texts were longer than the {saved.max_length} tokens of model "{saved.name}"'
@@ -282,7 +282,7 @@ def _tokenized(saved: SavedModel, dataset: TextDataset) -> TokenizedDataset:
     return rows
 
 
-def reference_name(reference: SavedModel) -> str:
+def reference_name(reference: LoadedClassifier) -> str:
     """What reports and pictures call a model that another one is compared with."""
     if not isinstance(reference.model, EarlyExitForSequenceClassification):
         return "plain model"
@@ -291,12 +291,12 @@ def reference_name(reference: SavedModel) -> str:
 
 
 def predict_classes(
-    saved: SavedModel, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
+    saved: LoadedClassifier, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
 ) -> Tensor:
     """Classes that a model, ours or any Hugging Face classifier, predicts.
 
     Args:
-        saved: the model, from `open_model`.
+        saved: the model, from `load_model`.
         dataset: rows; their labels are not read.
         batch_size: rows per step.
         progress: whether to show how far it is.
@@ -312,7 +312,7 @@ def predict_classes(
 
 @torch.no_grad()
 def _run(
-    saved: SavedModel, dataset: TextDataset, batch_size: int, progress: bool
+    saved: LoadedClassifier, dataset: TextDataset, batch_size: int, progress: bool
 ) -> tuple[Tensor, float | None]:
     """What `predict_classes` gives, and the mean exit layer; None where the number of layers is not known."""
     columns = class_columns(saved, dataset.label_names)
@@ -339,7 +339,7 @@ def _run(
 
 
 def evaluate_plain(
-    saved: SavedModel, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
+    saved: LoadedClassifier, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
 ) -> dict[str, Any]:
     """Accuracy and metrics of a model without exits: `num_examples`, `accuracy`, `metrics`."""
     predictions = predict_classes(saved, dataset, batch_size=batch_size, progress=progress).numpy()
@@ -348,7 +348,7 @@ def evaluate_plain(
     return {"num_examples": len(dataset), "accuracy": accuracy, "metrics": metrics}
 
 
-def class_columns(saved: SavedModel, label_names: Sequence[str]) -> list[int]:
+def class_columns(saved: LoadedClassifier, label_names: Sequence[str]) -> list[int]:
     """The model's class index for every label of a data set, matched by name.
 
     Names match exactly; what then is left over matches without regard to case, where that is one to one. A plain model
@@ -369,7 +369,7 @@ def class_columns(saved: SavedModel, label_names: Sequence[str]) -> list[int]:
     return columns
 
 
-def default_metrics(saved: SavedModel, num_classes: int) -> tuple[str, ...]:
+def default_metrics(saved: LoadedClassifier, num_classes: int) -> tuple[str, ...]:
     """The metrics of the task the model was trained for, all that fit for data of one's own, and the thresholds'."""
     task = TASKS.get(getattr(saved.model.config, "task", None) or "")
     if isinstance(task, ClassificationTask):

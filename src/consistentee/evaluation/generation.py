@@ -31,7 +31,7 @@ from consistentee.evaluation.teacher_forcing import (
 from consistentee.evaluation.text_metrics import text_metrics
 from consistentee.functional.depth_matching import full_depth_threshold
 from consistentee.inference.timing import environment
-from consistentee.models.loaded_generator import SavedGenerator
+from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
 from consistentee.progress import track
 
@@ -43,14 +43,14 @@ EXAMPLES = 5
 
 
 def evaluate_generation(
-    saved: SavedGenerator,
+    saved: LoadedGenerator,
     rows: InstructionDataset,
     *,
     criteria: Sequence[str] = (),
     threshold: float | None = None,
     mode: str | None = None,
     skipped_states: str | None = None,
-    reference: SavedGenerator | None = None,
+    reference: LoadedGenerator | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     text_speedups: Sequence[float] = (),
@@ -68,7 +68,7 @@ def evaluate_generation(
     the depth of the first criterion, are among them.
 
     Args:
-        saved: the model, from `open_generator`.
+        saved: the model, from `load_model`.
         rows: prompts and references. Of texts without prompts the second half is generated from the first.
         criteria: exit rules; the first is reported, the others are its rivals. None given: the saved one. A rival
             without a saved threshold has its text generated at the depth of the first criterion.
@@ -173,7 +173,7 @@ def evaluate_generation(
 
 
 def evaluate_plain_generation(
-    saved: SavedGenerator,
+    saved: LoadedGenerator,
     rows: InstructionDataset,
     *,
     batch_size: int = 8,
@@ -193,7 +193,7 @@ def evaluate_plain_generation(
     }
 
 
-def reference_name(reference: SavedGenerator) -> str:
+def reference_name(reference: LoadedGenerator) -> str:
     """What reports and pictures call a model that another one is compared with."""
     if not reference.has_exits:
         return PLAIN
@@ -208,7 +208,7 @@ class _Texts:
 
     def __init__(
         self,
-        saved: SavedGenerator,
+        saved: LoadedGenerator,
         rows: InstructionDataset,
         max_new_tokens: int | None,
         batch_size: int,
@@ -228,7 +228,7 @@ class _Texts:
         )
         self._encoded, self.num_truncated = self._encode(saved, self._generator)
 
-    def _encode(self, saved: SavedGenerator, generator: TextGenerator) -> tuple[list[list[int]], int]:
+    def _encode(self, saved: LoadedGenerator, generator: TextGenerator) -> tuple[list[list[int]], int]:
         """Token ids of the prompts, and how many were cut, which is also said."""
         limit = self._options.max_prompt_length or saved.max_length
         encoded, cut = encode_prompts_with_cuts(
@@ -250,7 +250,7 @@ class _Texts:
         shown = "recompute" if mode == "early-exit" and skipped_states == "recompute" else mode
         return self._point(written, self._saved, shown, criterion, threshold), written
 
-    def reference(self, reference: SavedGenerator, rows: InstructionDataset) -> GeneratedPoint:
+    def reference(self, reference: LoadedGenerator, rows: InstructionDataset) -> GeneratedPoint:
         """What another model gives as it was saved, prompted as it was trained, or else like the first model."""
         own = self._saved.prompt_template()
         known = reference.saved_template is not None or own.tokenizer is not None
@@ -307,7 +307,7 @@ class _Texts:
     def _point(
         self,
         written: Sequence[GeneratedText],
-        saved: SavedGenerator,
+        saved: LoadedGenerator,
         mode: str,
         criterion: str,
         threshold: float,
@@ -370,7 +370,7 @@ def _by_position(texts: Sequence[GeneratedText]) -> list[float]:
     return means
 
 
-def _dtype_name(saved: SavedGenerator) -> str:
+def _dtype_name(saved: LoadedGenerator) -> str:
     return str(saved.model.dtype).removeprefix("torch.")
 
 

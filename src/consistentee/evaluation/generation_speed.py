@@ -226,7 +226,7 @@ def measure_generation_speed(
             tokens, times = planner.plan(cost, least=least, most=new_tokens, fixed=fixed)
             found += match(size, tokens).play(times, lambda title=title: tick(title))
             planner.next_size()
-    config: Any = model.config.decoder
+    config: Any = model.config.backbone_config
     workload = {
         "model": name.replace("\\", "/").rstrip("/").split("/")[-1],
         "model_type": config.model_type,

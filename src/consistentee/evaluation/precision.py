@@ -13,7 +13,7 @@ from consistentee.inference.encoder.backend import Answers, TokenRow
 from consistentee.inference.encoder.onnx_backend import has_onnxruntime
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.encoder.torch_backend import ExitModel, torch_dtypes
-from consistentee.models.loaded_classifier import SavedModel
+from consistentee.models.loaded import LoadedClassifier
 from consistentee.pipelines.classifier import Engine
 
 FEWEST_ROWS = 128
@@ -76,7 +76,7 @@ class Choice:
 
 
 def recommend(
-    saved: SavedModel,
+    saved: LoadedClassifier,
     rows: Sequence[TokenRow],
     *,
     dtype: str = "auto",

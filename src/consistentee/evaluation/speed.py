@@ -31,7 +31,7 @@ from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.encoder.torch_backend import token_tensors
 from consistentee.inference.timing import environment, paired_ratio, synchronised_seconds, time_in_turn
 from consistentee.models.configuration import EarlyExitConfig
-from consistentee.models.loaded_classifier import SavedModel
+from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 
@@ -124,7 +124,7 @@ def shape_model(
     classifier_hidden_size: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
-) -> SavedModel:
+) -> LoadedClassifier:
     """A model with random weights of a named shape, without a tokenizer.
 
     Args:
@@ -148,7 +148,7 @@ def shape_model(
         model = EarlyExitForSequenceClassification(EarlyExitConfig(**options))
     if device is not None:
         cast(torch.nn.Module, model).to(device)
-    return SavedModel(model.eval(), None, {}, config_name)
+    return LoadedClassifier(model.eval(), None, {}, config_name)
 
 
 def random_rows(count: int, sequence_length: int, vocab_size: int, seed: int) -> list[dict[str, list[int]]]:
@@ -274,7 +274,7 @@ def measure_speed(
     lengths = [len(row["input_ids"]) for row in rows]
     workload = {
         "model": engine.saved.name.replace("\\", "/").rstrip("/").split("/")[-1],
-        "model_type": config.encoder.model_type,
+        "model_type": config.backbone_config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "classifier_hidden_size": config.pooled_size,

@@ -26,7 +26,7 @@ from consistentee.functional.token_criteria import (
     static_scores,
 )
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.models.loaded_generator import SavedGenerator
+from consistentee.models.loaded import LoadedGenerator
 from consistentee.progress import track
 
 LOGIT_ROWS = 1024
@@ -81,7 +81,7 @@ class TeacherForcedTokens:
 
 
 def reference_rows(
-    saved: SavedGenerator,
+    saved: LoadedGenerator,
     rows: InstructionDataset,
     template: PromptTemplate | None = None,
     max_length: int | None = None,
@@ -104,7 +104,7 @@ def reference_rows(
 
 @torch.no_grad()
 def teacher_forced_exits(
-    saved: SavedGenerator,
+    saved: LoadedGenerator,
     rows: TokenizedPrompts,
     *,
     criterion: str | None,
@@ -143,7 +143,7 @@ def teacher_forced_exits(
 
 @torch.no_grad()
 def teacher_forced_baseline(
-    saved: SavedGenerator, rows: TokenizedPrompts, *, batch_size: int = 8, description: str | None = None
+    saved: LoadedGenerator, rows: TokenizedPrompts, *, batch_size: int = 8, description: str | None = None
 ) -> TeacherForcedTokens:
     """Predict every token of the responses with a model without exits; arguments as `teacher_forced_exits`."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -168,7 +168,7 @@ def teacher_forced_baseline(
 
 @torch.no_grad()
 def full_depth_scores(
-    saved: SavedGenerator,
+    saved: LoadedGenerator,
     rows: TokenizedPrompts,
     criterion: str,
     *,
@@ -218,7 +218,7 @@ class ReferencePasses:
 
     def __init__(
         self,
-        saved: SavedGenerator,
+        saved: LoadedGenerator,
         rows: TokenizedPrompts,
         *,
         batch_size: int = 8,
@@ -401,7 +401,7 @@ def token_scores(
 
 
 def _batches(
-    saved: SavedGenerator,
+    saved: LoadedGenerator,
     rows: TokenizedPrompts,
     batch_size: int,
     description: str | None,

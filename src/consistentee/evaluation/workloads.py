@@ -13,7 +13,7 @@ from consistentee.data.batches import encode_with_cuts
 from consistentee.evaluation.precision import Choice, recommend
 from consistentee.evaluation.speed import exit_distribution_shares, random_rows, shape_model
 from consistentee.inference.encoder.backend import TokenRow
-from consistentee.models.loaded_classifier import usable_device
+from consistentee.models.loaded import usable_device
 from consistentee.pipelines.classifier import Engine
 
 READ_AT_MOST = 100_000
@@ -74,7 +74,7 @@ def shape_workload(
         seed=seed,
         device=None if device is None else usable_device(device),
     )
-    encoder: Any = saved.model.config.encoder
+    encoder: Any = saved.model.config.backbone_config
     most = encoder.max_position_embeddings - 2  # mpnet counts from 2
     if not 1 <= sequence_length <= most:
         raise ValueError(f"sequence-length must be in [1, {most}] for {config_name}, got {sequence_length}.")

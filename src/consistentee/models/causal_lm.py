@@ -24,7 +24,7 @@ from consistentee.heads.classifiers import PolicyNetwork
 from consistentee.heads.exit_heads import ExitHeads
 from consistentee.inference.decoder import exit_rules
 from consistentee.inference.decoder.decoding import ExitWeights
-from consistentee.models.causal_lm_configuration import EarlyExitCausalLMConfig
+from consistentee.models.configuration import EarlyExitCausalLMConfig
 from consistentee.models.generate import GenerationOptions, generate_tokens
 
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -67,7 +67,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EarlyExitCausalLMConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.backbone = backbone if backbone is not None else decoders.build_decoder(config.decoder)
+        self.backbone = backbone if backbone is not None else decoders.build_decoder(config.backbone_config)
         decoders.keep_soft_cap(self.backbone)
         self.exit_heads = ExitHeads(self.backbone, config.exit_head, config.exit_head_rank)
         self.policy = self.new_policy()
@@ -147,7 +147,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> nn.Embedding:
         """Give embeddings, LM head and the exits' own heads as many entries as a tokenizer has; as in Hugging Face."""
         embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.decoder.vocab_size = len(embeddings.weight)
+        self.config.backbone_config.vocab_size = len(embeddings.weight)
         if not self.exit_heads.head_is_shared:
             heads = self.exit_heads.heads
             for index, head in enumerate(cast("list[nn.Linear]", heads)):

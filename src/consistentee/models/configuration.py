@@ -7,34 +7,113 @@ from typing import Any, ClassVar, cast, get_args
 from transformers import AutoConfig, PreTrainedConfig
 
 from consistentee.backbones.limits import longest_input
-from consistentee.config import Criterion, Head, PolicyInput
-from consistentee.errors import require_choice, require_number, require_range
+from consistentee.config import (
+    Criterion,
+    ExitHead,
+    GenerationCriterion,
+    GenerationMode,
+    Head,
+    PolicyInput,
+    SkippedStates,
+)
+from consistentee.errors import require_choice, require_number, require_range, require_thresholds
+from consistentee.functional.token_criteria import check_generation_threshold
 
 
-def nested_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
-    """The configuration inside a configuration, as an object.
+class BackboneConfig(PreTrainedConfig):
+    """What all configurations share: a backbone's own configuration, nested, and its sizes.
 
     Args:
-        config: an object, the dict that a config.json holds, or None.
-        default: model type of a dict that names none, and of None.
-
-    Raises:
-        TypeError: it is something else.
-        ValueError: its model type is unknown.
+        task: name of the task it was trained for, or None.
     """
-    if isinstance(config, PreTrainedConfig):
-        return config
-    if not isinstance(config, dict | None):
-        raise TypeError(f"A nested configuration must be a JSON object, got {config!r}.")
-    values = dict(config or {})
-    return AutoConfig.for_model(values.pop("model_type", default), **values)
+
+    backbone_key: ClassVar[str]
+    """Name of the field that holds the backbone's configuration: an object, a dict as in config.json, or None."""
+    backbone_type: ClassVar[str]
+    """Model type of a dict that names none, and of None."""
+
+    task: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        nested = getattr(self, self.backbone_key)
+        if not isinstance(nested, PreTrainedConfig):
+            if not isinstance(nested, dict | None):
+                raise TypeError(f"{self.backbone_key} must be a JSON object, got {nested!r}.")
+            values: dict[str, Any] = dict(nested or {})
+            nested = AutoConfig.for_model(values.pop("model_type", self.backbone_type), **values)
+            setattr(self, self.backbone_key, nested)
+        super().__post_init__(**kwargs)
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def backbone_config(self) -> Any:
+        """The backbone's own configuration."""
+        return getattr(self, self.backbone_key)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers of the backbone, hence of possible exits."""
+        return int(self.backbone_config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's states."""
+        return int(getattr(self.backbone_config, "hidden_size", None) or self.backbone_config.dim)
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the backbone's vocabulary."""
+        return int(self.backbone_config.vocab_size)
 
 
-class EncoderClassifierConfig(PreTrainedConfig):
-    """What the configurations of both models share: a nested encoder configuration and its sizes."""
+class ExitConfig(BackboneConfig):
+    """What the configurations of models with exits share.
+
+    Args:
+        policy_hidden_size: width of the policy network.
+        policy_dropout: dropout on the state the policy reads, in [0, 1).
+        initial_exit_bias: exit logit of an untrained policy; negative = go deep.
+        criterion: the exit rule that the threshold belongs to.
+        threshold: exit at the first layer whose exit score exceeds it.
+    """
+
+    policy_hidden_size: int = 32
+    policy_dropout: float = 0.5
+    initial_exit_bias: float = -1.0
+    criterion: str = "policy"
+    threshold: float = 0.5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._require_positive("policy_hidden_size")
+        require_range("policy_dropout", self.policy_dropout, 0, 1, open_end=True)
+        require_number("threshold", self.threshold)
+
+
+class EncoderClassifierConfig(BackboneConfig):
+    """What the configurations of both classifiers share.
+
+    Args:
+        encoder_config: the backbone's own configuration, as an object or a dict with `model_type`.
+        head: `attention` (own query pooling per layer) or `shared_pooler` (the paper's).
+        pooling: `cls` or `mean`, what `shared_pooler` reads.
+        num_queries: learned queries per layer of `attention`.
+        classifier_hidden_size: width of the pooled states, the hidden layer of `attention`; None: the backbone's. The
+            map to them is most of what an exit costs at small batches.
+        head_dropout: dropout before each classifier's last layer, in [0, 1).
+        max_length: tokens per input in training; longer inputs are cut to it.
+        parse_special_tokens: whether special tokens that a text spells, such as [SEP], are special tokens; else they
+            are text.
+        text_pairs: whether an input is a pair of texts, or one text; None where it is not known (models of 0.1.0).
+    """
 
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
-
+    backbone_key: ClassVar[str] = "encoder_config"
+    backbone_type: ClassVar[str] = "bert"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_layer",
         "layer_logits",
@@ -50,29 +129,17 @@ class EncoderClassifierConfig(PreTrainedConfig):
     num_queries: int = 4
     classifier_hidden_size: int | None = None
     head_dropout: float = 0.1
-    task: str | None = None
     max_length: int = 128
     parse_special_tokens: bool = False
     text_pairs: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.encoder_config = nested_config(self.encoder_config, "bert")
         super().__post_init__(**kwargs)
         require_choice("head", self.head, get_args(Head))
         require_choice("pooling", self.pooling, ("cls", "mean"))
         require_range("head_dropout", self.head_dropout, 0, 1, open_end=True)
         require_number("max_length", self.max_length, whole=True)
-        if self.num_queries < 1:
-            raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
-        if self.classifier_hidden_size is not None and self.classifier_hidden_size < 1:
-            raise ValueError(
-                f"classifier_hidden_size must be at least 1, or None, got {self.classifier_hidden_size}."
-            )
-
-    @property
-    def encoder(self) -> PreTrainedConfig:
-        """The backbone's own configuration; `encoder_config` once it has been read."""
-        return cast(PreTrainedConfig, self.encoder_config)
+        self._require_positive("num_queries", *(["classifier_hidden_size"] if self.classifier_hidden_size is not None else []))
 
     @property
     def num_classes(self) -> int:
@@ -80,24 +147,9 @@ class EncoderClassifierConfig(PreTrainedConfig):
         return len(self.id2label or {})
 
     @property
-    def num_hidden_layers(self) -> int:
-        """Number of layers of the backbone, hence of possible exits."""
-        return int(self.encoder.num_hidden_layers)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the backbone's states."""
-        return int(getattr(self.encoder, "hidden_size", None) or self.encoder.dim)
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the backbone's vocabulary."""
-        return int(cast(Any, self.encoder).vocab_size)
-
-    @property
     def max_input_length(self) -> int:
         """Tokens that texts are cut to: `max_length`, or fewer where the backbone has not as many positions."""
-        longest = longest_input(self.encoder)
+        longest = longest_input(self.backbone_config)
         return self.max_length if longest is None else min(self.max_length, longest)
 
     @property
@@ -107,56 +159,86 @@ class EncoderClassifierConfig(PreTrainedConfig):
         return width or self.hidden_size
 
 
-class EarlyExitConfig(EncoderClassifierConfig):
-    """Configuration of an `EarlyExitForSequenceClassification`.
+class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
+    """Configuration of an `EarlyExitForSequenceClassification`; see also what it is made of.
 
     Args:
-        encoder_config: the backbone's own configuration (nested), as an object or a dict with `model_type`.
-        head: `attention` (own query pooling per layer) or `shared_pooler` (the paper's).
-        pooling: `cls` or `mean`, what `shared_pooler` reads.
-        num_queries: learned queries per layer of `attention`.
-        classifier_hidden_size: width of the pooled states, the hidden layer of `attention`; None: the backbone's. The
-            map to them is most of what an exit costs at small batches.
-        head_dropout: dropout before each classifier's last layer, in [0, 1).
         ensemble_decay: share of the previous layers' running prediction in a layer's prediction, in [0, 1). 0 means
             that every layer speaks for itself alone.
         policy_input: what the policy reads: `state`, `signals` or `state+signals`.
-        policy_hidden_size: width of the policy network.
-        policy_dropout: dropout on the state the policy reads, in [0, 1).
-        initial_exit_bias: exit logit of an untrained policy; negative = go deep.
-        threshold: an input leaves at the first layer whose exit score exceeds it.
-        criterion: the exit rule the threshold belongs to.
-        task: name of the task it was trained for, or None.
-        max_length: tokens per input in training; longer inputs are cut to it.
-        parse_special_tokens: whether special tokens that a text spells, such as [SEP], are special tokens; else they
-            are text.
-        text_pairs: whether an input is a pair of texts, or one text; None where it is not known (models of 0.1.0).
     """
 
     model_type = "consistentee"
     ensemble_decay: float = 0.5
     policy_input: str = "state+signals"
-    policy_hidden_size: int = 32
-    policy_dropout: float = 0.5
-    initial_exit_bias: float = -1.0
-    threshold: float = 0.5
-    criterion: str = "policy"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         require_choice("policy_input", self.policy_input, get_args(PolicyInput))
         require_choice("criterion", self.criterion, get_args(Criterion))
-        require_number("threshold", self.threshold)
-        for name in ("ensemble_decay", "policy_dropout"):
-            require_range(name, getattr(self, name), 0, 1, open_end=True)
+        require_range("ensemble_decay", self.ensemble_decay, 0, 1, open_end=True)
 
 
 class FullDepthConfig(EncoderClassifierConfig):
-    """Configuration of a `FullDepthForSequenceClassification`: the plain model, one classifier at the top.
-
-    Args:
-        encoder_config, head, pooling, num_queries, classifier_hidden_size, head_dropout, task, max_length,
-        parse_special_tokens, text_pairs: as in `EarlyExitConfig`.
-    """
+    """Configuration of a `FullDepthForSequenceClassification`: the plain model, one classifier at the top."""
 
     model_type = "consistentee_full_depth"
+
+
+class EarlyExitCausalLMConfig(ExitConfig):
+    """Configuration of an `EarlyExitForCausalLM`; see also `ExitConfig`.
+
+    Args:
+        decoder_config: the causal language model's own configuration, as an object or a dict with `model_type`.
+        exit_head: `shared`, `low_rank` or `separate`, see `ExitHeads`.
+        exit_head_rank: rank of `low_rank` adapters.
+        criterion: the exit rule: `policy`, `softmax_margin`, `state_similarity`, `confidence_classifier` or `static`,
+            whose threshold is the number of layers.
+        thresholds: of the other criteria, as training chose them.
+        mode: how `generate` runs by default: `early-exit`, `full` or `lossless`.
+        skipped_states: keys and values of skipped layers: `copy` (of the exit state) or `recompute` (exact, once a
+            later token goes deeper).
+        full_depth_first_token: whether the first token of a text is taken from the last layer, which the prompt went
+            through in any case.
+        min_exit_layer: the first layer, from 1, that a token may exit at; `static` and given exits have their own.
+        draft_tokens: tokens that `lossless` drafts before it verifies, at most.
+        draft_threshold: threshold of the policy while drafting; None takes `threshold`.
+        prompt_template: what `templates.PromptTemplate.to_dict` gives; None for the tokenizer's chat template, or
+            Alpaca's.
+        max_sequence_length: tokens of prompt and response together in training. (`max_length` is one of transformers'
+            own settings of `generate`.)
+    """
+
+    model_type = "consistentee_causal_lm"
+    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
+    backbone_key: ClassVar[str] = "decoder_config"
+    backbone_type: ClassVar[str] = "llama"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    decoder_config: PreTrainedConfig | dict[str, Any] | None = None
+    exit_head: str = "shared"
+    exit_head_rank: int = 16
+    thresholds: dict[str, float] | None = None
+    mode: str = "early-exit"
+    skipped_states: str = "copy"
+    full_depth_first_token: bool = True
+    min_exit_layer: int = 1
+    draft_tokens: int = 4
+    draft_threshold: float | None = None
+    prompt_template: dict[str, Any] | None = None
+    max_sequence_length: int = 256
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        require_choice("exit_head", self.exit_head, get_args(ExitHead))
+        require_choice("criterion", self.criterion, get_args(GenerationCriterion))
+        require_choice("mode", self.mode, get_args(GenerationMode))
+        require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
+        require_thresholds("thresholds", self.thresholds)
+        require_number("max_sequence_length", self.max_sequence_length, whole=True)
+        check_generation_threshold(self.threshold, self.criterion)
+        self._require_positive("exit_head_rank", "min_exit_layer", "draft_tokens")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The configuration that transformers asks about heads, sizes and caches: the decoder's."""
+        return cast(PreTrainedConfig, self.backbone_config) if isinstance(self.decoder_config, PreTrainedConfig) else self

@@ -348,7 +348,7 @@ class _Positions:
     """
 
     def __init__(self, model: Any, attention_mask: Tensor) -> None:
-        self._limit = longest_input(model.config.decoder)
+        self._limit = longest_input(model.config.backbone_config)
         self._prompts: list[int] = [] if self._limit is None else (attention_mask != 0).sum(1).tolist()
         self._rows = len(attention_mask)
         self.check(dict.fromkeys(range(self._rows), 0))

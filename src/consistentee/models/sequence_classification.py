@@ -95,7 +95,7 @@ class _EncoderClassifier(PreTrainedModel):
 
     def __init__(self, config: EncoderClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.encoder)
+        self.backbone = backbone if backbone is not None else backbones.build_backbone(config.backbone_config)
         self.num_layers = backbones.num_layers(self.backbone)
 
     @classmethod
@@ -145,7 +145,7 @@ class _EncoderClassifier(PreTrainedModel):
     ) -> nn.Embedding:
         """Give the backbone as many token embeddings as a tokenizer has tokens; as in Hugging Face."""
         embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.encoder.vocab_size = len(embeddings.weight)
+        self.config.backbone_config.vocab_size = len(embeddings.weight)
         return embeddings
 
     def _new_classifiers(self, num_layers: int) -> InternalClassifiers:

@@ -32,7 +32,7 @@ from consistentee.inference.encoder.incremental_scores import ExitDecisions
 from consistentee.inference.encoder.onnx_backend import onnx_backend
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import ExitModel, torch_backend
-from consistentee.models.loaded_classifier import SavedModel, open_model
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
@@ -75,7 +75,7 @@ class Engine:
     """A saved model, ready to predict fast.
 
     Args:
-        saved: a model that `open_model` opened: one with exits, or a plain one, which always runs all its layers.
+        saved: a model that `load_model` opened: one with exits, or a plain one, which always runs all its layers.
         dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU). Other precisions than float32
             may leave at other layers and change a label; `consistentee benchmark MODEL --dtype auto` says which is
             the fastest that keeps them all on given texts.
@@ -103,7 +103,7 @@ class Engine:
         [Prediction(label='positive', score=0.98, exit_layer=2, truncated=False)]
     """
 
-    def __init__(self, saved: SavedModel, *, dtype: str = "float32", backend: str = "torch") -> None:
+    def __init__(self, saved: LoadedClassifier, *, dtype: str = "float32", backend: str = "torch") -> None:
         if not isinstance(
             saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)
         ):
@@ -156,7 +156,9 @@ class Engine:
             ValueError: it is not a model of this library, or it does not run so.
         """
         return cls(
-            open_model(name_or_path, None if device == "auto" else device), dtype=dtype, backend=backend
+            load_model(name_or_path, LoadedClassifier, device=None if device == "auto" else device),
+            dtype=dtype,
+            backend=backend,
         )
 
     def predict(

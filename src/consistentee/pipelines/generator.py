@@ -21,7 +21,7 @@ from consistentee.data.generation_batches import encode_prompts_with_cuts, pad_l
 from consistentee.data.templates import PromptTemplate
 from consistentee.errors import DataError, require_choice, require_seed
 from consistentee.inference.timing import synchronised_seconds
-from consistentee.models.loaded_generator import SavedGenerator
+from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from consistentee.pipelines.stops import StopTexts, cut_at_stop
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
@@ -165,18 +165,18 @@ class TextGenerator:
     """Writes texts with a model.
 
     Args:
-        saved: the model, from `open_generator`.
+        saved: the model, from `load_model`.
         template: how prompts are written; None takes the saved template.
 
     Several threads may use one generator. It can be pickled, for other processes. After a fork it goes on with one
     thread (the others stay behind in the parent); on a GPU, which cannot, it refuses.
 
     Example:
-        >>> generator = TextGenerator(open_generator("alpaca-exits"))  # doctest: +SKIP
+        >>> generator = TextGenerator(load_model("alpaca-exits"))  # doctest: +SKIP
         >>> [text.mean_exit_layer for text in generator.generate_texts([("Add.", "1, 2")])]  # doctest: +SKIP
     """
 
-    def __init__(self, saved: SavedGenerator, *, template: PromptTemplate | None = None) -> None:
+    def __init__(self, saved: LoadedGenerator, *, template: PromptTemplate | None = None) -> None:
         self.saved = saved
         template = saved.prompt_template() if template is None else template
         # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.

@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.trainer_utils import set_seed
 
 from consistentee.backbones.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
+from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import GenerationTrainingConfig
 from consistentee.data.generation import InstructionDataset
 from consistentee.data.generation_batches import collate_rows, encode_rows
 from consistentee.data.templates import prompt_template
 from consistentee.errors import SettingError
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.models.loaded_classifier import loading
 from consistentee.training import checkpoints
 from consistentee.training.adapters import Adapters, add_adapters
 from consistentee.training.run import Report, Run
@@ -256,8 +255,7 @@ def _start(
     accelerator, newest = opened
 
     set_seed(config.seed)
-    with loading(backbone):
-        tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    tokenizer = load_tokenizer(backbone)
     template = prompt_template(
         config.prompt_template, tokenizer, parse_special_tokens=config.parse_special_tokens
     )
@@ -273,9 +271,11 @@ def _start(
         task=task,
         max_sequence_length=config.max_length,
     )
-    max_length = training_length(config, model.config.decoder, backbone)
+    max_length = training_length(
+        config.max_length, default=type(config).max_length, backbone=model.config.backbone_config, name=backbone
+    )
     check_tokenizer(tokenizer, model.get_input_embeddings(), backbone, pads=False)
-    positions = getattr(model.config.decoder, "max_position_embeddings", None)
+    positions = getattr(model.config.backbone_config, "max_position_embeddings", None)
     if positions:  # pipelines cut by it (`handle_long_generation`); many tokenizers come without a length
         tokenizer.model_max_length = min(tokenizer.model_max_length, int(positions))
     model.config.min_exit_layer = first_exit_layer(config.min_exit_layer, model.num_layers)

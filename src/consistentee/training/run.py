@@ -15,17 +15,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from consistentee.atomic_files import write_json
 from consistentee.backbones.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
+from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.batches import TokenizedDataset, collate, tokenize
 from consistentee.data.classification import TextDataset, stratified_split
 from consistentee.data.literal import read_special_tokens
 from consistentee.models.card import write_model_card
-from consistentee.models.loaded_classifier import RECORD_FILE, loading
+from consistentee.models.record import RECORD_FILE
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
@@ -271,9 +272,10 @@ def start_run(
     model = _new_model(model_class, backbone, train_data, config)
     if isinstance(model, EarlyExitForSequenceClassification):
         model.policy.requires_grad_(False)  # fitted on its own, on cached states
-    with loading(backbone):
-        tokenizer = AutoTokenizer.from_pretrained(str(backbone))
-    max_length = training_length(config, model.config.encoder, backbone)
+    tokenizer = load_tokenizer(backbone)
+    max_length = training_length(
+        config.max_length, default=type(config).max_length, backbone=model.config.backbone_config, name=backbone
+    )
     check_tokenizer(tokenizer, model.get_input_embeddings(), backbone)
     read_special_tokens(tokenizer, config.parse_special_tokens)
     kept, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)

@@ -6,35 +6,20 @@ this library. A resumed run has the settings, backbone and data of the one befor
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 
+from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import TrainingConfig
-from consistentee.models.loaded_classifier import RECORD_FILE, read_record
+from consistentee.models.record import RECORD_FILE, read_record
 from consistentee.training import checkpoints
 from consistentee.training.steps import make_accelerator
 
 Contents = Literal["nothing", "unfinished", "finished"]
 """What a run finds in its output folder."""
-
-BACKBONE_FILES = (
-    "config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
-"""What a backbone's folder is read for: weights, configuration and tokenizer."""
 
 
 def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
@@ -132,20 +117,6 @@ def run_identity(
         "config": config.to_dict(),
         "data": {"fingerprint": data_fingerprint},
     }
-
-
-def backbone_fingerprint(backbone: str | Path) -> str | None:
-    """Hash of a local backbone's weights, configuration and tokenizer; None for a name on the hub."""
-    folder = Path(backbone).expanduser()
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in BACKBONE_FILES for path in folder.glob(pattern)}):
-        digest.update(f"{path.name}\x1f{path.stat().st_size}\x1e".encode())
-        with path.open("rb") as stream:
-            while part := stream.read(1 << 22):
-                digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 def _check_same_run(

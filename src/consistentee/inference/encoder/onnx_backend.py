@@ -43,7 +43,7 @@ def has_onnxruntime(model: ExitModel) -> bool:
         return False
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(model.device.type)
     available = require_extra("onnx", "onnxruntime").get_available_providers()
-    return provider in available and model.config.encoder.model_type in LAYER_PARTS
+    return provider in available and model.config.backbone_config.model_type in LAYER_PARTS
 
 
 def onnx_backend(model: ExitModel, dtype: str) -> OnnxBackend | BoundOnnxBackend:
@@ -57,7 +57,7 @@ def onnx_backend(model: ExitModel, dtype: str) -> OnnxBackend | BoundOnnxBackend
         MissingExtraError: onnx or onnxruntime is not installed.
         ValueError: a type, dtype, device or activation that ONNX Runtime does not run here.
     """
-    model_type, device = model.config.encoder.model_type, model.device
+    model_type, device = model.config.backbone_config.model_type, model.device
     if dtype != "float32" or device.type not in ("cpu", "cuda") or model_type not in LAYER_PARTS:
         raise SettingError(
             f'backend "onnxruntime" runs {", ".join(LAYER_PARTS)} in float32 on cpu or cuda, got a model of type '

@@ -40,7 +40,7 @@ def torch_backend(model: ExitModel, dtype: str) -> PackedBackend | PaddedBackend
     Raises:
         ValueError: int8 for a type that runs padded, or on another device.
     """
-    model_type = model.config.encoder.model_type
+    model_type = model.config.backbone_config.model_type
     if model_type in LAYER_PARTS:
         return PackedBackend(model, dtype)
     if dtype == "int8":
@@ -60,7 +60,7 @@ def torch_dtypes(model: ExitModel) -> tuple[str, ...]:
     found = ["float32"]
     if device.type == "cpu" and has_fast_bfloat16():
         found.append("bfloat16")
-    if has_int8(device) and model.config.encoder.model_type in LAYER_PARTS:
+    if has_int8(device) and model.config.backbone_config.model_type in LAYER_PARTS:
         found.append("int8")
     return tuple(found)
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from run_results import FOLDERS, MAX_TRAIN_ROWS, WARMUP_EPOCHS
 
-from consistentee import LoadedClassifier, ClassificationTrainingConfig, load_model, load_task, train
+from consistentee import ClassificationTrainingConfig, LoadedClassifier, load_model, load_task, train
 from consistentee.atomic_files import write_json
 from consistentee.data.batches import collate, tokenize
 from consistentee.functional.curves import curve_score, trade_off_curve

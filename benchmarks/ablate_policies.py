@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from consistentee import LoadedClassifier, ClassificationTrainingConfig, load_model, load_task
+from consistentee import ClassificationTrainingConfig, LoadedClassifier, load_model, load_task
 from consistentee.atomic_files import write_json
 from consistentee.data.batches import collate, tokenize
 from consistentee.data.classification import stratified_split

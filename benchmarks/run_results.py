@@ -26,7 +26,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
-from consistentee import LoadedClassifier, TextDataset, ClassificationTrainingConfig, finetune, load_model, load_task, train
+from consistentee import (
+    ClassificationTrainingConfig,
+    LoadedClassifier,
+    TextDataset,
+    finetune,
+    load_model,
+    load_task,
+    train,
+)
 from consistentee.atomic_files import write_text
 from consistentee.data.batches import collate, tokenize
 from consistentee.data.tasks import get_task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -139,7 +139,9 @@ class EncoderClassifierConfig(BackboneConfig):
         require_choice("pooling", self.pooling, ("cls", "mean"))
         require_range("head_dropout", self.head_dropout, 0, 1, open_end=True)
         require_number("max_length", self.max_length, whole=True)
-        self._require_positive("num_queries", *(["classifier_hidden_size"] if self.classifier_hidden_size is not None else []))
+        self._require_positive("num_queries")
+        if self.classifier_hidden_size is not None:
+            self._require_positive("classifier_hidden_size")
 
     @property
     def num_classes(self) -> int:
@@ -241,4 +243,4 @@ class EarlyExitCausalLMConfig(ExitConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The configuration that transformers asks about heads, sizes and caches: the decoder's."""
-        return cast(PreTrainedConfig, self.backbone_config) if isinstance(self.decoder_config, PreTrainedConfig) else self
+        return self.decoder_config if isinstance(self.decoder_config, PreTrainedConfig) else self

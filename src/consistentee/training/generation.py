@@ -272,7 +272,10 @@ def _start(
         max_sequence_length=config.max_length,
     )
     max_length = training_length(
-        config.max_length, default=type(config).max_length, backbone=model.config.backbone_config, name=backbone
+        config.max_length,
+        default=type(config).max_length,
+        backbone=model.config.backbone_config,
+        name=backbone,
     )
     check_tokenizer(tokenizer, model.get_input_embeddings(), backbone, pads=False)
     positions = getattr(model.config.backbone_config, "max_position_embeddings", None)

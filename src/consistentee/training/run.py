@@ -274,7 +274,10 @@ def start_run(
         model.policy.requires_grad_(False)  # fitted on its own, on cached states
     tokenizer = load_tokenizer(backbone)
     max_length = training_length(
-        config.max_length, default=type(config).max_length, backbone=model.config.backbone_config, name=backbone
+        config.max_length,
+        default=type(config).max_length,
+        backbone=model.config.backbone_config,
+        name=backbone,
     )
     check_tokenizer(tokenizer, model.get_input_embeddings(), backbone)
     read_special_tokens(tokenizer, config.parse_special_tokens)

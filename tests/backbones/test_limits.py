@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoTokenizer
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES, embed, load_backbone
 from consistentee.backbones.limits import check_tokenizer, cut_message, longest_input, training_length
 from consistentee.cli.main import main
-from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.classification import TextDataset
 from consistentee.errors import UsageError
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -60,13 +59,14 @@ def test_padding_of_roberta_takes_no_position(tmp_path: Path) -> None:
 
 
 def test_lengths_are_checked_by_name() -> None:
-    roberta = AutoConfig.for_model("roberta", max_position_embeddings=514)
-    config = ClassificationTrainingConfig(max_length=512)
-    assert training_length(config, roberta, "roberta-base") == 512
-    with pytest.raises(UsageError, match='at most 512, the positions of backbone "roberta-base", got 513'):
-        training_length(ClassificationTrainingConfig(max_length=513), roberta, "roberta-base")
-    small = AutoConfig.for_model("gpt2", n_positions=100)
-    assert training_length(GenerationTrainingConfig(), small, "x") == 100  # nobody asked for 256
+    def length(asked: int, model_type: str, **positions: int) -> int:
+        backbone = AutoConfig.for_model(model_type, **positions)
+        return training_length(asked, default=256, backbone=backbone, name="a-backbone")
+
+    assert length(512, "roberta", max_position_embeddings=514) == 512
+    with pytest.raises(UsageError, match='at most 512, the positions of backbone "a-backbone", got 513'):
+        length(513, "roberta", max_position_embeddings=514)
+    assert length(256, "gpt2", n_positions=100) == 100  # nobody asked for 256
 
 
 @pytest.mark.parametrize("learn", [train, finetune])

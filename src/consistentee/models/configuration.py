@@ -27,6 +27,7 @@ class BackboneConfig(PreTrainedConfig):
         task: name of the task it was trained for, or None.
     """
 
+    sub_configs: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
     backbone_key: ClassVar[str]
     """Name of the field that holds the backbone's configuration: an object, a dict as in config.json, or None."""
     backbone_type: ClassVar[str]
@@ -111,7 +112,7 @@ class EncoderClassifierConfig(BackboneConfig):
         text_pairs: whether an input is a pair of texts, or one text; None where it is not known (models of 0.1.0).
     """
 
-    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
     backbone_key: ClassVar[str] = "encoder_config"
     backbone_type: ClassVar[str] = "bert"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
@@ -212,7 +213,7 @@ class EarlyExitCausalLMConfig(ExitConfig):
     """
 
     model_type = "consistentee_causal_lm"
-    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
+    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
     backbone_key: ClassVar[str] = "decoder_config"
     backbone_type: ClassVar[str] = "llama"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]

@@ -114,10 +114,8 @@ class LoadedModel(Generic[ExitModel]):
         config: Any = self.early_exit_model.config
         if criterion == config.criterion:
             return config.threshold
-        for thresholds in (getattr(config, "thresholds", None), self.record.get("thresholds")):
-            if (thresholds or {}).get(criterion) is not None:
-                return float(thresholds[criterion])
-        return None
+        known = {**(self.record.get("thresholds") or {}), **(getattr(config, "thresholds", None) or {})}
+        return None if known.get(criterion) is None else float(known[criterion])
 
     def exit_rule(self, criterion: str | None = None, threshold: float | None = None) -> tuple[str, float]:
         """Criterion and threshold to use: the given ones, the saved ones, or those the training record knows.
@@ -307,7 +305,7 @@ def load_model(
     if found is not None and kind is not None and found is not kind:
         raise ValueError(f'Model "{name}" is {found.kind}, not {kind.kind}. Use it with {found.used_by}.')
     opens: Any = found or kind
-    model = load_pretrained(
+    model: Any = load_pretrained(
         opens.auto_class,
         name_or_path,
         "Model",

@@ -75,7 +75,6 @@ TWO_MEANINGS: set[str] = {
 }
 
 LONG_FILES: set[str] = {
-    "backbones/encoders.py",
     "cli/generation_commands.py",
     "cli/main.py",
     "evaluation/speed.py",
@@ -89,7 +88,6 @@ CROWDED = 1
 """Entries on the top floor above `TOP_FLOOR`."""
 
 CONFIG_TAKERS: set[str] = {
-    "backbones.limits:training_length",
     "training.classification:finetune",
     "training.classification:train",
     "training.generation:_start",

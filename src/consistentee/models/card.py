@@ -105,12 +105,12 @@ def other_threshold(threshold: float) -> float:
     return 0.5 if threshold > 0.6 else 0.9
 
 
-Rows = list[tuple[str, ...]]
+TableRows = list[tuple[str, ...]]
 
 
-def _evaluated(evaluation: Mapping[str, Any], metrics: Mapping[str, float], generates: bool) -> Rows:
+def _evaluated(evaluation: Mapping[str, Any], metrics: Mapping[str, float], generates: bool) -> TableRows:
     """What an evaluation found on unseen rows."""
-    rows: Rows = []
+    rows: TableRows = []
     for name, value in metrics.items():
         coefficient = f"{value:.3f}" if name == "matthews" else _percent(value)
         rows.append((name, f"{value:.4g}" if generates else coefficient))
@@ -130,7 +130,7 @@ def _evaluated(evaluation: Mapping[str, Any], metrics: Mapping[str, float], gene
     return rows
 
 
-def _by_layer(evaluation: Mapping[str, Any]) -> Rows:
+def _by_layer(evaluation: Mapping[str, Any]) -> TableRows:
     if "exit_accuracy" not in evaluation:
         return []
     columns = (evaluation[name] for name in ("exit_histogram", "exit_accuracy", "per_layer_accuracy"))
@@ -140,7 +140,7 @@ def _by_layer(evaluation: Mapping[str, Any]) -> Rows:
     ]
 
 
-def _validated(validation: Mapping[str, Any], accuracy: str) -> Rows:
+def _validated(validation: Mapping[str, Any], accuracy: str) -> TableRows:
     """What selection saw: a little too good to be a measurement."""
     shown = {
         "accuracy": (accuracy, _percent),
@@ -151,7 +151,7 @@ def _validated(validation: Mapping[str, Any], accuracy: str) -> Rows:
     return [(name, show(validation[key])) for key, (name, show) in shown.items() if key in validation]
 
 
-def _by_rule(validation: Mapping[str, Any]) -> Rows:
+def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     return [
         (name, f"{point['threshold']:.4g}", _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
@@ -173,7 +173,7 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     return [*lines, "All settings and the course of the training are in `training_record.json`."]
 
 
-def _table(header: Sequence[str], rows: Rows) -> str:
+def _table(header: Sequence[str], rows: TableRows) -> str:
     """Markdown; nothing where there are no rows."""
     divider = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, divider, *rows)) if rows else ""

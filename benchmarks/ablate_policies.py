@@ -27,8 +27,9 @@ from consistentee import ClassificationTrainingConfig, LoadedClassifier, load_mo
 from consistentee.atomic_files import write_json
 from consistentee.data.batches import collate, tokenize
 from consistentee.data.classification import stratified_split
+from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import BUDGETS, CurvePoint, curve_score, trade_off_curve
-from consistentee.functional.exits import choose_exit_layer, exit_scores
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.hardness import hardness
 from consistentee.training.policy import fit_policy, policy_exit_probs
 from consistentee.training.states import LayerStates, run_all_layers

@@ -22,7 +22,7 @@ from torch import Tensor
 from consistentee import EarlyExitForSequenceClassification
 from consistentee.backbones import encoders as backbones
 from consistentee.functional.exits import classifier_signals
-from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.heads.policy import PolicyNetwork
 
 
 def main() -> None:

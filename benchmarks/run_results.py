@@ -38,8 +38,9 @@ from consistentee import (
 from consistentee.atomic_files import write_text
 from consistentee.data.batches import collate, tokenize
 from consistentee.data.tasks import get_task
+from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.curves import trade_off_curve
-from consistentee.functional.exits import CRITERIA, choose_exit_layer, exit_scores
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.hardness import memorized_layer
 from consistentee.functional.metrics import compute_metrics
 from consistentee.training.states import LayerStates, run_all_layers, run_full_depth

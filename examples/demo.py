@@ -43,7 +43,7 @@ from consistentee.data.batches import encode_texts
 from consistentee.errors import require_seed
 from consistentee.evaluation.plots import plot_evaluation
 from consistentee.evaluation.reports import evaluation_report
-from consistentee.functional.exits import CRITERIA
+from consistentee.functional.criteria import CRITERIA
 from consistentee.inference.timing import paired_ratio, synchronised_seconds, time_in_turn
 from consistentee.models.card import other_threshold
 from consistentee.models.loaded import usable_device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from consistentee.functional.criteria import CRITERIA, confidence_scores, exit_scores
 from consistentee.functional.curves import (
     BUDGETS,
     CurvePoint,
@@ -14,7 +15,7 @@ from consistentee.functional.curves import (
     threshold_by_metric,
     trade_off_curve,
 )
-from consistentee.functional.exits import CRITERIA, choose_exit_layer, confidence_scores, exit_scores
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import macro_f1
 
 

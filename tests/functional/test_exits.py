@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 
 from consistentee.functional.exits import (
-    CRITERIA,
     NUM_SIGNALS,
     SIGNAL_NAMES,
-    candidate_thresholds,
-    check_threshold,
     choose_exit_layer,
     classifier_signals,
-    confidence_scores,
-    entropy_scores,
     exit_distribution,
-    exit_scores,
     log_exit_distribution,
-    patience_scores,
-    policy_scores,
     prediction_streak,
 )
 
@@ -143,44 +135,6 @@ def test_prediction_streak():
     assert prediction_streak(predictions).tolist() == [[1, 2, 3, 4], [1, 1, 1, 1], [1, 1, 2, 3]]
 
 
-# --- Criteria ---
-
-
-def test_criteria_by_hand():
-    logits = logits_of((0.8, 0.1, 0.1), (0.2, 0.5, 0.3), (0.1, 0.8, 0.1))
-    exit_probs = torch.tensor([[0.1, 0.6, 0.2]])
-    assert policy_scores(exit_probs) is exit_probs
-    torch.testing.assert_close(confidence_scores(logits), torch.tensor([[0.8, 0.5, 0.8]]))
-    entropies = [-sum(p * math.log(p) for p in layer) for layer in ((0.8, 0.1, 0.1), (0.2, 0.5, 0.3))]
-    expected = torch.tensor([[1 - value / math.log(3) for value in (*entropies, entropies[0])]])
-    torch.testing.assert_close(entropy_scores(logits), expected)
-    assert patience_scores(logits).tolist() == [[1.0, 1.0, 2.0]]
-
-
-def test_entropy_scores_span_zero_to_one():
-    scores = entropy_scores(torch.tensor([[[0.0, 0.0, 0.0], [100.0, 0.0, 0.0]]]))
-    torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0]]))
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_scores_do_not_look_ahead(criterion: str):
-    logits, exit_probs = torch.randn(5, 6, 3), torch.rand(5, 6)
-    whole = exit_scores(criterion, logits, exit_probs)
-    assert whole.shape == (5, 6)
-    for layers in range(1, 6):
-        torch.testing.assert_close(
-            exit_scores(criterion, logits[:, :layers], exit_probs[:, :layers]), whole[:, :layers]
-        )
-
-
-def test_exit_scores_rejects_what_it_cannot_use():
-    logits = torch.randn(1, 2, 2)
-    with pytest.raises(ValueError, match='criterion "policy" needs exit_probs, got None'):
-        exit_scores("policy", logits, None)
-    with pytest.raises(ValueError, match='must be one of policy, confidence, entropy, patience, got "luck"'):
-        exit_scores("luck", logits, None)
-
-
 # --- Choosing ---
 
 
@@ -200,52 +154,7 @@ def test_choose_exit_layer_at_the_ends():
     assert choose_exit_layer(scores, 0.5).dtype == torch.int64
 
 
-def test_a_patience_of_p_minus_a_half_waits_for_p_layers():
-    logits = logits_of((0.9, 0.1), (0.1, 0.9), (0.2, 0.8), (0.3, 0.7))
-    scores = patience_scores(logits)
-    assert [choose_exit_layer(scores, p - 0.5).item() for p in (1, 2, 3, 4)] == [1, 3, 4, 4]
-
-
 def test_a_higher_threshold_never_leaves_earlier():
     scores = torch.rand(30, 8)
     layers = torch.stack([choose_exit_layer(scores, threshold) for threshold in (0.0, 0.3, 0.6, 0.9, 1.0)])
     assert (layers.diff(dim=0) >= 0).all()
-
-
-@pytest.mark.parametrize("criterion", ["policy", "confidence", "entropy"])
-@pytest.mark.parametrize("value", [-0.1, 1.3, math.nan])
-def test_check_threshold_wants_a_share(criterion: str, value: float):
-    with pytest.raises(ValueError, match=rf"threshold must be in \[0, 1\] for {criterion}, got {value}"):
-        check_threshold(value, criterion)
-
-
-@pytest.mark.parametrize("value", [0.0, -2, math.nan])
-def test_check_threshold_of_patience_is_a_number_of_layers(value: float):
-    with pytest.raises(ValueError, match=r"threshold must be above 0 for patience \(layers in agreement\)"):
-        check_threshold(value, "patience")
-    assert check_threshold(3, "patience") == 3.0
-
-
-def test_check_threshold_returns_a_float():
-    assert check_threshold(1) == 1.0
-    assert isinstance(check_threshold(0), float)
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_candidate_thresholds_run_from_all_at_once_to_none_early(criterion: str):
-    scores = exit_scores(criterion, torch.randn(40, 5, 3), torch.rand(40, 5))
-    thresholds = candidate_thresholds(scores, criterion, limit=30)
-    assert thresholds == sorted(set(thresholds))
-    assert len(thresholds) <= 32
-    assert (choose_exit_layer(scores, thresholds[0]) == 1).all()
-    assert (choose_exit_layer(scores, thresholds[-1]) == 5).all()
-    assert all(check_threshold(t, criterion) == t for t in thresholds)
-    means = {choose_exit_layer(scores, t).double().mean().item() for t in thresholds}
-    assert len(means) == len(thresholds) if criterion == "patience" else len(means) > 10
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_candidate_thresholds_of_a_single_layer(criterion: str):
-    thresholds = candidate_thresholds(torch.rand(4, 1), criterion)
-    assert thresholds
-    assert all(check_threshold(t, criterion) == t for t in thresholds)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from consistentee.functional.exits import NUM_SIGNALS, classifier_signals, confidence_scores
+from consistentee.functional.criteria import confidence_scores
+from consistentee.functional.exits import NUM_SIGNALS, classifier_signals
 from consistentee.heads.classifiers import (
     AttentionPooling,
     InternalClassifiers,
-    PolicyNetwork,
-    exit_readings,
     pool_tokens,
 )
+from consistentee.heads.policy import PolicyNetwork, exit_feature_map
 
 LAYERS, HIDDEN, CLASSES = 3, 8, 4
 HEADS = pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_policy_takes_half_precision_states(policy_input: str):
 
 @pytest.mark.parametrize("head", ["attention", "shared_pooler"])
 @pytest.mark.parametrize("policy_input", ["state", "signals"])
-def test_exit_readings_are_logits_and_what_the_policy_makes_of_the_state(
+def test_exit_feature_map_are_logits_and_what_the_policy_makes_of_the_state(
     head: str, policy_input: str
 ) -> None:
     narrow = classifiers(head, width=6)
@@ -217,7 +217,7 @@ def test_exit_readings_are_logits_and_what_the_policy_makes_of_the_state(
     for layer in range(LAYERS):
         pooled, logits = narrow(layer, states, mask)
         assert pooled.shape == (2, 6)
-        weight, bias = exit_readings(narrow, network, layer)
+        weight, bias = exit_feature_map(narrow, network, layer)
         found = pooled @ weight.T + bias
         torch.testing.assert_close(found[:, :CLASSES], logits)
         if policy_input == "state":
@@ -228,4 +228,4 @@ def test_exit_readings_are_logits_and_what_the_policy_makes_of_the_state(
             torch.testing.assert_close(network(pooled[:, None], None, layer)[:, 0], wanted)
         else:
             assert found.shape == (2, CLASSES)
-    assert exit_readings(narrow, None, 0)[0].shape == (CLASSES, 6)
+    assert exit_feature_map(narrow, None, 0)[0].shape == (CLASSES, 6)

@@ -1,4 +1,4 @@
-"""Decisions carried from layer to layer equal those that see all layers at once."""
+"""Exit scores layer by layer equal those that see all layers at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from consistentee.functional.exits import CRITERIA, exit_scores
-from consistentee.heads.classifiers import exit_readings
-from consistentee.inference.encoder.incremental_scores import ExitDecisions, RowFigures, gelu
+from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.heads.policy import exit_feature_map
+from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores, gelu
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, ensemble_layers
 from tiny import tiny_backbone, unsettle
 
@@ -20,7 +20,7 @@ LAYERS = 5
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_backbone(tmp_path_factory.mktemp("decisions"), layers=LAYERS)
+    return tiny_backbone(tmp_path_factory.mktemp("scores"), layers=LAYERS)
 
 
 def build(backbone: Path, classes: int, **values: object) -> EarlyExitForSequenceClassification:
@@ -34,11 +34,17 @@ def build(backbone: Path, classes: int, **values: object) -> EarlyExitForSequenc
     return model
 
 
-def readings(
+def scores_of(model: EarlyExitForSequenceClassification, criterion: str) -> IncrementalExitScores:
+    config = model.config
+    sizes = {"num_layers": model.num_layers, "num_classes": config.num_classes}
+    return IncrementalExitScores(criterion, model.policy, **sizes, ensemble_decay=config.ensemble_decay)
+
+
+def exit_features(
     model: EarlyExitForSequenceClassification, layer: int, pooled: torch.Tensor, logits: torch.Tensor
 ) -> NDArray[np.float32]:
     """Given logits in place of the classifier's own, beside what the policy reads."""
-    weight, bias = exit_readings(model.classifiers, model.policy, layer)
+    weight, bias = exit_feature_map(model.classifiers, model.policy, layer)
     found = torch.nn.functional.linear(pooled, weight, bias)
     found[:, : logits.shape[1]] = logits
     return found.numpy()
@@ -65,32 +71,34 @@ def test_step_by_step_as_all_at_once(
     layer_logits = ensemble_layers(logits, decay)
     exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
     wanted = exit_scores(criterion, layer_logits, exit_probs)
-    decisions = ExitDecisions(model, criterion)
-    figures = decisions.begin(rows, classes)
+    scores = scores_of(model, criterion)
+    history = scores.begin(rows)
     for layer in range(LAYERS):
-        found = decisions.step(figures, readings(model, layer, pooled[:, layer], logits[:, layer]))
+        found = scores.step(history, exit_features(model, layer, pooled[:, layer], logits[:, layer]))
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted[:, layer].numpy(), rtol=1e-4, atol=2e-5)
-        np.testing.assert_allclose(figures.prediction_logits, layer_logits[:, layer].numpy(), atol=1e-5)
-    assert figures.layers == LAYERS
+        np.testing.assert_allclose(history.prediction_logits, layer_logits[:, layer].numpy(), atol=1e-5)
+    assert history.layers == LAYERS
 
 
 @torch.no_grad()
-def test_rows_that_leave_and_rows_that_join_take_their_figures_along(backbone: Path) -> None:
+def test_rows_that_exit_and_rows_that_join_take_their_history_along(backbone: Path) -> None:
     model = build(backbone, 3, policy_input="state+signals")
     pooled, logits = torch.randn(7, LAYERS, 32), 2 * torch.randn(7, LAYERS, 3)
     wanted = model.exit_logits(pooled, ensemble_layers(logits, 0.5)).sigmoid().numpy()
-    decisions = ExitDecisions(model, "policy")
+    scores = scores_of(model, "policy")
 
-    def pass_layers(rows: list[int], first: int, last: int, figures: RowFigures) -> None:
+    def pass_layers(rows: list[int], first: int, last: int, history: ExitHistory) -> None:
         for layer in range(first, last):
-            found = decisions.step(figures, readings(model, layer, pooled[rows, layer], logits[rows, layer]))
+            found = scores.step(
+                history, exit_features(model, layer, pooled[rows, layer], logits[rows, layer])
+            )
             np.testing.assert_allclose(found, wanted[rows, layer], rtol=1e-4, atol=2e-5)
 
-    one, other = decisions.begin(4, 3), decisions.begin(3, 3)
+    one, other = scores.begin(4), scores.begin(3)
     pass_layers([0, 1, 2, 3], 0, 2, one)
     pass_layers([4, 5, 6], 0, 2, other)
-    joined = RowFigures.merge([one.select([1, 3]), other.select([2])])
+    joined = ExitHistory.merge([one.select([1, 3]), other.select([2])])
     assert joined.layers == 2
     pass_layers([1, 3, 6], 2, LAYERS, joined)
     alone = one.select([0])
@@ -100,11 +108,11 @@ def test_rows_that_leave_and_rows_that_join_take_their_figures_along(backbone: P
 def test_extreme_logits_give_finite_scores(backbone: Path) -> None:
     model = build(backbone, 2, policy_input="signals")
     for rows in (1, 3):
-        decisions = ExitDecisions(model, "policy")
-        figures = decisions.begin(rows, 2)
+        scores = scores_of(model, "policy")
+        history = scores.begin(rows)
         for value in (1e4, -1e4, 0.0):
             logits = torch.tensor([[value, -value]]).repeat(rows, 1)
-            assert np.isfinite(decisions.step(figures, logits.numpy())).all()
+            assert np.isfinite(scores.step(history, logits.numpy())).all()
 
 
 def test_gelu_is_torchs() -> None:

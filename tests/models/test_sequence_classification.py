@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import tiny
 from consistentee.backbones import encoders as backbones
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
-from consistentee.functional.exits import CRITERIA, choose_exit_layer, exit_scores
+from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
 from consistentee.models.configuration import EarlyExitConfig, FullDepthConfig
 from consistentee.models.sequence_classification import (

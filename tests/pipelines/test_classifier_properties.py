@@ -20,8 +20,9 @@ from torch import Tensor
 
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.data.batches import encode_texts
-from consistentee.functional.exits import CRITERIA, choose_exit_layer, exit_scores
-from consistentee.inference.encoder import scheduler as flights
+from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.exits import choose_exit_layer
+from consistentee.inference.encoder import scheduler
 from consistentee.inference.encoder.backend import Answers
 from consistentee.inference.encoder.prepacked_linear import has_int8
 from consistentee.inference.encoder.scheduler import ExitRule
@@ -94,15 +95,15 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def few_tokens(tokens: int) -> Any:
     """Throughput mode with small batches, so that even a few rows fill many and survivors join."""
-    return mock.patch.dict(flights.BATCH_TOKENS, {"cpu": tokens})
+    return mock.patch.dict(scheduler.BATCH_TOKENS, {"cpu": tokens})
 
 
 @contextmanager
-def working_ahead(flights_ahead: int) -> Iterator[None]:
-    """As on a GPU: later flights are launched before an earlier one is settled, and batches go as two halves."""
+def working_ahead(batches_ahead: int) -> Iterator[None]:
+    """As on a GPU: later batches are submitted before an earlier one is collected, and batches go as two halves."""
     with (
-        mock.patch.dict(flights.AHEAD, {"cpu": flights_ahead}),
-        mock.patch.object(flights, "SPLIT_TOKENS", 1),
+        mock.patch.dict(scheduler.AHEAD, {"cpu": batches_ahead}),
+        mock.patch.object(scheduler, "SPLIT_TOKENS", 1),
     ):
         yield
 
@@ -148,36 +149,36 @@ def test_patterns_of_exits(oracles: Any, model_type: str, batch_size: int | None
         "all but one stay": [1 if row == 7 else LAYERS for row in range(ROWS)],
     }[pattern]
     with few_tokens(64):
-        answers = oracle.engine.run(oracle.rows, batch_size=batch_size, rule=ExitRule.forced(layers))
+        answers = oracle.engine.run(oracle.rows, batch_size=batch_size, rule=ExitRule.fixed(layers))
     oracle.check(answers, range(ROWS), layers)
 
 
 @pytest.mark.parametrize("batch_size", [None, 8])
-def test_the_next_flight_is_launched_before_the_host_decides(oracles: Any, batch_size: int | None) -> None:
+def test_the_next_batch_is_submitted_before_the_host_decides(oracles: Any, batch_size: int | None) -> None:
     oracle: Oracle = oracles("bert")
     events: list[str] = []
-    launch, settle = flights._Run._launch, flights._Run._settle
+    submit, collect = scheduler._Run._submit, scheduler._Run._collect
 
-    def launched(*values: Any) -> Any:
-        events.append("launch")
-        return launch(*values)
+    def submitted(*values: Any) -> Any:
+        events.append("submit")
+        return submit(*values)
 
-    def settled(*values: Any) -> Any:
-        events.append("settle")
-        return settle(*values)
+    def collected(*values: Any) -> Any:
+        events.append("collect")
+        return collect(*values)
 
     with (
         few_tokens(64),
         working_ahead(1),
-        mock.patch.object(flights._Run, "_launch", launched),
-        mock.patch.object(flights._Run, "_settle", settled),
+        mock.patch.object(scheduler._Run, "_submit", submitted),
+        mock.patch.object(scheduler._Run, "_collect", collected),
     ):
-        rule = ExitRule.forced([LAYERS] * ROWS)
+        rule = ExitRule.fixed([LAYERS] * ROWS)
         answers = oracle.engine.run(oracle.rows, batch_size=batch_size, rule=rule)
     oracle.check(answers, range(ROWS), [LAYERS] * ROWS)
-    in_air = list(itertools.accumulate(1 if event == "launch" else -1 for event in events))
-    alone = sum(event == "settle" and left == 0 for event, left in zip(events, in_air, strict=True))
-    assert max(in_air) >= 2
+    underway = list(itertools.accumulate(1 if event == "submit" else -1 for event in events))
+    alone = sum(event == "collect" and left == 0 for event, left in zip(events, underway, strict=True))
+    assert max(underway) >= 2
     assert alone == (
         1 if batch_size is None else ROWS // batch_size
     )  # only the very last of a window or batch
@@ -185,7 +186,7 @@ def test_the_next_flight_is_launched_before_the_host_decides(oracles: Any, batch
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_where_nobody_can_leave_only_what_counts_is_computed(
+def test_where_nobody_can_exit_only_what_counts_is_computed(
     tmp_path: Path, criterion: str, decay: float
 ) -> None:
     backbone = tiny_backbone(tmp_path / "backbone", layers=LAYERS)
@@ -209,7 +210,7 @@ def test_where_nobody_can_leave_only_what_counts_is_computed(
             assert score == pytest.approx(float(wanted), abs=1e-5)
     assert answers.exit_layers == [LAYERS, LAYERS]
     assert classified == ([LAYERS - 1] if decay == 0 else list(range(LAYERS)))
-    assert not ExitRule(criterion, threshold - 0.01).never_leaves(LAYERS)
+    assert not ExitRule(criterion, threshold - 0.01).never_exits(LAYERS)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
@@ -242,7 +243,7 @@ def test_survivors_share_batches(oracles: Any) -> None:
 
     with few_tokens(64), mock.patch.object(backend, "run_layer", counted):
         layers = [1 if row % 2 else LAYERS for row in range(ROWS)]
-        oracle.engine.run(oracle.rows, batch_size=None, rule=ExitRule.forced(layers))
+        oracle.engine.run(oracle.rows, batch_size=None, rule=ExitRule.fixed(layers))
     assert sizes[1] == sizes[-1]
     assert max(sizes[1]) <= 64
     assert all(a + b > 64 for a, b in pairwise(sizes[1]))
@@ -281,7 +282,7 @@ def test_other_precisions_are_close(oracles: Any, model_type: str, dtype: str) -
     engine = Engine(oracle.engine.saved, dtype=dtype)
     assert engine.backend.dtype == dtype
     layers = [1 + row % LAYERS for row in range(ROWS)]
-    answers = engine.run(oracle.rows, batch_size=8, rule=ExitRule.forced(layers))
+    answers = engine.run(oracle.rows, batch_size=8, rule=ExitRule.fixed(layers))
     oracle.check(
         answers, range(ROWS), layers, tolerance={"bfloat16": 0.06, "float16": 0.01, "int8": 0.06}[dtype]
     )
@@ -309,9 +310,9 @@ def test_a_thousand_empty_texts_are_refused(oracles: Any) -> None:
 def test_forced_exits_must_fit(oracles: Any) -> None:
     engine, rows = oracles("bert").engine, oracles("bert").rows
     with pytest.raises(ValueError, match="exit_layers must be one for each of 24 rows, got 1 of them"):
-        engine.run(rows, batch_size=1, rule=ExitRule.forced([1]))
+        engine.run(rows, batch_size=1, rule=ExitRule.fixed([1]))
     with pytest.raises(ValueError, match=r"exit_layers must be in \[1, 4\], got 5"):
-        engine.run(rows[:1], batch_size=1, rule=ExitRule.forced([5]))
+        engine.run(rows[:1], batch_size=1, rule=ExitRule.fixed([5]))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES
 from consistentee.config import GenerationTrainingConfig
-from consistentee.functional.token_criteria import GENERATION_CRITERIA
+from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.models.card import model_card
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training import adapters

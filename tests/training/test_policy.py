@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from consistentee.config import ClassificationTrainingConfig
-from consistentee.functional.exits import CRITERIA, choose_exit_layer, exit_distribution, exit_scores
+from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.exits import choose_exit_layer, exit_distribution
 from consistentee.functional.hardness import hardness, memorized_layer
 from consistentee.functional.recall import recall_by_class, recall_warnings
-from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.heads.policy import PolicyNetwork
 from consistentee.training import policy as policy_training
 from consistentee.training.policy import choose_policy, fit_policy, layer_rewards, policy_exit_probs
 from consistentee.training.states import LayerStates

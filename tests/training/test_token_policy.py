@@ -17,9 +17,8 @@ from consistentee.functional.curves import CurvePoint
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.losses import exact_policy_loss, sampled_policy_loss
 from consistentee.functional.rewards import rewards
-from consistentee.functional.token_criteria import GENERATION_CRITERIA
 from consistentee.functional.token_curves import depth_thresholds, static_curve, token_curve, token_threshold
-from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.training.token_policy import (
     TokenPolicyChoice,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consistentee.data.generation_batches import TokenizedPrompts, collate_rows
-from consistentee.functional.token_criteria import softmax_margin_scores, state_similarity_scores
+from consistentee.functional.criteria import softmax_margin_scores, state_similarity_scores
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.token_states import draw_tokens, run_token_states
 from tiny_training import tiny_exit_model

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import TextDataset
 from consistentee.errors import MissingExtraError
-from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.heads.policy import PolicyNetwork
 from consistentee.models import record as saved
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,

@@ -229,7 +229,7 @@ def evaluate_generator(
     from consistentee.atomic_files import write_json
     from consistentee.evaluation.generation import evaluate_generation
     from consistentee.evaluation.generation_reports import generation_report
-    from consistentee.functional.token_criteria import GENERATION_CRITERIA
+    from consistentee.functional.criteria import GENERATION_CRITERIA
     from consistentee.models.loaded import LoadedGenerator, load_model
     from consistentee.pipelines.generator import DecodingOptions, TextGenerator
 

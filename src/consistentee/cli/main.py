@@ -189,7 +189,7 @@ def evaluate(
     from consistentee.atomic_files import write_json
     from consistentee.evaluation.classification import evaluate_model
     from consistentee.evaluation.reports import evaluation_report
-    from consistentee.functional.exits import CRITERIA
+    from consistentee.functional.criteria import CRITERIA
     from consistentee.models.loaded import LoadedClassifier, load_model
 
     saved = load_model(model, LoadedClassifier)  # first of all, so that a broken folder is called one

@@ -20,7 +20,7 @@ from consistentee.data.labels import match_labels
 from consistentee.data.parsing import quoted
 from consistentee.data.tasks import TASKS, ClassificationTask
 from consistentee.functional.curves import CurvePoint, trade_off_curve
-from consistentee.functional.exits import check_threshold, choose_exit_layer, exit_scores
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import compute_metrics
 from consistentee.functional.recall import ClassRecall, recall_by_class
 from consistentee.models.loaded import LoadedClassifier

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from consistentee.errors import SettingError
-from consistentee.inference.encoder.backend import Answers, TokenRow
+from consistentee.inference.encoder.backend import Answers, EncoderParts, TokenRow
 from consistentee.inference.encoder.onnx_backend import has_onnxruntime
 from consistentee.inference.encoder.scheduler import ExitRule
-from consistentee.inference.encoder.torch_backend import ExitModel, torch_dtypes
+from consistentee.inference.encoder.torch_backend import torch_dtypes
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.pipelines.classifier import Engine
 
@@ -100,7 +100,7 @@ def recommend(
             f'"auto" needs at least {FEWEST_ROWS} rows to compare labels on, got {len(rows)}. Give more rows, or a '
             "dtype and a backend."
         )
-    model = cast(ExitModel, saved.model)
+    model = cast(EncoderParts, saved.model)
     found = candidates(model, dtype, backend)
     if not found:
         raise SettingError(
@@ -114,7 +114,7 @@ def recommend(
     return choose(passes, found[0], len(rows))
 
 
-def candidates(model: ExitModel, dtype: str, backend: str) -> tuple[Candidate, ...]:
+def candidates(model: EncoderParts, dtype: str, backend: str) -> tuple[Candidate, ...]:
     """Backends and dtypes that a model runs in here, of those that were asked for; the first is the reference."""
     found = [("torch", kind) for kind in torch_dtypes(model)]
     if has_onnxruntime(model):

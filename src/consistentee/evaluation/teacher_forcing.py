@@ -19,12 +19,9 @@ from consistentee.data.generation import InstructionDataset
 from consistentee.data.generation_batches import IGNORED, TokenizedPrompts, collate_rows, encode_rows
 from consistentee.data.templates import PromptTemplate
 from consistentee.evaluation.results import GenerationPoint
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.depth_matching import full_depth_threshold, threshold_for_depth
-from consistentee.functional.token_criteria import (
-    softmax_margin_scores,
-    state_similarity_scores,
-    static_scores,
-)
+from consistentee.functional.tables import value_of
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.progress import track
@@ -336,14 +333,18 @@ class _Leaving:
         self._model, self._criterion, self._threshold = model, criterion, threshold
         self._inside = may_leave.clone()
         self._record = record
-        self._first = 1 if criterion == "static" else model.config.min_exit_layer
+        self._never = False
+        if criterion is not None:
+            row = EXIT_CRITERIA[criterion]
+            self._first = row.first_exit_layer(model.config.min_exit_layer)
+            self._never = row.thresholds.lets_nobody_exit(threshold, model.num_layers)
         self.recorded: list[Tensor] = []
 
     def decide(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor) -> Tensor:
         """(batch, tokens) bool; see `model.Decide`."""
         inside = self._inside
         none = torch.zeros_like(inside)
-        if self._criterion is None or (self._never() and not self._record):
+        if self._criterion is None or (self._never and not self._record):
             return none
         if layer_index + 1 < self._first:
             if self._record:
@@ -358,9 +359,6 @@ class _Leaving:
         leaves = none.masked_scatter(inside, scores > self._threshold)
         self._inside = inside & ~leaves
         return leaves
-
-    def _never(self) -> bool:
-        return self._criterion != "static" and self._threshold >= 1
 
 
 def token_scores(
@@ -383,21 +381,22 @@ def token_scores(
     Returns:
         (tokens,) float32; minus infinity where the rule lets nobody leave.
     """
-    if criterion == "policy":
-        return model.policy(normed[:, None], None, layer_index)[:, 0].sigmoid()
-    if criterion == "softmax_margin":
-        parts = [
-            softmax_margin_scores(model.exit_logits(layer_index, part)) for part in normed.split(LOGIT_ROWS)
-        ]
-        return torch.cat(parts)
-    if criterion == "state_similarity":
-        scores = state_similarity_scores(before, after)
-        return scores if layer_index else torch.full_like(scores, -math.inf)
-    if criterion == "confidence_classifier":
+    row = EXIT_CRITERIA[criterion]
+    if layer_index + 1 < row.first_layer:
+        return torch.full((len(normed),), -math.inf, device=normed.device)
+    known = {"before": before, "after": after}
+    if "exit_probs" in row.reads:
+        known["exit_probs"] = model.policy(normed[:, None], None, layer_index)[:, 0].sigmoid()
+    if "agreement_probs" in row.reads:
         classifier = model.confidence_classifier
         logits = normed.to(classifier.weight.dtype) @ classifier.weight[layer_index]
-        return (logits + classifier.bias[layer_index]).float().sigmoid()
-    return static_scores(layer_index, normed)
+        known["agreement_probs"] = (logits + classifier.bias[layer_index]).float().sigmoid()
+    if "layers" in row.reads:
+        known["layers"] = torch.full((len(normed),), layer_index + 1.0, device=normed.device)
+    if "logits" in row.reads:
+        parts = normed.split(LOGIT_ROWS)
+        return torch.cat([row.function(model.exit_logits(layer_index, part)) for part in parts])
+    return value_of(row, criterion, known)
 
 
 def _batches(

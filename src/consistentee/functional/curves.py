@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consistentee.functional.exits import candidate_thresholds, choose_exit_layer
+from consistentee.functional.criteria import candidate_thresholds
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import METRICS
 
 BUDGETS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)

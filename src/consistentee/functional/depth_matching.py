@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from consistentee.functional.criteria import EXIT_CRITERIA
+
 
 def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) -> float:
     """The threshold at which instances with these scores would leave after so many layers on average.
@@ -18,17 +20,17 @@ def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) 
         The threshold whose mean exit layer is nearest: one of the scores, or what nobody exceeds.
     """
     num_layers = scores.shape[1]
-    if criterion == "static":
-        choices = [float(layer) for layer in range(1, num_layers + 1)]
+    thresholds = EXIT_CRITERIA[criterion].thresholds
+    if thresholds.layers:
+        choices = thresholds.whole(num_layers)
     else:
         known = scores[:, :-1]
         finite = known[known.isfinite()].double().unique()
         if not len(finite):
-            return full_depth_threshold(criterion, num_layers)
+            return thresholds.high
         places = torch.linspace(0, len(finite) - 1, min(len(finite), 2000)).round().long()
-        choices = [*finite[places].tolist(), full_depth_threshold(criterion, num_layers)]
-        low = -1.0 if criterion == "state_similarity" else 0.0
-        choices = sorted({min(max(choice, low), 1.0) for choice in choices})
+        choices = [*finite[places].tolist(), thresholds.high]
+        choices = sorted({min(max(choice, thresholds.low), thresholds.high) for choice in choices})
     # Ever deeper with the threshold: bisect for the first that is deep enough, and look at the one before it.
     low_end, high_end = 0, len(choices) - 1
     while low_end < high_end:
@@ -43,7 +45,7 @@ def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) 
 
 def full_depth_threshold(criterion: str, num_hidden_layers: int) -> float:
     """The threshold at which no token leaves before the last layer."""
-    return float(num_hidden_layers) if criterion == "static" else 1.0
+    return EXIT_CRITERIA[criterion].thresholds.highest(num_hidden_layers)
 
 
 def _depth(scores: Tensor, threshold: float) -> float:

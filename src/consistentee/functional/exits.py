@@ -1,22 +1,14 @@
-"""When an input leaves: the exit distribution, what a criterion may look at, and the criteria themselves.
+"""Where an instance exits: the exit distribution, what a policy may look at, and the layer that scores choose.
 
-Everything here is a pure function of tensors. `exit_probs` are conditional probabilities (leave at layer t *given*
-that t was reached); `exit_distribution` is the probability that t is the exit layer, and its rows sum to one.
-A criterion turns the internal classifiers' outputs into one *exit score* per layer, higher = readier to leave;
-an input leaves at the first layer whose score exceeds the threshold, and at the last layer in any case.
-Exit layers are 1-based: the exit layer is the number of layers executed.
+Everything here is a pure function of tensors. `exit_probs` are conditional probabilities (exit at layer t *given* that
+t was reached); `exit_distribution` is the probability that t is the exit layer, and its rows sum to one. What gives a
+layer its score is in `criteria.py`. Exit layers are 1-based: the exit layer is the number of layers executed.
 """
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
-
-from consistentee.config import Criterion
-
-CRITERIA: tuple[str, ...] = get_args(Criterion)
 
 SIGNAL_NAMES = (
     "log_odds",
@@ -154,79 +146,6 @@ def prediction_streak(predictions: Tensor) -> Tensor:
     return steps - start + 1
 
 
-def policy_scores(exit_probs: Tensor) -> Tensor:
-    """Exit score of the trained policy: its exit probability. (batch, layers) in [0, 1].
-
-    Source: ConsistentEE (arXiv:2312.11882); the paper's threshold is 0.5.
-    """
-    return exit_probs
-
-
-def confidence_scores(layer_logits: Tensor) -> Tensor:
-    """Largest class probability of every internal classifier.
-
-    Args:
-        layer_logits: (batch, layers, classes).
-
-    Returns:
-        (batch, layers) in [1 / classes, 1].
-    """
-    return layer_logits.float().softmax(-1).amax(-1)
-
-
-def entropy_scores(layer_logits: Tensor) -> Tensor:
-    """One minus the normalised entropy of every internal classifier, so that higher means surer.
-
-    Args:
-        layer_logits: (batch, layers, classes).
-
-    Returns:
-        (batch, layers) in [0, 1].
-
-    Source: DeeBERT (arXiv:2004.12993) and FastBERT (arXiv:2004.02178); ours is 1 - FastBERT's "speed" uncertainty.
-    """
-    log_probs = layer_logits.float().log_softmax(-1)
-    return 1 + (log_probs.exp() * log_probs).sum(-1) / torch.log(torch.tensor(float(layer_logits.shape[-1])))
-
-
-def patience_scores(layer_logits: Tensor) -> Tensor:
-    """Length of the run of equal predictions; a threshold of p - 0.5 waits for a run of p layers.
-
-    Args:
-        layer_logits: (batch, layers, classes).
-
-    Returns:
-        (batch, layers), floats from 1 to layers.
-
-    Source: PABEE (arXiv:2006.04152). Their counter starts at 0 with the first prediction, ours at 1.
-    """
-    return prediction_streak(layer_logits.argmax(-1)).float()
-
-
-def exit_scores(criterion: str, layer_logits: Tensor, exit_probs: Tensor | None) -> Tensor:
-    """Exit score of every layer under a criterion, (batch, layers).
-
-    Args:
-        criterion: one of `CRITERIA`.
-        layer_logits: (batch, layers, classes), or a prefix of the layers.
-        exit_probs: (batch, layers), needed by `policy` only.
-
-    Raises:
-        ValueError: if the criterion is unknown, or `policy` is asked for without `exit_probs`.
-    """
-    if criterion == "policy":
-        if exit_probs is None:
-            raise ValueError('criterion "policy" needs exit_probs, got None.')
-        return policy_scores(exit_probs)
-    if criterion == "confidence":
-        return confidence_scores(layer_logits)
-    if criterion == "entropy":
-        return entropy_scores(layer_logits)
-    if criterion == "patience":
-        return patience_scores(layer_logits)
-    raise ValueError(f'criterion must be one of {", ".join(CRITERIA)}, got "{criterion}".')
-
-
 def choose_exit_layer(scores: Tensor, threshold: float) -> Tensor:
     """Exit layer of every instance: the first layer whose score exceeds the threshold, else the last.
 
@@ -246,39 +165,3 @@ def choose_exit_layer(scores: Tensor, threshold: float) -> Tensor:
     leaves = scores > threshold
     leaves[:, -1] = True
     return leaves.int().argmax(dim=1) + 1
-
-
-def check_threshold(threshold: float, criterion: str = "policy") -> float:
-    """Return the threshold as a float, or raise if the criterion cannot use it.
-
-    Raises:
-        ValueError: policy, confidence and entropy take [0, 1]; patience takes a positive number of layers.
-    """
-    value = float(threshold)
-    if criterion == "patience":
-        if not value > 0:
-            raise ValueError(
-                f"threshold must be above 0 for patience (layers in agreement), got {threshold}."
-            )
-    elif not 0 <= value <= 1:
-        raise ValueError(f"threshold must be in [0, 1] for {criterion}, got {threshold}.")
-    return value
-
-
-def candidate_thresholds(scores: Tensor, criterion: str, limit: int = 200) -> list[float]:
-    """Thresholds that are worth trying on these scores, ascending: from "all leave at once" to "nobody leaves early".
-
-    Args:
-        scores: (instances, layers), exit scores.
-        criterion: one of `CRITERIA`; patience has one threshold between each two whole numbers.
-        limit: at most this many quantiles of the scores; 0 and 1 come on top.
-    """
-    if criterion == "patience":
-        return [streak + 0.5 for streak in range(scores.shape[1])]
-    early = scores[:, :-1].flatten().double()
-    if len(early) == 0:  # a single layer: whatever the threshold, all leave there
-        return [0.0, 1.0]
-    quantiles = torch.linspace(0, 1, limit, dtype=torch.double)
-    ordered = early.sort().values
-    picked = ordered[(quantiles * (len(ordered) - 1)).round().long()]
-    return sorted({0.0, 1.0, *(min(max(float(value), 0.0), 1.0) for value in picked)})

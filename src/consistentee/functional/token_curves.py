@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.curves import CurvePoint, choose_threshold, curve_of_thresholds
-
-RANGES = {"state_similarity": (-1.0, 1.0)}  # of thresholds; [0, 1] for the others
 
 
 def token_curve(
@@ -29,7 +28,7 @@ def token_curve(
         >>> [(point.accuracy, point.mean_exit_layer) for point in points if point.threshold == 0.25]
         [(1.0, 1.5)]
     """
-    low, high = RANGES.get(criterion, (0.0, 1.0))
+    low, high = EXIT_CRITERIA[criterion].thresholds.low, EXIT_CRITERIA[criterion].thresholds.high
     even = depth_thresholds(scores, limit).clamp(low, high).tolist()
     return curve_of_thresholds(scores, right, sorted({low, high, *even}))
 
@@ -81,10 +80,10 @@ def token_threshold(points: Sequence[CurvePoint], accuracy_floor: float, *, crit
     Args:
         points: a curve with the point of the last layer on it.
         accuracy_floor: least accuracy.
-        criterion: for `static` the first layer that is good enough is taken as it is: layers have no neighbours to be
-            smoothed with.
+        criterion: where its thresholds are numbers of layers, the first that is good enough is taken as it is: layers
+            have no neighbours to be smoothed with.
     """
-    if criterion != "static":
+    if not EXIT_CRITERIA[criterion].thresholds.layers:
         return choose_threshold(points, accuracy_floor)
     enough = [point.threshold for point in points if point.accuracy >= accuracy_floor]
     return min(enough, default=points[-1].threshold)

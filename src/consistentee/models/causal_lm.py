@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typing_extensions import Self
 
 from consistentee.backbones import decoders
-from consistentee.functional.token_criteria import check_generation_threshold
-from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.functional.criteria import check_threshold
+from consistentee.functional.tables import GENERATION
 from consistentee.heads.exit_heads import ExitHeads
+from consistentee.heads.policy import PolicyNetwork
 from consistentee.inference.decoder import exit_rules
 from consistentee.inference.decoder.decoding import ExitWeights
 from consistentee.models.configuration import EarlyExitCausalLMConfig
@@ -266,25 +267,21 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         rule = criterion or self.config.criterion
         limit = self.known_threshold(rule) if threshold is None else threshold
         if limit is None:
-            check_generation_threshold(1, rule)
+            check_threshold(1, rule, GENERATION)
             raise ValueError(f'There is no saved threshold for criterion "{rule}". Give one with threshold=.')
-        limit = check_generation_threshold(limit, rule)
+        limit = check_threshold(limit, rule, GENERATION)
         first = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
         if not 1 <= first <= self.num_layers:
             raise ValueError(f"min_exit_layer must be from 1 to {self.num_layers}, got {first}.")
-        dtype = self.backbone.dtype
-        found: exit_rules.ExitRule
-        if rule == "policy":
-            found = exit_rules.PolicyRule(self.policy, limit, dtype)
-        elif rule == "softmax_margin":
-            found = exit_rules.MarginRule(self, limit)
-        elif rule == "state_similarity":
-            found = exit_rules.SimilarityRule(limit)
-        elif rule == "confidence_classifier":
-            found = exit_rules.ClassifierRule(self.confidence_classifier, limit, dtype)
-        else:
-            return exit_rules.StaticRule(limit)
-        return found if first == 1 else exit_rules.FromLayer(found, first)
+        return exit_rules.exit_rule(
+            rule,
+            limit,
+            min_exit_layer=first,
+            policy=self.policy,
+            confidence_classifier=self.confidence_classifier,
+            exit_logits=self.exit_logits,
+            dtype=self.backbone.dtype,
+        )
 
     def exit_weights(self) -> ExitWeights:
         """The weights laid out for decoding; made anew where they have changed, in whatever way."""

@@ -17,7 +17,7 @@ from consistentee.config import (
     SkippedStates,
 )
 from consistentee.errors import require_choice, require_number, require_range, require_thresholds
-from consistentee.functional.token_criteria import check_generation_threshold
+from consistentee.functional.criteria import check_threshold
 
 
 class BackboneConfig(PreTrainedConfig):
@@ -239,7 +239,7 @@ class EarlyExitCausalLMConfig(ExitConfig):
         require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
         require_thresholds("thresholds", self.thresholds)
         require_number("max_sequence_length", self.max_sequence_length, whole=True)
-        check_generation_threshold(self.threshold, self.criterion)
+        check_threshold(self.threshold, self.criterion)
         self._require_positive("exit_head_rank", "min_exit_layer", "draft_tokens")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ from consistentee.backbones.limits import longest_input
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice
 from consistentee.inference.decoder.decoding import Decoding, ExitWeights
-from consistentee.inference.decoder.exit_rules import ExitRule, ForcedRule, NeverLeave
+from consistentee.inference.decoder.exit_rules import ExitRule, FixedExitRule, NeverExit
 from consistentee.inference.decoder.known_processors import stateful
 from consistentee.inference.decoder.lossless import DraftClock, LosslessDecoding
 from consistentee.inference.decoder.recompute import ExactDecoding
@@ -155,12 +155,12 @@ def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> Draft
 
 def _rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> ExitRule:
     if options.mode == "full" or (options.mode == "lossless" and not drafts):
-        return NeverLeave()
+        return NeverExit()
     threshold = options.threshold
     if options.mode == "lossless" and options.criterion == "policy" and threshold is None:
         threshold = options.draft_threshold
     rule = model.exit_rule(options.criterion, threshold, options.min_exit_layer)
-    return rule if options.forced_exit_layers is None else ForcedRule(rule, options.forced_exit_layers)
+    return rule if options.forced_exit_layers is None else FixedExitRule(rule, options.forced_exit_layers)
 
 
 def _capacity(input_ids: Tensor, config: Any) -> int:

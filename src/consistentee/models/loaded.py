@@ -7,7 +7,7 @@ Hugging Face's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, cast
@@ -23,8 +23,7 @@ from consistentee.data.literal import read_special_tokens
 from consistentee.data.tasks import TASKS, GenerationTask
 from consistentee.data.templates import PromptTemplate, prompt_template
 from consistentee.errors import SettingError
-from consistentee.functional.exits import CRITERIA, check_threshold
-from consistentee.functional.token_criteria import GENERATION_CRITERIA, check_generation_threshold
+from consistentee.functional.criteria import CRITERIA, GENERATION_CRITERIA, check_threshold
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.models.configuration import EarlyExitCausalLMConfig, EncoderClassifierConfig
 from consistentee.models.record import read_record
@@ -69,7 +68,6 @@ class LoadedModel(Generic[ExitModel]):
     architectures: ClassVar[tuple[str, ...]]
     exit_model: ClassVar[type[PreTrainedModel]]
     criteria: ClassVar[tuple[str, ...]]
-    checked_threshold: ClassVar[Callable[[float, str], float]]
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None:
@@ -137,7 +135,7 @@ class LoadedModel(Generic[ExitModel]):
             raise ValueError(
                 f'Model "{self.name}" has no threshold for criterion "{rule}". Give one with --threshold.'
             )
-        return rule, type(self).checked_threshold(limit, rule)
+        return rule, check_threshold(limit, rule)
 
 
 class LoadedClassifier(LoadedModel[EarlyExitForSequenceClassification]):
@@ -150,7 +148,6 @@ class LoadedClassifier(LoadedModel[EarlyExitForSequenceClassification]):
     architectures = ("ForSequenceClassification",)
     exit_model = EarlyExitForSequenceClassification
     criteria = CRITERIA
-    checked_threshold = staticmethod(check_threshold)
 
     def _prepare_tokenizer(self) -> None:
         read_special_tokens(self.tokenizer, bool(getattr(self.model.config, "parse_special_tokens", False)))
@@ -209,7 +206,6 @@ class LoadedGenerator(LoadedModel[EarlyExitForCausalLM]):
     architectures = ("ForCausalLM", "LMHeadModel")
     exit_model = EarlyExitForCausalLM
     criteria = GENERATION_CRITERIA
-    checked_threshold = staticmethod(check_generation_threshold)
 
     def _prepare_tokenizer(self) -> None:
         self.tokenizer.padding_side = "left"

@@ -22,9 +22,11 @@ from transformers.utils import ModelOutput
 from typing_extensions import Self
 
 from consistentee.backbones import encoders as backbones
-from consistentee.functional.exits import check_threshold, choose_exit_layer, classifier_signals, exit_scores
+from consistentee.functional.criteria import EXIT_CRITERIA, check_threshold, exit_scores
+from consistentee.functional.exits import choose_exit_layer, classifier_signals
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
-from consistentee.heads.classifiers import InternalClassifiers, PolicyNetwork
+from consistentee.heads.classifiers import InternalClassifiers
+from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.configuration import EarlyExitConfig, EncoderClassifierConfig, FullDepthConfig
 from consistentee.models.hf_pipelines import register_pipeline
 
@@ -327,7 +329,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
     def _leaves_here(
         self, index: int, pooled: Tensor, passed: Tensor, criterion: str, threshold: float
     ) -> Tensor:
-        if criterion == "policy":
+        if EXIT_CRITERIA[criterion].reads == ("exit_probs",):
             signals = classifier_signals(passed)[:, -1:] if self.policy.needs_signals else None
             return self.policy(pooled[:, None], signals, index)[:, 0].sigmoid() > threshold
         return exit_scores(criterion, passed, None)[:, -1] > threshold

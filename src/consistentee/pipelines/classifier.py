@@ -27,11 +27,11 @@ import torch
 
 from consistentee.data.batches import encode_with_cuts
 from consistentee.errors import SettingError, require_characters
-from consistentee.inference.encoder.backend import Answers, Backend, TokenRow
-from consistentee.inference.encoder.incremental_scores import ExitDecisions
+from consistentee.inference.encoder.backend import Answers, Backend, EncoderParts, TokenRow
+from consistentee.inference.encoder.incremental_scores import IncrementalExitScores
 from consistentee.inference.encoder.onnx_backend import onnx_backend
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
-from consistentee.inference.encoder.torch_backend import ExitModel, torch_backend
+from consistentee.inference.encoder.torch_backend import torch_backend
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
@@ -90,11 +90,11 @@ class Engine:
     Several threads may use one engine at the same time. It can be pickled, for other processes. After a fork it goes on
     with one thread (the others stay behind in the parent); on a GPU and on ONNX Runtime, which cannot, it refuses.
 
-    On a GPU the host must learn after each layer who leaves: a few bytes a row. It asks about one batch while the
+    On a GPU the host must learn after each layer who exits: a few bytes a row. It asks about one batch while the
     device computes the next, without extra work; where a single batch is on its way it waits once a layer. In
-    throughput mode many are; in latency mode batches of at least `flights.SPLIT_TOKENS` tokens go as two halves.
+    throughput mode many are; in latency mode batches of at least `scheduler.SPLIT_TOKENS` tokens go as two halves.
 
-    Where the threshold is so high that nobody can leave, the policy is not computed, and classifiers only if the last
+    Where the threshold is so high that nobody can exit, the policy is not computed, and classifiers only if the last
     layer's prediction has a share of theirs (`ensemble_decay`).
 
     Example:
@@ -117,8 +117,8 @@ class Engine:
                 "merge_and_unload()."
             )
         self.saved = saved
-        self._model: ExitModel = saved.model
-        self._decisions: dict[str | None, ExitDecisions] = {}
+        self._model = saved.model
+        self._exit_scores: dict[str | None, IncrementalExitScores] = {}
         self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
         # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
         self._tokenizer = copy.deepcopy(saved.tokenizer)
@@ -174,8 +174,8 @@ class Engine:
         Args:
             texts: strings, or tuples of one text or two.
             batch_size: inputs that start together (latency mode); None: throughput mode.
-            threshold: an input leaves at the first layer whose exit score exceeds it; None takes the saved one.
-            criterion: `policy`, `confidence`, `entropy` or `patience`; None takes the saved one.
+            threshold: an input exits at the first layer whose exit score exceeds it; None takes the saved one.
+            criterion: one of `criteria.CRITERIA`; None takes the saved one.
 
         Raises:
             ValueError: a text is empty, or a pair where the model takes one text, or the other way round (the message
@@ -236,16 +236,16 @@ class Engine:
         Args:
             rows: what `encode_texts` gives, none longer than the model's positions.
             batch_size: inputs that start together (latency mode); None: throughput mode, all rows one window.
-            rule: when they leave.
+            rule: when they exit.
 
         Raises:
-            ValueError: forced exit layers that are not one for each row, or not among the layers.
+            ValueError: fixed exit layers that are not one for each row, or not among the layers.
         """
         self._go_on_after_fork()
-        decisions = self._decisions_under(rule)
+        exit_scores = self._scores_under(rule)
         classes = self._model.config.num_classes
         return run_rows(
-            self.backend, rows, batch_size=batch_size, rule=rule, decisions=decisions, num_classes=classes
+            self.backend, rows, batch_size=batch_size, rule=rule, exit_scores=exit_scores, num_classes=classes
         )
 
     def _encode(self, texts: Sequence[tuple[str, ...]]) -> tuple[list[dict[str, list[int]]], list[bool]]:
@@ -262,18 +262,24 @@ class Engine:
         self._tokenizing = Lock()
         self._process = os.getpid()
 
-    def _decisions_under(self, rule: ExitRule) -> ExitDecisions | None:
-        """The rule's arithmetic, made once; None where the last classifier alone decides."""
+    def _scores_under(self, rule: ExitRule) -> IncrementalExitScores | None:
+        """The scores of the rule's criterion, made once; None where the last classifier alone decides."""
         model, criterion = self._model, rule.criterion
         if criterion is None or not isinstance(model, EarlyExitForSequenceClassification):
             return None
-        if rule.never_leaves(model.num_layers):
+        if rule.never_exits(model.num_layers):
             if not model.config.ensemble_decay:
                 return None
             criterion = None  # every classifier has a share in the last prediction; nothing is decided
-        if criterion not in self._decisions:
-            self._decisions[criterion] = ExitDecisions(model, criterion)
-        return self._decisions[criterion]
+        if criterion not in self._exit_scores:
+            self._exit_scores[criterion] = IncrementalExitScores(
+                criterion,
+                model.policy,
+                num_layers=model.num_layers,
+                num_classes=model.config.num_classes,
+                ensemble_decay=model.config.ensemble_decay,
+            )
+        return self._exit_scores[criterion]
 
     def _checked(self, texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
         """Tuples of texts, each known to be there, and as many as the model takes."""
@@ -304,7 +310,7 @@ Predictor = Engine
 """The name this class had before it was fast."""
 
 
-def make_backend(model: ExitModel, dtype: str, backend: str) -> Backend[Any]:
+def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:
     """A backend by name.
 
     Raises:

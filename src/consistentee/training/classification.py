@@ -22,8 +22,9 @@ from torch import Tensor
 
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import TextDataset
+from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import BUDGETS
-from consistentee.functional.exits import choose_exit_layer, exit_distribution, exit_scores
+from consistentee.functional.exits import choose_exit_layer, exit_distribution
 from consistentee.functional.hardness import memorized_layer
 from consistentee.functional.losses import consistent_loss, distillation_loss, layer_losses, weighted_sum_loss
 from consistentee.functional.metrics import check_threshold_metric

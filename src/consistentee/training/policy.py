@@ -23,17 +23,11 @@ from consistentee.functional.curves import (
     threshold_by_metric,
     trade_off_curve,
 )
-from consistentee.functional.exits import (
-    CRITERIA,
-    choose_exit_layer,
-    classifier_signals,
-    exit_distribution,
-    exit_scores,
-)
+from consistentee.functional.exits import choose_exit_layer, classifier_signals, exit_distribution
 from consistentee.functional.hardness import hardness
 from consistentee.functional.losses import exact_policy_loss, policy_entropy, sampled_policy_loss
 from consistentee.functional.rewards import reward_losses, rewards
-from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.heads.policy import PolicyNetwork
 from consistentee.training.states import LayerStates
 
 PRICE_SLOPE = 2.0  # of the exit logits in the logarithm of the price; 1, 2, 4 and a learned one were as good

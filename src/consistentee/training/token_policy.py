@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from consistentee.config import GenerationTrainingConfig
+from consistentee.functional.criteria import EXIT_CRITERIA, GENERATION_CRITERIA
 from consistentee.functional.curves import CurvePoint, curve_score, hits_at_budgets
 from consistentee.functional.hardness import memorized_layer
 from consistentee.functional.rewards import rewards
-from consistentee.functional.token_criteria import GENERATION_CRITERIA
-from consistentee.functional.token_curves import RANGES, static_curve, token_curve, token_threshold
-from consistentee.heads.classifiers import PolicyNetwork
+from consistentee.functional.token_curves import static_curve, token_curve, token_threshold
+from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.training.policy import (
     NewPolicy,
@@ -293,11 +293,11 @@ def choose_token_policy(
     thresholds, at_thresholds, scores = {}, {}, {}
     hits = torch.zeros(len(judged), dtype=torch.int64)
     for criterion in GENERATION_CRITERIA:
-        if criterion == "static":
+        if EXIT_CRITERIA[criterion].is_static:
             points = static_curve(judged.right)
         else:
             values = criterion_scores(criterion, judged, probs[best], confidence).clone()
-            values[:, : min_exit_layer - 1] = RANGES.get(criterion, (0.0, 1.0))[0]
+            values[:, : min_exit_layer - 1] = EXIT_CRITERIA[criterion].thresholds.low
             points = token_curve(values, judged.right, criterion=criterion)
             if criterion == "policy":
                 hits = hits_at_budgets(values, judged.right, points)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from consistentee.backbones import decoders
 from consistentee.data.generation_batches import TokenizedPrompts
-from consistentee.functional.token_criteria import state_similarity_scores
+from consistentee.functional.criteria import state_similarity_scores
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.states import Collate, gather_into, row_shares, state_storage
 from consistentee.training.tasks.token_objectives import response_counts

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from consistentee.backbones import decoders
 from consistentee.backbones.decoders import SLIDING
 from consistentee.heads.exit_heads import ExitHeads
-from consistentee.inference.decoder.exit_rules import ExitRule, ForcedRule
+from consistentee.inference.decoder.exit_rules import ExitRule, FixedExitRule
 from consistentee.inference.decoder.functional_decoder import (
     Affine,
     Layer,
@@ -77,7 +77,7 @@ class ExitWeights:
 
     def _unit_readers(self, rule: ExitRule, layer_index: int) -> Affine | None:
         """A rule's map of normed states as a map of states behind `unit_norm`."""
-        readers = rule.readers(layer_index)
+        readers = rule.feature_map(layer_index)
         if readers is None:
             return None
         (weight, bias), (factor, shift) = readers, self._norms[layer_index]
@@ -362,7 +362,7 @@ class Decoding:
         """
         weights, decoder, rule, slot = self._weights, self._weights.decoder, self._rule, self._slot
         count = len(tokens)
-        if isinstance(rule, ForcedRule):
+        if isinstance(rule, FixedExitRule):
             rule.begin(self._generated, self._rows)
         self.cache.reserve(slot + 1)
         positions, rotary, bias = self._placing(slot, count, self._places)
@@ -374,8 +374,8 @@ class Decoding:
         left: list[tuple[list[int], Tensor, Tensor]] = []  # tokens, hidden and normed states
         for index, layer in enumerate(decoder.layers):
             unit = decoder.unit_norm(hidden)
-            looks = index > 0 and rule.may_leave(index - 1)
-            reads = looks and rule.readers(index - 1) is not None
+            looks = index > 0 and rule.may_exit(index - 1)
+            reads = looks and rule.feature_map(index - 1) is not None
             going: list[bool] = []
             qkv: Tensor | None = None
             if reads:
@@ -383,7 +383,7 @@ class Decoding:
                 going = rule.decide(index - 1, qkv[:, layer.qkv_width :])
             elif looks:
                 normed = weights.normed(index - 1, unit) if rule.needs_normed else None
-                going = rule.leaves(index - 1, before, hidden, normed)
+                going = rule.exits(index - 1, before, hidden, normed)
             if True in going:
                 out = [place for place, goes in enumerate(going) if goes]
                 for place in out:

@@ -1,16 +1,16 @@
-"""Exit rules of a model, ready for decoding: which tokens leave at a layer, from weights laid out once per call."""
+"""Exit criteria ready for decoding: which tokens exit at a layer, from weights laid out once per call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consistentee.functional.token_criteria import softmax_margin_scores, state_similarity_scores
+from consistentee.functional.criteria import EXIT_CRITERIA, static_scores
 from consistentee.inference.decoder.functional_decoder import Affine
 
 SQRT_HALF = math.sqrt(0.5)
@@ -22,25 +22,25 @@ class ExitRule(Protocol):
     name: str
     """Rules of one name and model read the same maps."""
     needs_normed: bool
-    """Whether `leaves` reads states behind the exit's norm; others have them computed for leaving tokens only."""
+    """Whether `exits` reads states behind the exit's norm; others have them computed for exiting tokens only."""
 
-    def may_leave(self, layer_index: int) -> bool:
-        """Whether any token can leave here; False saves the look."""
+    def may_exit(self, layer_index: int) -> bool:
+        """Whether any token can exit here; False saves the look."""
         ...
 
-    def readers(self, layer_index: int) -> Affine | None:
+    def feature_map(self, layer_index: int) -> Affine | None:
         """The first thing that the rule does with states behind the exit's norm, where that is an affine map.
 
-        The next layer's projection then computes it on the way, and `decide` takes its outputs in place of `leaves`.
+        The next layer's projection then computes it on the way, and `decide` takes its outputs in place of `exits`.
         """
         ...
 
-    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
-        """Which tokens leave, from the outputs of `readers`, (tokens, outputs)."""
+    def decide(self, layer_index: int, exit_features: Tensor) -> list[bool]:
+        """Which tokens exit, from the outputs of `feature_map`, (tokens, outputs)."""
         ...
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
-        """Which tokens leave.
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+        """Which tokens exit.
 
         Args:
             layer_index: 0-based.
@@ -50,39 +50,39 @@ class ExitRule(Protocol):
         ...
 
 
-class _WithoutReaders:
+class _WithoutFeatures:
     """Rules that begin with something else than an affine map of normed states."""
 
-    def readers(self, layer_index: int) -> Affine | None:
+    def feature_map(self, layer_index: int) -> Affine | None:
         """Nothing."""
         return None
 
-    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
-        """Never asked: there are no readings.
+    def decide(self, layer_index: int, exit_features: Tensor) -> list[bool]:
+        """Never asked: there are no exit_features.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError(f"{type(self).__name__} has no readers.")
+        raise TypeError(f"{type(self).__name__} has no feature map.")
 
 
-class NeverLeave(_WithoutReaders):
+class NeverExit(_WithoutFeatures):
     """All layers for every token."""
 
     name = "never"
     needs_normed = False
 
-    def may_leave(self, layer_index: int) -> bool:
-        """No token leaves."""
+    def may_exit(self, layer_index: int) -> bool:
+        """No token exits."""
         return False
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
-        """No token leaves."""
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+        """No token exits."""
         return [False] * len(after)
 
 
 class PolicyRule:
-    """Leave where the policy network's exit probability exceeds the threshold.
+    """Exit where the policy network's exit probability exceeds the threshold.
 
     Args:
         policy: a `PolicyNetwork` on the state.
@@ -99,83 +99,69 @@ class PolicyRule:
         self._weights = list(policy.state_weight.detach().transpose(1, 2).contiguous().to(dtype).unbind(0))
         self._biases = list(policy.state_bias.detach().to(dtype).unbind(0))
         self._outputs = list(policy.state_output.detach().to(dtype).unbind(0))
-        self._plain_outputs: list[list[float]] = policy.state_output.detach().to(dtype).float().tolist()
+        self._scalar_outputs: list[list[float]] = policy.state_output.detach().to(dtype).float().tolist()
         bias = policy.exit_bias.detach().float().tolist()
         self._limits = [self._limit - value for value in bias]
 
-    def may_leave(self, layer_index: int) -> bool:
-        """Whether the threshold lets anybody go."""
+    def may_exit(self, layer_index: int) -> bool:
+        """Whether the threshold lets any token exit."""
         return self._limit < math.inf
 
-    def readers(self, layer_index: int) -> Affine:
+    def feature_map(self, layer_index: int) -> Affine:
         """The policy network's hidden layer."""
         return self._weights[layer_index], self._biases[layer_index]
 
-    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+    def decide(self, layer_index: int, exit_features: Tensor) -> list[bool]:
         """Compare exit logits with the threshold's."""
         limit = self._limits[layer_index]
         if (
-            len(readings) == 1 and readings.device.type == "cpu"
+            len(exit_features) == 1 and exit_features.device.type == "cpu"
         ):  # plain numbers take less than calls of torch
-            values: list[float] = readings[0].tolist()
-            weights = self._plain_outputs[layer_index]
-            return [_plain_logit(values, weights) > limit]
-        logits: list[float] = torch.mv(functional.gelu(readings), self._outputs[layer_index]).tolist()
+            values: list[float] = exit_features[0].tolist()
+            weights = self._scalar_outputs[layer_index]
+            return [_scalar_logit(values, weights) > limit]
+        logits: list[float] = torch.mv(functional.gelu(exit_features), self._outputs[layer_index]).tolist()
         return [logit > limit for logit in logits]
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
         """Compare exit logits with the threshold's."""
-        return self.decide(layer_index, functional.linear(cast(Tensor, normed), *self.readers(layer_index)))
+        return self.decide(
+            layer_index, functional.linear(cast(Tensor, normed), *self.feature_map(layer_index))
+        )
 
 
-class MarginRule(_WithoutReaders):
-    """Leave where the exit head is sure of its token: one LM head per layer and token.
+class ScoreRule(_WithoutFeatures):
+    """Exit where the score of a criterion without a network of its own exceeds the threshold.
 
     Args:
-        model: the early-exit model, for its heads.
-        threshold: in [0, 1].
+        criterion: one of `EXIT_CRITERIA` that reads the states around a layer or the exit's logits.
+        threshold: in its range.
+        exit_logits: (layer index, normed states) -> logits of the exit: one LM head per layer and token.
     """
 
-    name = "softmax_margin"
-    needs_normed = True
+    def __init__(
+        self, criterion: str, threshold: float, exit_logits: Callable[[int, Tensor], Tensor]
+    ) -> None:
+        row = EXIT_CRITERIA[criterion]
+        self.name, self._threshold, self._exit_logits = criterion, threshold, exit_logits
+        self._scores, self._highest = row.function, row.thresholds.high
+        self.needs_normed = row.reads == ("logits",)
 
-    def __init__(self, model: Any, threshold: float) -> None:
-        self._model, self._threshold = model, threshold
+    def may_exit(self, layer_index: int) -> bool:
+        """Whether the threshold lets any token exit."""
+        return self._threshold < self._highest
 
-    def may_leave(self, layer_index: int) -> bool:
-        """Whether the threshold lets anybody go."""
-        return self._threshold < 1
-
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
-        """Compare the margin of the exit's logits with the threshold."""
-        scores = softmax_margin_scores(self._model.exit_logits(layer_index, cast(Tensor, normed)))
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+        """Compare scores with the threshold."""
+        if self.needs_normed:
+            scores = self._scores(self._exit_logits(layer_index, cast(Tensor, normed)))
+        else:
+            scores = self._scores(before, after)
         return (scores > self._threshold).tolist()
 
 
-class SimilarityRule(_WithoutReaders):
-    """Leave where a layer hardly turned the state.
-
-    Args:
-        threshold: in [-1, 1].
-    """
-
-    name = "state_similarity"
-    needs_normed = False
-
-    def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
-
-    def may_leave(self, layer_index: int) -> bool:
-        """From the second layer on: the first one turns an embedding into a state."""
-        return self._threshold < 1 and layer_index > 0
-
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
-        """Compare cosines with the threshold."""
-        return (state_similarity_scores(before, after) > self._threshold).tolist()
-
-
 class ClassifierRule:
-    """Leave where a linear classifier expects the last layer's token.
+    """Exit where a linear classifier expects the last layer's token.
 
     Args:
         classifier: the model's `ConfidenceClassifier`.
@@ -191,25 +177,27 @@ class ClassifierRule:
         self._weights = list(classifier.weight.detach().to(dtype)[:, None].unbind(0))  # (1, hidden) each
         self._biases = list(classifier.bias.detach().to(dtype)[:, None].unbind(0))
 
-    def may_leave(self, layer_index: int) -> bool:
-        """Whether the threshold lets anybody go."""
+    def may_exit(self, layer_index: int) -> bool:
+        """Whether the threshold lets any token exit."""
         return self._limit < math.inf
 
-    def readers(self, layer_index: int) -> Affine:
+    def feature_map(self, layer_index: int) -> Affine:
         """The classifier itself."""
         return self._weights[layer_index], self._biases[layer_index]
 
-    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+    def decide(self, layer_index: int, exit_features: Tensor) -> list[bool]:
         """Compare logits with the threshold's."""
-        return (readings[:, 0] > self._limit).tolist()
+        return (exit_features[:, 0] > self._limit).tolist()
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
         """Compare logits with the threshold's."""
-        return self.decide(layer_index, functional.linear(cast(Tensor, normed), *self.readers(layer_index)))
+        return self.decide(
+            layer_index, functional.linear(cast(Tensor, normed), *self.feature_map(layer_index))
+        )
 
 
-class StaticRule(_WithoutReaders):
-    """Leave after a fixed number of layers.
+class StaticRule(_WithoutFeatures):
+    """Exit after a fixed number of layers.
 
     Args:
         threshold: layers to run.
@@ -221,13 +209,13 @@ class StaticRule(_WithoutReaders):
     def __init__(self, threshold: float) -> None:
         self._layers = threshold
 
-    def may_leave(self, layer_index: int) -> bool:
+    def may_exit(self, layer_index: int) -> bool:
         """Whether enough layers have run."""
-        return layer_index + 1.5 > self._layers
+        return static_scores(layer_index + 1) > self._layers
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
-        """Everybody, once enough layers have run."""
-        return [self.may_leave(layer_index)] * len(after)
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+        """All tokens, once enough layers have run."""
+        return [self.may_exit(layer_index)] * len(after)
 
 
 class FromLayer:
@@ -235,31 +223,31 @@ class FromLayer:
 
     Args:
         inner: the rule.
-        first: the first layer that a token may leave at, from 1.
+        first: the first layer that a token may exit at, from 1.
     """
 
     def __init__(self, inner: ExitRule, first: int) -> None:
         self._inner, self._first = inner, first
         self.name, self.needs_normed = inner.name, inner.needs_normed
 
-    def may_leave(self, layer_index: int) -> bool:
+    def may_exit(self, layer_index: int) -> bool:
         """From that layer on, as the inner rule has it."""
-        return layer_index + 1 >= self._first and self._inner.may_leave(layer_index)
+        return layer_index + 1 >= self._first and self._inner.may_exit(layer_index)
 
-    def readers(self, layer_index: int) -> Affine | None:
+    def feature_map(self, layer_index: int) -> Affine | None:
         """The inner rule's."""
-        return self._inner.readers(layer_index)
+        return self._inner.feature_map(layer_index)
 
-    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+    def decide(self, layer_index: int, exit_features: Tensor) -> list[bool]:
         """As the inner rule."""
-        return self._inner.decide(layer_index, readings)
+        return self._inner.decide(layer_index, exit_features)
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
         """As the inner rule."""
-        return self._inner.leaves(layer_index, before, after, normed)
+        return self._inner.exits(layer_index, before, after, normed)
 
 
-class ForcedRule:
+class FixedExitRule:
     """Exits that are given in advance, for measuring speed; the rule it stands for is computed all the same.
 
     Args:
@@ -277,31 +265,64 @@ class ForcedRule:
         due = self._exit_layers[min(position, len(self._exit_layers) - 1)]
         self._due = [due[row] for row in rows]
 
-    def may_leave(self, layer_index: int) -> bool:
-        """Everywhere: layers that are given need no leave."""
+    def may_exit(self, layer_index: int) -> bool:
+        """Everywhere: layers that are given need no permission."""
         return True
 
-    def readers(self, layer_index: int) -> Affine | None:
+    def feature_map(self, layer_index: int) -> Affine | None:
         """The inner rule's."""
-        return self._inner.readers(layer_index)
+        return self._inner.feature_map(layer_index)
 
-    def decide(self, layer_index: int, readings: Tensor) -> list[bool]:
+    def decide(self, layer_index: int, exit_features: Tensor) -> list[bool]:
         """Those whose layer this is."""
-        self._inner.decide(layer_index, readings)
+        self._inner.decide(layer_index, exit_features)
         return self._due_here(layer_index)
 
-    def leaves(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
+    def exits(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor | None) -> list[bool]:
         """Those whose layer this is."""
-        self._inner.leaves(layer_index, before, after, normed)
+        self._inner.exits(layer_index, before, after, normed)
         return self._due_here(layer_index)
 
     def _due_here(self, layer_index: int) -> list[bool]:
-        going = [due <= layer_index + 1 for due in self._due]
-        self._due = [due for due, goes in zip(self._due, going, strict=True) if not goes]
-        return going
+        exits = [due <= layer_index + 1 for due in self._due]
+        self._due = [due for due, exits_here in zip(self._due, exits, strict=True) if not exits_here]
+        return exits
 
 
-def _plain_logit(values: list[float], weights: list[float]) -> float:
+def exit_rule(
+    criterion: str,
+    threshold: float,
+    *,
+    min_exit_layer: int,
+    policy: Any,
+    confidence_classifier: Any,
+    exit_logits: Callable[[int, Tensor], Tensor],
+    dtype: torch.dtype,
+) -> ExitRule:
+    """A criterion's rule.
+
+    Args:
+        criterion: one of `GENERATION_CRITERIA`.
+        threshold: in its range.
+        min_exit_layer: the first layer, from 1, that a token may exit at; static depth does without.
+        policy, confidence_classifier, exit_logits: the model's, of which each criterion reads what it reads.
+        dtype: of the model.
+    """
+    row = EXIT_CRITERIA[criterion]
+    found: ExitRule
+    if row.is_static:
+        found = StaticRule(threshold)
+    elif row.reads == ("exit_probs",):
+        found = PolicyRule(policy, threshold, dtype)
+    elif row.reads == ("agreement_probs",):
+        found = ClassifierRule(confidence_classifier, threshold, dtype)
+    else:
+        found = ScoreRule(criterion, threshold, exit_logits)
+    first = row.first_exit_layer(min_exit_layer)
+    return found if first == 1 else FromLayer(found, first)
+
+
+def _scalar_logit(values: list[float], weights: list[float]) -> float:
     """Weighted sum of GELUs."""
     erf = math.erf
     return 0.5 * sum(

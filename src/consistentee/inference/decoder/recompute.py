@@ -16,7 +16,7 @@ from torch import Tensor
 
 from consistentee.backbones.decoders import SLIDING
 from consistentee.inference.decoder.decoding import Decoding, ExitWeights
-from consistentee.inference.decoder.exit_rules import ExitRule, ForcedRule, NeverLeave
+from consistentee.inference.decoder.exit_rules import ExitRule, FixedExitRule, NeverExit
 from consistentee.inference.decoder.functional_decoder import Layer, PackedDecoder, Rotary
 
 
@@ -168,7 +168,7 @@ class ExactDecoding:
     ) -> None:
         self._weights, self._rule = weights, rule
         self._first_token = full_depth_first_token
-        self._prompts = Decoding(weights, NeverLeave(), attention_mask, capacity, full_depth_first_token=True)
+        self._prompts = Decoding(weights, NeverExit(), attention_mask, capacity, full_depth_first_token=True)
         self.cache = self._prompts.cache
         paddings: list[int] = (attention_mask == 0).sum(1).tolist()
         self.least_padding = min(paddings)
@@ -213,7 +213,7 @@ class ExactDecoding:
             Where each row came to, in order.
         """
         decoder, rule = self._weights.decoder, self._rule
-        if isinstance(rule, ForcedRule):
+        if isinstance(rule, FixedExitRule):
             rule.begin(self._generated, self._numbers)
         self._generated += 1
         self.cache.reserve(max(row.length for row in self.rows) + 1)
@@ -294,7 +294,7 @@ class ExactDecoding:
         may_leave: Sequence[bool],
     ) -> set[int]:
         """Rows whose newest token leaves after this layer."""
-        if not self._rule.may_leave(index) or not any(may_leave[number] for number in inside):
+        if not self._rule.may_exit(index) or not any(may_leave[number] for number in inside):
             return set()
         newest = {slot_of: place for place, slot_of in enumerate(flat)}
         places = torch.tensor(
@@ -302,7 +302,7 @@ class ExactDecoding:
         )
         after = hidden[places]
         normed = self._normed(index, after) if self._rule.needs_normed else None
-        leaves = self._rule.leaves(index, before[places], after, normed)
+        leaves = self._rule.exits(index, before[places], after, normed)
         return {number for number, goes in zip(inside, leaves, strict=True) if goes and may_leave[number]}
 
     def _leave(

@@ -1,7 +1,7 @@
 """What the engine asks of a backend: run one layer on some rows, classify there, keep some rows, pool rows.
 
 A *batch* is whatever a backend makes of token rows: hidden states, padded or packed, and what the layers need beside
-them. The engine never looks inside; it counts rows, drops those that left and joins what is left of several batches.
+them. The engine never looks inside; it counts rows, drops those that exited and joins what is left of several batches.
 """
 
 from __future__ import annotations
@@ -12,11 +12,39 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from consistentee.heads.classifiers import InternalClassifiers
+from consistentee.heads.policy import PolicyNetwork
 
 TokenRow = Mapping[str, Sequence[int]]
 """One tokenized input, as `batches.encode_texts` gives it: `input_ids` and, where there are any, `token_type_ids`."""
 
 BatchT = TypeVar("BatchT")
+
+
+class EncoderParts(Protocol):
+    """What an engine needs of a model, in evaluation mode.
+
+    Attributes:
+        backbone: a Hugging Face encoder.
+        classifiers: one a layer, or one alone on the last layer of a model without exits.
+        num_layers: layers of the backbone.
+    """
+
+    backbone: PreTrainedModel
+    classifiers: InternalClassifiers
+    num_layers: int
+
+
+def policy_of(model: EncoderParts) -> PolicyNetwork | None:
+    """The policy network; None for a model without exits."""
+    return getattr(model, "policy", None)
+
+
+def classifier_index(model: EncoderParts, layer_index: int) -> int:
+    """Which classifier sits on a layer: the only one of a model without exits on its last."""
+    return layer_index if len(model.classifiers.layers) == model.num_layers else 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +93,7 @@ class Backend(Protocol[BatchT]):
         ...
 
     def classify(self, layer_index: int, batch: BatchT) -> Tensor:
-        """What `heads.exit_readings` says of a layer's pooled states: (rows, classes + width), float32."""
+        """What `exit_feature_map` makes of a layer's pooled states: (rows, classes + width), float32."""
         ...
 
     def pass_layer(self, layer_index: int, batch: BatchT) -> tuple[BatchT, Tensor]:

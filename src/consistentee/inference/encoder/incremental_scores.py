@@ -1,9 +1,9 @@
-"""Exit decisions at inference: what `exits.py` says about all layers at once, carried from layer to layer.
+"""Exit scores at inference: what `criteria.py` says about all layers at once, layer by layer.
 
 The signals of `exits.classifier_signals` look back at every layer passed. Computed anew at each layer that is more
-work at each layer; here every row carries the figures that the next layer needs, and a layer's decision costs the same
-at any depth. It happens on the host, in numpy: the host must know who leaves anyway, and for one row a dozen numpy
-calls take a quarter of the time of as many tensor operations.
+work at each layer; here every row carries what the next layer needs, and a layer's score costs the same at any depth.
+It happens on the host, in numpy: the host must know who exits anyway, and for one row a dozen numpy calls take a
+quarter of the time of as many tensor operations.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.exits import LOG_ODDS_SCALE, NUM_SIGNALS, SIGNAL_NAMES
-from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+from consistentee.heads.policy import PolicyNetwork
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -42,12 +43,13 @@ VOTES, LAST_PROBABILITIES, PROBABILITY_SUMS = 0, 1, 2
 
 
 @dataclass
-class RowFigures:
-    """What a row brings along from the layers it has passed; every array has one row for each input.
+class ExitHistory:
+    """What rows bring along from the layers they have passed; every array has one row for each input.
 
     Args:
         layers: how many layers that is.
         prediction_logits: (rows, classes), the running prediction.
+        layer_logits: (rows, layers, classes), those of all layers, for criteria that read them; else of none.
         passed: (rows, 3, classes): how many layers predicted the class, its probability at the last layer, and the sum
             of its probabilities.
         last_prediction: (rows,), class predicted at the last layer.
@@ -56,56 +58,71 @@ class RowFigures:
 
     layers: int
     prediction_logits: Floats
+    layer_logits: Floats
     passed: Floats
     last_prediction: Ints
     streak: Ints
 
     @classmethod
-    def none_passed(cls, rows: int, classes: int) -> RowFigures:
+    def none_passed(cls, rows: int, classes: int) -> ExitHistory:
         """Rows before the first layer."""
         logits = np.zeros((rows, classes), dtype=np.float32)
+        no_layers = np.zeros((rows, 0, classes), dtype=np.float32)
         passed = np.zeros((rows, 3, classes), dtype=np.float32)
-        return cls(0, logits, passed, np.full(rows, -1, dtype=np.int64), np.zeros(rows, dtype=np.int64))
+        last_prediction, streak = np.full(rows, -1, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+        return cls(0, logits, no_layers, passed, last_prediction, streak)
 
-    def select(self, rows: Sequence[int]) -> RowFigures:
-        """The figures of some rows."""
-        return RowFigures(self.layers, *(array[rows] for array in self._arrays()))
+    def select(self, rows: Sequence[int]) -> ExitHistory:
+        """The history of some rows."""
+        return ExitHistory(self.layers, *(array[rows] for array in self._arrays()))
 
     @staticmethod
-    def merge(parts: Sequence[RowFigures]) -> RowFigures:
-        """The figures of several sets of rows that have passed the same layers."""
+    def merge(parts: Sequence[ExitHistory]) -> ExitHistory:
+        """The history of several sets of rows that have passed the same layers."""
         if len(parts) == 1:
             return parts[0]
         columns = zip(*(part._arrays() for part in parts), strict=True)
-        return RowFigures(parts[0].layers, *(np.concatenate(column) for column in columns))
+        return ExitHistory(parts[0].layers, *(np.concatenate(column) for column in columns))
 
     def _arrays(self) -> tuple[Any, ...]:
-        return self.prediction_logits, self.passed, self.last_prediction, self.streak
+        return self.prediction_logits, self.layer_logits, self.passed, self.last_prediction, self.streak
 
 
-class ExitDecisions:
+class IncrementalExitScores:
     """Exit scores of one layer after another under one criterion.
 
     Args:
-        model: gives the ensemble's decay and the policy network.
-        criterion: `policy`, `confidence`, `entropy` or `patience`; None: the running prediction alone, and scores of 0.
+        criterion: one of `criteria.CRITERIA`; None: the running prediction alone, and scores of 0.
+        policy: the policy network.
+        num_layers, num_classes: of the model.
+        ensemble_decay: share of the layers before in the running prediction, see `ensemble_step`.
     """
 
-    def __init__(self, model: EarlyExitForSequenceClassification, criterion: str | None) -> None:
+    def __init__(
+        self,
+        criterion: str | None,
+        policy: PolicyNetwork,
+        *,
+        num_layers: int,
+        num_classes: int,
+        ensemble_decay: float,
+    ) -> None:
         self.criterion = criterion
-        self._classes = model.config.num_classes
-        self._decay = float(model.config.ensemble_decay)
-        policy: Any = model.policy
+        self._row = None if criterion is None else EXIT_CRITERIA[criterion]
+        self._is_policy = self._row is not None and self._row.reads == ("exit_probs",)
+        self._classes = num_classes
+        self._decay = float(ensemble_decay)
         self._reads_state = "state" in policy.policy_input
         self._reads_signals = policy.needs_signals
-        layers = model.num_layers
         outputs: list[Floats] = []  # of the hidden layers, (layers, width) each
-        self._terms: Floats = np.zeros((layers, NUM_TERMS), dtype=np.float32)  # the exit logit's linear part
+        self._terms: Floats = np.zeros(
+            (num_layers, NUM_TERMS), dtype=np.float32
+        )  # the exit logit's linear part
         self._terms[:, NUM_SIGNALS] = _host(policy.exit_bias)
         if self._reads_state:
             outputs.append(_host(policy.state_output))
         if self._reads_signals:
-            outputs.append(_host(policy.signal_output.weight).repeat(layers, axis=0))
+            outputs.append(_host(policy.signal_output.weight).repeat(num_layers, axis=0))
             hidden = [_host(policy.signal_hidden.weight), _host(policy.signal_hidden.bias)[:, None]]
             self._hidden: Floats = np.ascontiguousarray(
                 np.concatenate(hidden, axis=1).T
@@ -114,54 +131,50 @@ class ExitDecisions:
             self._terms[:, NUM_SIGNALS] += policy.signal_output.bias.item()
         self._output = np.concatenate(outputs, axis=1)
 
-    def begin(self, rows: int, classes: int) -> RowFigures:
-        """Figures of rows that have passed no layer."""
-        return RowFigures.none_passed(rows, classes)
+    def begin(self, rows: int) -> ExitHistory:
+        """The history of rows that have passed no layer."""
+        return ExitHistory.none_passed(rows, self._classes)
 
-    def step(self, figures: RowFigures, readings: Floats) -> Floats:
+    def step(self, history: ExitHistory, exit_features: Floats) -> Floats:
         """Take the rows past one more layer.
 
         Args:
-            figures: of the rows; brought up to date.
-            readings: (rows, classes + width), float32: what `heads.exit_readings` says of this layer.
+            history: of the rows; brought up to date.
+            exit_features: (rows, classes + width), float32: what `heads.policy.exit_feature_map` makes of this layer.
 
         Returns:
-            (rows,), the exit scores of this layer: higher means readier to leave.
+            (rows,), the exit scores of this layer: higher means readier to exit.
         """
-        if self.criterion == "policy" and self._reads_signals and len(readings) <= FEW_ROWS:
-            return self._step_of_few(figures, readings)
-        self._predict(figures, readings[:, : self._classes])
-        logits = figures.prediction_logits
-        if self.criterion == "policy":
-            return self._policy_scores(figures, readings[:, self._classes :])
-        if self.criterion == "patience":
-            _count(figures, logits.argmax(1))
-            return figures.streak.astype(np.float32)
-        figures.layers += 1
-        if self.criterion is None:
-            return np.zeros(len(readings), dtype=np.float32)
-        log_probabilities = log_softmax(logits)
-        if self.criterion == "confidence":
-            return np.exp(log_probabilities.max(1))
-        entropy = (np.exp(log_probabilities) * log_probabilities).sum(1)
-        return (1 + entropy / math.log(logits.shape[1])).astype(np.float32)
+        if self._is_policy and self._reads_signals and len(exit_features) <= FEW_ROWS:
+            return self._step_of_few(history, exit_features)
+        self._predict(history, exit_features[:, : self._classes])
+        if self._is_policy:
+            return self._policy_scores(history, exit_features[:, self._classes :])
+        history.layers += 1
+        logits = history.prediction_logits
+        if self._row is None:
+            return np.zeros(len(logits), dtype=np.float32)
+        if self._row.reads == ("logits",):
+            return self._row.function(torch.from_numpy(logits)).numpy()
+        history.layer_logits = np.concatenate((history.layer_logits, logits[:, None]), axis=1)
+        return self._row.function(torch.from_numpy(history.layer_logits))[:, -1].numpy()
 
-    def _predict(self, figures: RowFigures, logits: Floats) -> None:
+    def _predict(self, history: ExitHistory, logits: Floats) -> None:
         """Bring the running prediction up to date, as `model.ensemble_step` does."""
         if self._decay:
             logits = log_softmax(logits)
-            if figures.layers:
+            if history.layers:
                 logits *= np.float32(1 - self._decay)
-                logits += np.float32(self._decay) * figures.prediction_logits
-        figures.prediction_logits = logits
+                logits += np.float32(self._decay) * history.prediction_logits
+        history.prediction_logits = logits
 
-    def _policy_scores(self, figures: RowFigures, states: Floats) -> Floats:
-        index = figures.layers
+    def _policy_scores(self, history: ExitHistory, states: Floats) -> Floats:
+        index = history.layers
         if not self._reads_signals:
-            figures.layers += 1
+            history.layers += 1
             exit_logits = _product(gelu(states), self._output[index]) + self._terms[index, NUM_SIGNALS]
         else:
-            terms = _terms(figures)
+            terms = _terms(history)
             hidden = _product(terms, self._hidden)
             if self._reads_state:
                 hidden = np.concatenate([states, hidden], axis=1)
@@ -169,13 +182,13 @@ class ExitDecisions:
         # Beyond +-80 it is 0 or 1 in float32 all the same, and exp does not overflow.
         return np.reciprocal(1 + np.exp(-exit_logits.clip(-80, 80)), dtype=np.float32)
 
-    def _step_of_few(self, figures: RowFigures, readings: Floats) -> Floats:
+    def _step_of_few(self, history: ExitHistory, exit_features: Floats) -> Floats:
         """As `step`, row by row in plain numbers."""
-        index = figures.layers
-        terms = _terms_of_few(figures, readings[:, : self._classes].tolist(), self._decay)
+        index = history.layers
+        terms = _terms_of_few(history, exit_features[:, : self._classes].tolist(), self._decay)
         hidden = terms @ self._hidden
         if self._reads_state:
-            hidden = np.concatenate((readings[:, self._classes :], hidden), axis=1)
+            hidden = np.concatenate((exit_features[:, self._classes :], hidden), axis=1)
         exit_logits = (gelu(hidden) @ self._output[index] + terms @ self._terms[index]).tolist()
         scores = [1 / (1 + math.exp(min(max(-exit_logit, -80.0), 80.0))) for exit_logit in exit_logits]
         return np.array(scores, dtype=np.float32)
@@ -210,16 +223,16 @@ def log_softmax(logits: Floats) -> Floats:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def _terms(figures: RowFigures) -> Floats:
+def _terms(history: ExitHistory) -> Floats:
     """The last row of `exits.classifier_signals` for each input, and a constant 1; takes the rows past the layer.
 
     Returns:
         (rows, NUM_TERMS).
     """
-    logits = figures.prediction_logits
+    logits = history.prediction_logits
     rows, classes = logits.shape
     every = np.arange(rows)
-    passed = figures.layers
+    passed = history.layers
     prediction = logits.argmax(1)
     top_logit = logits.max(1)
     shifted = logits - top_logit[:, None]
@@ -237,26 +250,26 @@ def _terms(figures: RowFigures) -> Floats:
     terms[:, 2] = (log_sum - (probabilities * shifted).sum(1)) / math.log(classes)
     terms[:, 3] = (top_logit + log_sum) / 10
     if passed:
-        before = figures.passed[every, :, prediction]  # (rows, 3)
+        before = history.passed[every, :, prediction]  # (rows, 3)
         terms[:, 4] = before[:, VOTES] / passed
         terms[:, 6] = before[:, LAST_PROBABILITIES]
         terms[:, 7] = before[:, PROBABILITY_SUMS] / passed
     else:
         terms[:, 6] = terms[:, 7] = best
-    _count(figures, prediction)
-    figures.passed[every, VOTES, prediction] += 1
-    figures.passed[:, LAST_PROBABILITIES] = probabilities
-    figures.passed[:, PROBABILITY_SUMS] += probabilities
-    terms[:, 5] = figures.streak / (passed + 1)
+    _count(history, prediction)
+    history.passed[every, VOTES, prediction] += 1
+    history.passed[:, LAST_PROBABILITIES] = probabilities
+    history.passed[:, PROBABILITY_SUMS] += probabilities
+    terms[:, 5] = history.streak / (passed + 1)
     terms[:, 8] = (passed + 1) / 12
     return terms
 
 
-def _terms_of_few(figures: RowFigures, logits: list[list[float]], decay: float) -> Floats:
+def _terms_of_few(history: ExitHistory, logits: list[list[float]], decay: float) -> Floats:
     """As `_predict` and `_terms`, given the classifier's logits, (rows, NUM_TERMS)."""
-    count = figures.layers
-    before = figures.prediction_logits.tolist() if decay and count else None
-    passed, streaks, last = figures.passed.tolist(), figures.streak.tolist(), figures.last_prediction.tolist()
+    count = history.layers
+    before = history.prediction_logits.tolist() if decay and count else None
+    passed, streaks, last = history.passed.tolist(), history.streak.tolist(), history.last_prediction.tolist()
     terms: list[tuple[float, ...]] = []
     tiny, scale, depth = float(TINY), math.log(len(logits[0])), (count + 1) / 12
     for row, values in enumerate(logits):
@@ -308,18 +321,18 @@ def _terms_of_few(figures: RowFigures, logits: list[list[float]], decay: float) 
                 1.0,
             )
         )
-    figures.prediction_logits = np.array(logits, dtype=np.float32)
-    figures.passed = np.array(passed, dtype=np.float32)
-    figures.streak, figures.last_prediction = np.array(streaks), np.array(last)
-    figures.layers += 1
+    history.prediction_logits = np.array(logits, dtype=np.float32)
+    history.passed = np.array(passed, dtype=np.float32)
+    history.streak, history.last_prediction = np.array(streaks), np.array(last)
+    history.layers += 1
     return np.array(terms, dtype=np.float32)
 
 
-def _count(figures: RowFigures, prediction: Ints) -> None:
+def _count(history: ExitHistory, prediction: Ints) -> None:
     """Count a layer that predicts these classes."""
-    figures.streak = np.where(prediction == figures.last_prediction, figures.streak + 1, 1)
-    figures.last_prediction = prediction
-    figures.layers += 1
+    history.streak = np.where(prediction == history.last_prediction, history.streak + 1, 1)
+    history.last_prediction = prediction
+    history.layers += 1
 
 
 def _host(parameter: Tensor) -> Floats:

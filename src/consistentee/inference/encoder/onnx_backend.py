@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from consistentee.errors import SettingError, require_extra
-from consistentee.inference.encoder.backend import TokenRow
+from consistentee.inference.encoder.backend import EncoderParts, TokenRow
 from consistentee.inference.encoder.onnx_graphs import (
     HIDDEN,
     IDS,
@@ -27,9 +27,8 @@ from consistentee.inference.encoder.onnx_graphs import (
     TOKENS,
     TYPES,
 )
-from consistentee.inference.encoder.onnx_sessions import OUTPUT, READINGS, OnnxSessions
+from consistentee.inference.encoder.onnx_sessions import EXIT_FEATURES, OUTPUT, OnnxSessions
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
-from consistentee.inference.encoder.torch_backend import ExitModel
 
 Floats = NDArray[np.float32]
 
@@ -37,16 +36,18 @@ MAX_MERGED_PADDING = 0.15
 """Share of padding that joining two batches may bring."""
 
 
-def has_onnxruntime(model: ExitModel) -> bool:
+def has_onnxruntime(model: EncoderParts) -> bool:
     """Whether this model can run on ONNX Runtime here."""
     if find_spec("onnxruntime") is None or find_spec("onnx") is None:
         return False
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(model.device.type)
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(
+        model.backbone.device.type
+    )
     available = require_extra("onnx", "onnxruntime").get_available_providers()
-    return provider in available and model.config.backbone_config.model_type in LAYER_PARTS
+    return provider in available and model.backbone.config.model_type in LAYER_PARTS
 
 
-def onnx_backend(model: ExitModel, dtype: str) -> OnnxBackend | BoundOnnxBackend:
+def onnx_backend(model: EncoderParts, dtype: str) -> OnnxBackend | BoundOnnxBackend:
     """The backend that suits a model's device.
 
     Args:
@@ -57,7 +58,7 @@ def onnx_backend(model: ExitModel, dtype: str) -> OnnxBackend | BoundOnnxBackend
         MissingExtraError: onnx or onnxruntime is not installed.
         ValueError: a type, dtype, device or activation that ONNX Runtime does not run here.
     """
-    model_type, device = model.config.backbone_config.model_type, model.device
+    model_type, device = model.backbone.config.model_type, model.backbone.device
     if dtype != "float32" or device.type not in ("cpu", "cuda") or model_type not in LAYER_PARTS:
         raise SettingError(
             f'backend "onnxruntime" runs {", ".join(LAYER_PARTS)} in float32 on cpu or cuda, got a model of type '
@@ -195,7 +196,7 @@ class OnnxBackend(_PaddedRows):
         model: see `onnx_backend`.
     """
 
-    def __init__(self, model: ExitModel) -> None:
+    def __init__(self, model: EncoderParts) -> None:
         self.device = torch.device("cpu")
         self.num_layers = model.num_layers
         self._sessions = OnnxSessions(model, self.device)
@@ -236,8 +237,8 @@ class OnnxBackend(_PaddedRows):
             batch = self.run_layer(layer_index, batch)
             return batch, self.classify(layer_index, batch)
         feed = self._layer_feed(batch) | self._pooling_feed(batch)
-        hidden_states, readings = self._sessions.layers[layer_index].run(None, feed)
-        return batch.moved_to(hidden_states), torch.from_numpy(readings)
+        hidden_states, exit_features = self._sessions.layers[layer_index].run(None, feed)
+        return batch.moved_to(hidden_states), torch.from_numpy(exit_features)
 
     def select(self, batch: OnnxBatch, rows: Sequence[int]) -> OnnxBatch:
         """Keep some rows, and no more padding than they need."""
@@ -273,10 +274,10 @@ class BoundOnnxBackend(_PaddedRows):
         model: see `onnx_backend`.
     """
 
-    def __init__(self, model: ExitModel) -> None:
-        self.device = model.device
+    def __init__(self, model: EncoderParts) -> None:
+        self.device = model.backbone.device
         self.num_layers = model.num_layers
-        self._hidden_size = int(model.config.hidden_size)
+        self._hidden_size = int(model.backbone.config.hidden_size)
         self._sessions = OnnxSessions(model, self.device)
 
     def start(self, rows: Sequence[TokenRow]) -> BoundBatch:
@@ -306,7 +307,7 @@ class BoundOnnxBackend(_PaddedRows):
         """Logits and what the policy reads."""
         session = self._sessions.classifier(layer_index)
         feed = {HIDDEN: batch.hidden_states, **self._pooling_feed(batch)}
-        return self._run(session, feed, {READINGS: self._readings_shape(session, batch)})[0]
+        return self._run(session, feed, {EXIT_FEATURES: self._exit_features_shape(session, batch)})[0]
 
     def pass_layer(self, layer_index: int, batch: BoundBatch) -> tuple[BoundBatch, Tensor]:
         """`run_layer` and `classify`, in one session where layers do not share their weights."""
@@ -316,11 +317,11 @@ class BoundOnnxBackend(_PaddedRows):
             return batch, self.classify(layer_index, batch)
         shapes = {
             OUTPUT: tuple(batch.hidden_states.shape),
-            READINGS: self._readings_shape(session, batch),
+            EXIT_FEATURES: self._exit_features_shape(session, batch),
         }
         feed = self._layer_feed(batch) | self._pooling_feed(batch)
-        hidden_states, readings = self._run(session, feed, shapes)
-        return batch.moved_to(hidden_states), readings
+        hidden_states, exit_features = self._run(session, feed, shapes)
+        return batch.moved_to(hidden_states), exit_features
 
     def select(self, batch: BoundBatch, rows: Sequence[int]) -> BoundBatch:
         """Keep some rows, and no more padding than they need."""
@@ -342,8 +343,8 @@ class BoundOnnxBackend(_PaddedRows):
         shapes = {OUTPUT: tuple(batch.hidden_states.shape)}
         return batch.moved_to(self._run(session, self._layer_feed(batch), shapes)[0])
 
-    def _readings_shape(self, session: Any, batch: BoundBatch) -> tuple[int, ...]:
-        width = next(output.shape[-1] for output in session.get_outputs() if output.name == READINGS)
+    def _exit_features_shape(self, session: Any, batch: BoundBatch) -> tuple[int, ...]:
+        width = next(output.shape[-1] for output in session.get_outputs() if output.name == EXIT_FEATURES)
         return len(batch.lengths), width
 
     def _layer_feed(self, batch: BoundBatch) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from consistentee.backbones.encoders import embedding_projection
 from consistentee.errors import require_extra
-from consistentee.heads.classifiers import InternalClassifiers, PolicyNetwork, exit_readings
+from consistentee.heads.classifiers import InternalClassifiers
+from consistentee.heads.policy import PolicyNetwork, exit_feature_map
 from consistentee.inference.encoder.packed_layers import LayerParts
 
 FUSED = "com.microsoft"
@@ -207,7 +208,7 @@ def add_classifier(
         index: which of them.
 
     Returns:
-        What `heads.exit_readings` says of the pooled states, (rows, classes + width).
+        What `exit_feature_map` makes of the pooled states, (rows, classes + width).
     """
     module: Any = classifiers.layers[index]
     if classifiers.head == "attention":
@@ -227,7 +228,7 @@ def add_classifier(
             pooled = graph.op("MatMul", TOKENS, hidden_states)
         pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
     pooled = graph.op("Tanh", _linear(graph, pooled, dense.weight, dense.bias))
-    return _linear(graph, pooled, *exit_readings(classifiers, policy, index))
+    return _linear(graph, pooled, *exit_feature_map(classifiers, policy, index))
 
 
 def _linear(graph: Graph, inputs: str, weight: Tensor, bias: Tensor) -> str:

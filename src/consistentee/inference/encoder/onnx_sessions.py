@@ -13,7 +13,8 @@ from torch import Tensor
 
 from consistentee.backbones import encoders as backbones
 from consistentee.errors import require_extra
-from consistentee.heads.classifiers import exit_readings
+from consistentee.heads.policy import exit_feature_map
+from consistentee.inference.encoder.backend import EncoderParts, classifier_index, policy_of
 from consistentee.inference.encoder.onnx_graphs import (
     HIDDEN,
     IDS,
@@ -29,10 +30,9 @@ from consistentee.inference.encoder.onnx_graphs import (
     first_position,
 )
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PositionBias, inner_layers
-from consistentee.inference.encoder.torch_backend import ExitModel, classifier_index, policy_of
 from consistentee.threads import usable_threads
 
-OUTPUT, READINGS = "output", "readings"
+OUTPUT, EXIT_FEATURES = "output", "exit_features"
 """Outputs: (rows, width, hidden); (rows, classes + width of the policy)."""
 
 MAX_SEGMENT_BYTES = 1_800_000_000
@@ -50,7 +50,7 @@ class OnnxSessions:
     Attributes:
         embeddings: `IDS`, `POSITIONS` and, with `has_types`, `TYPES` to `OUTPUT`.
         layers: `HIDDEN`, `LENGTHS`, with a position bias `POSITION_BIAS`, and, where `fused` and the layer has a
-            classifier, what `pooling` says, to `OUTPUT` and `READINGS`.
+            classifier, what `pooling` says, to `OUTPUT` and `EXIT_FEATURES`.
         fused: whether layers bring their classifiers; albert's share their weights and do not.
         pooling: what the classifiers' `TOKENS` are: `bias` (0 at tokens, the lowest float at padding), `weights` (each
             token's share of the mean), or None, for classifiers that need none.
@@ -58,7 +58,7 @@ class OnnxSessions:
         first_position: where positions begin to count.
     """
 
-    def __init__(self, model: ExitModel, device: torch.device) -> None:
+    def __init__(self, model: EncoderParts, device: torch.device) -> None:
         self._model, self._device = model, device
         self.num_layers = model.num_layers
         config: Any = model.backbone.config
@@ -72,15 +72,15 @@ class OnnxSessions:
         self.position_bias = (
             PositionBias(model.backbone, "float32", device) if model_type == "mpnet" else None
         )
-        self._hidden_size = int(model.config.hidden_size)
+        self._hidden_size = int(model.backbone.config.hidden_size)
         self._num_heads = int(getattr(config, "num_attention_heads", None) or config.n_heads)
         self._parts = LAYER_PARTS[model_type]
         groups = [inner_layers(module) for module in backbones.encoder_layers(model.backbone)]
         self._groups = [
             groups[int(index / (self.num_layers / len(groups)))] for index in range(self.num_layers)
         ]
-        readings = exit_readings(classifiers, policy_of(model), 0)[1]
-        self._shapes: dict[str, Sequence[int | str]] = {READINGS: ("rows", len(readings))}
+        exit_features = exit_feature_map(classifiers, policy_of(model), 0)[1]
+        self._shapes: dict[str, Sequence[int | str]] = {EXIT_FEATURES: ("rows", len(exit_features))}
         self.embeddings = self._embedding_session()
         self.fused = len(groups) == self.num_layers
         if self.fused:
@@ -105,7 +105,7 @@ class OnnxSessions:
         return self._whole or None
 
     def classifier(self, layer_index: int) -> Any:
-        """A layer's classifier alone: `HIDDEN` and, with `pooling`, `TOKENS` to `READINGS`; made when first asked for.
+        """A layer's classifier alone, made when asked for: `HIDDEN` and, with `pooling`, `TOKENS` to `EXIT_FEATURES`.
 
         Raises:
             ValueError: the layer has none.
@@ -142,7 +142,7 @@ class OnnxSessions:
             inputs[POSITION_BIAS] = (1, self._num_heads, "width", "width")
         outputs = {OUTPUT: value}
         if index is not None:
-            outputs[READINGS] = self._add_classifier(graph, value, index, inputs)
+            outputs[EXIT_FEATURES] = self._add_classifier(graph, value, index, inputs)
         return make_session(graph.serialize(inputs, outputs, self._shapes), self._device)
 
     def _embedding_session(self) -> Any:
@@ -156,8 +156,10 @@ class OnnxSessions:
     def _classifier_session(self, index: int) -> Any:
         graph = Graph()
         inputs = self._hidden_input()
-        readings = self._add_classifier(graph, HIDDEN, index, inputs)
-        return make_session(graph.serialize(inputs, {READINGS: readings}, self._shapes), self._device)
+        exit_features = self._add_classifier(graph, HIDDEN, index, inputs)
+        return make_session(
+            graph.serialize(inputs, {EXIT_FEATURES: exit_features}, self._shapes), self._device
+        )
 
     def _hidden_input(self) -> dict[str, Sequence[int | str]]:
         return {HIDDEN: ("rows", "width", self._hidden_size)}
@@ -200,7 +202,7 @@ def make_session(model: bytes, device: torch.device) -> Any:
     return runtime.InferenceSession(model, options, providers=[("CUDAExecutionProvider", cuda)])
 
 
-def full_model_session(model: ExitModel) -> Any:
+def full_model_session(model: EncoderParts) -> Any:
     """What people compare with: `torch.onnx.export` of the whole model, optimised by ONNX Runtime.
 
     Args:
@@ -242,7 +244,7 @@ def full_model_session(model: ExitModel) -> Any:
 class _FullDepth(torch.nn.Module):
     """All layers and the last classifier, to be exported."""
 
-    def __init__(self, model: ExitModel) -> None:
+    def __init__(self, model: EncoderParts) -> None:
         super().__init__()
         self.backbone, self.classifiers = model.backbone, model.classifiers
 

@@ -1,4 +1,4 @@
-"""Internal classifiers on packed rows: what `heads.py` computes, with the pooling's norm folded into its neighbours.
+"""Internal classifiers on packed rows: what `heads/` computes, with the pooling's norm folded into its neighbours.
 
 The norm of attention pooling is `gamma * z + beta` with normalised tokens z. Its scores against a query q are
 `z . (gamma * q)` plus a constant, which the softmax forgets; the pooled vector is `gamma * sum(w z) + beta` since the
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistentee.heads.classifiers import InternalClassifiers, PolicyNetwork, exit_readings
+from consistentee.heads.classifiers import InternalClassifiers
+from consistentee.heads.policy import PolicyNetwork, exit_feature_map
 from consistentee.inference.encoder.packed_layers import storage_dtype
 from consistentee.inference.encoder.packing import Group, PackedBatch
 from consistentee.inference.encoder.prepacked_linear import make_linear
@@ -38,12 +39,14 @@ class PackedClassifiers:
         kind = _AttentionPooled if classifiers.head == "attention" else _Pooled
         indices = range(len(classifiers.layers))
         self._pooled = [kind(classifiers, index, dtype, device) for index in indices]
-        readings = [exit_readings(classifiers, policy, index) for index in indices]
-        self._readings = [tuple(part.to(device).clone() for part in reading) for reading in readings]
+        exit_features = [exit_feature_map(classifiers, policy, index) for index in indices]
+        self._exit_features = [
+            tuple(part.to(device).clone() for part in reading) for reading in exit_features
+        ]
 
     def __call__(self, index: int, batch: PackedBatch) -> Tensor:
-        """What `exit_readings` says of one layer's rows, (rows, classes + width), float32."""
-        weight, bias = self._readings[index]
+        """What `exit_feature_map` makes of one layer's rows, (rows, classes + width), float32."""
+        weight, bias = self._exit_features[index]
         return torch.nn.functional.linear(self._pooled[index](batch).float(), weight, bias)
 
 

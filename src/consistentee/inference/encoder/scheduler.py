@@ -1,7 +1,7 @@
-"""Rows on their way through the layers: who leaves where, and how the rest stay together.
+"""Rows on their way through the layers: who exits where, and how the rest stay together.
 
-A *flight* is a batch between two layers with what its rows bring along. It passes a layer, rows that leave are written
-down, the rest close up; in throughput mode neighbouring flights that have become small join.
+An *active batch* is a batch between two layers with what its rows bring along. It passes a layer, rows that exit are
+written down, the rest close up; in throughput mode neighbouring batches that have become small are merged.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import Answers, Backend, TokenRow
-from consistentee.inference.encoder.incremental_scores import ExitDecisions, RowFigures, log_softmax
+from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores, log_softmax
 
 AHEAD = {"cpu": 0, "cuda": 1}
-"""Flights that are launched before the host asks who leaves an earlier one: on a GPU it decides about one flight while
-the device computes the next. Nothing is computed in vain."""
+"""Batches submitted before the host asks who exits from an earlier one: on a GPU it decides about one while the device
+computes the next. Nothing is computed in vain."""
 
 SPLIT_TOKENS = 16384
-"""Latency mode on a GPU: a batch of so many tokens goes as two halves, so that there is a next flight to compute."""
+"""Latency mode on a GPU: a batch of so many tokens goes as two halves, so that there is a next one to compute."""
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Throughput mode: tokens that go through a layer together. More hardly helps and falls out of the caches."""
@@ -32,12 +33,12 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 @dataclass(frozen=True)
 class ExitRule:
-    """When rows leave.
+    """When rows exit.
 
     Args:
-        criterion: `policy`, `confidence`, `entropy` or `patience`; None: nothing leaves before the last layer.
-        threshold: a row leaves at the first layer whose exit score exceeds it.
-        exit_layers: leave there instead, 1-based, one for each row of a run: to study speed. The criterion is still
+        criterion: one of `criteria.CRITERIA`; None: nothing exits before the last layer.
+        threshold: a row exits at the first layer whose exit score exceeds it.
+        exit_layers: exit there instead, 1-based, one for each row of a run: to study speed. The criterion is still
             computed, so that the cost is real.
     """
 
@@ -51,18 +52,18 @@ class ExitRule:
         return cls(None)
 
     @classmethod
-    def forced(cls, exit_layers: Sequence[int]) -> ExitRule:
-        """Every row leaves where it is told to; the policy is computed all the same."""
+    def fixed(cls, exit_layers: Sequence[int]) -> ExitRule:
+        """Every row exits where it is told to; the policy is computed all the same."""
         return cls("policy", exit_layers=tuple(exit_layers))
 
-    def never_leaves(self, num_layers: int) -> bool:
+    def never_exits(self, num_layers: int) -> bool:
         """Whether no score can exceed the threshold before the last layer."""
         if self.criterion is None or self.exit_layers is not None:
             return self.criterion is None
-        return self.threshold >= (num_layers - 1 if self.criterion == "patience" else 1)
+        return EXIT_CRITERIA[self.criterion].thresholds.lets_nobody_exit(self.threshold, num_layers)
 
     def check(self, rows: int, num_layers: int) -> None:
-        """Raise unless forced exit layers fit the rows and the model.
+        """Raise unless fixed exit layers fit the rows and the model.
 
         Raises:
             ValueError: they are not one for each row, or not among the layers.
@@ -79,18 +80,18 @@ class ExitRule:
 
 
 @dataclass
-class Flight:
+class ActiveBatch:
     """Rows between two layers.
 
     Args:
         batch: the backend's.
         rows: which of the run's rows they are.
-        figures: what the exit decisions carry along.
+        history: what their exit scores carry along.
     """
 
     batch: Any
     rows: list[int]
-    figures: RowFigures
+    history: ExitHistory
 
 
 class HostCopy:
@@ -120,7 +121,7 @@ def run_rows(
     *,
     batch_size: int | None,
     rule: ExitRule,
-    decisions: ExitDecisions | None,
+    exit_scores: IncrementalExitScores | None,
     num_classes: int,
 ) -> Answers:
     """Answers for tokenized rows.
@@ -129,15 +130,15 @@ def run_rows(
         backend: runs the layers.
         rows: what `encode_texts` gives, none longer than the model's positions.
         batch_size: rows that start together (latency mode); None: throughput mode, all rows one window.
-        rule: when they leave.
-        decisions: the arithmetic of the rule's criterion; None: all layers for all rows.
+        rule: when they exit.
+        exit_scores: of the rule's criterion; None: all layers for all rows.
         num_classes: classes of the model.
 
     Raises:
-        ValueError: forced exit layers that do not fit.
+        ValueError: fixed exit layers that do not fit.
     """
     rule.check(len(rows), backend.num_layers)
-    run = _Run(backend, rows, rule, decisions, num_classes)
+    run = _Run(backend, rows, rule, exit_scores, num_classes)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     if batch_size is None:
         run.move(run.token_batches(order), pooled=True)
@@ -154,7 +155,7 @@ class _Run:
     backend: Backend[Any]
     inputs: Sequence[TokenRow]
     rule: ExitRule
-    decisions: ExitDecisions | None
+    exit_scores: IncrementalExitScores | None
     num_classes: int
     labels: list[int] = field(init=False)
     scores: list[float] = field(init=False)
@@ -184,36 +185,41 @@ class _Run:
     def halves(self, batch: list[int]) -> list[list[int]]:
         """A batch of latency mode in the parts it goes in: one, or two where the host works beside the device."""
         tokens = sum(len(self.inputs[row]["input_ids"]) for row in batch)
-        if not self.ahead or self.decisions is None or tokens < SPLIT_TOKENS or len(batch) < 2:
+        if not self.ahead or self.exit_scores is None or tokens < SPLIT_TOKENS or len(batch) < 2:
             return [batch]
         middle = len(batch) // 2
         return [batch[:middle], batch[middle:]]
 
     def move(self, parts: Sequence[list[int]], *, pooled: bool) -> None:
-        """Take some batches through the model, layer by layer, until the last row has left."""
-        if self.decisions is None:
+        """Take some batches through the model, layer by layer, until the last row has exited."""
+        if self.exit_scores is None:
             for part in parts:
                 self._run_through(part)
             return
-        flights: Iterable[Flight] = [self._start(part, self.decisions) for part in parts]
+        batches: Iterable[ActiveBatch] = [self._start(part, self.exit_scores) for part in parts]
         for layer_index in range(self.backend.num_layers):
-            flights = self._layer(flights, layer_index, self.decisions, pooled=pooled)
+            batches = self._layer(batches, layer_index, self.exit_scores, pooled=pooled)
             if not self.ahead:  # one layer for all, then the next: its weights stay in the caches
-                flights = list(flights)
-        for _ in flights:
-            raise AssertionError("after the last layer nobody is left")
+                batches = list(batches)
+        for _ in batches:
+            raise AssertionError("after the last layer no row is left")
 
     def _layer(
-        self, flights: Iterable[Flight], layer_index: int, decisions: ExitDecisions, *, pooled: bool
-    ) -> Iterator[Flight]:
-        """Take flights past one layer; gives those of which somebody is left, in their order."""
-        in_air: deque[tuple[Flight, HostCopy]] = deque()
-        for flight in self._join(flights) if pooled else flights:
-            in_air.append(self._launch(flight, layer_index))
-            if len(in_air) > self.ahead:
-                yield from self._settle(*in_air.popleft(), layer_index, decisions)
-        while in_air:
-            yield from self._settle(*in_air.popleft(), layer_index, decisions)
+        self,
+        batches: Iterable[ActiveBatch],
+        layer_index: int,
+        exit_scores: IncrementalExitScores,
+        *,
+        pooled: bool,
+    ) -> Iterator[ActiveBatch]:
+        """Take batches past one layer; gives those of which rows are left, in their order."""
+        submitted: deque[tuple[ActiveBatch, HostCopy]] = deque()
+        for active in self._join(batches) if pooled else batches:
+            submitted.append(self._submit(active, layer_index))
+            if len(submitted) > self.ahead:
+                yield from self._collect(*submitted.popleft(), layer_index, exit_scores)
+        while submitted:
+            yield from self._collect(*submitted.popleft(), layer_index, exit_scores)
 
     def _run_through(self, part: list[int]) -> None:
         """All layers for some rows, and the last classifier."""
@@ -222,40 +228,42 @@ class _Run:
         self.real_tokens += backend.num_layers * sum(backend.lengths(batch))
         self.computed_tokens += backend.num_layers * backend.computed_tokens(batch)
         last = backend.num_layers - 1
-        readings = backend.classify(last, batch)
-        self._write(part, readings[:, : self.num_classes].cpu().numpy(), last)
+        exit_features = backend.classify(last, batch)
+        self._write(part, exit_features[:, : self.num_classes].cpu().numpy(), last)
 
-    def _start(self, part: list[int], decisions: ExitDecisions) -> Flight:
+    def _start(self, part: list[int], exit_scores: IncrementalExitScores) -> ActiveBatch:
         batch = self.backend.start([self.inputs[row] for row in part])
-        return Flight(batch, part, decisions.begin(len(part), self.num_classes))
+        return ActiveBatch(batch, part, exit_scores.begin(len(part)))
 
-    def _launch(self, flight: Flight, layer_index: int) -> tuple[Flight, HostCopy]:
-        """Start one layer and its classifier."""
+    def _submit(self, active: ActiveBatch, layer_index: int) -> tuple[ActiveBatch, HostCopy]:
+        """Start one layer and its classifier; does not wait for a GPU."""
         backend = self.backend
-        batch, readings = backend.pass_layer(layer_index, flight.batch)
+        batch, exit_features = backend.pass_layer(layer_index, active.batch)
         self.real_tokens += sum(backend.lengths(batch))
         self.computed_tokens += backend.computed_tokens(batch)
-        return Flight(batch, flight.rows, flight.figures), HostCopy(readings)
+        return ActiveBatch(batch, active.rows, active.history), HostCopy(exit_features)
 
-    def _settle(
-        self, flight: Flight, readings: HostCopy, layer_index: int, decisions: ExitDecisions
-    ) -> Iterator[Flight]:
-        """Write down who leaves after a layer, and give the rest, if there is one."""
-        scores = decisions.step(flight.figures, readings.wait())
-        leaves = self._leaves(flight.rows, scores, layer_index)
-        if not leaves.any():
-            yield flight
+    def _collect(
+        self,
+        active: ActiveBatch,
+        exit_features: HostCopy,
+        layer_index: int,
+        exit_scores: IncrementalExitScores,
+    ) -> Iterator[ActiveBatch]:
+        """Write down who exits after a layer, and give the rest, if there is one."""
+        scores = exit_scores.step(active.history, exit_features.wait())
+        exits = self._exits(active.rows, scores, layer_index)
+        if not exits.any():
+            yield active
             return
-        gone, stay = np.flatnonzero(leaves).tolist(), np.flatnonzero(~leaves).tolist()
-        self._write([flight.rows[p] for p in gone], flight.figures.prediction_logits[gone], layer_index)
+        exiting, stay = np.flatnonzero(exits).tolist(), np.flatnonzero(~exits).tolist()
+        self._write([active.rows[p] for p in exiting], active.history.prediction_logits[exiting], layer_index)
         if stay:
-            rows = [flight.rows[position] for position in stay]
-            yield Flight(self.backend.select(flight.batch, stay), rows, flight.figures.select(stay))
+            rows = [active.rows[position] for position in stay]
+            yield ActiveBatch(self.backend.select(active.batch, stay), rows, active.history.select(stay))
 
-    def _leaves(
-        self, rows: Sequence[int], scores: NDArray[np.float32], layer_index: int
-    ) -> NDArray[np.bool_]:
-        """Which rows leave here, (rows,)."""
+    def _exits(self, rows: Sequence[int], scores: NDArray[np.float32], layer_index: int) -> NDArray[np.bool_]:
+        """Which rows exit here, (rows,)."""
         if layer_index == self.backend.num_layers - 1:
             return np.ones(len(rows), dtype=np.bool_)
         if self.rule.exit_layers is not None:
@@ -263,30 +271,30 @@ class _Run:
         return scores > self.rule.threshold
 
     def _write(self, rows: Sequence[int], logits: NDArray[np.float32], layer_index: int) -> None:
-        """Note label, score and exit layer of rows that leave, by their logits (rows, classes)."""
+        """Note label, score and exit layer of rows that exit, by their logits (rows, classes)."""
         labels = logits.argmax(1)
         scores = np.exp(log_softmax(logits)[np.arange(len(logits)), labels])
         for row, label, score in zip(rows, labels.tolist(), scores.tolist(), strict=True):
             self.labels[row], self.scores[row], self.exit_layers[row] = label, score, layer_index + 1
 
-    def _join(self, flights: Iterable[Flight]) -> Iterator[Flight]:
+    def _join(self, batches: Iterable[ActiveBatch]) -> Iterator[ActiveBatch]:
         """Join neighbours as long as together they are no larger than one batch."""
-        group: list[Flight] = []
+        group: list[ActiveBatch] = []
         tokens = 0
-        for flight in flights:
-            size = sum(self.backend.lengths(flight.batch))
+        for active in batches:
+            size = sum(self.backend.lengths(active.batch))
             fits = tokens + size <= self.most_tokens
-            if group and not (fits and self.backend.can_merge(group[-1].batch, flight.batch)):
+            if group and not (fits and self.backend.can_merge(group[-1].batch, active.batch)):
                 yield self._merged(group)
                 group, tokens = [], 0
-            group.append(flight)
+            group.append(active)
             tokens += size
         if group:
             yield self._merged(group)
 
-    def _merged(self, flights: Sequence[Flight]) -> Flight:
-        if len(flights) == 1:
-            return flights[0]
-        batch = self.backend.merge([flight.batch for flight in flights])
-        rows = [row for flight in flights for row in flight.rows]
-        return Flight(batch, rows, RowFigures.merge([flight.figures for flight in flights]))
+    def _merged(self, batches: Sequence[ActiveBatch]) -> ActiveBatch:
+        if len(batches) == 1:
+            return batches[0]
+        batch = self.backend.merge([active.batch for active in batches])
+        rows = [row for active in batches for row in active.rows]
+        return ActiveBatch(batch, rows, ExitHistory.merge([active.history for active in batches]))

@@ -13,24 +13,18 @@ from transformers import PreTrainedModel
 
 from consistentee.backbones import encoders as backbones
 from consistentee.errors import SettingError
-from consistentee.heads.classifiers import PolicyNetwork, exit_readings
-from consistentee.inference.encoder.backend import TokenRow
+from consistentee.heads.policy import exit_feature_map
+from consistentee.inference.encoder.backend import EncoderParts, TokenRow, classifier_index, policy_of
 from consistentee.inference.encoder.packed_heads import PackedClassifiers
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PackedLayers, storage_dtype
 from consistentee.inference.encoder.packing import PackedBatch, pack
 from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16, has_int8
-from consistentee.models.sequence_classification import (
-    EarlyExitForSequenceClassification,
-    FullDepthForSequenceClassification,
-)
-
-ExitModel = EarlyExitForSequenceClassification | FullDepthForSequenceClassification
 
 WIDTH_STEP = 8
 """Padded rows are padded to multiples of this, so that batches of similar rows can be joined."""
 
 
-def torch_backend(model: ExitModel, dtype: str) -> PackedBackend | PaddedBackend:
+def torch_backend(model: EncoderParts, dtype: str) -> PackedBackend | PaddedBackend:
     """The backend that suits a model, on the model's device.
 
     Args:
@@ -40,7 +34,7 @@ def torch_backend(model: ExitModel, dtype: str) -> PackedBackend | PaddedBackend
     Raises:
         ValueError: int8 for a type that runs padded, or on another device.
     """
-    model_type = model.config.backbone_config.model_type
+    model_type = model.backbone.config.model_type
     if model_type in LAYER_PARTS:
         return PackedBackend(model, dtype)
     if dtype == "int8":
@@ -51,28 +45,18 @@ def torch_backend(model: ExitModel, dtype: str) -> PackedBackend | PaddedBackend
     return PaddedBackend(model, dtype)
 
 
-def torch_dtypes(model: ExitModel) -> tuple[str, ...]:
+def torch_dtypes(model: EncoderParts) -> tuple[str, ...]:
     """The dtypes that this model runs in on its device: what `auto` chooses from, float32 first."""
-    device = model.device
+    device = model.backbone.device
     if device.type == "cuda":
         half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
         return ("float32", half)
     found = ["float32"]
     if device.type == "cpu" and has_fast_bfloat16():
         found.append("bfloat16")
-    if has_int8(device) and model.config.backbone_config.model_type in LAYER_PARTS:
+    if has_int8(device) and model.backbone.config.model_type in LAYER_PARTS:
         found.append("int8")
     return tuple(found)
-
-
-def classifier_index(model: ExitModel, layer_index: int) -> int:
-    """A plain model's only classifier sits on its last layer."""
-    return layer_index if isinstance(model, EarlyExitForSequenceClassification) else 0
-
-
-def policy_of(model: ExitModel) -> PolicyNetwork | None:
-    """A plain model has none."""
-    return model.policy if isinstance(model, EarlyExitForSequenceClassification) else None
 
 
 def token_tensors(
@@ -105,13 +89,15 @@ class PackedBackend:
 
     name = "torch"
 
-    def __init__(self, model: ExitModel, dtype: str) -> None:
+    def __init__(self, model: EncoderParts, dtype: str) -> None:
         self.model = model
         self.dtype = dtype
-        self.device = model.device
+        self.device = model.backbone.device
         self.num_layers = model.num_layers
-        self._layers = PackedLayers(model.backbone, dtype, model.device)
-        self._classifiers = PackedClassifiers(model.classifiers, policy_of(model), dtype, model.device)
+        self._layers = PackedLayers(model.backbone, dtype, model.backbone.device)
+        self._classifiers = PackedClassifiers(
+            model.classifiers, policy_of(model), dtype, model.backbone.device
+        )
 
     def start(self, rows: Sequence[TokenRow]) -> PackedBatch:
         """Embed the rows."""
@@ -177,16 +163,18 @@ class PaddedBackend:
 
     name = "torch"
 
-    def __init__(self, model: ExitModel, dtype: str) -> None:
+    def __init__(self, model: EncoderParts, dtype: str) -> None:
         kind: torch.dtype = getattr(torch, dtype)
         self.model: Any = model
-        if model.dtype != kind:
+        if model.backbone.dtype != kind:
             self.model = copy.deepcopy(model)
             self.model.to(kind)
         indices = range(len(model.classifiers.layers))
-        self._readings = [exit_readings(model.classifiers, policy_of(model), index) for index in indices]
+        self._exit_feature_maps = [
+            exit_feature_map(model.classifiers, policy_of(model), index) for index in indices
+        ]
         self.dtype = dtype
-        self.device = model.device
+        self.device = model.backbone.device
         self.num_layers = model.num_layers
 
     def start(self, rows: Sequence[TokenRow]) -> PaddedBatch:
@@ -213,7 +201,7 @@ class PaddedBackend:
         index = classifier_index(self.model, layer_index)
         state = batch.state
         pooled, _ = self.model.classifiers(index, state.hidden_states, state.attention_mask)
-        return torch.nn.functional.linear(pooled.float(), *self._readings[index])
+        return torch.nn.functional.linear(pooled.float(), *self._exit_feature_maps[index])
 
     def pass_layer(self, layer_index: int, batch: PaddedBatch) -> tuple[PaddedBatch, Tensor]:
         """`run_layer` and `classify`."""

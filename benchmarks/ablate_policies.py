@@ -129,7 +129,7 @@ def _fits(
 ) -> list[Tensor]:
     """Exit probabilities of the judged rows under the policies of several seeds; without a price, for the range."""
     source = seen if config.policy_data == "seen" else held
-    weights = hardness(config.hardness, source.layer_logits, source.labels)
+    weights = hardness(config.hardness, **source.outcomes)
     model = saved.early_exit_model
     model.config.initial_exit_bias = config.initial_exit_bias
     probs: list[Tensor] = []

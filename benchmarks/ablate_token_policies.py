@@ -38,10 +38,11 @@ from consistentee.data.generation_batches import (
 )
 from consistentee.evaluation.teacher_forcing import ReferencePasses, reference_rows
 from consistentee.evaluation.text_metrics import text_metrics
+from consistentee.functional.hardness import hardness
 from consistentee.inference.timing import environment
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.training.policy import fit_policy_on
-from consistentee.training.token_policy import token_hardness, token_losses
+from consistentee.training.token_policy import token_losses
 from consistentee.training.token_states import TokenStates, run_token_states
 
 PRICES = (0.002, 0.2)
@@ -194,7 +195,7 @@ def _fit(saved: LoadedGenerator, states: TokenStates, config: GenerationTraining
         model.new_policy().float(),
         states.pooled,
         token_losses(config.reward_loss, states, config.reward_target),
-        token_hardness(config.hardness, states),
+        hardness(config.hardness, **states.outcomes),
         layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
         price_range=PRICES,
         config=config,

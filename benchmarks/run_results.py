@@ -154,7 +154,7 @@ def _figures_of(saved: LoadedClassifier, evaluation: TextDataset, task: str) -> 
 def _exit_figures(states: LayerStates, thresholds: dict[str, float], task: str) -> dict[str, Any]:
     right = (states.layer_logits.argmax(-1) == states.labels[:, None]).float()
     num_layers = right.shape[1]
-    layers = memorized_layer(states.classifier_logits, states.labels)
+    layers = memorized_layer(states.classifier_logits.argmax(-1) == states.labels[:, None])
     figures: dict[str, Any] = {
         "per_layer_accuracy": right.mean(0).tolist(),
         "classifier_accuracy": _accuracy_by_layer(states.classifier_logits, states.labels),

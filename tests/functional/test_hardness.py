@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from consistentee.functional.hardness import HARDNESS_MEASURES, hardness, memorized_layer
+from consistentee.config import HardnessMeasure, TokenHardness
+from consistentee.functional.hardness import (
+    HARDNESS,
+    HARDNESS_MEASURES,
+    TOKEN_HARDNESS_MEASURES,
+    hardness,
+    memorized_layer,
+)
+from consistentee.functional.losses import layer_losses
 
 
-def logits_that_are(*right: tuple[int, ...]) -> Tensor:
-    """Logits whose layers are right (1) or wrong (0) about class 1: (rows, layers, 2)."""
-    return torch.nn.functional.one_hot(torch.tensor(right), 2).float()
+def of_logits(measure: str, layer_logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Hardness of rows with these logits, (rows, layers, classes)."""
+    return hardness(
+        measure,
+        losses=layer_losses(layer_logits, labels),
+        right=layer_logits.argmax(-1) == labels[:, None],
+        last_logits=layer_logits[:, -1],
+        labels=labels,
+        forgetting_counts=counts,
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,28 +45,27 @@ def logits_that_are(*right: tuple[int, ...]) -> Tensor:
     ],
 )
 def test_memorized_layer(right: tuple[int, ...], expected: int):
-    layers = memorized_layer(logits_that_are(right), torch.tensor([1]))
+    layers = memorized_layer(torch.tensor([right]).bool())
     assert layers.tolist() == [expected]
     assert layers.dtype == torch.int64
 
 
 def test_memorized_layer_is_the_definition():
-    layer_logits, labels = torch.randn(60, 5, 3), torch.randint(3, (60,))
-    right = layer_logits.argmax(-1) == labels[:, None]
-    for row, layer in enumerate(memorized_layer(layer_logits, labels).tolist()):
+    right = torch.rand(60, 5) < 0.4
+    for row, layer in enumerate(memorized_layer(right).tolist()):
         starts = [t for t in range(1, 6) if right[row, t - 1 :].all()]
         assert layer == (min(starts) if starts else 5)
 
 
 def test_memorized_layer_of_one_layer():
-    assert memorized_layer(logits_that_are((0,), (1,)), torch.tensor([1, 1])).tolist() == [1, 1]
+    assert memorized_layer(torch.tensor([[False], [True]])).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("measure", HARDNESS_MEASURES)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
 def test_every_measure_lies_between_zero_and_one(measure: str, scale: float):
     layer_logits, labels = torch.randn(200, 4, 3) * scale, torch.randint(3, (200,))
-    values = hardness(measure, layer_logits, labels, forgetting_counts=torch.randint(5, (200,)))
+    values = of_logits(measure, layer_logits, labels, torch.randint(5, (200,)))
     assert values.shape == (200,)
     assert values.dtype == torch.float32
     assert (values >= 0).all()
@@ -65,7 +80,7 @@ def test_measures_by_hand():
     layer_logits = probabilities.log()
 
     def of(measure: str, counts: Tensor | None = None) -> list[float]:
-        return hardness(measure, layer_logits, labels, forgetting_counts=counts).tolist()
+        return of_logits(measure, layer_logits, labels, counts).tolist()
 
     assert of("memorized_layer") == [0.5, 0.5, 1.0]
     assert of("uniform") == [0.0, 0.0, 0.0]
@@ -80,19 +95,22 @@ def test_measures_by_hand():
 
 def test_forgetting_events_never_seen_are_no_hardness():
     counts = torch.zeros(3, dtype=torch.int64)
-    values = hardness(
-        "forgetting_events", torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.int64), forgetting_counts=counts
-    )
-    assert values.tolist() == [0.0, 0.0, 0.0]
+    assert hardness("forgetting_events", forgetting_counts=counts).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_forgetting_events_need_counts():
     with pytest.raises(
-        ValueError, match='"forgetting_events" needs forgetting_counts from the warm-up, got None'
+        ValueError, match=r'^hardness "forgetting_events" needs forgetting_counts, got None.$'
     ):
-        hardness("forgetting_events", torch.zeros(1, 2, 2), torch.tensor([0]))
+        hardness("forgetting_events", losses=torch.zeros(1, 2))
 
 
 def test_an_unknown_measure_is_named():
     with pytest.raises(ValueError, match=r'hardness must be one of memorized_layer, .*uniform, got "mood"'):
-        hardness("mood", torch.zeros(1, 2, 2), torch.tensor([0]))
+        hardness("mood", losses=torch.zeros(1, 2))
+
+
+def test_the_settings_name_what_the_table_has():
+    assert get_args(HardnessMeasure) == HARDNESS_MEASURES
+    assert get_args(TokenHardness) == TOKEN_HARDNESS_MEASURES
+    assert {*HARDNESS_MEASURES, *TOKEN_HARDNESS_MEASURES} == set(HARDNESS)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
-from consistentee.functional.losses import layer_losses
-from consistentee.functional.rewards import REWARD_LOSSES, reward_losses, rewards
+from consistentee.config import RewardLoss, TokenRewardLoss
+from consistentee.functional.rewards import (
+    REWARD_LOSSES,
+    REWARDS,
+    TOKEN_REWARD_LOSSES,
+    reward_losses,
+    rewards,
+)
 
 
 def test_uniform_reward_by_hand():
@@ -37,16 +45,27 @@ def test_a_layer_cost_below_zero_is_an_error():
 
 
 def test_reward_losses():
-    layer_logits, labels = torch.randn(6, 3, 4), torch.randint(4, (6,))
-    torch.testing.assert_close(
-        reward_losses("cross_entropy", layer_logits, labels), layer_losses(layer_logits, labels)
-    )
-    wrong = reward_losses("error", layer_logits, labels)
-    assert torch.equal(wrong == 1, layer_logits.argmax(-1) != labels[:, None])
-    assert set(wrong.unique().tolist()) <= {0.0, 1.0}
-    assert all((reward_losses(kind, layer_logits, labels) >= 0).all() for kind in REWARD_LOSSES)
+    losses = torch.rand(6, 3)
+    right = torch.rand(6, 3) < 0.5
+    assert reward_losses("cross_entropy", losses=losses) is losses
+    assert torch.equal(reward_losses("error", losses=losses, right=right), (~right).float())
+    halves = reward_losses("error", right=torch.tensor([[0.0, 0.5, 1.0]]))
+    assert halves.tolist() == [[1.0, 0.5, 0.0]]
+    assert reward_losses("regret", regret=torch.tensor([[25.0, 10.0, 2.5, 0.0]])).tolist() == [
+        [1, 1, 0.25, 0]
+    ]
 
 
-def test_an_unknown_reward_loss_is_named():
-    with pytest.raises(ValueError, match='reward_loss must be one of cross_entropy, error, got "hinge"'):
-        reward_losses("hinge", torch.zeros(1, 2, 2), torch.tensor([0]))
+def test_unknown_and_missing_reward_losses_are_named():
+    with pytest.raises(
+        ValueError, match=r'^reward_loss must be one of cross_entropy, error, regret, got "hinge"'
+    ):
+        reward_losses("hinge", losses=torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r'^reward_loss "regret" needs regret, got None.$'):
+        reward_losses("regret", losses=torch.zeros(1, 2))
+
+
+def test_the_settings_name_what_the_table_has():
+    assert get_args(RewardLoss) == REWARD_LOSSES
+    assert sorted(get_args(TokenRewardLoss)) == sorted(TOKEN_REWARD_LOSSES)
+    assert {*REWARD_LOSSES, *TOKEN_REWARD_LOSSES} == set(REWARDS)

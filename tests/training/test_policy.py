@@ -95,7 +95,7 @@ def choose(
 def test_a_policy_learns_to_leave_at_the_first_right_layer(estimator: str, reward: str, reward_loss: str):
     config = replace(CONFIG, estimator=estimator, reward=reward, reward_loss=reward_loss)
     states, _ = telling_states()
-    row_hardness = hardness("memorized_layer", states.layer_logits, states.labels)
+    row_hardness = hardness("memorized_layer", **states.outcomes)
     policy = fit_policy(new_policy(), states, row_hardness, layer_cost=0.05, config=config, seed=0)
     fresh, first_right = telling_states(seed=2)
     exit_layer = choose_exit_layer(policy_exit_probs(policy, fresh), 0.5)
@@ -178,9 +178,9 @@ def test_a_fit_comes_close_to_the_best_reward_there_is():
 
 def test_the_hardness_reward_spares_the_hard():
     states, _ = telling_states()
-    row_hardness = hardness("memorized_layer", states.layer_logits, states.labels)
+    row_hardness = hardness("memorized_layer", **states.outcomes)
     guided = layer_rewards(states, row_hardness, replace(CONFIG, reward="hardness"), 0.05)
-    hardest = memorized_layer(states.layer_logits, states.labels) == LAYERS
+    hardest = memorized_layer(states.outcomes["right"]) == LAYERS
     assert (guided[hardest, -1] == 0).all()  # right at the top, and all layers are free
     uniform = layer_rewards(states, row_hardness, CONFIG, 0.05)
     torch.testing.assert_close(uniform[:, -1], torch.full((240,), -0.2))

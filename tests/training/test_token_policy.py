@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from consistentee.config import GenerationTrainingConfig
+from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.functional.curves import CurvePoint
 from consistentee.functional.exits import choose_exit_layer
+from consistentee.functional.hardness import hardness
 from consistentee.functional.losses import exact_policy_loss, sampled_policy_loss
 from consistentee.functional.rewards import rewards
 from consistentee.functional.token_curves import depth_thresholds, static_curve, token_curve, token_threshold
@@ -28,9 +30,7 @@ from consistentee.training.token_policy import (
     number_of_fits,
     token_exit_probs,
     token_folds,
-    token_hardness,
     token_losses,
-    token_memorized_layer,
 )
 from consistentee.training.token_states import TokenStates
 from tiny_training import quick_generation_config
@@ -168,7 +168,9 @@ def test_a_sampled_gradient_is_the_exact_one_on_average() -> None:
     states, _ = telling_states(48)
     torch.manual_seed(0)
     policy = new_policy()
-    reward = rewards(token_losses("cross_entropy", states), 0.1, token_hardness("memorized_layer", states))
+    reward = rewards(
+        token_losses("cross_entropy", states), 0.1, hardness("memorized_layer", **states.outcomes)
+    )
     pooled = torch.as_tensor(states.pooled).float()
 
     def gradient(loss: Tensor) -> Tensor:
@@ -212,12 +214,10 @@ def test_missing_states_are_named() -> None:
 
 
 def test_hardness() -> None:
-    right = torch.tensor([[True, True, True], [True, False, True], [False, False, False]])
-    assert token_memorized_layer(right).tolist() == [1, 3, 3]
     states, first_right = telling_states()
-    assert torch.equal(token_hardness("memorized_layer", states), first_right / LAYERS)
-    assert float(token_hardness("final_loss", states).max()) == pytest.approx(1 - 2.718281828**-0.1)
-    assert float(token_hardness("uniform", states).sum()) == 0
+    assert torch.equal(hardness("memorized_layer", **states.outcomes), first_right / LAYERS)
+    assert float(hardness("final_loss", **states.outcomes).max()) == pytest.approx(1 - 2.718281828**-0.1)
+    assert float(hardness("uniform", **states.outcomes).sum()) == 0
     assert torch.equal(token_losses("error", states), (~states.right).float())
     assert token_losses("cross_entropy", states) is states.losses
     doubtful = replace(states, regret=torch.tensor([[25.0, 10.0, 2.5, 0.0]]))

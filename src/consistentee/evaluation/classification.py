@@ -19,6 +19,7 @@ from consistentee.data.classification import TextDataset
 from consistentee.data.labels import match_labels
 from consistentee.data.parsing import quoted
 from consistentee.data.tasks import TASKS, ClassificationTask
+from consistentee.functional.criteria import check_threshold, exit_scores
 from consistentee.functional.curves import CurvePoint, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import compute_metrics

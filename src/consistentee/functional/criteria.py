@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from consistentee.functional.tables import (
     row_of,
     value_of,
 )
-
-ValueT = TypeVar("ValueT", float, Tensor)
 
 
 def policy_scores(exit_probs: Tensor) -> Tensor:
@@ -96,8 +94,8 @@ def agreement_scores(agreement_probs: Tensor) -> Tensor:
     return agreement_probs
 
 
-def static_scores(layers: ValueT) -> ValueT:
-    """Half a layer more than the number of layers executed, (...), so that `>` means "at least"."""
+def static_scores(layers: Any) -> Any:
+    """Half a layer more than the number of layers executed, a number or (...), so that `>` means "at least"."""
     return layers + 0.5
 
 

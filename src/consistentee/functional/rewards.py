@@ -1,50 +1,63 @@
-"""What a policy is paid for leaving at each layer. Pure functions, one formula one home."""
+"""What a policy is rewarded for exiting at each layer, for rows and for tokens; its losses are a table at the end.
+
+To add a loss, write its function and its row, and put its name into `config.py`.
+"""
 
 from __future__ import annotations
-
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from consistentee.config import RewardLoss
+from consistentee.functional.tables import (
+    CLASSIFICATION,
+    GENERATION,
+    Formula,
+    names_of,
+    row_of,
+    value_of,
+)
 
-REWARD_LOSSES: tuple[str, ...] = get_args(RewardLoss)
+MOST_REGRET = 10.0
+"""Nats beyond which one token is as bad as another."""
 
 
-def reward_losses(kind: str, layer_logits: Tensor, labels: Tensor) -> Tensor:
-    """What a wrong or unsure exit costs at each layer: the quality half of the reward.
+def cross_entropy_losses(losses: Tensor) -> Tensor:
+    """The exit's cross-entropy of the label, as it is: (instances, layers), in nats.
+
+    Source: ConsistentEE (arXiv:2312.11882).
+    """
+    return losses
+
+
+def error_losses(right: Tensor) -> Tensor:
+    """1 where an exit is wrong, which is what accuracy counts: (instances, layers) -> the same, float32.
 
     Args:
-        kind: `cross_entropy` (the paper's) or `error` (1 where the prediction is wrong, which is what accuracy counts).
-        layer_logits: (batch, layers, classes).
-        labels: (batch,), int64.
-
-    Returns:
-        (batch, layers), non-negative.
-
-    Raises:
-        ValueError: if the kind is unknown.
+        right: bool, or the share of several targets that it hits.
     """
-    if kind == "cross_entropy":
-        log_probs = layer_logits.float().log_softmax(-1)
-        return -log_probs.gather(2, labels[:, None, None].expand(-1, log_probs.shape[1], 1)).squeeze(2)
-    if kind == "error":
-        return (layer_logits.argmax(-1) != labels[:, None]).float()
-    raise ValueError(f'reward_loss must be one of {", ".join(REWARD_LOSSES)}, got "{kind}".')
+    return 1 - right.float()
+
+
+def regret_losses(regret: Tensor) -> Tensor:
+    """How much likelier the last layer holds its own token than the exit's, over `MOST_REGRET` and at most 1.
+
+    Args:
+        regret: (instances, layers), in nats.
+    """
+    return regret.clamp_max(MOST_REGRET) / MOST_REGRET
 
 
 def rewards(losses: Tensor, layer_cost: float | Tensor, hardness: Tensor | None = None) -> Tensor:
-    """Reward for leaving at each layer: `-loss_t - layer_cost * t * (1 - hardness)`.
+    """Reward for exiting at each layer: `-loss_t - layer_cost * t * (1 - hardness)`.
 
     Args:
-        losses: (batch, layers), the loss of leaving at each layer (`reward_losses`).
-        layer_cost: price of one layer, >= 0; one for all, or (batch,) one for each instance.
-        hardness: (batch,) in [0, 1], or None for the uniform (plain) reward. An easy instance (0) pays the full
-            price per layer, a hard one (1) uses all layers for nothing.
+        losses: (instances, layers), the loss of exiting at each layer (`reward_losses`).
+        layer_cost: cost of one layer, >= 0; one for all, or (instances,) one for each.
+        hardness: (instances,) in [0, 1], or None for the uniform (plain) reward. An easy instance (0) pays the full
+            cost per layer, a hard one (1) uses all layers for nothing.
 
     Returns:
-        (batch, layers).
+        (instances, layers).
 
     Raises:
         ValueError: if a `layer_cost` is negative.
@@ -55,11 +68,50 @@ def rewards(losses: Tensor, layer_cost: float | Tensor, hardness: Tensor | None 
         >>> rewards(torch.tensor([[0.5, 0.1]]), 0.1, torch.tensor([0.5]))
         tensor([[-0.5500, -0.2000]])
     """
-    costs = torch.as_tensor(layer_cost, dtype=losses.dtype, device=losses.device)
-    if costs.numel() and float(costs.min()) < 0:
-        raise ValueError(f"layer_cost must be >= 0, got {float(costs.min()):g}.")
+    layer_costs = torch.as_tensor(layer_cost, dtype=losses.dtype, device=losses.device)
+    if layer_costs.numel() and float(layer_costs.min()) < 0:
+        raise ValueError(f"layer_cost must be >= 0, got {float(layer_costs.min()):g}.")
     layers = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
-    price = costs.reshape(-1, 1) * layers.expand_as(losses)
+    exit_cost = layer_costs.reshape(-1, 1) * layers.expand_as(losses)
     if hardness is not None:
-        price = price * (1 - hardness[:, None].to(losses.dtype))
-    return -losses - price
+        exit_cost = exit_cost * (1 - hardness[:, None].to(losses.dtype))
+    return -losses - exit_cost
+
+
+REWARDS: dict[str, Formula] = {
+    "cross_entropy": Formula(
+        function=cross_entropy_losses,
+        reads=("losses",),
+        source="ConsistentEE (arXiv:2312.11882)",
+        relation="Also tells how sure a right exit is, and how wrong a wrong one.",
+    ),
+    "error": Formula(
+        function=error_losses,
+        reads=("right",),
+        source="ours: the reward is then the accuracy that is given up for layers",
+        relation="All that an exit's confidence says is left out.",
+    ),
+    "regret": Formula(
+        function=regret_losses,
+        reads=("regret",),
+        tasks=(GENERATION,),
+        source="ours",
+        relation="As `error` against the last layer, but a token as good as the last layer's costs next to nothing.",
+    ),
+}
+REWARD_LOSSES = names_of(REWARDS, CLASSIFICATION)
+TOKEN_REWARD_LOSSES = names_of(REWARDS, GENERATION)
+
+
+def reward_losses(name: str, **known: Tensor | None) -> Tensor:
+    """What a wrong or unsure exit costs at each layer: the quality half of the reward, (instances, layers).
+
+    Args:
+        name: one of `REWARDS`.
+        known: what the row may read, (instances, layers) each: `losses`, the cross-entropies of the labels; `right`,
+            whether an exit gives the target; `regret` in nats.
+
+    Raises:
+        ValueError: the name is unknown, or what it reads is missing.
+    """
+    return value_of(row_of(REWARDS, name, "reward_loss"), f'reward_loss "{name}"', known)

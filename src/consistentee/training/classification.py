@@ -344,7 +344,7 @@ def _report_classifiers(run: Run) -> dict[str, Any]:
             f"No better than the majority class: layer {', '.join(map(str, dead))}. Inputs that leave there are "
             "guesses. Try a higher head_learning_rate, head: attention, or more warmup_epochs."
         )
-    layers = memorized_layer(states.classifier_logits, states.labels)
+    layers = memorized_layer(states.classifier_logits.argmax(-1) == states.labels[:, None])
     return {
         "per_layer_accuracy": accuracies,
         "majority_share": majority,

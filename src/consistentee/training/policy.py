@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consistentee.config import ClassificationTrainingConfig, TrainingConfig
+from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.curves import (
     CurvePoint,
     budget_hits,
@@ -95,7 +96,7 @@ def layer_rewards(
     states: LayerStates, row_hardness: Tensor, config: ClassificationTrainingConfig, layer_cost: float
 ) -> Tensor:
     """Reward of leaving at each layer, (rows, layers), for cached states under the configured reward."""
-    losses = reward_losses(config.reward_loss, states.layer_logits, states.labels)
+    losses = reward_losses(config.reward_loss, **states.outcomes)
     return rewards(losses, layer_cost, row_hardness if config.reward == "hardness" else None)
 
 
@@ -129,7 +130,7 @@ def fit_policy(
     return fit_policy_on(
         policy,
         states.pooled,
-        reward_losses(config.reward_loss, states.layer_logits, states.labels),
+        reward_losses(config.reward_loss, **states.outcomes),
         row_hardness,
         classifier_signals(states.layer_logits) if policy.needs_signals else None,
         layer_cost=layer_cost,
@@ -290,15 +291,13 @@ def choose_policy(
         price_range = min(layer_costs), max(layer_costs)
         layer_costs = (math.sqrt(price_range[0] * price_range[1]),)
     measure = config.hardness
-    policy_hardness = hardness(
-        measure, policy_states.layer_logits, policy_states.labels, forgetting_counts=forgetting_counts
-    )
+    policy_hardness = hardness(measure, **policy_states.outcomes, forgetting_counts=forgetting_counts)
     judged = policy_states if validation_states is None else validation_states
     if validation_states is None:
         judged_hardness = policy_hardness
     else:  # forgetting is counted on the policy's rows only; the judged rows are priced by their memorized layer
         other = "memorized_layer" if measure == "forgetting_events" else measure
-        judged_hardness = hardness(other, judged.layer_logits, judged.labels)
+        judged_hardness = hardness(other, **judged.outcomes)
 
     def fit(rows: Tensor | None, layer_cost: float, fit_seed: int) -> PolicyNetwork:
         with torch.random.fork_rng(devices=generators_of(device)):

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from consistentee.data.batches import TokenizedDataset
+from consistentee.functional.losses import layer_losses
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.progress import track
 
@@ -48,6 +49,16 @@ class LayerStates:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def outcomes(self) -> dict[str, Tensor]:
+        """What reward losses and hardness measures may read."""
+        return {
+            "losses": layer_losses(self.layer_logits, self.labels),
+            "right": self.layer_logits.argmax(-1) == self.labels[:, None],
+            "last_logits": self.layer_logits[:, -1],
+            "labels": self.labels,
+        }
 
 
 @torch.no_grad()

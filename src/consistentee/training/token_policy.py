@@ -16,8 +16,8 @@ from torch.nn import functional
 from consistentee.config import GenerationTrainingConfig
 from consistentee.functional.criteria import EXIT_CRITERIA, GENERATION_CRITERIA
 from consistentee.functional.curves import CurvePoint, curve_score, hits_at_budgets
-from consistentee.functional.hardness import memorized_layer
-from consistentee.functional.rewards import rewards
+from consistentee.functional.hardness import hardness
+from consistentee.functional.rewards import reward_losses, rewards
 from consistentee.functional.token_curves import static_curve, token_curve, token_threshold
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import ConfidenceClassifier
@@ -30,9 +30,6 @@ from consistentee.training.policy import (
     policy_report,
 )
 from consistentee.training.token_states import TokenStates
-
-MOST_REGRET = 10.0
-"""Nats beyond which one token is as bad as another."""
 
 
 @dataclass(frozen=True)
@@ -77,53 +74,18 @@ class TokenPolicyChoice:
         }
 
 
-def token_memorized_layer(right: Tensor) -> Tensor:
-    """The lowest layer from which every layer to the last gives the right token; the last where it is wrong.
+def token_losses(name: str, states: TokenStates, target: str = "reference") -> Tensor:
+    """What leaving at a layer costs in quality, (tokens, layers): `rewards.reward_losses`.
 
     Args:
-        right: (tokens, layers), bool.
-
-    Returns:
-        (tokens,), int64 in 1..layers.
-
-    Source: ConsistentEE (arXiv:2312.11882): a layer is right when its likeliest token is the reference token.
-
-    Example:
-        >>> token_memorized_layer(torch.tensor([[True, False, True]]))
-        tensor([3])
-    """
-    ones = torch.ones(len(right), dtype=torch.int64, device=right.device)
-    return memorized_layer(functional.one_hot(right.long(), 2), ones)
-
-
-def token_hardness(measure: str, states: TokenStates) -> Tensor:
-    """How hard each token is, (tokens,) in [0, 1].
-
-    Args:
-        measure: `memorized_layer`, `final_loss` (one minus the last layer's probability of the reference) or `uniform`.
-        states: of the tokens.
-    """
-    if measure == "memorized_layer":
-        return token_memorized_layer(states.right).float() / states.right.shape[1]
-    if measure == "final_loss":
-        return 1 - (-states.losses[:, -1]).exp()
-    return torch.zeros(len(states))
-
-
-def token_losses(kind: str, states: TokenStates, target: str = "reference") -> Tensor:
-    """What leaving at a layer costs in quality, (tokens, layers).
-
-    Args:
-        kind: `regret` (over `MOST_REGRET`, at most 1), `error` (1 where not right) or `cross_entropy`.
+        name: of the loss.
         states: of the tokens; what is right there depends on their target.
         target: `both` takes the mean of two errors, against the reference and against the last layer.
     """
-    if kind == "cross_entropy":
-        return states.losses
-    if kind == "regret":
-        return states.regret.clamp_max(MOST_REGRET) / MOST_REGRET
-    errors = (~states.right).float()
-    return (errors + (~states.agrees).float()) / 2 if target == "both" else errors
+    known = states.outcomes
+    if target == "both":
+        known["right"] = (states.right.float() + states.agrees.float()) / 2
+    return reward_losses(name, **known)
 
 
 @torch.no_grad()
@@ -232,7 +194,7 @@ def choose_token_policy(
         price_range = min(layer_costs), max(layer_costs)
         layer_costs = (math.sqrt(price_range[0] * price_range[1]),)
     pooled, losses = _pooled(states), token_losses(config.reward_loss, states, config.reward_target)
-    hardness = token_hardness(config.hardness, states)
+    token_hardness = hardness(config.hardness, **states.outcomes)
     judged = states if judged_texts is None else states.first_texts(judged_texts)
     folds = token_folds(states, config.policy_folds, seed, len(judged))
     done = on_fit or (lambda: None)
@@ -245,7 +207,7 @@ def choose_token_policy(
             policy,
             pooled,
             losses,
-            hardness,
+            token_hardness,
             layer_cost=layer_cost,
             price_range=price_range,
             config=config,
@@ -277,7 +239,7 @@ def choose_token_policy(
         reward = rewards(
             losses[: len(judged)],
             layer_cost,
-            hardness[: len(judged)] if config.reward == "hardness" else None,
+            token_hardness[: len(judged)] if config.reward == "hardness" else None,
         )
         points = token_curve(probs[layer_cost], judged.right)
         reports.append(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from consistentee.functional.curves import BUDGETS
+from consistentee.functional.hardness import memorized_layer
 from consistentee.training.run import Run
-from consistentee.training.token_policy import TokenPolicyChoice, token_memorized_layer
+from consistentee.training.token_policy import TokenPolicyChoice
 from consistentee.training.token_states import TokenStates
 
 
@@ -28,7 +29,7 @@ def report_exits(run: Run, states: TokenStates) -> dict[str, Any]:
             f"No better than the commonest token: layer {', '.join(map(str, dead))}. Tokens that leave there are "
             "guesses. Try a higher head_learning_rate, exit_head: low_rank, or more warmup_epochs."
         )
-    layers = token_memorized_layer(states.right)
+    layers = memorized_layer(states.right)
     return {
         "per_layer_accuracy": accuracies,
         "per_layer_loss": states.losses.mean(0).tolist(),

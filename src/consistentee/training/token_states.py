@@ -66,6 +66,11 @@ class TokenStates:
         return TokenStates(**values)
 
     @property
+    def outcomes(self) -> dict[str, Tensor]:
+        """What reward losses and hardness measures may read."""
+        return {"losses": self.losses, "right": self.right, "regret": self.regret}
+
+    @property
     def per_layer_accuracy(self) -> list[float]:
         """Share of tokens that each exit gets right."""
         return self.right.float().mean(0).tolist()

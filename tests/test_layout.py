@@ -38,10 +38,7 @@ CONFIG_ROOMS = re.compile(r"(cli|training\.(run|methods|tasks))(\..+)?|config")
 
 # --- Exceptions -----------------------------------------------------------------------------------
 
-WRONG_WAY: set[tuple[str, str]] = {
-    ("inference.encoder.incremental_scores", "models.sequence_classification"),
-    ("inference.encoder.torch_backend", "models.sequence_classification"),
-}
+WRONG_WAY: set[tuple[str, str]] = set()
 """(importer, imported)"""
 
 IN_CIRCLES: set[tuple[str, str]] = {
@@ -51,7 +48,6 @@ IN_CIRCLES: set[tuple[str, str]] = {
 """(importer, imported), the one import of each circle that is to go"""
 
 TWO_MEANINGS: set[str] = {
-    "CRITERIA",
     "DTYPES",
     "ExitRule",
     "FORMATS",
@@ -61,7 +57,6 @@ TWO_MEANINGS: set[str] = {
     "LOG_ODDS",
     "LayerParts",
     "PLAIN",
-    "RANGES",
     "REPEATS",
     "SPEED_NAMES",
     "embed",

@@ -32,7 +32,7 @@ PROCESSORS = (
     "WatermarkLogitsProcessor",
 )
 """Pure functions of text and scores, row by row."""
-CRITERIA = ("EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria")
+STOPPING_CRITERIA = ("EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria")
 
 
 class TextCriteria(StoppingCriteria):
@@ -47,7 +47,7 @@ def stateful(processors: Sequence[Any], criteria: Sequence[Any], rows: int) -> l
         criteria: that end texts. With one row they are asked about every token in turn in any case.
         rows: of the batch.
     """
-    known = [getattr(transformers, name, None) for name in (*PROCESSORS, *CRITERIA)]
+    known = [getattr(transformers, name, None) for name in (*PROCESSORS, *STOPPING_CRITERIA)]
     asked = [*processors, *(criteria if rows > 1 else ())]
     others = [one for one in asked if type(one) not in known and not isinstance(one, TextCriteria)]
     return list(dict.fromkeys(str(getattr(one, "__name__", type(one).__name__)) for one in others))

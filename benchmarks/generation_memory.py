@@ -60,7 +60,7 @@ def step(way: str, layers: int, batch_size: int, tokens: int) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from consistentee.backbones.decoders import build_decoder
-    from consistentee.evaluation.generation_speed import GENERATION_SHAPES
+    from consistentee.evaluation.speed_generation import GENERATION_SHAPES
     from consistentee.models.causal_lm import EarlyExitForCausalLM
     from consistentee.training.tasks import token_objectives as objectives
 

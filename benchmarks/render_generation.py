@@ -387,12 +387,12 @@ def _memory(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(cells: dict[str, dict[str, Any]]) -> None:
     """The pictures of the page."""
-    from consistentee.evaluation.generation_plots import plot_generation
+    from consistentee.evaluation.plots import plot_evaluation
 
     for task, cell in cells.items():
         if task in ("alpaca", "xsum"):
             title = f"SmolLM2-135M, {TITLES[task]}"
-            plot_generation(_evaluation(cell["evaluation"]), IMAGES / f"generation-{task}.png", title)
+            plot_evaluation(_evaluation(cell["evaluation"]), IMAGES / f"generation-{task}.png", title)
 
 
 def _evaluation(values: dict[str, Any]) -> Any:
@@ -402,14 +402,14 @@ def _evaluation(values: dict[str, Any]) -> Any:
         GenerationEvaluation,
         GenerationExample,
         GenerationPoint,
-        GenerationRival,
+        OtherGenerationCriterion,
     )
 
     def generated(point: dict[str, Any] | None) -> GeneratedPoint | None:
         return None if point is None else GeneratedPoint(**point)
 
     rivals = {
-        name: GenerationRival(
+        name: OtherGenerationCriterion(
             rival["threshold"],
             [GenerationPoint(**point) for point in rival["curve"]],
             [GeneratedPoint(**point) for point in rival["generated"]],

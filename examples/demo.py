@@ -42,7 +42,7 @@ from consistentee.atomic_files import write_json
 from consistentee.data.batches import encode_texts
 from consistentee.errors import require_seed
 from consistentee.evaluation.plots import plot_evaluation
-from consistentee.evaluation.reports import evaluation_report
+from consistentee.evaluation.reports import evaluation_tables
 from consistentee.functional.criteria import CRITERIA
 from consistentee.inference.timing import paired_ratio, synchronised_seconds, time_in_turn
 from consistentee.models.card import other_threshold
@@ -146,7 +146,7 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
         plain = {"accuracy": evaluation.reference.accuracy, "metrics": evaluation.reference.metrics}
         record_evaluation(plain_dir, {"num_examples": len(evaluation_rows), **plain})
     write_json(output_dir / "figures.json", evaluation.to_dict())
-    console.print(evaluation_report(evaluation))
+    console.print(evaluation_tables(evaluation))
     try:
         say(
             f"Picture: {plot_evaluation(evaluation, output_dir / 'trade_off.png', 'Movie-review snippets, MiniLM-L6')}"

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from consistentee.data.generation import InstructionDataset, load_generation_files, load_generation_task
     from consistentee.data.recipes import load_recipe
     from consistentee.errors import DataError, MissingExtraError
-    from consistentee.evaluation.classification import Evaluation, evaluate_layers, evaluate_model
+    from consistentee.evaluation.classification import evaluate_layers, evaluate_model
     from consistentee.evaluation.generation import evaluate_generation
-    from consistentee.evaluation.results import GenerationEvaluation
+    from consistentee.evaluation.results import Evaluation, GenerationEvaluation
     from consistentee.functional.curves import CurvePoint
     from consistentee.models.causal_lm import EarlyExitForCausalLM
     from consistentee.models.configuration import EarlyExitCausalLMConfig, EarlyExitConfig, FullDepthConfig
@@ -88,12 +88,12 @@ _HOMES = {
     "data.classification": ("TextDataset", "load_files", "load_task"),
     "pipelines.classifier": ("Engine", "ExitRule", "Prediction", "Predictor"),
     "errors": ("DataError", "MissingExtraError"),
-    "evaluation.classification": ("Evaluation", "evaluate_layers", "evaluate_model"),
+    "evaluation.classification": ("evaluate_layers", "evaluate_model"),
     "data.generation": ("InstructionDataset", "load_generation_files", "load_generation_task"),
     "evaluation.generation": ("evaluate_generation",),
     "pipelines.generator": ("GeneratedText", "TextGenerator"),
     "models.causal_lm": ("EarlyExitForCausalLM",),
-    "evaluation.results": ("GenerationEvaluation",),
+    "evaluation.results": ("Evaluation", "GenerationEvaluation"),
     "training.generation": ("finetune_generation", "train_generation"),
     "models.sequence_classification": (
         "EarlyExitForSequenceClassification",

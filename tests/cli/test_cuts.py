@@ -15,7 +15,7 @@ from consistentee.cli.main import main
 from consistentee.data.batches import encode_texts, encode_with_cuts, tokenize
 from consistentee.data.classification import TextDataset
 from consistentee.evaluation.classification import evaluate_model, evaluate_plain
-from consistentee.evaluation.workloads import model_workload
+from consistentee.evaluation.speed_classification import model_workload
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.record import read_record
 from consistentee.pipelines.classifier import Engine

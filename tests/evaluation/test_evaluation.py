@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from consistentee.evaluation.classification import (
-    Evaluation,
     class_columns,
     evaluate_layers,
     evaluate_model,
@@ -23,7 +22,8 @@ from consistentee.evaluation.classification import (
     predict_classes,
 )
 from consistentee.evaluation.plots import plot_evaluation
-from consistentee.evaluation.reports import MOST_CLASSES, evaluation_report
+from consistentee.evaluation.reports import MOST_CLASSES, evaluation_tables
+from consistentee.evaluation.results import Evaluation
 from consistentee.functional.curves import CurvePoint
 from consistentee.functional.recall import ClassRecall
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -113,7 +113,7 @@ def unequal(classes: int) -> Evaluation:
 
 def lines_of(evaluation: Evaluation) -> list[str]:
     console = Console(file=io.StringIO(), width=400, color_system=None)
-    console.print(evaluation_report(evaluation))
+    console.print(evaluation_tables(evaluation))
     return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
 
 
@@ -253,7 +253,7 @@ def test_an_early_exit_reference_is_called_one(saved: LoadedClassifier, folder: 
     assert reference.mean_exit_layer == pytest.approx(alone.mean_exit_layer)
     assert reference.num_hidden_layers == 4
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(evaluation_report(evaluation))
+    console.print(evaluation_tables(evaluation))
     shown = console.export_text()
     (row,) = [line for line in shown.splitlines() if line.strip().startswith("early-exit model, policy")]
     assert f"{alone.mean_exit_layer:.2f} / 4" in row

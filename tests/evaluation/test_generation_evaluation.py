@@ -18,7 +18,7 @@ from consistentee.data.generation_batches import TokenizedPrompts
 from consistentee.data.templates import PLAIN
 from consistentee.evaluation import teacher_forcing
 from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation, text_prompts
-from consistentee.evaluation.generation_reports import generation_report
+from consistentee.evaluation.reports import evaluation_tables
 from consistentee.evaluation.results import GenerationEvaluation
 from consistentee.evaluation.teacher_forcing import (
     ReferencePasses,
@@ -288,7 +288,7 @@ class TestEvaluation:
         assert (rival.mean_exit_layer, rival.layer_speedup) == (4, 1)
         assert evaluation.full_depth.draft_share is None
         console = Console(width=120, record=True, file=io.StringIO())
-        console.print(generation_report(evaluation))
+        console.print(evaluation_tables(evaluation))
         shown = console.export_text()
         own = next(line for line in shown.splitlines() if "policy > 0.2" in line)
         for text in ("4.00 / 4", "1.00x", f"{100 * share:.1f}"):
@@ -316,7 +316,7 @@ class TestEvaluation:
         expected = evaluate_generation(other, tiny_rows(4), max_new_tokens=6, curve_thresholds=1)
         assert evaluation.reference.metrics == pytest.approx(expected.metrics)
         console = Console(width=120, record=True, file=io.StringIO())
-        console.print(generation_report(evaluation))
+        console.print(evaluation_tables(evaluation))
         (row,) = [line for line in console.export_text().splitlines() if name[:16] in line]
         assert f"{mean:.2f} / 4" in row
         assert f"{4 / mean:.2f}x" in row
@@ -333,7 +333,7 @@ class TestEvaluation:
         )
         assert evaluation.reference_name == "plain model"
         console = Console(width=120, record=True, file=io.StringIO())
-        console.print(generation_report(evaluation))
+        console.print(evaluation_tables(evaluation))
         (row,) = [line for line in console.export_text().splitlines() if "plain model" in line]
         assert "2.00 / 2" in row
         assert "1.00x" in row

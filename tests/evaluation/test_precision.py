@@ -12,7 +12,7 @@ from consistentee.cli import main as cli
 from consistentee.data.batches import encode_texts
 from consistentee.evaluation import precision
 from consistentee.evaluation.precision import FEWEST_ROWS, candidates, choose, recommend
-from consistentee.evaluation.workloads import model_workload
+from consistentee.evaluation.speed_classification import model_workload
 from consistentee.inference.encoder.backend import Answers
 from consistentee.pipelines.classifier import Engine
 from tiny import tiny_backbone, tiny_dataset, tiny_model

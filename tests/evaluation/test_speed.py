@@ -16,25 +16,42 @@ import pytest
 import torch
 from rich.console import Console
 
-from consistentee.evaluation import speed
+from consistentee.cli import main as cli
+from consistentee.evaluation import speed_classification, speed_generation
 from consistentee.evaluation.plots import plot_speed
-from consistentee.evaluation.reports import speed_report
+from consistentee.evaluation.reports import speed_table
 from consistentee.evaluation.speed import (
-    SpeedReport,
+    SpeedResults,
     exit_distribution_shares,
-    exit_layers_of,
-    measure_speed,
-    random_rows,
-    shape_model,
+    fixed_exit_layers,
+    random_token_ids,
 )
+from consistentee.evaluation.speed_classification import (
+    ClassificationSpeedRow,
+    measure_speed,
+    shape_workload,
+)
+from consistentee.evaluation.speed_generation import measure_generation_speed, shape_generator
 from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.inference import timing
 from consistentee.inference.encoder.packing import padded_count
 from consistentee.inference.timing import environment, paired_ratio, time_in_turn
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
+from saved_generators import generator_folder
 from tiny import tiny_backbone, tiny_full_depth_model, tiny_model
+from tiny_decoders import tiny_exit_model
 
+TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
 CPU = torch.device("cpu")
 LAYERS = 4
 ROWS = [{"input_ids": [4 + (row + i) % 50 for i in range(3 + row % 9)]} for row in range(70)]
@@ -51,7 +68,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> LoadedClassifier:
 
 
 @pytest.fixture(scope="module")
-def report(saved: LoadedClassifier) -> SpeedReport:
+def report(saved: LoadedClassifier) -> SpeedResults[ClassificationSpeedRow]:
     shares = exit_distribution_shares("even", LAYERS)
     return measure_speed(Engine(saved), ROWS, batch_sizes=(1, 8), shares=shares, repeats=2)
 
@@ -79,36 +96,37 @@ def test_distributions_that_are_none(text: str, message: str) -> None:
 
 
 def test_exit_layers_follow_the_shares_and_the_seed() -> None:
-    layers = exit_layers_of([0.5, 0.0, 0.3, 0.2], 100, seed=1)
+    layers = fixed_exit_layers([0.5, 0.0, 0.3, 0.2], 100, seed=1)
     assert Counter(layers) == {1: 50, 3: 30, 4: 20}
-    assert layers == exit_layers_of([0.5, 0.0, 0.3, 0.2], 100, seed=1)
-    assert layers != exit_layers_of([0.5, 0.0, 0.3, 0.2], 100, seed=2)
-    assert len(exit_layers_of([1 / 3] * 3, 100, seed=0)) == 100
+    assert layers == fixed_exit_layers([0.5, 0.0, 0.3, 0.2], 100, seed=1)
+    assert layers != fixed_exit_layers([0.5, 0.0, 0.3, 0.2], 100, seed=2)
+    assert len(fixed_exit_layers([1 / 3] * 3, 100, seed=0)) == 100
 
 
 def test_random_rows_have_their_length_and_seed() -> None:
-    rows = random_rows(5, 7, 30_000, seed=0)
-    assert [len(row["input_ids"]) for row in rows] == [7] * 5
-    assert all(1000 <= token < 30_000 for row in rows for token in row["input_ids"])
-    assert rows == random_rows(5, 7, 30_000, seed=0) != random_rows(5, 7, 30_000, seed=1)
+    rows = random_token_ids(5, 7, 30_000, seed=0)
+    assert [len(row) for row in rows] == [7] * 5
+    assert all(1000 <= token < 30_000 for row in rows for token in row)
+    assert rows == random_token_ids(5, 7, 30_000, seed=0) != random_token_ids(5, 7, 30_000, seed=1)
 
 
 def test_shapes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"model_type": "bert", "vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 2, "intermediate_size": 16}
-    monkeypatch.setitem(speed.SHAPES, "small", small)
+    monkeypatch.setitem(speed_classification.SHAPES, "small", small)
     state = torch.get_rng_state()
-    one, other = (shape_model("small", num_labels=3, seed=5).model for _ in range(2))
+    works = [shape_workload("small", rows=2, sequence_length=3, num_labels=3, seed=5) for _ in range(2)]
+    one, other = (work.engine.saved.model for work in works)
     assert torch.equal(torch.get_rng_state(), state)
     assert one.config.num_classes == 3
     assert not one.training
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
     with pytest.raises(ValueError, match=r'config-name must be one of bert-base, .*got "bert-huge"'):
-        shape_model("bert-huge")
+        shape_workload("bert-huge", rows=2, sequence_length=3)
 
 
-def test_rows_of_the_report_belong_together(report: SpeedReport) -> None:
+def test_rows_of_the_report_belong_together(report: SpeedResults[ClassificationSpeedRow]) -> None:
     names = ["engine", "engine-full-depth", "engine-nobody-leaves", "transformers"]
     if find_spec("onnxruntime") is not None:
         names.append("onnxruntime")
@@ -159,13 +177,13 @@ def test_nothing_to_measure(saved: LoadedClassifier, values: dict[str, Any]) -> 
         measure_speed(Engine(saved), ROWS[:3], **values)
 
 
-def test_environment_is_on_record(report: SpeedReport) -> None:
+def test_environment_is_on_record(report: SpeedResults[ClassificationSpeedRow]) -> None:
     assert {"hardware", "threads", "torch", "transformers", "seed", "device"} <= set(report.environment)
     assert environment(CPU, 7)["seed"] == 7
     json.dumps(report.to_dict())
 
 
-def test_table_fits_a_terminal(report: SpeedReport) -> None:
+def test_table_fits_a_terminal(report: SpeedResults[ClassificationSpeedRow]) -> None:
     """Whatever the clock said: with figures as wide as they get."""
     values = {"instances_per_second": 12345.6, "padding_share": 0.654}
     values.update(wall_clock_speedup=123.45, speedup_over_transformers=12.345)
@@ -179,14 +197,14 @@ def test_table_fits_a_terminal(report: SpeedReport) -> None:
         for row in report.rows
     ]
     stream = io.StringIO()
-    Console(file=stream, width=80).print(speed_report(dataclasses.replace(report, rows=tuple(rows))))
+    Console(file=stream, width=80).print(speed_table(dataclasses.replace(report, rows=tuple(rows))))
     text = stream.getvalue()
     assert "…" not in text
     assert "throughput" in text
     assert "nobody leaves" in text
 
 
-def test_picture(report: SpeedReport, tmp_path: Path) -> None:
+def test_picture(report: SpeedResults[ClassificationSpeedRow], tmp_path: Path) -> None:
     content = plot_speed(report, tmp_path / "speed.png", title="a shape").read_bytes()
     assert struct.unpack(">II", content[16:24]) == (1200, 500)
     bare = dataclasses.replace(report, rows=tuple(row for row in report.rows if row.name == "transformers"))
@@ -236,3 +254,152 @@ def test_a_time_to_keep_to(saved: LoadedClassifier) -> None:
 def test_ratios_are_paired_by_repetition() -> None:
     slow, fast = [[2.0, 2.0], [8.0, 8.0], [30.0, 30.0]], [[1.0, 1.0], [2.0, 2.0], [10.0, 10.0]]
     assert paired_ratio(slow, fast) == (3.0, 2.5, 3.5)
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(speed_generation.GENERATION_SHAPES, "tiny", TINY_LLAMA)
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_rows_of_generation_fit_together(tmp_path: Path) -> None:
+    model = shape_generator("tiny", seed=1)
+    ends = model.generation_config.eos_token_id
+    report = measure_generation_speed(
+        model,
+        random_token_ids(3, 5, 300, 0),
+        name="tiny",
+        batch_sizes=[1, 3],
+        new_tokens=8,
+        shares=[0.25] * 4,
+        lossless=True,
+        repeats=2,
+    )
+    rows = {(row.batch_size, row.name): row for row in report.rows}
+    for size in (1, 3):
+        exits, full = rows[size, "engine"], rows[size, "engine-full-depth"]
+        # of 8 tokens in each text the first comes from the last layer, the others leave evenly
+        assert 2.5 <= exits.mean_exit_layer <= 3.0
+        assert exits.layer_speedup == pytest.approx(4 / exits.mean_exit_layer)
+        assert exits.efficiency == pytest.approx(exits.wall_clock_speedup / exits.layer_speedup)
+        assert (full.mean_exit_layer, full.wall_clock_speedup, full.efficiency) == (4, 1, None)
+        assert rows[size, "engine-nobody-leaves"].mean_exit_layer == 4
+        assert rows[size, "transformers"].speedup_over_transformers == 1
+        assert full.tokens_per_second == pytest.approx(1000 * size / full.latency_ms_per_token)
+    assert rows[1, "engine-lossless"].mean_exit_layer == 4
+    assert (1, "transformers-early-exit-2") in rows
+    assert (3, "transformers-early-exit-2") not in rows
+    assert model.generation_config.eos_token_id == ends
+    json.dumps(report.to_dict(), allow_nan=False)
+    picture = plot_speed(report, tmp_path / "speed.png", "tiny")
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_a_time_to_keep_to_in_generation() -> None:
+    model, said = shape_generator("tiny", seed=1), list[float]()
+    options = {"name": "tiny", "batch_sizes": [1, 3], "new_tokens": 20, "repeats": 4, "announce": said.append}
+    prompts = random_token_ids(3, 5, 300, 0)
+    short = measure_generation_speed(model, prompts, budget=TimeBudget(1e-9), **options)
+    assert {(row.batch_size, row.new_tokens, row.repeats) for row in short.rows} == {(1, 16, 3)}
+    assert short.workload["left_out"] == ["batch size 3"]
+    assert said == [1e-9]
+    long = measure_generation_speed(model, prompts, budget=TimeBudget(1e9), **options)
+    assert {(row.batch_size, row.new_tokens, row.repeats) for row in long.rows} == {(1, 20, 4), (3, 20, 4)}
+    kept = TimeBudget(1e-9, amount=False, sizes=False)
+    found = measure_generation_speed(model, prompts, budget=kept, **options)
+    assert {(row.batch_size, row.new_tokens, row.repeats) for row in found.rows} == {(1, 20, 3), (3, 20, 3)}
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_weights_follow_the_seed() -> None:
+    first, again, other = (shape_generator("tiny", seed=seed) for seed in (0, 0, 1))
+    name = "backbone.model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(first.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+@pytest.mark.usefixtures("tiny_shape")
+@pytest.mark.parametrize(
+    "values",
+    [{"prompts": []}, {"batch_sizes": [0]}, {"batch_sizes": []}, {"new_tokens": 1}, {"repeats": 0}],
+)
+def test_numbers_that_make_no_sense(values: dict[str, object]) -> None:
+    options = {"prompts": [[3, 4]], "batch_sizes": [1], "new_tokens": 4, "repeats": 1, **values}
+    with pytest.raises(ValueError, match="There must be prompts, batch sizes from 1 on"):
+        measure_generation_speed(tiny_exit_model("llama"), name="tiny", **options)
+    with pytest.raises(ValueError, match=r'config-name must be one of .*tiny.*, got "small"'):
+        shape_generator("small")
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_command_on_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "speed.json"
+    options = ["--batch-sizes", "2", "--new-tokens", "4", "--sequence-length", "3", "--repeats", "1"]
+    assert cli.main(["benchmark", "--config-name", "tiny", *options, "--json", str(out)]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert figures["workload"]["new_tokens"] == 4
+    assert {row["name"] for row in figures["rows"]} >= {"engine", "engine-full-depth", "transformers"}
+    assert all(row["tokens_per_second"] > 0 for row in figures["rows"])
+    captured = capsys.readouterr()
+    assert "tokens" in captured.out
+    assert captured.err.startswith("This takes about ")
+    options = ["--seconds", "0.000001", "--sequence-length", "3", "--json", str(out)]
+    assert cli.main(["benchmark", "--config-name", "tiny", *options]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert {(row["batch_size"], row["new_tokens"], row["repeats"]) for row in figures["rows"]} == {(1, 16, 3)}
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Left out, as 1e-06 seconds are too few: batch size 8, batch size 32. Give more, or --batch-sizes"
+        in said
+    )
+
+
+def test_command_on_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = generator_folder(tmp_path / "model")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Say this.\nSay that again.\n", encoding="utf-8")
+    options = ["--data-file", str(prompts), "--batch-sizes", "1", "--new-tokens", "4", "--repeats", "1"]
+    assert cli.main(["benchmark", str(folder), *options, "--lossless"]) == 0
+    assert "lossless" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config-name", "tiny", "--throughput"], "--throughput goes with classifiers only"),
+        (["--config-name", "tiny", "--lossless"], "--lossless goes with a trained model"),
+        (["--config-name", "minilm-6l-shape", "--new-tokens", "4"], "--new-tokens goes with text generators"),
+        (["--config-name", "tiny", "--criterion", "patience"], "--criterion must be one of policy"),
+        (["--config-name", "tiny", "--dtype", "int8"], "--dtype must be one of float32"),
+        (["--config-name", "tiny", "--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
+        (
+            ["--config-name", "tiny", "--data-dir", "d"],
+            "--data-dir goes with a model, not with --config-name",
+        ),
+        (["--config-name", "tiny", "--repeats", "1", "--new-tokens", "4", "--seconds", "9"], "leave one out"),
+        (
+            ["MODEL", "--data-file", "f", "--data-dir", "d"],
+            "--data-dir goes with --task, not with --data-file",
+        ),
+        (
+            ["MODEL", "--data-file", "f", "--sequence-length", "9"],
+            "--sequence-length goes with --config-name",
+        ),
+        (
+            ["MODEL", "--data-file", "f", "--lossless", "--criterion", "static"],
+            "--criterion goes without --loss",
+        ),
+        (
+            ["MODEL", "--data-file", "f", "--threshold", "0.5", "--exit-distribution", "even"],
+            "exclude each other",
+        ),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "MODEL" in arguments:
+        arguments = [str(generator_folder(tmp_path / "model")), *arguments[1:]]
+    assert cli.main(["benchmark", *arguments]) == 2
+    assert message in capsys.readouterr().err

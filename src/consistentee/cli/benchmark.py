@@ -148,9 +148,8 @@ def benchmark(
 
     from consistentee.atomic_files import write_json
     from consistentee.config import ClassificationTrainingConfig
-    from consistentee.evaluation.reports import speed_report
-    from consistentee.evaluation.speed import measure_speed
-    from consistentee.evaluation.workloads import model_workload, shape_workload
+    from consistentee.evaluation.reports import speed_table
+    from consistentee.evaluation.speed_classification import measure_speed, model_workload, shape_workload
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -228,7 +227,7 @@ def benchmark(
             announce=announce,
             tick=tick,
         )
-    console().print(speed_report(report))
+    console().print(speed_table(report))
     say_left_out(report.workload)
     figures = report.to_dict()
     if work.choice is not None:
@@ -317,7 +316,7 @@ def _check_sources(
 def _generates(model: str | None, config_name: str | None) -> bool:
     """Whether it is a text generator that is to be measured."""
     if config_name is not None:
-        from consistentee.evaluation.generation_speed import GENERATION_SHAPES
+        from consistentee.evaluation.speed_generation import GENERATION_SHAPES
 
         return config_name in GENERATION_SHAPES
     from consistentee.models.loaded import LoadedGenerator, model_kind

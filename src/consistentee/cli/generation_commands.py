@@ -176,7 +176,7 @@ def train_generator(
     from accelerate import PartialState
 
     from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation
-    from consistentee.evaluation.generation_reports import generation_report
+    from consistentee.evaluation.reports import evaluation_tables
     from consistentee.models.loaded import LoadedGenerator, load_model
     from consistentee.models.record import record_evaluation
     from consistentee.training import generation as training
@@ -202,7 +202,7 @@ def train_generator(
     if kind == "train":
         evaluation = evaluate_generation(saved, evaluation_rows, progress=True, seed=config.seed)
         figures = evaluation.summary()
-        console().print(generation_report(evaluation))
+        console().print(evaluation_tables(evaluation))
     else:
         figures = evaluate_plain_generation(saved, evaluation_rows, progress=True)
         say(", ".join(f"{name} {value:.4f}" for name, value in figures["metrics"].items()))
@@ -228,7 +228,7 @@ def evaluate_generator(
     """What `evaluate` does for a text generator; arguments are its options."""
     from consistentee.atomic_files import write_json
     from consistentee.evaluation.generation import evaluate_generation
-    from consistentee.evaluation.generation_reports import generation_report
+    from consistentee.evaluation.reports import evaluation_tables
     from consistentee.functional.criteria import GENERATION_CRITERIA
     from consistentee.models.loaded import LoadedGenerator, load_model
     from consistentee.pipelines.generator import DecodingOptions, TextGenerator
@@ -266,14 +266,14 @@ def evaluate_generator(
         bertscore_model=bertscore_model,
         progress=True,
     )
-    console().print(generation_report(evaluation))
+    console().print(evaluation_tables(evaluation))
     if json_file is not None:
         write_json(json_file, evaluation.to_dict())
         say(f"Figures written to {json_file}")
     if plot is not None:
-        from consistentee.evaluation.generation_plots import plot_generation
+        from consistentee.evaluation.plots import plot_evaluation
 
-        plot_generation(evaluation, plot, title=f"{Path(model).name}, {Path(rows.source).name}")
+        plot_evaluation(evaluation, plot, title=f"{Path(model).name}, {Path(rows.source).name}")
         say(f"Picture written to {plot}")
 
 
@@ -309,13 +309,9 @@ def benchmark_generator(
     from consistentee.backbones.limits import say_cuts
     from consistentee.cli.benchmark import say_left_out
     from consistentee.data.generation_batches import encode_prompts_with_cuts
-    from consistentee.evaluation.generation_reports import generation_speed_report
-    from consistentee.evaluation.generation_speed import (
-        measure_generation_speed,
-        random_prompts,
-        shape_generator,
-    )
-    from consistentee.evaluation.speed import exit_distribution_shares
+    from consistentee.evaluation.reports import speed_table
+    from consistentee.evaluation.speed import exit_distribution_shares, random_token_ids
+    from consistentee.evaluation.speed_generation import measure_generation_speed, shape_generator
     from consistentee.models.loaded import DTYPES, LoadedGenerator, load_model, usable_device
 
     if dtype not in DTYPES:
@@ -326,7 +322,7 @@ def benchmark_generator(
         place = None if device is None else usable_device(device)
         name = config_name
         network = shape_generator(config_name, seed=seed, dtype=DTYPES[dtype], device=place)
-        prompts = random_prompts(num_rows, sequence_length, network.config.vocab_size, seed)
+        prompts = random_token_ids(num_rows, sequence_length, network.config.vocab_size, seed)
         exit_distribution = exit_distribution or "even"
     else:
         name = model or ""
@@ -361,16 +357,16 @@ def benchmark_generator(
             announce=announce,
             tick=tick,
         )
-    console().print(generation_speed_report(report))
+    console().print(speed_table(report))
     say_left_out(report.workload)
     if json_file is not None:
         write_json(json_file, report.to_dict())
         say(f"Figures written to {json_file}")
     if plot is not None:
-        from consistentee.evaluation.generation_plots import plot_generation_speed
+        from consistentee.evaluation.plots import plot_speed
 
         title = f"{report.workload['model']}, {dtype}, {report.environment['threads']} thread(s)"
-        plot_generation_speed(report, plot, title=title)
+        plot_speed(report, plot, title=title)
         say(f"Picture written to {plot}")
 
 

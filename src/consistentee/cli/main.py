@@ -188,7 +188,7 @@ def evaluate(
         return
     from consistentee.atomic_files import write_json
     from consistentee.evaluation.classification import evaluate_model
-    from consistentee.evaluation.reports import evaluation_report
+    from consistentee.evaluation.reports import evaluation_tables
     from consistentee.functional.criteria import CRITERIA
     from consistentee.models.loaded import LoadedClassifier, load_model
 
@@ -215,7 +215,7 @@ def evaluate(
         batch_size=batch_size or 64,
         progress=True,
     )
-    console().print(evaluation_report(evaluation))
+    console().print(evaluation_tables(evaluation))
     if json_file is not None:
         write_json(json_file, evaluation.to_dict())
         say(f"Figures written to {json_file}")
@@ -399,7 +399,7 @@ def _train(
     from accelerate import PartialState
 
     from consistentee.evaluation.classification import evaluate_model, evaluate_plain
-    from consistentee.evaluation.reports import evaluation_report
+    from consistentee.evaluation.reports import evaluation_tables
     from consistentee.functional.metrics import check_threshold_metric
     from consistentee.models.loaded import LoadedClassifier, load_model
     from consistentee.models.record import record_evaluation
@@ -423,7 +423,7 @@ def _train(
         figures = evaluation.summary()
         if is_main:
             say(f"On {len(rows.evaluation):,} rows that training has not seen ({rows.evaluation.source}):")
-            console().print(evaluation_report(evaluation))
+            console().print(evaluation_tables(evaluation))
     else:
         figures = evaluate_plain(saved, rows.evaluation, progress=is_main)
         if is_main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,108 +19,18 @@ from consistentee.data.classification import TextDataset
 from consistentee.data.labels import match_labels
 from consistentee.data.parsing import quoted
 from consistentee.data.tasks import TASKS, ClassificationTask
+from consistentee.evaluation.results import BASELINE, Evaluation, OtherCriterion, Reference, depth_metrics
 from consistentee.functional.criteria import check_threshold, exit_scores
 from consistentee.functional.curves import CurvePoint, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import compute_metrics
-from consistentee.functional.recall import ClassRecall, recall_by_class
+from consistentee.functional.recall import recall_by_class
+from consistentee.functional.standard_errors import standard_error
+from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, EarlyExitOutput
 from consistentee.progress import track
 from consistentee.training.states import run_all_layers
-
-
-@dataclass(frozen=True)
-class Rival:
-    """Another exit rule on the same classifiers.
-
-    Args:
-        threshold: the one that training chose for it, or None where it is not known.
-        point: what that threshold gives; None without one.
-        curve: all thresholds.
-    """
-
-    threshold: float | None
-    point: CurvePoint | None
-    curve: list[CurvePoint]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Another model on the same rows, compared pair by pair.
-
-    Args:
-        accuracy: its share of right predictions.
-        metrics: its metrics.
-        accuracy_difference: ours minus its accuracy.
-        standard_error: of that difference, from the paired rows.
-        name: what it is: `plain model`, or an early-exit model and its exit rule.
-        num_hidden_layers: its layers; None where that is not known.
-        mean_exit_layer: mean number of its layers executed.
-    """
-
-    accuracy: float
-    metrics: dict[str, float]
-    accuracy_difference: float
-    standard_error: float
-    name: str = "plain model"
-    num_hidden_layers: int | None = None
-    mean_exit_layer: float | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The figures of one model on one set of rows, at one criterion and threshold.
-
-    Args:
-        num_hidden_layers: layers of the backbone.
-        num_examples: rows.
-        criterion: the exit rule.
-        threshold: an input leaves at the first layer whose exit score exceeds it.
-        accuracy: share of right predictions at the exit layers.
-        metrics: the task's metrics of the same predictions.
-        mean_exit_layer: mean number of layers executed.
-        layer_speedup: layers over mean exit layer (counted, not timed).
-        layers_saved: 1 - mean exit layer / layers.
-        exit_histogram: rows that leave at each layer.
-        exit_accuracy: share of right predictions among the rows that leave at each layer; None where none does.
-        per_layer_accuracy: accuracy if every row left at that layer.
-        classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before.
-        class_recall: recall of every class at the exits and at full depth.
-        curve: the trade-off over thresholds.
-        other_criteria: other exit rules on the same classifiers, by name.
-        reference: another model on the same rows, if one was given.
-        num_truncated: rows that were longer than the model's `max_length`, and were cut.
-    """
-
-    num_hidden_layers: int
-    num_examples: int
-    criterion: str
-    threshold: float
-    accuracy: float
-    metrics: dict[str, float]
-    mean_exit_layer: float
-    layer_speedup: float
-    layers_saved: float
-    exit_histogram: list[int]
-    exit_accuracy: list[float | None]
-    per_layer_accuracy: list[float]
-    classifier_accuracy: list[float]
-    class_recall: list[ClassRecall]
-    curve: list[CurvePoint]
-    other_criteria: dict[str, Rival] = field(default_factory=dict[str, Rival])
-    reference: Reference | None = None
-    num_truncated: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values, ready for JSON."""
-        return asdict(self)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures without the curves, for a training record."""
-        return {
-            name: value for name, value in self.to_dict().items() if name not in ("curve", "other_criteria")
-        }
 
 
 def evaluate_layers(
@@ -136,7 +46,7 @@ def evaluate_layers(
     reference_predictions: Tensor | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Evaluate an exit rule on the outputs of all layers.
+    """Evaluate an exit criterion on the outputs of all layers.
 
     Args:
         layer_logits: (rows, layers, classes), every layer's prediction as an exit there would give it.
@@ -145,7 +55,7 @@ def evaluate_layers(
         criterion: one of `exits.CRITERIA`.
         threshold: an input leaves at the first layer whose exit score exceeds it.
         metrics: names from `metrics.METRICS`.
-        other_criteria: further rules to draw, each with its threshold or None.
+        other_criteria: further criteria to draw, each with its threshold or None.
         classifier_logits: (rows, layers, classes), each classifier alone; None where that is the same.
         reference_predictions: (rows,), int64, another model's classes.
         label_names: classes by index; None calls them "0", "1", ...
@@ -166,7 +76,6 @@ def evaluate_layers(
     right_at_exit = right.gather(1, chosen).squeeze(1)
     left = torch.bincount(exit_layer - 1, minlength=num_layers)  # (layers,)
     right_of_left = torch.bincount(exit_layer - 1, weights=right_at_exit.double(), minlength=num_layers)
-    mean_exit_layer = float(exit_layer.double().mean())
     return Evaluation(
         num_hidden_layers=num_layers,
         num_examples=rows,
@@ -174,9 +83,7 @@ def evaluate_layers(
         threshold=threshold,
         accuracy=float(right_at_exit.double().mean()),
         metrics=compute_metrics(metrics, predictions.numpy(), labels.numpy()),
-        mean_exit_layer=mean_exit_layer,
-        layer_speedup=num_layers / mean_exit_layer,
-        layers_saved=1 - mean_exit_layer / num_layers,
+        **depth_metrics(float(exit_layer.double().mean()), num_layers),
         exit_histogram=left.tolist(),
         exit_accuracy=[
             float(hits) / int(count) if count else None
@@ -192,7 +99,7 @@ def evaluate_layers(
         ),
         curve=trade_off_curve(scores, layer_logits, labels, criterion),
         other_criteria={
-            name: _rival(name, limit, layer_logits, exit_probs, labels)
+            name: _other(name, limit, layer_logits, exit_probs, labels)
             for name, limit in (other_criteria or {}).items()
             if name != criterion
         },
@@ -218,7 +125,7 @@ def evaluate_model(
     Args:
         saved: the model, from `load_model`.
         dataset: rows whose label names are the model's.
-        criteria: exit rules; the first is reported, the others are drawn beside it. None given: the saved one.
+        criteria: exit criteria; the first is reported, the others are drawn beside it. None given: the saved one.
         threshold: of the first criterion; None takes the saved one.
         metrics: names from `metrics.METRICS`; None takes those of the model's task.
         reference: a model to compare with on the same rows, with or without exits, as it was saved.
@@ -226,7 +133,7 @@ def evaluate_model(
         progress: whether to show how far it is.
 
     Returns:
-        The figures.
+        What was found.
 
     Raises:
         ValueError: the model has no exits, label names do not agree, or a threshold is missing or does not fit.
@@ -261,14 +168,18 @@ def evaluate_model(
         reference_predictions=None if others_run is None else others_run[0],
         label_names=dataset.label_names,
     )
-    evaluation = replace(evaluation, num_truncated=rows.num_truncated)
+    evaluation = replace(
+        evaluation,
+        num_truncated=rows.num_truncated,
+        environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
+    )
     if reference is None or others_run is None or evaluation.reference is None:
         return evaluation
     return replace(
         evaluation,
         reference=replace(
             evaluation.reference,
-            name=reference_name(reference),
+            name=_reference_name(reference),
             num_hidden_layers=getattr(reference.model.config, "num_hidden_layers", None),
             mean_exit_layer=others_run[1],
         ),
@@ -283,10 +194,10 @@ def _tokenized(saved: LoadedClassifier, dataset: TextDataset) -> TokenizedDatase
     return rows
 
 
-def reference_name(reference: LoadedClassifier) -> str:
-    """What reports and pictures call a model that another one is compared with."""
+def _reference_name(reference: LoadedClassifier) -> str:
+    """What tables and pictures call a model that another one is compared with."""
     if not isinstance(reference.model, EarlyExitForSequenceClassification):
-        return "plain model"
+        return BASELINE
     criterion, threshold = reference.exit_rule()
     return f"early-exit model, {criterion} > {threshold:.4g}"
 
@@ -381,9 +292,9 @@ def default_metrics(saved: LoadedClassifier, num_classes: int) -> tuple[str, ...
     return tuple(dict.fromkeys((*metrics, chosen)))
 
 
-def _rival(
+def _other(
     criterion: str, threshold: float | None, layer_logits: Tensor, exit_probs: Tensor | None, labels: Tensor
-) -> Rival:
+) -> OtherCriterion:
     scores = exit_scores(criterion, layer_logits, exit_probs)
     point = None
     if threshold is not None:
@@ -392,7 +303,7 @@ def _rival(
         accuracy = float(right.gather(1, (exit_layer - 1)[:, None]).double().mean())
         mean_exit_layer = float(exit_layer.double().mean())
         point = CurvePoint(threshold, accuracy, mean_exit_layer, scores.shape[1] / mean_exit_layer)
-    return Rival(threshold, point, trade_off_curve(scores, layer_logits, labels, criterion))
+    return OtherCriterion(threshold, point, trade_off_curve(scores, layer_logits, labels, criterion))
 
 
 def _paired(
@@ -400,10 +311,9 @@ def _paired(
 ) -> Reference:
     reference_right = (reference_predictions == labels).double()
     difference = right.double() - reference_right  # (rows,), -1, 0 or 1
-    spread = float(difference.std()) if len(difference) > 1 else 0.0
     return Reference(
         accuracy=float(reference_right.mean()),
         metrics=compute_metrics(metrics, reference_predictions.numpy(), labels.numpy()),
         accuracy_difference=float(difference.mean()),
-        standard_error=spread / len(difference) ** 0.5,
+        standard_error=standard_error(difference),
     )

@@ -15,11 +15,12 @@ from consistentee.data.generation_batches import encode_prompts_with_cuts
 from consistentee.data.templates import PLAIN as PLAIN_TEMPLATE
 from consistentee.data.templates import PromptTemplate
 from consistentee.evaluation.results import (
-    PLAIN,
+    BASELINE,
     GeneratedPoint,
     GenerationEvaluation,
     GenerationExample,
-    GenerationRival,
+    OtherGenerationCriterion,
+    depth_metrics,
 )
 from consistentee.evaluation.teacher_forcing import (
     ReferencePasses,
@@ -130,7 +131,7 @@ def evaluate_generation(
         )
 
     own = with_references(own)
-    others: dict[str, GenerationRival] = {}
+    others: dict[str, OtherGenerationCriterion] = {}
     for name in rivals:
         known = saved.known_threshold(name)
         matched = passes.threshold_for_depth(name, at_limit.mean_exit_layer)
@@ -138,7 +139,7 @@ def evaluate_generation(
         thresholds = [chosen, *_without([passes.threshold_for_depth(name, aim) for aim in depths], chosen)]
         points = passes.curve(name, sorted({matched, *thresholds}), curve_thresholds)
         generated = [with_references(generate(name, value)[0]) for value in thresholds]
-        others[name] = GenerationRival(known, points, generated)
+        others[name] = OtherGenerationCriterion(known, points, generated)
     return GenerationEvaluation(
         num_hidden_layers=depth,
         num_examples=len(texts.references),
@@ -149,9 +150,7 @@ def evaluate_generation(
         max_new_tokens=texts.max_new_tokens,
         metrics=own.metrics,
         num_tokens=own.num_tokens,
-        mean_exit_layer=own.mean_exit_layer,
-        layer_speedup=own.layer_speedup,
-        layers_saved=1 - own.mean_exit_layer / depth,
+        **depth_metrics(own.mean_exit_layer, depth),
         tokens_per_second=own.tokens_per_second,
         exit_histogram=_histogram([text.exit_layers for text in written], depth),
         exit_by_position=_by_position(written),
@@ -160,7 +159,7 @@ def evaluate_generation(
         generated=[with_references(generate(criterion, value)[0]) for value in dialled],
         other_criteria=others,
         reference=None if reference is None else texts.reference(reference, rows),
-        reference_name=None if reference is None else reference_name(reference),
+        reference_name=None if reference is None else _reference_name(reference),
         draft_share=own.draft_share,
         draft_acceptance=own.draft_acceptance,
         draft_histogram=_histogram([text.draft_layers or [] for text in written], depth)
@@ -193,10 +192,10 @@ def evaluate_plain_generation(
     }
 
 
-def reference_name(reference: LoadedGenerator) -> str:
-    """What reports and pictures call a model that another one is compared with."""
+def _reference_name(reference: LoadedGenerator) -> str:
+    """What tables and pictures call a model that another one is compared with."""
     if not reference.has_exits:
-        return PLAIN
+        return BASELINE
     mode, (criterion, threshold) = reference.early_exit_model.config.mode, reference.exit_rule()
     if mode == "full":
         return "early-exit model, all layers"

@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consistentee.atomic_files import atomic_path
 from consistentee.errors import require_extra
+from consistentee.evaluation.results import BASELINE, FULL_DEPTH, GenerationEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from consistentee.evaluation.classification import Evaluation, Reference
-    from consistentee.evaluation.generation_speed import GenerationSpeedRow
-    from consistentee.evaluation.speed import SpeedReport, SpeedRow
-    from consistentee.functional.curves import CurvePoint
+    from consistentee.evaluation.results import Evaluation, Reference
+    from consistentee.evaluation.speed import SpeedResults, SpeedRow
 
-WIDTH, HEIGHT, DPI = 12.0, 5.0, 100  # inches, inches, dots per inch: 1200 x 500
+WIDTH, LOW, HIGH, DPI = 12.0, 5.0, 9.0, 100  # inches, and dots per inch: 1200 x 500, 1200 x 900
 FORMATS = (".png", ".pdf", ".svg")
 
 # Okabe and Ito's palette: told apart under every common colour blindness, and by line style without colour.
 INK, GREY, GRID = "#222222", "#777777", "#E3E3E3"
-COLOURS = {
-    "policy": "#0072B2",
-    "confidence": "#D55E00",
-    "entropy": "#009E73",
-    "patience": "#CC79A7",
-    "softmax_margin": "#D55E00",
-    "state_similarity": "#009E73",
-    "confidence_classifier": "#CC79A7",
-    "static": "#777777",
+BLUE, RED, GREEN, PINK, BAR = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#A9CCE3"
+LOOKS: dict[str, tuple[str, Any]] = {
+    "policy": (BLUE, "-"),
+    "confidence": (RED, "--"),
+    "entropy": (GREEN, "-."),
+    "patience": (PINK, ":"),
+    "softmax_margin": (RED, "--"),
+    "state_similarity": (GREEN, "-."),
+    "confidence_classifier": (PINK, ":"),
+    "static": (GREY, (0, (1, 3))),
 }
-STYLES = {
-    "policy": "-",
-    "confidence": "--",
-    "entropy": "-.",
-    "patience": ":",
-    "softmax_margin": "--",
-    "state_similarity": "-.",
-    "confidence_classifier": ":",
-    "static": (0, (1, 3)),
+"""Colour and line style of each criterion."""
+
+SPEED_LOOKS = {
+    "transformers": ("transformers, all layers", "#999999"),
+    "onnxruntime": ("ONNX Runtime, all layers", "#CCBB44"),
+    "engine-full-depth": ("engine, all layers", "#56B4E9"),
+    "engine-lossless": ("engine, lossless", GREEN),
+    "engine": ("engine with exits", BLUE),
 }
-BAR, LINE = "#A9CCE3", "#0072B2"
+DASHES, DOTS = (0, (6, 3)), (0, (1.5, 2))
+MARKERS = "osD^v"  # by mode, the reported one first
+LEGEND_COLUMNS, LEGEND_ROW = 2, 0.068  # share of the height
+USEFUL = 12  # points: a curve is drawn as far as it stays within this of the best
+SPEEDUP = "layer speed-up (layers / mean exit layer)"
+
+Point = tuple[float, float]
+"""Layer speed-up, and a quality in points of 100."""
 
 
-def plot_evaluation(evaluation: Evaluation, path: str | Path, title: str | None = None) -> Path:
-    """Draw the trade-off curves and the exit histogram side by side.
+def plot_evaluation(
+    evaluation: Evaluation | GenerationEvaluation, path: str | Path, title: str | None = None
+) -> Path:
+    """Draw quality against depth, and where inputs or tokens leave.
+
+    Of a text generator: of generated text (left out where no criterion has two points of it) and on the references, the
+    exit histogram and exits by position.
 
     Args:
-        evaluation: the figures; its other criteria become further curves, its reference a horizontal line.
+        evaluation: its other criteria become further curves, its reference a horizontal line.
         path: the picture, PNG, PDF or SVG by its ending; written whole or not at all.
         title: over the picture, such as the task's name.
 
@@ -61,26 +73,31 @@ def plot_evaluation(evaluation: Evaluation, path: str | Path, title: str | None 
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    with picture(path, title, HEIGHT) as figure:
-        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-        _draw_curves(left, evaluation)
-        _draw_histogram(right, evaluation)
+    generates = isinstance(evaluation, GenerationEvaluation)
+    with picture(path, title, HIGH if generates else LOW) as figure:
+        if generates:
+            figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
+            series = _text_series(evaluation)
+            has_text = any(len(points) > 1 for points in series.values())
+            mosaic = [["text" if has_text else "references", "references"], ["layers", "positions"]]
+            axes = figure.subplot_mosaic(mosaic)
+            if has_text:
+                _draw_text_quality(axes["text"], evaluation, series)
+            _draw_token_accuracy(axes["references"], evaluation)
+            _draw_token_layers(axes["layers"], evaluation)
+            _draw_positions(axes["positions"], evaluation)
+        else:
+            left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+            _draw_accuracy(left, evaluation)
+            _draw_layers(right, evaluation)
     return Path(path)
 
 
-SPEED_NAMES = {
-    "transformers": ("transformers, all layers", "#999999"),
-    "onnxruntime": ("ONNX Runtime, all layers", "#CCBB44"),
-    "engine-full-depth": ("engine, all layers", "#56B4E9"),
-    "engine": ("engine with exits", "#0072B2"),
-}
-
-
-def plot_speed(report: SpeedReport, path: str | Path, title: str | None = None) -> Path:
+def plot_speed(results: SpeedResults[Any], path: str | Path, title: str | None = None) -> Path:
     """Draw throughput of the competitors and, beside it, layers saved against time saved.
 
     Args:
-        report: the figures.
+        results: of a classifier or of a text generator.
         path: the picture, PNG, PDF or SVG by its ending; written whole or not at all.
         title: over the picture, such as the model's name.
 
@@ -91,83 +108,22 @@ def plot_speed(report: SpeedReport, path: str | Path, title: str | None = None) 
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    with picture(path, title, HEIGHT) as figure:
+    generates = "new_tokens" in results.workload
+    per_second, label = "instances_per_second", "inputs per second"
+    if generates:
+        per_second, label = "tokens_per_second", "new tokens per second"
+    with picture(path, title, LOW) as figure:
         left, right = figure.subplots(1, 2)
-        sizes = list(dict.fromkeys(row.batch_size for row in report.rows))
-        rows = {(row.batch_size, row.name): row for row in report.rows}
-        names = [name for name in SPEED_NAMES if any((size, name) in rows for size in sizes)]
-        draw_bars(
-            left,
-            sizes,
-            [
-                (*SPEED_NAMES[name], [rows[size, name].instances_per_second for size in sizes])
-                for name in names
-            ],
-            "inputs per second",
-            "Throughput",
-        )
-        exits = [rows.get((size, "engine")) for size in sizes]
-        draw_speedups(right, sizes, [row for row in exits if row is not None])
+        sizes = list(dict.fromkeys(row.batch_size for row in results.rows))
+        rows = {(row.batch_size, row.name): row for row in results.rows}
+        names = [name for name in SPEED_LOOKS if all((size, name) in rows for size in sizes)]
+        series = [
+            (*SPEED_LOOKS[name], [getattr(rows[size, name], per_second) for size in sizes]) for name in names
+        ]
+        _draw_groups(left, sizes, series, label, "Throughput")
+        exits = [rows[size, "engine"] for size in sizes if (size, "engine") in rows]
+        _draw_speedups(right, sizes, exits)
     return Path(path)
-
-
-def draw_speedups(
-    axes: Axes, sizes: Sequence[int | None], rows: Sequence[SpeedRow | GenerationSpeedRow]
-) -> None:
-    """Bars of layer speed-up beside wall-clock speed-up, one pair for each batch size."""
-    if not rows:
-        axes.axis("off")
-        axes.text(0.5, 0.5, "This model has no exits.", ha="center", color=GREY, transform=axes.transAxes)
-        return
-    series = [
-        ("layer speed-up", BAR, [row.layer_speedup for row in rows]),
-        ("wall-clock speed-up", LINE, [row.wall_clock_speedup for row in rows]),
-    ]
-    draw_bars(axes, sizes, series, "times faster than all layers", "Layers saved, and time saved")
-    for place, row in enumerate(rows):
-        efficiency = 0 if row.efficiency is None else row.efficiency
-        top = max(row.layer_speedup, row.wall_clock_speedup)
-        axes.annotate(
-            f"{efficiency:.2f}",
-            (place, top),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            color=INK,
-            fontsize=10,
-        )
-    axes.axhline(1, color=GREY, linewidth=1, zorder=1)
-    axes.set_ylim(0, 1.3 * max(max(row.layer_speedup, row.wall_clock_speedup) for row in rows))
-    axes.text(
-        0.01,
-        0.86,
-        "figure above the bars: efficiency",
-        color=GREY,
-        fontsize=9,
-        transform=axes.transAxes,
-        va="top",
-    )
-
-
-def draw_bars(
-    axes: Axes,
-    sizes: Sequence[int | None],
-    series: Sequence[tuple[str, str, Sequence[float]]],
-    y_label: str,
-    title: str,
-) -> None:
-    """Bars in groups, one group for each batch size; `series` are (label, colour, heights)."""
-    width = 0.8 / len(series)
-    for order, (label, colour, heights) in enumerate(series):
-        offset = (order - (len(series) - 1) / 2) * width
-        places = [place + offset for place in range(len(sizes))]
-        axes.bar(places, heights, width=0.92 * width, color=colour, label=label, zorder=3)
-    axes.set_xticks(range(len(sizes)), ["throughput\nmode" if size is None else str(size) for size in sizes])
-    highest = max(max(heights) for _, _, heights in series)
-    axes.set_ylim(0, 1.3 * highest)  # room for the legend
-    frame(axes, "batch size", y_label, title)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper left", ncols=2)
 
 
 @contextmanager
@@ -206,173 +162,6 @@ def check_plot(path: Path) -> None:
     require_extra("plot", "matplotlib")
 
 
-def _draw_curves(axes: Axes, evaluation: Evaluation) -> None:
-    curves = {evaluation.criterion: evaluation.curve}
-    curves |= {name: rival.curve for name, rival in evaluation.other_criteria.items()}
-    for order, (name, curve) in enumerate(curves.items()):
-        points = _drawable(curve)
-        axes.plot(
-            [point.layer_speedup for point in points],
-            [100 * point.accuracy for point in points],
-            label=name,
-            color=COLOURS.get(name, INK),
-            linestyle=STYLES.get(name, "-"),
-            linewidth=2.2,
-            zorder=5 - 0.1 * order,
-            solid_capstyle="round",
-        )
-    for name, rival in evaluation.other_criteria.items():
-        if rival.point is not None:
-            _mark(axes, rival.point.layer_speedup, rival.point.accuracy, COLOURS.get(name, INK), filled=False)
-    _mark(
-        axes,
-        evaluation.layer_speedup,
-        evaluation.accuracy,
-        COLOURS.get(evaluation.criterion, INK),
-        filled=True,
-    )
-    axes.annotate(
-        f"{evaluation.layer_speedup:.2f}x, {100 * evaluation.accuracy:.1f} %",
-        (evaluation.layer_speedup, 100 * evaluation.accuracy),
-        xytext=(8, 7),
-        textcoords="offset points",
-        color=INK,
-        fontsize=10,
-        zorder=8,
-        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-    )
-    if evaluation.reference is not None:
-        axes.axhline(
-            100 * evaluation.reference.accuracy,
-            color=GREY,
-            linewidth=1.4,
-            linestyle=(0, (6, 3)),
-            zorder=2,
-            label=_reference_label(evaluation.reference),
-        )
-    frame(axes, "layer speed-up (layers / mean exit layer)", "accuracy (%)", "Accuracy against depth")
-    axes.grid(axis="both", color=GRID, linewidth=0.8)
-    axes.set_xlim(left=0.9, right=max(_useful_end(evaluation, curves), 1.5))
-    _fit_height(axes, evaluation, curves)
-    axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left")
-
-
-def _reference_label(reference: Reference) -> str:
-    mean, layers = reference.mean_exit_layer, reference.num_hidden_layers
-    if mean is None or mean == layers:
-        return f"{reference.name}, all layers"
-    return f"{reference.name} ({mean:.2f} of {layers} layers)"
-
-
-def _drawable(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
-    return sorted(curve, key=lambda point: (point.layer_speedup, -point.accuracy))
-
-
-def _useful_end(evaluation: Evaluation, curves: dict[str, list[CurvePoint]]) -> float:
-    """Where the axis ends: beyond it every curve is more than 12 points below the best accuracy."""
-    best = max(point.accuracy for curve in curves.values() for point in curve)
-    useful = [
-        point.layer_speedup for curve in curves.values() for point in curve if point.accuracy > best - 0.12
-    ]
-    return 1.03 * max(*useful, evaluation.layer_speedup)
-
-
-def _fit_height(axes: Axes, evaluation: Evaluation, curves: dict[str, list[CurvePoint]]) -> None:
-    end = axes.get_xlim()[1]
-    shown = [p.accuracy for curve in curves.values() for p in curve if p.layer_speedup <= end]
-    shown += [evaluation.accuracy] + ([evaluation.reference.accuracy] if evaluation.reference else [])
-    low, high = 100 * min(shown), 100 * max(shown)
-    room = max(0.08 * (high - low), 0.5)
-    axes.set_ylim(low - room, high + 2 * room)  # above the curves: the label of the chosen point
-    axes.set_yticks([tick for tick in axes.get_yticks() if low - room <= tick <= 100])
-
-
-def _mark(axes: Axes, layer_speedup: float, accuracy: float, colour: str, *, filled: bool) -> None:
-    axes.plot(
-        [layer_speedup],
-        [100 * accuracy],
-        marker="o",
-        markersize=9 if filled else 7,
-        markerfacecolor=colour if filled else "white",
-        markeredgecolor="white" if filled else colour,
-        markeredgewidth=1.6,
-        linestyle="none",
-        zorder=7 if filled else 6,
-    )
-
-
-def _draw_histogram(axes: Axes, evaluation: Evaluation) -> None:
-    layers = list(range(1, evaluation.num_hidden_layers + 1))
-    shares = [100 * count / evaluation.num_examples for count in evaluation.exit_histogram]
-    bars = axes.bar(layers, shares, width=0.72, color=BAR, label="share that leaves here")
-    for bar, share in zip(bars, shares, strict=True):
-        if share >= 0.5:
-            axes.annotate(
-                f"{share:.0f}",
-                (bar.get_x() + bar.get_width() / 2, share),
-                xytext=(0, 2),
-                ha="center",
-                textcoords="offset points",
-                color=GREY,
-                fontsize=9,
-            )
-    axes.plot(
-        layers,
-        [100 * value for value in evaluation.per_layer_accuracy],
-        color=LINE,
-        marker="o",
-        markersize=4.5,
-        linewidth=1.8,
-        label="accuracy if all left here",
-    )
-    spots = [
-        (n, 100 * value)
-        for n, value in zip(layers, evaluation.exit_accuracy, strict=True)
-        if value is not None
-    ]
-    axes.plot(
-        [x for x, _ in spots],
-        [y for _, y in spots],
-        color=COLOURS["confidence"],
-        marker="D",
-        markersize=5,
-        linestyle="none",
-        label="their accuracy",
-    )
-    frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs leave")
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_xticks(layers)
-    axes.set_ylim(0, 119)
-    axes.set_yticks(range(0, 101, 20))
-    lines, names = axes.get_legend_handles_labels()
-    by_name = dict(zip(names, lines, strict=True))
-    ordered = ("share that leaves here", "their accuracy", "accuracy if all left here")
-    axes.legend(
-        [by_name[name] for name in ordered],
-        ordered,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        loc="upper center",
-        ncols=3,
-        columnspacing=1.2,
-        handlelength=1.4,
-    )
-
-
-def frame(axes: Axes, x_label: str, y_label: str, title: str) -> None:
-    """Title, labels and quiet spines."""
-    axes.set_title(title, loc="left", color=INK, fontsize=12)
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel(y_label, color=INK)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=GRID, labelcolor=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GREY)
-
-
 def layer_ticks(num_hidden_layers: int) -> list[int]:
     """Layers to name on an axis: the first, the last, and round ones between that leave room.
 
@@ -383,3 +172,281 @@ def layer_ticks(num_hidden_layers: int) -> list[int]:
     step = next(step for step in (1, 2, 5, 10, 20, 50, 1000) if num_hidden_layers <= 12 * step)
     round_ones = range(step, num_hidden_layers - step // 2, step)
     return sorted({1, num_hidden_layers, *(layer for layer in round_ones if layer != 2)})
+
+
+def _look(criterion: str) -> tuple[str, Any]:
+    return LOOKS.get(criterion, (INK, "-"))
+
+
+def _points(evaluation: Evaluation | GenerationEvaluation, quality: str) -> dict[str, list[Point]]:
+    """Every criterion's curve, the reported one first."""
+    curves = {evaluation.criterion: evaluation.curve}
+    curves |= {name: other.curve for name, other in evaluation.other_criteria.items()}
+    return {
+        name: [(point.layer_speedup, 100 * getattr(point, quality)) for point in curve]
+        for name, curve in curves.items()
+    }
+
+
+def _draw_accuracy(axes: Axes, evaluation: Evaluation) -> None:
+    """Accuracy against depth; hollow points are the chosen thresholds of the other criteria."""
+    points = _points(evaluation, "accuracy")
+    for name, other in evaluation.other_criteria.items():
+        if other.point is not None:
+            _mark(axes, (other.point.layer_speedup, 100 * other.point.accuracy), name, filled=False)
+    reference = evaluation.reference
+    lines = {} if reference is None else {_reference_label(reference): 100 * reference.accuracy}
+    own = (evaluation.layer_speedup, 100 * evaluation.accuracy)
+    _draw_curves(axes, points, lines, own, " %")
+    _frame(axes, SPEEDUP, "accuracy (%)", "Accuracy against depth")
+
+
+def _reference_label(reference: Reference) -> str:
+    mean, layers = reference.mean_exit_layer, reference.num_hidden_layers
+    if mean is None or mean == layers:
+        return f"{reference.name}, all layers"
+    return f"{reference.name} ({mean:.2f} of {layers} layers)"
+
+
+def _draw_token_accuracy(axes: Axes, evaluation: GenerationEvaluation) -> None:
+    """How many tokens of the references are predicted, against depth."""
+    points = _points(evaluation, "token_accuracy")
+    depth = evaluation.num_hidden_layers
+    full = [100 * point.token_accuracy for point in evaluation.curve if point.mean_exit_layer == depth]
+    at = [point for point in evaluation.curve if point.threshold == evaluation.threshold]
+    own = (at[0].layer_speedup, 100 * at[0].token_accuracy) if at else None
+    _draw_curves(axes, points, {FULL_DEPTH: full[0]} if full else {}, own)
+    _frame(axes, SPEEDUP, "tokens predicted (%)", "Next token of the references against depth")
+
+
+def _text_series(evaluation: GenerationEvaluation) -> dict[tuple[str, str], list[Point]]:
+    """ROUGE-L of generated text by (criterion, mode), the reported pair first; points from slow to fast."""
+    others = [point for other in evaluation.other_criteria.values() for point in other.generated]
+    series: dict[tuple[str, str], set[Point]] = {}
+    for point in [evaluation.own_point(), *evaluation.generated, *others]:
+        if "rougeL" in point.metrics:
+            found = series.setdefault((point.criterion, point.mode), set())
+            found.add((point.layer_speedup, 100 * point.metrics["rougeL"]))
+    return {pair: sorted(points) for pair, points in series.items()}
+
+
+def _draw_text_quality(
+    axes: Axes, evaluation: GenerationEvaluation, series: dict[tuple[str, str], list[Point]]
+) -> None:
+    modes = list(dict.fromkeys([evaluation.mode, *(mode for _, mode in series)]))
+    for order, ((criterion, mode), points) in enumerate(series.items()):
+        place, (colour, style) = modes.index(mode), _look(criterion)
+        axes.plot(
+            *zip(*points, strict=True),
+            label=criterion if len(modes) == 1 else f"{criterion}, {mode}",
+            color=colour,
+            linestyle=style,
+            marker=MARKERS[place % len(MARKERS)],
+            markersize=5.5,
+            markerfacecolor="white" if place else colour,
+            linewidth=1.3 if place else 2.2,
+            zorder=5 - 0.1 * order,
+        )
+    horizontal = {FULL_DEPTH: evaluation.full_depth}
+    horizontal[evaluation.reference_name or BASELINE] = evaluation.reference
+    lines = {
+        label: 100 * point.metrics["rougeL"]
+        for label, point in horizontal.items()
+        if point is not None and "rougeL" in point.metrics
+    }
+    own = None
+    if "rougeL" in evaluation.metrics:
+        own = (evaluation.layer_speedup, 100 * evaluation.metrics["rougeL"])
+        _mark(axes, own, evaluation.criterion, label=f"{own[0]:.2f}x, {own[1]:.1f}")
+    _draw_lines(axes, lines)
+    _fit(axes, [point for points in series.values() for point in points], [*lines.values()], own)
+    _frame(axes, SPEEDUP, "ROUGE-L x 100", "Generated text against depth")
+
+
+def _draw_curves(
+    axes: Axes,
+    curves: Mapping[str, Sequence[Point]],
+    lines: Mapping[str, float],
+    own: Point | None,
+    unit: str = "",
+) -> None:
+    """Curves by criterion, the reported one first, horizontal lines by label, and the reported threshold."""
+    for order, (name, points) in enumerate(curves.items()):
+        if points:
+            colour, style = _look(name)
+            axes.plot(
+                *zip(*sorted(points, key=lambda point: (point[0], -point[1])), strict=True),
+                label=name,
+                color=colour,
+                linestyle=style,
+                linewidth=2.2,
+                zorder=5 - 0.1 * order,
+                solid_capstyle="round",
+            )
+    if own is not None:
+        _mark(axes, own, next(iter(curves)), label=f"{own[0]:.2f}x, {own[1]:.1f}{unit}")
+    _draw_lines(axes, lines)
+    _fit(axes, [point for points in curves.values() for point in points], [*lines.values()], own)
+
+
+def _draw_lines(axes: Axes, lines: Mapping[str, float]) -> None:
+    """What other models, or all layers, give: horizontal lines by label."""
+    for (label, height), dashes in zip(lines.items(), (DASHES, DOTS), strict=False):
+        axes.axhline(height, color=GREY, linewidth=1.4, linestyle=dashes, zorder=2, label=label)
+
+
+def _mark(axes: Axes, point: Point, criterion: str, *, filled: bool = True, label: str | None = None) -> None:
+    """A chosen threshold; the reported one is larger and says what it gives."""
+    colour, _ = _look(criterion)
+    axes.plot(
+        [point[0]],
+        [point[1]],
+        marker="o",
+        markersize=9 if filled else 7,
+        markerfacecolor=colour if filled else "white",
+        markeredgecolor="white" if filled else colour,
+        markeredgewidth=1.6,
+        linestyle="none",
+        zorder=7 if filled else 6,
+    )
+    if label:
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        _write(axes, label, point, (8, 7), zorder=8, bbox=box)
+
+
+def _fit(axes: Axes, shown: Sequence[Point], heights: Sequence[float], own: Point | None) -> None:
+    """Limits around the useful part: beyond it every curve is far below the best; the legend below the curves."""
+    axes.grid(axis="both", color=GRID, linewidth=0.8)
+    if not shown:
+        return
+    best = max(height for _, height in shown)
+    useful = [x for x, height in shown if height > best - USEFUL] + ([own[0]] if own else [])
+    end = max(1.04 * max(useful), 1.25)
+    inside = [height for x, height in shown if x <= end] + list(heights) + ([own[1]] if own else [])
+    low, high = min(inside), max(inside)
+    room = max(0.08 * (high - low), 0.5)
+    axes.set_xlim(1 - 0.04 * (end - 1), end)
+    low, high = low - room, high + 2 * room  # above the curves: the label of the reported point
+    rows = math.ceil(len(axes.get_legend_handles_labels()[1]) / LEGEND_COLUMNS)
+    below = 0.02 + LEGEND_ROW * rows
+    axes.set_ylim(low - below / (1 - below) * (high - low), high)
+    _legend(axes, "lower left", ncols=LEGEND_COLUMNS)
+
+
+def _draw_shares(axes: Axes, shares: Sequence[float], least: float, label: str | None = None) -> None:
+    """Bars of how many leave at each layer, in percent, with their figures from `least` on."""
+    depth = len(shares)
+    axes.bar(range(1, depth + 1), shares, width=0.75, color=BAR, zorder=1, label=label)
+    for layer, share in enumerate(shares, start=1):
+        if share >= least:
+            size = 9 if depth <= 32 else 7
+            _write(axes, f"{share:.0f}", (layer, share), (0, 2), ha="center", color=GREY, fontsize=size)
+    axes.set_xticks(layer_ticks(depth))
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+
+
+def _draw_layers(axes: Axes, evaluation: Evaluation) -> None:
+    shares = [100 * count / evaluation.num_examples for count in evaluation.exit_histogram]
+    names = ("share that leaves here", "their accuracy", "accuracy if all left here")
+    _draw_shares(axes, shares, 0.5, names[0])
+    layers = range(1, evaluation.num_hidden_layers + 1)
+    heights = [math.nan if value is None else 100 * value for value in evaluation.exit_accuracy]
+    axes.plot(layers, heights, color=RED, marker="D", markersize=5, linestyle="none", label=names[1])
+    heights = [100 * value for value in evaluation.per_layer_accuracy]
+    axes.plot(layers, heights, color=BLUE, marker="o", markersize=4.5, linewidth=1.8, label=names[2])
+    _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs leave")
+    axes.set_ylim(0, 119)
+    axes.set_yticks(range(0, 101, 20))
+    _legend(axes, "upper center", fontsize=8.5, ncols=3, columnspacing=1.2, handlelength=1.4)
+
+
+def _draw_token_layers(axes: Axes, evaluation: GenerationEvaluation) -> None:
+    depth, mean = evaluation.num_hidden_layers, evaluation.mean_exit_layer
+    drafts = evaluation.draft_histogram
+    tokens = max(evaluation.num_tokens, 1)
+    shares = [100 * count / tokens for count in drafts or evaluation.exit_histogram]
+    highest = max(shares)
+    _draw_shares(axes, shares, 0.5 if depth <= 16 else max(0.5, 0.1 * highest))
+    axes.set_ylim(0, 1.18 * highest or 1)
+    left = mean <= 0.8 * depth  # which side of the line has room
+    axes.axvline(mean, color=INK, linewidth=1.2, linestyle=DASHES, zorder=5)
+    side = {"ha": "left" if left else "right", "va": "top", "xycoords": ("data", "axes fraction")}
+    _write(axes, f"mean {mean:.1f}", (mean, 1), (5 if left else -5, -4), zorder=6, **side)
+    what = f"Where the {evaluation.num_tokens:,} generated tokens "
+    _frame(axes, "layer", "% of tokens", what + ("were drafted (last: not)" if drafts else "leave"))
+
+
+def _draw_positions(axes: Axes, evaluation: GenerationEvaluation) -> None:
+    means, mean = evaluation.exit_by_position, evaluation.mean_exit_layer
+    marker = "o" if len(means) <= 40 else None
+    positions = range(1, len(means) + 1)
+    axes.plot(positions, means, color=BLUE, linewidth=1.8, marker=marker, markersize=4.5, zorder=4)
+    label = f"mean of all tokens, {mean:.1f}"
+    axes.axhline(mean, color=INK, linewidth=1.2, linestyle=DASHES, zorder=5, label=label)
+    _legend(axes, "lower left")
+    axes.set_ylim(0, 1.04 * evaluation.num_hidden_layers)
+    axes.set_xlim(0.5 if len(means) < 2 else 1 - 0.02 * len(means), max(1.02 * len(means), 1.5))
+    _frame(axes, "position of the token in the generated text", "mean exit layer", "When tokens leave early")
+    axes.grid(axis="both", color=GRID, linewidth=0.8)
+
+
+def _draw_speedups(axes: Axes, sizes: Sequence[int | None], rows: Sequence[SpeedRow]) -> None:
+    """Bars of layer speed-up beside wall-clock speed-up, one pair for each batch size."""
+    if not rows:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "This model has no exits.", ha="center", color=GREY, transform=axes.transAxes)
+        return
+    series = [
+        ("layer speed-up", BAR, [row.layer_speedup for row in rows]),
+        ("wall-clock speed-up", BLUE, [row.wall_clock_speedup for row in rows]),
+    ]
+    _draw_groups(axes, sizes, series, "times faster than all layers", "Layers saved, and time saved")
+    for group, row in enumerate(rows):
+        top = max(row.layer_speedup, row.wall_clock_speedup)
+        _write(axes, f"{row.efficiency or 0:.2f}", (group, top), (0, 4), ha="center")
+    axes.axhline(1, color=GREY, linewidth=1, zorder=1)
+    note = "figure above the bars: efficiency"
+    axes.text(0.01, 0.86, note, color=GREY, fontsize=9, transform=axes.transAxes, va="top")
+
+
+def _draw_groups(
+    axes: Axes,
+    sizes: Sequence[int | None],
+    series: Sequence[tuple[str, str, Sequence[float]]],
+    y_label: str,
+    title: str,
+) -> None:
+    """Bars in groups, one group for each batch size; `series` are (label, colour, heights)."""
+    width = 0.8 / len(series)
+    for order, (label, colour, heights) in enumerate(series):
+        offset = (order - (len(series) - 1) / 2) * width
+        centres = [group + offset for group in range(len(sizes))]
+        axes.bar(centres, heights, width=0.92 * width, color=colour, label=label, zorder=3)
+    axes.set_xticks(range(len(sizes)), ["throughput\nmode" if size is None else str(size) for size in sizes])
+    axes.set_ylim(0, 1.3 * max(max(heights) for _, _, heights in series))  # room for the legend
+    _frame(axes, "batch size", y_label, title)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    _legend(axes, "upper left", fontsize=9.5, ncols=2)
+
+
+def _write(axes: Axes, text: str, at: Point, offset: Point, **options: Any) -> None:
+    """A text beside a place, `offset` in points from it."""
+    options = {"color": INK, "fontsize": 10, **options}
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", **options)
+
+
+def _legend(axes: Axes, loc: str, **options: Any) -> None:
+    axes.legend(loc=loc, frameon=False, labelcolor=INK, **{"fontsize": 10, **options})
+
+
+def _frame(axes: Axes, x_label: str, y_label: str, title: str) -> None:
+    """Title, labels and quiet spines."""
+    axes.set_title(title, loc="left", color=INK, fontsize=12)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=GRID, labelcolor=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(GREY)

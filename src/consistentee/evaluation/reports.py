@@ -1,30 +1,60 @@
-"""Evaluations and speed measurements as tables for the terminal."""
+"""Evaluations and benchmarks as tables for the terminal."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from consistentee.evaluation.classification import Evaluation
-from consistentee.evaluation.speed import SpeedReport
+from consistentee.evaluation.results import (
+    BASELINE,
+    FULL_DEPTH,
+    Evaluation,
+    GeneratedPoint,
+    GenerationEvaluation,
+    GenerationPoint,
+)
 from consistentee.functional.recall import recall_warnings
 
+if TYPE_CHECKING:
+    from consistentee.evaluation.speed import SpeedResults
+
 MOST_CLASSES = 20
-"""Classes that a report lists; JSON has all."""
+"""Classes that a table lists; JSON has all."""
+
+METRIC_TITLES = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "bertscore": "BERT-\nScore",
+}
+
+LOSSLESS_NOTE = (
+    " Lossless: all layers verified every token; drafted: the share of the tokens that came from exits, kept: the "
+    "share of the verified drafts that stayed."
+)
 
 
-def evaluation_report(evaluation: Evaluation) -> RenderableType:
+def evaluation_tables(evaluation: Evaluation | GenerationEvaluation) -> RenderableType:
     """Everything a reader of the terminal wants: models side by side, then layer by layer.
 
     Args:
-        evaluation: the figures.
+        evaluation: of a classifier or of a text generator.
 
     Returns:
-        Something that a rich console prints.
+        Something that a rich console prints, at most 120 columns wide.
     """
-    parts: list[RenderableType] = [_models(evaluation)]
+    if isinstance(evaluation, GenerationEvaluation):
+        parts: list[RenderableType] = [_ways(evaluation), Text(_note(evaluation))]
+        if evaluation.num_tokens:
+            parts += [Text(""), _token_layers(evaluation)]
+        return Group(*parts)
+    parts = [_models(evaluation)]
     reference = evaluation.reference
     if reference is not None:
         parts.append(
@@ -41,70 +71,75 @@ def evaluation_report(evaluation: Evaluation) -> RenderableType:
     return Group(*parts)
 
 
+def _table(names: Sequence[str], *, left: int = 0, **options: Any) -> Table:
+    """An empty table; its first `left` columns hold text, the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, **options)
+    for place, name in enumerate(names):
+        table.add_column(name, justify="left" if place < left else "right")
+    return table
+
+
+def _title(criterion: str, threshold: float) -> str:
+    return f"{criterion} > {threshold:.4g}"
+
+
+def _depth(mean_exit_layer: float, depth: int) -> tuple[str, str, str]:
+    """Mean exit layer, layer speed-up and layers saved as shown."""
+    saved = f"{100 * (1 - mean_exit_layer / depth):.1f}"
+    return f"{mean_exit_layer:.2f} / {depth}", f"{depth / mean_exit_layer:.2f}x", saved
+
+
+def _percent(share: float | None, digits: int = 2) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
 def _models(evaluation: Evaluation) -> Table:
-    """One row for each way to predict: the reference, the last layer, the exit rule, other rules."""
+    """One row for each way to predict: the reference, the last layer, the criterion, other criteria."""
     depth = evaluation.num_hidden_layers
     names = [name for name in evaluation.metrics if name != "accuracy"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for name in ("accuracy %", *names, "mean exit layer", "layer speed-up", "layers saved %"):
-        table.add_column(name, justify="right")
+    table = _table(
+        ["", "accuracy %", *names, "mean exit layer", "layer speed-up", "layers saved %"],
+        left=1,
+    )
 
     def row(
         title: str,
         accuracy: float,
         metrics: dict[str, float] | None,
         mean_exit_layer: float,
-        style: str,
         depth: int = depth,
+        style: str = "",
     ) -> None:
         others = ["" if metrics is None else f"{metrics[name]:.3f}" for name in names]
-        table.add_row(
-            title,
-            f"{100 * accuracy:.2f}",
-            *others,
-            f"{mean_exit_layer:.2f} / {depth}",
-            f"{depth / mean_exit_layer:.2f}x",
-            f"{100 * (1 - mean_exit_layer / depth):.1f}",
-            style=style,
-        )
+        table.add_row(title, _percent(accuracy), *others, *_depth(mean_exit_layer, depth), style=style)
 
     reference = evaluation.reference
     if reference is not None:
         layers = reference.num_hidden_layers or depth
-        mean = reference.mean_exit_layer or layers
-        row(reference.name, reference.accuracy, reference.metrics, mean, "", layers)
-    row("last layer, no exits", evaluation.per_layer_accuracy[-1], None, depth, "")
-    own = f"{evaluation.criterion} > {evaluation.threshold:.4g}"
-    row(own, evaluation.accuracy, evaluation.metrics, evaluation.mean_exit_layer, "bold")
-    for name, rival in evaluation.other_criteria.items():
-        if rival.point is not None:
-            row(
-                f"{name} > {rival.threshold:.4g}", rival.point.accuracy, None, rival.point.mean_exit_layer, ""
-            )
+        row(
+            reference.name, reference.accuracy, reference.metrics, reference.mean_exit_layer or layers, layers
+        )
+    row(FULL_DEPTH, evaluation.per_layer_accuracy[-1], None, depth)
+    own = _title(evaluation.criterion, evaluation.threshold)
+    row(own, evaluation.accuracy, evaluation.metrics, evaluation.mean_exit_layer, style="bold")
+    for name, other in evaluation.other_criteria.items():
+        if other.point is not None:
+            point = other.point
+            row(_title(name, point.threshold), point.accuracy, None, point.mean_exit_layer)
     return table
 
 
 def _layers(evaluation: Evaluation) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (
-        "layer",
-        "leave here",
-        "share %",
-        "their accuracy %",
-        "accuracy % if all left here",
-        "classifier alone %",
-    ):
-        table.add_column(name, justify="right")
+    names = ("layer", "leave here", "share %", "their accuracy %")
+    table = _table([*names, "accuracy % if all left here", "classifier alone %"])
     for index, left in enumerate(evaluation.exit_histogram):
-        right = evaluation.exit_accuracy[index]
         table.add_row(
             str(index + 1),
             f"{left:,}",
-            f"{100 * left / evaluation.num_examples:.1f}",
-            "" if right is None else f"{100 * right:.2f}",
-            f"{100 * evaluation.per_layer_accuracy[index]:.2f}",
-            f"{100 * evaluation.classifier_accuracy[index]:.2f}",
+            _percent(left / evaluation.num_examples, 1),
+            _percent(evaluation.exit_accuracy[index]),
+            _percent(evaluation.per_layer_accuracy[index]),
+            _percent(evaluation.classifier_accuracy[index]),
         )
     return table
 
@@ -114,74 +149,198 @@ def _classes(evaluation: Evaluation) -> RenderableType:
     ordered = evaluation.class_recall
     if len(ordered) > MOST_CLASSES:
         ordered = sorted(ordered, key=lambda found: found.gained - found.lost)[:MOST_CLASSES]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("class")
-    for name in ("rows", "recall %", "recall % at the last layer"):
-        table.add_column(name, justify="right")
+    table = _table(["class", "rows", "recall %", "recall % at the last layer"], left=1)
     for found in ordered:
-        shares = (
-            "" if share is None else f"{100 * share:.2f}" for share in (found.recall, found.full_depth_recall)
-        )
+        shares = (_percent(found.recall), _percent(found.full_depth_recall))
         table.add_row(Text(found.label), f"{found.num_examples:,}", *shares)
     left_out = len(evaluation.class_recall) - len(ordered)
     return Group(table, Text(f"{left_out} more classes: --json has all of them.")) if left_out else table
 
 
-SPEED_NAMES = {
+def _ways(evaluation: GenerationEvaluation) -> Table:
+    """One row for each way to generate: the reference, every layer, the criterion, other modes, other criteria."""
+    depth = evaluation.num_hidden_layers
+    lossless = evaluation.mode == "lossless"
+    names = [name for name in METRIC_TITLES if name in evaluation.metrics]
+    table = _table(
+        [
+            "",
+            *(METRIC_TITLES[name] for name in names),
+            *("token\nacc. %", "per-\nplexity", "mean exit\nlayer", "layer\nspeed-up"),
+            *(("drafted\n%", "drafts\nkept %") if lossless else ("layers\nsaved %",)),
+            "tokens\nper s",
+        ],
+        left=1,
+        collapse_padding=True,
+    )
+    table.columns[0].max_width = 34
+    for column in table.columns[1:]:
+        column.no_wrap = True
+
+    def row(
+        title: str,
+        text: GeneratedPoint | None,
+        on_references: GenerationPoint | None,
+        mean_exit_layer: float,
+        depth: int = depth,
+        style: str = "",
+    ) -> None:
+        metrics = {} if text is None else text.metrics
+        perplexity = metrics.get("perplexity", on_references and on_references.perplexity)
+        accuracy = metrics.get("token_accuracy", on_references and on_references.token_accuracy)
+        *layers, saved = _depth(mean_exit_layer, depth)
+        drafts = (text.draft_share, text.draft_acceptance) if text else (None, None)
+        table.add_row(
+            title,
+            *(_percent(metrics.get(name)) for name in names),
+            _percent(accuracy),
+            "" if perplexity is None else f"{perplexity:.2f}",
+            *layers,
+            *([_percent(share, 1) for share in drafts] if lossless else [saved]),
+            "" if text is None else f"{text.tokens_per_second:.1f}",
+            style=style,
+        )
+
+    def title_of(point: GeneratedPoint) -> str:
+        mode = "" if point.mode == evaluation.mode else f", {point.mode}"
+        return _title(point.criterion, point.threshold) + mode
+
+    if evaluation.reference is not None:
+        other = evaluation.reference
+        layers = round(other.mean_exit_layer * other.layer_speedup)  # it may have others than this model
+        row(evaluation.reference_name or BASELINE, other, None, other.mean_exit_layer, layers)
+    if evaluation.full_depth is not None:
+        last = [point for point in evaluation.curve if point.mean_exit_layer == depth]
+        row(FULL_DEPTH, evaluation.full_depth, last[0] if last else None, depth)
+    own = evaluation.own_point()
+    on_references = _at(evaluation.curve, own.threshold)
+    row(title_of(own), own, on_references, own.mean_exit_layer, style="bold")
+    for point in evaluation.generated:
+        if point.threshold == own.threshold and point.mode != own.mode:
+            row(title_of(point), point, on_references, point.mean_exit_layer)
+    for name, other in evaluation.other_criteria.items():
+        text = _comparable(other.generated, other.threshold, own.mean_exit_layer)
+        on_references = _at(other.curve, other.threshold if text is None else text.threshold)
+        if text is not None:
+            row(title_of(text), text, on_references, text.mean_exit_layer)
+        elif on_references is not None:
+            title = f"{_title(name, on_references.threshold)}, no text"
+            row(title, None, on_references, on_references.mean_exit_layer)
+    return table
+
+
+def _at(curve: Sequence[GenerationPoint], threshold: float | None) -> GenerationPoint | None:
+    """The curve's point at a threshold, if it has that one."""
+    return next((point for point in curve if point.threshold == threshold), None)
+
+
+def _comparable(
+    generated: Sequence[GeneratedPoint], threshold: float | None, mean_exit_layer: float
+) -> GeneratedPoint | None:
+    """The point at the criterion's own threshold; without one, that nearest in depth."""
+    own = [point for point in generated if point.threshold == threshold]
+    nearest = sorted(generated, key=lambda point: abs(point.mean_exit_layer - mean_exit_layer))
+    return next(iter([*own, *nearest]), None)
+
+
+def _note(evaluation: GenerationEvaluation) -> str:
+    found = evaluation.environment
+    where = [str(found["hardware"])] if "hardware" in found else []
+    where += [f"{name} {found[name]}" for name in ("torch", "transformers", "seed") if name in found]
+    return (
+        f"{evaluation.num_examples:,} prompts, at most {evaluation.max_new_tokens} new tokens, batch size "
+        f"{evaluation.batch_size}, mode {evaluation.mode}; {evaluation.num_tokens:,} tokens generated. ROUGE and the "
+        "scores beside it x 100. Token accuracy and perplexity: on the references, at the same threshold."
+        + (LOSSLESS_NOTE if evaluation.mode == "lossless" else "")
+        + (f"\n{', '.join(where)}." if where else "")
+    )
+
+
+def _token_layers(evaluation: GenerationEvaluation) -> Table:
+    names = ("tokens that leave here", "left by now %")
+    if evaluation.draft_histogram is not None:
+        names = ("tokens drafted here (last layer: not drafted)", "by now %")
+    table = _table(["layer", names[0], "share %", names[1]])
+    left_by_now = 0
+    for index, left in enumerate(evaluation.draft_histogram or evaluation.exit_histogram):
+        left_by_now += left
+        shares = (_percent(count / evaluation.num_tokens, 1) for count in (left, left_by_now))
+        table.add_row(str(index + 1), f"{left:,}", *shares)
+    return table
+
+
+SPEED_TITLES = {
+    "engine": "with exits",
     "engine-full-depth": "all layers",
     "engine-nobody-leaves": "nobody leaves",
+    "engine-lossless": "lossless",
 }
-"""Competitors by shorter names, below `engine`."""
+"""Competitors by shorter names."""
+
+_Columns = Mapping[str, Callable[[Any], str]]
+CLASSIFICATION_COLUMNS: _Columns = {
+    "p50\nms": lambda row: _short(row.latency_ms_p50),
+    "p95\nms": lambda row: _short(row.latency_ms_p95),
+    "per\ns": lambda row: _short(row.instances_per_second),
+    "pad\n%": lambda row: _percent(row.padding_share, 1),
+}
+GENERATION_COLUMNS: _Columns = {
+    "tokens\nper s": lambda row: _short(row.tokens_per_second),
+    "ms per\ntoken": lambda row: f"{row.latency_ms_per_token:.2f}",
+    "mean exit\nlayer": lambda row: f"{row.mean_exit_layer:.2f}",
+}
+SPEED_COLUMNS: _Columns = {
+    "layers": lambda row: _times(row.layer_speedup),
+    "clock": lambda row: _times(row.wall_clock_speedup),
+    "eff.": lambda row: "" if row.efficiency is None else f"{row.efficiency:.2f}",
+    "vs\nHF": lambda row: _times(row.speedup_over_transformers),
+}
 
 
-def speed_report(report: SpeedReport) -> RenderableType:
-    """What a benchmark found, mode by mode, and on what it ran.
+def speed_table(results: SpeedResults[Any]) -> RenderableType:
+    """What a benchmark found, batch size by batch size, and on what it ran.
 
     Args:
-        report: the figures.
+        results: of a classifier or of a text generator.
 
     Returns:
         Something that a rich console prints.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for name in ("batch", ""):
-        table.add_column(name, no_wrap=True)
-    names = ("p50\nms", "p95\nms", "per\ns", "pad\n%", "layers", "clock", "eff.", "vs\nHF")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    before: object = ()
-    for row in report.rows:
+    found, work = results.environment, results.workload
+    generates = "new_tokens" in work
+    columns = (GENERATION_COLUMNS if generates else CLASSIFICATION_COLUMNS) | dict(SPEED_COLUMNS)
+    table = _table(["batch", "", *columns], left=2, show_edge=False, collapse_padding=True)
+    for column in table.columns:
+        column.no_wrap = True
+    before = ""
+    for row in results.rows:
         size = "throughput" if row.batch_size is None else str(row.batch_size)
-        if before not in ((), size):
+        if before not in ("", size):
             table.add_section()
+        title = SPEED_TITLES.get(row.name, row.name)
+        if getattr(row, "draft_acceptance", None) is not None:
+            title += f" ({100 * row.draft_acceptance:.0f} % of drafts stay)"
+        cells = [show(row) for show in columns.values()]
         table.add_row(
-            "" if before == size else size,
-            SPEED_NAMES.get(row.name, row.name),
-            _short(row.latency_ms_p50),
-            _short(row.latency_ms_p95),
-            _short(row.instances_per_second),
-            f"{100 * row.padding_share:.1f}",
-            _times(row.layer_speedup),
-            _times(row.wall_clock_speedup),
-            "" if row.efficiency is None else f"{row.efficiency:.2f}",
-            _times(row.speedup_over_transformers),
-            style="bold" if row.name == "engine" else "",
+            "" if before == size else size, title, *cells, style="bold" if row.name == "engine" else ""
         )
         before = size
-    place, work = report.environment, report.workload
-    dtypes = ", ".join(dict.fromkeys(row.dtype for row in report.rows))
-    flags = f" ({', '.join(place['cpu_flags'])})" if place["cpu_flags"] else ""
+    inputs = f"{work['rows']:,} rows of {work['mean_tokens']:.1f} tokens on average" if not generates else ""
+    if generates:
+        inputs = f"vocabulary {work['vocab_size']:,}, {work['mean_prompt_tokens']:.0f} prompt and "
+        inputs += f"{work['new_tokens']} new tokens"
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in results.rows))
+    flags = f" ({', '.join(found['cpu_flags'])})" if found["cpu_flags"] else ""
     return Group(
         table,
         Text(
-            f"{work['model']}: {work['num_hidden_layers']} layers of {work['hidden_size']}, {work['rows']:,} rows of "
-            f"{work['mean_tokens']:.1f} tokens on average. Layers: layer speed-up; clock: wall-clock speed-up against "
-            "the engine at full depth in this run; eff. (efficiency): the second over the first; vs HF: "
-            "times faster than transformers."
+            f"{work['model']}: {work['num_hidden_layers']} layers of {work['hidden_size']}, {inputs}. Layers: layer "
+            "speed-up; clock: wall-clock speed-up against all layers in this run; eff. (efficiency): the second over "
+            "the first; vs HF: times faster than transformers."
         ),
         Text(
-            f"{dtypes} on {place['hardware']}{flags}, {place['threads']} thread(s), torch {place['torch']}, "
-            f"transformers {place['transformers']}, seed {place['seed']}."
+            f"{dtypes} on {found['hardware']}{flags}, {found['threads']} thread(s), torch {found['torch']}, "
+            f"transformers {found['transformers']}, seed {found['seed']}."
         ),
     )
 

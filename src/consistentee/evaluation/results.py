@@ -1,4 +1,4 @@
-"""What an evaluation of generation finds: points of the trade-off, examples, and all of it together.
+"""What an evaluation finds, of classification and of generation: metrics, points of the trade-off, all of it together.
 
 Exit layers count from 1: they are layers executed. Layer speed-up is layers over mean exit layer, counted and not
 timed; tokens per second are timed.
@@ -6,11 +6,123 @@ timed; tokens per second are timed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-PLAIN, LAST_LAYER = "plain model", "last layer, no exits"
-"""What reports and pictures call `reference` and `full_depth`."""
+if TYPE_CHECKING:
+    from consistentee.functional.curves import CurvePoint
+    from consistentee.functional.recall import ClassRecall
+
+BASELINE, FULL_DEPTH = "plain model", "last layer, no exits"
+"""What tables and pictures call a reference without exits, and the model itself with every exit at the last layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitEvaluation:
+    """What both kinds of evaluation hold, at one criterion and threshold.
+
+    Args:
+        num_hidden_layers: layers of the model.
+        num_examples: rows or prompts.
+        criterion: the exit criterion.
+        threshold: an input or token leaves at the first layer whose exit score exceeds it.
+        metrics: name to value: of the predicted classes, or of the generated text.
+        mean_exit_layer: mean number of layers executed for an input or generated token.
+        layer_speedup: layers over mean exit layer (counted, not timed).
+        layers_saved: 1 - mean exit layer / layers.
+        exit_histogram: (layers,) inputs or generated tokens that leave at each layer.
+        curve: the trade-off over thresholds: of the rows, or of the references' tokens.
+        other_criteria: other exit criteria on the same model, by name.
+        environment: hardware and versions, and what else the values depend on.
+        num_truncated: rows or prompts that were longer than the model takes, and were cut.
+    """
+
+    LONG: ClassVar[tuple[str, ...]] = ("curve", "other_criteria", "generated", "examples")
+    """What a training record leaves out."""
+
+    num_hidden_layers: int
+    num_examples: int
+    criterion: str
+    threshold: float
+    metrics: dict[str, float]
+    mean_exit_layer: float
+    layer_speedup: float
+    layers_saved: float
+    exit_histogram: list[int]
+    curve: list[Any]
+    other_criteria: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    environment: dict[str, Any] = field(default_factory=dict[str, Any])
+    num_truncated: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, ready for JSON."""
+        return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """All of it but curves, further texts and examples, for a training record."""
+        return {name: value for name, value in self.to_dict().items() if name not in self.LONG}
+
+
+@dataclass(frozen=True)
+class OtherCriterion:
+    """Another exit criterion on the same classifiers.
+
+    Args:
+        threshold: the one that training chose for it, or None where it is not known.
+        point: what that threshold gives; None without one.
+        curve: all thresholds.
+    """
+
+    threshold: float | None
+    point: CurvePoint | None
+    curve: list[CurvePoint]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Another model on the same rows, compared pair by pair.
+
+    Args:
+        accuracy: its share of right predictions.
+        metrics: its metrics.
+        accuracy_difference: ours minus its accuracy.
+        standard_error: of that difference, from the paired rows.
+        name: what it is: `plain model`, or an early-exit model and its exit criterion.
+        num_hidden_layers: its layers; None where that is not known.
+        mean_exit_layer: mean number of its layers executed.
+    """
+
+    accuracy: float
+    metrics: dict[str, float]
+    accuracy_difference: float
+    standard_error: float
+    name: str = BASELINE
+    num_hidden_layers: int | None = None
+    mean_exit_layer: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(ExitEvaluation):
+    """A classifier on one set of rows; see `ExitEvaluation` for what is not named here.
+
+    Args:
+        accuracy: share of right predictions at the exit layers.
+        exit_accuracy: share of right predictions among the rows that leave at each layer; None where none does.
+        per_layer_accuracy: accuracy if every row left at that layer.
+        classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before.
+        class_recall: recall of every class at the exits and at full depth.
+        reference: another model on the same rows, if one was given.
+    """
+
+    curve: list[CurvePoint]
+    other_criteria: Mapping[str, OtherCriterion] = field(default_factory=dict[str, OtherCriterion])
+    accuracy: float
+    exit_accuracy: list[float | None]
+    per_layer_accuracy: list[float]
+    classifier_accuracy: list[float]
+    class_recall: list[ClassRecall]
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +150,9 @@ class GeneratedPoint:
 
     Args:
         mode: how tokens that left early get the states of the layers above, as later tokens attend to them.
-        criterion: the exit rule.
+        criterion: the exit criterion.
         threshold: a token leaves at the first layer whose exit score exceeds it.
-        metrics: name to value, in [0, 1]: what `text_metrics` gives; other figures beside them are kept.
+        metrics: name to value, in [0, 1]: what `text_metrics` gives; other metrics beside them are kept.
         mean_exit_layer: mean number of layers executed for a token: in mode `lossless` all of them.
         layer_speedup: layers over mean exit layer.
         tokens_per_second: generated tokens over wall-clock seconds.
@@ -62,8 +174,8 @@ class GeneratedPoint:
 
 
 @dataclass(frozen=True)
-class GenerationRival:
-    """Another exit rule on the same model.
+class OtherGenerationCriterion:
+    """Another exit criterion on the same model.
 
     Args:
         threshold: the one that training chose for it, or None where it is not known.
@@ -95,73 +207,55 @@ class GenerationExample:
     exit_layers: list[int]
 
 
-@dataclass(frozen=True)
-class GenerationEvaluation:
-    """The figures of one model on one set of prompts, at one mode, criterion and threshold.
+@dataclass(frozen=True, kw_only=True)
+class GenerationEvaluation(ExitEvaluation):
+    """A text generator on one set of prompts, in one mode; see `ExitEvaluation` for what is not named here.
 
     Args:
-        num_hidden_layers: layers of the model.
-        num_examples: prompts.
-        mode: how tokens that left early get the states of the layers above.
-        criterion: the exit rule.
-        threshold: a token leaves at the first layer whose exit score exceeds it.
+        mode: how tokens that left early get the states of the layers above; in mode `lossless` all layers ran.
         batch_size: prompts generated together.
         max_new_tokens: longest text that was asked for, in tokens.
-        metrics: name to value, in [0, 1], of the generated text: what `text_metrics` gives.
         num_tokens: generated tokens.
-        mean_exit_layer: mean number of layers executed for a generated token: in mode `lossless` all of them.
-        layer_speedup: layers over mean exit layer (counted, not timed).
-        layers_saved: 1 - mean exit layer / layers.
         tokens_per_second: generated tokens over wall-clock seconds.
-        exit_histogram: (layers,) generated tokens that leave at each layer.
         exit_by_position: (longest text,) mean exit layer of the first generated token, the second, and so on.
-        curve: the trade-off over thresholds, on the references.
         full_depth: the same model with every token at the last layer; None where it was not run.
         generated: further thresholds and modes of the same criterion whose text was generated.
-        other_criteria: other exit rules on the same model, by name.
         reference: another model on the same prompts, if one was given.
-        reference_name: what that is: `plain model`, or an early-exit model and its exit rule.
+        reference_name: what that is: `plain model`, or an early-exit model and its exit criterion.
         draft_share, draft_acceptance: of mode `lossless`, see `GeneratedPoint`.
         draft_histogram: of mode `lossless`, (layers,) generated tokens that were drafted after each layer; at the last
             one those that were not.
         examples: a few prompts with their text, token by token.
-        environment: hardware, versions, seed.
-        num_truncated: prompts that were longer than the model takes, and were cut.
     """
 
-    num_hidden_layers: int
-    num_examples: int
+    curve: list[GenerationPoint]
+    other_criteria: Mapping[str, OtherGenerationCriterion] = field(
+        default_factory=dict[str, OtherGenerationCriterion]
+    )
     mode: str
-    criterion: str
-    threshold: float
     batch_size: int
     max_new_tokens: int
-    metrics: dict[str, float]
     num_tokens: int
-    mean_exit_layer: float
-    layer_speedup: float
-    layers_saved: float
     tokens_per_second: float
-    exit_histogram: list[int]
     exit_by_position: list[float]
-    curve: list[GenerationPoint]
     full_depth: GeneratedPoint | None = None
     generated: list[GeneratedPoint] = field(default_factory=list[GeneratedPoint])
-    other_criteria: dict[str, GenerationRival] = field(default_factory=dict[str, GenerationRival])
     reference: GeneratedPoint | None = None
     reference_name: str | None = None
     draft_share: float | None = None
     draft_acceptance: float | None = None
     draft_histogram: list[int] | None = None
     examples: list[GenerationExample] = field(default_factory=list[GenerationExample])
-    environment: dict[str, Any] = field(default_factory=dict[str, Any])
-    num_truncated: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values, ready for JSON."""
-        return asdict(self)
+    def own_point(self) -> GeneratedPoint:
+        """The reported mode, criterion and threshold as a point beside the others."""
+        return GeneratedPoint(**{name: getattr(self, name) for name in GeneratedPoint.__dataclass_fields__})
 
-    def summary(self) -> dict[str, Any]:
-        """The figures without curves and examples, for a training record."""
-        long = ("curve", "generated", "other_criteria", "examples")
-        return {name: value for name, value in self.to_dict().items() if name not in long}
+
+def depth_metrics(mean_exit_layer: float, num_hidden_layers: int) -> dict[str, float]:
+    """`mean_exit_layer`, `layer_speedup` and `layers_saved`."""
+    return {
+        "mean_exit_layer": mean_exit_layer,
+        "layer_speedup": num_hidden_layers / mean_exit_layer,
+        "layers_saved": 1 - mean_exit_layer / num_hidden_layers,
+    }

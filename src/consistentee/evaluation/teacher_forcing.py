@@ -126,7 +126,7 @@ def teacher_forced_exits(
     weights = model.exit_weights()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for input_ids, mask, labels, predicts in _batches(saved, rows, batch_size, description):
-        may_leave = predicts & ~_first_of_response(predicts) if _first_is_full(model) else predicts
+        may_leave = _may_leave(model, predicts)
         leaving = _Leaving(model, criterion, threshold, may_leave)
         normed, exit_layer = model.exit_pass(input_ids, mask, may_leave, leaving.decide)
         targets = labels.roll(-1, 1)[predicts]  # (tokens,): position t predicts token t + 1
@@ -192,7 +192,7 @@ def full_depth_scores(
     few = order[: int(np.searchsorted(counts, SCORED_TOKENS)) + 1]
     scores: list[Tensor] = []
     for input_ids, mask, _, predicts in _batches(saved, rows, batch_size, description, few.tolist()):
-        may_leave = predicts & ~_first_of_response(predicts) if _first_is_full(model) else predicts
+        may_leave = _may_leave(model, predicts)
         leaving = _Leaving(model, criterion, math.inf, may_leave, record=True)
         model.exit_pass(input_ids, mask, may_leave, leaving.decide)
         here = torch.full((int(predicts.sum()), model.num_layers), -math.inf)
@@ -429,13 +429,9 @@ def _batches(
         )
 
 
-def _first_is_full(model: EarlyExitForCausalLM) -> bool:
-    return model.config.full_depth_first_token
-
-
-def _first_of_response(predicts: Tensor) -> Tensor:
-    """The position of each row that predicts the first token: the prompt's last, which went through all layers."""
-    return predicts & (predicts.cumsum(1) == 1)
+def _may_leave(model: EarlyExitForCausalLM, predicts: Tensor) -> Tensor:
+    """All that predict, but for the first of each row (the prompt's last token) where that goes through all layers."""
+    return predicts & (predicts.cumsum(1) > 1) if model.config.full_depth_first_token else predicts
 
 
 def _judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,8 +67,8 @@ def paired_ratio(
     return float(median), float(first), float(third)
 
 
-def environment(device: torch.device, seed: int) -> dict[str, Any]:
-    """What a figure depends on beside the code: hardware, versions, threads, seed."""
+def environment(device: torch.device, seed: int | None = None) -> dict[str, Any]:
+    """What a figure depends on beside the code: hardware, versions, threads, and the seed where something is drawn."""
     import transformers
 
     import consistentee
@@ -82,7 +82,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "consistentee": consistentee.__version__,
-        "seed": seed,
+        **({} if seed is None else {"seed": seed}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Results of generation as plain values, and as tables."""
+"""Results of generation as plain values, and as tables; those of classification are in test_evaluation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import fields, replace
 import pytest
 from rich.console import Console
 
-from consistentee.evaluation.generation_reports import generation_report
+from consistentee.evaluation.reports import evaluation_tables
 from consistentee.evaluation.results import (
     GeneratedPoint,
     GenerationEvaluation,
     GenerationExample,
     GenerationPoint,
-    GenerationRival,
+    OtherGenerationCriterion,
 )
 
 
@@ -47,7 +47,7 @@ EVALUATION = GenerationEvaluation(
     full_depth=text_point(1.0, 4.0, 0.45),
     generated=[text_point(0.2, 1.5, 0.3), text_point(0.5, 2.5, 0.39, mode="recompute")],
     other_criteria={
-        "confidence": GenerationRival(
+        "confidence": OtherGenerationCriterion(
             None,
             [],
             [
@@ -55,8 +55,8 @@ EVALUATION = GenerationEvaluation(
                 for t, layer in ((0.8, 2.2), (0.9, 3.5))
             ],
         ),
-        "patience": GenerationRival(1.5, [GenerationPoint(1.5, 0.5, 9.75, 2.0, 2.0)], []),
-        "entropy": GenerationRival(None, [GenerationPoint(0.3, 0.5, 9.0, 2.0, 2.0)], []),
+        "patience": OtherGenerationCriterion(1.5, [GenerationPoint(1.5, 0.5, 9.75, 2.0, 2.0)], []),
+        "entropy": OtherGenerationCriterion(None, [GenerationPoint(0.3, 0.5, 9.0, 2.0, 2.0)], []),
     },
     reference=text_point(1.0, 4.0, 0.5, criterion="none", mode="plain"),
     examples=[GenerationExample("Say hello:", "hello", "hell", ["he", "ll"], [1, 4])],
@@ -66,7 +66,7 @@ EVALUATION = GenerationEvaluation(
 
 def lines_of(evaluation: GenerationEvaluation) -> list[str]:
     console = Console(file=io.StringIO(), width=120, color_system=None)
-    console.print(generation_report(evaluation))
+    console.print(evaluation_tables(evaluation))
     return console.file.getvalue().splitlines()
 
 
@@ -107,12 +107,12 @@ def test_rows_of_the_report() -> None:
     assert row_of(EVALUATION, "policy > 0.5, recompute").startswith("39.00 ")
 
 
-def test_rival_without_a_threshold_is_shown_at_the_nearest_depth() -> None:
+def test_criterion_without_a_threshold_is_shown_at_the_nearest_depth() -> None:
     assert row_of(EVALUATION, "confidence > 0.8") == "22.00 11.00 21.00 5.50 2.20 / 4 1.82x 45.0 50.0"
     assert not [line for line in lines_of(EVALUATION) if "confidence > 0.9" in line or "entropy" in line]
 
 
-def test_rival_without_text_shows_the_references_only() -> None:
+def test_criterion_without_text_shows_the_references_only() -> None:
     assert row_of(EVALUATION, "patience > 1.5, no text") == "50.00 9.75 2.00 / 4 2.00x 50.0"
 
 

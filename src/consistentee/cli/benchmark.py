@@ -149,6 +149,7 @@ def benchmark(
     from consistentee.atomic_files import write_json
     from consistentee.config import ClassificationTrainingConfig
     from consistentee.evaluation.reports import speed_table
+    from consistentee.evaluation.speed import exit_distribution_shares
     from consistentee.evaluation.speed_classification import measure_speed, model_workload, shape_workload
 
     if threads is not None:
@@ -211,7 +212,10 @@ def benchmark(
             threshold=threshold,
             seed=seed,
         )
-    shares = usage(lambda: work.shares(exit_distribution))
+    shares = None
+    if exit_distribution is not None:
+        text, depth = exit_distribution, work.engine.backend.num_layers
+        shares = usage(lambda: exit_distribution_shares(text, depth))
     rule = usage(lambda: work.engine.rule(criterion, threshold))
     with announced() as (announce, tick):
         report = measure_speed(

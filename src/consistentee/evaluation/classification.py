@@ -53,7 +53,7 @@ def evaluate_layers(
         exit_probs: (rows, layers), the policy's conditional exit probabilities; read by `policy` only.
         labels: (rows,), int64.
         criterion: one of `exits.CRITERIA`.
-        threshold: an input leaves at the first layer whose exit score exceeds it.
+        threshold: an input exits at the first layer whose exit score exceeds it.
         metrics: names from `metrics.METRICS`.
         other_criteria: further criteria to draw, each with its threshold or None.
         classifier_logits: (rows, layers, classes), each classifier alone; None where that is the same.

@@ -1,4 +1,4 @@
-"""What exits give in generation: texts against references, what exits cost on the references, full depth and rivals."""
+"""What exits give in generation: texts against references, what exits cost on the references, all criteria."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ def evaluate_generation(
     """Evaluate a saved generator on prompts with references.
 
     Texts are generated greedily. Perplexity and token accuracy are of the references' tokens, each predicted from the
-    true ones before it at the layer where it leaves, with states copied as in decoding. The curves are exact: as copied
+    true ones before it at the layer where it exits, with states copied as in decoding. The curves are exact: as copied
     states change with the exits, every threshold has a pass of its own. Their thresholds are equally spaced in depth by
-    the exit scores of one full-depth pass; the chosen threshold and, of a rival, the one at which its tokens leave at
-    the depth of the first criterion, are among them.
+    the exit scores of one full-depth pass; the chosen threshold and, of another criterion, the one at which its tokens
+    exit at the depth of the first criterion, are among them.
 
     Args:
         saved: the model, from `load_model`.
         rows: prompts and references. Of texts without prompts the second half is generated from the first.
-        criteria: exit rules; the first is reported, the others are its rivals. None given: the saved one. A rival
+        criteria: exit criteria; the first is reported, the others are compared with it. None given: the saved one. One
             without a saved threshold has its text generated at the depth of the first criterion.
         threshold: of the first criterion; None takes the saved one.
         mode: `early-exit`, `full` or `lossless`; None takes the saved one.
@@ -80,14 +80,14 @@ def evaluate_generation(
         batch_size: rows per step and texts that are generated together.
         max_new_tokens: longest text; None takes what suits the model's task.
         text_speedups: layer speed-ups, above 1, at which text of every criterion is generated besides: at the
-            threshold where the references' tokens leave after that share of the layers, as near as it gets.
+            threshold where the references' tokens exit after that share of the layers, as near as it gets.
         curve_thresholds: thresholds of each curve on the references, beside the chosen ones; at least 1.
         bertscore_model: encoder for BERTScore; None leaves it out.
         progress: whether to show how far it is.
         seed: of the tokens whose scores choose the curves' thresholds.
 
     Returns:
-        The figures.
+        What was found.
 
     Raises:
         MissingExtraError: the packages of the text metrics are not installed.
@@ -103,8 +103,8 @@ def evaluate_generation(
     if not len(rows):
         raise ValueError("rows must hold at least one prompt, got none.")
     criterion, limit = saved.exit_rule(criteria[0] if criteria else None, threshold)
-    rivals = [name for name in dict.fromkeys(criteria[1:]) if name != criterion]
-    for name in rivals:
+    other_names = [name for name in dict.fromkeys(criteria[1:]) if name != criterion]
+    for name in other_names:
         if saved.known_threshold(name) is not None:
             saved.exit_rule(name)  # whether it fits
     depth = saved.num_hidden_layers
@@ -132,7 +132,7 @@ def evaluate_generation(
 
     own = with_references(own)
     others: dict[str, OtherGenerationCriterion] = {}
-    for name in rivals:
+    for name in other_names:
         known = saved.known_threshold(name)
         matched = passes.threshold_for_depth(name, at_limit.mean_exit_layer)
         chosen = matched if known is None else known
@@ -180,7 +180,7 @@ def evaluate_plain_generation(
     bertscore_model: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Figures of a model without exits: `num_examples`, `num_truncated`, `metrics`, and tokens and their speed."""
+    """What a model without exits gives: `num_examples`, `num_truncated`, `metrics`, and tokens and their speed."""
     texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
     point = texts.reference(saved, rows)
     return {
@@ -344,8 +344,8 @@ def _drafts(written: Sequence[GeneratedText], depth: int) -> dict[str, float | N
 
 def _with_references(point: GeneratedPoint, tokens: TeacherForcedTokens) -> GeneratedPoint:
     """The point with perplexity and token accuracy of the references beside the metrics of its texts."""
-    figures = {"perplexity": tokens.perplexity, "token_accuracy": tokens.token_accuracy}
-    return replace(point, metrics=point.metrics | figures)
+    found = {"perplexity": tokens.perplexity, "token_accuracy": tokens.token_accuracy}
+    return replace(point, metrics=point.metrics | found)
 
 
 def _without(thresholds: Sequence[float], known: float) -> list[float]:

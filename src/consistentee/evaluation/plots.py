@@ -1,4 +1,4 @@
-"""Pictures: of an evaluation (what a saved layer costs, where inputs leave) and of a benchmark; extra `plot`."""
+"""Pictures: of an evaluation (what a saved layer costs, where inputs exit) and of a benchmark; extra `plot`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from consistentee.atomic_files import atomic_path
 from consistentee.errors import require_extra
-from consistentee.evaluation.results import BASELINE, FULL_DEPTH, GenerationEvaluation
+from consistentee.evaluation.results import BASELINE, LAST_LAYER, GenerationEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ Point = tuple[float, float]
 def plot_evaluation(
     evaluation: Evaluation | GenerationEvaluation, path: str | Path, title: str | None = None
 ) -> Path:
-    """Draw quality against depth, and where inputs or tokens leave.
+    """Draw quality against depth, and where inputs or tokens exit.
 
     Of a text generator: of generated text (left out where no criterion has two points of it) and on the references, the
     exit histogram and exits by position.
@@ -98,15 +98,7 @@ def plot_speed(results: SpeedResults[Any], path: str | Path, title: str | None =
 
     Args:
         results: of a classifier or of a text generator.
-        path: the picture, PNG, PDF or SVG by its ending; written whole or not at all.
-        title: over the picture, such as the model's name.
-
-    Returns:
-        The path.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        ValueError: another ending.
+        path, title: as of `plot_evaluation`, whose errors it raises.
     """
     generates = "new_tokens" in results.workload
     per_second, label = "instances_per_second", "inputs per second"
@@ -215,7 +207,7 @@ def _draw_token_accuracy(axes: Axes, evaluation: GenerationEvaluation) -> None:
     full = [100 * point.token_accuracy for point in evaluation.curve if point.mean_exit_layer == depth]
     at = [point for point in evaluation.curve if point.threshold == evaluation.threshold]
     own = (at[0].layer_speedup, 100 * at[0].token_accuracy) if at else None
-    _draw_curves(axes, points, {FULL_DEPTH: full[0]} if full else {}, own)
+    _draw_curves(axes, points, {LAST_LAYER: full[0]} if full else {}, own)
     _frame(axes, SPEEDUP, "tokens predicted (%)", "Next token of the references against depth")
 
 
@@ -235,19 +227,19 @@ def _draw_text_quality(
 ) -> None:
     modes = list(dict.fromkeys([evaluation.mode, *(mode for _, mode in series)]))
     for order, ((criterion, mode), points) in enumerate(series.items()):
-        place, (colour, style) = modes.index(mode), _look(criterion)
+        mark, (colour, style) = modes.index(mode), _look(criterion)
         axes.plot(
             *zip(*points, strict=True),
             label=criterion if len(modes) == 1 else f"{criterion}, {mode}",
             color=colour,
             linestyle=style,
-            marker=MARKERS[place % len(MARKERS)],
+            marker=MARKERS[mark % len(MARKERS)],
             markersize=5.5,
-            markerfacecolor="white" if place else colour,
-            linewidth=1.3 if place else 2.2,
+            markerfacecolor="white" if mark else colour,
+            linewidth=1.3 if mark else 2.2,
             zorder=5 - 0.1 * order,
         )
-    horizontal = {FULL_DEPTH: evaluation.full_depth}
+    horizontal = {LAST_LAYER: evaluation.full_depth}
     horizontal[evaluation.reference_name or BASELINE] = evaluation.reference
     lines = {
         label: 100 * point.metrics["rougeL"]
@@ -295,7 +287,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, float]) -> None:
         axes.axhline(height, color=GREY, linewidth=1.4, linestyle=dashes, zorder=2, label=label)
 
 
-def _mark(axes: Axes, point: Point, criterion: str, *, filled: bool = True, label: str | None = None) -> None:
+def _mark(axes: Axes, point: Point, criterion: str, *, filled: bool = True, label: str = "") -> None:
     """A chosen threshold; the reported one is larger and says what it gives."""
     colour, _ = _look(criterion)
     axes.plot(
@@ -334,7 +326,7 @@ def _fit(axes: Axes, shown: Sequence[Point], heights: Sequence[float], own: Poin
 
 
 def _draw_shares(axes: Axes, shares: Sequence[float], least: float, label: str | None = None) -> None:
-    """Bars of how many leave at each layer, in percent, with their figures from `least` on."""
+    """Bars of how many exit at each layer, in percent, in numbers from `least` on."""
     depth = len(shares)
     axes.bar(range(1, depth + 1), shares, width=0.75, color=BAR, zorder=1, label=label)
     for layer, share in enumerate(shares, start=1):
@@ -435,7 +427,7 @@ def _write(axes: Axes, text: str, at: Point, offset: Point, **options: Any) -> N
     axes.annotate(text, at, xytext=offset, textcoords="offset points", **options)
 
 
-def _legend(axes: Axes, loc: str, **options: Any) -> None:
+def _legend(axes: Axes, loc: Any, **options: Any) -> None:
     axes.legend(loc=loc, frameon=False, labelcolor=INK, **{"fontsize": 10, **options})
 
 

@@ -90,7 +90,7 @@ def recommend(
         rows: tokenized inputs, at least `FEWEST_ROWS`, such as it will be used on.
         dtype: `auto`, or the only one to compare backends in.
         backend: `auto`, or the only one to compare dtypes on.
-        rule: when inputs leave; None takes the saved rule.
+        rule: when inputs exit; None takes the saved rule.
 
     Raises:
         SettingError: too few rows, or nothing runs so here.

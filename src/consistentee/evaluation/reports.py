@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from consistentee.evaluation.results import (
     BASELINE,
-    FULL_DEPTH,
+    LAST_LAYER,
     Evaluation,
     GeneratedPoint,
     GenerationEvaluation,
@@ -119,7 +119,7 @@ def _models(evaluation: Evaluation) -> Table:
         row(
             reference.name, reference.accuracy, reference.metrics, reference.mean_exit_layer or layers, layers
         )
-    row(FULL_DEPTH, evaluation.per_layer_accuracy[-1], None, depth)
+    row(LAST_LAYER, evaluation.per_layer_accuracy[-1], None, depth)
     own = _title(evaluation.criterion, evaluation.threshold)
     row(own, evaluation.accuracy, evaluation.metrics, evaluation.mean_exit_layer, style="bold")
     for name, other in evaluation.other_criteria.items():
@@ -211,7 +211,7 @@ def _ways(evaluation: GenerationEvaluation) -> Table:
         row(evaluation.reference_name or BASELINE, other, None, other.mean_exit_layer, layers)
     if evaluation.full_depth is not None:
         last = [point for point in evaluation.curve if point.mean_exit_layer == depth]
-        row(FULL_DEPTH, evaluation.full_depth, last[0] if last else None, depth)
+        row(LAST_LAYER, evaluation.full_depth, last[0] if last else None, depth)
     own = evaluation.own_point()
     on_references = _at(evaluation.curve, own.threshold)
     row(title_of(own), own, on_references, own.mean_exit_layer, style="bold")
@@ -277,7 +277,7 @@ SPEED_TITLES = {
 }
 """Competitors by shorter names."""
 
-_Columns = Mapping[str, Callable[[Any], str]]
+_Columns = dict[str, Callable[[Any], str]]
 CLASSIFICATION_COLUMNS: _Columns = {
     "p50\nms": lambda row: _short(row.latency_ms_p50),
     "p95\nms": lambda row: _short(row.latency_ms_p95),
@@ -308,7 +308,7 @@ def speed_table(results: SpeedResults[Any]) -> RenderableType:
     """
     found, work = results.environment, results.workload
     generates = "new_tokens" in work
-    columns = (GENERATION_COLUMNS if generates else CLASSIFICATION_COLUMNS) | dict(SPEED_COLUMNS)
+    columns = (GENERATION_COLUMNS if generates else CLASSIFICATION_COLUMNS) | SPEED_COLUMNS
     table = _table(["batch", "", *columns], left=2, show_edge=False, collapse_padding=True)
     for column in table.columns:
         column.no_wrap = True
@@ -317,7 +317,7 @@ def speed_table(results: SpeedResults[Any]) -> RenderableType:
         size = "throughput" if row.batch_size is None else str(row.batch_size)
         if before not in ("", size):
             table.add_section()
-        title = SPEED_TITLES.get(row.name, row.name)
+        title = str(SPEED_TITLES.get(row.name, row.name))
         if getattr(row, "draft_acceptance", None) is not None:
             title += f" ({100 * row.draft_acceptance:.0f} % of drafts stay)"
         cells = [show(row) for show in columns.values()]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from consistentee.functional.curves import CurvePoint
     from consistentee.functional.recall import ClassRecall
 
-BASELINE, FULL_DEPTH = "plain model", "last layer, no exits"
+BASELINE, LAST_LAYER = "plain model", "last layer, no exits"
 """What tables and pictures call a reference without exits, and the model itself with every exit at the last layer."""
 
 
@@ -26,12 +26,12 @@ class ExitEvaluation:
         num_hidden_layers: layers of the model.
         num_examples: rows or prompts.
         criterion: the exit criterion.
-        threshold: an input or token leaves at the first layer whose exit score exceeds it.
+        threshold: an input or token exits at the first layer whose exit score exceeds it.
         metrics: name to value: of the predicted classes, or of the generated text.
         mean_exit_layer: mean number of layers executed for an input or generated token.
         layer_speedup: layers over mean exit layer (counted, not timed).
         layers_saved: 1 - mean exit layer / layers.
-        exit_histogram: (layers,) inputs or generated tokens that leave at each layer.
+        exit_histogram: (layers,) inputs or generated tokens that exit at each layer.
         curve: the trade-off over thresholds: of the rows, or of the references' tokens.
         other_criteria: other exit criteria on the same model, by name.
         environment: hardware and versions, and what else the values depend on.
@@ -108,8 +108,8 @@ class Evaluation(ExitEvaluation):
 
     Args:
         accuracy: share of right predictions at the exit layers.
-        exit_accuracy: share of right predictions among the rows that leave at each layer; None where none does.
-        per_layer_accuracy: accuracy if every row left at that layer.
+        exit_accuracy: share of right predictions among the rows that exit at each layer; None where none does.
+        per_layer_accuracy: accuracy if every row exited at that layer.
         classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before.
         class_recall: recall of every class at the exits and at full depth.
         reference: another model on the same rows, if one was given.
@@ -130,7 +130,7 @@ class GenerationPoint:
     """What one threshold gives on the references themselves, each token predicted from the true ones before it.
 
     Args:
-        threshold: a token leaves at the first layer whose exit score exceeds it.
+        threshold: a token exits at the first layer whose exit score exceeds it.
         token_accuracy: share of the references' tokens that are predicted, in [0, 1].
         perplexity: of the references' tokens under the distributions at the exit layers, at least 1.
         mean_exit_layer: mean number of layers executed for a token.
@@ -149,9 +149,9 @@ class GeneratedPoint:
     """What one way to generate gives, on the text that it wrote.
 
     Args:
-        mode: how tokens that left early get the states of the layers above, as later tokens attend to them.
+        mode: how tokens that exited early get the states of the layers above, as later tokens attend to them.
         criterion: the exit criterion.
-        threshold: a token leaves at the first layer whose exit score exceeds it.
+        threshold: a token exits at the first layer whose exit score exceeds it.
         metrics: name to value, in [0, 1]: what `text_metrics` gives; other metrics beside them are kept.
         mean_exit_layer: mean number of layers executed for a token: in mode `lossless` all of them.
         layer_speedup: layers over mean exit layer.
@@ -197,7 +197,7 @@ class GenerationExample:
         reference: what should follow.
         text: what the model wrote.
         pieces: (tokens,) the text token by token; together they are the text.
-        exit_layers: (tokens,) the layer at which each token left, from 1.
+        exit_layers: (tokens,) the layer at which each token exited, from 1.
     """
 
     prompt: str
@@ -212,7 +212,7 @@ class GenerationEvaluation(ExitEvaluation):
     """A text generator on one set of prompts, in one mode; see `ExitEvaluation` for what is not named here.
 
     Args:
-        mode: how tokens that left early get the states of the layers above; in mode `lossless` all layers ran.
+        mode: how tokens that exited early get the states of the layers above; in mode `lossless` all layers ran.
         batch_size: prompts generated together.
         max_new_tokens: longest text that was asked for, in tokens.
         num_tokens: generated tokens.
@@ -252,7 +252,7 @@ class GenerationEvaluation(ExitEvaluation):
         return GeneratedPoint(**{name: getattr(self, name) for name in GeneratedPoint.__dataclass_fields__})
 
 
-def depth_metrics(mean_exit_layer: float, num_hidden_layers: int) -> dict[str, float]:
+def depth_metrics(mean_exit_layer: float, num_hidden_layers: int) -> dict[str, Any]:
     """`mean_exit_layer`, `layer_speedup` and `layers_saved`."""
     return {
         "mean_exit_layer": mean_exit_layer,

@@ -235,7 +235,7 @@ def random_token_ids(count: int, length: int, vocab_size: int, seed: int) -> lis
 
 
 def exit_distribution_shares(text: str, num_layers: int) -> list[float]:
-    """The share of rows that leave at each layer, from `even`, `last` or `p1,p2,...`.
+    """The share of rows that exit at each layer, from `even`, `last` or `p1,p2,...`.
 
     Raises:
         ValueError: it is none of these, has another number of entries than there are layers, or does not sum to one.

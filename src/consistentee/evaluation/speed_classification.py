@@ -28,7 +28,6 @@ from consistentee.evaluation.speed import (
     SpeedResults,
     SpeedRow,
     Steps,
-    exit_distribution_shares,
     fixed_exit_layers,
     measure_in_turn,
     median_seconds,
@@ -108,16 +107,6 @@ class Workload:
     engine: Engine
     rows: Sequence[TokenRow]
     choice: Choice | None = None
-
-    def shares(self, distribution: str | None) -> list[float] | None:
-        """The share of rows that are to leave at each layer; None: as the model's own rule has it.
-
-        Raises:
-            ValueError: the distribution makes no sense for this model.
-        """
-        if distribution is None:
-            return None
-        return exit_distribution_shares(distribution, self.engine.backend.num_layers)
 
 
 def shape_workload(
@@ -310,44 +299,44 @@ class _Batches:
         size = self.batch_size or len(self.rows)
         return [step(place * size, part) for place, part in enumerate(self._parts(size))]
 
+    def _padded(self, predict: Callable[[Sequence[TokenRow], int], tuple[Any, Any]]) -> Steps:
+        """Batches in the order of arrival, padded to their longest row; scores and labels as lists."""
+
+        def step(rows: Sequence[TokenRow]) -> Callable[[], object]:
+            width = max(len(row["input_ids"]) for row in rows)
+            return lambda: tuple(values.tolist() for values in predict(rows, width))
+
+        return [step(part) for part in self._parts(self.batch_size or ARRIVAL_BATCH)]
+
     def _transformers(self) -> Steps:
-        """The backbone as Hugging Face runs it, padded, and the last classifier; labels and scores as lists."""
+        """The backbone as Hugging Face runs it, and the last classifier."""
         dtype = storage_dtype(self.backend.dtype)
         model = self.model if self.model.dtype == dtype else copy.deepcopy(self.model).to(dtype)
-        classifiers, device = model.classifiers, self.backend.device
-        last = len(classifiers.layers) - 1
+        last, with_types = len(model.classifiers.layers) - 1, _has_token_types(model.backbone)
 
-        def step(rows: Sequence[TokenRow]) -> Callable[[], object]:
-            def run() -> object:
-                width = max(len(row["input_ids"]) for row in rows)
-                ids, mask, *types = token_tensors(rows, width, model.backbone, device)
-                inputs = {"token_type_ids": types[0]} if types and _has_token_types(model.backbone) else {}
-                states = model.backbone(input_ids=ids, attention_mask=mask, **inputs).last_hidden_state
-                top = classifiers(last, states, mask)[1].float().softmax(-1).max(-1)
-                return top.values.tolist(), top.indices.tolist()
+        def predict(rows: Sequence[TokenRow], width: int) -> tuple[Any, Any]:
+            ids, mask, *types = token_tensors(rows, width, model.backbone, self.backend.device)
+            inputs = {"token_type_ids": types[0]} if types and with_types else {}
+            states = model.backbone(input_ids=ids, attention_mask=mask, **inputs).last_hidden_state
+            top = model.classifiers(last, states, mask)[1].float().softmax(-1).max(-1)
+            return top.values, top.indices
 
-            return run
-
-        return [step(part) for part in self._parts(self.batch_size or ARRIVAL_BATCH)]
+        return self._padded(predict)
 
     def _onnxruntime(self, session: Any) -> Steps:
-        """The whole model as ONNX Runtime optimises it, padded; labels and scores as lists."""
+        """The whole model as ONNX Runtime optimises it."""
         names = [given.name for given in session.get_inputs()]
-        backbone, cpu = self.model.backbone, torch.device("cpu")
 
-        def step(rows: Sequence[TokenRow]) -> Callable[[], object]:
-            def run() -> object:
-                width = max(len(row["input_ids"]) for row in rows)
-                values = [tensor.numpy() for tensor in token_tensors(rows, width, backbone, cpu)]
-                if len(values) < len(names):
-                    values.append(np.zeros_like(values[0]))
-                logits = session.run(None, dict(zip(names, values, strict=False)))[0]
-                scores = np.exp(log_softmax(logits))
-                return scores.max(1).tolist(), scores.argmax(1).tolist()
+        def predict(rows: Sequence[TokenRow], width: int) -> tuple[Any, Any]:
+            tensors = token_tensors(rows, width, self.model.backbone, torch.device("cpu"))
+            values = [tensor.numpy() for tensor in tensors]
+            if len(values) < len(names):
+                values.append(np.zeros_like(values[0]))
+            logits = session.run(None, dict(zip(names, values, strict=False)))[0]
+            scores = np.exp(log_softmax(logits))
+            return scores.max(1), scores.argmax(1)
 
-            return run
-
-        return [step(part) for part in self._parts(self.batch_size or ARRIVAL_BATCH)]
+        return self._padded(predict)
 
     def _row(
         self, name: str, outputs: list[Any], seconds: Seconds, memory: float | None

@@ -1,7 +1,7 @@
 """Teacher forcing under exits: references run with an exit criterion, all their tokens at once.
 
-Every token is predicted from the true ones before it. Tokens leave exactly as in decoding with copied states: prompts
-stay to the last layer, and a token that left keeps its state through the layers above.
+Every token is predicted from the true ones before it. Tokens exit exactly as in decoding with copied states: prompts
+stay to the last layer, and a token that exited keeps its state through the layers above.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from consistentee.evaluation.results import GenerationPoint
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.depth_matching import full_depth_threshold, threshold_for_depth
 from consistentee.functional.tables import value_of
-from consistentee.models.causal_lm import EarlyExitForCausalLM
+from consistentee.models.causal_lm import Decide, EarlyExitForCausalLM
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.progress import track
 
@@ -67,7 +67,7 @@ class TeacherForcedTokens:
         return float(self.exit_layers.double().mean())
 
     def point(self, threshold: float, num_hidden_layers: int) -> GenerationPoint:
-        """These figures as a point of a curve."""
+        """This as a point of a curve."""
         return GenerationPoint(
             threshold=threshold,
             token_accuracy=self.token_accuracy,
@@ -109,13 +109,13 @@ def teacher_forced_exits(
     batch_size: int = 8,
     description: str | None = None,
 ) -> TeacherForcedTokens:
-    """Predict every token of the responses, each at the layer at which it leaves.
+    """Predict every token of the responses, each at the layer at which it exits.
 
     Args:
         saved: a model with exits.
         rows: prompts with responses.
         criterion: exit rule; None for all layers.
-        threshold: a token leaves at the first layer whose exit score exceeds it.
+        threshold: a token exits at the first layer whose exit score exceeds it.
         batch_size: rows per step; does not change the result.
         description: of a progress bar; None for none.
 
@@ -124,11 +124,14 @@ def teacher_forced_exits(
     """
     model = saved.early_exit_model
     weights = model.exit_weights()
+    if criterion is not None:
+        thresholds = EXIT_CRITERIA[criterion].thresholds
+        criterion = None if thresholds.lets_nobody_exit(threshold, model.num_layers) else criterion
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for input_ids, mask, labels, predicts in _batches(saved, rows, batch_size, description):
         may_leave = _may_leave(model, predicts)
-        leaving = _Leaving(model, criterion, threshold, may_leave)
-        normed, exit_layer = model.exit_pass(input_ids, mask, may_leave, leaving.decide)
+        decide = _decider(model, criterion, threshold, may_leave)
+        normed, exit_layer = model.exit_pass(input_ids, mask, may_leave, decide)
         targets = labels.roll(-1, 1)[predicts]  # (tokens,): position t predicts token t + 1
         states, layers = normed[predicts], exit_layer[predicts]
         for start in range(0, len(states), LOGIT_ROWS):
@@ -173,7 +176,7 @@ def full_depth_scores(
     seed: int = 0,
     description: str | None = None,
 ) -> Tensor:
-    """Exit scores of about `SCORED_TOKENS` tokens of responses at every layer, none of which leaves.
+    """Exit scores of about `SCORED_TOKENS` tokens of responses at every layer, none of which exits.
 
     Args:
         saved: a model with exits.
@@ -184,7 +187,7 @@ def full_depth_scores(
         description: of a progress bar; None for none.
 
     Returns:
-        (tokens, layers) float32; minus infinity where a token cannot leave, infinity at the last layer.
+        (tokens, layers) float32; minus infinity where a token cannot exit, infinity at the last layer.
     """
     model = saved.early_exit_model
     order = np.random.default_rng(seed).permutation(len(rows))
@@ -193,11 +196,9 @@ def full_depth_scores(
     scores: list[Tensor] = []
     for input_ids, mask, _, predicts in _batches(saved, rows, batch_size, description, few.tolist()):
         may_leave = _may_leave(model, predicts)
-        leaving = _Leaving(model, criterion, math.inf, may_leave, record=True)
-        model.exit_pass(input_ids, mask, may_leave, leaving.decide)
         here = torch.full((int(predicts.sum()), model.num_layers), -math.inf)
-        here[may_leave[predicts].cpu(), :-1] = torch.stack(leaving.recorded, dim=1)
         here[:, -1] = math.inf
+        model.exit_pass(input_ids, mask, may_leave, _recorder(model, criterion, predicts, may_leave, here))
         scores.append(here)
     return torch.cat(scores)
 
@@ -244,7 +245,7 @@ class ReferencePasses:
     def threshold_for_depth(
         self, criterion: str, target_mean_exit_layer: float, *, refinements: int = 2
     ) -> float:
-        """The threshold at which the references' tokens leave after a given number of layers on average.
+        """The threshold at which the references' tokens exit after a given number of layers on average.
 
         A first threshold comes from the scores of one full-depth pass; as states that are copied change later scores,
         the depth is then measured and the threshold corrected.
@@ -312,53 +313,38 @@ class ReferencePasses:
         return f"references, {text}" if self._progress else None
 
 
-class _Leaving:
-    """Which tokens of a batch leave after a layer; scores are computed for those still inside only.
+def _decider(
+    model: EarlyExitForCausalLM, criterion: str | None, threshold: float, may_leave: Tensor
+) -> Decide:
+    """Which tokens of a batch exit after a layer; scores are computed for those still inside only."""
+    inside = may_leave
 
-    Args:
-        model: with exits.
-        criterion, threshold: the rule; None for all layers.
-        may_leave: (batch, tokens) bool.
-        record: keep the scores, (tokens that may leave,) a layer.
-    """
-
-    def __init__(
-        self,
-        model: EarlyExitForCausalLM,
-        criterion: str | None,
-        threshold: float,
-        may_leave: Tensor,
-        record: bool = False,
-    ) -> None:
-        self._model, self._criterion, self._threshold = model, criterion, threshold
-        self._inside = may_leave.clone()
-        self._record = record
-        self._never = False
+    def decide(layer_index: int, before: Tensor, after: Tensor, normed: Tensor) -> Tensor:
+        nonlocal inside
+        exits = torch.zeros_like(inside)
         if criterion is not None:
-            row = EXIT_CRITERIA[criterion]
-            self._first = row.first_exit_layer(model.config.min_exit_layer)
-            self._never = row.thresholds.lets_nobody_exit(threshold, model.num_layers)
-        self.recorded: list[Tensor] = []
+            scores = token_scores(
+                model, criterion, layer_index, before[inside], after[inside], normed[inside]
+            )
+            exits = exits.masked_scatter(inside, scores > threshold)
+            inside = inside & ~exits
+        return exits
 
-    def decide(self, layer_index: int, before: Tensor, after: Tensor, normed: Tensor) -> Tensor:
-        """(batch, tokens) bool; see `model.Decide`."""
-        inside = self._inside
-        none = torch.zeros_like(inside)
-        if self._criterion is None or (self._never and not self._record):
-            return none
-        if layer_index + 1 < self._first:
-            if self._record:
-                self.recorded.append(torch.full((int(inside.sum()),), -math.inf))
-            return none
-        scores = token_scores(
-            self._model, self._criterion, layer_index, before[inside], after[inside], normed[inside]
-        )
-        if self._record:
-            self.recorded.append(scores.cpu())
-            return none
-        leaves = none.masked_scatter(inside, scores > self._threshold)
-        self._inside = inside & ~leaves
-        return leaves
+    return decide
+
+
+def _recorder(
+    model: EarlyExitForCausalLM, criterion: str, predicts: Tensor, may_leave: Tensor, scores: Tensor
+) -> Decide:
+    """No token exits; the scores of those that might are kept in `scores`, (tokens that predict, layers)."""
+    asked = may_leave[predicts].cpu()
+
+    def decide(layer_index: int, before: Tensor, after: Tensor, normed: Tensor) -> Tensor:
+        states = (before[may_leave], after[may_leave], normed[may_leave])
+        scores[asked, layer_index] = token_scores(model, criterion, layer_index, *states).cpu()
+        return torch.zeros_like(may_leave)
+
+    return decide
 
 
 def token_scores(
@@ -379,10 +365,10 @@ def token_scores(
         normed: (tokens, hidden), `after` behind the exit's norm.
 
     Returns:
-        (tokens,) float32; minus infinity where the rule lets nobody leave.
+        (tokens,) float32; minus infinity where the criterion lets nobody exit.
     """
     row = EXIT_CRITERIA[criterion]
-    if layer_index + 1 < row.first_layer:
+    if layer_index + 1 < row.first_exit_layer(model.config.min_exit_layer):
         return torch.full((len(normed),), -math.inf, device=normed.device)
     known = {"before": before, "after": after}
     if "exit_probs" in row.reads:

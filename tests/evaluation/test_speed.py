@@ -256,12 +256,11 @@ def test_ratios_are_paired_by_repetition() -> None:
     assert paired_ratio(slow, fast) == (3.0, 2.5, 3.5)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(speed_generation.GENERATION_SHAPES, "tiny", TINY_LLAMA)
 
 
-@pytest.mark.usefixtures("tiny_shape")
 def test_rows_of_generation_fit_together(tmp_path: Path) -> None:
     model = shape_generator("tiny", seed=1)
     ends = model.generation_config.eos_token_id
@@ -295,7 +294,6 @@ def test_rows_of_generation_fit_together(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.usefixtures("tiny_shape")
 def test_a_time_to_keep_to_in_generation() -> None:
     model, said = shape_generator("tiny", seed=1), list[float]()
     options = {"name": "tiny", "batch_sizes": [1, 3], "new_tokens": 20, "repeats": 4, "announce": said.append}
@@ -311,7 +309,6 @@ def test_a_time_to_keep_to_in_generation() -> None:
     assert {(row.batch_size, row.new_tokens, row.repeats) for row in found.rows} == {(1, 20, 3), (3, 20, 3)}
 
 
-@pytest.mark.usefixtures("tiny_shape")
 def test_weights_follow_the_seed() -> None:
     first, again, other = (shape_generator("tiny", seed=seed) for seed in (0, 0, 1))
     name = "backbone.model.layers.0.mlp.up_proj.weight"
@@ -319,7 +316,6 @@ def test_weights_follow_the_seed() -> None:
     assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
 
 
-@pytest.mark.usefixtures("tiny_shape")
 @pytest.mark.parametrize(
     "values",
     [{"prompts": []}, {"batch_sizes": [0]}, {"batch_sizes": []}, {"new_tokens": 1}, {"repeats": 0}],
@@ -332,7 +328,6 @@ def test_numbers_that_make_no_sense(values: dict[str, object]) -> None:
         shape_generator("small")
 
 
-@pytest.mark.usefixtures("tiny_shape")
 def test_command_on_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.json"
     options = ["--batch-sizes", "2", "--new-tokens", "4", "--sequence-length", "3", "--repeats", "1"]

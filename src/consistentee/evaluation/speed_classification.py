@@ -250,7 +250,7 @@ def measure_speed(
     lengths = [len(row["input_ids"]) for row in rows]
     workload = {
         "model": short_name(engine.saved.name),
-        "model_type": config.encoder.model_type,
+        "model_type": config.backbone_config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "classifier_hidden_size": config.pooled_size,

@@ -164,7 +164,7 @@ def measure_generation_speed(
             announce=announce,
             tick=tick,
         )
-    config: Any = model.config.decoder
+    config: Any = model.config.backbone_config
     workload = {
         "model": short_name(name),
         "model_type": config.model_type,

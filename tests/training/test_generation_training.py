@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES
+from consistentee.backbones.decoders import (
+    SUPPORTED_DECODER_TYPES,
+    decoder_architecture,
+    decoder_layers,
+)
 from consistentee.config import GenerationTrainingConfig
 from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.models.card import model_card
@@ -21,11 +25,12 @@ from consistentee.training import adapters
 from consistentee.training import generation as training
 from consistentee.training import run as runs
 from consistentee.training import token_policy_phase as policy_phase
-from consistentee.training.adapters import adapted_projections, add_adapters
+from consistentee.training.adapters import add_adapters
 from consistentee.training.generation import finetune_generation, train_generation
 from consistentee.training.steps import Optimisation
 from consistentee.training.token_rounds import score_standard_error
 from quick import read_record, read_weights, weight_bytes
+from tiny_decoders import tiny_exit_model
 from tiny_training import quick_generation_config, tiny_decoder, tiny_instructions
 
 Train = Callable[..., Path]
@@ -195,9 +200,16 @@ def test_checkpoints_leave_out_what_is_frozen(
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_DECODER_TYPES)
-def test_every_supported_type_has_projections_to_adapt(model_type: str) -> None:
-    paths = adapted_projections(model_type)
-    assert len(paths) == len(set(paths)) >= 4
+def test_every_projection_of_every_type_takes_adapters(model_type: str) -> None:
+    model = tiny_exit_model(model_type, "separate")
+    add_adapters(model.backbone, rank=2, alpha=4, dropout=0.0)
+    adapted = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
+    parts = decoder_architecture(model_type).parts
+    names = ("query", "key", "value", "attention_output", "gate", "up", "down")
+    paths = {path for path in (getattr(parts, name) for name in names) if path}
+    layers = {name: layer for name, layer in model.named_modules() if layer in decoder_layers(model.backbone)}
+    assert len(layers) == model.num_layers
+    assert adapted == {f"{layer}.{path}" for layer in layers for path in paths}  # no head, none of the exits
 
 
 def test_transposed_projections_take_adapters(tmp_path: Path) -> None:

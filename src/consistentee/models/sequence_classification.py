@@ -27,8 +27,8 @@ from consistentee.functional.exits import choose_exit_layer, classifier_signals
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.policy import PolicyNetwork
+from consistentee.models.auto_pipelines import register_pipeline
 from consistentee.models.configuration import EarlyExitConfig, EncoderClassifierConfig, FullDepthConfig
-from consistentee.models.hf_pipelines import register_pipeline
 
 
 @dataclass

@@ -24,7 +24,8 @@ from run_results import FOLDERS, MAX_TRAIN_ROWS, WARMUP_EPOCHS
 
 from consistentee import ClassificationTrainingConfig, LoadedClassifier, load_model, load_task, train
 from consistentee.atomic_files import write_json
-from consistentee.data.batches import collate, tokenize
+from consistentee.data.batches import collate
+from consistentee.data.tokenization import tokenize
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import curve_score, trade_off_curve
 from consistentee.training.states import LayerStates, run_all_layers

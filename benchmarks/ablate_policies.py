@@ -25,8 +25,9 @@ from torch import Tensor
 
 from consistentee import ClassificationTrainingConfig, LoadedClassifier, load_model, load_task
 from consistentee.atomic_files import write_json
-from consistentee.data.batches import collate, tokenize
-from consistentee.data.classification import stratified_split
+from consistentee.data.batches import collate
+from consistentee.data.rows import stratified_split
+from consistentee.data.tokenization import tokenize
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import BUDGETS, CurvePoint, curve_score, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer

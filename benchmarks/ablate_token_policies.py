@@ -29,13 +29,9 @@ from consistentee import (
     load_model,
 )
 from consistentee.atomic_files import write_json
-from consistentee.data.generation import split_rows
-from consistentee.data.generation_batches import (
-    TokenizedPrompts,
-    collate_rows,
-    encode_rows,
-    with_more_tokens,
-)
+from consistentee.data.batches import TokenizedPrompts, collate, with_more_tokens
+from consistentee.data.rows import split_rows
+from consistentee.data.tokenization import encode_rows
 from consistentee.evaluation.teacher_forcing import ReferencePasses, reference_rows
 from consistentee.evaluation.text_metrics import text_metrics
 from consistentee.functional.hardness import hardness
@@ -173,12 +169,10 @@ def _encoded(saved: LoadedGenerator, rows: InstructionDataset) -> TokenizedPromp
 
 
 def _states(saved: LoadedGenerator, rows: TokenizedPrompts, config: GenerationTrainingConfig) -> TokenStates:
-    tokenizer = saved.tokenizer
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return run_token_states(
         saved.early_exit_model,
         rows,
-        collate=partial(collate_rows, pad_token_id=pad_token_id),
+        collate=partial(collate, tokenizer=saved.tokenizer),
         max_tokens=config.policy_tokens,
         seed=config.seed,
         description="states",

@@ -28,7 +28,7 @@ from consistentee import (
     load_model,
 )
 from consistentee.atomic_files import write_json
-from consistentee.data.generation_batches import encode_prompts
+from consistentee.data.tokenization import encode_prompts
 from consistentee.evaluation.text_metrics import text_metrics
 from consistentee.inference.timing import environment
 from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
@@ -157,7 +157,7 @@ def variants(saved: Any, rows: InstructionDataset, evaluation: Any) -> list[dict
         max_prompt_length=saved.max_length,
     )
     limit = generator.check(options).max_prompt_length or saved.max_length
-    prompts = encode_prompts(rows, saved.tokenizer, generator.template, max_prompt_length=limit)
+    prompts = encode_prompts(rows, saved.tokenizer, generator.template, max_prompt_length=limit)[0]
     found: list[dict[str, Any]] = []
     for skipped_states in ("copy", "recompute"):
         for first in (True, False):

@@ -36,8 +36,9 @@ from consistentee import (
     train,
 )
 from consistentee.atomic_files import write_text
-from consistentee.data.batches import collate, tokenize
+from consistentee.data.batches import collate
 from consistentee.data.tasks import get_task
+from consistentee.data.tokenization import tokenize
 from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.curves import trade_off_curve
 from consistentee.functional.exits import choose_exit_layer

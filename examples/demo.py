@@ -39,7 +39,7 @@ from consistentee import (
     train,
 )
 from consistentee.atomic_files import write_json
-from consistentee.data.batches import encode_texts
+from consistentee.data.tokenization import encode_texts
 from consistentee.errors import require_seed
 from consistentee.evaluation.plots import plot_evaluation
 from consistentee.evaluation.reports import evaluation_tables
@@ -225,7 +225,7 @@ def affordable_rows(seconds_of_a_row: float) -> int:
 
 def time_saved(engine: Engine, texts: Sequence[tuple[str, ...]]) -> str:
     """The engine with exits against the same engine at full depth, timed in turn in one run, in a sentence."""
-    rows = encode_texts(list(texts), engine.saved.tokenizer, engine.saved.max_length)
+    rows = encode_texts(list(texts), engine.saved.tokenizer, engine.saved.max_length)[0]
     layers: list[int] = []
 
     def with_exits() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from consistentee import DataError, TextDataset
 from consistentee.atomic_files import write_text
-from consistentee.data.classification import stratified_split
+from consistentee.data.rows import stratified_split
 
 
 @dataclass(frozen=True)

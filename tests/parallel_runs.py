@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
 from consistentee.training.classification import finetune, train
 from quick import quick_config
 from tiny import tiny_dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from consistentee.data.generation import InstructionDataset
+from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import PromptTemplate
 from tiny_decoders import tiny_decoder, tiny_exit_model
 from tiny_tokenizers import byte_tokenizer

@@ -43,7 +43,6 @@ WRONG_WAY: set[tuple[str, str]] = set()
 
 IN_CIRCLES: set[tuple[str, str]] = {
     ("cli.benchmark", "cli.generation_commands"),
-    ("data.batches", "data.classification"),
 }
 """(importer, imported), the one import of each circle that is to go"""
 
@@ -52,7 +51,6 @@ TWO_MEANINGS: set[str] = {
     "ExitRule",
     "FORMATS",
     "Floats",
-    "LOCAL_ENDINGS",
     "LOG_ODDS",
     "LayerParts",
     "REPEATS",

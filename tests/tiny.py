@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from consistentee.backbones.encoders import build_backbone, embed, num_layers, run_layer
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,

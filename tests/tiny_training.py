@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from consistentee.config import GenerationTrainingConfig
-from consistentee.data.generation import InstructionDataset
+from consistentee.data.rows import InstructionDataset
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 
 VOCABULARY = 258

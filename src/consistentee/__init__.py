@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
-    from consistentee.data.classification import TextDataset, load_files, load_task
-    from consistentee.data.generation import InstructionDataset, load_generation_files, load_generation_task
+    from consistentee.data.classification import load_files, load_task
+    from consistentee.data.generation import load_generation_files, load_generation_task
     from consistentee.data.recipes import load_recipe
+    from consistentee.data.rows import InstructionDataset, TextDataset
     from consistentee.errors import DataError, MissingExtraError
     from consistentee.evaluation.classification import evaluate_layers, evaluate_model
     from consistentee.evaluation.generation import evaluate_generation
@@ -85,11 +86,12 @@ _HOMES = {
     "data.recipes": ("load_recipe",),
     "models.configuration": ("EarlyExitCausalLMConfig", "EarlyExitConfig", "FullDepthConfig"),
     "functional.curves": ("CurvePoint",),
-    "data.classification": ("TextDataset", "load_files", "load_task"),
+    "data.classification": ("load_files", "load_task"),
     "pipelines.classifier": ("Engine", "ExitRule", "Prediction", "Predictor"),
     "errors": ("DataError", "MissingExtraError"),
     "evaluation.classification": ("evaluate_layers", "evaluate_model"),
-    "data.generation": ("InstructionDataset", "load_generation_files", "load_generation_task"),
+    "data.generation": ("load_generation_files", "load_generation_task"),
+    "data.rows": ("InstructionDataset", "TextDataset"),
     "evaluation.generation": ("evaluate_generation",),
     "pipelines.generator": ("GeneratedText", "TextGenerator"),
     "models.causal_lm": ("EarlyExitForCausalLM",),

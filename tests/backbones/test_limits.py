@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES, embed, load_backbone
 from consistentee.backbones.limits import check_tokenizer, cut_message, longest_input, training_length
 from consistentee.cli.main import main
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
 from consistentee.errors import UsageError
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine

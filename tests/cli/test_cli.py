@@ -21,7 +21,7 @@ import torch
 from consistentee import __version__
 from consistentee.cli.main import main
 from consistentee.config import ClassificationTrainingConfig
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
 from consistentee.models.record import RECORD_FILE
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 

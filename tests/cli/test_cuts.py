@@ -12,8 +12,8 @@ import pytest
 
 from consistentee.backbones.limits import say_cuts
 from consistentee.cli.main import main
-from consistentee.data.batches import encode_texts, encode_with_cuts, tokenize
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
+from consistentee.data.tokenization import encode_texts, tokenize
 from consistentee.evaluation.classification import evaluate_model, evaluate_plain
 from consistentee.evaluation.speed_classification import model_workload
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -59,14 +59,14 @@ def test_a_row_is_cut_if_something_of_it_is_left_out(slow: bool) -> None:
     fast = tiny_tokenizer()
     tokenizer: Any = Slow(fast) if slow else fast
     texts = [("good " * count,) for count in (1, 5, 6, 7, 40)]  # two special tokens
-    rows, cut = encode_with_cuts(texts, tokenizer, 8)
+    rows, cut = encode_texts(texts, tokenizer, 8)
     assert cut == [False, False, False, True, True]
     assert [len(row["input_ids"]) for row in rows] == [3, 7, 8, 8, 8]
-    assert rows == encode_texts(texts, tokenizer, 8)
+    assert rows == encode_texts(texts, tokenizer, 8)[0]
     pairs = [("good", "bad " * count) for count in (3, 4, 5, 50)]  # three special tokens
-    assert encode_with_cuts(pairs, tokenizer, 8)[1] == [False, False, True, True]
-    assert encode_with_cuts([("good " * 50, "bad"), ("a " * 30, "b " * 30)], tokenizer, 9)[1] == [True, True]
-    assert encode_with_cuts([], tokenizer, 8) == ([], [])
+    assert encode_texts(pairs, tokenizer, 8)[1] == [False, False, True, True]
+    assert encode_texts([("good " * 50, "bad"), ("a " * 30, "b " * 30)], tokenizer, 9)[1] == [True, True]
+    assert encode_texts([], tokenizer, 8) == ([], [])
 
 
 def test_data_sets_know_how_many_rows_were_cut() -> None:

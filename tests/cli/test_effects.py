@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from consistentee.cli.effects import check_effects
 from consistentee.cli.options import NOT_GIVEN, SettingOptions, UsageError, training_config
-from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, Recipe
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
+from consistentee.data.recipes import Recipe
 from consistentee.errors import SettingError
 from consistentee.training.classification import finetune, train
 from tiny import tiny_backbone, tiny_dataset

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from consistentee.cli.main import main
-from consistentee.data.generation import InstructionDataset
-from consistentee.data.generation_batches import encode_prompts_with_cuts, encode_rows
+from consistentee.data.rows import InstructionDataset
+from consistentee.data.tokenization import encode_prompts, encode_rows
 from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.models.record import read_record
@@ -53,7 +53,7 @@ def test_rows_that_lose_something_are_counted() -> None:
 
 def test_prompts_that_lose_something_are_marked() -> None:
     asked = [("abcd", ""), ("abcde", ""), ("a", "bc"), ("a", "bcdefgh")]
-    encoded, cut = encode_prompts_with_cuts(asked, byte_tokenizer(), TEMPLATE, max_prompt_length=6)
+    encoded, cut = encode_prompts(asked, byte_tokenizer(), TEMPLATE, max_prompt_length=6)
     assert cut == [False, True, False, True]
     assert all(len(prompt) <= 6 for prompt in encoded)
 

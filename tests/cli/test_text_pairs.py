@@ -9,8 +9,8 @@ import pytest
 
 from consistentee.backbones.loading import read_config
 from consistentee.cli.main import main
-from consistentee.data.classification import TextDataset
 from consistentee.data.files import read_texts
+from consistentee.data.rows import TextDataset
 from consistentee.errors import DataError
 from consistentee.evaluation.classification import evaluate_model, predict_classes
 from consistentee.models.loaded import LoadedClassifier, load_model

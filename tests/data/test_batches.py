@@ -11,15 +11,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from consistentee.data.batches import (
-    TOKENIZED_AT_ONCE,
-    LengthGroupedBatches,
-    TokenizedDataset,
-    collate,
-    encode_texts,
-    tokenize,
-)
-from consistentee.data.classification import TextDataset
+from consistentee.data.batches import LengthGroupedBatches, TokenizedDataset, collate
+from consistentee.data.rows import TextDataset
+from consistentee.data.tokenization import TOKENIZED_AT_ONCE, encode_texts, tokenize
 from consistentee.errors import DataError
 
 WORDS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "b": 5, "c": 6, "d": 7, "e": 8}
@@ -62,7 +56,7 @@ def singles(*texts: str) -> TextDataset:
 def test_tokenize_single_texts(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = tokenize(singles("a b", "C", "a b c d e"), tokenizer, max_length=5)
     assert len(rows) == 3
-    assert rows[0] == {"input_ids": [2, 4, 5, 3], "token_type_ids": [0, 0, 0, 0], "label": 0, "index": 0}
+    assert rows[0] == {"input_ids": [2, 4, 5, 3], "token_type_ids": [0, 0, 0, 0], "labels": 0, "index": 0}
     assert rows[1]["input_ids"] == [2, 6, 3]
     assert rows[2]["input_ids"] == [2, 4, 5, 6, 3]  # cut to max_length, special tokens kept
     assert rows.lengths.tolist() == [4, 3, 5]
@@ -84,32 +78,32 @@ def test_tokenize_in_chunks_equals_row_by_row(tokenizer: PreTrainedTokenizerFast
     data = singles(*(" ".join("abcde"[: 1 + index % 5]) for index in range(TOKENIZED_AT_ONCE + 3)))
     rows = tokenize(data, tokenizer)
     for index in (0, TOKENIZED_AT_ONCE - 1, TOKENIZED_AT_ONCE, TOKENIZED_AT_ONCE + 2):
-        assert rows[index]["input_ids"] == encode_texts([data.texts[index]], tokenizer)[0]["input_ids"]
+        assert rows[index]["input_ids"] == encode_texts([data.texts[index]], tokenizer)[0][0]["input_ids"]
         assert rows[index]["index"] == index
 
 
 def test_a_tokenizer_without_token_types() -> None:
     plain = word_tokenizer(token_types=False)
     rows = tokenize(singles("a", "b c"), plain)
-    assert rows[0].keys() == {"input_ids", "label", "index"}
+    assert rows[0].keys() == {"input_ids", "labels", "index"}
     assert "token_type_ids" not in collate([rows[0], rows[1]], plain)
 
 
 def test_pairs_need_a_tokenizer_that_separates_them() -> None:
     plain = word_tokenizer(template=False)
-    assert encode_texts([("a b",)], plain)[0]["input_ids"] == [4, 5]
+    assert encode_texts([("a b",)], plain)[0][0]["input_ids"] == [4, 5]
     with pytest.raises(DataError, match="no separator between the two texts of a pair"):
-        encode_texts([("a", "b")], plain)
+        encode_texts([("a", "b")], plain)[0]
 
 
 def test_encode_texts_errors(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert encode_texts([], tokenizer) == []
+    assert encode_texts([], tokenizer) == ([], [])
     with pytest.raises(ValueError, match="max_length must be above the tokenizer's 2 special tokens, got 2"):
-        encode_texts([("a",)], tokenizer, max_length=2)
+        encode_texts([("a",)], tokenizer, max_length=2)[0]
     with pytest.raises(ValueError, match="all single texts or all pairs"):
-        encode_texts([("a",), ("a", "b")], tokenizer)
+        encode_texts([("a",), ("a", "b")], tokenizer)[0]
     with pytest.raises(DataError, match=r"leaves nothing of the text '\\u2003'"):
-        encode_texts([("\u2003",)], word_tokenizer(template=False))
+        encode_texts([("\u2003",)], word_tokenizer(template=False))[0]
 
 
 def test_half_a_character_is_found_where_it_stands(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -117,7 +111,7 @@ def test_half_a_character_is_found_where_it_stands(tokenizer: PreTrainedTokenize
     with pytest.raises(DataError, match="row 1501: Character 4 is half a surrogate pair"):
         tokenize(singles(*(text for (text,) in texts)), tokenizer)
     with pytest.raises(DataError, match="text 2: Character 4 is half a surrogate pair"):
-        encode_texts(texts[-2:], tokenizer)
+        encode_texts(texts[-2:], tokenizer)[0]
 
 
 def test_rows_and_labels_must_match() -> None:
@@ -139,14 +133,14 @@ def test_collate_pads_on_the_right_to_the_longest() -> None:
 
 
 def test_collate_of_texts_without_labels(tokenizer: PreTrainedTokenizerFast) -> None:
-    batch = collate(encode_texts([("a",), ("b c",)], tokenizer), tokenizer)
+    batch = collate(encode_texts([("a",), ("b c",)], tokenizer)[0], tokenizer)
     assert batch.keys() == {"input_ids", "attention_mask", "token_type_ids"}
     assert batch["input_ids"].shape == (2, 4)
 
 
 def test_collate_equals_the_tokenizers_own_padding(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["a b", "c d e a", "b"]
-    ours = collate(encode_texts([(text,) for text in texts], tokenizer), tokenizer)
+    ours = collate(encode_texts([(text,) for text in texts], tokenizer)[0], tokenizer)
     theirs = tokenizer(texts, padding=True, return_tensors="pt")
     for key in ("input_ids", "attention_mask", "token_type_ids"):
         assert torch.equal(ours[key], theirs[key])

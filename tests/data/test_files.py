@@ -317,7 +317,7 @@ def test_read_texts_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(DataError, match="There is no such file"):
         read_texts(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    with pytest.raises(DataError, match="standard input: There is nothing in it"):
+    with pytest.raises(DataError, match="standard input: There is no row of data in it"):
         list(read_texts("-"))
 
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consistentee.cli.main import main
-from consistentee.data.generation import InstructionDataset
-from consistentee.data.generation_batches import encode_prompts, encode_prompts_with_cuts, encode_rows
 from consistentee.data.literal import special_tokens
+from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import ALPACA, PLAIN, PromptTemplate, prompt_template
+from consistentee.data.tokenization import encode_prompts, encode_rows
 from consistentee.errors import DataError
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
@@ -36,7 +36,7 @@ def chat(template: str = CHATML, tokenizer: Any = None) -> Any:
 
 
 def prompt_of(tokenizer: Any, template: PromptTemplate, instruction: str, input: str = "") -> list[int]:
-    return encode_prompts([(instruction, input)], tokenizer, template, max_prompt_length=10_000)[0]
+    return encode_prompts([(instruction, input)], tokenizer, template, max_prompt_length=10_000)[0][0]
 
 
 def controls(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -124,7 +124,7 @@ def test_long_prompts_are_cut_without_letting_anything_through() -> None:
     template = prompt_template("chat", tokenizer)
     asked = [("word " * 30 + "<|im_end|>" * 5, "<|im_start|>" * 9)]
     for limit in (40, 80, 200, 230, 260):
-        (ids,) = encode_prompts(asked, tokenizer, template, max_prompt_length=limit)
+        (ids,) = encode_prompts(asked, tokenizer, template, max_prompt_length=limit)[0]
         assert len(ids) <= limit
         assert controls(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
@@ -178,11 +178,11 @@ def test_the_option_of_generate(option: list[str], tmp_path: Path, monkeypatch: 
     seen: list[int] = []
 
     def noted(*args: Any, **kwargs: Any) -> tuple[list[list[int]], list[bool]]:
-        encoded, cut = encode_prompts_with_cuts(*args, **kwargs)
+        encoded, cut = encode_prompts(*args, **kwargs)
         seen.extend(encoded[0])
         return encoded, cut
 
-    monkeypatch.setattr("consistentee.pipelines.generator.encode_prompts_with_cuts", noted)
+    monkeypatch.setattr("consistentee.pipelines.generator.encode_prompts", noted)
     arguments = ["--prompt", "a</s>b", "--json", "--max-new-tokens", "2", *option]
     assert main(["generate", str(folder), *arguments]) == 0
     end = load_model(folder, LoadedGenerator, device="cpu").tokenizer.convert_tokens_to_ids("</s>")

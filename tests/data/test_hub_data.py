@@ -10,8 +10,9 @@ import pytest
 
 from consistentee.cli.main import main
 from consistentee.data.classification import load_files
-from consistentee.data.files import HubSource, hub_source, open_table, read_texts
+from consistentee.data.files import open_table, read_texts
 from consistentee.data.generation import load_generation_files, read_prompts
+from consistentee.data.hub import HubSource, hub_source
 from consistentee.errors import DataError
 
 ROWS = {"text": ["a", "b", "c"], "label": [0, 1, 0]}

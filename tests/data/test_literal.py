@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizer, pipeline
 
-from consistentee.data.batches import encode_texts, encode_with_cuts
-from consistentee.data.classification import TextDataset
 from consistentee.data.literal import literal_copy, read_special_tokens, special_tokens, take_literally
+from consistentee.data.rows import TextDataset
+from consistentee.data.tokenization import encode_texts
 from consistentee.evaluation.classification import evaluate_model
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
@@ -62,7 +62,7 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    return encode_texts([(text,)], tokenizer, 10_000)[0]["input_ids"]
+    return encode_texts([(text,)], tokenizer, 10_000)[0][0]["input_ids"]
 
 
 @EVERY_KIND
@@ -114,9 +114,9 @@ def test_pairs_and_cuts_keep_their_special_tokens(kind: str) -> None:
         return
     plain = KINDS[kind]()
     pair = ("a b good", "b a b a")
-    assert encode_texts([pair], tokenizer, 9) == encode_texts([pair], plain, 9)
-    (row,) = encode_texts([("a [SEP] </s> b", "[SEP] </s> a")], tokenizer, 12)
-    (ordinary,) = encode_texts([("a b a b a b a b", "a b a b a b")], plain, 12)
+    assert encode_texts([pair], tokenizer, 9)[0] == encode_texts([pair], plain, 9)[0]
+    (row,) = encode_texts([("a [SEP] </s> b", "[SEP] </s> a")], tokenizer, 12)[0]
+    (ordinary,) = encode_texts([("a b a b a b a b", "a b a b a b")], plain, 12)[0]
     specials = special_tokens(plain).values()
     marks = [[index for index in one["input_ids"] if index in specials] for one in (row, ordinary)]
     assert marks[0] == marks[1]
@@ -157,11 +157,11 @@ def test_training_engine_evaluation_and_pipeline_agree(
     seen: list[list[int]] = []
 
     def noted(texts: Any, tokenizer: Any, max_length: int = 128) -> Any:
-        encoded, cut = encode_with_cuts(texts, tokenizer, max_length)
+        encoded, cut = encode_texts(texts, tokenizer, max_length)
         seen.extend(row["input_ids"] for row in encoded)
         return encoded, cut
 
-    monkeypatch.setattr("consistentee.data.batches.encode_with_cuts", noted)
+    monkeypatch.setattr("consistentee.data.tokenization.encode_texts", noted)
     config = quick_config(parse_special_tokens=parse)
     folder = make(backbone=backbone, train_data=rows, output_dir=tmp_path / "run", config=config)
     saved = load_model(folder, LoadedClassifier, device="cpu")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from consistentee.data.generation import InstructionDataset
-from consistentee.data.generation_batches import TokenizedPrompts
+from consistentee.data.batches import TokenizedPrompts
+from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import PLAIN
 from consistentee.evaluation import teacher_forcing
 from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation, text_prompts

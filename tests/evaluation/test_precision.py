@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from consistentee.cli import main as cli
-from consistentee.data.batches import encode_texts
+from consistentee.data.tokenization import encode_texts
 from consistentee.evaluation import precision
 from consistentee.evaluation.precision import FEWEST_ROWS, candidates, choose, recommend
 from consistentee.evaluation.speed_classification import model_workload
@@ -71,7 +71,7 @@ def test_the_fastest_that_keeps_the_labels(
 
 
 def test_recommendation_for_a_model(engine: Engine) -> None:
-    rows = encode_texts(TEXTS, engine.saved.tokenizer, engine.saved.max_length)
+    rows = encode_texts(TEXTS, engine.saved.tokenizer, engine.saved.max_length)[0]
     choice = recommend(engine.saved, rows)
     assert choice.rows == FEWEST_ROWS
     tried = [(trial.backend, trial.dtype) for trial in choice.trials]
@@ -84,7 +84,7 @@ def test_recommendation_for_a_model(engine: Engine) -> None:
 
 
 def test_too_few_rows_and_impossible_wishes(engine: Engine) -> None:
-    rows = encode_texts(TEXTS, engine.saved.tokenizer, engine.saved.max_length)
+    rows = encode_texts(TEXTS, engine.saved.tokenizer, engine.saved.max_length)[0]
     with pytest.raises(
         ValueError, match=f'"auto" needs at least {FEWEST_ROWS} rows .* got {FEWEST_ROWS - 1}'
     ):

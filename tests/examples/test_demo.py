@@ -15,7 +15,7 @@ from rich.console import Console
 
 import demo
 from consistentee.cli.main import app
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine, Prediction
 from tiny import tiny_backbone, tiny_dataset, tiny_model

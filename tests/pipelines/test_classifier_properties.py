@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
-from consistentee.data.batches import encode_texts
+from consistentee.data.tokenization import encode_texts
 from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.encoder import scheduler
@@ -49,7 +49,7 @@ class Oracle:
             for row in range(ROWS)
         ]
         self.texts = [texts[0], *texts[1:]]
-        self.rows = encode_texts(self.texts, self.engine.saved.tokenizer, self.engine.saved.max_length)
+        self.rows = encode_texts(self.texts, self.engine.saved.tokenizer, self.engine.saved.max_length)[0]
         model: Any = self.engine.saved.model
         with torch.no_grad():
             outputs = [
@@ -193,7 +193,7 @@ def test_where_nobody_can_exit_only_what_counts_is_computed(
     path = tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0, ensemble_decay=decay)
     engine = Engine.from_pretrained(path, device="cpu")
     model: Any = engine.saved.model
-    rows = encode_texts([("good film",), ("a bad day",)], engine.saved.tokenizer, engine.saved.max_length)
+    rows = encode_texts([("good film",), ("a bad day",)], engine.saved.tokenizer, engine.saved.max_length)[0]
     classified: list[int] = []
     classify = PackedBackend.classify
 

@@ -92,7 +92,7 @@ def test_a_training_leaves_a_model_that_generates(trained: tuple[Path, list[str]
 
 
 def held_out_texts() -> list[str]:
-    from consistentee.data.generation import split_rows
+    from consistentee.data.rows import split_rows
 
     data = tiny_instructions()
     _, held = split_rows(len(data), 0.4, 0)

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import tiny
-from consistentee.data.batches import TokenizedDataset, collate, tokenize
+from consistentee.data.batches import TokenizedDataset, collate
+from consistentee.data.tokenization import tokenize
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consistentee.data.generation_batches import TokenizedPrompts, collate_rows
+from consistentee.data.batches import TokenizedPrompts, collate
 from consistentee.functional.criteria import softmax_margin_scores, state_similarity_scores
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.token_states import draw_tokens, run_token_states
 from tiny_training import tiny_exit_model
 
-COLLATE = partial(collate_rows, pad_token_id=1)
+COLLATE = partial(collate, tokenizer=SimpleNamespace(pad_token_id=1, pad_token_type_id=0))
 
 
 def texts() -> TokenizedPrompts:

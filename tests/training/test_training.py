@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from consistentee.config import ClassificationTrainingConfig
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
 from consistentee.errors import MissingExtraError
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models import record as saved

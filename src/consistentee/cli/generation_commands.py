@@ -24,7 +24,7 @@ from consistentee.cli.options import (
 )
 from consistentee.cli.terminal import announced, at_least_one, console, say, text_stream, usage
 from consistentee.config import GenerationCriterion, GenerationMode, GenerationTrainingConfig, SkippedStates
-from consistentee.data.files import FORMATS
+from consistentee.data.hub import FORMATS
 from consistentee.data.recipes import Recipe
 from consistentee.evaluation.time_budget import TimeBudget
 
@@ -308,7 +308,7 @@ def benchmark_generator(
     from consistentee.atomic_files import write_json
     from consistentee.backbones.limits import say_cuts
     from consistentee.cli.benchmark import say_left_out
-    from consistentee.data.generation_batches import encode_prompts_with_cuts
+    from consistentee.data.tokenization import encode_prompts
     from consistentee.evaluation.reports import speed_table
     from consistentee.evaluation.speed import exit_distribution_shares, random_token_ids
     from consistentee.evaluation.speed_generation import measure_generation_speed, shape_generator
@@ -330,9 +330,7 @@ def benchmark_generator(
         network = usage(lambda: saved.early_exit_model)
         pairs = _benchmark_prompts(data_file, task, data_dir)[:num_rows]
         room = max(1, saved.context_length - new_tokens)
-        prompts, cut = encode_prompts_with_cuts(
-            pairs, saved.tokenizer, saved.prompt_template(), max_prompt_length=room
-        )
+        prompts, cut = encode_prompts(pairs, saved.tokenizer, saved.prompt_template(), max_prompt_length=room)
         texts = f"prompts were longer than the {room} tokens that {new_tokens} new ones leave room for"
         say_cuts(sum(cut), len(cut), texts, "Lower --new-tokens to keep more of them.")
     shares = None

@@ -21,7 +21,7 @@ from consistentee.data.recipes import Recipe
 from consistentee.data.tasks import GenerationTask, get_task
 
 if TYPE_CHECKING:
-    from consistentee.data.generation import InstructionDataset
+    from consistentee.data.rows import InstructionDataset
 
 HELD_OUT_TEXTS = "held_out.txt"
 

@@ -23,7 +23,7 @@ from consistentee.data.tasks import is_generation_task
 from consistentee.errors import UsageError
 
 if TYPE_CHECKING:
-    from consistentee.data.classification import TextDataset
+    from consistentee.data.rows import TextDataset
 
 DATA = Group("Data", sort_key=1)
 SETTINGS = Group("Settings (also keys of a recipe)", sort_key=3)
@@ -321,7 +321,8 @@ def training_data(options: TrainingDataOptions, recipe: Recipe, seed: int) -> Tr
         UsageError: options contradict each other, or neither task nor training file is given.
         DataError: a file is missing or broken.
     """
-    from consistentee.data.classification import load_files, load_task, stratified_split
+    from consistentee.data.classification import load_files, load_task
+    from consistentee.data.rows import stratified_split
 
     check_training_source(options)
     options.check_columns("--train-file", options.train_file)

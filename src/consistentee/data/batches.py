@@ -1,4 +1,4 @@
-"""Texts on their way into the model: tokenized, collated with right padding, and grouped by length into batches."""
+"""Tokenized rows on their way into the model: held flat, padded, and grouped by length into batches."""
 
 from __future__ import annotations
 
@@ -9,54 +9,40 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
-
-from consistentee.data.literal import as_text
-from consistentee.errors import DataError, SettingError, require_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from consistentee.data.classification import TextDataset
+IGNORED = -100
+"""The label of a token that is not learned."""
 
-TOKENIZED_AT_ONCE = 1024  # rows
 BATCHES_PER_CHUNK = (
     50  # batches that are sorted by length together: more saves padding, fewer shuffles better
 )
 
+Tokens = Sequence[int] | NDArray[np.int32]
+"""Token ids of one row."""
 
-class TokenizedDataset(Dataset[dict[str, Any]]):
-    """Tokenized rows, held as one flat array of token ids.
+
+class _FlatRows(Dataset[dict[str, Any]]):
+    """Rows of different length, each key held as one flat array.
 
     Args:
-        rows: `input_ids` and, where the tokenizer gives them, `token_type_ids` of every row, integers.
-        labels: (rows,) class indices.
-        label_names: Class names by index.
+        columns: By key, the integers of every row, as many as it has tokens.
         num_truncated: How many of the rows were cut.
-
-    An item is a dict of `input_ids` (list of int), `token_type_ids` (list of int, where there are any), `label` (int)
-    and `index` (int, the row's own position in this dataset).
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Sequence[int] | NDArray[np.int32]]],
-        labels: Sequence[int],
-        label_names: tuple[str, ...] = (),
-        *,
-        num_truncated: int = 0,
-    ) -> None:
-        if len(rows) != len(labels):
-            raise ValueError(f"rows and labels must be equally many, got {len(rows)} and {len(labels)}.")
-        self.label_names = label_names
+    def __init__(self, columns: Mapping[str, Sequence[Tokens]], num_truncated: int) -> None:
         self.num_truncated = num_truncated
-        self.labels = torch.tensor(labels, dtype=torch.int64)  # (rows,)
-        self.lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)  # (rows,) tokens
+        rows = columns["input_ids"]
+        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)  # (rows,) tokens
         self._ends = np.cumsum(self.lengths)
-        keys = [key for key in ("input_ids", "token_type_ids") if rows and key in rows[0]]
-        self._flat: dict[str, NDArray[np.int32]] = {}
-        for key in keys:  # (tokens of all rows,)
-            self._flat[key] = np.concatenate([np.asarray(row[key], dtype=np.int32) for row in rows])
+        self._flat: dict[str, NDArray[np.int32]] = {  # (tokens of all rows,)
+            key: np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, dtype=np.int32) for row in values)])
+            for key, values in columns.items()
+        }
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -66,157 +52,155 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"index must be in [0, {len(self)}), got {index}.")
         end = int(self._ends[index])
         start = end - int(self.lengths[index])
-        item: dict[str, Any] = {key: flat[start:end].tolist() for key, flat in self._flat.items()}
-        return {**item, "label": int(self.labels[index]), "index": int(index)}
+        return {key: flat[start:end].tolist() for key, flat in self._flat.items()}
 
 
-def encode_with_cuts(
-    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int = 128
-) -> tuple[list[dict[str, list[int]]], list[bool]]:
-    """Token ids of texts or pairs, not padded, and which of them were cut.
+class TokenizedDataset(_FlatRows):
+    """Tokenized rows with one label each.
 
     Args:
-        texts: Tuples of one text, or all of two.
-        tokenizer: A Hugging Face tokenizer; whether special tokens that a text spells are text, is its own setting
-            (`literal.take_literally`).
-        max_length: The most tokens of a row, special ones included; what is longer is cut (of a pair, the longer text).
+        rows: `input_ids` and, where the tokenizer gives them, `token_type_ids` of every row, integers.
+        labels: (rows,) class indices.
+        label_names: Class names by index.
+        num_truncated: How many of the rows were cut.
 
-    Returns:
-        One dict a row, `input_ids` and, where the tokenizer gives them, `token_type_ids`: what `collate` takes; and for
-        each row whether it was longer than `max_length`.
-
-    Raises:
-        DataError: A text of which no token is left, half a character, or pairs for a tokenizer that cannot keep them
-            apart.
-        ValueError: A `max_length` that leaves no room for text.
+    An item is a dict of `input_ids` (list of int), `token_type_ids` (list of int, where there are any), `labels` (int)
+    and `index` (int, the row's own position in this dataset).
     """
-    if not texts:
-        return [], []
-    pair = len(texts[0]) == 2
-    if any(len(row) != len(texts[0]) for row in texts):
-        raise ValueError("texts must be all single texts or all pairs, got both.")
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_length <= special:
-        raise SettingError(
-            f"max_length must be above the tokenizer's {special} special tokens, got {max_length}."
-        )
-    if pair and special <= tokenizer.num_special_tokens_to_add(pair=False):
-        raise DataError(
-            "The tokenizer puts no separator between the two texts of a pair.",
-            remedy="Take a backbone whose tokenizer takes pairs, or one text column.",
-        )
-    for position, row in enumerate(texts, start=1):
-        for part in row:
-            require_characters(part, row=position)
-    encoded = tokenizer(
-        as_text([row[0] for row in texts], tokenizer),
-        as_text([row[1] for row in texts], tokenizer) if pair else None,
-        truncation=True,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=False,
-    )
-    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
-    rows = [{key: list(encoded[key][row]) for key in keys} for row in range(len(texts))]
-    cut = [_is_cut(encoded, row, texts[row], tokenizer, max_length) for row in range(len(texts))]
-    for texts_of_row, row in zip(texts, rows, strict=True):
-        if not row["input_ids"]:
-            raise DataError(
-                f"The tokenizer leaves nothing of the text {texts_of_row[0][:40]!r}.",
-                remedy="Remove the row.",
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Tokens]],
+        labels: Sequence[int],
+        label_names: tuple[str, ...] = (),
+        *,
+        num_truncated: int = 0,
+    ) -> None:
+        if len(rows) != len(labels):
+            raise ValueError(f"rows and labels must be equally many, got {len(rows)} and {len(labels)}.")
+        keys = ["input_ids", *(key for key in ("token_type_ids",) if rows and key in rows[0])]
+        super().__init__({key: [row[key] for row in rows] for key in keys}, num_truncated)
+        self.label_names = label_names
+        self.labels = torch.tensor(labels, dtype=torch.int64)  # (rows,)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "labels": int(self.labels[index]), "index": int(index)}
+
+
+class TokenizedPrompts(_FlatRows):
+    """Tokenized prompts with their responses.
+
+    Args:
+        prompts: Token ids of every prompt.
+        responses: Token ids of every response, equally many rows; a prompt or a response may be empty, not both.
+        num_truncated: How many of the rows were cut.
+
+    An item is a dict of `input_ids` (list of int, prompt and response), `labels` (list of int, the same with IGNORED in
+    place of the prompt) and `index` (int, the row's own position in this dataset).
+    """
+
+    def __init__(
+        self, prompts: Sequence[Tokens], responses: Sequence[Tokens], *, num_truncated: int = 0
+    ) -> None:
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"prompts and responses must be equally many, got {len(prompts)} and {len(responses)}."
             )
-    return rows, cut
+        rows = [
+            np.array([*both[0], *both[1]], dtype=np.int32) for both in zip(prompts, responses, strict=True)
+        ]
+        super().__init__({"input_ids": rows}, num_truncated)
+        self.prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)  # (rows,) tokens
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        input_ids = super().__getitem__(index)["input_ids"]
+        prompt = int(self.prompt_lengths[index])
+        return {
+            "input_ids": input_ids,
+            "labels": [IGNORED] * prompt + input_ids[prompt:],
+            "index": int(index),
+        }
 
 
-def _is_cut(
-    encoded: Any, row: int, texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> bool:
-    """Whether a tokenizer left something of a text out; fast ones tell, others are asked again."""
-    if len(encoded["input_ids"][row]) < max_length:
-        return False
-    if encoded.encodings is not None:
-        return bool(encoded.encodings[row].overflowing)
-    text, second = texts[0], texts[1] if len(texts) == 2 else None
-    return len(tokenizer(text, second, verbose=False)["input_ids"]) > max_length
-
-
-def encode_texts(
-    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int = 128
-) -> list[dict[str, list[int]]]:
-    """Token ids of texts or pairs, not padded; arguments and errors as in `encode_with_cuts`.
-
-    Returns:
-        One dict a row, `input_ids` and, where the tokenizer gives them, `token_type_ids`: what `collate` takes.
-    """
-    return encode_with_cuts(texts, tokenizer, max_length)[0]
-
-
-def tokenize(
-    dataset: TextDataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128
-) -> TokenizedDataset:
-    """Tokenize every row of a labelled data set.
+def with_more_tokens(
+    rows: TokenizedPrompts, source: TokenizedPrompts, tokens: int, seed: int
+) -> TokenizedPrompts:
+    """Rows, and behind them as many of another data set as so many response tokens leave room for.
 
     Args:
-        dataset: Texts or pairs with labels.
-        tokenizer: A Hugging Face tokenizer.
-        max_length: The most tokens of a row, special ones included.
-
-    Returns:
-        The tokenized rows, in the same order.
-
-    Raises:
-        DataError: As in `encode_texts`.
+        rows: all are kept.
+        source: rows are drawn from it evenly, each once at most.
+        tokens: of responses, at most.
+        seed: of the draw.
     """
-    rows: list[
-        dict[str, NDArray[np.int32]]
-    ] = []  # arrays at once: lists of a large data set would take gigabytes
-    num_truncated = 0
-    for position, texts in enumerate(dataset.texts, start=1):
-        for text in texts:
-            require_characters(text, row=position, unit="row")
-    for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
-        encoded, cut = encode_with_cuts(
-            dataset.texts[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length
-        )
-        rows += [{key: np.array(tokens, dtype=np.int32) for key, tokens in row.items()} for row in encoded]
-        num_truncated += sum(cut)
-    return TokenizedDataset(rows, dataset.labels, dataset.label_names, num_truncated=num_truncated)
+    missing = tokens - int((rows.lengths - rows.prompt_lengths).sum())
+    order = np.random.default_rng(seed).permutation(len(source))
+    ends = np.cumsum((source.lengths - source.prompt_lengths)[order])
+    drawn = order[: int(np.searchsorted(ends, missing, side="right"))]
+    items = [rows[row]["input_ids"] for row in range(len(rows))] + [
+        source[row]["input_ids"] for row in drawn.tolist()
+    ]
+    prompts = [*rows.prompt_lengths.tolist(), *source.prompt_lengths[drawn].tolist()]
+    return TokenizedPrompts(
+        [ids[:end] for ids, end in zip(items, prompts, strict=True)],
+        [ids[end:] for ids, end in zip(items, prompts, strict=True)],
+    )
 
 
 def collate(items: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """A batch of tensors from items of different length, padded on the right to the longest.
 
     Args:
-        items: Items of a `TokenizedDataset`, or rows of `encode_texts`; at least one.
-        tokenizer: Gives the padding ids.
+        items: Items of a `TokenizedDataset` or `TokenizedPrompts`, or rows of `encode_texts`; at least one.
+        tokenizer: Gives the padding ids, that of the end of text where it has none for padding.
 
     Returns:
-        `input_ids`, `attention_mask` (1 = real token) and, where the items have them, `token_type_ids`, each
-        (batch, tokens) int64; and, where the items have them, `labels` and `index`, each (batch,) int64.
+        `input_ids`, `attention_mask` (1 = real token) and what else the items have, int64: `token_type_ids` and labels
+        of tokens (IGNORED on the padding), (batch, tokens); `index` and labels of rows, (batch,).
 
     Raises:
-        ValueError: The tokenizer has no padding token.
+        ValueError: The tokenizer has no padding token, nor one for the end of text.
     """
-    if not isinstance(tokenizer.pad_token_id, int):
+    padding_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if not isinstance(padding_id, int):
         raise ValueError("The tokenizer must have a padding token, got none. Set tokenizer.pad_token.")
-    rows = [item["input_ids"] for item in items]
-    width = max(len(row) for row in rows)
-
-    def padded(values: Sequence[Sequence[int]], padding: int) -> Tensor:  # (batch, tokens)
-        return torch.tensor([[*row, *[padding] * (width - len(row))] for row in values], dtype=torch.int64)
-
-    batch = {
-        "input_ids": padded(rows, tokenizer.pad_token_id),
-        "attention_mask": padded([[1] * len(row) for row in rows], 0),
+    paddings = {
+        "input_ids": padding_id,
+        "attention_mask": 0,
+        "token_type_ids": tokenizer.pad_token_type_id,
+        "labels": IGNORED,
     }
-    if "token_type_ids" in items[0]:
-        batch["token_type_ids"] = padded(
-            [item["token_type_ids"] for item in items], tokenizer.pad_token_type_id
-        )
-    for key, name in (("label", "labels"), ("index", "index")):
-        if key in items[0]:
-            batch[name] = torch.tensor([item[key] for item in items], dtype=torch.int64)  # (batch,)
-    return batch
+    columns = {key: [item[key] for item in items] for key in items[0]}
+    columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
+    return {
+        key: pad(values, paddings[key]) if isinstance(values[0], list) else torch.tensor(values)
+        for key, values in columns.items()
+    }
+
+
+def pad(rows: Sequence[Tokens], padding: int, *, left: bool = False) -> Tensor:
+    """Rows of different length as one tensor, padded on the right or, so that all end and go on at one place, the left.
+
+    Args:
+        rows: Integers of every row; at least one row.
+        padding: What is put in.
+        left: Where.
+
+    Returns:
+        (rows, tokens) int64.
+
+    Example:
+        >>> pad([[5], [6, 7]], 0, left=True).tolist()
+        [[0, 5], [6, 7]]
+    """
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    side = "left" if left else "right"
+    return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side=side)
+
+
+def pad_left(rows: Sequence[Tokens], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `attention_mask` (1 = real token), both (rows, tokens) int64, of prompts that are to go on."""
+    return pad(rows, pad_token_id, left=True), pad([[1] * len(row) for row in rows], 0, left=True)
 
 
 class LengthGroupedBatches(Sampler[list[int]]):

@@ -1,38 +1,24 @@
-"""Prompts and their reference responses: loading them by task or from files, and splitting them."""
+"""Instructions with responses, by task or from files of one's own; prompts to respond to."""
 
 from __future__ import annotations
 
-import itertools
-import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from consistentee.data.classification import BROKEN_SHARE
 from consistentee.data.conversations import CONVERSATION_COLUMNS, answers, read_turns
-from consistentee.data.encodings import decoded_lines, file_lines
-from consistentee.data.files import FORMATS, HUB_PREFIX, Table, json_format, open_table, table_of
-from consistentee.data.instructions import InstructionDataset, split_rows
-from consistentee.data.parsing import Numbered, parse, quoted, raise_or_skip
-from consistentee.data.tasks import END_MARKER, GenerationTask, PromptColumns, get_task, plain_name
+from consistentee.data.encodings import file_lines
+from consistentee.data.files import Source, open_table, read_source
+from consistentee.data.parsing import quoted
+from consistentee.data.rows import InstructionDataset
+from consistentee.data.sources import no_training_rows, task_tables
+from consistentee.data.tables import Table
+from consistentee.data.tasks import END_MARKER, GenerationTask, PromptColumns, get_task
 from consistentee.errors import DataError
 
-__all__ = [
-    "InstructionDataset",
-    "conversation_column",
-    "holds_text_to_generate",
-    "load_generation_files",
-    "load_generation_task",
-    "read_prompts",
-    "split_rows",
-]
-
-_log = logging.getLogger(__name__)
-
-LOCAL_ENDINGS = (".jsonl", ".csv", ".parquet", ".json")
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "article", "document", "text")
 INPUT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("output", "response", "answer", "completion", "summary", "highlights")
@@ -61,18 +47,15 @@ def load_generation_task(
         ValueError: An unknown task.
     """
     task = get_task(name, GenerationTask)
-    tables = _hub_tables(task) if data_dir is None else _local_tables(task, Path(data_dir))
-    sets = [_read(table, task.layouts, task.instruction) for table in tables if table is not None]
-    if tables[1] is None:
-        train, evaluation = _without_last(sets[0], task.evaluation_rows)
-    else:
-        train, evaluation = (sets[0] if len(sets) == 2 else None), sets[-1]
-    if need_train and train is None:
-        raise DataError(
-            f'There are no training rows of task "{task.name}".',
-            file=data_dir,
-            remedy=f"Put {' or '.join('train' + ending for ending in LOCAL_ENDINGS)} there.",
-        )
+    sets = [
+        None if table is None else _read(table, task.layouts, task.instruction)
+        for table in task_tables(task, data_dir)
+    ]
+    train, evaluation = sets
+    if evaluation is None and train is not None:
+        train, evaluation = _without_last(train, task.evaluation_rows or 1)
+    if evaluation is None or (need_train and train is None):
+        raise no_training_rows(task, data_dir, "to train on")
     return train, evaluation
 
 
@@ -151,16 +134,12 @@ def holds_text_to_generate(path: str | os.PathLike[str]) -> bool:
 
 
 def read_prompts(
-    source: str | os.PathLike[str] | IO[str] | IO[bytes],
-    *,
-    prompt_column: str | None = None,
-    input_column: str | None = None,
+    source: Source, *, prompt_column: str | None = None, input_column: str | None = None
 ) -> Iterator[dict[str, str]]:
-    """Prompts to respond to, one after the other, without ever holding the whole input.
+    """Prompts to respond to, one after the other.
 
     Args:
-        source: A file, "-" for standard input, or an open stream. `.jsonl`, `.csv`, `.tsv` and `.parquet` hold columns,
-            every other file one prompt a line. A stream is JSON lines if it starts with "{".
+        source: As in `files.read_source`.
         prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the row has.
         input_column: Column of the input, which rows may lack; None takes the first of INPUT_COLUMNS, if there is one.
 
@@ -170,24 +149,8 @@ def read_prompts(
     Raises:
         DataError: A file that is missing or empty, a row that is broken or whose prompt is empty.
     """
-    if isinstance(source, (str, os.PathLike)) and os.fspath(source).startswith(HUB_PREFIX):
-        table = open_table(source, splits=("test", "validation", "train"))
-        return _prompts(table, prompt_column, input_column)
-    if isinstance(source, (str, os.PathLike)) and os.fspath(source) != "-":
-        path = Path(source)
-        if not path.is_file():
-            remedy = 'Check the path, or give "-" for standard input.'
-            raise DataError("There is no such file.", file=path, remedy=remedy)
-        if path.suffix.lower() in FORMATS:
-            table = open_table(path)
-        else:
-            table = Table(str(path), _one_a_line(file_lines(path), str(path), "prompt"))
-        return _prompts(table, prompt_column, input_column)
-    if isinstance(source, (str, os.PathLike)):
-        stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
-    else:
-        stream, file = source, str(getattr(source, "name", "the stream"))
-    return _prompts_of_stream(decoded_lines(stream, file), file, prompt_column, input_column)
+    prompts = partial(_prompts, prompt_column=prompt_column, input_column=input_column)
+    return read_source(source, prompts, named=bool(prompt_column or input_column), pairs=False)
 
 
 def _prompts(table: Table, prompt_column: str | None, input_column: str | None) -> Iterator[dict[str, str]]:
@@ -198,31 +161,6 @@ def _prompts(table: Table, prompt_column: str | None, input_column: str | None) 
         context = input_column or next((name for name in INPUT_COLUMNS if name in free), None)
         (text,) = table.texts_of(row, values, (prompt,))
         yield {"prompt": text, "input": _optional_text(table, row, values, context)}
-
-
-def _prompts_of_stream(
-    lines: Numbered, file: str, prompt_column: str | None, input_column: str | None
-) -> Iterator[dict[str, str]]:
-    first = next(lines, None)
-    if first is not None:
-        lines = itertools.chain([first], lines)
-    file_format = json_format("" if first is None else first[1])
-    rows = _one_a_line(lines, file, "prompt") if file_format is None else parse(lines, file, file_format)
-    table = Table(file, rows, "row" if file_format == "json array" else "line")
-    yield from _prompts(table, prompt_column, input_column)
-
-
-def _one_a_line(lines: Numbered, file: str, column: str) -> Numbered:
-    """Lines as rows of one column; blank ones may only stand at the end."""
-    blank: int | None = None
-    for number, line in lines:
-        text = line.removesuffix("\n").removesuffix("\r")
-        if not text.strip():
-            blank = blank or number
-            continue
-        if blank is not None:
-            raise DataError("The line is empty.", file=file, row=blank, remedy="Remove it.")
-        yield number, {column: text}
 
 
 def _plain_texts(path: Path) -> InstructionDataset:
@@ -260,29 +198,14 @@ def _optional_text(table: Table, row: int, values: Mapping[str, Any], column: st
 
 def _read(table: Table, layouts: Sequence[PromptColumns], instruction: str) -> InstructionDataset:
     """Every row of a table; broken ones raise, or are left out where the table collects them."""
-    columns, table = table.with_columns()
-    layout = next((layout for layout in layouts if set(layout.needed) <= set(columns)), None)
-    if layout is None:
-        wanted = " or ".join(f"({quoted(layout.needed)})" for layout in layouts)
-        remedy = f"Columns here: {quoted(columns)}. Rename those of the file."
-        raise table.error(1, f"It has none of the sets of columns {wanted}.", remedy)
-    data = InstructionDataset([], [], [], table.file)
-    for number, values in table.rows:
-        try:
-            asked, context, reference = _row(table, number, values, layout)
-        except DataError as error:
-            raise_or_skip(error, table.skipped)
-            continue
-        data.instructions.append(asked or instruction)
-        data.inputs.append(context)
-        data.references.append(reference)
-    if table.skipped:
-        if len(table.skipped) > BROKEN_SHARE * (len(data) + len(table.skipped)):
-            raise table.skipped[0]
-        _log.warning("Broken rows skipped: %d. The first: %s", len(table.skipped), table.skipped[0])
-    if not data:
+    layout, table = table.with_layout(layouts)
+    rows = table.collect(lambda number, values: _row(table, number, values, layout))
+    if not rows:
         raise table.error(None, "No row of it can be used.", "Give a file with at least one whole row.")
-    return data
+    instructions, inputs, references = ([row[part] for row in rows] for part in range(3))
+    return InstructionDataset(
+        [asked or instruction for asked in instructions], inputs, references, table.file
+    )
 
 
 def _read_conversations(table: Table, column: str) -> InstructionDataset:
@@ -321,65 +244,3 @@ def _without_last(
     train = replace(data.select(range(first)), source=f"{data.source}, all but the last {count} rows")
     evaluation = replace(data.select(range(first, len(data))), source=f"{data.source}, the last {count} rows")
     return train if len(train) else None, evaluation
-
-
-def _hub_tables(task: GenerationTask) -> tuple[Table, Table | None]:
-    import datasets
-
-    name = "/".join(part for part in (task.hub_path, task.hub_config) if part is not None)
-    split = task.evaluation_split
-    try:
-        splits = datasets.load_dataset(task.hub_path, task.hub_config)
-        train, evaluation = splits["train"], None if split is None else splits[split]
-    except Exception as error:  # whatever the network, the hub or the cache comes up with
-        reason = " ".join(str(error).split()) or type(error).__name__
-        remedy = "Check the network, or give --data-dir with the task's files."
-        raise DataError(
-            f"It could not be loaded from the hub: {reason}.", file=name, remedy=remedy
-        ) from error
-    return (
-        table_of(train, f"{name} train", skip_broken=True),  # nobody can correct the rows of the hub
-        None if evaluation is None else table_of(evaluation, f"{name} {split}", skip_broken=True),
-    )
-
-
-def _local_tables(task: GenerationTask, root: Path) -> tuple[Table | None, Table | None]:
-    if not root.is_dir():
-        raise DataError("There is no such folder.", file=root, remedy="Check --data-dir.")
-    names = {plain_name(name) for name in (task.name, *task.aliases)}
-    inner = sorted(path for path in root.iterdir() if path.is_dir() and plain_name(path.name) in names)
-    for folder in (*inner, root):  # the folder with the task's name is the surer one
-        files = sorted(
-            path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in LOCAL_ENDINGS
-        )
-        lines = [
-            path for path in files if path.suffix.lower() != ".json"
-        ]  # which may also describe the others
-        files = lines or files
-        train = _one_file(files, "train")
-        evaluation = next(filter(None, (_one_file(files, stem) for stem in task.evaluation_files)), None)
-        if train is None and evaluation is None and len(files) == 1:
-            train = files[0]
-        if train is not None or evaluation is not None:
-            return (
-                None if train is None else open_table(train, skip_broken=True),
-                None if evaluation is None else open_table(evaluation, skip_broken=True),
-            )
-    looked_for = ", ".join(f"{stem}{LOCAL_ENDINGS[0]}" for stem in ("train", *task.evaluation_files))
-    raise DataError(
-        f'There is no file of task "{task.name}" in it or in its folder "{task.name}".',
-        file=root,
-        remedy=f"Give the folder that holds {looked_for} (or {', '.join(LOCAL_ENDINGS[1:])}), or a single file.",
-    )
-
-
-def _one_file(files: Sequence[Path], stem: str) -> Path | None:
-    """The file whose name is the stem, or the only one whose name begins with it."""
-    begin = [path for path in files if path.stem.lower().startswith(stem)]
-    exact = [path for path in begin if path.stem.lower() == stem]
-    found = exact or begin
-    if len(found) > 1:
-        remedy = f"Keep one, or name the one to read {stem}{found[0].suffix}."
-        names = quoted(path.name for path in found)
-        raise DataError(f"Several files begin with {stem}: {names}.", file=found[0].parent, remedy=remedy)
-    return found[0] if found else None

@@ -14,11 +14,12 @@ from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
-from consistentee.data.batches import TokenizedDataset, collate, tokenize
-from consistentee.data.classification import TextDataset
+from consistentee.data.batches import TokenizedDataset, collate
 from consistentee.data.labels import match_labels
 from consistentee.data.parsing import quoted
+from consistentee.data.rows import TextDataset
 from consistentee.data.tasks import TASKS, ClassificationTask
+from consistentee.data.tokenization import tokenize
 from consistentee.evaluation.results import BASELINE, Evaluation, OtherCriterion, Reference, depth_metrics
 from consistentee.functional.criteria import check_threshold, exit_scores
 from consistentee.functional.curves import CurvePoint, trade_off_curve

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
-from consistentee.data.generation import InstructionDataset
-from consistentee.data.generation_batches import encode_prompts_with_cuts
+from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import PLAIN as PLAIN_TEMPLATE
 from consistentee.data.templates import PromptTemplate
+from consistentee.data.tokenization import encode_prompts
 from consistentee.evaluation.results import (
     BASELINE,
     GeneratedPoint,
@@ -230,7 +230,7 @@ class _Texts:
     def _encode(self, saved: LoadedGenerator, generator: TextGenerator) -> tuple[list[list[int]], int]:
         """Token ids of the prompts, and how many were cut, which is also said."""
         limit = self._options.max_prompt_length or saved.max_length
-        encoded, cut = encode_prompts_with_cuts(
+        encoded, cut = encode_prompts(
             self._rows, saved.tokenizer, generator.template, max_prompt_length=limit
         )
         prompts = f'prompts were longer than the {limit} tokens of model "{saved.name}"'

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
-from consistentee.data.batches import encode_with_cuts
+from consistentee.data.tokenization import encode_texts
 from consistentee.evaluation.precision import Choice, recommend
 from consistentee.evaluation.speed import (
     Amount,
@@ -184,7 +184,7 @@ def model_workload(
     kept = sorted(random.Random(seed).sample(range(len(read)), min(rows, len(read))))
     sample = [read[position] for position in kept]
     engine.saved.check_texts(len(sample[0]), "each text")
-    encoded, cut = encode_with_cuts(sample, engine.saved.tokenizer, engine.saved.max_length)
+    encoded, cut = encode_texts(sample, engine.saved.tokenizer, engine.saved.max_length)
     longer = f"texts were longer than the model's {engine.saved.max_length} tokens"
     say_cuts(sum(cut), len(cut), longer, LONGER_TRAINING)
     if None not in named:

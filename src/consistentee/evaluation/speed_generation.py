@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from consistentee.backbones import decoders
-from consistentee.data.generation_batches import pad_left
+from consistentee.data.batches import pad_left
 from consistentee.evaluation.speed import (
     Amount,
     Competitors,

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistentee.data.generation import InstructionDataset
-from consistentee.data.generation_batches import IGNORED, TokenizedPrompts, collate_rows, encode_rows
+from consistentee.data.batches import IGNORED, TokenizedPrompts, collate
+from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import PromptTemplate
+from consistentee.data.tokenization import encode_rows
 from consistentee.evaluation.results import GenerationPoint
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.depth_matching import full_depth_threshold, threshold_for_depth
@@ -401,7 +402,7 @@ def _batches(
     starts = range(0, len(order), batch_size)
     for start in track(starts, description or "", shown=description is not None):
         items = [rows[row] for row in order[start : start + batch_size]]
-        batch = collate_rows(items, pad_token_id=saved.tokenizer.pad_token_id)
+        batch = collate(items, saved.tokenizer)
         labels = batch["labels"]
         predicts = labels.roll(-1, 1) != IGNORED
         predicts[:, -1] = False

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from consistentee.data.batches import encode_with_cuts
+from consistentee.data.tokenization import encode_texts
 from consistentee.errors import SettingError, require_characters
 from consistentee.inference.encoder.backend import Answers, Backend, EncoderParts, TokenRow
 from consistentee.inference.encoder.incremental_scores import IncrementalExitScores
@@ -252,7 +252,7 @@ class Engine:
         """Token ids, and which were cut; one thread at a time, as the tokenizer is set up anew for each call."""
         self._go_on_after_fork()
         with self._tokenizing:
-            return encode_with_cuts(texts, self._tokenizer, self.saved.max_length)
+            return encode_texts(texts, self._tokenizer, self.saved.max_length)
 
     def _go_on_after_fork(self) -> None:
         """In a forked process: leave what other threads held."""

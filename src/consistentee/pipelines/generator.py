@@ -17,8 +17,9 @@ import torch
 from transformers import StoppingCriteriaList
 
 from consistentee.config import GenerationMode, SkippedStates
-from consistentee.data.generation_batches import encode_prompts_with_cuts, pad_left
+from consistentee.data.batches import pad_left
 from consistentee.data.templates import PromptTemplate
+from consistentee.data.tokenization import encode_prompts
 from consistentee.errors import DataError, require_choice, require_seed
 from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded import LoadedGenerator
@@ -364,9 +365,7 @@ class TextGenerator:
         self._go_on_after_fork()
         try:
             with self._tokenizing:  # the tokenizer is set up anew for each call
-                return encode_prompts_with_cuts(
-                    asked, self._tokenizer, self.template, max_prompt_length=limit
-                )
+                return encode_prompts(asked, self._tokenizer, self.template, max_prompt_length=limit)
         except DataError as error:
             if error.row is None:
                 raise

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from consistentee.config import ClassificationTrainingConfig
-from consistentee.data.classification import TextDataset
+from consistentee.data.rows import TextDataset
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import BUDGETS
 from consistentee.functional.exits import choose_exit_layer, exit_distribution

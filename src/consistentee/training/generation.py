@@ -12,7 +12,6 @@ and any `exit_head` in place of one head per layer.
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from transformers.trainer_utils import set_seed
 from consistentee.backbones.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
 from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import GenerationTrainingConfig
-from consistentee.data.generation import InstructionDataset
-from consistentee.data.generation_batches import collate_rows, encode_rows
+from consistentee.data.batches import collate
+from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import prompt_template
+from consistentee.data.tokenization import encode_rows
 from consistentee.errors import SettingError
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training import checkpoints
@@ -241,7 +241,7 @@ def _start(
 ) -> tuple[Run, Adapters] | None:
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir = Path(output_dir)
-    identity = run_identity(kind, backbone, config, _fingerprint(train_data))
+    identity = run_identity(kind, backbone, config, train_data.fingerprint())
     opened = open_output(
         output_dir,
         identity=identity,
@@ -304,7 +304,6 @@ def _start(
     num_truncated = train_rows.num_truncated + validation.num_truncated
     texts = f"texts to train on were longer than {max_length} tokens"
     say_cuts(num_truncated, len(train_data), texts, LONGER_TRAINING)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     counts = response_counts(
         torch.from_numpy(train_rows.lengths), torch.from_numpy(train_rows.prompt_lengths)
     )
@@ -325,7 +324,7 @@ def _start(
             model=prepared,
             optimizer=optimizer,
             dataset=train_rows,
-            collate=partial(collate_rows, pad_token_id=pad_token_id),
+            collate=partial(collate, tokenizer=tokenizer),
             config=config,
             total_steps=0,
             row_weights=counts.float(),
@@ -362,15 +361,6 @@ def _start(
         f"{len(held)} validation rows, backbone {config.backbone_training}",
     )
     return run, adapters
-
-
-def _fingerprint(data: InstructionDataset) -> str:
-    """Hash of all rows: two runs with the same one saw the same data."""
-    digest = hashlib.sha256()
-    for (instruction, context, history), reference in zip(data.prompts(), data.references, strict=True):
-        before = [part for turn in history for part in turn]
-        digest.update("\x1f".join([*before, instruction, context, reference]).encode() + b"\x1e")
-    return digest.hexdigest()[:16]
 
 
 # The steps of the phases.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from consistentee.atomic_files import write_json
 from consistentee.backbones.limits import LONGER_TRAINING, check_tokenizer, say_cuts, training_length
 from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import ClassificationTrainingConfig
-from consistentee.data.batches import TokenizedDataset, collate, tokenize
-from consistentee.data.classification import TextDataset, stratified_split
+from consistentee.data.batches import TokenizedDataset, collate
 from consistentee.data.literal import read_special_tokens
+from consistentee.data.rows import TextDataset, stratified_split
+from consistentee.data.tokenization import tokenize
 from consistentee.models.card import write_model_card
 from consistentee.models.record import RECORD_FILE
 from consistentee.models.sequence_classification import (
@@ -262,7 +262,7 @@ def start_run(
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir = Path(output_dir)
     kind = "early_exit" if model_class is EarlyExitForSequenceClassification else "full_depth"
-    identity = run_identity(kind, backbone, config, fingerprint(train_data))
+    identity = run_identity(kind, backbone, config, train_data.fingerprint())
     opened = open_output(output_dir, identity=identity, config=config, resume=resume, report=report)
     if opened is None:
         return None
@@ -380,14 +380,6 @@ def _new_model(
         policy_dropout=config.policy_dropout,
         initial_exit_bias=config.initial_exit_bias,
     )
-
-
-def fingerprint(data: TextDataset) -> str:
-    """Hash of all rows and label names: two runs with the same one saw the same data."""
-    digest = hashlib.sha256("\x1f".join(data.label_names).encode() + b"\x1e")
-    for texts, label in zip(data.texts, data.labels, strict=True):
-        digest.update("\x1f".join([*texts, str(label)]).encode() + b"\x1e")
-    return digest.hexdigest()[:16]
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from consistentee.data.generation_batches import TokenizedPrompts, with_more_tokens
+from consistentee.data.batches import TokenizedPrompts, with_more_tokens
 from consistentee.errors import SettingError
 from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.progress import show_progress

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consistentee.backbones import decoders
-from consistentee.data.generation_batches import TokenizedPrompts
+from consistentee.data.batches import TokenizedPrompts
 from consistentee.functional.criteria import state_similarity_scores
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.states import Collate, gather_into, row_shares, state_storage

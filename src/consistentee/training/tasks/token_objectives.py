@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from consistentee.backbones import decoders
-from consistentee.data.generation_batches import IGNORED
+from consistentee.data.batches import IGNORED
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 
 

@@ -1,107 +1,137 @@
-"""Prompts and responses on their way into a causal language model: tokens, labels, batches.
+"""Texts, prompts and responses as token ids that keep to a limit, each row with whether it was cut.
 
-A training row is the prompt's tokens, then the response's, then the end of text; only the last two are learned.
+A training row of a language model is the prompt's tokens, then the response's, then the end of text; only the last two
+are learned. Special tokens that a text spells are text, see `literal`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from consistentee.data.batches import TOKENIZED_AT_ONCE
-from consistentee.data.generation import InstructionDataset
-from consistentee.data.literal import ControlTokens, literal_ids
+from consistentee.data.batches import TokenizedDataset, TokenizedPrompts
+from consistentee.data.literal import ControlTokens, as_text, literal_ids
+from consistentee.data.rows import InstructionDataset, TextDataset
 from consistentee.data.templates import PromptTemplate, Turn
 from consistentee.errors import DataError, SettingError, require_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The label of a token that is not learned."""
-
+TOKENIZED_AT_ONCE = 1024  # rows
 SHORTEST_RESPONSE = 0.25  # of max_length: a response is not cut below this; the instruction is, after it
-
-Tokens = Sequence[int] | NDArray[np.int32]
-"""Token ids of one row."""
 
 Asked = tuple[str, str, tuple[Turn, ...]]
 """An instruction, its input and the turns before them."""
 
 
-class TokenizedPrompts(Dataset[dict[str, Any]]):
-    """Tokenized prompts with their responses, held as one flat array of token ids.
+def _require_characters(rows: Iterable[Iterable[str]], unit: str) -> None:
+    for position, texts in enumerate(rows, start=1):
+        for text in texts:
+            require_characters(text, row=position, unit=unit)
+
+
+def _texts_of(asked: Asked) -> list[str]:
+    return [*asked[:2], *(text for _, text in asked[2])]
+
+
+def encode_texts(
+    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int = 128
+) -> tuple[list[dict[str, list[int]]], list[bool]]:
+    """Token ids of texts or pairs, not padded, and which of them were cut.
 
     Args:
-        prompts: Token ids of every prompt.
-        responses: Token ids of every response, equally many rows; a prompt or a response may be empty, not both.
-        num_truncated: How many of the rows were cut.
+        texts: Tuples of one text, or all of two.
+        tokenizer: A Hugging Face tokenizer; whether special tokens that a text spells are text, is its own setting
+            (`literal.take_literally`).
+        max_length: The most tokens of a row, special ones included; what is longer is cut (of a pair, the longer text).
 
-    An item is a dict of `input_ids` (list of int, prompt and response), `labels` (list of int, the same with IGNORED in
-    place of the prompt) and `index` (int, the row's own position in this dataset).
+    Returns:
+        One dict a row, `input_ids` and, where the tokenizer gives them, `token_type_ids`: what `collate` takes; and for
+        each row whether it was longer than `max_length`.
+
+    Raises:
+        DataError: A text of which no token is left, half a character, or pairs for a tokenizer that cannot keep them
+            apart.
+        ValueError: A `max_length` that leaves no room for text.
     """
-
-    def __init__(
-        self, prompts: Sequence[Tokens], responses: Sequence[Tokens], *, num_truncated: int = 0
-    ) -> None:
-        if len(prompts) != len(responses):
-            raise ValueError(
-                f"prompts and responses must be equally many, got {len(prompts)} and {len(responses)}."
-            )
-        self.num_truncated = num_truncated
-        self.prompt_lengths = np.array([len(row) for row in prompts], dtype=np.int64)  # (rows,) tokens
-        self.lengths = self.prompt_lengths + np.array([len(row) for row in responses], dtype=np.int64)
-        self._ends = np.cumsum(self.lengths)
-        parts = itertools.chain.from_iterable(zip(prompts, responses, strict=True))
-        arrays = [np.asarray(part, dtype=np.int32) for part in parts]
-        # (tokens of all rows,)
-        self._flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}.")
-        end, prompt = int(self._ends[index]), int(self.prompt_lengths[index])
-        input_ids: list[int] = self._flat[end - int(self.lengths[index]) : end].tolist()
-        return {
-            "input_ids": input_ids,
-            "labels": [IGNORED] * prompt + input_ids[prompt:],
-            "index": int(index),
-        }
-
-
-def with_more_tokens(
-    rows: TokenizedPrompts, source: TokenizedPrompts, tokens: int, seed: int
-) -> TokenizedPrompts:
-    """Rows, and behind them as many of another data set as so many response tokens leave room for.
-
-    Args:
-        rows: all are kept.
-        source: rows are drawn from it evenly, each once at most.
-        tokens: of responses, at most.
-        seed: of the draw.
-    """
-    missing = tokens - int((rows.lengths - rows.prompt_lengths).sum())
-    order = np.random.default_rng(seed).permutation(len(source))
-    ends = np.cumsum((source.lengths - source.prompt_lengths)[order])
-    drawn = order[: int(np.searchsorted(ends, missing, side="right"))]
-    items = [rows[row]["input_ids"] for row in range(len(rows))] + [
-        source[row]["input_ids"] for row in drawn.tolist()
-    ]
-    prompts = [*rows.prompt_lengths.tolist(), *source.prompt_lengths[drawn].tolist()]
-    return TokenizedPrompts(
-        [ids[:end] for ids, end in zip(items, prompts, strict=True)],
-        [ids[end:] for ids, end in zip(items, prompts, strict=True)],
+    if not texts:
+        return [], []
+    pair = len(texts[0]) == 2
+    if any(len(row) != len(texts[0]) for row in texts):
+        raise ValueError("texts must be all single texts or all pairs, got both.")
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length <= special:
+        raise SettingError(
+            f"max_length must be above the tokenizer's {special} special tokens, got {max_length}."
+        )
+    if pair and special <= tokenizer.num_special_tokens_to_add(pair=False):
+        raise DataError(
+            "The tokenizer puts no separator between the two texts of a pair.",
+            remedy="Take a backbone whose tokenizer takes pairs, or one text column.",
+        )
+    _require_characters(texts, "text")
+    encoded = tokenizer(
+        as_text([row[0] for row in texts], tokenizer),
+        as_text([row[1] for row in texts], tokenizer) if pair else None,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
     )
+    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    rows = [{key: list(encoded[key][row]) for key in keys} for row in range(len(texts))]
+    cut = [_is_cut(encoded, row, texts[row], tokenizer, max_length) for row in range(len(texts))]
+    for texts_of_row, row in zip(texts, rows, strict=True):
+        if not row["input_ids"]:
+            raise DataError(
+                f"The tokenizer leaves nothing of the text {texts_of_row[0][:40]!r}.",
+                remedy="Remove the row.",
+            )
+    return rows, cut
+
+
+def _is_cut(
+    encoded: Any, row: int, texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> bool:
+    """Whether a tokenizer left something of a text out; fast ones tell, others are asked again."""
+    if len(encoded["input_ids"][row]) < max_length:
+        return False
+    if encoded.encodings is not None:
+        return bool(encoded.encodings[row].overflowing)
+    text, second = texts[0], texts[1] if len(texts) == 2 else None
+    return len(tokenizer(text, second, verbose=False)["input_ids"]) > max_length
+
+
+def tokenize(
+    dataset: TextDataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128
+) -> TokenizedDataset:
+    """Tokenize every row of a labelled data set.
+
+    Args:
+        dataset: Texts or pairs with labels.
+        tokenizer: A Hugging Face tokenizer.
+        max_length: The most tokens of a row, special ones included.
+
+    Returns:
+        The tokenized rows, in the same order.
+
+    Raises:
+        DataError: As in `encode_texts`.
+    """
+    rows: list[
+        dict[str, NDArray[np.int32]]
+    ] = []  # arrays at once: lists of a large data set would take gigabytes
+    num_truncated = 0
+    _require_characters(dataset.texts, "row")
+    for start in range(0, len(dataset), TOKENIZED_AT_ONCE):
+        encoded, cut = encode_texts(dataset.texts[start : start + TOKENIZED_AT_ONCE], tokenizer, max_length)
+        rows += [{key: np.array(tokens, dtype=np.int32) for key, tokens in row.items()} for row in encoded]
+        num_truncated += sum(cut)
+    return TokenizedDataset(rows, dataset.labels, dataset.label_names, num_truncated=num_truncated)
 
 
 def encode_rows(
@@ -141,12 +171,8 @@ def encode_rows(
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ValueError("The tokenizer must have an end-of-text token, got none. Set tokenizer.eos_token.")
-    for position, (prompt, reference) in enumerate(
-        zip(dataset.prompts(), dataset.references, strict=True), start=1
-    ):
-        instruction, context, history = prompt
-        for text in (instruction, context, reference, *(turn for _, turn in history)):
-            require_characters(text, row=position, unit="row")
+    _require_characters(map(_texts_of, dataset.prompts()), "row")
+    _require_characters(zip(dataset.references, strict=True), "row")
     encoder = _PromptEncoder(tokenizer, template)
     longest_prompt = max_length if max_prompt_length is None else min(max_prompt_length, max_length)
     shortest_response = max(1, int(SHORTEST_RESPONSE * max_length))
@@ -175,7 +201,7 @@ def encode_rows(
     return TokenizedPrompts(prompts, responses, num_truncated=num_truncated)
 
 
-def encode_prompts_with_cuts(
+def encode_prompts(
     prompts: InstructionDataset | Iterable[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate,
@@ -202,9 +228,7 @@ def encode_prompts_with_cuts(
         asked = prompts.prompts()
     else:
         asked = [(instruction, context, ()) for instruction, context in prompts]
-    for position, (instruction, context, history) in enumerate(asked, start=1):
-        for part in (instruction, context, *(text for _, text in history)):
-            require_characters(part, row=position, unit="prompt")
+    _require_characters(map(_texts_of, asked), "prompt")
     encoder = _PromptEncoder(tokenizer, template)
     encoded: list[list[int]] = []
     cut: list[bool] = []
@@ -217,17 +241,6 @@ def encode_prompts_with_cuts(
         row = encoded.index([]) + 1
         raise DataError("The prompt has no token.", row=row, unit="prompt", remedy="Write one, or remove it.")
     return encoded, cut
-
-
-def encode_prompts(
-    prompts: InstructionDataset | Iterable[tuple[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
-    *,
-    max_prompt_length: int,
-) -> list[list[int]]:
-    """Token ids of prompts to respond to, one list a prompt; arguments and errors as in `encode_prompts_with_cuts`."""
-    return encode_prompts_with_cuts(prompts, tokenizer, template, max_prompt_length=max_prompt_length)[0]
 
 
 class _PromptEncoder:
@@ -322,47 +335,3 @@ class _PromptEncoder:
             return str(self.tokenizer.decode(self.tokens_of([text])[0][:count])).rstrip()
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return text[: encoded["offset_mapping"][:count][-1][1]].rstrip()
-
-
-def collate_rows(items: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch of tensors from items of different length, padded on the right to the longest.
-
-    Args:
-        items: Items of a `TokenizedPrompts`; at least one.
-        pad_token_id: Token of the padding; no attention is paid to it.
-
-    Returns:
-        `input_ids`, `attention_mask` (1 = real token) and `labels` (IGNORED on prompt and padding), each (rows, tokens)
-        int64, and `index`, (rows,) int64.
-    """
-    width = max(len(item["input_ids"]) for item in items)
-
-    def padded(rows: Iterable[Sequence[int]], padding: int) -> Tensor:  # (rows, tokens)
-        return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.int64)
-
-    return {
-        "input_ids": padded((item["input_ids"] for item in items), pad_token_id),
-        "attention_mask": padded(([1] * len(item["input_ids"]) for item in items), 0),
-        "labels": padded((item["labels"] for item in items), IGNORED),
-        "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
-    }
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of different length, padded on the left so that all end, and go on, at the same place.
-
-    Args:
-        rows: Token ids of every row; at least one row.
-        pad_token_id: Token of the padding; no attention is paid to it.
-
-    Returns:
-        `input_ids` and `attention_mask` (1 = real token), both (rows, tokens) int64.
-
-    Example:
-        >>> pad_left([[5], [6, 7]], 0)[0].tolist()
-        [[0, 5], [6, 7]]
-    """
-    width = max(len(row) for row in rows)
-    input_ids = [[*[pad_token_id] * (width - len(row)), *row] for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(input_ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)

@@ -1,0 +1,199 @@
+"""What the library `datasets` reads: data sets of the hub by name, folders that it saved, Parquet with its features."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from consistentee.data.parsing import Numbered, quoted
+from consistentee.data.tables import Table
+from consistentee.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+"""File ending to format; for prediction every other ending is plain text, one text a line."""
+
+HUB_PREFIX = "hf:"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.\[\]:%+-]+)?")
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the hub, or a folder with the files of one.
+
+    Args:
+        repository: Its name, `user/name`, or the folder.
+        config: Its configuration; None for the only one.
+        split: Its split; None for a usual one.
+    """
+
+    repository: str
+    config: str | None = None
+    split: str | None = None
+
+
+def hub_source(path: str | os.PathLike[str]) -> HubSource | None:
+    """What a path names on the hub: `hf:user/name`, `hf:user/name/config`, each perhaps with `:split` behind it.
+
+    Without `hf:` it is `user/name` or `user/name:split`, where there is no such file, nor a folder `user`.
+
+    Returns:
+        The data set; None for a path.
+
+    Example:
+        >>> hub_source("hf:nyu-mll/glue/sst2:validation")
+        HubSource(repository='nyu-mll/glue', config='sst2', split='validation')
+        >>> hub_source("somewhere/rows.csv") is None
+        True
+    """
+    spec = os.fspath(path)
+    if not spec.startswith(HUB_PREFIX):
+        is_path = Path(path).exists() or Path(path).suffix.lower() in (*FORMATS, ".txt")
+        if is_path or Path(path).parent.is_dir() or _HUB_NAME.fullmatch(spec) is None:
+            return None
+    name, _, split = spec.removeprefix(HUB_PREFIX).partition(":")
+    config = None
+    if name.count("/") == 2 and not Path(name).is_dir():
+        name, _, config = name.rpartition("/")
+    return HubSource(name, config, split or None)
+
+
+def table_of(dataset: Dataset, file: str, *, skip_broken: bool = False) -> Table:
+    """The rows of a `datasets.Dataset`, with class indices turned into class names (-1, no label, into None)."""
+    names = _declared_names(dataset.features)
+    return Table(
+        file, _named_classes(enumerate(dataset, start=1), names), "row", names, [] if skip_broken else None
+    )
+
+
+def parquet_table(path: Path) -> Table:
+    """The rows of a Parquet file, with class indices turned into the class names that `datasets` left in it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(
+            f"This is not a Parquet file: {error}.", file=path, remedy="Check the file."
+        ) from None
+    names = _declared_names(_stored_features(file.schema_arrow.metadata))
+
+    def rows() -> Numbered:
+        with file:
+            batches = file.iter_batches(batch_size=1024)
+            yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
+
+    return Table(str(path), _named_classes(rows(), names), "row", names)
+
+
+def datasets_folder(path: Path, splits: Sequence[str]) -> Table:
+    """The rows of a folder of `datasets.save_to_disk`, or of a hub's data set, downloaded."""
+    import datasets
+
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        if any(file.suffix.lower() in FORMATS for file in path.rglob("*")):
+            return hub_table(HubSource(str(path)), str(path), splits)
+        remedy = "Give a file, or a folder written by datasets.save_to_disk."
+        raise DataError("This folder is not a saved datasets folder.", file=path, remedy=remedy)
+    remedy = f"Save it with a split named {' or '.join(splits)}, or give one split's own folder."
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except ValueError as error:  # such as a feature type of a later release
+        raise DataError(
+            f"datasets {datasets.__version__} cannot open this folder: {' '.join(str(error).split())}",
+            file=path,
+            remedy="Upgrade datasets, or save the rows as Parquet or JSON lines.",
+        ) from error
+    return _one_split(loaded, str(path), splits, remedy)
+
+
+def hub_table(source: HubSource, name: str, splits: Sequence[str]) -> Table:
+    """The rows of a data set on the hub, of the first of the splits that is there."""
+    import datasets
+
+    try:
+        loaded: Any = datasets.load_dataset(source.repository, source.config, split=source.split)
+    except Exception as error:  # whatever the network, the hub, the cache or a file comes up with
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        is_folder = Path(source.repository).is_dir()
+        place = (
+            "It" if is_folder else f'"{source.repository}" is no file or folder here, and the hub\'s data set'
+        )
+        remedy = (
+            "Give one of its files."
+            if is_folder
+            else "Check the name (hf:user/name, hf:user/name/config, either with :split) and the network, log in to "
+            "the hub where it is private, or give a file."
+        )
+        raise DataError(f"{place} could not be loaded: {reason}.", file=name, remedy=remedy) from error
+    if source.split is not None:
+        splits = (source.split,)
+    return _one_split(loaded, name, splits, f"Name one of them: hf:{source.repository}:SPLIT.")
+
+
+def _one_split(
+    loaded: Dataset | Mapping[Any, Dataset], name: str, splits: Sequence[str], remedy: str
+) -> Table:
+    """The first of the splits that is there, or the data set that has none."""
+    if not isinstance(loaded, Mapping):
+        return table_of(loaded, name)
+    split = next((split for split in splits if split in loaded), None)
+    if split is None:
+        problem = f"It has only the splits {quoted(str(split) for split in loaded)}."
+        raise DataError(problem, file=name, remedy=remedy)
+    return table_of(loaded[split], f"{name}{'/' if Path(name).is_dir() else ' '}{split}")
+
+
+def _declared_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    from datasets import ClassLabel
+
+    return {
+        column: tuple(str(name).strip() for name in feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, ClassLabel)
+    }
+
+
+def _named_classes(rows: Iterable[tuple[int, Any]], names: Mapping[str, tuple[str, ...]]) -> Numbered:
+    for number, values in rows:
+        named = {
+            column: by_index[values[column]] if values[column] is not None and values[column] >= 0 else None
+            for column, by_index in names.items()
+        }
+        yield number, {**values, **named}
+
+
+def _stored_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The features that `datasets` left in a Parquet file, without those whose type this release of it does not know.
+
+    Args:
+        metadata: of the file's Arrow schema.
+    """
+    from datasets import Features
+
+    try:
+        columns = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        stored = dict(columns)
+    except (ValueError, KeyError, TypeError):  # not what `datasets` writes: the columns speak for themselves
+        return {}
+    features: dict[str, Any] = {}
+    for column, feature in stored.items():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            features.update(Features.from_dict({column: feature}))
+    return features

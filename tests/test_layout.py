@@ -48,11 +48,8 @@ IN_CIRCLES: set[tuple[str, str]] = {
 
 TWO_MEANINGS: set[str] = {
     "DTYPES",
-    "ExitRule",
     "FORMATS",
-    "Floats",
     "LOG_ODDS",
-    "LayerParts",
     "REPEATS",
     "embed",
     "embed_tokens",
@@ -66,8 +63,6 @@ TWO_MEANINGS: set[str] = {
 LONG_FILES: set[str] = {
     "cli/generation_commands.py",
     "cli/main.py",
-    "inference/decoder/decoding.py",
-    "inference/decoder/functional_decoder.py",
     "pipelines/generator.py",
 }
 

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from consistentee.inference.decoder.exit_rules import (
     ClassifierRule,
-    ExitRule,
     FixedExitRule,
     NeverExit,
     PolicyRule,
     ScoreRule,
     StaticRule,
+    TokenExitRule,
     exit_rule,
 )
 from tiny_decoders import LAYERS, naive_decide, single_thread, tiny_exit_model
@@ -32,7 +32,7 @@ def no_logits(layer_index: int, normed: Tensor) -> Tensor:
     raise AssertionError("no head is needed")
 
 
-def similarity_rule(threshold: float) -> ExitRule:
+def similarity_rule(threshold: float) -> TokenExitRule:
     parts: dict[str, Any] = {"policy": None, "confidence_classifier": None, "exit_logits": no_logits}
     return exit_rule("state_similarity", threshold, min_exit_layer=1, dtype=torch.float32, **parts)
 

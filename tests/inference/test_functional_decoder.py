@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from consistentee.inference.decoder.functional_decoder import (
-    PackedDecoder,
+    FunctionalDecoder,
     rotate,
     signed_rotary,
-    weight_signature,
 )
+from consistentee.inference.decoder.weights import weight_signature
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from tiny_decoders import (
     EVERY_TYPE,
@@ -438,7 +438,7 @@ def test_rotation_by_hand() -> None:
 @EVERY_TYPE
 def test_weights_are_read_in_place_but_for_fused_projections(model_type: str) -> None:
     model = tiny_decoder(model_type)
-    packed = PackedDecoder(model)
+    packed = FunctionalDecoder(model)
     assert (packed.dtype, packed.device) == (torch.float32, torch.device("cpu"))
     assert [layer.index for layer in packed.layers] == [0, 1, 2, 3]
     tokens, positions = torch.tensor([5, 9]), torch.tensor([0, 1])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from consistentee.inference.decoder import screened_argmax as greedy_head
+from consistentee.inference.decoder import screened_argmax
 from consistentee.inference.decoder.screened_argmax import (
     CANDIDATES,
     INPUT_LEVELS,
     WEIGHT_LEVELS,
-    GreedyHead,
+    ScreenedArgmax,
     has_int8_operators,
     has_int8_products,
     int8_product,
@@ -28,8 +28,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def every_head_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small heads, too, and on processors where it does not pay: it must be right there as well."""
-    monkeypatch.setattr(greedy_head, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(greedy_head, "has_int8_products", has_int8_operators)
+    monkeypatch.setattr(screened_argmax, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(screened_argmax, "has_int8_products", has_int8_operators)
 
 
 def random_head(dtype: torch.dtype = torch.float32, seed: int = 0, hidden: int = HIDDEN) -> nn.Linear:
@@ -48,18 +48,18 @@ def states_of(count: int, dtype: torch.dtype = torch.float32, seed: int = 1, hid
 @pytest.mark.parametrize("count", [1, 2, 7, 33])
 def test_the_token_is_the_whole_heads(count: int) -> None:
     head, states = random_head(), states_of(count)
-    assert torch.equal(GreedyHead(head)(states), head(states).argmax(-1))
+    assert torch.equal(ScreenedArgmax(head)(states), head(states).argmax(-1))
 
 
 @torch.no_grad()
 def test_most_tokens_are_settled_by_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     head = random_head()
     states = head.weight[:64] + 0.3 * states_of(64)  # each has a word of its own that stands out
-    greedy = GreedyHead(head)
+    screened = ScreenedArgmax(head)
     whole: list[int] = []
-    inner = greedy._whole
-    monkeypatch.setattr(greedy, "_whole", lambda rows: whole.append(len(rows)) or inner(rows))
-    assert torch.equal(greedy(states), head(states).argmax(-1))
+    inner = screened._whole
+    monkeypatch.setattr(screened, "_whole", lambda rows: whole.append(len(rows)) or inner(rows))
+    assert torch.equal(screened(states), head(states).argmax(-1))
     assert sum(whole) < 8
 
 
@@ -67,10 +67,10 @@ def test_most_tokens_are_settled_by_the_candidates(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("more", [1, 2])
 def test_no_certain_token_is_wrong(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, more: int) -> None:
-    monkeypatch.setattr(greedy_head, "CANDIDATES", 2)
-    monkeypatch.setattr(greedy_head, "MORE", more)
+    monkeypatch.setattr(screened_argmax, "CANDIDATES", 2)
+    monkeypatch.setattr(screened_argmax, "MORE", more)
     head, states = random_head(dtype, seed=3), states_of(2000, dtype, seed=4)
-    tokens, certain = GreedyHead(head)._screened(states)
+    tokens, certain = ScreenedArgmax(head)._screened(states)
     expected = head(states).argmax(-1)
     assert torch.equal(tokens[certain], expected[certain])
     assert 0 < int(certain.sum()) < len(states)
@@ -104,11 +104,11 @@ def test_no_integer_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch, inpu
         assert int(weight.abs().max()) == WEIGHT_LEVELS
         return prepack(weight)
 
-    monkeypatch.setattr(greedy_head, "int8_product", product)
-    monkeypatch.setattr(greedy_head, "prepack", checked)
+    monkeypatch.setattr(screened_argmax, "int8_product", product)
+    monkeypatch.setattr(screened_argmax, "prepack", checked)
     head, states = random_head(), states_of(100)
     states = states if inputs == "even" else states**5
-    assert torch.equal(GreedyHead(head)(states), head(states).argmax(-1))
+    assert torch.equal(ScreenedArgmax(head)(states), head(states).argmax(-1))
     assert int(torch.cat(seen).abs().max()) == INPUT_LEVELS
 
 
@@ -121,7 +121,7 @@ def test_ties_go_to_the_lowest_word(dtype: torch.dtype, hidden: int) -> None:
     logits = head(states)
     if dtype == torch.bfloat16:
         assert int(((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).sum()) > 50
-    assert torch.equal(GreedyHead(head)(states), logits.argmax(-1))
+    assert torch.equal(ScreenedArgmax(head)(states), logits.argmax(-1))
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def test_logits_that_a_soft_cap_makes_equal(dtype: torch.dtype) -> None:
     capped = soften(head(states))
     expected = capped.argmax(-1)
     assert not torch.equal(expected, head(states).argmax(-1))
-    assert torch.equal(GreedyHead(head, soften)(states), expected)
+    assert torch.equal(ScreenedArgmax(head, soften)(states), expected)
 
 
 @torch.no_grad()
@@ -142,13 +142,13 @@ def test_logits_that_a_soft_cap_makes_equal(dtype: torch.dtype) -> None:
 def test_words_that_cannot_be_told_apart_are_left_to_the_whole_head(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(greedy_head, "MORE", 1)
+    monkeypatch.setattr(screened_argmax, "MORE", 1)
     head = random_head(dtype)
     head.weight[: CANDIDATES + 5] = head.weight[0]  # more equal words than candidates
     states = head.weight[:1].clone()
-    greedy = GreedyHead(head)
-    assert not bool(greedy._screened(states)[1].any())
-    assert greedy(states).tolist() == head(states).argmax(-1).tolist()
+    screened = ScreenedArgmax(head)
+    assert not bool(screened._screened(states)[1].any())
+    assert screened(states).tolist() == head(states).argmax(-1).tolist()
 
 
 @torch.no_grad()
@@ -156,8 +156,8 @@ def test_words_that_cannot_be_told_apart_are_left_to_the_whole_head(
 def test_equal_words_beyond_the_first_candidates_are_settled(dtype: torch.dtype) -> None:
     head = random_head(dtype)
     head.weight[3 : CANDIDATES + 8] = head.weight[3]
-    greedy, states = GreedyHead(head), head.weight[3:4].clone()
-    tokens, certain = greedy._screened(states)
+    screened, states = ScreenedArgmax(head), head.weight[3:4].clone()
+    tokens, certain = screened._screened(states)
     assert bool(certain.all())
     assert tokens.tolist() == head(states).argmax(-1).tolist() == [3]
 
@@ -166,26 +166,26 @@ def test_equal_words_beyond_the_first_candidates_are_settled(dtype: torch.dtype)
 def test_states_of_any_size() -> None:
     head, states = random_head(), states_of(9)
     sizes = torch.tensor([1e-38, 1e-25, 1e-14, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e25])[:, None]
-    assert torch.equal(GreedyHead(head)(states * sizes), head(states * sizes).argmax(-1))
-    assert GreedyHead(head)(torch.zeros(1, HIDDEN)).tolist() == [0]
+    assert torch.equal(ScreenedArgmax(head)(states * sizes), head(states * sizes).argmax(-1))
+    assert ScreenedArgmax(head)(torch.zeros(1, HIDDEN)).tolist() == [0]
 
 
 @torch.no_grad()
 def test_states_that_are_no_numbers() -> None:
     head, states = random_head(), states_of(3)
     states[1, 5] = torch.nan
-    assert torch.equal(GreedyHead(head)(states), head(states).argmax(-1))
+    assert torch.equal(ScreenedArgmax(head)(states), head(states).argmax(-1))
 
 
 @torch.no_grad()
 def test_coarser_float32_products_are_left_alone() -> None:
     head, states = random_head(), states_of(3)
-    greedy = GreedyHead(head)
+    screened = ScreenedArgmax(head)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        greedy._screened = None  # would fail, if it were asked
-        assert torch.equal(greedy(states), head(states).argmax(-1))
+        screened._screened = None  # would fail, if it were asked
+        assert torch.equal(screened(states), head(states).argmax(-1))
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -193,12 +193,12 @@ def test_coarser_float32_products_are_left_alone() -> None:
 @torch.no_grad()
 def test_small_biased_and_slow_heads_are_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     biased = nn.Linear(HIDDEN, WORDS)
-    assert GreedyHead(biased)._packed is None
-    assert torch.equal(GreedyHead(biased)(states_of(3)), biased(states_of(3)).argmax(-1))
-    monkeypatch.setattr(greedy_head, "has_int8_products", lambda device: False)
-    assert GreedyHead(random_head())._packed is None
+    assert ScreenedArgmax(biased)._packed is None
+    assert torch.equal(ScreenedArgmax(biased)(states_of(3)), biased(states_of(3)).argmax(-1))
+    monkeypatch.setattr(screened_argmax, "has_int8_products", lambda device: False)
+    assert ScreenedArgmax(random_head())._packed is None
     monkeypatch.undo()
-    assert GreedyHead(random_head())._packed is None  # fewer than LEAST_WEIGHTS
+    assert ScreenedArgmax(random_head())._packed is None  # fewer than LEAST_WEIGHTS
 
 
 def test_products_that_saturate_do_not_count() -> None:

@@ -1,8 +1,8 @@
 """The supported Hugging Face causal language models as one table: where each keeps its parts, how one layer is called.
 
 Two readers. Training runs the Hugging Face modules themselves, layer by layer (`embed`, `run_layer`), with gradients,
-dropout and adapters. Generation runs the same weights as plain functions (`packed_decoder`), which needs to know where
-norms and projections lie: `LayerParts`.
+dropout and adapters. Generation runs the same weights as plain functions (`functional_decoder`), which needs to know
+where norms and projections lie: `LayerParts`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from consistentee.functional.tables import GENERATION
 from consistentee.heads.exit_heads import ExitHeads
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.inference.decoder import exit_rules
-from consistentee.inference.decoder.decoding import ExitWeights
+from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.models.configuration import EarlyExitCausalLMConfig
 from consistentee.models.generate import GenerationOptions, generate_tokens
 
@@ -253,7 +253,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         criterion: str | None = None,
         threshold: float | None = None,
         min_exit_layer: int | None = None,
-    ) -> exit_rules.ExitRule:
+    ) -> exit_rules.TokenExitRule:
         """When tokens leave, ready for decoding.
 
         Args:

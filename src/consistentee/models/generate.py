@@ -19,11 +19,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 from consistentee.backbones.limits import longest_input
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice
-from consistentee.inference.decoder.decoding import Decoding, ExitWeights
-from consistentee.inference.decoder.exit_rules import ExitRule, FixedExitRule, NeverExit
+from consistentee.inference.decoder.decoding import Decoding
+from consistentee.inference.decoder.exit_rules import FixedExitRule, NeverExit, TokenExitRule
+from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.inference.decoder.known_processors import stateful
 from consistentee.inference.decoder.lossless import DraftClock, LosslessDecoding
-from consistentee.inference.decoder.recompute import ExactDecoding
+from consistentee.inference.decoder.recompute import RecomputeDecoding
 
 _log = logging.getLogger(__name__)
 CAPACITY_AHEAD = 512
@@ -153,7 +154,7 @@ def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> Draft
     return weights.draft_clocks.setdefault(way, DraftClock())
 
 
-def _rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> ExitRule:
+def _rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> TokenExitRule:
     if options.mode == "full" or (options.mode == "lossless" and not drafts):
         return NeverExit()
     threshold = options.threshold
@@ -181,7 +182,7 @@ def _token_loop(
     """One token of every running row per step."""
     weights = model.exit_weights()
     recompute = options.skipped_states == "recompute" and options.mode == "early-exit"
-    decoding = (ExactDecoding if recompute else Decoding)(
+    decoding = (RecomputeDecoding if recompute else Decoding)(
         weights,
         _rule(model, options),
         attention_mask,
@@ -277,7 +278,7 @@ def _lossless_loop(
         return bool(stopping_criteria(so_far[None], None)[0])  # pyright: ignore[reportArgumentType]
 
     positions = _Positions(model, attention_mask)
-    exact = ExactDecoding(
+    exact = RecomputeDecoding(
         weights,
         _rule(model, options, drafts=True),
         attention_mask,

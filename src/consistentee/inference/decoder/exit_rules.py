@@ -16,7 +16,7 @@ from consistentee.inference.decoder.functional_decoder import Affine
 SQRT_HALF = math.sqrt(0.5)
 
 
-class ExitRule(Protocol):
+class TokenExitRule(Protocol):
     """Decides at one layer about the tokens that are still inside."""
 
     name: str
@@ -226,7 +226,7 @@ class FromLayer:
         first: the first layer that a token may exit at, from 1.
     """
 
-    def __init__(self, inner: ExitRule, first: int) -> None:
+    def __init__(self, inner: TokenExitRule, first: int) -> None:
         self._inner, self._first = inner, first
         self.name, self.needs_normed = inner.name, inner.needs_normed
 
@@ -255,7 +255,7 @@ class FixedExitRule:
         exit_layers: the exit layer of every token, by generated position and row of the batch, 1-based.
     """
 
-    def __init__(self, inner: ExitRule, exit_layers: Sequence[Sequence[int]]) -> None:
+    def __init__(self, inner: TokenExitRule, exit_layers: Sequence[Sequence[int]]) -> None:
         self._inner, self._exit_layers = inner, exit_layers
         self.name, self.needs_normed = inner.name, inner.needs_normed
         self._due: list[int] = []
@@ -298,7 +298,7 @@ def exit_rule(
     confidence_classifier: Any,
     exit_logits: Callable[[int, Tensor], Tensor],
     dtype: torch.dtype,
-) -> ExitRule:
+) -> TokenExitRule:
     """A criterion's rule.
 
     Args:
@@ -309,7 +309,7 @@ def exit_rule(
         dtype: of the model.
     """
     row = EXIT_CRITERIA[criterion]
-    found: ExitRule
+    found: TokenExitRule
     if row.is_static:
         found = StaticRule(threshold)
     elif row.reads == ("exit_probs",):

@@ -3,9 +3,9 @@
 Hugging Face's modules spend more time between kernels than in them when a step has few tokens. Here a layer is about
 seventeen calls of torch, whatever the model type; `decoders.LayerParts` says where each keeps its weights. Only the
 query, key and value projections are copied: into one, with the factors of the norm before them. The norm itself is then
-the same for everything that reads a state, and an exit's policy (`PackedDecoder.fused`) rides along in that product.
+the same for everything that reads a state, and an exit's policy (`FunctionalDecoder.fused`) comes with that product.
 
-What a layer attends to is the caller's: `run` takes a step whose `attend` writes the new keys and values and gives the
+What a layer attends to is the caller's: it takes a step whose `attend` writes the new keys and values and gives the
 attention's output.
 """
 
@@ -19,12 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from consistentee.backbones import decoders
 from consistentee.backbones.decoders import LayerParts
+from consistentee.inference.decoder.weights import (
+    Map,
+    adding_function,
+    affine_norm,
+    linear_function,
+    norm_epsilon,
+    norm_function,
+    plain_weights,
+    unit_norm,
+    weight_signature,
+)
 
-Map = Callable[[Tensor], Tensor]
 Affine = tuple[Tensor, Tensor]
 """Weight (outputs, inputs) and bias (outputs,)."""
 Rotary = tuple[Tensor, Tensor]
@@ -88,14 +97,14 @@ class Layer:
         self._mlp_output_norm = _optional_norm(part(parts.mlp_output_norm), norm)
         self._parallel = bool(getattr(module, "use_parallel_residual", False))
 
-    def projection(self, readers: Affine | None) -> Map:
+    def projection(self, feature_map: Affine | None) -> Map:
         """Queries, keys and values from states behind `unit_norm`, and what else reads these states.
 
         Args:
-            readers: an affine map of states behind `unit_norm`; its outputs come last.
+            feature_map: an affine map of states behind `unit_norm`; its outputs come last.
 
         Returns:
-            (tokens, hidden) -> (tokens, queries, keys and values, outputs of the readers).
+            (tokens, hidden) -> (tokens, queries, keys and values, exit features).
         """
         factor, shift = affine_norm(self._input_norm, self._norm_kind)
         parts = [plain_weights(module) for module in self._qkv_modules]
@@ -105,8 +114,8 @@ class Layer:
             def run(unit: Tensor) -> Tensor:
                 normed = unit * factor if shift is None else torch.addcmul(shift, unit, factor)
                 outputs = [module(normed) for module in modules]
-                if readers is not None:
-                    outputs.append(functional.linear(unit, *readers))
+                if feature_map is not None:
+                    outputs.append(functional.linear(unit, *feature_map))
                 return torch.cat(outputs, dim=-1)
 
             return run
@@ -117,10 +126,10 @@ class Layer:
             bias = torch.cat([weight.new_zeros(len(part)) if own is None else own for part, own in plain])
             bias = bias if shift is None else bias + (weight.float() @ shift.float()).to(weight.dtype)
         weight = (weight.float() * factor.float()).to(weight.dtype)
-        if readers is None:
+        if feature_map is None:
             return lambda unit: functional.linear(unit, weight, bias)
-        width, more = self.qkv_width, readers[1].to(weight.dtype)
-        both = torch.cat([weight, readers[0].to(weight.dtype)])
+        width, more = self.qkv_width, feature_map[1].to(weight.dtype)
+        both = torch.cat([weight, feature_map[0].to(weight.dtype)])
         if bias is not None:
             biases = torch.cat([bias, more])
             return lambda unit: functional.linear(unit, both, biases)
@@ -221,12 +230,12 @@ class Layer:
         return attended.reshape(rows * tokens, heads * size)
 
 
-class PackedDecoder:
+class FunctionalDecoder:
     """All layers of a model, and what stands before and behind them.
 
     Args:
         model: a Hugging Face causal language model of a type in `DECODERS`, in evaluation mode. Its weights are read
-            in place; make a new `PackedDecoder` where `signature` tells that they have changed.
+            in place; make a new `FunctionalDecoder` where `signature` tells that they have changed.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -265,15 +274,15 @@ class PackedDecoder:
             return self._plain_embedding[tokens]
         return decoders.embed_tokens(self.model, tokens[None], positions[None])[0]
 
-    def fused(self, readers: Sequence[Affine | None]) -> list[Map]:
+    def fused(self, feature_maps: Sequence[Affine | None]) -> list[Map]:
         """Every layer's projection with something else that reads the state before it.
 
         Args:
-            readers: for each layer an affine map of states behind `unit_norm`, or None.
+            feature_maps: for each layer an affine map of states behind `unit_norm`, or None.
         """
         return [
             layer.qkv if more is None else layer.projection(more)
-            for layer, more in zip(self.layers, readers, strict=True)
+            for layer, more in zip(self.layers, feature_maps, strict=True)
         ]
 
     def rotary(self, positions: Tensor, lengths: int | Sequence[int]) -> dict[str, Rotary | None]:
@@ -291,12 +300,12 @@ class PackedDecoder:
         distinct = list(dict.fromkeys(lengths))
         if len(distinct) == 1:
             return self._angles(positions, distinct[0])
-        places = [[place for place, own in enumerate(lengths) if own == length] for length in distinct]
+        members = [[token for token, own in enumerate(lengths) if own == length] for length in distinct]
         parts = [
             self._angles(positions[torch.tensor(own, device=positions.device)], length)
-            for own, length in zip(places, distinct, strict=True)
+            for own, length in zip(members, distinct, strict=True)
         ]
-        back = torch.tensor([place for own in places for place in own], device=positions.device).argsort()
+        back = torch.tensor([token for own in members for token in own], device=positions.device).argsort()
         tables: dict[str, Rotary | None] = {}
         for kind in parts[0]:
             known = [table for table in (part[kind] for part in parts) if table is not None]
@@ -338,100 +347,6 @@ def rotate(states: Tensor, rotary: Rotary) -> Tensor:
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], dim=-1)
 
 
-def norm_function(module: nn.Module, kind: str) -> Map:
-    """A norm as a function of (..., size)."""
-    norm: Any = module
-    if kind == "layer":
-        shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
-        return lambda states: functional.layer_norm(states, shape, weight, bias, eps)
-    weight, eps = rms_weight(norm, kind), norm_epsilon(norm)
-    shape = tuple(weight.shape)
-    return lambda states: functional.rms_norm(states, shape, weight, eps)
-
-
-def norm_epsilon(norm: Any) -> float:
-    """What a norm adds to the variance."""
-    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
-
-
-def unit_norm(size: int, kind: str, epsilon: float) -> Map:
-    """The part of a norm that has no weights."""
-    shape = (size,)
-    if kind == "layer":
-        return lambda states: functional.layer_norm(states, shape, None, None, epsilon)
-    return lambda states: functional.rms_norm(states, shape, None, epsilon)
-
-
-def affine_norm(norm: Any, kind: str) -> tuple[Tensor, Tensor | None]:
-    """The rest of a norm: factors and shift (None for RMS norms), each (size,)."""
-    if kind == "layer":
-        return norm.weight.detach(), norm.bias.detach()
-    return rms_weight(norm, kind), None
-
-
-def rms_weight(norm: Any, kind: str) -> Tensor:
-    """The factors of an RMS norm; stored minus one in gemma."""
-    weight = norm.weight.detach()
-    return weight if kind == "rms" else (weight.float() + 1).to(weight.dtype)
-
-
-def linear_function(module: nn.Module) -> Map:
-    """A linear map as a function of (tokens, inputs); a module of another kind (an adapter) stays what it is."""
-    if type(module) is nn.Linear:
-        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-        return lambda states: functional.linear(states, weight, bias)
-    if type(module) is Conv1D:
-        weight, bias = module.weight.detach(), module.bias.detach()
-        return lambda states: torch.addmm(bias, states, weight)
-    return cast(Map, module)
-
-
-def adding_function(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """A linear map whose result is added to a first argument, in one call where there is no bias."""
-    if type(module) is nn.Linear and module.bias is None:
-        transposed = module.weight.detach().t()
-
-        def add(residual: Tensor | None, states: Tensor) -> Tensor:
-            if residual is None:
-                return torch.mm(states, transposed)
-            return torch.addmm(residual, states, transposed)
-
-        return add
-    run = linear_function(module)
-    return lambda residual, states: run(states) if residual is None else residual + run(states)
-
-
-def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[Any, ...]:
-    """Tells whether weights were replaced or changed in place since.
-
-    Args:
-        model: whose weights.
-        copied: those of which there are copies. They are read, as torch does not count what is written through `.data`.
-            The 46 million of SmolLM2-135M take a third to a half of the time of one token at full depth.
-    """
-    counted = tuple(
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
-        for weight in model.parameters()
-    )
-    read = torch.stack([_checksum(weight) for weight in copied]).tolist() if copied else []
-    return (*counted, *read)
-
-
-def _checksum(weight: Tensor) -> Tensor:
-    """A number, int64, that every changed bit changes; rows count by their place."""
-    flat = weight.detach().reshape(-1)
-    per_word = max(1, 8 // flat.element_size())
-    if flat.storage_offset() % per_word:
-        flat = flat.clone()
-    whole = len(flat) - len(flat) % per_word
-    words = flat[:whole].view(torch.int64)
-    in_rows = weight.ndim > 1 and len(flat) > 0 and not len(flat) % (len(weight) * per_word)
-    rows = len(weight) if in_rows else len(words)
-    sums = words.view(rows, len(words) // max(1, rows)).sum(1)
-    places = 2 * torch.arange(rows, device=flat.device) + 1  # odd: no bit is lost
-    return (sums * places).sum() + flat[whole:].view(torch.uint8).sum()
-
-
 def _residual(
     residual: Tensor, states: Tensor, add: Callable[[Tensor | None, Tensor], Tensor], norm: Map | None
 ) -> Tensor:
@@ -448,12 +363,3 @@ def _activation(module: Any) -> Map:
         if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation"
         else module
     )
-
-
-def plain_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (outputs, inputs) and bias of a plain linear map; None for any other module."""
-    if type(module) is nn.Linear:
-        return module.weight.detach(), None if module.bias is None else module.bias.detach()
-    if type(module) is Conv1D:
-        return module.weight.detach().t(), module.bias.detach()
-    return None

@@ -1,6 +1,6 @@
 """Decoding with exact keys and values: what a token skipped is computed once a later token goes there.
 
-A token that left early is *pending*: its state waits at its exit. When a later token of its row goes deeper, it takes
+A token that exited early is *pending*: its state waits at its exit. When a later token of its row goes deeper, it takes
 all pending tokens along, as more queries of the same pass, so that every key and value it attends to is what the full
 model would have. Earlier tokens are therefore never shallower than later ones, and a token that reaches the last layer
 brings its whole row there: the same pass that makes it exact also verifies what was drafted before it.
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from consistentee.backbones.decoders import SLIDING
-from consistentee.inference.decoder.decoding import Decoding, ExitWeights
-from consistentee.inference.decoder.exit_rules import ExitRule, FixedExitRule, NeverExit
-from consistentee.inference.decoder.functional_decoder import Layer, PackedDecoder, Rotary
+from consistentee.inference.decoder.decoding import Decoding
+from consistentee.inference.decoder.exit_rules import FixedExitRule, NeverExit, TokenExitRule
+from consistentee.inference.decoder.exit_weights import ExitWeights
+from consistentee.inference.decoder.functional_decoder import FunctionalDecoder, Layer, Rotary
 
 
 @dataclass
@@ -40,13 +41,13 @@ class RowState:
     """A row of the batch.
 
     Args:
-        place: its row in the cache.
+        cache_row: its row in the cache.
         padding: slots of padding before its first token.
         length: slots in use; the next token goes there.
-        pending: tokens that left early, by slot; depths never rise.
+        pending: tokens that exited early, by slot; depths never rise.
     """
 
-    place: int
+    cache_row: int
     padding: int
     length: int
     pending: list[Pending] = field(default_factory=list[Pending])
@@ -77,18 +78,25 @@ class FlatStep:
     """
 
     def __init__(
-        self, decoder: PackedDecoder, decoding: ExactDecoding, rows: Sequence[RowState], slots: Sequence[int]
+        self,
+        decoder: FunctionalDecoder,
+        decoding: RecomputeDecoding,
+        rows: Sequence[RowState],
+        slots: Sequence[int],
     ) -> None:
         device = decoder.device
         self._cache, self._window = decoding.cache, decoder.sliding_window
         positions = [slot - row.padding for row, slot in zip(rows, slots, strict=True)]
         lengths = [slot + 1 - decoding.least_padding for slot in slots]
         self._rotary = decoder.rotary(torch.tensor(positions, device=device), lengths)
-        self._places = torch.tensor([row.place for row in rows], device=device)
+        self._cache_rows = torch.tensor([row.cache_row for row in rows], device=device)
         self._slots = torch.tensor(list(slots), device=device)
-        distinct = list(dict.fromkeys(row.place for row in rows))
-        padding = {row.place: row.padding for row in rows}
-        members = {place: [i for i, row in enumerate(rows) if row.place == place] for place in distinct}
+        distinct = list(dict.fromkeys(row.cache_row for row in rows))
+        padding = {row.cache_row: row.padding for row in rows}
+        members = {
+            cache_row: [i for i, row in enumerate(rows) if row.cache_row == cache_row]
+            for cache_row in distinct
+        }
         self._most = max(len(tokens) for tokens in members.values())
         self._seen = max(slots) + 1
         self._single = distinct[0] if len(distinct) == 1 else None
@@ -98,16 +106,17 @@ class FlatStep:
         self._is_whole = distinct == list(range(decoding.cache.storage.shape[2]))
         # (rows, most tokens of a row): which token stands there; rows with fewer repeat their last one
         grid = [
-            members[place] + members[place][-1:] * (self._most - len(members[place])) for place in distinct
+            members[cache_row] + members[cache_row][-1:] * (self._most - len(members[cache_row]))
+            for cache_row in distinct
         ]
         self._grid = torch.tensor(grid, device=device)
         back = [0] * len(rows)
-        for number, place in enumerate(distinct):
-            for column, token in enumerate(members[place]):
+        for number, cache_row in enumerate(distinct):
+            for column, token in enumerate(members[cache_row]):
                 back[token] = number * self._most + column
         self._is_grid = back == list(range(len(distinct) * self._most))
         self._back = torch.tensor(back, device=device)
-        self._padding = torch.tensor([padding[place] for place in distinct], device=device)
+        self._padding = torch.tensor([padding[cache_row] for cache_row in distinct], device=device)
         self._sees_all = len(rows) == 1 and padding[distinct[0]] == 0
         self._biases: dict[bool, Tensor | None] = {}
 
@@ -122,8 +131,8 @@ class FlatStep:
             keys[self._single].narrow(1, *self._span).copy_(key.transpose(0, 1))
             values[self._single].narrow(1, *self._span).copy_(value.transpose(0, 1))
         else:
-            keys[self._places, :, self._slots] = key
-            values[self._places, :, self._slots] = value
+            keys[self._cache_rows, :, self._slots] = key
+            values[self._cache_rows, :, self._slots] = value
         sliding = self._window is not None and layer.layer_type == SLIDING
         if self._single is not None:
             keys, values = keys.narrow(0, self._single, 1), values.narrow(0, self._single, 1)
@@ -149,8 +158,8 @@ class FlatStep:
         return bias.masked_fill_(hidden, torch.finfo(dtype).min)
 
 
-class ExactDecoding:
-    """A batch whose tokens leave early and whose keys and values are exact all the same.
+class RecomputeDecoding:
+    """A batch whose tokens exit early and whose keys and values are exact all the same.
 
     Args:
         weights, rule, attention_mask, capacity: as in `Decoding`.
@@ -160,7 +169,7 @@ class ExactDecoding:
     def __init__(
         self,
         weights: ExitWeights,
-        rule: ExitRule,
+        rule: TokenExitRule,
         attention_mask: Tensor,
         capacity: int,
         *,
@@ -172,7 +181,7 @@ class ExactDecoding:
         self.cache = self._prompts.cache
         paddings: list[int] = (attention_mask == 0).sum(1).tolist()
         self.least_padding = min(paddings)
-        self.rows = [RowState(place, padding, 0) for place, padding in enumerate(paddings)]
+        self.rows = [RowState(row, padding, 0) for row, padding in enumerate(paddings)]
         self._numbers = list(range(len(paddings)))
         self._generated = 0
 
@@ -202,12 +211,12 @@ class ExactDecoding:
         exit_layers = [advance.exit_layer for advance in advances]
         return torch.stack([advance.normed[-1] for advance in advances]), exit_layers
 
-    def advance(self, tokens: Tensor, may_leave: Sequence[bool]) -> list[Advance]:
+    def advance(self, tokens: Tensor, may_exit: Sequence[bool]) -> list[Advance]:
         """Run one new token of every row, with the pending ones it meets.
 
         Args:
             tokens: (rows,) int64.
-            may_leave: whether a row's token may leave early; False takes the row to the last layer.
+            may_exit: whether a row's token may exit early; False takes the row to the last layer.
 
         Returns:
             Where each row came to, in order.
@@ -218,8 +227,8 @@ class ExactDecoding:
         self._generated += 1
         self.cache.reserve(max(row.length for row in self.rows) + 1)
         slots = [row.length for row in self.rows]
-        if not any(may_leave) and len(set(slots)) == 1 and not any(row.pending for row in self.rows):
-            return self._plain(tokens, slots[0])
+        if not any(may_exit) and len(set(slots)) == 1 and not any(row.pending for row in self.rows):
+            return self._full_depth(tokens, slots[0])
         positions = [slot - row.padding for row, slot in zip(self.rows, slots, strict=True)]
         hidden = decoder.embed(tokens, torch.tensor(positions, device=decoder.device))
         for row in self.rows:
@@ -246,25 +255,25 @@ class ExactDecoding:
             if index == self.num_layers - 1:
                 self._finish(inside, flat, hidden, advances)
                 break
-            going = self._going(index, inside, flat, before, hidden, may_leave)
-            if not going:
+            exiting = self._exiting(index, inside, flat, before, hidden, may_exit)
+            if not exiting:
                 continue
-            self._leave(index, going, flat, hidden, advances)
-            inside = [number for number in inside if number not in going]
+            self._exit(index, exiting, flat, hidden, advances)
+            inside = [number for number in inside if number not in exiting]
             if not inside:
                 break
-            stay = [place for place, (number, _) in enumerate(flat) if number not in going]
-            flat = [flat[place] for place in stay]
+            stay = [token for token, (number, _) in enumerate(flat) if number not in exiting]
+            flat = [flat[token] for token in stay]
             hidden = hidden[torch.tensor(stay, device=hidden.device)]
             step = None
         return [advances[number] for number in range(len(self.rows))]
 
-    def _plain(self, tokens: Tensor, slot: int) -> list[Advance]:
+    def _full_depth(self, tokens: Tensor, slot: int) -> list[Advance]:
         """All rows at one slot, to the last layer, with nothing pending: what decoding at full depth does."""
-        places = [row.place for row in self.rows]
-        whole = places == list(range(self.cache.storage.shape[2]))
+        cache_rows = [row.cache_row for row in self.rows]
+        whole = cache_rows == list(range(self.cache.storage.shape[2]))
         normed = self._prompts.full_step(
-            tokens, slot, None if whole else torch.tensor(places, device=tokens.device)
+            tokens, slot, None if whole else torch.tensor(cache_rows, device=tokens.device)
         )
         for row in self.rows:
             row.length += 1
@@ -284,39 +293,39 @@ class ExactDecoding:
     def _normed(self, layer_index: int, hidden: Tensor) -> Tensor:
         return self._weights.normed(layer_index, self._weights.decoder.unit_norm(hidden))
 
-    def _going(
+    def _exiting(
         self,
         index: int,
         inside: list[int],
         flat: list[tuple[int, int]],
         before: Tensor,
         hidden: Tensor,
-        may_leave: Sequence[bool],
+        may_exit: Sequence[bool],
     ) -> set[int]:
-        """Rows whose newest token leaves after this layer."""
-        if not self._rule.may_exit(index) or not any(may_leave[number] for number in inside):
+        """Rows whose newest token exits after this layer."""
+        if not self._rule.may_exit(index) or not any(may_exit[number] for number in inside):
             return set()
-        newest = {slot_of: place for place, slot_of in enumerate(flat)}
-        places = torch.tensor(
+        newest = {slot_of: token for token, slot_of in enumerate(flat)}
+        tokens = torch.tensor(
             [newest[number, self.rows[number].length - 1] for number in inside], device=hidden.device
         )
-        after = hidden[places]
+        after = hidden[tokens]
         normed = self._normed(index, after) if self._rule.needs_normed else None
-        leaves = self._rule.exits(index, before[places], after, normed)
-        return {number for number, goes in zip(inside, leaves, strict=True) if goes and may_leave[number]}
+        exits = self._rule.exits(index, before[tokens], after, normed)
+        return {number for number, here in zip(inside, exits, strict=True) if here and may_exit[number]}
 
-    def _leave(
+    def _exit(
         self,
         index: int,
-        going: set[int],
+        exiting: set[int],
         flat: list[tuple[int, int]],
         hidden: Tensor,
         advances: dict[int, Advance],
     ) -> None:
         """Let rows wait after a layer with all their tokens that came this far."""
-        for number in going:
+        for number in exiting:
             row = self.rows[number]
-            came = {slot: hidden[place] for place, (other, slot) in enumerate(flat) if other == number}
+            came = {slot: hidden[token] for token, (other, slot) in enumerate(flat) if other == number}
             deeper = [token for token in row.pending if token.slot not in came]
             row.pending = deeper + [Pending(slot, index + 1, came[slot]) for slot in sorted(came)]
             advances[number] = Advance(index + 1, self._normed(index, came[row.length - 1][None]))
@@ -327,7 +336,7 @@ class ExactDecoding:
         """Rows that came to the last layer have nothing pending any more."""
         normed = self._normed(self.num_layers - 1, hidden)
         for number in inside:
-            came = sorted((slot, place) for place, (other, slot) in enumerate(flat) if other == number)
-            places = torch.tensor([place for _, place in came], device=hidden.device)
+            came = sorted((slot, token) for token, (other, slot) in enumerate(flat) if other == number)
+            tokens = torch.tensor([token for _, token in came], device=hidden.device)
             self.rows[number].pending = []
-            advances[number] = Advance(self.num_layers, normed[places])
+            advances[number] = Advance(self.num_layers, normed[tokens])

@@ -38,7 +38,7 @@ USUAL_SIZES = (1e-12, 1e12)
 """Norms of rows and states that are screened: their squares neither vanish nor overflow in float32."""
 
 
-class GreedyHead:
+class ScreenedArgmax:
     """Arg max over the logits of a linear map.
 
     Args:

@@ -1,4 +1,4 @@
-"""Keys and values of the layers that a token skipped, from the state with which it left.
+"""Keys and values of the layers that a token skipped, from the state with which it exited.
 
 Later tokens that go deeper attend to every earlier token at every layer, also where that token never went. Its state at
 the exit stands for its state at all deeper layers (hidden-state copying), so its keys and values there are linear maps
@@ -17,18 +17,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from consistentee.backbones import decoders
-from consistentee.inference.decoder.functional_decoder import (
-    Map,
-    Rotary,
-    norm_epsilon,
-    plain_weights,
-    rms_weight,
-    rotate,
-)
+from consistentee.inference.decoder.functional_decoder import Rotary, rotate
 from consistentee.inference.decoder.kv_cache import DecoderCache
+from consistentee.inference.decoder.weights import Map, norm_epsilon, plain_weights, rms_weight
 
 
-class SkippedKeysValues:
+class StatePropagation:
     """Key and value projections of all layers, stacked.
 
     Args:

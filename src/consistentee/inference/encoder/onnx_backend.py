@@ -18,6 +18,7 @@ from torch import Tensor
 
 from consistentee.errors import SettingError, require_extra
 from consistentee.inference.encoder.backend import EncoderParts, TokenRow
+from consistentee.inference.encoder.incremental_scores import Floats
 from consistentee.inference.encoder.onnx_graphs import (
     HIDDEN,
     IDS,
@@ -29,8 +30,6 @@ from consistentee.inference.encoder.onnx_graphs import (
 )
 from consistentee.inference.encoder.onnx_sessions import EXIT_FEATURES, OUTPUT, OnnxSessions
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
-
-Floats = NDArray[np.float32]
 
 MAX_MERGED_PADDING = 0.15
 """Share of padding that joining two batches may bring."""

@@ -19,7 +19,7 @@ from consistentee.backbones.encoders import embedding_projection
 from consistentee.errors import require_extra
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.policy import PolicyNetwork, exit_feature_map
-from consistentee.inference.encoder.packed_layers import LayerParts
+from consistentee.inference.encoder.packed_layers import PackedLayerParts
 
 FUSED = "com.microsoft"
 OPSET, FUSED_OPSET = 17, 1
@@ -131,7 +131,7 @@ def add_layer(
     graph: Graph,
     hidden_states: str,
     module: nn.Module,
-    parts: LayerParts,
+    parts: PackedLayerParts,
     num_heads: int,
     position_bias: str = "",
 ) -> str:

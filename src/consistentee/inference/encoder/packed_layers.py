@@ -22,7 +22,7 @@ softmax_attention = torch.nn.functional.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
-class LayerParts:
+class PackedLayerParts:
     """Paths of the parts of one post-norm layer inside its module."""
 
     query: str
@@ -36,7 +36,7 @@ class LayerParts:
     output_norm: str
 
 
-_BERT = LayerParts(
+_BERT = PackedLayerParts(
     query="attention.self.query",
     key="attention.self.key",
     value="attention.self.value",
@@ -47,7 +47,7 @@ _BERT = LayerParts(
     down="output.dense",
     output_norm="output.LayerNorm",
 )
-_MPNET = LayerParts(
+_MPNET = PackedLayerParts(
     query="attention.attn.q",
     key="attention.attn.k",
     value="attention.attn.v",
@@ -58,7 +58,7 @@ _MPNET = LayerParts(
     down="output.dense",
     output_norm="output.LayerNorm",
 )
-_DISTILBERT = LayerParts(
+_DISTILBERT = PackedLayerParts(
     query="attention.q_lin",
     key="attention.k_lin",
     value="attention.v_lin",
@@ -69,7 +69,7 @@ _DISTILBERT = LayerParts(
     down="ffn.lin2",
     output_norm="output_layer_norm",
 )
-_ALBERT = LayerParts(
+_ALBERT = PackedLayerParts(
     query="attention.query",
     key="attention.key",
     value="attention.value",
@@ -80,7 +80,7 @@ _ALBERT = LayerParts(
     down="ffn_output",
     output_norm="full_layer_layer_norm",
 )
-LAYER_PARTS: dict[str, LayerParts] = {
+LAYER_PARTS: dict[str, PackedLayerParts] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
@@ -158,7 +158,7 @@ class PackedLayers:
 class _Layer:
     """Attention and feed-forward of one layer, post-norm."""
 
-    def __init__(self, module: nn.Module, parts: LayerParts, dtype: str, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, parts: PackedLayerParts, dtype: str, device: torch.device) -> None:
         def part(path: str) -> Any:
             return module.get_submodule(path)
 

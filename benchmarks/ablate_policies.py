@@ -41,18 +41,18 @@ COLLAPSE_PRICES = (0.1, 0.3)
 GUARDS_OFF = {"initial_exit_bias": 0.0, "price_warmup": 0.0, "entropy_bonus": 0.0}
 INPUTS: dict[str, dict[str, Any]] = {
     "state": {"policy_input": "state"},
-    "signals": {"policy_input": "signals"},
-    "state+signals": {"policy_input": "state+signals"},
+    "log_odds": {"policy_input": "log_odds"},
+    "state+log_odds": {"policy_input": "state+log_odds"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     **INPUTS,
     **{f"{name}, seen rows": {**values, "policy_data": "seen"} for name, values in INPUTS.items()},
     **{f"{name}, one price": {**values, "prices": "each"} for name, values in INPUTS.items()},
-    "state+signals, uniform reward": {"policy_input": "state+signals", "reward": "uniform"},
-    "state+signals, cross-entropy": {"policy_input": "state+signals", "reward_loss": "cross_entropy"},
-    "state+signals, sampled": {"policy_input": "state+signals", "estimator": "sampled"},
+    "state+log_odds, uniform reward": {"policy_input": "state+log_odds", "reward": "uniform"},
+    "state+log_odds, cross-entropy": {"policy_input": "state+log_odds", "reward_loss": "cross_entropy"},
+    "state+log_odds, sampled": {"policy_input": "state+log_odds", "estimator": "sampled"},
     **{
-        f"state+signals, {measure}": {"policy_input": "state+signals", "hardness": measure}
+        f"state+log_odds, {measure}": {"policy_input": "state+log_odds", "hardness": measure}
         for measure in ("final_loss", "entropy", "el2n")
     },
 }

@@ -143,7 +143,11 @@ def classifier_backbones(folder: Path) -> dict[str, Any]:
     for model_type in SETTINGS["classifier"]["backbones"]:
         backbone = encoder_folder(folder / model_type / "backbone", model_type)
         model = public("EarlyExitForSequenceClassification").from_backbone(
-            backbone, label_names=("no", "yes"), max_length=24, policy_input="state+signals", head="attention"
+            backbone,
+            label_names=("no", "yes"),
+            max_length=24,
+            policy_input="state+log_odds",
+            head="attention",
         )
         unsettle(model)
         model.save_pretrained(folder / model_type)

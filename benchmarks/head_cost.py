@@ -21,7 +21,6 @@ from torch import Tensor
 
 from consistentee import EarlyExitForSequenceClassification
 from consistentee.backbones import encoders as backbones
-from consistentee.functional.exits import classifier_signals
 from consistentee.heads.policy import PolicyNetwork
 
 
@@ -76,15 +75,15 @@ def _parts(backbone: Path, head: str, shape: tuple[int, int]) -> dict[str, Calla
     passed = torch.randn(shape[0], middle + 1, 2)  # the predictions of the layers so far
 
     def run_policy(policy: PolicyNetwork) -> Tensor:
-        signals = classifier_signals(passed)[:, -1:] if policy.needs_signals else None
-        return policy(pooled[:, None], signals, middle)
+        features = policy.features(passed)
+        return policy(pooled[:, None], None if features is None else features[:, -1:], middle)
 
     return {
         "layer": lambda: backbones.run_layer(model.backbone, middle, state),
         f"{head} head": lambda: model.classifiers(middle, state.hidden_states, state.attention_mask),
         **{
             f"policy on {policy_input}": partial(run_policy, model.new_policy(policy_input).eval())
-            for policy_input in ("state", "signals", "state+signals")
+            for policy_input in ("state", "log_odds", "state+log_odds")
         },
     }
 

@@ -21,7 +21,7 @@ QUICK: dict[str, Any] = {
     "validation_fraction": 0.5,
     "layer_costs": (0.02,),
     "reward_loss": "cross_entropy",  # unlike `error` it feels every change of the weights
-    "policy_input": "state+signals",
+    "policy_input": "state+log_odds",
     "policy_epochs": 2,
     "policy_min_steps": 1,
     "policy_folds": 2,

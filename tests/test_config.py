@@ -122,7 +122,7 @@ def test_a_wrong_type_is_named(key: str, value: Any, message: str):
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("head", "linear", 'head must be one of attention, shared_pooler, got "linear"'),
     ("pooling", "max", 'pooling must be one of auto, cls, mean, got "max"'),
-    ("policy_input", "all", r'policy_input must be one of auto, state, signals, state\+signals, got "all"'),
+    ("policy_input", "all", r'policy_input must be one of auto, state, log_odds, state\+log_odds, got "all"'),
     ("policy_data", "new", 'policy_data must be one of held_out, seen, got "new"'),
     ("estimator", "mc", 'estimator must be one of exact, sampled, got "mc"'),
     ("reward", "none", 'reward must be one of hardness, uniform, got "none"'),

@@ -14,11 +14,11 @@ cases, runs, values = script("golden_cases"), script("golden_runs"), script("gol
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return cases.run_cases(["classifier signals", "classifier layers", "generator last_layer"])
+    return cases.run_cases(["classifier log-odds", "classifier layers", "generator last_layer"])
 
 
 def test_runs_repeat_themselves(result: dict[str, Any]) -> None:
-    again = cases.run_cases(["classifier signals", "generator last_layer"])
+    again = cases.run_cases(["classifier log-odds", "generator last_layer"])
     names = [name for name in result["values"] if not name.startswith("classifier layers")]
     assert again["values"] == {name: result["values"][name] for name in names}
     assert {name.split("/")[0].split(": ")[1] for name in names} >= {
@@ -60,13 +60,13 @@ def test_new_names_of_old_values(result: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def test_unknown_settings_are_skipped_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"source": "", "values": {"classifier signals: record/best_round": 1}, "skipped": {}}
+    known = {"source": "", "values": {"classifier log-odds: record/best_round": 1}, "skipped": {}}
     monkeypatch.setitem(values.SETTINGS["classifier"]["base"], "no_such_setting", 1)
-    unknown = cases.run_cases(["classifier signals"])
-    assert "no_such_setting" in unknown["skipped"]["classifier signals"]
+    unknown = cases.run_cases(["classifier log-odds"])
+    assert "no_such_setting" in unknown["skipped"]["classifier log-odds"]
     assert runs.differences(known, unknown) == {}
     (line,) = runs.skips(known, unknown)
-    assert line.startswith("Not compared: classifier signals, which this tree does not know: ")
+    assert line.startswith("Not compared: classifier log-odds, which this tree does not know: ")
 
 
 def test_digests_tell_types_shapes_and_values_apart() -> None:

@@ -49,7 +49,6 @@ IN_CIRCLES: set[tuple[str, str]] = {
 TWO_MEANINGS: set[str] = {
     "DTYPES",
     "FORMATS",
-    "LOG_ODDS",
     "REPEATS",
     "embed",
     "embed_tokens",

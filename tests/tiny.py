@@ -159,10 +159,12 @@ def tiny_model(folder: Path, backbone: Path, **config_values: Any) -> Path:
 
 
 def unsettle(model: EarlyExitForSequenceClassification) -> None:
-    """Give random weights to what a policy begins with at zero, and let confidence weigh nothing: exits everywhere."""
+    """Give random weights to what a policy begins with at zero, and let confidence weigh little: exits everywhere."""
     policy: Any = model.policy
     with torch.no_grad():
-        if policy.needs_signals:
+        if policy.reads_log_odds:
+            policy.confidence_weight.fill_(0.1)
+        if policy.reads_signals:
             policy.confidence_weight.zero_()
             policy.signal_output.weight.normal_(std=0.3)
         if "state" in policy.policy_input:

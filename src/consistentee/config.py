@@ -17,8 +17,10 @@ from consistentee.errors import require_choice, require_range, require_seed
 
 Head = Literal["attention", "shared_pooler"]
 Pooling = Literal["auto", "cls", "mean"]
-PolicyInput = Literal["state", "signals", "state+signals"]
-PolicyInputChoice = Literal["auto", "state", "signals", "state+signals"]
+PolicyInput = Literal["state", "log_odds", "state+log_odds"]
+OLD_POLICY_INPUTS = ("signals", "state+signals")
+"""Of models that 0.1.0 saved: nine signals and a small network on them, in place of the log-odds."""
+PolicyInputChoice = Literal["auto", "state", "log_odds", "state+log_odds"]
 PolicyData = Literal["held_out", "seen"]
 Estimator = Literal["exact", "sampled"]
 Reward = Literal["hardness", "uniform"]
@@ -226,8 +228,8 @@ class ClassificationTrainingConfig(TrainingConfig):
     ensemble_decay: float = 0.5
     """Share of the layers before in a layer's prediction, 0 (alone) up to 1 (exclusive)."""
     policy_input: PolicyInputChoice = "auto"
-    """What the policy reads: the pooled state, the classifiers' signals, or both; `auto` lets validation decide
-    whether the state earns its place beside the signals."""
+    """What the policy reads: the pooled state, the log-odds of the predicted class, or both; `auto` lets validation
+    decide whether the state earns its place beside the log-odds."""
 
     # Phases
     distillation: float = 0.0

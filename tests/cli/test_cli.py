@@ -366,7 +366,9 @@ class TestTrain:
         assert outcome.code == 0, outcome.err
 
     def test_really_trains(self, call: Call, files: Files, tmp_path: Path) -> None:
-        options = "--warmup-epochs 1 --rounds 0 --policy-input signals --policy-epochs 1 --policy-min-steps 1"
+        options = (
+            "--warmup-epochs 1 --rounds 0 --policy-input log_odds --policy-epochs 1 --policy-min-steps 1"
+        )
         data = [
             "--train-file",
             files.train,

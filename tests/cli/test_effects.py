@@ -27,7 +27,7 @@ CASES: list[tuple[type[Any], str, dict[str, Any], str, str]] = [
     (Rows, "train", {"rounds": 0, "consistent_epochs": 1.0}, "consistent_epochs", "--rounds above 0"),
     (Rows, "train", {"rounds": 0, "patience": 3}, "patience", "--rounds above 0"),
     (Rows, "train", {"consistent_epochs": 0.0, "rounds": 3}, "rounds", "--consistent-epochs above 0"),
-    (Rows, "train", {"policy_input": "signals", "policy_dropout": 0.1}, "policy_dropout", "--policy-input"),
+    (Rows, "train", {"policy_input": "log_odds", "policy_dropout": 0.1}, "policy_dropout", "--policy-input"),
     (Rows, "train", {"policy_data": "seen", "policy_folds": 3}, "policy_folds", "--policy-data held_out"),
     (Rows, "finetune", {"layer_costs": (0.1,)}, "layer_costs", "finetune does not train"),
     (Rows, "finetune", {"consistent_learning_rate": 1e-5}, "consistent_learning_rate", "finetune does not"),

@@ -20,7 +20,7 @@ from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
 from tiny_training import tiny_decoder
 
 COMMAND = [sys.executable, "-m", "consistentee"]
-SETTINGS = "--warmup-epochs 1 --rounds 0 --policy-input signals --policy-epochs 1 --policy-min-steps 1"
+SETTINGS = "--warmup-epochs 1 --rounds 0 --policy-input log_odds --policy-epochs 1 --policy-min-steps 1"
 SETTINGS += " --policy-folds 2 --layer-costs 0.02 --mixed-precision no"
 QUICK_TEXTS = "--rounds 0 --warmup-epochs 1 --mixed-precision no --prompt-template plain --max-length 32"
 QUICK_TEXTS += " --validation-fraction 0.4"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from consistentee.functional.criteria import confidence_scores
-from consistentee.functional.exits import NUM_SIGNALS, classifier_signals
+from consistentee.functional.exits import NUM_SIGNALS
 from consistentee.heads.classifiers import (
     AttentionPooling,
     InternalClassifiers,
@@ -19,7 +19,9 @@ LAYERS, HIDDEN, CLASSES = 3, 8, 4
 HEADS = pytest.mark.parametrize(
     "head, pooling", [("attention", "mean"), ("shared_pooler", "mean"), ("shared_pooler", "cls")]
 )
-INPUTS = pytest.mark.parametrize("policy_input", ["state", "signals", "state+signals"])
+INPUTS = pytest.mark.parametrize(
+    "policy_input", ["state", "log_odds", "state+log_odds", "signals", "state+signals"]
+)
 
 
 def classifiers(
@@ -136,13 +138,13 @@ def test_pooled_states_lie_within_half_precisions_reach(
 @INPUTS
 def test_policy_on_all_layers_equals_layer_by_layer(policy_input: str):
     network = policy(policy_input).eval()
-    pooled, signals = torch.randn(4, LAYERS, HIDDEN), torch.randn(4, LAYERS, NUM_SIGNALS)
-    whole = network(pooled, signals)
+    pooled, features = torch.randn(4, LAYERS, HIDDEN), torch.randn(4, LAYERS, NUM_SIGNALS)
+    whole = network(pooled, features)
     assert whole.shape == (4, LAYERS)
     for index in range(LAYERS):
-        one = network(pooled[:, index : index + 1], signals[:, index : index + 1], index)
+        one = network(pooled[:, index : index + 1], features[:, index : index + 1], index)
         torch.testing.assert_close(one, whole[:, index : index + 1])
-    torch.testing.assert_close(network(pooled[:, 1:], signals[:, 1:], 1), whole[:, 1:])
+    torch.testing.assert_close(network(pooled[:, 1:], features[:, 1:], 1), whole[:, 1:])
 
 
 def test_state_branch_is_the_papers_network():
@@ -155,34 +157,36 @@ def test_state_branch_is_the_papers_network():
 
 
 def test_the_policy_reads_what_it_is_told_to():
-    pooled, signals = torch.randn(2, LAYERS, HIDDEN), torch.randn(2, LAYERS, NUM_SIGNALS)
+    pooled, features = torch.randn(2, LAYERS, HIDDEN), torch.randn(2, LAYERS, NUM_SIGNALS)
     for policy_input, reads in {
         "state": (True, False),
-        "signals": (False, True),
+        "log_odds": (False, True),
+        "state+log_odds": (True, True),
         "state+signals": (True, True),
     }.items():
         network = policy(policy_input).eval()
-        for parameter in network.parameters():  # beside signals the other parts begin at zero
+        for parameter in network.parameters():  # beside log-odds the other parts begin at zero
             torch.nn.init.normal_(parameter)
-        before = network(pooled, signals)
-        changes = (network(pooled + 1, signals), network(pooled, signals + 1))
+        before = network(pooled, features)
+        changes = (network(pooled + 1, features), network(pooled, features + 1))
         assert tuple(not torch.equal(before, after) for after in changes) == reads
-        assert network.needs_signals == reads[1]
+        assert (network.reads_state, network.reads_log_odds) == reads
 
 
-@pytest.mark.parametrize("policy_input", ["signals", "state+signals"])
-def test_an_untrained_policy_with_signals_is_the_confidence_criterion(policy_input: str):
+@pytest.mark.parametrize("policy_input", ["log_odds", "state+log_odds"])
+def test_an_untrained_policy_with_log_odds_is_the_confidence_criterion(policy_input: str):
     layer_logits = torch.randn(50, LAYERS, 3)
     pooled = torch.randn(50, LAYERS, HIDDEN)
-    logits = policy(policy_input).eval()(pooled, classifier_signals(layer_logits))
+    network = policy(policy_input).eval()
+    logits = network(pooled, network.features(layer_logits))
     assert torch.equal(logits.argsort(0), confidence_scores(layer_logits).argsort(0))
     confidence = confidence_scores(layer_logits)
     torch.testing.assert_close(logits, torch.logit(confidence) - 1)  # the initial exit bias
 
 
-def test_missing_signals_are_an_error():
-    with pytest.raises(ValueError, match=r'policy_input "state\+signals" needs signals, got None'):
-        policy("state+signals")(torch.randn(2, LAYERS, HIDDEN), None)
+def test_missing_features_are_an_error():
+    with pytest.raises(ValueError, match=r'policy_input "state\+log_odds" needs features, got None'):
+        policy("state+log_odds")(torch.randn(2, LAYERS, HIDDEN), None)
 
 
 def test_a_negative_bias_makes_a_young_policy_go_deep():
@@ -200,7 +204,7 @@ def test_policy_takes_half_precision_states(policy_input: str):
 
 
 @pytest.mark.parametrize("head", ["attention", "shared_pooler"])
-@pytest.mark.parametrize("policy_input", ["state", "signals"])
+@pytest.mark.parametrize("policy_input", ["state", "log_odds"])
 def test_exit_feature_map_are_logits_and_what_the_policy_makes_of_the_state(
     head: str, policy_input: str
 ) -> None:

@@ -28,16 +28,18 @@ def build(backbone: Path, classes: int, **values: object) -> EarlyExitForSequenc
     unsettle(model)
     with torch.no_grad():
         model.policy.exit_bias.normal_()
-        if model.policy.needs_signals:
+        if model.policy.reads_log_odds:
             model.policy.confidence_weight.fill_(0.3)
+        if model.policy.reads_signals:
             model.policy.signal_output.bias.fill_(0.2)
     return model
 
 
 def scores_of(model: EarlyExitForSequenceClassification, criterion: str) -> IncrementalExitScores:
     config = model.config
-    sizes = {"num_layers": model.num_layers, "num_classes": config.num_classes}
-    return IncrementalExitScores(criterion, model.policy, **sizes, ensemble_decay=config.ensemble_decay)
+    return IncrementalExitScores(
+        criterion, model.policy, num_classes=config.num_classes, ensemble_decay=config.ensemble_decay
+    )
 
 
 def exit_features(
@@ -55,8 +57,11 @@ def exit_features(
 @pytest.mark.parametrize(
     "criterion,policy_input",
     [
-        *(("policy", policy_input) for policy_input in ("state", "signals", "state+signals")),
-        *((criterion, "signals") for criterion in CRITERIA if criterion != "policy"),
+        *(
+            ("policy", policy_input)
+            for policy_input in ("state", "log_odds", "state+log_odds", "state+signals")
+        ),
+        *((criterion, "log_odds") for criterion in CRITERIA if criterion != "policy"),
     ],
 )
 @pytest.mark.parametrize("rows", [1, 6, 50])
@@ -81,9 +86,12 @@ def test_step_by_step_as_all_at_once(
     assert history.layers == LAYERS
 
 
+@pytest.mark.parametrize("policy_input", ["state+log_odds", "state+signals"])
 @torch.no_grad()
-def test_rows_that_exit_and_rows_that_join_take_their_history_along(backbone: Path) -> None:
-    model = build(backbone, 3, policy_input="state+signals")
+def test_rows_that_exit_and_rows_that_join_take_their_history_along(
+    backbone: Path, policy_input: str
+) -> None:
+    model = build(backbone, 3, policy_input=policy_input)
     pooled, logits = torch.randn(7, LAYERS, 32), 2 * torch.randn(7, LAYERS, 3)
     wanted = model.exit_logits(pooled, ensemble_layers(logits, 0.5)).sigmoid().numpy()
     scores = scores_of(model, "policy")
@@ -106,7 +114,7 @@ def test_rows_that_exit_and_rows_that_join_take_their_history_along(backbone: Pa
 
 
 def test_extreme_logits_give_finite_scores(backbone: Path) -> None:
-    model = build(backbone, 2, policy_input="signals")
+    model = build(backbone, 2, policy_input="log_odds")
     for rows in (1, 3):
         scores = scores_of(model, "policy")
         history = scores.begin(rows)

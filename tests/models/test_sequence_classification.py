@@ -156,8 +156,8 @@ def test_leaving_early_agrees_with_hugging_face_row_by_row(model_type: str, buil
     "policy_input, head, decay",
     [
         ("state", "shared_pooler", 0.0),  # the paper's
-        ("signals", "attention", 0.5),
-        ("state+signals", "attention", 0.9),
+        ("log_odds", "attention", 0.5),
+        ("state+log_odds", "attention", 0.9),
         ("state+signals", "shared_pooler", 0.5),
     ],
 )
@@ -365,7 +365,7 @@ def test_wrong_values_are_named(
     [
         (
             {"policy_input": "logits"},
-            r'policy_input must be one of state, signals, state\+signals, got "logits"',
+            r'policy_input must be one of state, log_odds, state\+log_odds, signals, state\+signals, got "logits"',
         ),
         ({"criterion": "luck"}, 'criterion must be one of policy, confidence, entropy, patience, got "luck"'),
         ({"ensemble_decay": 1.0}, r"ensemble_decay must be in \[0, 1\), got 1.0"),
@@ -431,12 +431,12 @@ def test_auto_classes_open_the_folder(head: str, build: Build, tmp_path: Path):
 
 @torch.no_grad()
 def test_another_policy_can_be_put_in_and_is_saved(build: Build, tmp_path: Path):
-    model = build(policy_input="state+signals")
-    assert model.new_policy().policy_input == "state+signals"
-    policy = model.new_policy("signals").eval()
+    model = build(policy_input="state+log_odds")
+    assert model.new_policy().policy_input == "state+log_odds"
+    policy = model.new_policy("log_odds").eval()
     before = model(**batch_of(TEXTS), all_layers=True)
     model.set_policy(policy)
-    assert model.config.policy_input == "signals"
+    assert model.config.policy_input == "log_odds"
     after = model(**batch_of(TEXTS), all_layers=True)
     assert torch.equal(after.layer_logits, before.layer_logits)
     assert not torch.allclose(after.exit_probs, before.exit_probs)

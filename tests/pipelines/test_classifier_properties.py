@@ -41,7 +41,7 @@ class Oracle:
     def __init__(self, folder: Path, model_type: str) -> None:
         backbone = tiny_backbone(folder / "backbone", model_type, layers=LAYERS, seed=3)
         torch.manual_seed(4)
-        path = tiny_model(folder / "model", backbone, initial_exit_bias=0.0, policy_input="state+signals")
+        path = tiny_model(folder / "model", backbone, initial_exit_bias=0.0, policy_input="state+log_odds")
         self.engine = Engine.from_pretrained(path, device="cpu")
         words = (*NEUTRAL, *POSITIVE, *NEGATIVE)
         texts = [

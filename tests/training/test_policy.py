@@ -103,8 +103,8 @@ def test_a_policy_learns_to_leave_at_the_first_right_layer(estimator: str, rewar
     assert not policy.training
 
 
-@pytest.mark.parametrize("policy_input", ["signals", "state+signals"])
-def test_a_policy_with_signals_is_fitted_too(policy_input: str):
+@pytest.mark.parametrize("policy_input", ["log_odds", "state+log_odds"])
+def test_a_policy_with_log_odds_is_fitted_too(policy_input: str):
     states, first_right = telling_states()
     config = replace(CONFIG, policy_epochs=20)
     policy = fit_policy(

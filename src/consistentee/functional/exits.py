@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LOG_ODDS_SCALE = 5.0
 SIGNAL_NAMES = (
     "log_odds",
     "margin",
@@ -22,7 +23,6 @@ SIGNAL_NAMES = (
     "depth",
 )
 NUM_SIGNALS = len(SIGNAL_NAMES)
-LOG_ODDS_SCALE = 5.0  # the signal is the log-odds divided by this
 
 
 def exit_distribution(exit_probs: Tensor) -> Tensor:
@@ -63,8 +63,20 @@ def log_exit_distribution(exit_logits: Tensor) -> Tensor:
     return torch.cat([log_exit, zeros], dim=1) + log_reached
 
 
+def log_odds(logits: Tensor) -> Tensor:
+    """Log-odds of the predicted class, clipped to +-10: (..., classes) -> (...), float32.
+
+    Example:
+        >>> log_odds(torch.tensor([0.0, 0.0]))
+        tensor(0.)
+    """
+    probability = logits.float().log_softmax(-1).exp().amax(-1)
+    rest = (1 - probability).clamp_min(1e-7)
+    return (probability.clamp_min(1e-7).log() - rest.log()).clamp(-10, 10)
+
+
 def classifier_signals(layer_logits: Tensor) -> Tensor:
-    """Cheap figures about each internal classifier and the ones before it: what a policy may see beside the state.
+    """What policies of 0.1.0 read beside the state. The eight that came with the log-odds bought nothing.
 
     Args:
         layer_logits: (batch, layers, classes), the classifiers' logits from the first layer on. A prefix of the
@@ -88,8 +100,6 @@ def classifier_signals(layer_logits: Tensor) -> Tensor:
     probs = log_probs.exp()
     top = probs.topk(2, dim=-1)
     top_probability, prediction = top.values[..., 0], top.indices[..., 0]  # (batch, layers)
-    rest = (1 - top_probability).clamp_min(1e-7)
-    log_odds = (top_probability.clamp_min(1e-7).log() - rest.log()).clamp(-10, 10) / LOG_ODDS_SCALE
     margin = top_probability - top.values[..., 1]
     entropy = -(probs * log_probs).sum(-1) / torch.log(torch.tensor(float(num_classes)))
     energy = logits.logsumexp(-1) / 10
@@ -112,7 +122,7 @@ def classifier_signals(layer_logits: Tensor) -> Tensor:
     depth = ((steps + 1) / 12).expand_as(margin)
     return torch.stack(
         [
-            log_odds,
+            log_odds(logits) / LOG_ODDS_SCALE,
             margin,
             entropy,
             energy,

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from consistentee.backbones.limits import longest_input
 from consistentee.config import (
+    OLD_POLICY_INPUTS,
     Criterion,
     ExitHead,
     GenerationCriterion,
@@ -168,16 +169,17 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
     Args:
         ensemble_decay: share of the previous layers' running prediction in a layer's prediction, in [0, 1). 0 means
             that every layer speaks for itself alone.
-        policy_input: what the policy reads: `state`, `signals` or `state+signals`.
+        policy_input: what the policy reads: `state`, `log_odds` or `state+log_odds`; in models that 0.1.0 saved also
+            `signals` or `state+signals`.
     """
 
     model_type = "consistentee"
     ensemble_decay: float = 0.5
-    policy_input: str = "state+signals"
+    policy_input: str = "state+log_odds"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        require_choice("policy_input", self.policy_input, get_args(PolicyInput))
+        require_choice("policy_input", self.policy_input, (*get_args(PolicyInput), *OLD_POLICY_INPUTS))
         require_choice("criterion", self.criterion, get_args(Criterion))
         require_range("ensemble_decay", self.ensemble_decay, 0, 1, open_end=True)
 

@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 from consistentee.backbones import encoders as backbones
 from consistentee.functional.criteria import EXIT_CRITERIA, check_threshold, exit_scores
-from consistentee.functional.exits import choose_exit_layer, classifier_signals
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.policy import PolicyNetwork
@@ -268,8 +268,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
 
     def exit_logits(self, pooled: Tensor, layer_logits: Tensor) -> Tensor:
         """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""
-        signals = classifier_signals(layer_logits) if self.policy.needs_signals else None
-        return self.policy(pooled, signals)
+        return self.policy(pooled, self.policy.features(layer_logits))
 
     def _run_all_layers(
         self, state: backbones.EncoderState, criterion: str, threshold: float
@@ -330,8 +329,9 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
         self, index: int, pooled: Tensor, passed: Tensor, criterion: str, threshold: float
     ) -> Tensor:
         if EXIT_CRITERIA[criterion].reads == ("exit_probs",):
-            signals = classifier_signals(passed)[:, -1:] if self.policy.needs_signals else None
-            return self.policy(pooled[:, None], signals, index)[:, 0].sigmoid() > threshold
+            features = self.policy.features(passed)
+            features = None if features is None else features[:, -1:]
+            return self.policy(pooled[:, None], features, index)[:, 0].sigmoid() > threshold
         return exit_scores(criterion, passed, None)[:, -1] > threshold
 
 

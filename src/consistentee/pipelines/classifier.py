@@ -275,7 +275,6 @@ class Engine:
             self._exit_scores[criterion] = IncrementalExitScores(
                 criterion,
                 model.policy,
-                num_layers=model.num_layers,
                 num_classes=model.config.num_classes,
                 ensemble_decay=model.config.ensemble_decay,
             )

@@ -40,7 +40,7 @@ from consistentee.training.run import Report, Run, start_run
 from consistentee.training.states import LayerStates
 from consistentee.training.steps import Figures
 
-AUTO_INPUTS = ("signals", "state+signals")
+AUTO_INPUTS = ("log_odds", "state+log_odds")
 FORGETTING_CHECKS = 8  # looks at the policy's rows during warm-up, for the forgetting-events measure
 
 
@@ -367,7 +367,7 @@ def _report_choice(run: Run, choice: PolicyChoice) -> None:
     _report_collapses(run, choice)
     run.say(
         f"Chosen on validation: weights of round {run.progress['best_round']}, policy on "
-        f"{choice.policy.policy_input.replace('+', ' and ')}, layer cost {choice.layer_cost:g}, "
+        f"{choice.policy.policy_input.replace('+', ' and ').replace('_', '-')}, layer cost {choice.layer_cost:g}, "
         f"threshold {choice.thresholds['policy']:.4f}"
     )
 

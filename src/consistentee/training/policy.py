@@ -24,7 +24,7 @@ from consistentee.functional.curves import (
     threshold_by_metric,
     trade_off_curve,
 )
-from consistentee.functional.exits import choose_exit_layer, classifier_signals, exit_distribution
+from consistentee.functional.exits import choose_exit_layer, exit_distribution
 from consistentee.functional.hardness import hardness
 from consistentee.functional.losses import exact_policy_loss, policy_entropy, sampled_policy_loss
 from consistentee.functional.rewards import reward_losses, rewards
@@ -132,7 +132,7 @@ def fit_policy(
         states.pooled,
         reward_losses(config.reward_loss, **states.outcomes),
         row_hardness,
-        classifier_signals(states.layer_logits) if policy.needs_signals else None,
+        policy.features(states.layer_logits),
         layer_cost=layer_cost,
         price_range=price_range,
         config=config,
@@ -147,7 +147,7 @@ def fit_policy_on(
     pooled: Tensor,
     losses: Tensor,
     instance_hardness: Tensor,
-    signals: Tensor | None = None,
+    features: Tensor | None = None,
     *,
     layer_cost: float,
     price_range: tuple[float, float] | None = None,
@@ -173,7 +173,7 @@ def fit_policy_on(
         pooled: (instances, layers, hidden), their states.
         losses: (instances, layers), what leaving at each layer costs in quality.
         instance_hardness: (instances,) in [0, 1], for the `hardness` reward.
-        signals: (instances, layers, signals), for a policy that reads them.
+        features: (instances, layers, features), what `PolicyNetwork.features` gives.
         layer_cost: price of one layer, at which the exit probabilities are those of threshold 0.5.
         price_range: lowest and highest price to learn for, both above 0; None for `layer_cost` alone.
         config: the estimator, reward and optimisation settings are read.
@@ -214,7 +214,7 @@ def fit_policy_on(
                 reward = rewards(losses[batch], rise * prices, weights[batch]).to(device)
                 exit_logits = policy(
                     pooled[batch].float().to(device),
-                    None if signals is None else signals[batch].to(device),
+                    None if features is None else features[batch].to(device),
                 )
                 if price_range is not None:
                     above = (prices / layer_cost).log().to(device)
@@ -256,8 +256,8 @@ def policy_exit_probs(
         raise ValueError("states must hold pooled states, got None. Run with keep_pooled=True.")
     parts: list[Tensor] = []
     for batch in (torch.arange(len(states)) if rows is None else rows).split(batch_size):
-        signals = classifier_signals(states.layer_logits[batch]) if policy.needs_signals else None
-        parts.append(policy(states.pooled[batch].float(), signals).sigmoid())
+        features = policy.features(states.layer_logits[batch])
+        parts.append(policy(states.pooled[batch].float(), features).sigmoid())
     return torch.cat(parts)
 
 

@@ -375,7 +375,7 @@ def _new_model(
         backbone,
         **head,
         ensemble_decay=config.ensemble_decay,
-        policy_input="state+signals" if config.policy_input == "auto" else config.policy_input,
+        policy_input="state+log_odds" if config.policy_input == "auto" else config.policy_input,
         policy_hidden_size=config.policy_hidden_size,
         policy_dropout=config.policy_dropout,
         initial_exit_bias=config.initial_exit_bias,

@@ -295,7 +295,9 @@ def _round_table(cells: Sequence[Cell]) -> str:
 def _environment(cells: Sequence[Cell]) -> str:
     """Versions and hardware of all cells; those that differ are named side by side."""
     names = ("consistentee", "torch", "transformers", "device", "threads", "mixed_precision")
-    place = {name: " and ".join(sorted({str(cell["environment"][name]) for cell in cells})) for name in names}
+    found = [cell["environment"] for cell in cells]  # of earlier records "device" is the hardware
+    found = [{**each, "device": each.get("hardware", each["device"])} for each in found]
+    place = {name: " and ".join(sorted({str(each[name]) for each in found})) for name in names}
     versions = ", ".join(f"{name} {place[name]}" for name in names[:3])
     return (
         f"with {versions}, {place['device']} with {place['threads']} thread(s), precision "

@@ -49,10 +49,8 @@ IN_CIRCLES: set[tuple[str, str]] = {
 TWO_MEANINGS: set[str] = {
     "DTYPES",
     "FORMATS",
-    "REPEATS",
     "embed",
     "embed_tokens",
-    "environment",
     "finetune",
     "num_layers",
     "run_layer",

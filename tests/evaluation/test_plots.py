@@ -174,6 +174,7 @@ def test_bare_evaluation(tmp_path: Path) -> None:
 
 def test_ticks() -> None:
     assert layer_ticks(1) == [1]
+    assert layer_ticks(4) == [1, 2, 3, 4]
     assert layer_ticks(24) == [1, *range(4, 23, 2), 24]
     assert layer_ticks(32) == [1, 5, 10, 15, 20, 25, 32]
 

@@ -10,9 +10,9 @@ import pytest
 
 from consistentee.cli import main as cli
 from consistentee.data.tokenization import encode_texts
-from consistentee.evaluation import precision
 from consistentee.evaluation.precision import FEWEST_ROWS, candidates, choose, recommend
 from consistentee.evaluation.speed_classification import model_workload
+from consistentee.inference import timing
 from consistentee.inference.encoder.backend import Answers
 from consistentee.pipelines.classifier import Engine
 from tiny import tiny_backbone, tiny_dataset, tiny_model
@@ -59,7 +59,7 @@ def test_the_fastest_that_keeps_the_labels(
     monkeypatch: pytest.MonkeyPatch, fast: float, labels: list[int], expected: str
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     passes = {REFERENCE: clock.pass_of(1.0, [0, 1, 1, 0]), ("torch", "int8"): clock.pass_of(fast, labels)}
     choice = choose(passes, REFERENCE, 4)
     assert (choice.backend, choice.dtype) == ("torch", expected)

@@ -389,7 +389,7 @@ def test_forced_exits(first: bool, skipped_states: str) -> None:
         model,
         prompts_of(LENGTHS),
         NEW,
-        forced_exit_layers=forced,
+        fixed_exit_layers=forced,
         full_depth_first_token=first,
         skipped_states=skipped_states,
     )

@@ -263,10 +263,10 @@ def test_saved_defaults_are_used() -> None:
         ({"criterion": "static"}, 'There is no saved threshold for criterion "static". '),
         ({"threshold": 1.5}, "threshold must be in [0, 1] for policy, got 1.5."),
         ({"draft_tokens": 0}, "draft_tokens must be at least 1, got 0."),
-        ({"forced_exit_layers": []}, "forced_exit_layers must hold at least one position "),
+        ({"fixed_exit_layers": []}, "fixed_exit_layers must hold at least one position "),
         (
-            {"forced_exit_layers": [[1]], "mode": "full"},
-            "forced_exit_layers must hold at least one position ",
+            {"fixed_exit_layers": [[1]], "mode": "full"},
+            "fixed_exit_layers must hold at least one position ",
         ),
     ],
     ids=lambda value: str(value)[:30],

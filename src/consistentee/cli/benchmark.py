@@ -81,7 +81,7 @@ def benchmark(
             is the fastest that keeps the labels of float32, and measure that one.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         threads: Threads of the CPU. [default: what torch takes]
-        seed: Of random weights, rows and forced exits.
+        seed: Of random weights, rows and fixed exits.
         json_file: Write all figures to this file.
         plot: Draw throughput and speed-ups into this PNG, PDF or SVG file.
         debug: Show tracebacks and the messages of other libraries.

@@ -163,7 +163,7 @@ def layer_ticks(num_hidden_layers: int) -> list[int]:
     """
     step = next(step for step in (1, 2, 5, 10, 20, 50, 1000) if num_hidden_layers <= 12 * step)
     round_ones = range(step, num_hidden_layers - step // 2, step)
-    return sorted({1, num_hidden_layers, *(layer for layer in round_ones if layer != 2)})
+    return sorted({1, num_hidden_layers, *(layer for layer in round_ones if layer != 2 or step == 1)})
 
 
 def _look(criterion: str) -> tuple[str, Any]:
@@ -349,7 +349,7 @@ def _draw_layers(axes: Axes, evaluation: Evaluation) -> None:
     _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs leave")
     axes.set_ylim(0, 119)
     axes.set_yticks(range(0, 101, 20))
-    _legend(axes, "upper center", fontsize=8.5, ncols=3, columnspacing=1.2, handlelength=1.4)
+    _legend(axes, "upper center", fontsize=8.5, ncols=3, columnspacing=1.0, handlelength=1.2)
 
 
 def _draw_token_layers(axes: Axes, evaluation: GenerationEvaluation) -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import torch
+
 from consistentee.errors import SettingError
+from consistentee.evaluation.speed import median_seconds
 from consistentee.inference.encoder.backend import Answers, EncoderParts, TokenRow
 from consistentee.inference.encoder.onnx_backend import has_onnxruntime
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.encoder.torch_backend import torch_dtypes
+from consistentee.inference.timing import time_in_turn
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.pipelines.classifier import Engine
 
 FEWEST_ROWS = 128
 """With fewer inputs a precision that changes labels may seem to keep them, and the clock decides by chance."""
 
-REPEATS = 3
+TIMED_PASSES = 3
 """Timed passes over the inputs for each candidate, in turn."""
 
 MARGIN = 1.05
@@ -133,17 +135,15 @@ def choose(passes: Mapping[Candidate, Callable[[], Answers]], reference: Candida
         rows: size of the sample.
     """
     answers = {candidate: run() for candidate, run in passes.items()}  # builds kernels, too
-    seconds: dict[Candidate, list[float]] = {candidate: [] for candidate in passes}
-    for _ in range(REPEATS):
-        for candidate, run in passes.items():
-            start = time.perf_counter()
-            run()
-            seconds[candidate].append(time.perf_counter() - start)
+    work = {" ".join(candidate): [run] for candidate, run in passes.items()}
+    seconds = time_in_turn(
+        work, torch.device("cpu"), TIMED_PASSES, untimed=False
+    )  # answers are lists: no device waits
     wanted = answers[reference]
     trials = {
         candidate: Trial(
             *candidate,
-            rows / statistics.median(seconds[candidate]),
+            rows / median_seconds(seconds[" ".join(candidate)]),
             _agreement(answer.labels, wanted.labels),
             _agreement(answer.exit_layers, wanted.exit_layers),
         )

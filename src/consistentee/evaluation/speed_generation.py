@@ -205,9 +205,9 @@ class _Texts:
             fixed = [layers[start : start + self.batch_size] for start in starts]
         last = [[self.model.num_layers] * self.batch_size]
         work: dict[str, Steps] = {
-            "engine": self._ours("early-exit", forced_exit_layers=fixed, **rule),
+            "engine": self._ours("early-exit", fixed_exit_layers=fixed, **rule),
             "engine-full-depth": self._ours("full"),
-            "engine-nobody-leaves": self._ours("early-exit", forced_exit_layers=last, **rule),
+            "engine-nobody-leaves": self._ours("early-exit", fixed_exit_layers=last, **rule),
             "transformers": self._transformers(),
         }
         if lossless:

@@ -169,7 +169,8 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     names = ("consistentee", "torch", "transformers")
     versions = [f"{name} {environment[name]}" for name in names if name in environment]
     if versions:
-        lines.append(f"Made with {', '.join(versions)} on {environment.get('device', 'an unknown device')}.")
+        hardware = environment.get("hardware", environment.get("device", "an unknown device"))
+        lines.append(f"Made with {', '.join(versions)} on {hardware}.")
     return [*lines, "All settings and the course of the training are in `training_record.json`."]
 
 

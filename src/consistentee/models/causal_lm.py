@@ -305,7 +305,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         draft_tokens: int | None = None,
         draft_threshold: float | None = None,
         adaptive_drafts: bool = True,
-        forced_exit_layers: list[list[int]] | None = None,
+        fixed_exit_layers: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate, as `transformers` does, each token leaving at its own layer.
@@ -327,7 +327,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             draft_tokens: of `lossless`: drafts before a verification, at most.
             draft_threshold: of `lossless`: the policy's threshold while drafting.
             adaptive_drafts: of `lossless`: pause drafting where it does not pay on the clock.
-            forced_exit_layers: exits given in advance, for measuring speed: for every new token the layer of each row.
+            fixed_exit_layers: exits given in advance, for measuring speed: for every new token the layer of each row.
             **kwargs: as in Hugging Face.
 
         Raises:
@@ -347,7 +347,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             draft_tokens=config.draft_tokens if draft_tokens is None else draft_tokens,
             draft_threshold=config.draft_threshold if draft_threshold is None else draft_threshold,
             adaptive_drafts=adaptive_drafts,
-            forced_exit_layers=forced_exit_layers,
+            fixed_exit_layers=fixed_exit_layers,
         )
         for name in ("custom_generate", "assistant_model", "assistant_early_exit"):
             if kwargs.get(name) is not None:

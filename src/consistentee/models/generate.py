@@ -44,16 +44,16 @@ class GenerationOptions:
     draft_tokens: int
     draft_threshold: float | None
     adaptive_drafts: bool
-    forced_exit_layers: list[list[int]] | None
+    fixed_exit_layers: list[list[int]] | None
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, get_args(GenerationMode))
         require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
         if self.draft_tokens < 1:
             raise ValueError(f"draft_tokens must be at least 1, got {self.draft_tokens}.")
-        if self.forced_exit_layers is not None and (self.mode != "early-exit" or not self.forced_exit_layers):
+        if self.fixed_exit_layers is not None and (self.mode != "early-exit" or not self.fixed_exit_layers):
             raise ValueError(
-                'forced_exit_layers must hold at least one position and go with mode="early-exit", '
+                'fixed_exit_layers must hold at least one position and go with mode="early-exit", '
                 f'got mode "{self.mode}".'
             )
 
@@ -161,7 +161,7 @@ def _rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> To
     if options.mode == "lossless" and options.criterion == "policy" and threshold is None:
         threshold = options.draft_threshold
     rule = model.exit_rule(options.criterion, threshold, options.min_exit_layer)
-    return rule if options.forced_exit_layers is None else FixedExitRule(rule, options.forced_exit_layers)
+    return rule if options.fixed_exit_layers is None else FixedExitRule(rule, options.fixed_exit_layers)
 
 
 def _capacity(input_ids: Tensor, config: Any) -> int:

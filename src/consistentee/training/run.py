@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from consistentee.data.batches import TokenizedDataset, collate
 from consistentee.data.literal import read_special_tokens
 from consistentee.data.rows import TextDataset, stratified_split
 from consistentee.data.tokenization import tokenize
+from consistentee.inference.timing import environment
 from consistentee.models.card import write_model_card
 from consistentee.models.record import RECORD_FILE
 from consistentee.models.sequence_classification import (
@@ -199,7 +199,12 @@ class Run:
                 "backbone_fingerprint": self.identity["backbone_fingerprint"],
                 "config": self.config.to_dict(),
                 "data": self.identity["data"],
-                "environment": environment(self.accelerator),
+                "environment": environment(self.accelerator.device, self.config.seed)
+                | {
+                    "accelerate": version("accelerate"),
+                    "processes": self.accelerator.num_processes,
+                    "mixed_precision": str(self.accelerator.mixed_precision),
+                },
                 **record,
             }
             staged = self.output_dir / checkpoints.FOLDER / checkpoints.STAGING
@@ -380,16 +385,3 @@ def _new_model(
         policy_dropout=config.policy_dropout,
         initial_exit_bias=config.initial_exit_bias,
     )
-
-
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions and hardware, for the record."""
-    device = accelerator.device
-    return {
-        **{name: version(name) for name in ("consistentee", "torch", "transformers", "accelerate")},
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "mixed_precision": str(accelerator.mixed_precision),
-    }

@@ -219,7 +219,7 @@ def test_unknown_thresholds_are_asked_for() -> None:
         assert model.exit_rule(criterion, threshold).name == criterion
     with pytest.raises(
         ValueError,
-        match=r'^There is no saved threshold for criterion "static". Give one with threshold=.$',
+        match=r'^criterion "static" has no saved threshold. Give one with threshold=.$',
     ):
         model.exit_rule("static")
     with pytest.raises(ValueError, match=r'^criterion must be one of policy, .*, got "entropy".$'):

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.exits import ensemble_layers
 from consistentee.heads.policy import exit_feature_map
 from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores, gelu
-from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, ensemble_layers
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from tiny import tiny_backbone, unsettle
 
 LAYERS = 5

@@ -260,7 +260,7 @@ def test_saved_defaults_are_used() -> None:
         ({"mode": "fast"}, 'mode must be one of early-exit, full, lossless, got "fast".'),
         ({"skipped_states": "drop"}, 'skipped_states must be one of copy, recompute, got "drop".'),
         ({"criterion": "entropy"}, "criterion must be one of policy, "),
-        ({"criterion": "static"}, 'There is no saved threshold for criterion "static". '),
+        ({"criterion": "static"}, 'criterion "static" has no saved threshold. '),
         ({"threshold": 1.5}, "threshold must be in [0, 1] for policy, got 1.5."),
         ({"draft_tokens": 0}, "draft_tokens must be at least 1, got 0."),
         ({"fixed_exit_layers": []}, "fixed_exit_layers must hold at least one position "),

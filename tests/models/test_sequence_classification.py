@@ -18,14 +18,12 @@ import tiny
 from consistentee.backbones import encoders as backbones
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.functional.criteria import CRITERIA, exit_scores
-from consistentee.functional.exits import choose_exit_layer
+from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
 from consistentee.models.configuration import EarlyExitConfig, FullDepthConfig
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
-    ensemble_layers,
-    ensemble_step,
 )
 
 LAYERS = 4
@@ -272,7 +270,7 @@ def test_a_threshold_that_does_not_fit_is_an_error(build: Build):
     with pytest.raises(ValueError, match="threshold must be above 0 for patience"):
         model(**batch, threshold=0, criterion="patience")
     with pytest.raises(
-        ValueError, match=r'criterion "entropy" needs a threshold of its own: .* \(0.5\).*"policy"'
+        ValueError, match=r'criterion "entropy" has no saved threshold. Give one with threshold=.'
     ):
         model(**batch, criterion="entropy")
     with pytest.raises(ValueError, match=r'criterion must be one of policy, .*, got "luck"'):
@@ -281,9 +279,9 @@ def test_a_threshold_that_does_not_fit_is_an_error(build: Build):
 
 def test_the_saved_rule_is_used_and_can_be_replaced(build: Build):
     model = build(threshold=0.7, criterion="confidence")
-    assert model.exit_rule() == ("confidence", 0.7)
-    assert model.exit_rule(threshold=0.9) == ("confidence", 0.9)
-    assert model.exit_rule("patience", 3) == ("patience", 3.0)
+    assert model.criterion_and_threshold(None, None) == ("confidence", 0.7)
+    assert model.criterion_and_threshold(None, 0.9) == ("confidence", 0.9)
+    assert model.criterion_and_threshold("patience", 3) == ("patience", 3.0)
     batch = batch_of(TEXTS)
     saved, same = model(**batch), model(**batch, criterion="confidence", threshold=0.7)
     assert torch.equal(saved.exit_layer, same.exit_layer)

@@ -20,8 +20,8 @@ from consistentee.functional.hardness import hardness
 from consistentee.functional.losses import exact_policy_loss, sampled_policy_loss
 from consistentee.functional.rewards import rewards
 from consistentee.functional.token_curves import depth_thresholds, static_curve, token_curve, token_threshold
+from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
-from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.training.token_policy import (
     TokenPolicyChoice,
     choose_token_policy,

@@ -175,3 +175,34 @@ def choose_exit_layer(scores: Tensor, threshold: float) -> Tensor:
     leaves = scores > threshold
     leaves[:, -1] = True
     return leaves.int().argmax(dim=1) + 1
+
+
+def ensemble_step(running: Tensor | None, classifier_logits: Tensor, decay: float) -> Tensor:
+    """The prediction of one layer: its classifier's, mixed with the running prediction of the layers before.
+
+    A decaying geometric ensemble: `log p_t <- decay * log p_{t-1} + (1 - decay) * log_softmax(f_t)`.
+
+    Args:
+        running: (batch, classes), what this function gave for the layer before; None at the first layer.
+        classifier_logits: (batch, classes), this layer's own logits.
+        decay: in [0, 1); 0 returns the layer's own logits.
+
+    Returns:
+        (batch, classes), float32 (unnormalised) log-probabilities.
+
+    Source: ours; ensembling over the layers passed comes from Zero Time Waste (arXiv:2106.05409), which learns it.
+    """
+    if decay == 0:
+        return classifier_logits.float()
+    log_probs = classifier_logits.float().log_softmax(-1)
+    return log_probs if running is None else decay * running + (1 - decay) * log_probs
+
+
+def ensemble_layers(classifier_logits: Tensor, decay: float) -> Tensor:
+    """`ensemble_step` over all layers: (batch, layers, classes) -> (batch, layers, classes)."""
+    running: Tensor | None = None
+    columns: list[Tensor] = []
+    for logits in classifier_logits.unbind(1):
+        running = ensemble_step(running, logits, decay)
+        columns.append(running)
+    return torch.stack(columns, dim=1)

@@ -81,3 +81,19 @@ def _own_head(head: nn.Linear) -> nn.Linear:
     )
     own.load_state_dict(head.state_dict())
     return own
+
+
+class ConfidenceClassifier(nn.Module):
+    """One linear classifier per layer: will this exit give the last layer's token?
+
+    Source: CALM (arXiv:2207.07061), "early exit classifier", trained on agreement with the last layer.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_layers, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_layers))
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Logits: (tokens, layers, hidden) -> (tokens, layers), float32."""
+        return ((normed.to(self.weight.dtype) * self.weight).sum(-1) + self.bias).float()

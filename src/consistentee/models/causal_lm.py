@@ -19,12 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typing_extensions import Self
 
 from consistentee.backbones import decoders
-from consistentee.functional.criteria import check_threshold
 from consistentee.functional.tables import GENERATION
-from consistentee.heads.exit_heads import ExitHeads
-from consistentee.heads.policy import PolicyNetwork
+from consistentee.heads.exit_heads import ConfidenceClassifier, ExitHeads
 from consistentee.inference.decoder import exit_rules
 from consistentee.inference.decoder.exit_weights import ExitWeights
+from consistentee.models.backbone_model import BackboneModel, WithExits
 from consistentee.models.configuration import EarlyExitCausalLMConfig
 from consistentee.models.generate import GenerationOptions, generate_tokens
 
@@ -32,23 +31,7 @@ Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens leave, bool."""
 
 
-class ConfidenceClassifier(nn.Module):
-    """One linear classifier per layer: will this exit give the last layer's token?
-
-    Source: CALM (arXiv:2207.07061), "early exit classifier", trained on agreement with the last layer.
-    """
-
-    def __init__(self, num_layers: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_layers, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_layers))
-
-    def forward(self, normed: Tensor) -> Tensor:
-        """Logits: (tokens, layers, hidden) -> (tokens, layers), float32."""
-        return ((normed.to(self.weight.dtype) * self.weight).sum(-1) + self.bias).float()
-
-
-class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
+class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
     """A causal language model with an exit, and a policy that decides about it, after every layer.
 
     Example:
@@ -58,12 +41,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     Source: ConsistentEE (AAAI 2024, arXiv:2312.11882), generation.
     """
 
+    task = GENERATION
     config_class = EarlyExitCausalLMConfig
-    config: EarlyExitCausalLMConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_flash_attn = True
+    config: EarlyExitCausalLMConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _supports_attention_backend = True
 
     def __init__(self, config: EarlyExitCausalLMConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -108,22 +88,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
 
     # --- Parts --------------------------------------------------------------------------------
 
-    @property
-    def num_layers(self) -> int:
-        """Number of layers, hence of possible exits."""
-        return decoders.num_layers(self.backbone)
-
-    def new_policy(self) -> PolicyNetwork:
-        """An untrained policy network as the configuration has it."""
-        return PolicyNetwork(
-            num_layers=self.num_layers,
-            hidden_size=self.config.hidden_size,
-            policy_input="state",
-            policy_hidden_size=self.config.policy_hidden_size,
-            dropout=self.config.policy_dropout,
-            initial_exit_bias=self.config.initial_exit_bias,
-        )
-
     def exit_norm(self, layer_index: int, hidden_states: Tensor) -> Tensor:
         """States behind the norm of a layer's exit: what policy and head read; (..., hidden) -> (..., hidden)."""
         return self.exit_heads.normed(self.backbone, layer_index, hidden_states)
@@ -131,10 +95,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     def exit_logits(self, layer_index: int, normed: Tensor) -> Tensor:
         """Logits of an exit after a layer, 0-based: (..., hidden) behind its norm -> (..., vocabulary)."""
         return self.exit_heads.logits(self.backbone, layer_index, normed)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embeddings."""
-        return self.backbone.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         """The backbone's LM head."""
@@ -147,8 +107,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         mean_resizing: bool = True,
     ) -> nn.Embedding:
         """Give embeddings, LM head and the exits' own heads as many entries as a tokenizer has; as in Hugging Face."""
-        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.backbone_config.vocab_size = len(embeddings.weight)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if not self.exit_heads.head_is_shared:
             heads = self.exit_heads.heads
             for index, head in enumerate(cast("list[nn.Linear]", heads)):
@@ -241,13 +200,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             inside = inside & ~leaves
         return cast(Tensor, result), exit_layer
 
-    def known_threshold(self, criterion: str) -> float | None:
-        """The saved threshold of a criterion, or None."""
-        if criterion == self.config.criterion:
-            return self.config.threshold
-        value = (self.config.thresholds or {}).get(criterion)
-        return None if value is None else float(value)
-
     def exit_rule(
         self,
         criterion: str | None = None,
@@ -264,12 +216,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an unknown criterion, a threshold that does not fit, or none to be found.
         """
-        rule = criterion or self.config.criterion
-        limit = self.known_threshold(rule) if threshold is None else threshold
-        if limit is None:
-            check_threshold(1, rule, GENERATION)
-            raise ValueError(f'There is no saved threshold for criterion "{rule}". Give one with threshold=.')
-        limit = check_threshold(limit, rule, GENERATION)
+        rule, limit = self.criterion_and_threshold(criterion, threshold)
         first = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
         if not 1 <= first <= self.num_layers:
             raise ValueError(f"min_exit_layer must be from 1 to {self.num_layers}, got {first}.")
@@ -371,11 +318,6 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights laid out for decoding, which are made again when needed."""
         return {**self.__dict__, "_weights": None, "_weights_signature": ()}
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # New modules initialise themselves when built; the backbone's own rules apply to its parts.
-        return None
 
 
 AutoConfig.register("consistentee_causal_lm", EarlyExitCausalLMConfig, exist_ok=True)

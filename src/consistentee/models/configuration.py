@@ -95,6 +95,11 @@ class ExitConfig(BackboneConfig):
         require_range("policy_dropout", self.policy_dropout, 0, 1, open_end=True)
         require_number("threshold", self.threshold)
 
+    @property
+    def pooled_size(self) -> int:
+        """Width of the states that the policy reads."""
+        return self.hidden_size
+
 
 class EncoderClassifierConfig(BackboneConfig):
     """What the configurations of both classifiers share.
@@ -219,6 +224,7 @@ class EarlyExitCausalLMConfig(ExitConfig):
     backbone_key: ClassVar[str] = "decoder_config"
     backbone_type: ClassVar[str] = "llama"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    policy_input: ClassVar[str] = "state"
 
     decoder_config: PreTrainedConfig | dict[str, Any] | None = None
     exit_head: str = "shared"

@@ -22,12 +22,14 @@ from transformers.utils import ModelOutput
 from typing_extensions import Self
 
 from consistentee.backbones import encoders as backbones
-from consistentee.functional.criteria import EXIT_CRITERIA, check_threshold, exit_scores
-from consistentee.functional.exits import choose_exit_layer
+from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
+from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
+from consistentee.functional.tables import CLASSIFICATION
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.auto_pipelines import register_pipeline
+from consistentee.models.backbone_model import BackboneModel, WithExits
 from consistentee.models.configuration import EarlyExitConfig, EncoderClassifierConfig, FullDepthConfig
 
 
@@ -55,50 +57,14 @@ class EarlyExitOutput(ModelOutput):
     exit_probs: Tensor | None = None
 
 
-def ensemble_step(running: Tensor | None, classifier_logits: Tensor, decay: float) -> Tensor:
-    """The prediction of one layer: its classifier's, mixed with the running prediction of the layers before.
-
-    A decaying geometric ensemble: `log p_t <- decay * log p_{t-1} + (1 - decay) * log_softmax(f_t)`.
-
-    Args:
-        running: (batch, classes), what this function gave for the layer before; None at the first layer.
-        classifier_logits: (batch, classes), this layer's own logits.
-        decay: in [0, 1); 0 returns the layer's own logits.
-
-    Returns:
-        (batch, classes), float32 (unnormalised) log-probabilities.
-
-    Source: ours; ensembling over the layers passed comes from Zero Time Waste (arXiv:2106.05409), which learns it.
-    """
-    if decay == 0:
-        return classifier_logits.float()
-    log_probs = classifier_logits.float().log_softmax(-1)
-    return log_probs if running is None else decay * running + (1 - decay) * log_probs
-
-
-def ensemble_layers(classifier_logits: Tensor, decay: float) -> Tensor:
-    """`ensemble_step` over all layers: (batch, layers, classes) -> (batch, layers, classes)."""
-    running: Tensor | None = None
-    columns: list[Tensor] = []
-    for logits in classifier_logits.unbind(1):
-        running = ensemble_step(running, logits, decay)
-        columns.append(running)
-    return torch.stack(columns, dim=1)
-
-
-class _EncoderClassifier(PreTrainedModel):
+class _EncoderClassifier(BackboneModel):
     """What both models share: a backbone run layer by layer, and how to put classifiers on a pretrained one."""
 
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    config: EncoderClassifierConfig
+    config: EncoderClassifierConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: EncoderClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.backbone = backbone if backbone is not None else backbones.build_backbone(config.backbone_config)
-        self.num_layers = backbones.num_layers(self.backbone)
 
     @classmethod
     def from_backbone(
@@ -135,21 +101,6 @@ class _EncoderClassifier(PreTrainedModel):
         )
         return cls(config, backbone=backbone)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embeddings."""
-        return self.backbone.get_input_embeddings()
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """Give the backbone as many token embeddings as a tokenizer has tokens; as in Hugging Face."""
-        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.backbone_config.vocab_size = len(embeddings.weight)
-        return embeddings
-
     def _new_classifiers(self, num_layers: int) -> InternalClassifiers:
         return InternalClassifiers(
             num_layers=num_layers,
@@ -162,13 +113,8 @@ class _EncoderClassifier(PreTrainedModel):
             dropout=self.config.head_dropout,
         )
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # New modules initialise themselves when built; the backbone's own rules apply to its parts.
-        return None
 
-
-class EarlyExitForSequenceClassification(_EncoderClassifier):
+class EarlyExitForSequenceClassification(_EncoderClassifier, WithExits):
     """An encoder with a classifier and an exit policy after every layer.
 
     Example:
@@ -180,6 +126,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
     Source: ConsistentEE (AAAI 2024, arXiv:2312.11882).
     """
 
+    task = CLASSIFICATION
     config_class = EarlyExitConfig
     config: EarlyExitConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -223,7 +170,7 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
             ValueError: if the threshold does not fit the criterion, or rows are longer than the backbone's positions.
         """
         _refuse_inner_states(output_attentions, output_hidden_states)
-        rule, limit = self.exit_rule(criterion, threshold)
+        rule, limit = self.criterion_and_threshold(criterion, threshold)
         state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids, inputs_embeds)
         if self.training if all_layers is None else all_layers:
             output = self._run_all_layers(state, rule, limit)
@@ -236,35 +183,10 @@ class EarlyExitForSequenceClassification(_EncoderClassifier):
                 output.loss = nn.functional.cross_entropy(cast(Tensor, output.logits), labels)
         return output.to_tuple() if return_dict is False else output
 
-    def new_policy(self, policy_input: str | None = None) -> PolicyNetwork:
-        """An untrained policy network as the configuration has it, or with another input."""
-        return PolicyNetwork(
-            num_layers=self.num_layers,
-            hidden_size=self.config.pooled_size,
-            policy_input=policy_input or self.config.policy_input,
-            policy_hidden_size=self.config.policy_hidden_size,
-            dropout=self.config.policy_dropout,
-            initial_exit_bias=self.config.initial_exit_bias,
-        )
-
     def set_policy(self, policy: PolicyNetwork) -> None:
         """Put another policy network into the model; the configuration follows."""
         self.config.policy_input = policy.policy_input
         self.policy = policy.to(self.device)
-
-    def exit_rule(self, criterion: str | None = None, threshold: float | None = None) -> tuple[str, float]:
-        """The criterion and threshold that a call would use, checked.
-
-        Raises:
-            ValueError: if the threshold does not fit, or a criterion other than the saved one comes without one.
-        """
-        rule = self.config.criterion if criterion is None else criterion
-        if threshold is None and rule != self.config.criterion:
-            raise ValueError(
-                f'criterion "{rule}" needs a threshold of its own: the saved one ({self.config.threshold}) '
-                f'belongs to "{self.config.criterion}".'
-            )
-        return rule, check_threshold(self.config.threshold if threshold is None else threshold, rule)
 
     def exit_logits(self, pooled: Tensor, layer_logits: Tensor) -> Tensor:
         """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""

@@ -19,8 +19,8 @@ from consistentee.functional.curves import CurvePoint, curve_score, hits_at_budg
 from consistentee.functional.hardness import hardness
 from consistentee.functional.rewards import reward_losses, rewards
 from consistentee.functional.token_curves import static_curve, token_curve, token_threshold
+from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
-from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.training.policy import (
     NewPolicy,
     PolicyReport,

@@ -6,7 +6,7 @@ from typing import cast
 
 from consistentee.data.batches import TokenizedPrompts, with_more_tokens
 from consistentee.errors import SettingError
-from consistentee.models.causal_lm import ConfidenceClassifier
+from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.progress import show_progress
 from consistentee.training import checkpoints
 from consistentee.training.run import Run

@@ -109,7 +109,7 @@ class IncrementalExitScores:
         return self._row.function(torch.from_numpy(logits))[:, -1].numpy()
 
     def _predict(self, history: ExitHistory, logits: Floats) -> None:
-        """Bring the running prediction up to date, as `model.ensemble_step` does."""
+        """Bring the running prediction up to date, as `exits.ensemble_step` does."""
         if self._decay:
             logits = log_softmax(logits)
             if history.layers:

@@ -1,0 +1,89 @@
+"""What our Hugging Face classes share: a backbone inside, and what models with exits know of their exit rule."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from consistentee.functional.criteria import check_threshold
+from consistentee.heads.policy import PolicyNetwork
+from consistentee.models.configuration import BackboneConfig
+
+
+class BackboneModel(PreTrainedModel):
+    """A backbone that runs layer by layer, with something of ours on it."""
+
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    config: BackboneConfig
+    backbone: PreTrainedModel
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, hence of possible exits."""
+        return self.config.num_hidden_layers
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Give the backbone as many token embeddings as a tokenizer has tokens; as in Hugging Face."""
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.backbone_config.vocab_size = len(embeddings.weight)
+        return embeddings
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # New modules initialise themselves when built; the backbone's own rules apply to its parts.
+        return None
+
+
+class WithExits:
+    """A model whose layers have exits, and the policy that decides about them."""
+
+    task: ClassVar[str]
+    """Whose criteria it knows: `CLASSIFICATION` or `GENERATION`."""
+    config: Any
+    num_layers: Any
+
+    def new_policy(self, policy_input: str | None = None) -> PolicyNetwork:
+        """An untrained policy network as the configuration has it, or with another input."""
+        return PolicyNetwork(
+            num_layers=self.num_layers,
+            hidden_size=self.config.pooled_size,
+            policy_input=policy_input or self.config.policy_input,
+            policy_hidden_size=self.config.policy_hidden_size,
+            dropout=self.config.policy_dropout,
+            initial_exit_bias=self.config.initial_exit_bias,
+        )
+
+    def known_threshold(self, criterion: str) -> float | None:
+        """The saved threshold of a criterion, or None."""
+        if criterion == self.config.criterion:
+            return self.config.threshold
+        value = (getattr(self.config, "thresholds", None) or {}).get(criterion)
+        return None if value is None else float(value)
+
+    def criterion_and_threshold(self, criterion: str | None, threshold: float | None) -> tuple[str, float]:
+        """What a call uses, checked: the given ones, or the saved ones.
+
+        Raises:
+            ValueError: an unknown criterion, a threshold that does not fit, or none to be found.
+        """
+        rule: str = self.config.criterion if criterion is None else criterion
+        limit = self.known_threshold(rule) if threshold is None else threshold
+        if limit is None:
+            check_threshold(1, rule, self.task)
+            raise ValueError(f'criterion "{rule}" has no saved threshold. Give one with threshold=.')
+        return rule, check_threshold(limit, rule, self.task)

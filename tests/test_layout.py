@@ -49,11 +49,7 @@ IN_CIRCLES: set[tuple[str, str]] = {
 TWO_MEANINGS: set[str] = {
     "DTYPES",
     "FORMATS",
-    "embed",
-    "embed_tokens",
     "finetune",
-    "num_layers",
-    "run_layer",
     "train",
 }
 

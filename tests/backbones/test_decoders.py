@@ -20,14 +20,13 @@ from consistentee.backbones.decoders import (
     decoder_architecture,
     decoder_base,
     decoder_layers,
-    embed,
+    decoder_state,
     final_norm,
     layer_types,
     lm_head,
     load_decoder,
-    num_layers,
     positions_of,
-    run_layer,
+    run_decoder_layer,
     sliding_window,
     soften_logits,
 )
@@ -62,7 +61,7 @@ def test_paths_lead_to_parts(model_type: str) -> None:
     model = tiny_decoder(model_type)
     row = decoder_architecture(model.config)
     assert row is decoder_architecture(model_type) is DECODERS[model_type]
-    assert num_layers(model) == len(decoder_layers(model)) == LAYERS
+    assert model.config.num_hidden_layers == len(decoder_layers(model)) == LAYERS
     assert lm_head(model) is model.get_output_embeddings()
     assert decoder_base(model).get_submodule(row.embeddings) is model.get_input_embeddings()
     assert final_norm(model) not in list(decoder_layers(model).modules())
@@ -126,12 +125,12 @@ def test_states_equal_huggingface(model_type: str, side: str) -> None:
         given["attention_mask"] = mask
         given["position_ids"] = positions_of(mask)
     expected = model(input_ids, output_hidden_states=True, **given)
-    state = embed(model, input_ids, mask if given else None)
+    state = decoder_state(model, input_ids, mask if given else None)
     real = mask.bool()
     torch.testing.assert_close(state.hidden_states[real], expected.hidden_states[0][real])
     for index in range(LAYERS):
         before = state.hidden_states
-        state.hidden_states = run_layer(model, index, state)
+        state.hidden_states = run_decoder_layer(model, index, state)
         theirs = expected.hidden_states[index + 1]
         ours = state.hidden_states if index < LAYERS - 1 else final_norm(model)(state.hidden_states)
         torch.testing.assert_close(ours[real], theirs[real], rtol=1e-5, atol=1e-5)
@@ -146,9 +145,9 @@ def test_checkpointed_layers_give_the_same_gradients(model_type: str) -> None:
     input_ids, mask = left_padded_batch([prompt(6), prompt(3)])
     gradients: list[list[Tensor]] = []
     for checkpointed in (False, True):
-        state = embed(model, input_ids, mask)
+        state = decoder_state(model, input_ids, mask)
         for index in range(LAYERS):
-            state.hidden_states = run_layer(model, index, state, checkpointed=checkpointed)
+            state.hidden_states = run_decoder_layer(model, index, state, checkpointed=checkpointed)
         weights = list(decoder_layers(model).parameters())
         gradients.append(list(torch.autograd.grad(state.hidden_states.square().mean(), weights)))
     for plain, again in zip(*gradients, strict=True):
@@ -159,10 +158,10 @@ def test_checkpointed_layers_give_the_same_gradients(model_type: str) -> None:
 def test_dropout_of_embeddings_is_on_in_training_only() -> None:
     model = tiny_decoder("gpt2", embd_pdrop=0.5)
     input_ids = torch.tensor([prompt(6)])
-    first, second = (embed(model, input_ids).hidden_states for _ in range(2))
+    first, second = (decoder_state(model, input_ids).hidden_states for _ in range(2))
     assert torch.equal(first, second)
     model.train()
-    first, second = (embed(model, input_ids).hidden_states for _ in range(2))
+    first, second = (decoder_state(model, input_ids).hidden_states for _ in range(2))
     assert not torch.equal(first, second)
     assert (first == 0).float().mean() > 0.2
 

@@ -52,12 +52,12 @@ def test_rotary_positions_do_not_end() -> None:
 
 def test_given_texts_keep_to_the_positions() -> None:
     model = tiny_decoder("gpt2", max_position_embeddings=POSITIONS)
-    decoders.embed(model, torch.full((1, POSITIONS), 5))
+    decoders.decoder_state(model, torch.full((1, POSITIONS), 5))
     padded = torch.ones(1, POSITIONS + 3)
     padded[:, :3] = 0
-    decoders.embed(model, torch.full((1, POSITIONS + 3), 5), padded)
+    decoders.decoder_state(model, torch.full((1, POSITIONS + 3), 5), padded)
     with pytest.raises(ValueError, match="at most 40 tokens a row, the positions of the model, got 41"):
-        decoders.embed(model, torch.full((1, POSITIONS + 1), 5))
+        decoders.decoder_state(model, torch.full((1, POSITIONS + 1), 5))
 
 
 @pytest.fixture

@@ -137,7 +137,8 @@ def test_embeddings_can_be_resized(tmp_path: Path, model_type: str, exit_head: s
         assert model.resize_token_embeddings(VOCABULARY + 7) is model.get_input_embeddings()
         after = model(prompt).logits
     assert after.shape[-1] == model.config.vocab_size == VOCABULARY + 7
-    assert torch.equal(after[..., :VOCABULARY], before)
+    # A product of another width may add up in another order on some processors.
+    torch.testing.assert_close(after[..., :VOCABULARY], before, rtol=1e-5, atol=1e-5)
     written = model.generate(prompt, **options)
     model.save_pretrained(tmp_path)
     opened: Any = EarlyExitForCausalLM.from_pretrained(tmp_path).eval()

@@ -1,8 +1,8 @@
 """The supported Hugging Face causal language models as one table: where each keeps its parts, how one layer is called.
 
-Two readers. Training runs the Hugging Face modules themselves, layer by layer (`embed`, `run_layer`), with gradients,
-dropout and adapters. Generation runs the same weights as plain functions (`functional_decoder`), which needs to know
-where norms and projections lie: `LayerParts`.
+Two readers. Training runs the Hugging Face modules themselves, layer by layer (`decoder_state`, `run_decoder_layer`),
+with gradients, dropout and adapters. Generation runs the same weights as plain functions (`functional_decoder`), which
+needs to know where norms and projections lie: `LayerParts`.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class DecoderArchitecture:
 
     Args:
         model_type: the `model_type` of the Hugging Face config.
+        parts: where a layer keeps its parts.
         base: path of the base model inside the causal language model.
         layers, embeddings, final_norm: paths inside the base model.
-        parts: where a layer keeps its parts.
         norm: kind of the norms: `rms`, `rms_plus_one` (weights are stored minus one) or `layer`.
         positions: path of a table of learned positions, "" where positions are rotary.
         cache_argument: what the layer calls its cache.
@@ -78,11 +78,11 @@ class DecoderArchitecture:
     """
 
     model_type: str
-    base: str
-    layers: str
-    embeddings: str
-    final_norm: str
     parts: LayerParts
+    base: str = "model"
+    layers: str = "layers"
+    embeddings: str = "embed_tokens"
+    final_norm: str = "norm"
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     positions: str = ""
     cache_argument: str = "past_key_values"
@@ -135,32 +135,31 @@ _GPT_NEOX = LayerParts(
 )
 
 _ROWS = (
-    DecoderArchitecture("llama", "model", "layers", "embed_tokens", "norm", _LLAMA),
-    DecoderArchitecture("mistral", "model", "layers", "embed_tokens", "norm", _LLAMA),
-    DecoderArchitecture("qwen2", "model", "layers", "embed_tokens", "norm", _LLAMA),
-    DecoderArchitecture("qwen3", "model", "layers", "embed_tokens", "norm", _QWEN3),
-    DecoderArchitecture("gpt2", "transformer", "h", "wte", "ln_f", _GPT2, norm="layer", positions="wpe"),
+    DecoderArchitecture("llama", _LLAMA),
+    DecoderArchitecture("mistral", _LLAMA),
+    DecoderArchitecture("qwen2", _LLAMA),
+    DecoderArchitecture("qwen3", _QWEN3),
+    DecoderArchitecture(
+        "gpt2",
+        _GPT2,
+        base="transformer",
+        layers="h",
+        embeddings="wte",
+        final_norm="ln_f",
+        norm="layer",
+        positions="wpe",
+    ),
     DecoderArchitecture(
         "gpt_neox",
-        "gpt_neox",
-        "layers",
-        "embed_in",
-        "final_layer_norm",
         _GPT_NEOX,
+        base="gpt_neox",
+        embeddings="embed_in",
+        final_norm="final_layer_norm",
         norm="layer",
         cache_argument="layer_past",
     ),
-    DecoderArchitecture("gemma2", "model", "layers", "embed_tokens", "norm", _GEMMA2, norm="rms_plus_one"),
-    DecoderArchitecture(
-        "gemma3_text",
-        "model",
-        "layers",
-        "embed_tokens",
-        "norm",
-        _GEMMA3,
-        norm="rms_plus_one",
-        rotary_per_layer_type=True,
-    ),
+    DecoderArchitecture("gemma2", _GEMMA2, norm="rms_plus_one"),
+    DecoderArchitecture("gemma3_text", _GEMMA3, norm="rms_plus_one", rotary_per_layer_type=True),
 )
 DECODERS: dict[str, DecoderArchitecture] = {row.model_type: row for row in _ROWS}
 SUPPORTED_DECODER_TYPES: tuple[str, ...] = tuple(DECODERS)
@@ -184,11 +183,6 @@ def decoder_architecture(config_or_model_type: PreTrainedConfig | str) -> Decode
             if getattr(config_or_model_type, name, False):
                 raise ValueError(f"{name} must be false for a causal language model, got true.")
     return DECODERS[model_type]
-
-
-def num_layers(model: PreTrainedModel) -> int:
-    """Number of layers."""
-    return int(cast(Any, model.config).num_hidden_layers)
 
 
 def decoder_base(model: PreTrainedModel) -> Any:
@@ -250,7 +244,7 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def embed_tokens(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def decoder_inputs(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """What goes into the first layer: (batch, tokens) ids and positions -> (batch, tokens, hidden)."""
     row, base = decoder_architecture(model.config), decoder_base(model)
     hidden_states = base.get_submodule(row.embeddings)(input_ids)
@@ -304,7 +298,9 @@ class DecoderState:
     rotary: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def embed(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderState:
+def decoder_state(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> DecoderState:
     """Token ids to the state before the first layer.
 
     Args:
@@ -324,7 +320,7 @@ def embed(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | No
             f"input_ids must have at most {longest} tokens a row, the positions of the model, "
             f"got {int(position_ids.max()) + 1}."
         )
-    hidden_states = embed_tokens(model, input_ids, position_ids)
+    hidden_states = decoder_inputs(model, input_ids, position_ids)
     dropout = getattr(decoder_base(model), "drop", None) or getattr(decoder_base(model), "emb_dropout", None)
     if dropout is not None:
         hidden_states = dropout(hidden_states)
@@ -343,13 +339,13 @@ def embed(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | No
     return DecoderState(hidden_states, position_ids, masks, rotary)
 
 
-def run_layer(
+def run_decoder_layer(
     model: PreTrainedModel, layer_index: int, state: DecoderState, *, checkpointed: bool = False
 ) -> Tensor:
     """Hidden states after one more layer, 0-based; the final norm is not applied.
 
     Args:
-        model: as in `embed`.
+        model: as in `decoder_state`.
         layer_index: of the layer.
         state: before it.
         checkpointed: compute the layer again in the backward pass instead of keeping what is inside it.

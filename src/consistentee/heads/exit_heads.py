@@ -31,7 +31,7 @@ class ExitHeads(nn.Module):
     def __init__(self, model: PreTrainedModel, kind: str, rank: int) -> None:
         super().__init__()
         self.kind = kind
-        depth = decoders.num_layers(model)
+        depth = len(decoders.decoder_layers(model))
         norm, head = decoders.final_norm(model), decoders.lm_head(model)
         self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(depth - 1))
         if kind == "low_rank":

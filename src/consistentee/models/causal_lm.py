@@ -181,13 +181,15 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         Returns:
             States behind the exit's norm, (batch, tokens, hidden), and exit layers, (batch, tokens), 1-based.
         """
-        state = decoders.embed(self.backbone, input_ids, attention_mask)
+        state = decoders.decoder_state(self.backbone, input_ids, attention_mask)
         exit_layer = torch.full_like(input_ids, self.num_layers)
         inside = torch.ones_like(may_leave)
         result: Tensor | None = None
         for index in range(self.num_layers):
             before = state.hidden_states
-            after = decoders.run_layer(self.backbone, index, state, checkpointed=self.checkpoint_layers)
+            after = decoders.run_decoder_layer(
+                self.backbone, index, state, checkpointed=self.checkpoint_layers
+            )
             state.hidden_states = torch.where(inside[..., None], after, before)
             normed = self.exit_norm(index, state.hidden_states)
             if index == self.num_layers - 1:

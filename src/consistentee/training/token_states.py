@@ -212,11 +212,11 @@ def _exits_of(
     """All exits from a layer on of some tokens of a batch: results by name, (tokens, layers[, hidden]), and labels."""
     labels = batch["labels"][rows, positions + 1]
     normed = torch.empty(0)
-    state = decoders.embed(model.backbone, batch["input_ids"], batch["attention_mask"])
+    state = decoders.decoder_state(model.backbone, batch["input_ids"], batch["attention_mask"])
     by_layer: dict[str, list[Tensor]] = {}
     for index in range(model.num_layers):
         before = state.hidden_states[rows, positions]
-        state.hidden_states = decoders.run_layer(model.backbone, index, state)
+        state.hidden_states = decoders.run_decoder_layer(model.backbone, index, state)
         if index < first_exit:
             continue
         after = state.hidden_states[rows, positions]

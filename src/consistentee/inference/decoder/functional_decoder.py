@@ -272,7 +272,7 @@ class FunctionalDecoder:
         """(tokens,) ids and positions -> (tokens, hidden)."""
         if self._plain_embedding is not None:
             return self._plain_embedding[tokens]
-        return decoders.embed_tokens(self.model, tokens[None], positions[None])[0]
+        return decoders.decoder_inputs(self.model, tokens[None], positions[None])[0]
 
     def fused(self, feature_maps: Sequence[Affine | None]) -> list[Map]:
         """Every layer's projection with something else that reads the state before it.

@@ -202,9 +202,9 @@ def full_depth_objective(*, logit_rows: int) -> Objective:
         model: EarlyExitForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
     ) -> ObjectiveOutput:
         tokens = ResponseTokens.of(labels)
-        state = decoders.embed(model.backbone, input_ids, attention_mask)
+        state = decoders.decoder_state(model.backbone, input_ids, attention_mask)
         for index in range(model.num_layers):
-            state.hidden_states = decoders.run_layer(
+            state.hidden_states = decoders.run_decoder_layer(
                 model.backbone, index, state, checkpointed=model.checkpoint_layers
             )
         losses, right = layer_token_losses(
@@ -242,9 +242,9 @@ def weighted_sum_objective(*, layers_per_step: int, last_layer_share: float, log
         weights[last] = last_layer_share if drawn else 1.0
         total: Tensor | float = 0.0
         right = torch.zeros(())
-        state = decoders.embed(model.backbone, input_ids, attention_mask)
+        state = decoders.decoder_state(model.backbone, input_ids, attention_mask)
         for index in range(model.num_layers):
-            state.hidden_states = decoders.run_layer(
+            state.hidden_states = decoders.run_decoder_layer(
                 model.backbone, index, state, checkpointed=model.checkpoint_layers
             )
             if index in weights:

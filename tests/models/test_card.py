@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from consistentee.evaluation.classification import evaluate_layers
 from consistentee.models.card import model_card, write_model_card
@@ -63,6 +64,24 @@ def test_figures_of_an_evaluation() -> None:
     assert "| 1 | 2 | 100.0 % | 100.0 % |" in card
     assert "policy 0.6, patience 2.5" in card
     assert "threshold=0.9" in card  # another than the saved one
+
+
+@pytest.mark.parametrize(
+    "kind", ["early_exit", "full_depth", "early_exit_generation", "full_depth_generation"]
+)
+def test_the_hub_reads_the_figures(kind: str) -> None:
+    measured = {"metrics": {"rougeL": 0.31}, "num_examples": 20} if "generation" in kind else evaluation()
+    card = ModelCard(model_card({**RECORD, "kind": kind, "evaluation": measured}))
+    results = {result.metric_type: result for result in card.data.eval_results or []}
+    assert card.data.model_name == "somebody/an-encoder, sst2"
+    assert all(result.dataset_name == "sst2" for result in results.values())
+    assert results.keys() == ({"rougeL"} if "generation" in kind else {"accuracy", "f1", "layer_speedup"})
+    assert results["rougeL" if "generation" in kind else "accuracy"].metric_value == (
+        0.31 if "generation" in kind else measured["accuracy"]
+    )
+    without = ModelCard(model_card({**RECORD, "kind": kind}))
+    assert without.data.eval_results is None
+    assert without.data.to_dict().keys() <= {"base_model", "library_name", "metrics", "pipeline_tag", "tags"}
 
 
 def test_without_an_evaluation_validation_figures_are_called_so() -> None:

@@ -470,7 +470,7 @@ def test_asking_in_vain_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
         asked += 1
         return [False] * len(before)
 
-    monkeypatch.setattr(PolicyRule, "leaves", unsure)
+    monkeypatch.setattr(PolicyRule, "exits", unsure)
     monkeypatch.setattr(
         "consistentee.inference.decoder.lossless.time.perf_counter", lambda: 1.0 + 0.001 * asked
     )

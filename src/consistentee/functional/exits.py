@@ -30,7 +30,7 @@ def exit_distribution(exit_probs: Tensor) -> Tensor:
 
     Args:
         exit_probs: (batch, layers), conditional exit probabilities in [0, 1]. The last column is ignored: whoever
-            reaches the last layer leaves there.
+            reaches the last layer exits there.
 
     Returns:
         (batch, layers), rows sum to 1.
@@ -41,10 +41,10 @@ def exit_distribution(exit_probs: Tensor) -> Tensor:
         >>> exit_distribution(torch.tensor([[0.5, 0.5, 0.1]]))
         tensor([[0.5000, 0.2500, 0.2500]])
     """
-    forced = torch.cat([exit_probs[:, :-1], torch.ones_like(exit_probs[:, -1:])], dim=1)
+    exits = torch.cat([exit_probs[:, :-1], torch.ones_like(exit_probs[:, -1:])], dim=1)
     reached = torch.cumprod(1 - exit_probs[:, :-1], dim=1)
-    reached = torch.cat([torch.ones_like(forced[:, :1]), reached], dim=1)
-    return forced * reached
+    reached = torch.cat([torch.ones_like(exits[:, :1]), reached], dim=1)
+    return exits * reached
 
 
 def log_exit_distribution(exit_logits: Tensor) -> Tensor:
@@ -172,9 +172,9 @@ def choose_exit_layer(scores: Tensor, threshold: float) -> Tensor:
         >>> choose_exit_layer(torch.tensor([[0.2, 0.7, 0.9], [0.1, 0.1, 0.1]]), 0.5)
         tensor([2, 3])
     """
-    leaves = scores > threshold
-    leaves[:, -1] = True
-    return leaves.int().argmax(dim=1) + 1
+    exits = scores > threshold
+    exits[:, -1] = True
+    return exits.int().argmax(dim=1) + 1
 
 
 def ensemble_step(running: Tensor | None, classifier_logits: Tensor, decay: float) -> Tensor:

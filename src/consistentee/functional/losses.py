@@ -47,7 +47,7 @@ def weighted_sum_loss(losses: Tensor) -> Tensor:
 
 
 def consistent_loss(losses: Tensor, exit_probs: Tensor) -> Tensor:
-    """Expected loss at the exit layer: an instance's loss comes from where it leaves. No gradient to the policy.
+    """Expected loss at the exit layer: an instance's loss comes from where it exits. No gradient to the policy.
 
     Args:
         losses: (batch, layers), per-layer cross-entropies.
@@ -67,7 +67,7 @@ def exact_policy_loss(exit_logits: Tensor, layer_rewards: Tensor) -> Tensor:
 
     Args:
         exit_logits: (batch, layers), logits of the conditional exit probabilities.
-        layer_rewards: (batch, layers), reward for leaving at each layer.
+        layer_rewards: (batch, layers), reward for exiting at each layer.
 
     Returns:
         (batch,).

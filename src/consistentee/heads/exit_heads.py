@@ -66,7 +66,7 @@ class ExitHeads(nn.Module):
 
     @property
     def head_is_shared(self) -> bool:
-        """Whether tokens that left at different layers go through the head together."""
+        """Whether tokens that exited at different layers go through the head together."""
         return self.kind != "separate"
 
 

@@ -1,1 +1,1 @@
-"""Decoding where every token leaves at a layer of its own."""
+"""Decoding where every token exits at a layer of its own."""

@@ -1,1 +1,1 @@
-"""Batches of rows through an encoder whose rows leave at different layers."""
+"""Batches of rows through an encoder whose rows exit at different layers."""

@@ -89,7 +89,7 @@ class Backend(Protocol[BatchT]):
         ...
 
     def run_all_layers(self, batch: BatchT) -> BatchT:
-        """The batch after the last layer, for rows that may not leave before: no need to come back in between."""
+        """The batch after the last layer, for rows that may not exit before: no need to come back in between."""
         ...
 
     def classify(self, layer_index: int, batch: BatchT) -> Tensor:

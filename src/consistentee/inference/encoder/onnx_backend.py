@@ -1,6 +1,6 @@
 """The engine's backends on ONNX Runtime, float32: padded rows in numpy on CPU, in torch's tensors on a GPU.
 
-Each layer runs in one session with its classifier; all layers as one where nobody may leave in between.
+Each layer runs in one session with its classifier; all layers as one where nobody may exit in between.
 """
 
 from __future__ import annotations
@@ -359,11 +359,11 @@ class BoundOnnxBackend(_PaddedRows):
             name: torch.empty(shape, dtype=torch.float32, device=self.device)
             for name, shape in shapes.items()
         }
-        place = self.device.type, self.device.index or 0
+        device = self.device.type, self.device.index or 0
         binding = session.io_binding()
         for bind, tensors in ((binding.bind_input, feed), (binding.bind_output, outputs)):
             for name, tensor in tensors.items():
-                bind(name, *place, NUMPY_KINDS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+                bind(name, *device, NUMPY_KINDS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         session.run_with_iobinding(binding)
         return list(outputs.values())
 

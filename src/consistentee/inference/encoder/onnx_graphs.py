@@ -1,7 +1,7 @@
 """Encoder layers and classifiers as ONNX graphs of ONNX Runtime's fused operators, written from a model's weights.
 
 What ONNX Runtime's own optimiser makes of an exported BERT (fused attention, skip connections with their norm, bias
-with GELU) is written down directly, one layer at a time, so that rows can leave between layers. The operators are in
+with GELU) is written down directly, one layer at a time, so that rows can exit between layers. The operators are in
 the domain `com.microsoft`; see ContribOperators.md of ONNX Runtime.
 """
 

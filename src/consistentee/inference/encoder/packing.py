@@ -171,5 +171,5 @@ def pack(tokens: Tensor, lengths: Sequence[int]) -> PackedBatch:
 
 @lru_cache(maxsize=256)
 def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
-    """Layouts recur: the same batch at every layer that nobody leaves at, single rows of the same length."""
+    """Layouts recur: the same batch at every layer that nobody exits at, single rows of the same length."""
     return Layout(lengths, device)

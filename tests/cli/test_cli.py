@@ -226,7 +226,9 @@ class TestUsage:
         text = " ".join(call("train", "--help").out.replace("│", " ").split())
         for field in dataclasses.fields(ClassificationTrainingConfig):
             assert f"--{field.name.replace('_', '-')}"[:28] in text
-        assert "Peak learning rate of the backbone in the warm-up. [default: 5e-05]" in text
+        assert (
+            "Peak learning rate of the backbone, or of its adapters, in the warm-up. [default: 5e-05]" in text
+        )
 
     def test_answers_before_torch_is_imported(self) -> None:
         code = (

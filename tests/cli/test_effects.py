@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from consistentee.cli.effects import check_effects
+from consistentee.cli.kinds import MODEL_KINDS
 from consistentee.cli.options import NOT_GIVEN, SettingOptions, UsageError, training_config
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.recipes import Recipe
@@ -18,6 +19,7 @@ from consistentee.training.classification import finetune, train
 from tiny import tiny_backbone, tiny_dataset
 
 Rows, Tokens = ClassificationTrainingConfig, GenerationTrainingConfig
+KIND_OF = {kind.config_class: kind for kind in MODEL_KINDS}
 CASES: list[tuple[type[Any], str, dict[str, Any], str, str]] = [
     (Rows, "train", {"head": "shared_pooler", "classifier_hidden_size": 8}, "classifier_hidden_size", "--"),
     (Rows, "train", {"head": "shared_pooler", "num_queries": 2}, "num_queries", "--head attention"),
@@ -51,12 +53,14 @@ def test_are_refused(
     known = {field.name: NOT_GIVEN for field in dataclasses.fields(SettingOptions)}
     options = SettingOptions(**{**known, **values})
     with pytest.raises(SettingError) as raised:
-        training_config(options, Recipe(), config_class, command)
+        training_config(options, Recipe(), KIND_OF[config_class], command)
     assert str(raised.value).startswith(f"--{name.replace('_', '-')} ")
     assert message in str(raised.value)
     assert str(raised.value).endswith((". Leave it out.", ". Leave it out, or give both."))
     # A recipe is read by both commands, and by one with other options on the command line.
-    assert training_config(None, Recipe(settings=values), config_class, command) == config_class(**values)
+    assert training_config(None, Recipe(settings=values), KIND_OF[config_class], command) == config_class(
+        **values
+    )
 
 
 def test_those_that_have_one_are_not() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind
 from consistentee.cli.main import main
 from consistentee.cli.options import TrainingDataOptions, UsageError
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
@@ -231,10 +232,10 @@ class TestGenerate:
     def test_the_other_kind_of_model_names_the_right_command(self, call: Call, files: Files) -> None:
         outcome = call("generate", files.classifier, "--prompt", "p")
         assert outcome.code == 1
-        assert "Use `consistentee predict`" in one_line(outcome)
+        assert "Use it with `consistentee predict`" in one_line(outcome)
         outcome = call("predict", files.exits, files.prompts)
         assert outcome.code == 1
-        assert f"Use: consistentee generate {files.exits}" in one_line(outcome)
+        assert "Use it with `consistentee generate`" in one_line(outcome)
 
     def test_a_plain_model_has_no_exits(self, call: Call, files: Files) -> None:
         arguments = ["generate", files.plain, "--prompt", "p", "--json", "--max-new-tokens", 2]
@@ -431,22 +432,22 @@ class TestKind:
     @pytest.mark.parametrize(
         "options, recipe_task, kind",
         [
-            ({"task": "sst2"}, None, "classification"),
-            ({"task": "CNN/DailyMail"}, "sst2", "generation"),
-            ({}, "xsum", "generation"),
-            ({}, None, "classification"),
-            ({"train_file": Path("a.txt")}, None, "generation"),
-            ({"train_file": Path("a.csv")}, "xsum", "classification"),
-            ({"train_file": Path("a.csv"), "response_column": "r"}, None, "generation"),
+            ({"task": "sst2"}, None, CLASSIFIERS),
+            ({"task": "CNN/DailyMail"}, "sst2", GENERATORS),
+            ({}, "xsum", GENERATORS),
+            ({}, None, CLASSIFIERS),
+            ({"train_file": Path("a.txt")}, None, GENERATORS),
+            ({"train_file": Path("a.csv")}, "xsum", CLASSIFIERS),
+            ({"train_file": Path("a.csv"), "response_column": "r"}, None, GENERATORS),
             (
                 {"train_file": Path("a.csv"), "text_columns": ["t"], "label_column": "l"},
                 "xsum",
-                "classification",
+                CLASSIFIERS,
             ),
         ],
     )
-    def test_of_data(self, options: dict[str, Any], recipe_task: str | None, kind: str) -> None:
-        assert TrainingDataOptions(**options).kind(recipe_task) == kind
+    def test_of_data(self, options: dict[str, Any], recipe_task: str | None, kind: Kind) -> None:
+        assert TrainingDataOptions(**options).kind(recipe_task) is kind
 
     def test_columns_of_both(self) -> None:
         with pytest.raises(UsageError, match="exclude each other"):

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 from test_generation_literal import CHATML, chat, controls
 
-from consistentee.cli.generation_options import generation_training_data, save_held_out_texts
+from consistentee.cli.data import save_held_out, training_data
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind
 from consistentee.cli.main import main
 from consistentee.cli.options import TrainingDataOptions
 from consistentee.data.batches import IGNORED
@@ -197,10 +198,10 @@ def test_training_evaluation_and_the_held_out_file(tmp_path: Path) -> None:
     rows = [{"conversations": SHAREGPT[: 3 + 2 * (row % 2)]} for row in range(20)]
     path = written(tmp_path / "chat.json", rows, indent=1)
     options = TrainingDataOptions(train_file=path)
-    assert options.kind() == "generation"
-    data = generation_training_data(options, Recipe(), seed=0)
+    assert options.kind() is GENERATORS
+    data = training_data(options, Recipe(), GENERATORS, seed=0)
     assert (len(data.train) + len(data.evaluation), data.held_out) == (30, True)
-    held = save_held_out_texts(tmp_path, data.evaluation, options)
+    held = save_held_out(tmp_path, data.evaluation, options)
     again = loaded(held)
     assert again.prompts() == data.evaluation.prompts()
     assert again.references == data.evaluation.references
@@ -219,23 +220,23 @@ def test_training_evaluation_and_the_held_out_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rows, kind",
     [
-        ([{"messages": MESSAGES}], "generation"),
-        ([{"instruction": "a", "input": "", "output": "b"}], "generation"),
-        ([{"text": "a", "label": "b"}], "classification"),
-        ([{"question": "a", "answer": "b"}], "classification"),
+        ([{"messages": MESSAGES}], GENERATORS),
+        ([{"instruction": "a", "input": "", "output": "b"}], GENERATORS),
+        ([{"text": "a", "label": "b"}], CLASSIFIERS),
+        ([{"question": "a", "answer": "b"}], CLASSIFIERS),
     ],
 )
 def test_what_a_file_is_for(
-    tmp_path: Path, rows: list[Any], kind: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, rows: list[Any], kind: Kind, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = written(tmp_path / "rows.json", rows, indent=2)
-    assert TrainingDataOptions(train_file=path).kind() == kind
+    assert TrainingDataOptions(train_file=path).kind() is kind
     columns = TrainingDataOptions(train_file=path, text_columns=["a"], label_column="b")
-    assert columns.kind() == "classification"
-    if kind == "classification":
+    assert columns.kind() is CLASSIFIERS
+    if kind is CLASSIFIERS:
         assert main(["train", "--output-dir", "o", "--backbone", "b", "--train-file", str(path)]) == 2
         assert "--train-file needs --text-columns and --label-column to classify" in capsys.readouterr().err
-    assert TrainingDataOptions(train_file=tmp_path / "none.json").kind() == "classification"
+    assert TrainingDataOptions(train_file=tmp_path / "none.json").kind() is CLASSIFIERS
 
 
 def test_alpaca_data_json(tmp_path: Path) -> None:

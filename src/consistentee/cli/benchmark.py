@@ -1,59 +1,33 @@
-"""The command `benchmark`."""
+"""The command `benchmark`, and what it does for classifiers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from consistentee.cli.options import Columns, Flag, UsageError, check_column_count, known_task
-from consistentee.cli.terminal import announced, console, say, usage
+from consistentee.cli.data import known_task
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind, kind_of_model
+from consistentee.cli.options import Columns, Flag, check_column_count
+from consistentee.cli.terminal import announced, check_plot_file, console, save_figures, say, usage
 from consistentee.config import Criterion, GenerationCriterion
+from consistentee.errors import UsageError
 from consistentee.evaluation.time_budget import TimeBudget
 
 SECONDS, REPEATS = 60.0, 5
 """What a benchmark takes, about, and repetitions, unless other things are asked for."""
 
 
-def benchmark(
-    model: str | None = None,
-    *,
-    data_file: Path | None = None,
-    task: str | None = None,
-    data_dir: Path | None = None,
-    text_columns: Columns = None,
-    config_name: str | None = None,
-    sequence_length: int | None = None,
-    new_tokens: int | None = None,
-    labels: int = 2,
-    classifier_hidden_size: int | None = None,
-    exit_distribution: str | None = None,
-    criterion: Criterion | GenerationCriterion | None = None,
-    threshold: float | None = None,
-    batch_sizes: str | None = None,
-    throughput: Flag = False,
-    lossless: Flag = False,
-    num_rows: int | None = None,
-    repeats: int | None = None,
-    seconds: float | None = None,
-    backend: str = "torch",
-    dtype: str = "float32",
-    device: str = "auto",
-    threads: int | None = None,
-    seed: int = 0,
-    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
-    plot: Path | None = None,
-    debug: Flag = False,
-) -> None:
-    """Measure speed: with exits, the same at full depth, and plain transformers, in turn in one run.
-
-    Classifiers are measured in inputs per second, text generators in new tokens per second.
+@Parameter(name="*")
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to measure, and how.
 
     Args:
-        model: Folder of a trained model, or its name on the hub; it needs --data-file or --task.
         data_file: Texts, or prompts: one a line (a tab separates the two of a pair), CSV, TSV, JSONL or Parquet.
         task: Evaluation rows of a task by name.
         data_dir: The task's local folder; without it the task comes from the model hub.
@@ -84,178 +58,222 @@ def benchmark(
         seed: Of random weights, rows and fixed exits.
         json_file: Write all figures to this file.
         plot: Draw throughput and speed-ups into this PNG, PDF or SVG file.
+    """
+
+    data_file: Path | None = None
+    task: str | None = None
+    data_dir: Path | None = None
+    text_columns: Columns = None
+    config_name: str | None = None
+    sequence_length: int | None = None
+    new_tokens: int | None = None
+    labels: int = 2
+    classifier_hidden_size: int | None = None
+    exit_distribution: str | None = None
+    criterion: Criterion | GenerationCriterion | None = None
+    threshold: float | None = None
+    batch_sizes: str | None = None
+    throughput: Flag = False
+    lossless: Flag = False
+    num_rows: int | None = None
+    repeats: int | None = None
+    seconds: float | None = None
+    backend: str = "torch"
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None
+    plot: Path | None = None
+
+    @property
+    def place(self) -> str | None:
+        """The device by name, None for the one that suits."""
+        return None if self.device == "auto" else self.device
+
+    def given(self) -> dict[str, Any]:
+        """Options by name with their values, None for those that are as they are by default."""
+        defaults = BenchmarkOptions()
+        values = {name: getattr(self, name) for name in vars(defaults)}
+        return {name: None if value == getattr(defaults, name) else value for name, value in values.items()}
+
+
+OF_CLASSIFIERS = ("throughput", "labels", "classifier_hidden_size", "backend", "text_columns")
+OF_GENERATORS = ("new_tokens", "lossless")
+OF_MODELS = ("data_file", "task", "data_dir", "text_columns", "threshold")
+OF_SHAPES = ("sequence_length", "labels", "classifier_hidden_size")
+LEAST = {
+    "repeats": 1,
+    "sequence_length": 1,
+    "new_tokens": 2,
+    "threads": 1,
+    "num_rows": 1,
+    "labels": 2,
+    "classifier_hidden_size": 1,
+}
+
+
+def benchmark(
+    model: str | None = None, *, options: BenchmarkOptions | None = None, debug: Flag = False
+) -> None:
+    """Measure speed: with exits, the same at full depth, and plain transformers, in turn in one run.
+
+    Classifiers are measured in inputs per second, text generators in new tokens per second.
+
+    Args:
+        model: Folder of a trained model, or its name on the hub; it needs --data-file or --task.
         debug: Show tracebacks and the messages of other libraries.
     """
-    if (model is None) == (config_name is None):
+    options = options or BenchmarkOptions()
+    if (model is None) == (options.config_name is None):
         raise UsageError("Give a model (with --data-file or --task), or --config-name: one of them.")
-    generates = _generates(model, config_name)
-    for name, value, fits in (
-        ("throughput", throughput or None, not generates),
-        ("labels", None if labels == 2 else labels, not generates),
-        ("classifier-hidden-size", classifier_hidden_size, not generates),
-        ("backend", None if backend == "torch" else backend, not generates),
-        ("text-columns", text_columns, not generates),
-        ("new-tokens", new_tokens, generates),
-        ("lossless", lossless or None, generates),
-    ):
-        if value is not None and not fits:
-            raise UsageError(f"--{name} goes with {'classifiers' if generates else 'text generators'} only.")
-    known = get_args(GenerationCriterion if generates else Criterion)
-    if criterion is not None and criterion not in known:
-        raise UsageError(f'--criterion must be one of {", ".join(known)} here, got "{criterion}".')
-    sizes = [1, 8, 32] if generates and batch_sizes is None else _batch_sizes(batch_sizes, throughput)
-    for name, value in (
-        ("repeats", repeats),
-        ("sequence-length", sequence_length),
-        ("new-tokens", None if new_tokens is None else new_tokens - 1),
-        ("threads", threads),
-        ("num-rows", num_rows),
-        ("labels", labels - 1),
-        ("classifier-hidden-size", classifier_hidden_size),
-    ):
-        if value is not None and value < 1:
-            more = name in ("labels", "new-tokens")
-            raise UsageError(f"--{name} must be at least {1 + more}, got {value + more}.")
-    _check_sources(
-        model,
-        config_name,
-        data_file=data_file,
-        task=task,
-        data_dir=data_dir,
-        text_columns=text_columns,
-        sequence_length=sequence_length,
-        labels=labels,
-        classifier_hidden_size=classifier_hidden_size,
-        threshold=threshold,
-    )
-    if lossless and criterion not in (None, "policy"):
-        raise UsageError("--criterion goes without --lossless: what drafts is always the policy.")
-    if exit_distribution is not None and threshold is not None:
-        raise UsageError(
-            "--threshold and --exit-distribution exclude each other: exits follow one or the other."
-        )
+    kind = _kind(model, options.config_name)
+    sizes = _check(options, kind, model)
     budget = _budget(
-        seconds,
-        amount_given=(new_tokens if generates else num_rows) is not None,
-        repeats_given=repeats is not None,
-        sizes_given=batch_sizes is not None or throughput,
+        options.seconds,
+        amount_given=(options.new_tokens if kind is GENERATORS else options.num_rows) is not None,
+        repeats_given=options.repeats is not None,
+        sizes_given=options.batch_sizes is not None or options.throughput,
     )
-    if plot is not None:  # before the work, not after it
-        from consistentee.evaluation.plots import check_plot
-
-        usage(lambda: check_plot(plot))
+    check_plot_file(options.plot)
     import torch
 
-    from consistentee.atomic_files import write_json
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    kind.commands["benchmark"](model, options, sizes, budget)
+
+
+def benchmark_classifier(
+    model: str | None, options: BenchmarkOptions, sizes: list[int], budget: TimeBudget
+) -> None:
+    """Measure a classifier, or a shape of one, and print what was found.
+
+    Args:
+        model: its name or folder; None for a shape.
+        options: of the command.
+        sizes: batch sizes of latency mode.
+        budget: time to keep to.
+    """
     from consistentee.config import ClassificationTrainingConfig
-    from consistentee.evaluation.reports import speed_table
     from consistentee.evaluation.speed import exit_distribution_shares
     from consistentee.evaluation.speed_classification import measure_speed, model_workload, shape_workload
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place = None if device == "auto" else device
-    if generates:
-        from consistentee.cli.generation_commands import benchmark_generator
-
-        benchmark_generator(
-            model,
-            config_name,
-            data_file=data_file,
-            task=task,
-            data_dir=data_dir,
-            sequence_length=sequence_length or 32,
-            new_tokens=new_tokens or 128,
-            batch_sizes=sizes,
-            exit_distribution=exit_distribution,
-            criterion=criterion,
-            threshold=threshold,
-            lossless=lossless,
-            num_rows=num_rows or max(sizes),
-            repeats=repeats or REPEATS,
-            budget=budget,
-            dtype=dtype,
-            device=place,
-            seed=seed,
-            json_file=json_file,
-            plot=plot,
-        )
-        return
-    count = num_rows or max(512, 4 * max(sizes, default=1))
-    if config_name is not None:
-        name, tokens = config_name, sequence_length or 128
-        width = classifier_hidden_size or ClassificationTrainingConfig().classifier_hidden_size
+    count = options.num_rows or max(512, 4 * max(sizes, default=1))
+    distribution = options.exit_distribution
+    if model is None:
+        width = options.classifier_hidden_size or ClassificationTrainingConfig().classifier_hidden_size
         work = usage(
             lambda: shape_workload(
-                name,
+                options.config_name or "",
                 rows=count,
-                sequence_length=tokens,
-                num_labels=labels,
+                sequence_length=options.sequence_length or 128,
+                num_labels=options.labels,
                 classifier_hidden_size=width,
-                device=place,
-                dtype=dtype,
-                backend=backend,
-                seed=seed,
+                device=options.place,
+                dtype=options.dtype,
+                backend=options.backend,
+                seed=options.seed,
             )
         )
-        exit_distribution = exit_distribution or "even"
+        distribution = distribution or "even"
     else:
-        texts = _benchmark_texts(model or "", data_file, task, data_dir, text_columns)
         work = model_workload(
-            model or "",
-            texts,
+            model,
+            _texts(model, options),
             rows=count,
-            device=place,
-            dtype=dtype,
-            backend=backend,
-            criterion=criterion,
-            threshold=threshold,
-            seed=seed,
+            device=options.place,
+            dtype=options.dtype,
+            backend=options.backend,
+            criterion=options.criterion,
+            threshold=options.threshold,
+            seed=options.seed,
         )
     shares = None
-    if exit_distribution is not None:
-        text, depth = exit_distribution, work.engine.backend.num_layers
-        shares = usage(lambda: exit_distribution_shares(text, depth))
-    rule = usage(lambda: work.engine.rule(criterion, threshold))
+    if distribution is not None:
+        shares = usage(lambda: exit_distribution_shares(distribution, work.engine.backend.num_layers))
+    rule = usage(lambda: work.engine.rule(options.criterion, options.threshold))
     with announced() as (announce, tick):
         report = measure_speed(
             work.engine,
             work.rows,
             batch_sizes=sizes,
-            throughput=throughput or batch_sizes is None,
+            throughput=options.throughput or options.batch_sizes is None,
             shares=shares,
             rule=rule,
-            repeats=repeats or REPEATS,
-            seed=seed,
+            repeats=options.repeats or REPEATS,
+            seed=options.seed,
             budget=budget,
             announce=announce,
             tick=tick,
         )
+    show_speed(report, options, report.workload["model"], work.choice)
+
+
+def show_speed(report: Any, options: BenchmarkOptions, title: str, choice: Any = None) -> None:
+    """Print what was measured, name what there was no time for, and keep the figures.
+
+    Args:
+        report: what was measured.
+        options: of the command.
+        title: of the picture.
+        choice: how dtype and backend were chosen, where that was asked for.
+    """
+    from consistentee.evaluation.plots import plot_speed
+    from consistentee.evaluation.reports import speed_table
+
     console().print(speed_table(report))
-    say_left_out(report.workload)
+    if report.workload["left_out"]:
+        names, seconds = ", ".join(report.workload["left_out"]), report.workload["seconds"]
+        say(f"Left out, as {seconds:g} seconds are too few: {names}. Give more, or --batch-sizes.")
     figures = report.to_dict()
-    if work.choice is not None:
-        say(str(work.choice))
-        figures["choice"] = work.choice.to_dict()
-    if json_file is not None:
-        write_json(json_file, figures)
-        say(f"Figures written to {json_file}")
-    if plot is not None:
-        from consistentee.evaluation.plots import plot_speed
+    if choice is not None:
+        say(str(choice))
+        figures["choice"] = choice.to_dict()
+    title = f"{title}, {report.environment['threads']} thread(s)"
+    save_figures(figures, options.json_file, options.plot, lambda path: plot_speed(report, path, title=title))
 
-        plot_speed(
-            report, plot, title=f"{report.workload['model']}, {report.environment['threads']} thread(s)"
+
+def _check(options: BenchmarkOptions, kind: Kind, model: str | None) -> list[int]:
+    """Raise UsageError for options that contradict each other, have no effect, or make no sense.
+
+    Returns:
+        The batch sizes of latency mode.
+    """
+    given = {name: value for name, value in options.given().items() if value is not None}
+    for name in OF_CLASSIFIERS if kind is GENERATORS else OF_GENERATORS:
+        if name in given:
+            others = CLASSIFIERS if kind is GENERATORS else GENERATORS
+            raise UsageError(f"{_option(name)} goes with {others.models} only.")
+    if options.criterion is not None and options.criterion not in kind.criteria:
+        known = ", ".join(kind.criteria)
+        raise UsageError(f'--criterion must be one of {known} here, got "{options.criterion}".')
+    usual = [1, 8, 32] if kind is GENERATORS else [] if options.throughput else [1, 8, 32, 128]
+    sizes = usual if options.batch_sizes is None else _batch_sizes(options.batch_sizes)
+    for name, least in LEAST.items():
+        if name in given and given[name] < least:
+            raise UsageError(f"{_option(name)} must be at least {least}, got {given[name]}.")
+    with_, not_with = ("a model", "--config-name") if model is None else ("--config-name", "a model")
+    for name in OF_MODELS if model is None else OF_SHAPES:
+        if name in given:
+            raise UsageError(f"{_option(name)} goes with {with_}, not with {not_with}.")
+    if model is not None:
+        if (options.data_file is None) == (options.task is None):
+            raise UsageError("A model needs --data-file, or --task with --data-dir: one of them.")
+        if options.task is None and options.data_dir is not None:
+            raise UsageError("--data-dir goes with --task, not with --data-file.")
+        if options.data_file is None and options.text_columns:
+            raise UsageError("--text-columns goes with --data-file; a task knows its own.")
+    if options.lossless and options.criterion not in (None, "policy"):
+        raise UsageError("--criterion goes without --lossless: what drafts is always the policy.")
+    if options.exit_distribution is not None and options.threshold is not None:
+        raise UsageError(
+            "--threshold and --exit-distribution exclude each other: exits follow one or the other."
         )
-        say(f"Picture written to {plot}")
+    return sizes
 
 
-def say_left_out(workload: Mapping[str, Any]) -> None:
-    """Name what a benchmark had no time for, and what gives it."""
-    if workload["left_out"]:
-        names = ", ".join(workload["left_out"])
-        say(
-            f"Left out, as {workload['seconds']:g} seconds are too few: {names}. Give more, or --batch-sizes."
-        )
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _budget(
@@ -273,65 +291,16 @@ def _budget(
     return TimeBudget(math.inf, amount=False, repeats=False, sizes=False)
 
 
-def _check_sources(
-    model: str | None,
-    config_name: str | None,
-    *,
-    data_file: Path | None,
-    task: str | None,
-    data_dir: Path | None,
-    text_columns: Columns,
-    sequence_length: int | None,
-    labels: int,
-    classifier_hidden_size: int | None,
-    threshold: float | None,
-) -> None:
-    """What is measured, and what goes with it only.
+def _kind(model: str | None, config_name: str | None) -> Kind:
+    """What it is that is to be measured."""
+    if model is not None:
+        return kind_of_model(model)
+    from consistentee.evaluation.speed_generation import GENERATION_SHAPES
 
-    Raises:
-        UsageError: an option that would have no effect.
-    """
-    of_models = {
-        "data-file": data_file,
-        "task": task,
-        "data-dir": data_dir,
-        "text-columns": text_columns,
-        "threshold": threshold,
-    }
-    of_shapes = {
-        "sequence-length": sequence_length,
-        "labels": None if labels == 2 else labels,
-        "classifier-hidden-size": classifier_hidden_size,
-    }
-    for name, value in (of_models if model is None else of_shapes).items():
-        if value is not None:
-            with_, not_with = ("a model", "--config-name") if model is None else ("--config-name", "a model")
-            raise UsageError(f"--{name} goes with {with_}, not with {not_with}.")
-    if config_name is not None:
-        return
-    if (data_file is None) == (task is None):
-        raise UsageError("A model needs --data-file, or --task with --data-dir: one of them.")
-    if task is None and data_dir is not None:
-        raise UsageError("--data-dir goes with --task, not with --data-file.")
-    if data_file is None and text_columns:
-        raise UsageError("--text-columns goes with --data-file; a task knows its own.")
+    return GENERATORS if config_name in GENERATION_SHAPES else CLASSIFIERS
 
 
-def _generates(model: str | None, config_name: str | None) -> bool:
-    """Whether it is a text generator that is to be measured."""
-    if config_name is not None:
-        from consistentee.evaluation.speed_generation import GENERATION_SHAPES
-
-        return config_name in GENERATION_SHAPES
-    from consistentee.models.loaded import LoadedGenerator, model_kind
-
-    return model is not None and model_kind(model) is LoadedGenerator
-
-
-def _batch_sizes(text: str | None, throughput: bool) -> list[int]:
-    """Batch sizes of latency mode as given, or the usual ones."""
-    if text is None:
-        return [] if throughput else [1, 8, 32, 128]
+def _batch_sizes(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
@@ -341,17 +310,14 @@ def _batch_sizes(text: str | None, throughput: bool) -> list[int]:
     return sizes
 
 
-def _benchmark_texts(
-    model: str, data_file: Path | None, task: str | None, data_dir: Path | None, text_columns: Columns
-) -> Iterator[tuple[str, ...]]:
+def _texts(model: str, options: BenchmarkOptions) -> Iterator[tuple[str, ...]]:
     """The texts that a model is measured on."""
-    if data_file is not None:
+    if options.data_file is not None:
         from consistentee.backbones.loading import read_config
         from consistentee.data.files import read_texts
 
         pairs = read_config(model, "Model").get("text_pairs")
-        check_column_count(text_columns, pairs, model)
-        return read_texts(str(data_file), text_columns, pairs=pairs)
-    from consistentee.data.classification import load_task
-
-    return iter(load_task(known_task(task or ""), data_dir)[1].texts)
+        check_column_count(options.text_columns, pairs, model)
+        return read_texts(str(options.data_file), options.text_columns, pairs=pairs)
+    task = known_task(options.task or "", CLASSIFIERS)
+    return iter(CLASSIFIERS.load_task(task, options.data_dir)[1].texts)

@@ -1,45 +1,32 @@
-"""What the commands have in common: options for data and training settings, and how they become data and a config."""
+"""What the commands have in common: options for data and training settings, and how they become a config."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import docstring_parser
 from cyclopts import Group, Parameter
 
-from consistentee.atomic_files import write_text
 from consistentee.cli.effects import Command, check_effects
-from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, TrainingConfig
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, MODEL_KINDS, Kind, kind_of_task
+from consistentee.config import ClassificationTrainingConfig, TrainingConfig
 from consistentee.data.recipes import Recipe, load_recipe
-from consistentee.data.tasks import is_generation_task
 from consistentee.errors import UsageError
-
-if TYPE_CHECKING:
-    from consistentee.data.rows import TextDataset
 
 DATA = Group("Data", sort_key=1)
 SETTINGS = Group("Settings (also keys of a recipe)", sort_key=3)
-CLASSIFIER_SETTINGS = Group("Settings of classifiers only", sort_key=4)
-GENERATOR_SETTINGS = Group("Settings of text generators only", sort_key=5)
-
-HELD_OUT_SHARE = 0.1  # of the rows of a training file that comes without an evaluation file
-HELD_OUT_FILE = "held_out.jsonl"
+SETTINGS_OF_KINDS = (
+    Group("Settings of classifiers only", sort_key=4),
+    Group("Settings of text generators only", sort_key=5),
+)
 
 Columns = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 NOT_GIVEN: Any = object()  # not None: "none" is a value that some settings have
 Flag = Annotated[bool, Parameter(negative=())]
-
-
-Kind = Literal["classification", "generation"]
-"""What a model is for."""
 
 
 @Parameter(name="*", group=DATA)
@@ -69,59 +56,36 @@ class DataOptions:
     input_column: str | None = None
     response_column: str | None = None
 
+    def columns(self, kind: Kind) -> dict[str, Any]:
+        """The columns of a kind of rows by name, None for those that are not given."""
+        return {name: getattr(self, name) for name in kind.columns}
+
+    def has_columns(self, kind: Kind) -> bool:
+        """Whether columns of a kind of rows are given."""
+        return any(self.columns(kind).values())
+
     def check_kind(self, kind: Kind) -> None:
-        """Columns are those of the kind of rows.
+        """Raise UsageError where columns of the other kind of rows are given."""
+        for other in MODEL_KINDS:
+            if other is not kind and self.has_columns(other):
+                raise UsageError(
+                    f"{other.column_options} go with {other.rows}, and these are "
+                    f"{'of ' if kind is GENERATORS else ''}{kind.rows}."
+                )
 
-        Raises:
-            UsageError: a column that the other kind has.
-        """
-        if kind == "generation" and self.has_classifier_columns:
-            raise UsageError(
-                "--text-columns and --label-column go with rows to classify, and these are of text to generate."
-            )
-        if kind == "classification" and self.has_generator_columns:
-            raise UsageError(
-                "--prompt-column, --input-column and --response-column go with text to generate, and these are rows to "
-                "classify."
-            )
-
-    @property
-    def has_classifier_columns(self) -> bool:
-        """Whether columns of rows to classify are given."""
-        return bool(self.text_columns or self.label_column)
-
-    @property
-    def has_generator_columns(self) -> bool:
-        """Whether columns of text to generate are given."""
-        return any((self.prompt_column, self.input_column, self.response_column))
-
-    def generator_columns(self) -> dict[str, str | None]:
-        """The columns as `load_generation_files` takes them."""
-        return {
-            "prompt_column": self.prompt_column,
-            "input_column": self.input_column,
-            "response_column": self.response_column,
-        }
-
-    def check_columns(self, file_option: str, file: Path | None) -> None:
+    def check_columns(self, kind: Kind, file_option: str, file: Path | None) -> None:
         """Columns belong to files and files need them.
 
         Raises:
             UsageError: one without the other, or the wrong number of columns.
         """
-        if file is None:
-            if self.text_columns or self.label_column:
-                raise UsageError(
-                    f"--text-columns and --label-column go with {file_option}; a task knows its own."
-                )
-            return
-        if not self.text_columns or not self.label_column:
+        if file is None and self.has_columns(kind):
+            raise UsageError(f"{kind.column_options} go with {file_option}; a task knows its own.")
+        if file is not None and kind.columns_needed and not all(self.columns(kind).values()):
             raise UsageError(
-                f"{file_option} needs --text-columns and --label-column to classify, or --response-column to generate "
-                "text."
+                f"{file_option} needs {kind.column_options} to classify, or --response-column to generate text."
             )
-        if len(self.text_columns) > 2:
-            raise UsageError(f"--text-columns takes one column or two, got {len(self.text_columns)}.")
+        check_one_or_two(self.text_columns)
 
 
 @Parameter(name="*", group=DATA)
@@ -149,47 +113,39 @@ class TrainingDataOptions(DataOptions):
         Raises:
             UsageError: columns of both kinds, or of the other kind.
         """
-        if self.has_classifier_columns and self.has_generator_columns:
+        if all(map(self.has_columns, MODEL_KINDS)):
             raise UsageError(
-                "--text-columns and --label-column (to classify) and --prompt-column, --input-column and "
-                "--response-column (to generate text) exclude each other: give one or the other."
+                f"{CLASSIFIERS.column_options} (to classify) and {GENERATORS.column_options} (to generate text) "
+                "exclude each other: give one or the other."
             )
+        kind = kind_of_task(self.task or (recipe_task if self.train_file is None else None))
         if self.train_file is not None and self.task is None:
-            is_text = self.train_file.suffix.lower() == ".txt" and not self.train_file.is_dir()
-            kind: Kind = "generation" if self.has_generator_columns or is_text else "classification"
-            if kind == "classification" and not self.has_classifier_columns:
-                from consistentee.data.generation import holds_text_to_generate
+            from consistentee.data.generation import holds_text_to_generate
 
-                if holds_text_to_generate(self.train_file):
-                    kind = "generation"
-        else:
-            task = self.task or recipe_task
-            kind = "generation" if task is not None and is_generation_task(task) else "classification"
+            is_text = self.train_file.suffix.lower() == ".txt" and not self.train_file.is_dir()
+            if (
+                self.has_columns(GENERATORS)
+                or is_text
+                or (not self.has_columns(CLASSIFIERS) and holds_text_to_generate(self.train_file))
+            ):
+                kind = GENERATORS
         self.check_kind(kind)
         return kind
 
 
 def _field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a class, or of a base's field; empty where the source is not at hand."""
-    inherited = _field_docs(cls.__base__) if cls.__base__ not in (None, object) else {}
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except OSError:
-        return inherited
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    docs = dict(inherited)
-    for field, text in pairwise(body):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                docs[name] = " ".join(doc.split())
-            case _:
-                continue
-    return docs
+    return {
+        field.arg_name: " ".join((field.description or "").split())
+        for part in reversed(cls.__mro__)
+        if dataclasses.is_dataclass(part)
+        for field in docstring_parser.parse_from_object(part).params
+    }
 
 
 def _setting_options() -> type:
     """A dataclass with every field of both training configs, `NOT_GIVEN` where the command line does not give it."""
-    classes = (ClassificationTrainingConfig, GenerationTrainingConfig)
+    classes = [kind.config_class for kind in MODEL_KINDS]
     hints = [get_type_hints(cls) for cls in classes]
     docs = [_field_docs(cls) for cls in classes]
     defaults = [{field.name: field.default for field in dataclasses.fields(cls)} for cls in classes]
@@ -203,7 +159,7 @@ def _setting_options() -> type:
             default += f" [default to generate text: {shown[-1]}]"
         parameter = Parameter(
             help=docs[of[0]].get(name, "") + default,
-            group=SETTINGS if len(of) == 2 else (CLASSIFIER_SETTINGS, GENERATOR_SETTINGS)[of[0]],
+            group=SETTINGS if len(of) == 2 else SETTINGS_OF_KINDS[of[0]],
             show_default=False,
             negative=None if hint is bool else (),
             consume_multiple=isinstance(defaults[of[0]][name], tuple),
@@ -239,17 +195,14 @@ else:
 
 
 def training_config(
-    settings: Any,
-    recipe: Recipe,
-    config_class: type[TrainingConfig] = ClassificationTrainingConfig,
-    command: Command = "train",
+    settings: Any, recipe: Recipe, kind: Kind = CLASSIFIERS, command: Command = "train"
 ) -> TrainingConfig:
     """The settings of a run: command line before recipe before defaults.
 
     Args:
         settings: the command line's `SettingOptions`, or None where none was given.
         recipe: the recipe file's.
-        config_class: `ClassificationTrainingConfig` or `GenerationTrainingConfig`.
+        kind: of model.
         command: what it is for.
 
     Raises:
@@ -257,23 +210,22 @@ def training_config(
     """
     values = {} if settings is None else vars(settings)
     given = {name: value for name, value in values.items() if value is not NOT_GIVEN}
-    known = {field.name for field in dataclasses.fields(config_class)}
+    known = {field.name for field in dataclasses.fields(kind.config_class)}
     for name in given:
         if name not in known:
-            kinds = ("text generators", "a classifier")
-            of, here = (
-                kinds if config_class is ClassificationTrainingConfig else ("classifiers", "a text generator")
+            others = next(other.models for other in MODEL_KINDS if other is not kind)
+            raise UsageError(
+                f"--{name.replace('_', '-')} is a setting of {others}, and this trains {kind.model}."
             )
-            raise UsageError(f"--{name.replace('_', '-')} is a setting of {of}, and this trains {here}.")
     try:
-        config = config_class.from_dict({**recipe.settings, **given})
+        config = kind.config_class.from_dict({**recipe.settings, **given})
     except ValueError as error:
         raise UsageError(str(error)) from error
     check_effects(given, config, command)
     return config
 
 
-def read_recipe(path: Path | None, options: TrainingDataOptions | None = None) -> Recipe:
+def read_recipe(path: Path | None, options: TrainingDataOptions) -> Recipe:
     """The recipe file, or an empty recipe.
 
     Args:
@@ -282,128 +234,15 @@ def read_recipe(path: Path | None, options: TrainingDataOptions | None = None) -
     """
     if path is None:
         return Recipe()
-    if options is None or (options.task is None and options.train_file is None):
+    if options.task is None and options.train_file is None:
         return load_recipe(path)
-    return load_recipe(path, config_class_of_kind(options.kind()))
+    return load_recipe(path, options.kind().config_class)
 
 
-def config_class_of_kind(kind: Kind) -> type[TrainingConfig]:
-    """The training config of a kind of model."""
-    return GenerationTrainingConfig if kind == "generation" else ClassificationTrainingConfig
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a training command works on.
-
-    Args:
-        task: the task's name, None for files.
-        train: rows to train on; selection cuts its validation part from them.
-        evaluation: rows to report on.
-        held_out: whether these were cut from the training file, because there was no evaluation file.
-    """
-
-    task: str | None
-    train: TextDataset
-    evaluation: TextDataset
-    held_out: bool
-
-
-def training_data(options: TrainingDataOptions, recipe: Recipe, seed: int) -> TrainingData:
-    """Load what a training command is to train on and to report on.
-
-    Args:
-        options: the command line's.
-        recipe: gives the task where the command line names none.
-        seed: of the rows held out and drawn.
-
-    Raises:
-        UsageError: options contradict each other, or neither task nor training file is given.
-        DataError: a file is missing or broken.
-    """
-    from consistentee.data.classification import load_files, load_task
-    from consistentee.data.rows import stratified_split
-
-    check_training_source(options)
-    options.check_columns("--train-file", options.train_file)
-    if options.train_file is not None:
-        train, evaluation = load_files(
-            options.train_file, options.eval_file, options.text_columns or (), options.label_column or ""
-        )
-        task = None
-    else:
-        task = options.task or recipe.task
-        if task is None:
-            raise UsageError("Give --task, or --train-file with --text-columns and --label-column.")
-        task = known_task(task)
-        train, evaluation = load_task(task, options.data_dir, need_train=True)
-    if train is None:  # `load_files` with a file and `load_task` with need_train give rows or raise
-        raise UsageError("There are no rows to train on.")
-    held_out = evaluation is None
-    if evaluation is None:
-        kept, held = stratified_split(train.labels, HELD_OUT_SHARE, seed)
-        train, evaluation = train.select(kept), train.select(held)
-    return TrainingData(task, train.max_samples(options.max_train_samples, seed), evaluation, held_out)
-
-
-def check_training_source(options: TrainingDataOptions) -> None:
-    """A task or a file, and what goes with it."""
-    if options.max_train_samples is not None and options.max_train_samples < 2:
-        raise UsageError(f"--max-train-samples must be at least 2, got {options.max_train_samples}.")
-    if options.train_file is not None and options.task is not None:
-        raise UsageError("--task and --train-file exclude each other: give one of them.")
-    if options.train_file is None and options.eval_file is not None:
-        raise UsageError("--eval-file goes with --train-file; a task brings its own evaluation rows.")
-    if options.train_file is not None and options.data_dir is not None:
-        raise UsageError("--data-dir goes with --task, not with --train-file.")
-
-
-def save_held_out(path: Path, rows: TextDataset, options: TrainingDataOptions) -> None:
-    """Keep the rows that were cut from the training file, as JSON lines with its column names."""
-    columns, label_column = options.text_columns or [], options.label_column or ""
-    lines = [
-        json.dumps(
-            {**dict(zip(columns, texts, strict=True)), label_column: rows.label_names[label]},
-            ensure_ascii=False,
-        )
-        for texts, label in zip(rows.texts, rows.labels, strict=True)
-    ]
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def evaluation_data(
-    options: DataOptions, label_names: tuple[str, ...], model_task: str | None
-) -> TextDataset:
-    """Load the rows to evaluate a saved model on.
-
-    Args:
-        options: the command line's.
-        label_names: the model's classes by index.
-        model_task: the task the model was trained for, taken where the command line names no data.
-
-    Raises:
-        UsageError: options contradict each other, or no data is given.
-        DataError: a file is missing or broken.
-    """
-    from consistentee.data.classification import load_files, load_task
-
-    options.check_kind("classification")
-    options.check_columns("--eval-file", options.eval_file)
-    if options.eval_file is not None:
-        if options.task is not None or options.data_dir is not None:
-            raise UsageError("--eval-file excludes --task and --data-dir: give one or the other.")
-        _, evaluation = load_files(
-            None, options.eval_file, options.text_columns or (), options.label_column or "", label_names
-        )
-        if evaluation is None:
-            raise UsageError("There are no rows to evaluate on.")
-        return evaluation
-    task = options.task or model_task
-    if task is None:
-        raise UsageError(
-            "Give --task with --data-dir, or --eval-file with --text-columns and --label-column."
-        )
-    return load_task(known_task(task), options.data_dir, label_names=label_names)[1]
+def check_one_or_two(text_columns: Sequence[str] | None) -> None:
+    """Raise UsageError where more columns are named than a row has texts."""
+    if text_columns is not None and len(text_columns) > 2:
+        raise UsageError(f"--text-columns takes one column or two, got {len(text_columns)}.")
 
 
 def check_column_count(text_columns: Sequence[str] | None, pairs: bool | None, model: str) -> None:
@@ -415,17 +254,3 @@ def check_column_count(text_columns: Sequence[str] | None, pairs: bool | None, m
     if text_columns is not None and pairs is not None and len(text_columns) != 1 + pairs:
         texts = "two texts" if pairs else "one text"
         raise UsageError(f'Model "{model}" takes {texts}, and --text-columns names {len(text_columns)}.')
-
-
-def known_task(name: str) -> str:
-    """The task's own spelling of its name.
-
-    Raises:
-        UsageError: there is no such task.
-    """
-    from consistentee.data.tasks import get_task
-
-    try:
-        return get_task(name).name
-    except ValueError as error:
-        raise UsageError(str(error)) from error

@@ -15,7 +15,7 @@ from typing import Any, TextIO, TypeVar, cast
 from rich.console import Console
 
 from consistentee.atomic_files import atomic_path, is_replaceable, open_in_place
-from consistentee.cli.options import UsageError
+from consistentee.errors import UsageError
 
 T = TypeVar("T")
 
@@ -211,3 +211,31 @@ def at_least_one(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+
+
+def say_reading(file: str, what: str) -> None:
+    """Tell a person at a terminal that standard input is read."""
+    if file == "-" and sys.stdin.isatty():
+        sys.stderr.write(f"Reading {what} from standard input, one a line; end with Ctrl-D.\n")
+
+
+def check_plot_file(path: Path | None) -> None:
+    """Raise before the work, not after it, unless a picture can be drawn into the file."""
+    if path is not None:
+        from consistentee.evaluation.plots import check_plot
+
+        usage(lambda: check_plot(path))
+
+
+def save_figures(
+    figures: dict[str, Any], json_file: Path | None, plot: Path | None, draw: Callable[[Path], object]
+) -> None:
+    """Write all figures to a file and draw a picture of them, and say so, where they are asked for."""
+    from consistentee.atomic_files import write_json
+
+    if json_file is not None:
+        write_json(json_file, figures)
+        say(f"Figures written to {json_file}")
+    if plot is not None:
+        draw(plot)
+        say(f"Picture written to {plot}")

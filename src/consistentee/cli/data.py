@@ -1,0 +1,152 @@
+"""How the command line's options become rows to train on and to report on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consistentee.atomic_files import write_text
+from consistentee.cli.kinds import GENERATORS, Kind
+from consistentee.cli.options import DataOptions, TrainingDataOptions
+from consistentee.data.recipes import Recipe
+from consistentee.data.rows import InstructionDataset, TextDataset
+from consistentee.data.tasks import get_task
+from consistentee.errors import UsageError
+
+HELD_OUT_SHARE = 0.1  # of the rows of a training file that comes without an evaluation file
+HELD_OUT_FILE, HELD_OUT_TEXTS = "held_out.jsonl", "held_out.txt"
+
+AnyRows = TextDataset | InstructionDataset
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training command works on.
+
+    Args:
+        task: the task's name, None for files.
+        train: rows to train on; selection cuts its validation part from them.
+        evaluation: rows to report on.
+        held_out: whether these were cut from the training file, because there was no evaluation file.
+    """
+
+    task: str | None
+    train: Any
+    evaluation: Any
+    held_out: bool
+
+
+def training_data(options: TrainingDataOptions, recipe: Recipe, kind: Kind, seed: int) -> TrainingData:
+    """Load what a training command is to train on and to report on.
+
+    Args:
+        options: the command line's.
+        recipe: gives the task where the command line names none.
+        kind: of model.
+        seed: of the rows held out and drawn.
+
+    Raises:
+        UsageError: options contradict each other, or neither task nor training file is given.
+        DataError: a file is missing or broken.
+    """
+    if options.max_train_samples is not None and options.max_train_samples < 2:
+        raise UsageError(f"--max-train-samples must be at least 2, got {options.max_train_samples}.")
+    if options.train_file is not None and options.task is not None:
+        raise UsageError("--task and --train-file exclude each other: give one of them.")
+    if options.train_file is None and options.eval_file is not None:
+        raise UsageError("--eval-file goes with --train-file; a task brings its own evaluation rows.")
+    if options.train_file is not None and options.data_dir is not None:
+        raise UsageError("--data-dir goes with --task, not with --train-file.")
+    options.check_columns(kind, "--train-file", options.train_file)
+    if options.train_file is not None:
+        task = None
+        train, evaluation = kind.load_files(options.train_file, options.eval_file, **options.columns(kind))
+    else:
+        if (options.task or recipe.task) is None:
+            raise UsageError("Give --task, or --train-file with --text-columns and --label-column.")
+        task = known_task(options.task or recipe.task or "", kind)
+        train, evaluation = kind.load_task(task, options.data_dir, need_train=True)
+    held_out = evaluation is None
+    if held_out:
+        kept, held = train.split(HELD_OUT_SHARE, seed)
+        train, evaluation = train.select(kept), train.select(held)
+    return TrainingData(task, train.max_samples(options.max_train_samples, seed), evaluation, held_out)
+
+
+def evaluation_data(
+    options: DataOptions, kind: Kind, model_task: str | None, **model: tuple[str, ...]
+) -> Any:
+    """Load the rows to evaluate a saved model on.
+
+    Args:
+        options: the command line's.
+        kind: of the model.
+        model_task: the task the model was trained for, taken where the command line names no data.
+        model: `label_names`, a classifier's classes by index.
+
+    Raises:
+        UsageError: options contradict each other, or no data is given.
+        DataError: a file is missing or broken.
+    """
+    options.check_kind(kind)
+    options.check_columns(kind, "--eval-file", options.eval_file)
+    if options.eval_file is not None:
+        if options.task is not None or options.data_dir is not None:
+            raise UsageError("--eval-file excludes --task and --data-dir: give one or the other.")
+        return kind.load_files(None, options.eval_file, **options.columns(kind), **model)[1]
+    task = options.task or model_task
+    if task is None:
+        columns = f" with {kind.column_options}" if kind.columns_needed else ""
+        raise UsageError(f"Give --task with --data-dir, or --eval-file{columns}.")
+    return kind.load_task(known_task(task, kind), options.data_dir, **model)[1]
+
+
+def known_task(name: str, kind: Kind) -> str:
+    """The task's own spelling of its name.
+
+    Raises:
+        UsageError: there is no such task of this kind.
+    """
+    try:
+        return get_task(name, kind.task_class).name
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def save_held_out(folder: Path, rows: AnyRows, options: TrainingDataOptions) -> Path:
+    """Keep the rows that were cut from the training file, so that --eval-file reads them.
+
+    Returns:
+        The file: JSON lines with the columns that were named, or of conversations ("messages"), or texts with blank
+        lines between them.
+    """
+    if isinstance(rows, InstructionDataset) and not any(rows.instructions) and not any(rows.inputs):
+        path = folder / HELD_OUT_TEXTS
+        write_text(path, "\n\n".join(rows.references) + "\n")
+        return path
+    path = folder / HELD_OUT_FILE
+    lines = (json.dumps(values, ensure_ascii=False) for values in _records(rows, options))
+    write_text(path, "".join(line + "\n" for line in lines))
+    return path
+
+
+def _records(rows: AnyRows, options: TrainingDataOptions) -> Iterator[dict[str, Any]]:
+    """Rows as values by column; of a conversation, those of its last row."""
+    if isinstance(rows, TextDataset):
+        for texts, label in zip(rows.texts, rows.labels, strict=True):
+            named = dict(zip(options.text_columns or (), texts, strict=True))
+            yield {**named, options.label_column or "": rows.label_names[label]}
+        return
+    given = options.columns(GENERATORS).values()
+    columns = [name or usual for name, usual in zip(given, ("instruction", "input", "output"), strict=True)]
+    of = rows.conversations
+    for row, (instruction, context, history) in enumerate(rows.prompts()):
+        reference = rows.references[row]
+        if of is None:
+            yield dict(zip(columns, (instruction, context, reference), strict=True))
+        elif row + 1 == len(rows) or of[row] != of[row + 1]:
+            turns = [*history, ("user", instruction), ("assistant", reference)]
+            yield {"messages": [{"role": role, "content": text} for role, text in turns]}

@@ -1,0 +1,154 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from consistentee.cli.data import evaluation_data
+from consistentee.cli.kinds import GENERATORS, Kind, kind_of_model
+from consistentee.cli.options import DataOptions, Flag
+from consistentee.cli.terminal import at_least_one, check_plot_file, console, save_figures, usage
+from consistentee.config import Criterion, GenerationCriterion, GenerationMode
+from consistentee.errors import UsageError
+
+AnyCriterion = Literal[Criterion, GenerationCriterion]
+TO_GENERATE = Group("Text generators", sort_key=2)
+
+
+def evaluate(
+    model: str,
+    *,
+    data: DataOptions | None = None,
+    criterion: Annotated[list[AnyCriterion] | None, Parameter(consume_multiple=True)] = None,
+    threshold: float | None = None,
+    reference: str | None = None,
+    batch_size: int | None = None,
+    max_samples: int | None = None,
+    mode: Annotated[GenerationMode | None, Parameter(group=TO_GENERATE)] = None,
+    max_new_tokens: Annotated[int | None, Parameter(group=TO_GENERATE)] = None,
+    text_speedups: Annotated[list[float] | None, Parameter(group=TO_GENERATE, consume_multiple=True)] = None,
+    bertscore_model: Annotated[str | None, Parameter(group=TO_GENERATE)] = None,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    plot: Path | None = None,
+    debug: Flag = False,
+) -> None:
+    """Measure quality, layers saved and the trade-off between them.
+
+    Args:
+        model: Folder of a trained model, or its name on the hub.
+        criterion: Exit rule; of several, the first is reported and all are drawn. Of classifiers: policy, confidence,
+            entropy, patience; of text generators: policy, softmax_margin, state_similarity, confidence_classifier,
+            static. [default: the saved one]
+        threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
+        reference: Folder of a model to compare with: the plain one from `finetune`, or any of its kind as it was
+            saved.
+        batch_size: Inputs per step; does not change the result. [default: 64; to generate text: 8]
+        max_samples: Evaluate on at most so many rows, every class with its share.
+        mode: How tokens are generated. [default: the saved one]
+        max_new_tokens: Longest text. [default: what suits the task]
+        text_speedups: Layer speed-ups at which text of every criterion is generated too. [default: none]
+        bertscore_model: Encoder for BERTScore: a folder or a name on the hub. [default: no BERTScore]
+        json_file: Write all figures to this file.
+        plot: Draw trade-off curves and exit histogram into this PNG, PDF or SVG file.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    at_least_one(batch_size=batch_size, max_samples=max_samples, max_new_tokens=max_new_tokens)
+    check_plot_file(plot)
+    kind = kind_of_model(model)
+    saved = kind.load(model)  # first of all, so that a broken folder is called one
+    of_generators = {
+        "mode": mode,
+        "max_new_tokens": max_new_tokens,
+        "text_speedups": text_speedups,
+        "bertscore_model": bertscore_model,
+    }
+    for name, value in of_generators.items():
+        if value is not None and kind is not GENERATORS:
+            raise UsageError(
+                f'--{name.replace("_", "-")} goes with a text generator, and model "{model}" is none.'
+            )
+    kind.check_criteria(criterion)
+    network = saved.early_exit_model  # which a plain model has not
+    if kind is GENERATORS:
+        of_generators["mode"] = mode or network.config.mode
+    rule, limit = usage(lambda: saved.exit_rule(criterion[0] if criterion else None, threshold))
+    evaluation, source = kind.commands["evaluate"](
+        saved,
+        kind,
+        data or DataOptions(),
+        max_samples,
+        **(of_generators if kind is GENERATORS else {}),
+        criteria=[rule, *(criterion or [])[1:]],
+        threshold=limit,
+        reference=reference,
+        batch_size=batch_size or kind.batch_size,
+    )
+    from consistentee.evaluation.plots import plot_evaluation
+    from consistentee.evaluation.reports import evaluation_tables
+
+    console().print(evaluation_tables(evaluation))
+    title = f"{Path(model).name}, {Path(source).name}"
+    save_figures(
+        evaluation.to_dict(), json_file, plot, lambda path: plot_evaluation(evaluation, path, title=title)
+    )
+
+
+def evaluate_classifier(
+    saved: Any, kind: Kind, data: DataOptions, max_samples: int | None, *, reference: str | None, **how: Any
+) -> tuple[Any, str]:
+    """Measure a classifier; the last arguments are those of `evaluate_model`.
+
+    Returns:
+        The evaluation, and where its rows come from.
+    """
+    from consistentee.evaluation.classification import evaluate_model
+
+    rows = evaluation_data(data, kind, saved.task, label_names=saved.label_names).max_samples(max_samples)
+    compared = None if reference is None else kind.load(reference)
+    evaluation = evaluate_model(saved, rows, reference=compared, progress=True, **how)
+    return evaluation, rows.source
+
+
+def evaluate_generator(
+    saved: Any,
+    kind: Kind,
+    data: DataOptions,
+    max_samples: int | None,
+    *,
+    mode: GenerationMode,
+    max_new_tokens: int | None,
+    text_speedups: Sequence[float] | None,
+    reference: str | None,
+    **how: Any,
+) -> tuple[Any, str]:
+    """Measure a text generator; the last arguments are those of `evaluate_generation`, and so on as for classifiers."""
+    from consistentee.evaluation.generation import evaluate_generation
+    from consistentee.pipelines.generator import DecodingOptions, TextGenerator
+
+    if text_speedups and mode != "early-exit":
+        raise UsageError(
+            f"--text-speedups goes with --mode early-exit, and it is {mode}, where every token runs all layers."
+        )
+    generator = TextGenerator(saved)
+    usage(lambda: generator.check(DecodingOptions(max_new_tokens=max_new_tokens)))
+    for value in text_speedups or ():
+        if not 1 < value <= saved.num_hidden_layers:
+            raise UsageError(
+                f"--text-speedups must be above 1 and at most {saved.num_hidden_layers} (layers), got {value}."
+            )
+    rows = evaluation_data(data, kind, saved.task).max_samples(max_samples)
+    evaluation = evaluate_generation(
+        saved,
+        rows,
+        mode=mode,
+        reference=None if reference is None else kind.load(reference),
+        max_new_tokens=max_new_tokens,
+        text_speedups=text_speedups or (),
+        progress=True,
+        **how,
+    )
+    return evaluation, rows.source

@@ -1,0 +1,164 @@
+"""The commands `train` and `finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from consistentee.cli.data import save_held_out, training_data
+from consistentee.cli.effects import Command
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS
+from consistentee.cli.options import (
+    Flag,
+    SettingOptions,
+    TrainingDataOptions,
+    read_recipe,
+    training_config,
+)
+from consistentee.cli.terminal import console, say, usage
+from consistentee.config import TrainingConfig
+from consistentee.errors import UsageError
+
+
+def train(
+    *,
+    output_dir: Path,
+    backbone: str | None = None,
+    config: Path | None = None,
+    resume: Flag = False,
+    data: TrainingDataOptions | None = None,
+    settings: SettingOptions | None = None,
+    debug: Flag = False,
+) -> None:
+    """Train a classifier or a text generator with early exits, evaluate it and save it.
+
+    A task decides which of them, or a training file: with --text-columns and --label-column it is a classifier, with
+    --prompt-column, --input-column or --response-column, or of a .txt file, a text generator.
+
+    Args:
+        output_dir: Where checkpoints and the finished model go.
+        backbone: Encoder, or causal language model, to start from: a name on the model hub or a local folder.
+        config: Recipe (YAML) with settings; options given here override it.
+        resume: Go on from the last checkpoint in the output folder.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    _run("train", output_dir, backbone, config, resume, data, settings)
+
+
+def finetune(
+    *,
+    output_dir: Path,
+    backbone: str | None = None,
+    config: Path | None = None,
+    resume: Flag = False,
+    data: TrainingDataOptions | None = None,
+    settings: SettingOptions | None = None,
+    debug: Flag = False,
+) -> None:
+    """Fine-tune the plain model by the same recipe: the reference for every claim.
+
+    Args:
+        output_dir: Where checkpoints and the finished model go.
+        backbone: Encoder, or causal language model, to start from: a name on the model hub or a local folder.
+        config: Recipe (YAML) with settings; options given here override it.
+        resume: Go on from the last checkpoint in the output folder.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    _run("finetune", output_dir, backbone, config, resume, data, settings)
+
+
+def _run(
+    command: Command,
+    output_dir: Path,
+    backbone: str | None,
+    recipe_file: Path | None,
+    resume: bool,
+    data: TrainingDataOptions | None,
+    settings: Any,
+) -> None:
+    """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
+    data = data or TrainingDataOptions()
+    recipe = read_recipe(recipe_file, data)
+    backbone = backbone or recipe.backbone
+    if backbone is None:
+        raise UsageError("Give --backbone: the name of a model on the hub to start from, or a local folder.")
+    kind = data.kind(recipe.task)
+    config = training_config(settings, recipe, kind, command)
+    from consistentee.training.run_folders import check_output_dir
+
+    usage(lambda: check_output_dir(output_dir, backbone))  # before the data is read
+    rows = training_data(data, recipe, kind, config.seed)
+    from accelerate import PartialState
+
+    from consistentee.functional.metrics import check_threshold_metric
+    from consistentee.models.record import record_evaluation
+
+    metric = getattr(config, "threshold_metric", None)
+    if metric is not None and command == "train":
+        usage(lambda: check_threshold_metric(metric, len(rows.train.label_names)))
+    folder = kind.commands[command](
+        backbone=backbone,
+        train_data=rows.train,
+        output_dir=output_dir,
+        config=config,
+        task=rows.task,
+        resume=resume,
+        report=say,
+    )
+    is_main = PartialState().is_main_process
+    evaluation = rows.evaluation.max_samples(kind.reported_rows, config.seed)
+    if is_main:
+        if rows.held_out:
+            path = save_held_out(folder, rows.evaluation, data)
+            say(f"The rows to report on were cut from the training file; they are in {path}")
+        drawn = f" of {len(rows.evaluation):,}" if len(evaluation) < len(rows.evaluation) else ""
+        say(f"On {len(evaluation):,}{drawn} rows that training has not seen ({rows.evaluation.source}):")
+    figures = kind.commands["report"](folder, evaluation, command, config, is_main)
+    if is_main:
+        record_evaluation(folder, figures)
+
+
+def report_classifier(
+    folder: Path, rows: Any, command: Command, config: TrainingConfig, is_main: bool
+) -> dict[str, Any]:
+    """Measure a new classifier, in all processes together, and print it in one."""
+    from accelerate import PartialState
+
+    from consistentee.evaluation.classification import evaluate_model, evaluate_plain
+    from consistentee.evaluation.reports import evaluation_tables
+
+    saved = CLASSIFIERS.load(folder, device=PartialState().device)
+    if command == "finetune":
+        figures = evaluate_plain(saved, rows, progress=is_main)
+        if is_main:
+            _say_metrics(figures)
+        return figures
+    evaluation = evaluate_model(saved, rows, progress=is_main)
+    if is_main:
+        console().print(evaluation_tables(evaluation))
+    return evaluation.summary()
+
+
+def report_generator(
+    folder: Path, rows: Any, command: Command, config: TrainingConfig, is_main: bool
+) -> dict[str, Any]:
+    """Measure a new text generator in one process, and print it."""
+    if not is_main:
+        return {}
+    from accelerate import PartialState
+
+    from consistentee.evaluation.generation import evaluate_generation, evaluate_plain_generation
+    from consistentee.evaluation.reports import evaluation_tables
+
+    saved = GENERATORS.load(folder, device=PartialState().device)
+    if command == "finetune":
+        figures = evaluate_plain_generation(saved, rows, progress=True)
+        _say_metrics(figures)
+        return figures
+    evaluation = evaluate_generation(saved, rows, progress=True, seed=config.seed)
+    console().print(evaluation_tables(evaluation))
+    return evaluation.summary()
+
+
+def _say_metrics(figures: dict[str, Any]) -> None:
+    say(", ".join(f"{name} {value:.4f}" for name, value in figures["metrics"].items()))

@@ -32,7 +32,7 @@ RENAMED: dict[str, str] = {}
 
 EXPECTED: dict[str, str] = {
     "generator *record/config/consistent_learning_rate": "a setting that generation shares since 0.1.0",
-    "classifier *predictions/*/confidence 0.*": "scores are the curve's own: a score at the threshold exceeds it nowhere",
+    "classifier *predictions/*/confidence 0.*": "scores are the curve's own: one at the threshold does not exceed it",
     "classifier *predictions/*/entropy 0.*": "as for confidence",
 }
 """Patterns of values that differ from what was, or are new or gone, on purpose: "case: path" -> why."""

@@ -1,16 +1,21 @@
-"""What README and CONTRIBUTING tell people to type exists: commands, options, extras, make targets, names, files."""
+"""What README and CONTRIBUTING tell people to type exists, and the README's commands run, on tiny models."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 import consistentee
-from consistentee.cli.main import app
+from consistentee.cli.main import app, main
+from tiny import tiny_backbone, tiny_dataset, tiny_model
+from tiny_training import tiny_decoder, tiny_instructions
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md")
@@ -96,3 +101,45 @@ def test_files_that_are_named_exist(page: str) -> None:
     paths = re.findall(r"`((?:[\w.-]+/)+|[\w./-]+\.(?:toml|txt|md|py|yaml)|\.ci/run)`", TEXTS[page])
     missing = [name for name in {*links, *paths} if not (ROOT / name).exists()]
     assert not missing
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand, one after the other: what they name on the hub are tiny folders here, and tiny data sets."""
+    monkeypatch.chdir(tmp_path)
+    backbone = tiny_backbone(tmp_path / "google-bert" / "bert-base-uncased", max_position_embeddings=130)
+    tiny_decoder(tmp_path / "HuggingFaceTB" / "SmolLM2-135M", max_position_embeddings=640)
+    tiny_model(tmp_path / "MODEL", backbone)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say a:"}\n{"prompt": "say b:"}\n', encoding="utf-8")
+
+    def load_dataset(path: str, config: str | None) -> datasets.DatasetDict:
+        if path == "tatsu-lab/alpaca":
+            rows = tiny_instructions(40)
+            columns = {"instruction": rows.instructions, "input": rows.inputs, "output": rows.references}
+            return datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)})
+        names = ["entailment", "not_entailment"]
+        features = {name: datasets.Value("string") for name in ("sentence1", "sentence2")}
+        parts = {}
+        for split, count in (("train", 80), ("validation", 30)):
+            rows = tiny_dataset(count, seed=count)
+            first = [texts[0] for texts in rows.texts]
+            columns = {"sentence1": first, "sentence2": first[::-1], "label": rows.labels}
+            parts[split] = datasets.Dataset.from_dict(
+                columns, features=datasets.Features({**features, "label": datasets.ClassLabel(names=names)})
+            )
+        return datasets.DatasetDict(parts)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("consistentee.cli.benchmark.SECONDS", 3.0)  # in place of the minute
+    blocks = [block for kind, block in BLOCK.findall(TEXTS["README.md"]) if not kind]
+    lines = [line for block in blocks for line in block.splitlines() if "consistentee " in line]
+    assert len(lines) >= 9
+    for line in lines:
+        before, _, command = line.rpartition(" | ")
+        said = shlex.split(before, comments=True)[1:]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{text}\n" for text in said)))
+        code = main(shlex.split(command, comments=True)[1:])
+        assert code == 0, (line, capsys.readouterr().err)
+    assert all((tmp_path / name).is_file() for name in ("rte.png", "speed.json", "speed.png"))

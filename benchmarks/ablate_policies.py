@@ -31,9 +31,10 @@ from consistentee.data.tokenization import tokenize
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import BUDGETS, CurvePoint, curve_score, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
-from consistentee.functional.hardness import hardness
-from consistentee.training.policy import fit_policy, policy_exit_probs
+from consistentee.training.policy import policy_exit_probs
+from consistentee.training.policy_phase import policy_search
 from consistentee.training.states import LayerStates, run_all_layers
+from consistentee.training.tasks.classification import row_instances
 
 RANGE = (0.002, 0.2)
 PRICES = (0.005, 0.02, 0.08)
@@ -130,32 +131,30 @@ def _fits(
 ) -> list[Tensor]:
     """Exit probabilities of the judged rows under the policies of several seeds; without a price, for the range."""
     source = seen if config.policy_data == "seen" else held
-    weights = hardness(config.hardness, **source.outcomes)
+    measure = config.hardness if config.reward == "hardness" else "uniform"
+    learnt, other = (row_instances(states, config.reward_loss, measure) for states in (source, judged))
+    search = policy_search(config, (), layer_costs=RANGE)
     model = saved.early_exit_model
     model.config.initial_exit_bias = config.initial_exit_bias
     probs: list[Tensor] = []
     for seed in range(seeds):
         torch.manual_seed(seed)
         policy = model.new_policy(config.policy_input)
-        policy = fit_policy(
+        policy = search.fit(
             policy,
-            source,
-            weights,
+            learnt,
             layer_cost=math.sqrt(RANGE[0] * RANGE[1]) if price is None else price,
             price_range=RANGE if price is None else None,
-            config=config,
             seed=seed,
         )
-        probs.append(policy_exit_probs(policy, judged))
+        probs.append(policy_exit_probs(policy, other))
     return probs
 
 
 def _figures(scores_of_seeds: list[Tensor], judged: LayerStates, criterion: str) -> dict[str, Any]:
     """Means over seeds: score, accuracy at each budget, and what threshold 0.5 gives."""
     right = (judged.layer_logits.argmax(-1) == judged.labels[:, None]).float()
-    curves = [
-        trade_off_curve(scores, judged.layer_logits, judged.labels, criterion) for scores in scores_of_seeds
-    ]
+    curves = [trade_off_curve(scores, right.bool(), criterion) for scores in scores_of_seeds]
     exits = [choose_exit_layer(scores, 0.5) for scores in scores_of_seeds]
     return {
         "score": statistics.mean(map(curve_score, curves)),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from consistentee.atomic_files import write_json
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import BUDGETS, curve_score, trade_off_curve
 from consistentee.functional.exits import LOG_ODDS_SCALE, SIGNAL_NAMES, classifier_signals
-from consistentee.functional.hardness import hardness
-from consistentee.training.policy import fit_policy_on
+from consistentee.training.policy_phase import policy_search
+from consistentee.training.tasks.classification import row_instances
 from consistentee.training.states import LayerStates
 
 WIDTH = 32
@@ -157,14 +157,11 @@ def exit_probs(
     torch.manual_seed(seed)
     features = with_signals(held)
     policy: Any = Policy(features.shape[1], features.shape[2] - len(SIGNAL_NAMES), inputs, config)
-    fit_policy_on(
+    policy_search(config, (), layer_costs=PRICES).fit(
         policy,
-        features,
-        (held.layer_logits.argmax(-1) != held.labels[:, None]).float(),
-        hardness("memorized_layer", **held.outcomes),
+        replace(row_instances(held, "error", "memorized_layer"), states=features),
         layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
         price_range=PRICES,
-        config=config,
         seed=seed,
     )
     with torch.no_grad():
@@ -191,7 +188,7 @@ def with_signals(states: LayerStates) -> Tensor:
 
 def figures(scores: Tensor, judged: LayerStates, rows: slice, criterion: str) -> dict[str, Any]:
     """Score, and the best accuracy at each budget, on some of the judged rows."""
-    curve = trade_off_curve(scores[rows], judged.layer_logits[rows], judged.labels[rows], criterion)
+    curve = trade_off_curve(scores[rows], judged.outcomes["right"][rows], criterion)
     return {
         "score": curve_score(curve),
         "accuracy_at": {

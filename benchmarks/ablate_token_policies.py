@@ -34,12 +34,11 @@ from consistentee.data.rows import split_rows
 from consistentee.data.tokenization import encode_rows
 from consistentee.evaluation.teacher_forcing import ReferencePasses, reference_rows
 from consistentee.evaluation.text_metrics import text_metrics
-from consistentee.functional.hardness import hardness
 from consistentee.inference.timing import environment
 from consistentee.pipelines.generator import TextGenerator
-from consistentee.training.policy import fit_policy_on
-from consistentee.training.token_policy import token_losses
-from consistentee.training.token_states import TokenStates, run_token_states
+from consistentee.training.policy_phase import policy_search
+from consistentee.training.tasks.generation import token_instances
+from consistentee.training.tasks.token_states import TokenStates, run_token_states
 
 PRICES = (0.002, 0.2)
 REFERENCE = {"reward_target": "reference"}
@@ -185,14 +184,13 @@ def _fit(saved: LoadedGenerator, states: TokenStates, config: GenerationTraining
     if states.pooled is None:
         raise SystemExit("There are no states.")
     torch.manual_seed(config.seed)
-    policy = fit_policy_on(
+    measure = config.hardness if config.reward == "hardness" else "uniform"
+    halves = config.reward_target == "both"
+    policy = policy_search(config, (), layer_costs=PRICES).fit(
         model.new_policy().float(),
-        states.pooled,
-        token_losses(config.reward_loss, states, config.reward_target),
-        hardness(config.hardness, **states.outcomes),
+        token_instances(states, config.reward_loss, measure, halves=halves),
         layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
         price_range=PRICES,
-        config=config,
         seed=config.seed,
         min_exit_layer=first,
     )

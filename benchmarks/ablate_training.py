@@ -41,9 +41,10 @@ from consistentee.data.rows import stratified_split
 from consistentee.data.tokenization import tokenize
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import curve_score, trade_off_curve
-from consistentee.functional.hardness import hardness
-from consistentee.training.policy import fit_policy, policy_exit_probs
+from consistentee.training.policy import policy_exit_probs
+from consistentee.training.policy_phase import policy_search
 from consistentee.training.states import LayerStates, run_all_layers
+from consistentee.training.tasks.classification import row_instances
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -162,32 +163,31 @@ def figures_of(
 ) -> dict[str, dict[str, Any]]:
     """What a run is worth on each part of the judged rows."""
     config = ClassificationTrainingConfig.from_dict(saved.record["config"])
-    weights = hardness("memorized_layer", **held.outcomes)
+    learnt, other = (row_instances(states, "error", "memorized_layer") for states in (held, judged))
+    search = policy_search(config, (), layer_costs=PRICES)
     probs: list[torch.Tensor] = []
     for seed in POLICY_SEEDS:
         torch.manual_seed(seed)
-        policy = fit_policy(
+        policy = search.fit(
             saved.early_exit_model.new_policy("state+log_odds"),
-            held,
-            weights,
+            learnt,
             layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
             price_range=PRICES,
-            config=config,
             seed=seed,
         )
-        probs.append(policy_exit_probs(policy, judged))
+        probs.append(policy_exit_probs(policy, other))
     figures: dict[str, dict[str, Any]] = {}
     for name, part in parts.items():
         logits, labels = judged.layer_logits[part], judged.labels[part]
-        right = (logits.argmax(-1) == labels[:, None]).float()
+        right = logits.argmax(-1) == labels[:, None]
         surest = exit_scores("confidence", logits, None)
         figures[name] = {
             "count": len(labels),
-            "all layers": float(right.mean()),
-            "last layer": float(right[:, -1].mean()),
-            "confidence": curve_score(trade_off_curve(surest, logits, labels, "confidence")),
+            "all layers": float(right.float().mean()),
+            "last layer": float(right[:, -1].float().mean()),
+            "confidence": curve_score(trade_off_curve(surest, right, "confidence")),
             "policy": statistics.mean(
-                curve_score(trade_off_curve(found[part], logits, labels, "policy")) for found in probs
+                curve_score(trade_off_curve(found[part], right)) for found in probs
             ),
         }
     return figures

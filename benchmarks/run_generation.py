@@ -92,7 +92,7 @@ def train(task: str, options: argparse.Namespace) -> tuple[Path, Path]:
         raise ValueError(f"There are no rows to train on in {options.data / task}.")
     config = GenerationTrainingConfig.from_dict({**COMMON, **SETTINGS[task], "seed": options.seed})
     exits, plain = options.runs / f"{task}-exits", options.runs / f"{task}-plain"
-    for folder, run in ((exits, consistentee.train_generation), (plain, consistentee.finetune_generation)):
+    for folder, run in ((exits, consistentee.train), (plain, consistentee.finetune)):
         run(
             backbone=options.backbone,
             train_data=rows,

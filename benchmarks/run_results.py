@@ -174,7 +174,7 @@ def _exit_figures(states: LayerStates, thresholds: dict[str, float], task: str) 
             "exit_histogram": torch.bincount(exit_layer - 1, minlength=num_layers).tolist(),
             "curve": [
                 [point.threshold, point.accuracy, point.mean_exit_layer]
-                for point in trade_off_curve(scores, states.layer_logits, states.labels, criterion)
+                for point in trade_off_curve(scores, right.bool(), criterion)
             ],
         }
     return figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from consistentee.training.generation import finetune_generation, train_generation
+from consistentee.training.train import finetune, train
 from tiny_training import quick_generation_config, tiny_instructions
 
 
@@ -14,12 +14,10 @@ def runs(backbone: Path, output: Path) -> None:
     config = quick_generation_config(
         batch_size=7, gradient_accumulation_steps=1, layers_per_step=2, policy_dropout=0.0, rounds=0
     )
-    for name, how in (("finetune", finetune_generation), ("warmup", train_generation)):
+    for name, how in (("finetune", finetune), ("warmup", train)):
         how(backbone=backbone, train_data=tiny_instructions(), output_dir=output / name, config=config)
     drawing = quick_generation_config(batch_size=7, layers_per_step=1, backbone_training="lora")
-    train_generation(
-        backbone=backbone, train_data=tiny_instructions(), output_dir=output / "train", config=drawing
-    )
+    train(backbone=backbone, train_data=tiny_instructions(), output_dir=output / "train", config=drawing)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from consistentee.data.rows import TextDataset
-from consistentee.training.classification import finetune, train
+from consistentee.training.train import finetune, train
 from quick import quick_config
 from tiny import tiny_dataset
 

@@ -14,7 +14,7 @@ import pytest
 from consistentee import progress as module
 from consistentee.cli.main import main
 from consistentee.progress import Bar, Lines, Pace, Progress, TimedLines, rows_about, show_progress, track
-from consistentee.training.classification import finetune, train
+from consistentee.training.train import finetune, train
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 

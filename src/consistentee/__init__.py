@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     )
     from consistentee.pipelines.classifier import Engine, ExitRule, Prediction, Predictor
     from consistentee.pipelines.generator import GeneratedText, TextGenerator
-    from consistentee.training.classification import finetune, train
-    from consistentee.training.generation import finetune_generation, train_generation
+    from consistentee.training.train import finetune, train
 
 __version__ = "0.1.0"
 
@@ -70,7 +69,6 @@ __all__ = [
     "evaluate_layers",
     "evaluate_model",
     "finetune",
-    "finetune_generation",
     "load_files",
     "load_generation_files",
     "load_generation_task",
@@ -78,7 +76,6 @@ __all__ = [
     "load_recipe",
     "load_task",
     "train",
-    "train_generation",
 ]
 
 _HOMES = {
@@ -96,14 +93,13 @@ _HOMES = {
     "pipelines.generator": ("GeneratedText", "TextGenerator"),
     "models.causal_lm": ("EarlyExitForCausalLM",),
     "evaluation.results": ("Evaluation", "GenerationEvaluation"),
-    "training.generation": ("finetune_generation", "train_generation"),
     "models.sequence_classification": (
         "EarlyExitForSequenceClassification",
         "EarlyExitOutput",
         "FullDepthForSequenceClassification",
     ),
     "models.loaded": ("LoadedClassifier", "LoadedGenerator", "load_model"),
-    "training.classification": ("finetune", "train"),
+    "training.train": ("finetune", "train"),
 }
 _HOME_OF = {name: f"consistentee.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -14,7 +14,7 @@ from consistentee.backbones import decoders
 from consistentee.errors import UsageError
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
-from consistentee.training.generation import finetune_generation, train_generation
+from consistentee.training.train import finetune, train
 from saved_generators import BYTES, TEMPLATE, tiny_rows
 from tiny_decoders import single_thread, tiny_decoder, tiny_exit_model
 from tiny_tokenizers import byte_tokenizer
@@ -68,7 +68,7 @@ def backbone(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("learn", [train_generation, finetune_generation])
+@pytest.mark.parametrize("learn", [train, finetune])
 def test_training_refuses_a_length_without_positions(tmp_path: Path, backbone: Path, learn: Any) -> None:
     given: Any = {"backbone": backbone, "train_data": tiny_rows(12), "output_dir": tmp_path / "run"}
     with pytest.raises(UsageError, match=r"max_length must be at most 40, .*, got 41"):
@@ -97,7 +97,7 @@ def test_texts_keep_to_the_positions(backbone: Path) -> None:
         generator.generate_texts([("a", "")], max_new_tokens=40)
 
 
-@pytest.mark.parametrize("learn", [train_generation, finetune_generation])
+@pytest.mark.parametrize("learn", [train, finetune])
 def test_a_training_saves_its_positions_with_the_tokenizer(
     tmp_path: Path, backbone: Path, learn: Any
 ) -> None:
@@ -110,6 +110,6 @@ def test_a_training_saves_its_positions_with_the_tokenizer(
     short, long = "word " * 7, "word " * 400  # 35 tokens and 5 new ones are the model's 40
     cut = write(long, handle_long_generation="hole", **given)
     assert cut == write(short, add_special_tokens=False, **given)
-    if learn is train_generation:
+    if learn is train:
         with pytest.raises(ValueError, match="must fit into the 40 positions that the model knows, got 2001"):
             write(long, **given)

@@ -17,7 +17,7 @@ from consistentee.data.rows import TextDataset
 from consistentee.errors import UsageError
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
-from consistentee.training.classification import finetune, train
+from consistentee.training.train import finetune, train
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 

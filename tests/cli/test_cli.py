@@ -77,19 +77,15 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 @pytest.fixture
 def training(files: Files, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Replace `train` and `finetune` by something that notes its arguments and leaves a saved model."""
+    """Replace `train` by something that notes its arguments and leaves a saved model."""
     calls: list[dict[str, Any]] = []
 
-    def fake(source: Path) -> Callable[..., Path]:
-        def run(**arguments: Any) -> Path:
-            calls.append(arguments)
-            shutil.copytree(source, arguments["output_dir"])
-            return arguments["output_dir"]
+    def fake(**arguments: Any) -> Path:
+        calls.append(arguments)
+        source = files.plain if arguments["method"] == "plain" else files.model
+        return shutil.copytree(source, arguments["output_dir"])
 
-        return run
-
-    monkeypatch.setattr("consistentee.training.classification.train", fake(files.model))
-    monkeypatch.setattr("consistentee.training.classification.finetune", fake(files.plain))
+    monkeypatch.setattr("consistentee.training.train.train", fake)
     return calls
 
 
@@ -286,7 +282,7 @@ class TestFailures:
         def interrupt(**_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(f"consistentee.training.classification.{command}", interrupt)
+        monkeypatch.setattr("consistentee.training.train.train", interrupt)
         arguments = ["--train-file", files.train, *COLUMNS, "--backbone", files.backbone]
         outcome = call(command, *arguments, "--output-dir", tmp_path / "o")
         assert outcome.code == 130

@@ -19,7 +19,7 @@ from consistentee.evaluation.speed_classification import model_workload
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.record import read_record
 from consistentee.pipelines.classifier import Engine
-from consistentee.training.classification import finetune, train
+from consistentee.training.train import finetune, train
 from quick import quick_config
 from tiny import (
     LABEL_NAMES,

@@ -15,7 +15,7 @@ from consistentee.cli.options import NOT_GIVEN, SettingOptions, UsageError, trai
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.recipes import Recipe
 from consistentee.errors import SettingError
-from consistentee.training.classification import finetune, train
+from consistentee.training.train import finetune, train
 from tiny import tiny_backbone, tiny_dataset
 
 Rows, Tokens = ClassificationTrainingConfig, GenerationTrainingConfig

@@ -14,9 +14,10 @@ import pytest
 
 from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind
 from consistentee.cli.main import main
-from consistentee.cli.options import TrainingDataOptions, UsageError
+from consistentee.cli.options import TrainingDataOptions
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.generation import load_generation_files
+from consistentee.errors import UsageError
 from consistentee.models.record import RECORD_FILE
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
 from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
@@ -303,21 +304,16 @@ def training(files: Files, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
     """Replace training by something that notes its arguments and leaves a saved model."""
     calls: list[dict[str, Any]] = []
 
-    def fake(source: Path, kind: str) -> Callable[..., Path]:
-        def run(**arguments: Any) -> Path:
-            calls.append(arguments)
-            folder = Path(shutil.copytree(source, arguments["output_dir"]))
-            record = {"kind": kind, "prompt_template": TEMPLATE.to_dict(), "task": arguments["task"]}
-            (folder / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
-            return folder
+    def fake(**arguments: Any) -> Path:
+        calls.append(arguments)
+        plain = arguments["method"] == "plain"
+        folder = Path(shutil.copytree(files.plain if plain else files.exits, arguments["output_dir"]))
+        kind = "full_depth_generation" if plain else "early_exit_generation"
+        record = {"kind": kind, "prompt_template": TEMPLATE.to_dict(), "task": arguments["task"]}
+        (folder / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
+        return folder
 
-        return run
-
-    train, finetune = (
-        f"consistentee.training.generation.{name}_generation" for name in ("train", "finetune")
-    )
-    monkeypatch.setattr(train, fake(files.exits, "early_exit_generation"))
-    monkeypatch.setattr(finetune, fake(files.plain, "full_depth_generation"))
+    monkeypatch.setattr("consistentee.training.train.train", fake)
     return calls
 
 

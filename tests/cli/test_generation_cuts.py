@@ -16,7 +16,7 @@ from consistentee.evaluation.generation import evaluate_generation, evaluate_pla
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.models.record import read_record
 from consistentee.pipelines.generator import TextGenerator
-from consistentee.training.generation import finetune_generation, train_generation
+from consistentee.training.train import finetune, train
 from saved_generators import BYTES, TEMPLATE, generator_folder, plain_folder, tiny_rows
 from tiny_decoders import single_thread, tiny_decoder
 from tiny_tokenizers import byte_tokenizer
@@ -58,7 +58,7 @@ def test_prompts_that_lose_something_are_marked() -> None:
     assert all(len(prompt) <= 6 for prompt in encoded)
 
 
-@pytest.mark.parametrize("learn", [train_generation, finetune_generation])
+@pytest.mark.parametrize("learn", [train, finetune])
 def test_training_says_and_records_it(tmp_path: Path, caplog: pytest.LogCaptureFixture, learn: Any) -> None:
     backbone = tmp_path / "backbone"
     tiny_decoder("llama", **BYTES).save_pretrained(backbone)

@@ -11,7 +11,7 @@ from consistentee.cli.main import main
 from consistentee.evaluation.generation import evaluate_generation
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.progress import Pace
-from consistentee.training.generation import finetune_generation, train_generation
+from consistentee.training.train import finetune, train
 from saved_generators import generator_folder, plain_folder, tiny_rows
 from tiny_training import quick_generation_config, tiny_decoder, tiny_instructions
 
@@ -29,8 +29,8 @@ def titles(capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backbone = tiny_decoder(tmp_path / "backbone", layers=2)
     for how, wanted in (
-        (train_generation, {"warm-up", "round 0 policy", "round 1 consistent", "round 1 policy"}),
-        (finetune_generation, {"epoch 1", "epoch 2", "validation"}),
+        (train, {"warm-up", "round 0 policy", "round 1 consistent", "round 1 policy"}),
+        (finetune, {"epoch 1", "epoch 2", "validation"}),
     ):
         folder, config = tmp_path / how.__name__, quick_generation_config()
         how(backbone=backbone, train_data=tiny_instructions(), output_dir=folder, config=config)

@@ -102,7 +102,7 @@ def test_another_broken_pipe_is_a_failure(
     def fail(*_: object, **__: object) -> None:
         raise BrokenPipeError("of the hub")
 
-    monkeypatch.setattr("consistentee.training.classification.train", fail)
+    monkeypatch.setattr("consistentee.training.train.train", fail)
     assert main([*arguments["train"], "--output-dir", "nowhere"]) == 1
     assert "of the hub" in capsys.readouterr().err
     assert {command.__name__ for command in cli.OUTLASTING} < {command.__name__ for command in cli.COMMANDS}

@@ -15,7 +15,7 @@ from consistentee.errors import DataError
 from consistentee.evaluation.classification import evaluate_model, predict_classes
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
-from consistentee.training.classification import finetune, train
+from consistentee.training.train import finetune, train
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset, tiny_model
 

@@ -25,7 +25,7 @@ from consistentee.data.tokenization import encode_prompts, encode_rows
 from consistentee.errors import DataError
 from consistentee.evaluation.generation import evaluate_generation
 from consistentee.models.loaded import LoadedGenerator, load_model
-from consistentee.training.generation import train_generation
+from consistentee.training.train import train
 from tiny_tokenizers import byte_level
 from tiny_training import byte_tokenizer, quick_generation_config, tiny_decoder
 
@@ -208,9 +208,7 @@ def test_training_evaluation_and_the_held_out_file(tmp_path: Path) -> None:
 
     backbone = tiny_decoder(tmp_path / "backbone", max_position_embeddings=256)
     config = quick_generation_config(prompt_template="alpaca", max_length=200, rounds=0)
-    folder = train_generation(
-        backbone=backbone, train_data=data.train, output_dir=tmp_path / "run", config=config
-    )
+    folder = train(backbone=backbone, train_data=data.train, output_dir=tmp_path / "run", config=config)
     evaluation = evaluate_generation(
         load_model(folder, LoadedGenerator, device="cpu"), again, max_new_tokens=3
     )

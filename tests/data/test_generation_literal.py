@@ -17,7 +17,7 @@ from consistentee.data.tokenization import encode_prompts, encode_rows
 from consistentee.errors import DataError
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
-from consistentee.training.generation import train_generation
+from consistentee.training.train import train
 from saved_generators import generator_folder
 from tiny_tokenizers import byte_level, unigram
 from tiny_training import quick_generation_config, tiny_decoder
@@ -154,9 +154,9 @@ def test_training_and_generator_agree(parse: bool, tmp_path: Path, monkeypatch: 
         seen.append(encode_rows(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr("consistentee.training.generation.encode_rows", noted)
+    monkeypatch.setattr("consistentee.training.tasks.generation.encode_rows", noted)
     config = quick_generation_config(parse_special_tokens=parse, prompt_template="plain", max_length=40)
-    folder = train_generation(backbone=backbone, train_data=rows, output_dir=tmp_path / "run", config=config)
+    folder = train(backbone=backbone, train_data=rows, output_dir=tmp_path / "run", config=config)
     saved = load_model(folder, LoadedGenerator, device="cpu")
     assert saved.prompt_template().parse_special_tokens is parse
     assert saved.prompt_template("alpaca").parse_special_tokens is parse

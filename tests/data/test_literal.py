@@ -19,7 +19,7 @@ from consistentee.data.tokenization import encode_texts
 from consistentee.evaluation.classification import evaluate_model
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
-from consistentee.training.classification import finetune, train
+from consistentee.training.train import finetune, train
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset, tiny_tokenizer
 from tiny_tokenizers import byte_level, unigram

@@ -143,3 +143,15 @@ def test_the_commands_of_the_readme_run(
         code = main(shlex.split(command, comments=True)[1:])
         assert code == 0, (line, capsys.readouterr().err)
     assert all((tmp_path / name).is_file() for name in ("rte.png", "speed.json", "speed.png"))
+
+
+def test_the_methods_page_names_code_that_exists() -> None:
+    source = ROOT / "src" / "consistentee"
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)(?::(\w+))?`", page)
+    assert len(named) >= 20
+    for path, symbol in named:
+        text = (source / path).read_text(encoding="utf-8")
+        assert not symbol or re.search(rf"^(def|class) {symbol}\b", text, re.MULTILINE), f"{path}:{symbol}"
+    numbers = [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))

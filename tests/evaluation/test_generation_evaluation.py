@@ -28,7 +28,7 @@ from consistentee.evaluation.teacher_forcing import (
     teacher_forced_exits,
 )
 from consistentee.functional.criteria import GENERATION_CRITERIA
-from consistentee.functional.depth_matching import threshold_for_depth
+from consistentee.functional.curves import threshold_for_depth
 from consistentee.inference.decoder.lossless import DraftClock
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from consistentee.functional.criteria import CRITERIA, confidence_scores, exit_scores
+from consistentee.functional.criteria import CRITERIA, confidence_scores, exit_scores, static_scores
 from consistentee.functional.curves import (
     BUDGETS,
     CurvePoint,
     budget_hits,
     choose_threshold,
     curve_score,
-    threshold_by_metric,
+    depth_thresholds,
+    score_standard_error,
+    threshold_within,
     trade_off_curve,
 )
 from consistentee.functional.exits import choose_exit_layer
@@ -28,7 +32,7 @@ def test_trade_off_curve_by_hand():
     labels = torch.tensor([1, 1, 0])
     layer_logits = torch.nn.functional.one_hot(predictions, 2).float()
     scores = torch.tensor([[0.2, 0.6, 0.1], [0.9, 0.9, 0.9], [0.3, 0.4, 0.5]])
-    points = {p.threshold: p for p in trade_off_curve(scores, layer_logits, labels, "policy")}
+    points = {p.threshold: p for p in trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None])}
 
     assert points[0.0].accuracy == pytest.approx(2 / 3)  # all leave at once: wrong, right, right
     assert (points[0.0].mean_exit_layer, points[0.0].layer_speedup) == (1.0, 3.0)
@@ -44,7 +48,7 @@ def test_trade_off_curve_by_hand():
 def test_trade_off_curve_agrees_with_a_loop(criterion: str):
     layer_logits, labels, exit_probs = torch.randn(30, 4, 3), torch.randint(3, (30,)), torch.rand(30, 4)
     scores = exit_scores(criterion, layer_logits, exit_probs)
-    points = trade_off_curve(scores, layer_logits, labels, criterion)
+    points = trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None], criterion)
     assert [p.mean_exit_layer for p in points] == sorted(p.mean_exit_layer for p in points)
     for p in points:
         layers = choose_exit_layer(scores, p.threshold).tolist()
@@ -97,33 +101,105 @@ def test_choose_threshold_accepts_a_flat_curve_at_the_floor():
 def test_budget_hits_add_up_to_the_score():
     torch.manual_seed(0)
     layer_logits, labels = torch.randn(60, 5, 3), torch.randint(3, (60,))
-    scores = confidence_scores(layer_logits)
-    points = trade_off_curve(scores, layer_logits, labels, "confidence")
-    hits = budget_hits(scores, layer_logits, labels, points)
+    scores, correct = confidence_scores(layer_logits), layer_logits.argmax(-1) == labels[:, None]
+    points = trade_off_curve(scores, correct, "confidence")
+    hits = budget_hits(scores, correct, points)
     assert hits.shape == (60,)
     assert int(hits.min()) >= 0
     assert int(hits.max()) <= len(BUDGETS)
     assert float(hits.double().mean()) / len(BUDGETS) == pytest.approx(curve_score(points))
 
 
-def test_thresholds_by_another_metric_agree_with_a_loop():
+def test_thresholds_by_another_quality_agree_with_a_loop():
     torch.manual_seed(3)
     layer_logits, labels = torch.randn(200, 6, 3), torch.randint(3, (200,))
     layer_logits[:, -1, :].scatter_add_(1, labels[:, None], torch.full((200, 1), 2.0))
-    scores = confidence_scores(layer_logits)
-    points = trade_off_curve(scores, layer_logits, labels, "confidence")
-    predictions = layer_logits.argmax(-1)
+    predictions, scores = layer_logits.argmax(-1), confidence_scores(layer_logits)
+    correct = predictions == labels[:, None]
+    points = trade_off_curve(scores, correct, "confidence")
 
-    def by(metric: str, max_loss: float) -> float:
-        return threshold_by_metric(points, scores, layer_logits, labels, metric=metric, max_loss=max_loss)
+    def f1(exit_layer: torch.Tensor) -> float:
+        at_exit = [int(predictions[row, layer - 1]) for row, layer in enumerate(exit_layer.tolist())]
+        return macro_f1(at_exit, labels)
 
-    qualities = []
-    for p in points:
-        layers = choose_exit_layer(scores, p.threshold).tolist()
-        at_exit = [int(predictions[row, layer - 1]) for row, layer in enumerate(layers)]
-        qualities.append(macro_f1(at_exit, labels))
-    full = macro_f1(predictions[:, -1], labels)
+    qualities = [f1(choose_exit_layer(scores, p.threshold)) for p in points]
+    full, top = macro_f1(predictions[:, -1], labels), float(correct[:, -1].float().mean())
     for loss in (0.0, 0.05, 0.2):
-        assert by("macro_f1", loss) == choose_threshold(points, full - loss, qualities)
-    top = float((predictions[:, -1] == labels).float().mean())
-    assert by("accuracy", 0.05) == choose_threshold(points, top - 0.05)
+        chosen = threshold_within(points, scores, correct, "confidence", max_loss=loss, quality=f1)
+        assert chosen == choose_threshold(points, full - loss, qualities)
+    chosen = threshold_within(points, scores, correct, "confidence", max_loss=0.05)
+    assert chosen == choose_threshold(points, top - 0.05)
+
+
+@pytest.mark.parametrize("groups", [[1] * 40, [1, 2, 3, 4, 30]])
+def test_the_standard_error_of_a_score_is_that_of_a_mean_or_of_clusters(groups: list[int]):
+    counts = torch.tensor(groups)
+    hits, others = (torch.randint(7, (len(groups),)) * counts for _ in range(2))
+    found = score_standard_error(hits, others, counts)
+    if set(groups) == {1}:
+        differences = (hits - others).double() / len(BUDGETS)
+        assert found == pytest.approx(float(differences.std() / len(groups) ** 0.5))
+    else:
+        mean = float((hits - others).sum() / counts.sum()) / len(BUDGETS)
+        spread = sum(
+            (float(h - o) / 6 - mean * float(c)) ** 2 for h, o, c in zip(hits, others, counts, strict=True)
+        )
+        assert found == pytest.approx(spread**0.5 / 40)
+
+
+def test_a_curve_reaches_from_the_first_layer_to_the_last():
+    scores, correct = torch.rand(240, 4), torch.rand(240, 4) < 0.7
+    points = trade_off_curve(scores, correct, "softmax_margin")
+    assert min(p.mean_exit_layer for p in points) == 1
+    assert max(p.mean_exit_layer for p in points) == 4
+    assert len(points) <= 202
+    assert min(p.threshold for p in trade_off_curve(scores - 1.5, correct, "state_similarity")) == -1
+
+
+def test_thresholds_are_at_equal_steps_of_depth():
+    torch.manual_seed(0)
+    scores = torch.rand(500, 30) ** 40  # most scores are nothing; quantiles of them would miss the deep end
+    scores[:, -1] = 1.0
+    thresholds = depth_thresholds(scores, 100)
+    depths = [float(choose_exit_layer(scores, value).float().mean()) for value in thresholds.tolist()]
+    steps = torch.tensor(depths).diff()
+    assert len(depths) == 100
+    assert float(steps.min()) > 0
+    assert float(steps.max()) < 1.25 * (30 - depths[0]) / 99
+    assert depths[-1] == 30
+
+
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(0, 9999))
+def test_thresholds_miss_nothing_if_there_are_enough(layers: int, instances: int, seed: int):
+    scores = torch.randint(0, 4, (instances, layers), generator=torch.Generator().manual_seed(seed)) / 4
+    thresholds = depth_thresholds(scores, 10_000).tolist()
+
+    def exits(threshold: float) -> list[int]:
+        return choose_exit_layer(scores, threshold).tolist()
+
+    for tried in (0.0, 0.25, 0.5, 0.75):
+        below = [value for value in thresholds if value <= tried]
+        assert exits(below[-1] if below else -1.0) == exits(tried)
+
+
+def test_no_threshold_without_a_choice():
+    assert len(depth_thresholds(torch.rand(3, 1), 9)) == 0
+    assert len(depth_thresholds(torch.rand(0, 3), 9)) == 0
+
+
+def test_a_static_depth_is_the_first_that_is_good_enough():
+    correct = torch.tensor(
+        [[False, True, True], [False, False, True], [True, True, False], [False, True, True]]
+    )
+    scores = static_scores(torch.tensor([1.0, 2.0, 3.0])).expand(4, -1)
+    points = trade_off_curve(scores, correct, "static")
+    assert points[1] == CurvePoint(2.0, 0.75, 2.0, 1.5)
+    assert threshold_within(points, scores, correct, "static", max_loss=0.0) == 2
+    assert threshold_within(points, scores, correct, "static", max_loss=0.6) == 1
+
+
+def test_a_longer_text_says_no_more_of_a_score():
+    hits, other, counts = torch.tensor([6, 0, 3]), torch.tensor([0, 0, 3]), torch.full((3,), 2)
+    assert score_standard_error(hits, hits, counts) == 0
+    longer = score_standard_error(2 * hits, 2 * other, 2 * counts)
+    assert longer == pytest.approx(score_standard_error(hits, other, counts))

@@ -23,7 +23,7 @@ from consistentee.models.sequence_classification import (
     FullDepthForSequenceClassification,
 )
 from consistentee.pipelines.classifier import Engine
-from consistentee.training.classification import train
+from consistentee.training.train import train
 from quick import quick_config
 from tiny import LABEL_NAMES, tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model
 

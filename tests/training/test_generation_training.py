@@ -12,23 +12,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from consistentee.backbones.decoders import (
-    SUPPORTED_DECODER_TYPES,
-    decoder_architecture,
-    decoder_layers,
-)
+from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES, decoder_architecture, decoder_layers
 from consistentee.config import GenerationTrainingConfig
 from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.models.card import model_card
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.training import adapters
-from consistentee.training import generation as training
+from consistentee.training import adapters, policy_phase
 from consistentee.training import run as runs
-from consistentee.training import token_policy_phase as policy_phase
 from consistentee.training.adapters import add_adapters
-from consistentee.training.generation import finetune_generation, train_generation
-from consistentee.training.steps import Optimisation
-from consistentee.training.token_rounds import score_standard_error
+from consistentee.training.methods import consistent
+from consistentee.training.steps import Steps
+from consistentee.training.train import finetune, train
 from quick import read_record, read_weights, weight_bytes
 from tiny_decoders import tiny_exit_model
 from tiny_training import quick_generation_config, tiny_decoder, tiny_instructions
@@ -58,7 +52,7 @@ def run(how: Train, backbone: Path, folder: Path, *, resume: bool = False, **cha
 @pytest.fixture(scope="module")
 def trained(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("runs") / "trained"
-    return folder, run(train_generation, backbone, folder, checkpoint_every=2)
+    return folder, run(train, backbone, folder, checkpoint_every=2)
 
 
 # --- What it leaves ---
@@ -101,7 +95,7 @@ def held_out_texts() -> list[str]:
 
 def test_the_model_learns(backbone: Path, tmp_path: Path) -> None:
     run(
-        train_generation,
+        train,
         backbone,
         tmp_path / "model",
         warmup_epochs=10,
@@ -142,7 +136,7 @@ def test_the_card(trained: tuple[Path, list[str]]) -> None:
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_fine_tuning_leaves_a_plain_model(how: str, backbone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
-    said = run(finetune_generation, backbone, folder, backbone_training=how)
+    said = run(finetune, backbone, folder, backbone_training=how)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert read_weights(folder).keys() == read_weights(backbone).keys()
@@ -167,7 +161,7 @@ def of_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("exit_head", ["shared", "low_rank", "separate"])
 def test_a_frozen_backbone_stays_as_it_is(exit_head: str, backbone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    run(train_generation, backbone, folder, backbone_training="frozen", exit_head=exit_head)
+    run(train, backbone, folder, backbone_training="frozen", exit_head=exit_head)
     before, after = read_weights(backbone), read_weights(folder)
     kept = of_backbone(after)
     assert all(torch.equal(before[name], value) for name, value in kept.items() if name in before)
@@ -177,7 +171,7 @@ def test_a_frozen_backbone_stays_as_it_is(exit_head: str, backbone: Path, tmp_pa
 
 def test_adapters_end_in_the_weights_of_projections(backbone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    run(train_generation, backbone, folder, backbone_training="lora", checkpoint_every=1)
+    run(train, backbone, folder, backbone_training="lora", checkpoint_every=1)
     before, after = read_weights(backbone), of_backbone(read_weights(folder))
     changed = {
         name for name, value in after.items() if name in before and not torch.equal(before[name], value)
@@ -194,7 +188,7 @@ def test_checkpoints_leave_out_what_is_frozen(
         runs.checkpoints, "save_weights", lambda path, weights: kept.append(set(weights)) or path.touch()
     )
     monkeypatch.setattr(runs.checkpoints, "save_checkpoint", lambda *args, **kwargs: None)
-    run(train_generation, backbone, tmp_path / "model", backbone_training="lora", rounds=0)
+    run(train, backbone, tmp_path / "model", backbone_training="lora", rounds=0)
     assert [name for name in kept[0] if "lora" in name]
     assert not [name for name in kept[0] if name.startswith("backbone.") and "lora" not in name]
 
@@ -243,11 +237,11 @@ class Interrupted(Exception):
 
 
 PHASES = {
-    "warm-up": (Optimisation, "_step", 3),
-    "policy": (policy_phase, "choose_token_policy", 1),
-    "best weights kept, not yet a checkpoint": (training, "record_round", 1),
-    "consistent phase": (Optimisation, "_step", 6),
-    "second policy": (policy_phase, "choose_token_policy", 2),
+    "warm-up": (Steps, "_step", 3),
+    "policy": (policy_phase, "choose_policy", 1),
+    "best weights kept, not yet a checkpoint": (consistent, "record_round", 1),
+    "consistent phase": (Steps, "_step", 6),
+    "second policy": (policy_phase, "choose_policy", 2),
     "writing the model": (runs, "write_model_card", 1),
 }
 
@@ -273,9 +267,9 @@ def test_an_interrupted_training_ends_where_another_does(
     folder = tmp_path / "model"
     monkeypatch.setattr(owner, name, interrupting)
     with pytest.raises(Interrupted):
-        run(train_generation, backbone, folder, checkpoint_every=2)
+        run(train, backbone, folder, checkpoint_every=2)
     monkeypatch.setattr(owner, name, original)
-    said = run(train_generation, backbone, folder, checkpoint_every=2, resume=True)
+    said = run(train, backbone, folder, checkpoint_every=2, resume=True)
     assert any(line.startswith("Resumed at step ") for line in said)
     assert weight_bytes(folder) == weight_bytes(trained[0])
     assert read_record(folder) == read_record(trained[0])
@@ -287,8 +281,8 @@ def test_interrupted_fine_tuning_goes_on(
     how: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"backbone_training": how, "checkpoint_every": 2}
-    run(finetune_generation, backbone, tmp_path / "whole", **options)
-    step, calls = Optimisation._step, 0
+    run(finetune, backbone, tmp_path / "whole", **options)
+    step, calls = Steps._step, 0
 
     def interrupting(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -297,19 +291,19 @@ def test_interrupted_fine_tuning_goes_on(
             raise Interrupted
         step(*args, **kwargs)
 
-    monkeypatch.setattr(Optimisation, "_step", interrupting)
+    monkeypatch.setattr(Steps, "_step", interrupting)
     with pytest.raises(Interrupted):
-        run(finetune_generation, backbone, tmp_path / "parts", **options)
-    monkeypatch.setattr(Optimisation, "_step", step)
-    run(finetune_generation, backbone, tmp_path / "parts", resume=True, **options)
+        run(finetune, backbone, tmp_path / "parts", **options)
+    monkeypatch.setattr(Steps, "_step", step)
+    run(finetune, backbone, tmp_path / "parts", resume=True, **options)
     assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
     assert read_record(tmp_path / "parts") == read_record(tmp_path / "whole")
 
 
 def test_a_finished_model_is_not_trained_again(backbone: Path, trained: tuple[Path, list[str]]) -> None:
     with pytest.raises(FileExistsError, match="holds a finished model"):
-        run(train_generation, backbone, trained[0])
-    assert run(train_generation, backbone, trained[0], checkpoint_every=2, resume=True) == [
+        run(train, backbone, trained[0])
+    assert run(train, backbone, trained[0], checkpoint_every=2, resume=True) == [
         f"{trained[0]} holds a finished model: nothing to resume."
     ]
 
@@ -318,16 +312,16 @@ def test_a_finished_model_is_not_trained_again(backbone: Path, trained: tuple[Pa
 def test_what_the_policy_learns_from_and_where_it_may_leave(
     policy_data: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose, given = policy_phase.choose_token_policy, list[tuple[int, int]]()
+    choose, given = policy_phase.choose_policy, list[tuple[int, int]]()
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        given.append((len(args[2]), len(args[2].first_texts(kwargs["judged_texts"]))))
-        assert kwargs["min_exit_layer"] == 2
+        given.append((len(args[0]), len(args[0].first_groups(kwargs["judged_groups"]))))
+        assert args[1].min_exit_layer == 2
         return choose(*args, **kwargs)
 
-    monkeypatch.setattr(policy_phase, "choose_token_policy", noting)
+    monkeypatch.setattr(policy_phase, "choose_policy", noting)
     changes = {"policy_data": policy_data, "backbone_training": "frozen", "rounds": 0, "min_exit_layer": 2}
-    run(train_generation, backbone, tmp_path / "model", **changes)
+    run(train, backbone, tmp_path / "model", **changes)
     ((learnt, judged),) = given
     assert 140 < learnt <= 150 if policy_data == "filled" else learnt == judged
     assert 0 < judged < 100
@@ -339,26 +333,26 @@ def test_what_the_policy_learns_from_and_where_it_may_leave(
     output = model.generate(ids, threshold=0.0, max_new_tokens=4, return_dict_in_generate=True)
     assert int(output.exit_layers[:, 1:].max()) == 2
     with pytest.raises(ValueError, match="min_exit_layer must be at most 2, the number of layers, got 9"):
-        run(train_generation, backbone, tmp_path / "other", min_exit_layer=9)
+        run(train, backbone, tmp_path / "other", min_exit_layer=9)
 
 
 def test_other_settings_do_not_resume(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy_phase, "choose_token_policy", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(policy_phase, "choose_policy", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(train_generation, backbone, tmp_path / "model")
+        run(train, backbone, tmp_path / "model")
     with pytest.raises(ValueError, match="has exit_head = shared, this one low_rank"):
-        run(train_generation, backbone, tmp_path / "model", resume=True, exit_head="low_rank")
+        run(train, backbone, tmp_path / "model", resume=True, exit_head="low_rank")
 
 
 # --- The steps ---
 
 
 def test_parts_of_a_batch_and_chunks_do_not_change_plain_fine_tuning(backbone: Path, tmp_path: Path) -> None:
-    run(finetune_generation, backbone, tmp_path / "one")
+    run(finetune, backbone, tmp_path / "one")
     run(
-        finetune_generation,
+        finetune,
         backbone,
         tmp_path / "parts",
         gradient_accumulation_steps=4,
@@ -373,10 +367,10 @@ def test_steps_weigh_rows_by_their_response_tokens(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, float]] = []
-    step = Optimisation._step
+    step = Steps._step
 
     def noting(self: Any, rows: Any, *args: Any) -> None:
-        batch = self.collate([self.dataset[row] for row in rows])
+        batch = self.collate([self.rows[row] for row in rows])
         batch.pop("index")
         with torch.no_grad():
             wanted = float(self.model(**batch).loss)  # Hugging Face's mean over response tokens
@@ -384,8 +378,8 @@ def test_steps_weigh_rows_by_their_response_tokens(
         step(self, rows, *args)
         seen.append((wanted, self.figures["loss"]))
 
-    monkeypatch.setattr(Optimisation, "_step", noting)
-    run(finetune_generation, backbone, tmp_path / "model")
+    monkeypatch.setattr(Steps, "_step", noting)
+    run(finetune, backbone, tmp_path / "model")
     for wanted, found in seen:
         assert found == pytest.approx(wanted, rel=1e-5)
 
@@ -397,7 +391,7 @@ def test_a_frozen_backbone_is_not_fine_tuned(backbone: Path, tmp_path: Path) -> 
     with pytest.raises(
         ValueError, match="backbone_training must be full or lora to fine-tune the plain model"
     ):
-        run(finetune_generation, backbone, tmp_path / "model", backbone_training="frozen")
+        run(finetune, backbone, tmp_path / "model", backbone_training="frozen")
 
 
 def test_missing_peft_is_named(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +400,7 @@ def test_missing_peft_is_named(backbone: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(adapters, "require_extra", missing)
     with pytest.raises(ImportError, match="peft of lora"):
-        run(train_generation, backbone, tmp_path / "model", backbone_training="lora")
+        run(train, backbone, tmp_path / "model", backbone_training="lora")
 
 
 @pytest.mark.parametrize(
@@ -452,14 +446,3 @@ def test_settings_as_plain_values() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GenerationTrainingConfig.from_dict(values)
-
-
-def test_the_standard_error_of_a_score_counts_texts() -> None:
-    hits, counts = torch.tensor([6, 0, 3]), torch.tensor([1, 1, 1])
-    assert score_standard_error(hits, hits, counts) == 0
-    other = torch.tensor([0, 0, 3])
-    single = score_standard_error(hits, other, counts)
-    longer = score_standard_error(
-        2 * hits, 2 * other, 2 * counts
-    )  # the same texts, twice as long: no more is known
-    assert longer == pytest.approx(single)

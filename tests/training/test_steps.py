@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
 )
-from consistentee.training.run import Run, start_run
+from consistentee.training.run import Run
 from consistentee.training.steps import (
     make_accelerator,
     parameter_groups,
@@ -24,18 +25,19 @@ from consistentee.training.steps import (
     schedule_factor,
     step_seed,
 )
+from consistentee.training.tasks.classification import ClassificationTask
+from consistentee.training.train import start_run
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset
 
 
 def new_run(backbone: Path, folder: Path, **changes: object) -> Run:
     run = start_run(
-        EarlyExitForSequenceClassification,
+        ClassificationTask(quick_config(**changes), tiny_dataset(50)),
+        "consistent",
         backbone=backbone,
-        train_data=tiny_dataset(50),
         output_dir=folder,
-        config=quick_config(**changes),
-        task=None,
+        task_name=None,
         resume=False,
         report=lambda message: None,
     )
@@ -44,24 +46,20 @@ def new_run(backbone: Path, folder: Path, **changes: object) -> Run:
 
 
 def test_the_learning_rate_rises_and_falls_over_the_whole_run() -> None:
-    config = quick_config(warmup_ratio=0.2, schedule="linear")
-    factors = [schedule_factor(step, 10, config) for step in range(10)]
+    factors = [schedule_factor(step, 10, 0.2, "linear") for step in range(10)]
     assert factors == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    assert schedule_factor(10, 10, config) == 0
+    assert schedule_factor(10, 10, 0.2, "linear") == 0
 
 
 def test_a_constant_learning_rate_rises_too() -> None:
-    config = quick_config(warmup_ratio=0.2, schedule="constant")
-    assert [schedule_factor(step, 10, config) for step in range(10)] == [0.5, *[1.0] * 9]
-    assert [
-        schedule_factor(step, 3, quick_config(warmup_ratio=0.0, schedule="constant")) for step in range(3)
-    ] == [1.0] * 3
+    assert [schedule_factor(step, 10, 0.2, "constant") for step in range(10)] == [0.5, *[1.0] * 9]
+    assert [schedule_factor(step, 3, 0.0, "constant") for step in range(3)] == [1.0] * 3
 
 
 def test_parameter_groups(tmp_path: Path) -> None:
     model = EarlyExitForSequenceClassification.from_backbone(tiny_backbone(tmp_path, layers=2), num_labels=2)
     model.policy.requires_grad_(False)
-    groups = parameter_groups(model, quick_config(weight_decay=0.1))
+    groups = parameter_groups(model, 0.1)
     kinds = {(group["is_backbone"], group["weight_decay"]) for group in groups}
     assert kinds == {(True, 0.1), (True, 0.0), (False, 0.1), (False, 0.0)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -77,32 +75,33 @@ def test_backbone_and_heads_have_learning_rates_of_their_own(tmp_path: Path) -> 
     backbone = tiny_backbone(tmp_path / "backbone", layers=2)
     run = new_run(backbone, tmp_path / "m", head_learning_rate=1e-2, warmup_ratio=0.0, schedule="constant")
 
-    def losses(output: object, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return weighted_sum_loss(layer_losses(output.classifier_logits, labels)), {}
+    def losses(model: Any, batch: Any, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return weighted_sum_loss(layer_losses(model(**batch).classifier_logits, labels)), {}
 
-    run.optimisation.run(2, losses, phase="any", learning_rate=1e-5)
-    rates = {(group["is_backbone"], group["lr"]) for group in run.optimisation.optimizer.param_groups}
+    run.steps.run(2, losses, phase="any", learning_rate=1e-5)
+    rates = {(group["is_backbone"], group["lr"]) for group in run.steps.optimizer.param_groups}
     assert rates == {(True, 1e-5), (False, 1e-2)}
-    assert run.optimisation.step == 2
-    assert set(run.optimisation.figures) == {"loss"}
+    assert run.steps.step == 2
+    assert set(run.steps.figures) == {"loss"}
 
 
 def test_a_step_may_be_called_before_and_asked_for_again(tmp_path: Path) -> None:
     """Steps that are behind already are not taken: that is how a resumed run finds its phase."""
     run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m")
-    run.optimisation.step = 3
-    run.optimisation.run(
-        3, lambda output, labels: pytest.fail("a step was taken"), phase="any", learning_rate=1.0
-    )
-    assert run.optimisation.step == 3
+    run.steps.step = 3
+    run.steps.run(3, lambda *_: pytest.fail("a step was taken"), phase="any", learning_rate=1.0)
+    assert run.steps.step == 3
 
 
 def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
     run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m", checkpoint_every=2)
     at: list[int] = []
-    run.optimisation.checkpoint = lambda: at.append(run.optimisation.step)
-    run.optimisation.run(
-        6, lambda output, labels: (output.logits.sum(1) * 0, {}), phase="any", learning_rate=1e-5
+    run.steps.checkpoint = lambda: at.append(run.steps.step)
+    run.steps.run(
+        6,
+        lambda model, batch, labels: (model(**batch).logits.sum(1) * 0, {}),
+        phase="any",
+        learning_rate=1e-5,
     )
     assert at == [2, 4]  # the end of a phase has one of its own
 
@@ -159,11 +158,11 @@ def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(
         ValueError, match=r"mixed_precision fp16 needs a GPU, and there is none\. Use auto, bf16 or no\."
     ):
-        make_accelerator(quick_config(mixed_precision="fp16"), "anywhere")
+        make_accelerator("anywhere", mixed_precision="fp16")
 
 
 def test_accumulation_settings_of_the_launcher_are_not_applied_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert make_accelerator(quick_config(), str(tmp_path)).gradient_accumulation_steps == 1
+    assert make_accelerator(str(tmp_path)).gradient_accumulation_steps == 1

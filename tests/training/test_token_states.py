@@ -14,7 +14,7 @@ from torch.nn import functional
 from consistentee.data.batches import TokenizedPrompts, collate
 from consistentee.functional.criteria import softmax_margin_scores, state_similarity_scores
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.training.token_states import draw_tokens, run_token_states
+from consistentee.training.tasks.token_states import draw_tokens, run_token_states
 from tiny_training import tiny_exit_model
 
 COLLATE = partial(collate, tokenizer=SimpleNamespace(pad_token_id=1, pad_token_type_id=0))

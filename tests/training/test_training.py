@@ -18,20 +18,22 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.rows import TextDataset
 from consistentee.errors import MissingExtraError
+from consistentee.functional.criteria import CRITERIA
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models import record as saved
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
 )
-from consistentee.training import checkpoints
-from consistentee.training import classification as training
-from consistentee.training import run as runs
-from consistentee.training.classification import finetune, train
+from consistentee.training import checkpoints, policy_phase
+from consistentee.training.methods import consistent
 from consistentee.training.policy import PolicyChoice, choose_policy
-from consistentee.training.run import Run, start_run
+from consistentee.training.run import Run
 from consistentee.training.states import LayerStates
-from consistentee.training.steps import Optimisation
+from consistentee.training.steps import Steps
+from consistentee.training.tasks import classification as task_module
+from consistentee.training.tasks.classification import ClassificationTask, row_instances
+from consistentee.training.train import finetune, start_run, train
 from quick import largest_difference, quick_config, read_record, read_weights, weight_bytes
 from tiny import LABEL_NAMES, POSITIVE, tiny_backbone, tiny_dataset
 
@@ -78,12 +80,11 @@ def quick_train(backbone: Path, data: TextDataset, tmp_path: Path) -> Callable[.
 def run_for(backbone: Path, data: TextDataset, folder: Path, **changes: Any) -> Run:
     """A run that has not taken a step."""
     run = start_run(
-        EarlyExitForSequenceClassification,
+        ClassificationTask(quick_config(**changes), data),
+        "consistent",
         backbone=backbone,
-        train_data=data,
         output_dir=folder,
-        config=quick_config(**changes),
-        task=None,
+        task_name=None,
         resume=False,
         report=lambda message: None,
     )
@@ -140,7 +141,7 @@ def test_training_learns_and_the_folder_predicts(learned: tuple[Path, list[str]]
         output = model(**inputs)
     right = (output.logits.argmax(-1) == torch.tensor(fresh.labels)).float().mean()
     assert right > 0.8  # the classes are balanced
-    assert not any("No better than the majority" in line for line in said)
+    assert not any("No better than a guess" in line for line in said)
 
 
 def test_training_leaves_a_complete_folder(learned: tuple[Path, list[str]]) -> None:
@@ -294,7 +295,7 @@ def test_each_phase_changes_only_what_it_trains(
 
     def watched(name_of: Callable[..., str], original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            model = args[0].model  # of the run or of its optimisation
+            model = args[0].model  # of the run or of its steps
             before = parts_of(model)
             result = original(*args, **kwargs)
             after = parts_of(model)
@@ -308,30 +309,26 @@ def test_each_phase_changes_only_what_it_trains(
 
         return call
 
-    steps = watched(lambda *_, phase, **__: phase, Optimisation.run)
-    fits = watched(lambda _, description, **__: description, training._fit_policies)
-    monkeypatch.setattr(Optimisation, "run", steps)
-    monkeypatch.setattr(training, "_fit_policies", fits)
+    steps = watched(lambda *_, phase, **__: phase, Steps.run)
+    fits = watched(lambda _, description, **__: description, policy_phase.run_policy_phase)
+    monkeypatch.setattr(Steps, "run", steps)
+    monkeypatch.setattr(consistent, "run_policy_phase", fits)
     quick_train()
     assert changed == [
         ("warm-up", {"backbone", "classifiers"}),
         ("round 0 policy", {"policy"}),
         ("round 1 consistent", {"backbone", "classifiers"}),
         ("round 1 policy", {"policy"}),
-        ("final policy", changed[-1][1]),
-    ]
-    assert changed[-1][1] <= {"policy"}  # the same as before where the best round was the last one
+    ]  # it is the policy that is saved, as all inputs and prices were tried on the kept round's weights
 
 
 @pytest.mark.parametrize("phase", ["warm-up", "consistent"])
 def test_the_gradient_reaches_backbone_and_every_classifier_but_no_policy(backbone: Path, phase: str) -> None:
     model = EarlyExitForSequenceClassification.from_backbone(backbone, num_labels=2).train()
     labels = torch.tensor([0, 1, 1])
-    output = model(torch.randint(4, 60, (3, 7)))
-    if phase == "warm-up":
-        losses, _ = training._weighted_sum_losses(output, labels, distillation=0.5)
-    else:
-        losses, _ = training._consistent_losses(output, labels, weighted_sum_share=0.0)
+    task = ClassificationTask(quick_config(distillation=0.5, weighted_sum_share=0.0), tiny_dataset(50))
+    objective = task.weighted_sum() if phase == "warm-up" else task.consistent()
+    losses, _ = objective(model, {"input_ids": torch.randint(4, 60, (3, 7))}, labels)
     losses.mean().backward()
     assert all(parameter.grad is None for parameter in model.policy.parameters())
     for name, parameter in model.named_parameters():
@@ -452,8 +449,11 @@ def useless_first_layer(rows: int = 120) -> LayerStates:
 def choice_for(**changes: Any) -> PolicyChoice:
     """Policies for `useless_first_layer`."""
     config = quick_config(**{"policy_batch_size": 60, "policy_learning_rate": 0.1, **changes})
+    measure = config.hardness if config.reward == "hardness" else "uniform"
     return choose_policy(
-        partial(
+        row_instances(useless_first_layer(), config.reward_loss, measure),
+        policy_phase.policy_search(config, CRITERIA, layer_costs=config.layer_costs),
+        new_policy=partial(
             PolicyNetwork,
             num_layers=3,
             hidden_size=8,
@@ -462,11 +462,6 @@ def choice_for(**changes: Any) -> PolicyChoice:
             dropout=0.1,
             initial_exit_bias=-1.0,
         ),
-        useless_first_layer(),
-        None,
-        config=config,
-        layer_costs=config.layer_costs,
-        seed=0,
     )
 
 
@@ -591,7 +586,7 @@ def test_dead_layers_are_named(backbone: Path, tmp_path: Path) -> None:
     )
     assert read_record(folder)["warmup"]["dead_layers"] == [1, 2]
     assert "Majority share: 0.800" in said
-    assert any(line.startswith("No better than the majority class: layer 1, 2. ") for line in said)
+    assert any(line.startswith("No better than a guess: layer 1, 2. ") for line in said)
     assert any(line.startswith("Accuracy by layer after warm-up: 0.") for line in said)
 
 
@@ -611,11 +606,11 @@ def test_a_collapse_is_reported(
         reports = {"reports": collapsed.reports, "layer_cost": collapsed.layer_cost}
         return dataclasses.replace(choose_policy(*args, **kwargs), **reports)
 
-    monkeypatch.setattr(training, "choose_policy", choose)
+    monkeypatch.setattr(policy_phase, "choose_policy", choose)
     said: list[str] = []
     folder = quick_train(said.append)
-    line = f"Layer cost 5 collapsed: 100% leave at layer 1 with accuracy 0.600. {remedy}"
-    assert said.count(line) == 3  # rounds 0 and 1, and at the end
+    line = f"Layer cost 5 collapsed: 100% exit at the first layer with accuracy 0.600. {remedy}"
+    assert said.count(line) == 2  # rounds 0 and 1
     assert [price["collapsed"] for price in read_record(folder)["policy"]["prices"]] == [
         True,
         remedy.startswith("Try"),
@@ -629,7 +624,8 @@ def scored(scores: Iterator[float], hits: Iterator[list[int]] | None = None) -> 
         choice, score = choose_policy(*args, **kwargs), next(scores)
         reports = tuple(dataclasses.replace(report, score=score) for report in choice.reports)
         of_rows = torch.zeros_like(choice.hits) if hits is None else torch.tensor(next(hits))
-        return dataclasses.replace(choice, reports=reports, hits=of_rows)
+        counts = torch.ones_like(of_rows)
+        return dataclasses.replace(choice, reports=reports, hits=of_rows, counts=counts)
 
     return choose
 
@@ -638,7 +634,7 @@ def test_rounds_stop_when_nothing_is_gained(
     quick_train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = [0.5, 0.7, 0.6, 0.65, 0.9, 0.9, 0.9]
-    monkeypatch.setattr(training, "choose_policy", scored(iter(scores)))
+    monkeypatch.setattr(policy_phase, "choose_policy", scored(iter(scores)))
     said: list[str] = []
     record = read_record(quick_train(said.append, rounds=6, patience=2, consistent_epochs=0.5))
     # and one more for the final choice
@@ -656,7 +652,9 @@ def test_a_later_round_is_kept_if_it_is_no_worse_than_a_standard_error(
     error = (10 / rows * 20 / rows * rows / (rows - 1)) ** 0.5 / 6 / rows**0.5
     assert 0.01 < error < 0.03
     scores = iter([0.5, 0.7, 0.6, last_score, 0.9])
-    monkeypatch.setattr(training, "choose_policy", scored(scores, iter([same, same, other, other, other])))
+    monkeypatch.setattr(
+        policy_phase, "choose_policy", scored(scores, iter([same, same, other, other, other]))
+    )
     record = read_record(quick_train(rounds=3, patience=5, consistent_epochs=0.5))
     assert record["best_round"] == kept
 
@@ -664,7 +662,7 @@ def test_a_later_round_is_kept_if_it_is_no_worse_than_a_standard_error(
 def test_the_best_rounds_weights_are_saved(
     quick_train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "choose_policy", scored(iter([0.9, 0.5, 0.5])))
+    monkeypatch.setattr(policy_phase, "choose_policy", scored(iter([0.9, 0.5, 0.5])))
     kept = read_weights(quick_train(schedule="constant"))
     monkeypatch.undo()
     without_rounds = read_weights(
@@ -677,12 +675,12 @@ def test_seen_rows_for_the_policy_have_all_classes(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where there are too many of them and the file is sorted by label."""
-    monkeypatch.setattr(runs, "MAX_SEEN_ROWS", 10)
+    monkeypatch.setattr(task_module, "MAX_SEEN_ROWS", 10)
     rows = tiny_dataset(60)
     data = rows.select(sorted(range(60), key=lambda row: rows.labels[row]))
     run = run_for(backbone, data, tmp_path, policy_data="seen")
-    assert run.policy_rows.labels.bincount().tolist() == [5, 5]
-    assert len(run.validation) == 30
+    assert run.task._policy_rows.labels.bincount().tolist() == [5, 5]
+    assert len(run.parts.validation) == 30
 
 
 # Folders that hold something already; interruptions by signals are in test_training_resume.
@@ -740,7 +738,7 @@ def test_an_unfinished_run_wants_the_same_settings_data_and_backbone(
     backbone: Path, data: TextDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, other_backbone = tmp_path / "m", tiny_backbone(tmp_path / "other", layers=2, seed=1)
-    stop_at(monkeypatch, Optimisation, "_step", 2)
+    stop_at(monkeypatch, Steps, "_step", 2)
     with pytest.raises(KeyboardInterrupt):
         train(backbone=backbone, train_data=data, output_dir=folder, config=quick_config(checkpoint_every=1))
     monkeypatch.undo()

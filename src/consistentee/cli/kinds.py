@@ -100,8 +100,6 @@ CLASSIFIERS = Kind(
     load_files=_later("data.classification:load_files"),
     loaded_class="LoadedClassifier",
     commands={
-        "train": _later("training.classification:train"),
-        "finetune": _later("training.classification:finetune"),
         "report": _later("cli.train:report_classifier"),
         "evaluate": _later("cli.evaluate:evaluate_classifier"),
         "benchmark": _later("cli.benchmark:benchmark_classifier"),
@@ -122,8 +120,6 @@ GENERATORS = Kind(
     load_files=_later("data.generation:load_generation_files"),
     loaded_class="LoadedGenerator",
     commands={
-        "train": _later("training.generation:train_generation"),
-        "finetune": _later("training.generation:finetune_generation"),
         "report": _later("cli.train:report_generator"),
         "evaluate": _later("cli.evaluate:evaluate_generator"),
         "benchmark": _later("cli.benchmark_generator:benchmark_generator"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from consistentee.cli.data import save_held_out, training_data
 from consistentee.cli.effects import Command
@@ -25,6 +25,7 @@ def train(
     output_dir: Path,
     backbone: str | None = None,
     config: Path | None = None,
+    method: Literal["consistent", "deebert"] = "consistent",
     resume: Flag = False,
     data: TrainingDataOptions | None = None,
     settings: SettingOptions | None = None,
@@ -39,10 +40,11 @@ def train(
         output_dir: Where checkpoints and the finished model go.
         backbone: Encoder, or causal language model, to start from: a name on the model hub or a local folder.
         config: Recipe (YAML) with settings; options given here override it.
+        method: How to train: by the three phases of ConsistentEE, or by the two stages of DeeBERT, to compare with.
         resume: Go on from the last checkpoint in the output folder.
         debug: Show tracebacks and the messages of other libraries.
     """
-    _run("train", output_dir, backbone, config, resume, data, settings)
+    _run(method, output_dir, backbone, config, resume, data, settings)
 
 
 def finetune(
@@ -64,11 +66,11 @@ def finetune(
         resume: Go on from the last checkpoint in the output folder.
         debug: Show tracebacks and the messages of other libraries.
     """
-    _run("finetune", output_dir, backbone, config, resume, data, settings)
+    _run("plain", output_dir, backbone, config, resume, data, settings)
 
 
 def _run(
-    command: Command,
+    method: str,
     output_dir: Path,
     backbone: str | None,
     recipe_file: Path | None,
@@ -77,7 +79,7 @@ def _run(
     settings: Any,
 ) -> None:
     """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
-    data = data or TrainingDataOptions()
+    data, command = data or TrainingDataOptions(), cast(Command, "finetune" if method == "plain" else "train")
     recipe = read_recipe(recipe_file, data)
     backbone = backbone or recipe.backbone
     if backbone is None:
@@ -92,16 +94,18 @@ def _run(
 
     from consistentee.functional.metrics import check_threshold_metric
     from consistentee.models.record import record_evaluation
+    from consistentee.training.train import train as train_model
 
     metric = getattr(config, "threshold_metric", None)
     if metric is not None and command == "train":
         usage(lambda: check_threshold_metric(metric, len(rows.train.label_names)))
-    folder = kind.commands[command](
+    folder = train_model(
         backbone=backbone,
         train_data=rows.train,
         output_dir=output_dir,
         config=config,
         task=rows.task,
+        method=method,
         resume=resume,
         report=say,
     )

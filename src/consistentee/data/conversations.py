@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from consistentee.data.files import Table
 from consistentee.data.parsing import quoted
+from consistentee.data.tables import Table
 from consistentee.data.templates import Turn
 
 CONVERSATION_COLUMNS = ("messages", "conversations")

@@ -98,7 +98,7 @@ def evaluate_layers(
             labels.numpy(),
             label_names or [str(index) for index in range(layer_logits.shape[-1])],
         ),
-        curve=trade_off_curve(scores, layer_logits, labels, criterion),
+        curve=trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None], criterion),
         other_criteria={
             name: _other(name, limit, layer_logits, exit_probs, labels)
             for name, limit in (other_criteria or {}).items()
@@ -304,7 +304,9 @@ def _other(
         accuracy = float(right.gather(1, (exit_layer - 1)[:, None]).double().mean())
         mean_exit_layer = float(exit_layer.double().mean())
         point = CurvePoint(threshold, accuracy, mean_exit_layer, scores.shape[1] / mean_exit_layer)
-    return OtherCriterion(threshold, point, trade_off_curve(scores, layer_logits, labels, criterion))
+    return OtherCriterion(
+        threshold, point, trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None], criterion)
+    )
 
 
 def _paired(

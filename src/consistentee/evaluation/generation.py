@@ -30,7 +30,7 @@ from consistentee.evaluation.teacher_forcing import (
     teacher_forced_exits,
 )
 from consistentee.evaluation.text_metrics import text_metrics
-from consistentee.functional.depth_matching import full_depth_threshold
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
@@ -113,7 +113,7 @@ def evaluate_generation(
     texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
     generate = partial(texts.generate, mode=mode, skipped_states=skipped_states)
     own, written = generate(criterion, limit)
-    full, _ = texts.generate(criterion, full_depth_threshold(criterion, depth), "full", None)
+    full, _ = texts.generate(criterion, EXIT_CRITERIA[criterion].thresholds.highest(depth), "full", None)
 
     references = reference_rows(saved, rows)
     whole = f"prompts with their references were longer than {saved.max_length} tokens"

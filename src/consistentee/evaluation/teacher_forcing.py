@@ -21,7 +21,7 @@ from consistentee.data.templates import PromptTemplate
 from consistentee.data.tokenization import encode_rows
 from consistentee.evaluation.results import GenerationPoint
 from consistentee.functional.criteria import EXIT_CRITERIA
-from consistentee.functional.depth_matching import full_depth_threshold, threshold_for_depth
+from consistentee.functional.curves import threshold_for_depth
 from consistentee.functional.tables import value_of
 from consistentee.models.causal_lm import Decide, EarlyExitForCausalLM
 from consistentee.models.loaded import LoadedGenerator
@@ -236,7 +236,7 @@ class ReferencePasses:
 
     def tokens(self, criterion: str, threshold: float) -> TeacherForcedTokens:
         """What every token gives at a threshold."""
-        if threshold >= full_depth_threshold(criterion, self._saved.num_hidden_layers):
+        if threshold >= EXIT_CRITERIA[criterion].thresholds.highest(self._saved.num_hidden_layers):
             return self.full_depth
         key = (criterion, threshold)
         if key not in self._known:
@@ -283,7 +283,7 @@ class ReferencePasses:
         aims = torch.linspace(depth, max(1.0, SHALLOWEST * depth), count + 1)[1:].tolist()
         scores = self._scores_of(criterion)
         spread = {threshold_for_depth(scores, aim, criterion) for aim in aims}
-        thresholds = {full_depth_threshold(criterion, depth), *chosen, *spread}
+        thresholds = {EXIT_CRITERIA[criterion].thresholds.highest(depth), *chosen, *spread}
         points = [self.tokens(criterion, value).point(value, depth) for value in thresholds]
         points.sort(key=lambda point: (-point.mean_exit_layer, -point.threshold))
         return points

@@ -1,16 +1,20 @@
-"""The trade-off between accuracy and layers over all thresholds: the curve, one number for it, and a point on it."""
+"""The trade-off between accuracy and layers over all thresholds: the curve, one number for it, and points on it.
+
+Instances are rows or tokens, and everything here is the same for both: `scores` are exit scores, (instances, layers),
+and `correct`, (instances, layers) bool, says whether an exit at a layer would be right.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from consistentee.functional.criteria import candidate_thresholds
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.exits import choose_exit_layer
-from consistentee.functional.metrics import METRICS
+from consistentee.functional.standard_errors import standard_error
 
 BUDGETS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 SMOOTHING = 9
@@ -26,36 +30,70 @@ class CurvePoint:
     layer_speedup: float
 
 
-def trade_off_curve(scores: Tensor, layer_logits: Tensor, labels: Tensor, criterion: str) -> list[CurvePoint]:
-    """Accuracy and mean exit layer at every threshold worth trying, from "all leave at once" to "none leaves early".
+def trade_off_curve(
+    scores: Tensor, correct: Tensor, criterion: str = "policy", *, limit: int = 200
+) -> list[CurvePoint]:
+    """Accuracy and mean exit layer at equal steps of depth, from "all exit at once" to "none exits early".
 
     Args:
-        scores: (rows, layers), exit scores.
-        layer_logits: (rows, layers, classes).
-        labels: (rows,), int64.
-        criterion: one of `CRITERIA`, whose thresholds these are.
+        scores, correct: of the instances.
+        criterion: whose thresholds these are; where they are numbers of layers, all that make a difference are tried.
+        limit: thresholds at most; the ends of their range come on top.
+
+    Example:
+        >>> correct = torch.tensor([[True, True], [False, True]])
+        >>> points = trade_off_curve(torch.tensor([[0.75, 1.0], [0.25, 1.0]]), correct)
+        >>> [(point.accuracy, point.mean_exit_layer) for point in points if point.threshold == 0.25]
+        [(1.0, 1.5)]
     """
-    right = layer_logits.argmax(-1) == labels[:, None]
-    return curve_of_thresholds(scores, right, candidate_thresholds(scores, criterion))
+    known = EXIT_CRITERIA[criterion].thresholds
+    if known.layers:
+        return curve_of_thresholds(scores, correct, known.whole(scores.shape[1]))
+    even = depth_thresholds(scores, limit).clamp(known.low, known.high).tolist()
+    return curve_of_thresholds(scores, correct, sorted({known.low, known.high, *even}))
 
 
-def curve_of_thresholds(scores: Tensor, right: Tensor, thresholds: Iterable[float]) -> list[CurvePoint]:
-    """Accuracy and mean exit layer at each of some thresholds.
-
-    Args:
-        scores: (instances, layers), exit scores.
-        right: (instances, layers), bool, whether an exit at a layer would be right.
-        thresholds: to try.
-    """
-    num_layers = scores.shape[1]
-    right = right.float()
+def curve_of_thresholds(scores: Tensor, correct: Tensor, thresholds: Iterable[float]) -> list[CurvePoint]:
+    """Accuracy and mean exit layer at each of some thresholds."""
+    num_layers, correct = scores.shape[1], correct.float()
     points: list[CurvePoint] = []
     for threshold in thresholds:
         exit_layer = choose_exit_layer(scores, threshold)
         mean = float(exit_layer.float().mean())
-        accuracy = float(right.gather(1, exit_layer[:, None] - 1).mean())
+        accuracy = float(correct.gather(1, exit_layer[:, None] - 1).mean())
         points.append(CurvePoint(threshold, accuracy, mean, num_layers / mean))
     return points
+
+
+def depth_thresholds(scores: Tensor, limit: int) -> Tensor:
+    """Thresholds whose mean exit layers are as evenly spaced as the scores allow, (at most limit,) float64, rising.
+
+    An instance moves to a deeper layer where the threshold passes the highest of its scores so far; these are the only
+    thresholds at which anything changes, each with so many layers more. Quantiles of all scores would not do: in a deep
+    model nearly all of them belong to layers that no useful threshold lets an instance exit at.
+
+    Args:
+        scores: of the last layer they do not count.
+        limit: how many.
+    """
+    num_layers = scores.shape[1]
+    if num_layers < 2 or not len(scores):
+        return torch.empty(0, dtype=torch.float64)
+    highest = scores[:, :-1].double().cummax(1).values
+    is_new = torch.ones_like(highest, dtype=torch.bool)
+    is_new[:, 1:] = highest[:, 1:] > highest[:, :-1]
+    layers = torch.arange(1, num_layers, device=scores.device)
+    # The layer of the exit once the threshold has passed this score: where the next higher one stands.
+    new_layers = torch.where(is_new, layers, num_layers)
+    following = torch.full_like(new_layers, num_layers)
+    following[:, :-1] = new_layers[:, 1:].flip(1).cummin(1).values.flip(1)
+    values, order = highest[is_new].sort()
+    if len(values) <= limit:
+        return values.unique()
+    depth = (following - layers)[is_new][order].cumsum(0).double()
+    aims = torch.linspace(0, float(depth[-1]), limit, dtype=torch.float64, device=depth.device)
+    nearest = torch.searchsorted(depth, aims).clamp_max(len(values) - 1)
+    return values[nearest].unique()
 
 
 def curve_score(points: Sequence[CurvePoint]) -> float:
@@ -64,47 +102,62 @@ def curve_score(points: Sequence[CurvePoint]) -> float:
     return sum(best) / len(best)
 
 
-def budget_hits(scores: Tensor, layer_logits: Tensor, labels: Tensor, points: Sequence[CurvePoint]) -> Tensor:
-    """At how many of the `BUDGETS` a row is right, with each budget's best threshold; their mean gives `curve_score`.
+def budget_hits(scores: Tensor, correct: Tensor, points: Sequence[CurvePoint]) -> Tensor:
+    """At how many of the `BUDGETS` an instance is right, at each one's best threshold; the mean gives `curve_score`.
 
     Args:
-        scores, layer_logits, labels: as in `trade_off_curve`.
+        scores, correct: of the instances.
         points: the curve of these scores.
 
     Returns:
-        (rows,), int64.
+        (instances,), int64.
     """
-    return hits_at_budgets(scores, layer_logits.argmax(-1) == labels[:, None], points)
-
-
-def hits_at_budgets(scores: Tensor, right: Tensor, points: Sequence[CurvePoint]) -> Tensor:
-    """As `budget_hits`, from which exits would be right, (instances, layers) bool; gives (instances,), int64."""
-    right = right.long()
-    hits = torch.zeros_like(right[:, 0])
+    correct = correct.long()
+    hits = torch.zeros_like(correct[:, 0])
     for budget in BUDGETS:
         fast = [point for point in points if point.layer_speedup >= budget]
         if fast:
             best = max(fast, key=lambda point: point.accuracy)
-            hits += right.gather(1, choose_exit_layer(scores, best.threshold)[:, None] - 1).squeeze(1)
+            hits += correct.gather(1, choose_exit_layer(scores, best.threshold)[:, None] - 1).squeeze(1)
     return hits
 
 
+def score_standard_error(hits: Tensor, other_hits: Tensor, counts: Tensor) -> float:
+    """Of the difference between two scores on the same instances, which are not independent within a group.
+
+    Args:
+        hits, other_hits: (groups,), `budget_hits` of two models summed over each group: a row, or a text's tokens.
+        counts: (groups,), instances of each.
+
+    Example:
+        >>> round(score_standard_error(torch.tensor([6, 0]), torch.tensor([0, 6]), torch.tensor([1, 1])), 3)
+        1.0
+    """
+    differences = (hits - other_hits).double() / len(BUDGETS)
+    return standard_error(differences, None if bool((counts == 1).all()) else counts)
+
+
 def choose_threshold(
-    points: Sequence[CurvePoint], floor: float, qualities: Sequence[float] | None = None
+    points: Sequence[CurvePoint],
+    floor: float,
+    qualities: Sequence[float] | None = None,
+    *,
+    smoothing: int = SMOOTHING,
 ) -> float:
     """The threshold with the fewest layers whose accuracy, or other quality, stays at or above a floor.
 
-    The quality is smoothed over neighbouring thresholds first: on few rows the curve has lucky bumps, and the first
-    one above the floor would be picked. If none reaches the floor, the threshold with the best smoothed quality.
+    The quality is smoothed over neighbouring thresholds first: on few instances the curve has lucky bumps, and the
+    first one above the floor would be picked. If none reaches the floor, the threshold with the best smoothed quality.
 
     Args:
         points: the curve.
         floor: of the quality.
         qualities: one a point, such as another metric; None takes the points' accuracy.
+        smoothing: over how many; 1 for points that are no neighbours.
     """
     qualities = [point.accuracy for point in points] if qualities is None else qualities
     ordered = sorted(zip(points, qualities, strict=True), key=lambda pair: pair[0].mean_exit_layer)
-    half = min(SMOOTHING // 2, len(ordered) // 8)
+    half = min(smoothing // 2, len(ordered) // 8)
     smoothed = []
     for position in range(len(ordered)):
         near = ordered[max(0, position - half) : position + half + 1]
@@ -115,33 +168,66 @@ def choose_threshold(
     return max(zip(smoothed, ordered, strict=True), key=lambda pair: pair[0])[1][0].threshold
 
 
-def threshold_by_metric(
+def threshold_within(
     points: Sequence[CurvePoint],
     scores: Tensor,
-    layer_logits: Tensor,
-    labels: Tensor,
+    correct: Tensor,
+    criterion: str,
     *,
-    metric: str,
     max_loss: float,
+    quality: Callable[[Tensor], float] | None = None,
 ) -> float:
-    """The threshold with the fewest layers that loses no more of a metric than allowed against the last layer.
+    """The threshold with the fewest layers that loses no more quality than allowed against the last layer.
 
     Args:
         points: the curve of these scores.
-        scores, layer_logits, labels: as in `trade_off_curve`.
-        metric: one of `metrics.METRICS`.
-        max_loss: what may be lost of it, 0.01 for a point.
+        scores, correct: of the instances.
+        criterion: whose scores; layers of a `static` one have no neighbours to be smoothed with.
+        max_loss: what may be lost, 0.01 for a point.
+        quality: what an exit layer for every instance, (instances,) int64, is worth; None takes the accuracy.
     """
-    predictions = layer_logits.argmax(-1)  # (rows, layers)
-    if metric == "accuracy":
-        full = float((predictions[:, -1] == labels).float().mean())
-        return choose_threshold(points, full - max_loss)
-    measure, actual = METRICS[metric], labels.numpy()
-    qualities = [
-        measure(
-            predictions.gather(1, choose_exit_layer(scores, point.threshold)[:, None] - 1).squeeze(1).numpy(),
-            actual,
-        )
-        for point in points
-    ]
-    return choose_threshold(points, measure(predictions[:, -1].numpy(), actual) - max_loss, qualities)
+    smoothing = 1 if EXIT_CRITERIA[criterion].is_static else SMOOTHING
+    if quality is None:
+        floor = float(correct[:, -1].float().mean()) - max_loss
+        return choose_threshold(points, floor, smoothing=smoothing)
+    qualities = [quality(choose_exit_layer(scores, point.threshold)) for point in points]
+    last_layer = torch.full((len(correct),), correct.shape[1])
+    return choose_threshold(points, quality(last_layer) - max_loss, qualities, smoothing=smoothing)
+
+
+def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) -> float:
+    """The threshold at which instances with these scores would exit after so many layers on average.
+
+    Args:
+        scores: infinity at the last layer, minus infinity where nobody may exit.
+        mean_exit_layer: the depth that is wanted.
+        criterion: whose thresholds these are.
+
+    Returns:
+        The threshold whose mean exit layer is nearest: one of the scores, or what nobody exceeds.
+    """
+    num_layers, known = scores.shape[1], EXIT_CRITERIA[criterion].thresholds
+    if known.layers:
+        choices = known.whole(num_layers)
+    else:
+        early = scores[:, :-1]
+        finite = early[early.isfinite()].double().unique()
+        if not len(finite):
+            return known.highest(num_layers)
+        chosen = torch.linspace(0, len(finite) - 1, min(len(finite), 2000)).round().long()
+        choices = sorted({known.high, *finite[chosen].clamp(known.low, known.high).tolist()})
+    # Ever deeper with the threshold: bisect for the first that is deep enough, and look at the one before it.
+    low_end, high_end = 0, len(choices) - 1
+    while low_end < high_end:
+        middle = (low_end + high_end) // 2
+        if _depth(scores, choices[middle]) < mean_exit_layer:
+            low_end = middle + 1
+        else:
+            high_end = middle
+    near = choices[max(0, low_end - 1) : low_end + 1]
+    return min(near, key=lambda choice: abs(_depth(scores, choice) - mean_exit_layer))
+
+
+def _depth(scores: Tensor, threshold: float) -> float:
+    """Mean exit layer of instances whose scores are given."""
+    return float(((scores > threshold).int().argmax(1) + 1).double().mean())

@@ -1,52 +1,48 @@
-"""Phase 2: policies on cached states. Fitting, cross-fitting, and the choice of price and threshold by validation.
+"""Phase 2: policies on cached states. Fitting, cross-fitting, and the choice of price and thresholds by validation.
 
-With the backbone and the classifiers frozen, states, losses and rewards are constants: a policy is a small network on
-a table, and fits in seconds. On held-out rows it is cross-fitted: each fold is judged by policies that have not seen
-it, so one held-out part serves both to train the policy and to choose its price and threshold.
+With the backbone and the classifiers frozen, states, costs and rewards are constants: a policy is a small network on
+a table, and fits in seconds. On held-out instances it is cross-fitted: each fold is judged by policies that have not
+seen it, so one held-out part serves both to train the policy and to choose its price and threshold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from consistentee.config import ClassificationTrainingConfig, TrainingConfig
-from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.curves import (
     CurvePoint,
     budget_hits,
     curve_score,
-    threshold_by_metric,
+    threshold_within,
     trade_off_curve,
 )
 from consistentee.functional.exits import choose_exit_layer, exit_distribution
-from consistentee.functional.hardness import hardness
 from consistentee.functional.losses import exact_policy_loss, policy_entropy, sampled_policy_loss
-from consistentee.functional.rewards import reward_losses, rewards
+from consistentee.functional.rewards import rewards
 from consistentee.heads.policy import PolicyNetwork
-from consistentee.training.states import LayerStates
+from consistentee.training.instances import Instances, group_folds
 
 PRICE_SLOPE = 2.0  # of the exit logits in the logarithm of the price; 1, 2, 4 and a learned one were as good
-CLOSED = -30.0  # exit logit of a layer that nobody may leave at
-
-NewPolicy = Callable[[], PolicyNetwork]
+CLOSED = -30.0  # exit logit of a layer that nobody may exit at
 
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """How a policy did on rows it has not seen, at one price.
+    """How a policy did on instances it has not seen, at one price.
 
     Attributes:
         layer_cost: the price.
         score: mean over `BUDGETS` of the best accuracy at that layer speed-up or more.
-        reward: mean over rows of the expected reward.
+        reward: mean over instances of the expected reward.
         accuracy, mean_exit_layer: at threshold 0.5.
-        first_layer_share: share of rows that leave at the first layer they may leave at, at threshold 0.5.
+        first_layer_share: share of instances that exit at the first layer they may exit at, at threshold 0.5.
         collapsed: the policy sends (nearly) everything out at that layer although that costs accuracy.
     """
 
@@ -64,22 +60,36 @@ class PolicyChoice:
     """The outcome of phase 2: a policy, its price, thresholds by criterion, and the reports of all prices.
 
     Attributes:
-        hits: (rows,), at how many budgets the policy is right about each judged row (`curves.budget_hits`).
-        exit_probs: (rows, layers), its conditional exit probabilities of the judged rows.
+        policy: fitted on all instances.
+        networks: by criterion, the other networks that were fitted.
+        layer_cost: the policy's price.
+        at_thresholds: by criterion, its threshold (the fewest layers within the allowed loss) and what that gives.
+        scores: by criterion, one number for the whole curve (`curves.curve_score`).
+        reports: how the policies of all prices did.
+        hits: (groups,), at how many budgets the policy is right, summed over a group's judged instances.
+        counts: (groups,), how many of them there are.
+        exit_probs: (instances, layers), conditional exit probabilities of the judged instances, cross-fitted.
     """
 
     policy: PolicyNetwork
+    networks: Mapping[str, nn.Module]
     layer_cost: float
-    thresholds: dict[str, float]
-    scores: dict[str, float]
+    at_thresholds: Mapping[str, CurvePoint]
+    scores: Mapping[str, float]
     reports: tuple[PolicyReport, ...]
     hits: Tensor
+    counts: Tensor
     exit_probs: Tensor
 
     @property
     def report(self) -> PolicyReport:
         """The report of the chosen price."""
         return next(report for report in self.reports if report.layer_cost == self.layer_cost)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Thresholds by criterion."""
+        return {criterion: point.threshold for criterion, point in self.at_thresholds.items()}
 
     def to_dict(self) -> dict[str, object]:
         """Everything but the tensors, for the training record."""
@@ -92,321 +102,351 @@ class PolicyChoice:
         }
 
 
-def layer_rewards(
-    states: LayerStates, row_hardness: Tensor, config: ClassificationTrainingConfig, layer_cost: float
-) -> Tensor:
-    """Reward of leaving at each layer, (rows, layers), for cached states under the configured reward."""
-    losses = reward_losses(config.reward_loss, **states.outcomes)
-    return rewards(losses, layer_cost, row_hardness if config.reward == "hardness" else None)
-
-
 def fit_policy(
     policy: PolicyNetwork,
-    states: LayerStates,
-    row_hardness: Tensor,
+    instances: Instances,
     *,
     layer_cost: float,
     price_range: tuple[float, float] | None = None,
-    config: ClassificationTrainingConfig,
-    seed: int,
-    rows: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> PolicyNetwork:
-    """Fit a policy on cached states of classification by policy gradient, see `fit_policy_on`.
-
-    Args:
-        policy: a new policy network; trained in place.
-        states: with `pooled`.
-        row_hardness: (rows of `states`,) in [0, 1].
-        layer_cost, price_range, config, seed, rows, device: as in `fit_policy_on`.
-
-    Returns:
-        The policy, in evaluation mode, on the CPU.
-    """
-    if states.pooled is None:
-        raise ValueError(
-            "states must hold pooled states to fit a policy, got None. Run with keep_pooled=True."
-        )
-    return fit_policy_on(
-        policy,
-        states.pooled,
-        reward_losses(config.reward_loss, **states.outcomes),
-        row_hardness,
-        policy.features(states.layer_logits),
-        layer_cost=layer_cost,
-        price_range=price_range,
-        config=config,
-        seed=seed,
-        rows=rows,
-        device=device,
-    )
-
-
-def fit_policy_on(
-    policy: PolicyNetwork,
-    pooled: Tensor,
-    losses: Tensor,
-    instance_hardness: Tensor,
-    features: Tensor | None = None,
-    *,
-    layer_cost: float,
-    price_range: tuple[float, float] | None = None,
-    config: TrainingConfig,
-    seed: int,
-    rows: Tensor | None = None,
+    estimator: str = "exact",
+    num_rollouts: int = 8,
+    entropy_bonus: float = 0.01,
+    price_warmup: float = 0.3,
+    epochs: int = 40,
+    min_steps: int = 100,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
     min_exit_layer: int = 1,
+    seed: int = 0,
+    rows: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> PolicyNetwork:
-    """Fit a policy by policy gradient on instances, texts or tokens, whose states and losses are constants.
+    """Fit a policy by policy gradient on instances whose states and costs are constants.
 
     With a `price_range` one policy learns every price in it. Each instance of a batch draws a price of its own, and
     its exit logits are those of the network plus `PRICE_SLOPE * log(price / layer_cost)`. A higher price thus moves
     all exit logits up alike, so moving the threshold of the finished policy is the same as setting another price: a
     threshold t stands for `layer_cost * ((1 - t) / t) ** (1 / PRICE_SLOPE)`. The exit probability orders (instance,
-    layer) pairs by the price at which leaving there becomes worthwhile, the reservation price of optimal stopping.
+    layer) pairs by the price at which exiting there becomes worthwhile, the reservation price of optimal stopping.
 
     The price rises from zero over the first `price_warmup` of the fit (the policy first learns which layers are good,
     then to save), and the entropy bonus falls to zero over it: both keep a high price from collapsing the policy.
 
     Args:
         policy: a new policy network; trained in place.
-        pooled: (instances, layers, hidden), their states.
-        losses: (instances, layers), what leaving at each layer costs in quality.
-        instance_hardness: (instances,) in [0, 1], for the `hardness` reward.
-        features: (instances, layers, features), what `PolicyNetwork.features` gives.
+        instances: with states.
         layer_cost: price of one layer, at which the exit probabilities are those of threshold 0.5.
         price_range: lowest and highest price to learn for, both above 0; None for `layer_cost` alone.
-        config: the estimator, reward and optimisation settings are read.
+        estimator: `exact`, or `sampled` from `num_rollouts` exit layers an instance.
+        num_rollouts: of `sampled`.
+        entropy_bonus: weight of the exit distribution's entropy at the start.
+        price_warmup: share of the fit over which the price rises.
+        epochs: passes over the instances, or more where these are fewer than `min_steps`.
+        min_steps: least number of steps.
+        batch_size, learning_rate, weight_decay, max_grad_norm: of AdamW's steps; the learning rate falls to zero.
+        min_exit_layer: the first layer, from 1, that an instance may exit at.
         seed: of order, dropout and rollouts; the caller's random state is left untouched.
         rows: indices of the instances to fit on; all of them if missing. States are read a batch at a time.
-        min_exit_layer: the first layer, from 1, that an instance may leave at.
         device: where to compute.
 
     Returns:
         The policy, in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: the instances have no states.
     """
-    uniform = torch.zeros(len(losses))
-    weights = instance_hardness if config.reward == "hardness" else uniform
-    rows = torch.arange(len(losses)) if rows is None else rows
-    steps_per_epoch = math.ceil(len(rows) / config.policy_batch_size)
-    epochs = max(config.policy_epochs, math.ceil(config.policy_min_steps / steps_per_epoch))
-    total = epochs * steps_per_epoch
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=generators_of(device)):
+    states, device = instances.kept_states, torch.device(device)
+    rows = torch.arange(len(instances)) if rows is None else rows
+    with torch.random.fork_rng(devices=_generators_of(device)):
         torch.manual_seed(seed)
-        order_generator = torch.Generator().manual_seed(seed)
-        rollout_generator = torch.Generator(device=device).manual_seed(seed)
+        order = torch.Generator().manual_seed(seed)
+        rollouts = torch.Generator(device=device).manual_seed(seed)
         policy = policy.to(device).train()
-        optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.policy_learning_rate, weight_decay=config.policy_weight_decay
-        )
-        step = 0
-        for _ in range(epochs):
-            for positions in torch.randperm(len(rows), generator=order_generator).split(
-                config.policy_batch_size
-            ):
-                batch = rows[positions]
-                progress = step / total
-                for group in optimizer.param_groups:
-                    group["lr"] = config.policy_learning_rate * (1 - progress)
-                prices = _draw_prices(len(batch), layer_cost, price_range, order_generator)
-                rise = min(1.0, progress / config.price_warmup if config.price_warmup else 1.0)
-                reward = rewards(losses[batch], rise * prices, weights[batch]).to(device)
-                exit_logits = policy(
-                    pooled[batch].float().to(device),
-                    None if features is None else features[batch].to(device),
-                )
-                if price_range is not None:
-                    above = (prices / layer_cost).log().to(device)
-                    exit_logits = exit_logits + PRICE_SLOPE * above[:, None]
-                if min_exit_layer > 1:
-                    exit_logits = functional.pad(
-                        exit_logits[:, min_exit_layer - 1 :], (min_exit_layer - 1, 0), value=CLOSED
-                    )
-                if config.estimator == "exact":
-                    loss = exact_policy_loss(exit_logits, reward)
-                else:
-                    loss = sampled_policy_loss(exit_logits, reward, config.num_rollouts, rollout_generator)
-                bonus = config.entropy_bonus * (1 - progress)
-                loss = (loss - bonus * policy_entropy(exit_logits)).mean()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-                optimizer.step()
-                step += 1
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        for batch, progress in _batches(rows, optimizer, learning_rate, epochs, min_steps, batch_size, order):
+            prices = torch.full((len(batch),), layer_cost)
+            if price_range is not None:  # log-uniform
+                low, high = map(math.log, price_range)
+                prices = (low + (high - low) * torch.rand(len(batch), generator=order)).exp()
+            rise = min(1.0, progress / price_warmup if price_warmup else 1.0)
+            reward = rewards(instances.exit_cost[batch], rise * prices, instances.hardness[batch]).to(device)
+            features = None if instances.features is None else instances.features[batch].to(device)
+            exit_logits = policy(states[batch].float().to(device), features)
+            if price_range is not None:
+                exit_logits = exit_logits + PRICE_SLOPE * (prices / layer_cost).log().to(device)[:, None]
+            if min_exit_layer > 1:
+                closed = min_exit_layer - 1
+                exit_logits = functional.pad(exit_logits[:, closed:], (closed, 0), value=CLOSED)
+            if estimator == "exact":
+                loss = exact_policy_loss(exit_logits, reward)
+            else:
+                loss = sampled_policy_loss(exit_logits, reward, num_rollouts, rollouts)
+            loss = (loss - entropy_bonus * (1 - progress) * policy_entropy(exit_logits)).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+            optimizer.step()
     return policy.cpu().eval()
 
 
-def _draw_prices(
-    count: int, layer_cost: float, price_range: tuple[float, float] | None, generator: torch.Generator
-) -> Tensor:
-    """A price for every instance, (count,): log-uniform in the range, or the one price."""
-    if price_range is None:
-        return torch.full((count,), layer_cost)
-    low, high = map(math.log, price_range)
-    return (low + (high - low) * torch.rand(count, generator=generator)).exp()
+def fit_foretelling(
+    network: nn.Module,
+    states: Tensor,
+    target: Tensor,
+    *,
+    epochs: int,
+    min_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    rows: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Fit a network that foretells something of every exit, such as CALM's classifier: will it give the last's token?
+
+    Binary cross-entropy as it is, without balancing the classes: one threshold serves all layers, so what the network
+    says has to be probabilities, and at shallow layers agreement is rare.
+
+    Args:
+        network: (batch, layers, hidden) -> logits (batch, layers); trained in place.
+        states: (instances, layers, hidden).
+        target: (instances, layers), bool.
+        epochs, min_steps, batch_size, learning_rate, weight_decay, seed, rows, device: as in `fit_policy`.
+
+    Returns:
+        The network, in evaluation mode, on the CPU.
+
+    Source: CALM (arXiv:2207.07061), section 3.5, trained independently per layer.
+    """
+    rows = torch.arange(len(states)) if rows is None else rows
+    order = torch.Generator().manual_seed(seed)
+    network = network.to(device).requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    for batch, _ in _batches(rows, optimizer, learning_rate, epochs, min_steps, batch_size, order):
+        logits = network(states[batch].float().to(device))
+        loss = functional.binary_cross_entropy_with_logits(logits, target[batch].float().to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return network.cpu().eval()
+
+
+def _batches(
+    rows: Tensor,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    epochs: int,
+    min_steps: int,
+    batch_size: int,
+    order: torch.Generator,
+) -> Iterator[tuple[Tensor, float]]:
+    """Batches of a fit with the share of it that is done; the optimizer's learning rate falls along."""
+    steps_per_epoch = math.ceil(len(rows) / batch_size)
+    epochs = max(epochs, math.ceil(min_steps / steps_per_epoch))
+    step = 0
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(rows), generator=order).split(batch_size):
+            progress = step / (epochs * steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 - progress)
+            yield rows[chosen], progress
+            step += 1
 
 
 @torch.no_grad()
 def policy_exit_probs(
-    policy: PolicyNetwork, states: LayerStates, rows: Tensor | None = None, batch_size: int = 1024
+    policy: PolicyNetwork, instances: Instances, rows: Tensor | None = None, batch_size: int = 1024
 ) -> Tensor:
-    """Conditional exit probabilities of cached states, or of these rows of them, (rows, layers)."""
-    if states.pooled is None:
-        raise ValueError("states must hold pooled states, got None. Run with keep_pooled=True.")
+    """Conditional exit probabilities of instances, or of these rows of them, (rows, layers)."""
     parts: list[Tensor] = []
-    for batch in (torch.arange(len(states)) if rows is None else rows).split(batch_size):
-        features = policy.features(states.layer_logits[batch])
-        parts.append(policy(states.pooled[batch].float(), features).sigmoid())
+    for batch in (torch.arange(len(instances)) if rows is None else rows).split(batch_size):
+        features = None if instances.features is None else instances.features[batch]
+        parts.append(policy(instances.kept_states[batch].float(), features).sigmoid())
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def _probabilities(network: nn.Module, states: Tensor, rows: Tensor, batch_size: int = 1024) -> Tensor:
+    return torch.cat([network(states[batch].float()).sigmoid() for batch in rows.split(batch_size)])
+
+
+@dataclass(frozen=True)
+class PolicySearch:
+    """What is tried in phase 2, and how it is judged.
+
+    Attributes:
+        fit: `fit_policy` with the settings of a fit.
+        fit_network: `fit_foretelling` with them.
+        layer_costs: prices, at least one.
+        as_range: whether these are the ends of a range for one policy; its price is their geometric mean.
+        folds: of cross-fitting.
+        seed: of folds and fits.
+        criteria: exit criteria to choose thresholds for.
+        max_loss: what a threshold may lose of the quality.
+        min_exit_layer: the first layer, from 1, that an instance may exit at.
+        device: where to compute.
+    """
+
+    fit: Callable[..., PolicyNetwork]
+    fit_network: Callable[..., nn.Module]
+    layer_costs: tuple[float, ...]
+    as_range: bool
+    folds: int
+    seed: int
+    criteria: tuple[str, ...]
+    max_loss: float
+    min_exit_layer: int = 1
+    device: torch.device | str = "cpu"
+
+    @property
+    def price_range(self) -> tuple[float, float] | None:
+        """Lowest and highest price of one policy, or None."""
+        low, high = min(self.layer_costs), max(self.layer_costs)
+        return (low, high) if self.as_range and low < high else None
+
+    @property
+    def prices(self) -> tuple[float, ...]:
+        """Prices of which each has a policy of its own."""
+        return self.layer_costs if self.price_range is None else (math.sqrt(math.prod(self.price_range)),)
+
+    def number_of_fits(self, *, cross_fitted: bool, networks: int = 0) -> int:
+        """How many networks `choose_policy` will fit."""
+        if not cross_fitted:
+            return len(self.prices) + networks
+        return len(self.prices) * self.folds + 1 + networks * (self.folds + 1)
+
+
 def choose_policy(
-    new_policy: NewPolicy,
-    policy_states: LayerStates,
-    validation_states: LayerStates | None,
+    instances: Instances,
+    search: PolicySearch,
     *,
-    config: ClassificationTrainingConfig,
-    layer_costs: Sequence[float],
-    seed: int,
-    forgetting_counts: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    on_fit: Callable[[], object] | None = None,
+    new_policy: Callable[[], PolicyNetwork],
+    new_networks: Mapping[str, Callable[[], nn.Module]] | None = None,
+    judged: Instances | None = None,
+    judged_groups: int | None = None,
+    quality: Callable[[Tensor], float] | None = None,
+    on_fit: Callable[[], object] = lambda: None,
 ) -> PolicyChoice:
-    """Fit a policy for the range of prices or one at each, judge it on rows it has not seen, and choose.
+    """Fit a policy for the range of prices or one at each, judge it on instances it has not seen, and choose.
 
     Args:
+        instances: what is learnt from.
+        search: what is tried.
         new_policy: makes an untrained policy network.
-        policy_states: rows the policy learns from.
-        validation_states: other rows to judge it by; None cross-fits on `policy_states`.
-        config: settings.
-        layer_costs: prices, at least one: the ends of the range, or those to try, as `config.prices` says. The price
-            of a policy for a range is the geometric mean of its ends.
-        seed: of folds and fits.
-        forgetting_counts: (rows of policy_states,), for that hardness measure.
+        new_networks: make untrained networks of other criteria, which foretell `instances.targets`.
+        judged: other instances to judge by; None cross-fits on `instances`.
+        judged_groups: in cross-fitting, so many of the first groups are judged, the others are only learnt from.
+        quality: what exit layers of the judged instances are worth (`curves.threshold_within`).
         on_fit: called after each fit, to move a progress bar.
     """
-    price_range = None
-    if config.prices == "range" and min(layer_costs) < max(layer_costs):
-        price_range = min(layer_costs), max(layer_costs)
-        layer_costs = (math.sqrt(price_range[0] * price_range[1]),)
-    measure = config.hardness
-    policy_hardness = hardness(measure, **policy_states.outcomes, forgetting_counts=forgetting_counts)
-    judged = policy_states if validation_states is None else validation_states
-    if validation_states is None:
-        judged_hardness = policy_hardness
-    else:  # forgetting is counted on the policy's rows only; the judged rows are priced by their memorized layer
-        other = "memorized_layer" if measure == "forgetting_events" else measure
-        judged_hardness = hardness(other, **judged.outcomes)
+    new_networks, device = new_networks or {}, search.device
+    folds: list[tuple[Tensor | None, Tensor]]
+    if judged is not None:
+        source, folds = judged, [(None, torch.arange(len(judged)))]
+    else:
+        source = instances
+        judged = instances if judged_groups is None else instances.first_groups(judged_groups)
+        folds = [*group_folds(instances.group, search.folds, search.seed, len(judged))]
 
-    def fit(rows: Tensor | None, layer_cost: float, fit_seed: int) -> PolicyNetwork:
-        with torch.random.fork_rng(devices=generators_of(device)):
-            torch.manual_seed(fit_seed)
+    def fit(rows: Tensor | None, layer_cost: float) -> PolicyNetwork:
+        with torch.random.fork_rng(devices=_generators_of(device)):
+            torch.manual_seed(search.seed)
             policy = new_policy()
-        fitted = fit_policy(
+        policy = search.fit(
             policy,
-            policy_states,
-            policy_hardness,
+            instances,
             layer_cost=layer_cost,
-            price_range=price_range,
-            config=config,
-            seed=fit_seed,
+            price_range=search.price_range,
+            min_exit_layer=search.min_exit_layer,
+            seed=search.seed,
             rows=rows,
             device=device,
         )
-        if on_fit is not None:
-            on_fit()
-        return fitted
+        on_fit()
+        return policy
+
+    def fit_network(name: str, rows: Tensor | None) -> nn.Module:
+        network = search.fit_network(
+            new_networks[name](),
+            instances.kept_states,
+            instances.targets[name],
+            seed=search.seed,
+            rows=rows,
+            device=device,
+        )
+        on_fit()
+        return network
 
     whole: dict[float, PolicyNetwork] = {}
     probs: dict[float, Tensor] = {}
     reports: list[PolicyReport] = []
-    for layer_cost in layer_costs:
-        if validation_states is None:
-            probs[layer_cost] = torch.empty_like(policy_states.exit_probs)
-            for inside, outside in cross_fitting(len(policy_states), config.policy_folds, seed):
-                policy = fit(inside, layer_cost, seed)
-                probs[layer_cost][outside] = policy_exit_probs(policy, policy_states, outside)
-        else:
-            whole[layer_cost] = fit(None, layer_cost, seed)
-            probs[layer_cost] = policy_exit_probs(whole[layer_cost], judged)
-        reward = layer_rewards(judged, judged_hardness, config, layer_cost)
-        right = judged.layer_logits.argmax(-1) == judged.labels[:, None]
-        points = trade_off_curve(probs[layer_cost], judged.layer_logits, judged.labels, "policy")
-        reports.append(policy_report(right, probs[layer_cost], reward, layer_cost, points))
-
+    for layer_cost in search.prices:
+        probs[layer_cost] = torch.empty_like(judged.exit_cost)
+        for inside, outside in folds:
+            policy = fit(inside, layer_cost)
+            probs[layer_cost][outside] = policy_exit_probs(policy, source, outside)
+            if inside is None:
+                whole[layer_cost] = policy
+        probs[layer_cost][:, : search.min_exit_layer - 1] = 0
+        reports.append(_report(judged, probs[layer_cost], layer_cost, search))
     standing = [report for report in reports if not report.collapsed] or reports
     best = max(standing, key=lambda report: report.score).layer_cost
-    policy = whole[best] if best in whole else fit(None, best, seed)
-    thresholds, scores, hits = {}, {}, torch.zeros(0)
-    for criterion in CRITERIA:
-        values = exit_scores(criterion, judged.layer_logits, probs[best])
-        points = trade_off_curve(values, judged.layer_logits, judged.labels, criterion)
-        thresholds[criterion] = threshold_by_metric(
-            points,
-            values,
-            judged.layer_logits,
-            judged.labels,
-            metric=config.threshold_metric,
-            max_loss=config.max_accuracy_loss,
+
+    networks: dict[str, nn.Module] = {}
+    known = {**judged.scores, "policy": probs[best]}
+    for name in new_networks:
+        known[name] = torch.empty_like(judged.exit_cost)
+        for inside, outside in folds:
+            networks[name] = fit_network(name, inside)
+            known[name][outside] = _probabilities(networks[name], source.kept_states, outside)
+    policy = whole[best] if best in whole else fit(None, best)
+    if folds[0][0] is not None:
+        networks = {name: fit_network(name, None) for name in new_networks}
+
+    at_thresholds: dict[str, CurvePoint] = {}
+    scores: dict[str, float] = {}
+    hits = torch.zeros(len(judged), dtype=torch.int64)
+    for criterion in search.criteria:
+        row = EXIT_CRITERIA[criterion]
+        values = known[criterion].clone()
+        values[:, : row.first_exit_layer(search.min_exit_layer) - 1] = row.thresholds.low
+        points = trade_off_curve(values, judged.correct, criterion)
+        threshold = threshold_within(
+            points, values, judged.correct, criterion, max_loss=search.max_loss, quality=quality
         )
+        at_thresholds[criterion] = next(point for point in points if point.threshold == threshold)
         scores[criterion] = curve_score(points)
         if criterion == "policy":
-            hits = budget_hits(values, judged.layer_logits, judged.labels, points)
+            hits = budget_hits(values, judged.correct, points)
+    counts = torch.bincount(judged.group)
+    hits = torch.zeros_like(counts).index_add(0, judged.group, hits)
     return PolicyChoice(
-        policy=policy,
-        layer_cost=best,
-        thresholds=thresholds,
-        scores=scores,
-        reports=tuple(reports),
-        hits=hits,
-        exit_probs=probs[best],
+        policy, networks, best, at_thresholds, scores, tuple(reports), hits, counts, probs[best]
     )
 
 
-def cross_fitting(count: int, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each fold, the indices of the rows outside it, which fit, and of those in it, which are judged."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    fold_of = torch.empty_like(order)
-    fold_of[order] = torch.arange(count) % min(folds, count)
-    for fold in range(int(fold_of.max()) + 1):
-        yield (fold_of != fold).nonzero().squeeze(1), (fold_of == fold).nonzero().squeeze(1)
-
-
-def policy_report(
-    right: Tensor,
-    probs: Tensor,
-    reward: Tensor,
-    layer_cost: float,
-    points: Sequence[CurvePoint],
-    min_exit_layer: int = 1,
-) -> PolicyReport:
-    """How a policy does on instances it has not seen.
-
-    Args:
-        right: (instances, layers), bool, whether an exit would be right.
-        probs: (instances, layers), conditional exit probabilities.
-        reward: (instances, layers), at the price.
-        layer_cost: the price.
-        points: the trade-off curve of these probabilities.
-        min_exit_layer: the first layer, from 1, that an instance may leave at.
-    """
-    right = right.float()
+def _report(judged: Instances, probs: Tensor, layer_cost: float, search: PolicySearch) -> PolicyReport:
+    """How a policy does on instances it has not seen, by their conditional exit probabilities."""
+    correct = judged.correct.float()
+    reward = rewards(judged.exit_cost, layer_cost, judged.hardness)
     exit_layer = choose_exit_layer(probs, 0.5)
-    accuracy = float(right.gather(1, exit_layer[:, None] - 1).mean())
-    first_share = float((exit_layer == min_exit_layer).float().mean())
+    accuracy = float(correct.gather(1, exit_layer[:, None] - 1).mean())
+    first_share = float((exit_layer == search.min_exit_layer).float().mean())
     return PolicyReport(
         layer_cost=layer_cost,
-        score=curve_score(points),
+        score=curve_score(trade_off_curve(probs, judged.correct)),
         reward=float((exit_distribution(probs) * reward).sum(1).mean()),
         accuracy=accuracy,
         mean_exit_layer=float(exit_layer.float().mean()),
         first_layer_share=first_share,
-        collapsed=first_share > 0.95 and accuracy < float(right[:, -1].mean()) - 0.01,
+        collapsed=first_share > 0.95 and accuracy < float(correct[:, -1].mean()) - 0.01,
     )
 
 
-def generators_of(device: torch.device | str) -> list[torch.device]:
+def _generators_of(device: torch.device | str) -> list[torch.device]:
     """Devices beside the CPU whose random state seeding would touch."""
     device = torch.device(device)
     return [device] if device.type == "cuda" else []

@@ -16,7 +16,6 @@ from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import TrainingConfig
 from consistentee.models.record import RECORD_FILE, read_record
 from consistentee.training import checkpoints
-from consistentee.training.steps import make_accelerator
 
 Contents = Literal["nothing", "unfinished", "finished"]
 """What a run finds in its output folder."""
@@ -62,7 +61,7 @@ def open_output(
     config: TrainingConfig,
     resume: bool,
     report: Callable[[str], None],
-    unused_parameters: bool = False,
+    new_accelerator: Callable[[], Accelerator],
 ) -> tuple[Accelerator, Path | None] | None:
     """The accelerator of a run and its newest checkpoint, or None if the folder holds that run's finished model.
 
@@ -72,7 +71,7 @@ def open_output(
         config: settings.
         resume: whether to go on with what is there.
         report: is told of a finished model.
-        unused_parameters: whether steps leave parameters out.
+        new_accelerator: makes it.
 
     Raises:
         FileExistsError: the folder holds another run and `resume` is not set, or something of anybody else's.
@@ -95,7 +94,7 @@ def open_output(
         if newest is not None:
             saved = checkpoints.read_progress(newest)["identity"]
             _check_same_run(f"The unfinished run in {output_dir}", saved, identity, config)
-    accelerator = make_accelerator(config, str(output_dir), unused_parameters=unused_parameters)
+    accelerator = new_accelerator()
     accelerator.wait_for_everyone()  # until all have looked
     if accelerator.is_main_process:
         checkpoints.take_over_earlier(output_dir)
@@ -107,11 +106,12 @@ def open_output(
 
 
 def run_identity(
-    kind: str, backbone: str | Path, config: TrainingConfig, data_fingerprint: str
+    kind: str, method: str, backbone: str | Path, config: TrainingConfig, data_fingerprint: str
 ) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on with, as plain JSON values."""
     return {
         "kind": kind,
+        "method": method,
         "backbone": str(backbone),
         "backbone_fingerprint": backbone_fingerprint(backbone),
         "config": config.to_dict(),
@@ -131,6 +131,8 @@ def _check_same_run(
             return of["backbone"] if content is None else f"{of['backbone']} (content {content[:8]})"
         if name == "data fingerprint":
             return of["data"]["fingerprint"]
+        if name == "method":  # of 0.1.0 there was one for each kind
+            return of.get("method", "plain" if of["kind"].startswith("full_depth") else "consistent")
         return of["kind"] if name == "kind" else of["config"].get(name, defaults[name])
 
     def differs(name: str) -> bool:
@@ -140,7 +142,18 @@ def _check_same_run(
             return saved["backbone"] != current["backbone"]
         return shown(name, saved) != shown(name, current)
 
-    names = [name for name in ("kind", "backbone", "data fingerprint", *current["config"]) if differs(name)]
+    same_kind = saved["kind"] == current["kind"]
+    names = [
+        name
+        for name in (
+            "kind",
+            *(("method",) if same_kind else ()),
+            "backbone",
+            "data fingerprint",
+            *current["config"],
+        )
+        if differs(name)
+    ]
     if names:
         listed = "; ".join(
             f"{name} = {shown(name, saved)}, this one {shown(name, current)}" for name in names

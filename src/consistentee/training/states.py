@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from consistentee.data.batches import TokenizedDataset
 from consistentee.functional.losses import layer_losses
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.progress import track
-
-Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+from consistentee.training.steps import Collate
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,18 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from consistentee.config import TrainingConfig
 from consistentee.data.batches import LengthGroupedBatches
 from consistentee.errors import SettingError, require_extra
 from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16
 from consistentee.progress import show_progress
-from consistentee.training.states import Collate
 
 PATIENCE_OF_PROCESSES = timedelta(days=1)  # the others wait while the main process fits policies
 
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 Figures = dict[str, Tensor]
-LossAndFigures = Callable[[Any, Tensor], tuple[Tensor, Figures]]
-"""(output, labels) -> loss of every row, (rows,), and figures of every row for the progress bar, each (rows,), NaN for
-a row that has none."""
+Objective = Callable[[nn.Module, dict[str, Tensor], Tensor], tuple[Tensor, Figures]]
+"""(model, batch, labels) -> loss of every row, (rows,), and figures of every row for the progress bar, each (rows,),
+NaN for a row that has none. The model is the one that accelerate prepared, and its `forward` is to be called once."""
 
 
 class Rows(Protocol):
@@ -52,33 +51,32 @@ class Rows(Protocol):
 
 
 def make_accelerator(
-    config: TrainingConfig, output_dir: str, *, unused_parameters: bool = False
+    output_dir: str, *, mixed_precision: str = "auto", tracker: str = "none", unused_parameters: bool = False
 ) -> Accelerator:
-    """An accelerator with the configured precision and tracker.
+    """An accelerator with a precision and a tracker.
 
     Args:
-        config: settings.
         output_dir: where the tracker writes.
+        mixed_precision: `auto`, `no`, `bf16` or `fp16`.
+        tracker: `none`, or an experiment tracker's name.
         unused_parameters: whether steps leave parameters out, which several processes must be told.
 
     Raises:
         ImportError: the tracker is not installed.
         ValueError: fp16 without a GPU.
     """
-    if config.tracker == "tensorboard":
+    if tracker == "tensorboard":
         require_extra("tensorboard", "tensorboard")
-    elif config.tracker in ("wandb", "mlflow") and importlib.util.find_spec(config.tracker) is None:
-        raise ImportError(
-            f"tracker {config.tracker} is not installed. Install it with: pip install {config.tracker}"
-        )
+    elif tracker in ("wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
+        raise ImportError(f"tracker {tracker} is not installed. Install it with: pip install {tracker}")
     # A run before this one in the same process may have had another precision, to which accelerate would hold this one.
     AcceleratorState._reset_state()
     return Accelerator(
         cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available(),
-        mixed_precision=resolve_precision(config.mixed_precision),
-        log_with=None if config.tracker == "none" else config.tracker,
+        mixed_precision=resolve_precision(mixed_precision),
+        log_with=None if tracker == "none" else tracker,
         project_dir=output_dir,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Optimisation` does its own
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Steps` does its own
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE_OF_PROCESSES),
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
@@ -99,7 +97,7 @@ def resolve_precision(mixed_precision: str) -> str:
     return "bf16" if native and has_fast_bfloat16() else "no"
 
 
-def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Backbone and new parameters apart, each with and without weight decay; the policy is trained elsewhere."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -108,73 +106,82 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     return [
         {
             "params": parameters,
-            "weight_decay": config.weight_decay if decays else 0.0,
+            "weight_decay": weight_decay if decays else 0.0,
             "is_backbone": is_backbone,
         }
         for (is_backbone, decays), parameters in groups.items()
     ]
 
 
-def schedule_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
+def schedule_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
     """What the peak learning rates are multiplied by at a step: a linear rise, then a linear fall or a constant."""
-    rise = math.ceil(config.warmup_ratio * total_steps)
+    rise = math.ceil(warmup_ratio * total_steps)
     if step < rise:
         return (step + 1) / rise
-    if config.schedule == "constant":
+    if schedule == "constant":
         return 1.0
     return max(0.0, (total_steps - step) / max(1, total_steps - rise))
 
 
 @dataclass
-class Optimisation:
+class Steps:
     """A model, its optimizer and its rows, and the number of steps taken so far.
 
     Attributes:
-        model: as prepared by the accelerator; its `forward` is what is called.
+        model: as prepared by the accelerator.
+        row_weights: (rows,), what a row's loss weighs in the mean over a batch; None where all weigh the same.
+        batch_size: rows per step, over all processes and parts of a batch together.
+        head_learning_rate: peak learning rate of what is not the backbone's.
+        warmup_ratio, schedule: how learning rates rise and fall over the whole run.
+        tracked: whether figures go to an experiment tracker.
+        checkpoint_every: steps between calls of `checkpoint`.
         total_steps: planned length of the whole run, which the learning rate follows.
         step: optimizer steps taken.
-        row_weights: (rows,), what a row's loss weighs in the mean over a batch; None where all weigh the same.
     """
 
     accelerator: Accelerator
     model: nn.Module
     optimizer: Any
-    dataset: Rows
+    rows: Rows
     collate: Collate
-    config: TrainingConfig
-    total_steps: int
+    row_weights: Tensor | None
+    batch_size: int
+    group_by_length: bool
+    gradient_accumulation_steps: int
+    head_learning_rate: float
+    warmup_ratio: float
+    schedule: str
+    max_grad_norm: float
+    seed: int
+    tracked: bool
+    checkpoint_every: int
+    total_steps: int = 0
     step: int = 0
-    row_weights: Tensor | None = None
     checkpoint: Callable[[], None] = lambda: None
     figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batches = LengthGroupedBatches(
-            self.dataset.lengths,
-            self.config.batch_size,
-            seed=self.config.seed,
-            group_by_length=self.config.group_by_length,
+            self.rows.lengths, self.batch_size, seed=self.seed, group_by_length=self.group_by_length
         )
 
     def run(
         self,
         until: int,
-        loss_of: LossAndFigures,
+        objective: Objective,
         *,
         phase: str,
         learning_rate: float,
         before_step: Callable[[], object] = lambda: None,
-        objective: Callable[..., Any] | None = None,
     ) -> None:
         """Take steps until `step` reaches `until`.
 
         Args:
             until: the step to stop at.
-            loss_of: gives every row's loss and figures from the model's output.
+            objective: gives every row's loss and figures.
             phase: name on the progress bar and in the tracker.
             learning_rate: the backbone's peak in this phase.
             before_step: called with the model in training mode, to put parts of it into another.
-            objective: handed to the model's `forward` with the labels, where losses are computed inside it.
 
         Raises:
             FloatingPointError: the loss is infinite or not a number.
@@ -186,28 +193,27 @@ class Optimisation:
                 epoch, offset = divmod(self.step, len(self.batches))
                 self.batches.set_epoch(epoch, offset)
                 for rows in itertools.islice(self.batches, until - self.step):
-                    self._step(rows, loss_of, learning_rate, before_step, objective)
+                    self._step(rows, objective, learning_rate, before_step)
                     bar.update(figures=self.figures)
-                    if self.config.tracker != "none":
+                    if self.tracked:
                         self.accelerator.log(
                             {f"{phase}/{name}": v for name, v in self.figures.items()}, step=self.step
                         )
-                    if self.step % self.config.checkpoint_every == 0 and self.step < until:
+                    if self.step % self.checkpoint_every == 0 and self.step < until:
                         self.checkpoint()
 
     def _step(
         self,
         rows: Sequence[int],
-        loss_of: LossAndFigures,
+        objective: Objective,
         learning_rate: float,
         before_step: Callable[[], object],
-        objective: Callable[..., Any] | None,
     ) -> None:
         accelerator = self.accelerator
-        torch.manual_seed(step_seed(self.config.seed, self.step, accelerator.process_index))
-        factor = schedule_factor(self.step, self.total_steps, self.config)
+        torch.manual_seed(step_seed(self.seed, self.step, accelerator.process_index))
+        factor = schedule_factor(self.step, self.total_steps, self.warmup_ratio, self.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * (learning_rate if group["is_backbone"] else self.config.head_learning_rate)
+            group["lr"] = factor * (learning_rate if group["is_backbone"] else self.head_learning_rate)
         self.model.train()
         before_step()
 
@@ -219,17 +225,15 @@ class Optimisation:
         if self.row_weights is not None:
             mean = self.row_weights[list(rows)].mean().clamp_min(torch.finfo(torch.float32).tiny)
             real *= (self.row_weights[mine] / mean).to(real.device)
-        parts = torch.arange(share).split(math.ceil(share / self.config.gradient_accumulation_steps))
+        parts = torch.arange(share).split(math.ceil(share / self.gradient_accumulation_steps))
         totals: dict[str, Tensor] = {}
         for number, part in enumerate(parts):
-            batch = self.collate([self.dataset[mine[index]] for index in part.tolist()])
+            batch = self.collate([self.rows[mine[index]] for index in part.tolist()])
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items() if name != "index"}
             labels = batch.pop("labels")
             last = number == len(parts) - 1  # only then are gradients exchanged between processes
             with nullcontext() if last else accelerator.no_sync(self.model):
-                inside = {} if objective is None else {"labels": labels, "objective": objective}
-                output = self.model(**batch, **inside)
-                losses, figures = loss_of(output, labels)
+                losses, figures = objective(self.model, batch, labels)
                 weights = real[part.to(real.device)]
                 # Processes average their gradients, hence the factor: the mean over the whole batch comes out.
                 loss = (losses * weights).sum() / len(rows) * accelerator.num_processes
@@ -239,7 +243,7 @@ class Optimisation:
                 known_values = values if name == "loss" else values.nan_to_num()
                 sums = torch.stack([(known_values * weights).sum(), (known * weights).sum()])
                 totals[name] = totals[name] + sums if name in totals else sums
-        accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

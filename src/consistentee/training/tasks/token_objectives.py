@@ -40,7 +40,7 @@ class ObjectiveOutput:
     figures: dict[str, Tensor]
 
 
-Objective = Callable[[EarlyExitForCausalLM, Tensor, Tensor | None, Tensor], ObjectiveOutput]
+TokenObjective = Callable[[EarlyExitForCausalLM, Tensor, Tensor | None, Tensor], ObjectiveOutput]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def draw_layers(num_layers: int, layers_per_step: int) -> dict[int, float]:
     return {index: hits.count(index) / layers_per_step for index in dict.fromkeys(hits)}
 
 
-def full_depth_objective(*, logit_rows: int) -> Objective:
+def full_depth_objective(*, logit_rows: int) -> TokenObjective:
     """The last layer's loss alone: plain fine-tuning.
 
     Args:
@@ -215,7 +215,9 @@ def full_depth_objective(*, logit_rows: int) -> Objective:
     return objective
 
 
-def weighted_sum_objective(*, layers_per_step: int, last_layer_share: float, logit_rows: int) -> Objective:
+def weighted_sum_objective(
+    *, layers_per_step: int, last_layer_share: float, logit_rows: int
+) -> TokenObjective:
     """Every exit learns every token, deeper ones more: an unbiased estimate of a layer-weighted sum of losses.
 
     The sum is `last_layer_share * CE_L + (1 - last_layer_share) * sum_{t<L} t * CE_t / sum_{t<L} t`, the estimate
@@ -260,7 +262,7 @@ def weighted_sum_objective(*, layers_per_step: int, last_layer_share: float, log
 
 def consistent_objective(
     *, weighted_sum_share: float, layers_per_step: int, last_layer_share: float, logit_rows: int
-) -> Objective:
+) -> TokenObjective:
     """A token's loss comes from the exit it leaves at, and later tokens attend to what leaving there leaves behind.
 
     Exits are drawn from the policy, layer by layer with its exit probabilities, without gradient to it. Tokens that

@@ -22,7 +22,8 @@ from consistentee.backbones import decoders
 from consistentee.data.batches import TokenizedPrompts
 from consistentee.functional.criteria import state_similarity_scores
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.training.states import Collate, gather_into, row_shares, state_storage
+from consistentee.training.states import gather_into, row_shares, state_storage
+from consistentee.training.steps import Collate
 from consistentee.training.tasks.token_objectives import response_counts
 
 
@@ -64,11 +65,6 @@ class TokenStates:
             name: None if value is None else value[:count] for name, value in vars(self).items()
         }
         return TokenStates(**values)
-
-    @property
-    def outcomes(self) -> dict[str, Tensor]:
-        """What reward losses and hardness measures may read."""
-        return {"losses": self.losses, "right": self.right, "regret": self.regret}
 
     @property
     def per_layer_accuracy(self) -> list[float]:

@@ -1,0 +1,49 @@
+"""How to train: one file a method, and one row of the table here. Each is read top to bottom."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of `METHODS`.
+
+    Attributes:
+        module: of this package, whose `run_method` takes a `Run` and returns the folder of the saved model.
+        source: where it comes from.
+        exits: whether a model with exits comes out; else the plain one.
+        unused_parameters: whether it leaves parameters out of some steps, which several processes must be told.
+    """
+
+    module: str
+    source: str
+    exits: bool = True
+    unused_parameters: bool = False
+
+    def load(self) -> Callable[[Any], Path]:
+        """The method itself."""
+        run_method: Callable[[Any], Path] = importlib.import_module(f"{__name__}.{self.module}").run_method
+        return run_method
+
+
+METHODS = {
+    "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)"),
+    "deebert": Method("deebert", "DeeBERT (arXiv:2004.12993)", unused_parameters=True),
+    "plain": Method("plain", "fine-tuning without exits", exits=False),
+}
+
+
+def method_of(name: str) -> Method:
+    """A method by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in METHODS:
+        raise ValueError(f'method must be one of {", ".join(METHODS)}, got "{name}".')
+    return METHODS[name]

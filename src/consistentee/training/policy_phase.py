@@ -1,0 +1,236 @@
+"""Phase 2 inside a run: its fits, what is said and kept of a round, and the record at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from consistentee.config import TrainingConfig
+from consistentee.functional.curves import score_standard_error
+from consistentee.progress import show_progress
+from consistentee.training.policy import (
+    PolicyChoice,
+    PolicySearch,
+    choose_policy,
+    fit_foretelling,
+    fit_policy,
+)
+from consistentee.training.run import PolicyData, Run
+
+
+@dataclass(frozen=True)
+class PolicyPhase:
+    """What phase 2 came to.
+
+    Attributes:
+        choice: the policy and all thresholds.
+        data: what it learnt from and was judged by.
+        complete: whether all policy inputs and prices were tried.
+    """
+
+    choice: PolicyChoice
+    data: PolicyData
+    complete: bool
+
+    @property
+    def per_layer_accuracy(self) -> list[float]:
+        """Share of the judged instances that each exit gets right."""
+        return self.data.judged_instances.correct.float().mean(0).tolist()
+
+
+def policy_search(
+    config: TrainingConfig,
+    criteria: tuple[str, ...],
+    *,
+    layer_costs: tuple[float, ...],
+    min_exit_layer: int = 1,
+    device: torch.device | str = "cpu",
+) -> PolicySearch:
+    """What a training tries in phase 2, from its settings."""
+    steps: dict[str, Any] = {
+        "epochs": config.policy_epochs,
+        "min_steps": config.policy_min_steps,
+        "batch_size": config.policy_batch_size,
+        "learning_rate": config.policy_learning_rate,
+        "weight_decay": config.policy_weight_decay,
+    }
+    return PolicySearch(
+        fit=partial(
+            fit_policy,
+            estimator=config.estimator,
+            num_rollouts=config.num_rollouts,
+            entropy_bonus=config.entropy_bonus,
+            price_warmup=config.price_warmup,
+            max_grad_norm=config.max_grad_norm,
+            **steps,
+        ),
+        fit_network=partial(fit_foretelling, **steps),
+        layer_costs=layer_costs,
+        as_range=config.prices == "range",
+        folds=config.policy_folds,
+        seed=config.seed,
+        criteria=criteria,
+        max_loss=config.max_accuracy_loss,
+        min_exit_layer=min_exit_layer,
+        device=device,
+    )
+
+
+def run_policy_phase(run: Run, description: str, *, try_all: bool = False) -> PolicyPhase:
+    """Run all layers for the policy's instances, fit policies, and put the chosen one into the model everywhere.
+
+    All prices and policy inputs are tried the first time and with `try_all`; the rounds between keep those they began
+    with.
+    """
+    config, task, progress = run.config, run.task, run.progress
+    costs, inputs = config.layer_costs, task.policy_inputs
+    if progress["layer_cost"] is not None and not try_all:
+        inputs = (progress["policy_input"],)
+        if config.prices == "each":
+            costs = (progress["layer_cost"],)
+    search = policy_search(
+        config,
+        task.criteria,
+        layer_costs=costs,
+        min_exit_layer=getattr(run.model.config, "min_exit_layer", 1),
+        device=run.accelerator.device,
+    )
+    data = task.policy_data(run, description)
+    new_networks = task.new_networks(run.model)
+    choice: PolicyChoice | None = None
+    if run.accelerator.is_main_process:
+        fits = search.number_of_fits(cross_fitted=data.judged is None, networks=len(new_networks))
+        with show_progress(f"{description}: fits", fits * len(inputs), unit="fit") as bar:
+            choices = [
+                choose_policy(
+                    data.learnt,
+                    search,
+                    new_policy=partial(task.new_policy, run.model, policy_input),
+                    new_networks=new_networks,
+                    judged=data.judged,
+                    judged_groups=data.judged_groups,
+                    quality=data.quality,
+                    on_fit=bar.update,
+                )
+                for policy_input in inputs
+            ]
+        choice = max(choices, key=lambda choice: (not choice.report.collapsed, choice.report.score))
+    choice = run.from_main_process(choice)
+    task.install(run.model, choice)
+    progress.update(layer_cost=choice.layer_cost, policy_input=choice.policy.policy_input)
+    _say_collapses(run, choice)
+    return PolicyPhase(choice, data, inputs == task.policy_inputs and costs == config.layer_costs)
+
+
+def record_round(run: Run, number: int, phase: PolicyPhase) -> None:
+    """Note how the round did on validation instances, say it, and keep its weights if none did better.
+
+    A round that is within one standard error of the best score counts as no worse and is kept in its place: it has
+    had more training, at falling learning rates.
+    """
+    choice, progress, unit = phase.choice, run.progress, run.task.unit
+    report, accuracies = choice.report, phase.per_layer_accuracy
+    if number == 0:
+        progress["warmup"] = _first_figures(run, phase)
+    progress["history"].append(
+        asdict(report)
+        | {
+            "round": number,
+            "step": run.steps.step,
+            "per_layer_accuracy": accuracies,
+            "scores": choice.scores,
+            "thresholds": choice.thresholds,
+        }
+    )
+    run.say(
+        f"Round {number}: validation score {report.score:.4f}, last layer's {unit}accuracy {accuracies[-1]:.4f}, at "
+        f"threshold 0.5 {report.accuracy:.4f} with mean exit layer {report.mean_exit_layer:.2f}, reward "
+        f"{report.reward:.4f} (layer cost {report.layer_cost:g})"
+    )
+    hits = choice.hits.tolist()
+    if progress["best_score"] is None or report.score > progress["best_score"]:
+        progress.update(best_score=report.score, best_hits=hits, best_round=number)
+        run.keep_best()
+    elif report.score >= progress["best_score"] - score_standard_error(
+        choice.hits, torch.tensor(progress["best_hits"]), choice.counts
+    ):
+        progress.update(best_round=number)
+        run.keep_best()
+
+
+def _first_figures(run: Run, phase: PolicyPhase) -> dict[str, Any]:
+    """Say every exit's accuracy beside what guessing gives, and name the exits that are no better."""
+    figures = run.task.first_figures(run, phase.data)
+    unit = run.task.unit
+    guess_name = next(name for name in figures if name.endswith("_share"))
+    guess, accuracies = figures[guess_name], figures["per_layer_accuracy"]
+    layers = " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+    run.say(f"{unit.capitalize()}{'a' if unit else 'A'}ccuracy by layer after warm-up: {layers}")
+    run.say(f"{guess_name.replace('_', ' ').capitalize()}: {guess:.3f}")
+    dead = [layer for layer, accuracy in enumerate(accuracies, start=1) if accuracy <= guess + 0.005]
+    if dead:
+        run.say(
+            f"No better than a guess: layer {', '.join(map(str, dead))}. What exits there is not to be relied on. Try "
+            "a higher head_learning_rate, a richer head, or more warmup_epochs."
+        )
+    return {**figures, "dead_layers": dead}
+
+
+def _say_collapses(run: Run, choice: PolicyChoice) -> None:
+    for report in choice.reports:
+        if report.collapsed:
+            run.say(
+                f"Layer cost {report.layer_cost:g} collapsed: {report.first_layer_share:.0%} exit at the first layer "
+                f"with {run.task.unit}accuracy {report.accuracy:.3f}. "
+                + ("Try lower layer_costs." if choice.report.collapsed else "It is not used.")
+            )
+
+
+def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
+    """Say what was chosen and save the model with its record.
+
+    Args:
+        run: the run.
+        phase: its last phase 2.
+        criterion: the one that the saved model exits by unless it is told otherwise.
+
+    Returns:
+        The folder.
+    """
+    choice, config = phase.choice, run.config
+    run.say(
+        f"Chosen on validation: weights of round {run.progress['best_round']}, policy on "
+        f"{choice.policy.policy_input.replace('+', ' and ').replace('_', '-')}, layer cost {choice.layer_cost:g}, at most "
+        f"{100 * config.max_accuracy_loss:g} points below the last layer:"
+    )
+    for name, at in choice.at_thresholds.items():
+        run.say(
+            f"  {name}: threshold {at.threshold:.4f}, {run.task.unit}accuracy {at.accuracy:.4f}, mean exit layer "
+            f"{at.mean_exit_layer:.2f}"
+        )
+    model = run.task.finish(run, choice, criterion)
+    point, accuracies = choice.at_thresholds[criterion], phase.per_layer_accuracy
+    extra = run.task.record(run, phase.data, choice)
+    validation = {
+        "num_examples": len(phase.data.judged_instances),
+        "accuracy": point.accuracy,
+        "full_depth_accuracy": accuracies[-1],
+        "mean_exit_layer": point.mean_exit_layer,
+        "layer_speedup": point.layer_speedup,
+        "per_layer_accuracy": accuracies,
+        "criteria": {name: asdict(at) for name, at in choice.at_thresholds.items()},
+        **extra.pop("validation", {}),
+    }
+    record = {
+        "warmup": run.progress["warmup"],
+        "history": run.progress["history"],
+        "best_round": run.progress["best_round"],
+        "policy": choice.to_dict(),
+        "thresholds": choice.thresholds,
+        "validation": validation,
+        **extra,
+    }
+    return run.save(model, record)

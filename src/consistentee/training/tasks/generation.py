@@ -1,0 +1,308 @@
+"""Training text generators: what a response token is to the objectives, to phase 2 and to the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from consistentee.backbones.limits import check_tokenizer, training_length
+from consistentee.backbones.loading import load_tokenizer
+from consistentee.config import GenerationTrainingConfig
+from consistentee.data.batches import TokenizedPrompts, collate, with_more_tokens
+from consistentee.data.rows import InstructionDataset
+from consistentee.data.templates import prompt_template
+from consistentee.data.tokenization import encode_rows
+from consistentee.errors import SettingError
+from consistentee.functional.criteria import GENERATION_CRITERIA, static_scores
+from consistentee.functional.hardness import hardness, memorized_layer
+from consistentee.functional.rewards import reward_losses
+from consistentee.heads.policy import PolicyNetwork
+from consistentee.models.causal_lm import ConfidenceClassifier, EarlyExitForCausalLM
+from consistentee.training.adapters import Adapters, add_adapters
+from consistentee.training.instances import Instances
+from consistentee.training.policy import PolicyChoice
+from consistentee.training.run import Parts, PolicyData, Run
+from consistentee.training.steps import Figures, Objective
+from consistentee.training.tasks.token_objectives import (
+    TokenObjective,
+    consistent_objective,
+    full_depth_objective,
+    response_counts,
+    weighted_sum_objective,
+)
+from consistentee.training.tasks.token_states import TokenStates, run_token_states
+
+
+class GenerationTask:
+    """A `Task` of response tokens.
+
+    Args:
+        config: how to train.
+        data: instructions with responses.
+    """
+
+    suffix, unit, unused_parameters = "_generation", "token ", True  # a step touches the exits that it draws
+    criteria, confidence = GENERATION_CRITERIA, "softmax_margin"
+    policy_inputs = ("state",)
+
+    def __init__(self, config: GenerationTrainingConfig, data: InstructionDataset) -> None:
+        self.config, self.data = config, data
+        self._adapters = Adapters(None)
+
+    def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
+        """As `Task` says."""
+        config = self.config
+        if not exits and config.backbone_training == "frozen":
+            raise SettingError(
+                "backbone_training must be full or lora to fine-tune the plain model, got frozen. "
+                "A frozen backbone is its own reference."
+            )
+        tokenizer = load_tokenizer(backbone)
+        template = prompt_template(
+            config.prompt_template, tokenizer, parse_special_tokens=config.parse_special_tokens
+        )
+        model = EarlyExitForCausalLM.from_backbone(
+            backbone,
+            exit_head=config.exit_head if exits else "shared",
+            exit_head_rank=config.exit_head_rank,
+            policy_hidden_size=config.policy_hidden_size,
+            policy_dropout=config.policy_dropout,
+            initial_exit_bias=config.initial_exit_bias,
+            prompt_template=template.to_dict(),
+            task=task_name,
+            max_sequence_length=config.max_length,
+        )
+        max_length = training_length(
+            config.max_length,
+            default=type(config).max_length,
+            backbone=model.config.backbone_config,
+            name=backbone,
+        )
+        check_tokenizer(tokenizer, model.get_input_embeddings(), backbone, pads=False)
+        positions = getattr(model.config.backbone_config, "max_position_embeddings", None)
+        if positions:  # pipelines cut by it (`handle_long_generation`); many tokenizers come without a length
+            tokenizer.model_max_length = min(tokenizer.model_max_length, int(positions))
+        model.config.min_exit_layer = first_exit_layer(config.min_exit_layer, model.num_layers)
+        model.checkpoint_layers = config.gradient_checkpointing
+        model.policy.requires_grad_(False)  # fitted on their own, on cached states
+        model.confidence_classifier.requires_grad_(False)
+        model.exit_heads.requires_grad_(exits)
+        if config.backbone_training == "frozen":
+            model.backbone.requires_grad_(False)
+        elif config.backbone_training == "lora":
+            self._adapters = add_adapters(
+                model.backbone, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout
+            )
+        kept, held = self.data.split(config.validation_fraction, config.seed)
+        lengths = {"max_length": max_length, "max_prompt_length": config.max_prompt_length}
+        train_rows = encode_rows(self.data.select(kept), tokenizer, template, **lengths)
+        counts = response_counts(
+            torch.from_numpy(train_rows.lengths), torch.from_numpy(train_rows.prompt_lengths)
+        )
+        return Parts(
+            model=model,
+            tokenizer=tokenizer,
+            train_rows=train_rows,
+            validation=encode_rows(self.data.select(held), tokenizer, template, **lengths),
+            collate=partial(collate, tokenizer=tokenizer),
+            max_length=max_length,
+            row_weights=counts.float(),
+            description=f"{model.num_layers} layers, {len(kept)} training rows ({int(counts.sum())} response tokens) "
+            f"and {len(held)} validation rows, backbone {config.backbone_training}",
+            data={"train_tokens": int(counts.sum())},
+        )
+
+    # The objectives.
+
+    def weighted_sum(self) -> Objective:
+        """As `Task` says."""
+        return _inside_forward(weighted_sum_objective(**self._weights))
+
+    def consistent(self) -> Objective:
+        """As `Task` says."""
+        share = self.config.weighted_sum_share
+        return _inside_forward(consistent_objective(weighted_sum_share=share, **self._weights))
+
+    def last_layer(self) -> Objective:
+        """As `Task` says."""
+        return _inside_forward(full_depth_objective(logit_rows=self.config.logit_rows))
+
+    @property
+    def _weights(self) -> dict[str, Any]:
+        names = ("layers_per_step", "last_layer_share", "logit_rows")
+        return {name: getattr(self.config, name) for name in names}
+
+    def fixed_parts(self, model: Any) -> None:
+        """As `Task` says."""
+        model.policy.eval()
+        model.confidence_classifier.eval()
+        if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
+            model.backbone.eval()
+
+    def exit_modules(self, model: Any) -> list[nn.Module]:
+        """As `Task` says."""
+        return [model.exit_heads]
+
+    def warm_up_stops(self, run: Run, until: int) -> list[int]:
+        """As `Task` says."""
+        return [until]
+
+    def observe(self, run: Run) -> None:
+        """As `Task` says."""
+
+    # Phase 2.
+
+    def policy_data(self, run: Run, description: str) -> PolicyData:
+        """As `Task` says."""
+        config, rows = self.config, cast(TokenizedPrompts, run.parts.validation)
+        if config.policy_data == "filled":
+            rows = with_more_tokens(rows, run.parts.train_rows, config.policy_tokens, config.seed)
+        states = self._states(run, rows, f"{description}: states")
+        measure = config.hardness if config.reward == "hardness" else "uniform"
+        held = len(run.parts.validation)
+        instances = token_instances(
+            states, config.reward_loss, measure, halves=config.reward_target == "both"
+        )
+        return PolicyData(instances, None, held, states.first_texts(held))
+
+    def _states(
+        self, run: Run, rows: TokenizedPrompts, description: str, *, last_layer_only: bool = False
+    ) -> TokenStates:
+        """Exits' outputs for response tokens, the same tokens every time."""
+        config = self.config
+        return run_token_states(
+            run.model,
+            rows,
+            collate=run.parts.collate,
+            max_tokens=config.policy_tokens,
+            seed=config.seed,
+            target=config.reward_target,
+            logit_rows=config.logit_rows,
+            accelerator=run.accelerator,
+            keep_pooled=not last_layer_only,
+            last_layer_only=last_layer_only,
+            memory_limit_mb=config.max_cache_mb,
+            scratch_dir=run.scratch_dir,
+            description=description,
+        )
+
+    def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
+        """As `Task` says."""
+        return model.new_policy()
+
+    def new_networks(self, model: Any) -> Mapping[str, Callable[[], nn.Module]]:
+        """As `Task` says."""
+        return {
+            "confidence_classifier": partial(ConfidenceClassifier, model.num_layers, model.config.hidden_size)
+        }
+
+    def install(self, model: Any, choice: PolicyChoice) -> None:
+        """As `Task` says."""
+        model.policy.load_state_dict(choice.policy.state_dict())
+        for name, network in choice.networks.items():
+            getattr(model, name).load_state_dict(network.state_dict())
+
+    def restore_policy(self, model: Any, policy_input: str) -> None:
+        """As `Task` says."""
+
+    # What is said and kept.
+
+    def first_figures(self, run: Run, data: PolicyData) -> dict[str, Any]:
+        """As `Task` says."""
+        states: TokenStates = data.states
+        return {
+            "per_layer_accuracy": states.per_layer_accuracy,
+            "per_layer_loss": states.losses.mean(0).tolist(),
+            "commonest_token_share": float(torch.bincount(states.labels).max() / len(states)),
+            "memorized_layer_histogram": torch.bincount(
+                memorized_layer(states.right) - 1, minlength=run.model.num_layers
+            ).tolist(),
+        }
+
+    def validate(self, run: Run) -> dict[str, Any]:
+        """As `Task` says."""
+        states = self._states(run, run.parts.validation, "validation", last_layer_only=True)
+        return {
+            "accuracy": states.per_layer_accuracy[-1],
+            "loss": float(states.losses[:, -1].mean()),
+            "num_examples": len(states),
+        }
+
+    def record(self, run: Run, data: PolicyData | None, choice: PolicyChoice | None) -> dict[str, Any]:
+        """As `Task` says."""
+        template = {"prompt_template": run.model.config.prompt_template}
+        if data is None:
+            return template
+        return {**template, "validation": {"per_layer_loss": data.states.losses.mean(0).tolist()}}
+
+    def finish(self, run: Run, choice: PolicyChoice | None, criterion: str) -> Any:
+        """As `Task` says."""
+        self._adapters.merge()
+        if choice is None:
+            return run.model.backbone
+        config, thresholds = run.model.config, choice.thresholds
+        config.criterion, config.threshold = criterion, thresholds.pop(criterion)
+        config.thresholds = thresholds
+        return run.model
+
+
+def first_exit_layer(wanted: int | None, num_layers: int) -> int:
+    """The first layer that tokens may exit at: the one that is wanted, or a sixth of all, rounded up.
+
+    Raises:
+        ValueError: the model is not that deep.
+
+    Example:
+        >>> first_exit_layer(None, 30), first_exit_layer(None, 4), first_exit_layer(3, 4)
+        (5, 1, 3)
+    """
+    if wanted is None:
+        return -(-num_layers // 6)
+    if wanted > num_layers:
+        raise SettingError(
+            f"min_exit_layer must be at most {num_layers}, the number of layers, got {wanted}. Give a smaller one."
+        )
+    return wanted
+
+
+def token_instances(
+    states: TokenStates, reward_loss: str, measure: str, *, halves: bool = False
+) -> Instances:
+    """Response tokens as instances.
+
+    Args:
+        states: one pass over them.
+        reward_loss: what a bad exit costs (`rewards.REWARDS`).
+        measure: of hardness (`hardness.HARDNESS`).
+        halves: whether an error is half of the reference and half of the last layer's token.
+    """
+    hit = (states.right.float() + states.agrees.float()) / 2 if halves else states.right
+    layers = torch.arange(1, states.right.shape[1] + 1, dtype=torch.float32)
+    return Instances(
+        correct=states.right,
+        exit_cost=reward_losses(reward_loss, losses=states.losses, right=hit, regret=states.regret),
+        hardness=hardness(measure, right=states.right, losses=states.losses),
+        group=states.rows,
+        states=states.pooled,
+        scores={
+            "softmax_margin": states.margin,
+            "state_similarity": states.similarity,
+            "static": static_scores(layers).expand(len(states), -1),
+        },
+        targets={"confidence_classifier": states.agrees},
+    )
+
+
+def _inside_forward(objective: TokenObjective) -> Objective:
+    """An objective that the model's `forward` calls in its middle, before logits of all layers would be made."""
+
+    def outside(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
+        output = model(**batch, labels=labels, objective=objective)
+        return output.losses, output.figures
+
+    return outside

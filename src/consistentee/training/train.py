@@ -1,0 +1,200 @@
+"""What users call to train: rows or responses, by one of the methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers.trainer_utils import set_seed
+
+from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
+from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, TrainingConfig
+from consistentee.data.rows import InstructionDataset, TextDataset
+from consistentee.training.methods import METHODS, method_of
+from consistentee.training.run import Report, Run, Task
+from consistentee.training.run_folders import open_output, run_identity
+from consistentee.training.steps import Rows, Steps, make_accelerator, parameter_groups
+from consistentee.training.tasks.classification import ClassificationTask
+from consistentee.training.tasks.generation import GenerationTask
+
+
+def train(
+    *,
+    backbone: str | Path,
+    train_data: TextDataset | InstructionDataset,
+    output_dir: str | Path,
+    config: TrainingConfig | None = None,
+    task: str | None = None,
+    method: str = "consistent",
+    resume: bool = False,
+    report: Report = lambda message: None,
+) -> Path:
+    """Train a classifier or a causal language model with exits, and save it.
+
+    Args:
+        backbone: hub name or local folder of a supported encoder, or causal language model.
+        train_data: labelled rows, or instructions with responses. A `validation_fraction` of them is kept from the
+            model.
+        output_dir: where checkpoints go during the run and the finished model afterwards.
+        config: settings, `ClassificationTrainingConfig` or `GenerationTrainingConfig`; the defaults if missing.
+        task: name of the task, for the record.
+        method: one of `METHODS`: how to train.
+        resume: go on from the last checkpoint in `output_dir` if there is one.
+        report: is given lines of text to show.
+
+    Returns:
+        The folder of the saved model: weights (adapters merged), tokenizer, label names or prompt template, thresholds,
+        training record, model card.
+
+    Raises:
+        FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
+        ImportError: LoRA without peft.
+        TypeError: data or settings of another task.
+        ValueError: an unsupported backbone, an unknown method, too little data, a resumed run with other settings, data
+            or backbone, an `output_dir` that is the backbone's, or a `threshold_metric` that does not fit the classes.
+    """
+    row = method_of(method)
+    run = start_run(
+        _task_of(train_data, config),
+        method,
+        backbone=backbone,
+        output_dir=output_dir,
+        task_name=task,
+        resume=resume,
+        report=report,
+    )
+    return Path(output_dir) if run is None else row.load()(run)
+
+
+def finetune(
+    *,
+    backbone: str | Path,
+    train_data: TextDataset | InstructionDataset,
+    output_dir: str | Path,
+    config: TrainingConfig | None = None,
+    task: str | None = None,
+    resume: bool = False,
+    report: Report = lambda message: None,
+) -> Path:
+    """Fine-tune the plain model by the same recipe: `train` with the method `plain`, the reference for every claim."""
+    return train(
+        backbone=backbone,
+        train_data=train_data,
+        output_dir=output_dir,
+        config=config,
+        task=task,
+        method="plain",
+        resume=resume,
+        report=report,
+    )
+
+
+def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | None) -> Task:
+    """The task of the data, with its settings."""
+    rows = isinstance(data, TextDataset)
+    config_class = ClassificationTrainingConfig if rows else GenerationTrainingConfig
+    config = config_class() if config is None else config
+    if not isinstance(config, config_class):
+        raise TypeError(
+            f"config must be a {config_class.__name__} for a {type(data).__name__}, got {type(config).__name__}."
+        )
+    task: Any = (ClassificationTask if rows else GenerationTask)(cast(Any, config), cast(Any, data))
+    return task
+
+
+def start_run(
+    task: Task,
+    method: str,
+    *,
+    backbone: str | Path,
+    output_dir: str | Path,
+    task_name: str | None,
+    resume: bool,
+    report: Report,
+) -> Run | None:
+    """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
+    output_dir, config, exits = Path(output_dir), task.config, METHODS[method].exits
+    kind = ("early_exit" if exits else "full_depth") + task.suffix
+    identity = run_identity(kind, method, backbone, config, task.data.fingerprint())
+    opened = open_output(
+        output_dir,
+        identity=identity,
+        config=config,
+        resume=resume,
+        report=report,
+        new_accelerator=lambda: make_accelerator(
+            str(output_dir),
+            mixed_precision=config.mixed_precision,
+            tracker=config.tracker,
+            unused_parameters=task.unused_parameters or METHODS[method].unused_parameters,
+        ),
+    )
+    if opened is None:
+        return None
+    accelerator, newest = opened
+    set_seed(config.seed)
+    parts = task.prepare(backbone, task_name, exits=exits)
+    cut = parts.train_rows.num_truncated + parts.validation.num_truncated
+    say_cuts(
+        cut, len(task.data), f"texts to train on were longer than {parts.max_length} tokens", LONGER_TRAINING
+    )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(parts.model, config.weight_decay), lr=config.learning_rate, fused=True
+    )
+    prepared, optimizer = accelerator.prepare(parts.model, optimizer)
+    parts.model = accelerator.unwrap_model(prepared)
+    run = Run(
+        kind=kind,
+        config=config,
+        task=task,
+        task_name=task_name,
+        output_dir=output_dir,
+        report=report,
+        parts=parts,
+        accelerator=accelerator,
+        steps=Steps(
+            accelerator=accelerator,
+            model=prepared,
+            optimizer=optimizer,
+            rows=cast(Rows, parts.train_rows),
+            collate=parts.collate,
+            row_weights=parts.row_weights,
+            batch_size=config.batch_size,
+            group_by_length=config.group_by_length,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            head_learning_rate=config.head_learning_rate,
+            warmup_ratio=config.warmup_ratio,
+            schedule=config.schedule,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            tracked=config.tracker != "none",
+            checkpoint_every=config.checkpoint_every,
+        ),
+        identity={
+            **identity,
+            "data": {
+                "source": task.data.source,
+                "train_rows": len(parts.train_rows),
+                "validation_rows": len(parts.validation),
+                "truncated_rows": cut,
+                **parts.data,
+                **identity["data"],
+            },
+        },
+        progress={
+            "checkpoints": 0,
+            "rounds_done": 0,
+            "policy_fitted": False,
+            "training_done": False,
+            "best_score": None,
+            "best_hits": [],
+            "best_round": 0,
+            "layer_cost": None,
+            "policy_input": None,
+            "history": [],
+            "forgetting": [],
+        },
+    )
+    run.begin(newest, resume=resume)
+    return run

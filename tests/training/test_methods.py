@@ -1,0 +1,154 @@
+"""The table of training methods, and DeeBERT's two stages for rows and for tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from consistentee import Engine, LoadedGenerator, TextGenerator, load_model
+from consistentee.training.methods import METHODS, method_of
+from consistentee.training.steps import Steps
+from consistentee.training.train import train
+from quick import quick_config, read_record, weight_bytes
+from tiny import tiny_backbone, tiny_dataset
+from tiny_training import quick_generation_config, tiny_decoder, tiny_instructions
+
+ROWS, TOKENS = "rows", "tokens"
+
+
+def test_every_method_is_there_and_says_where_it_comes_from() -> None:
+    for name, method in METHODS.items():
+        assert callable(method_of(name).load())
+        assert method.source
+    with pytest.raises(ValueError, match='method must be one of consistent, deebert, plain, got "pabee"'):
+        method_of("pabee")
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("backbones")
+    return {ROWS: tiny_backbone(root / ROWS, layers=3), TOKENS: tiny_decoder(root / TOKENS, layers=3)}
+
+
+def run(
+    task: str, backbones: dict[str, Path], folder: Path, *, resume: bool = False, **changes: Any
+) -> list[str]:
+    said: list[str] = []
+    settings: dict[str, Any] = {"warmup_epochs": 2.0, "rounds": 2, "consistent_epochs": 1.0, **changes}
+    train(
+        backbone=backbones[task],
+        train_data=tiny_dataset(50) if task == ROWS else tiny_instructions(),
+        output_dir=folder,
+        config=(quick_config if task == ROWS else quick_generation_config)(**settings),
+        method="deebert",
+        resume=resume,
+        report=said.append,
+    )
+    return said
+
+
+def parts(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of the full-depth model, and of the exits below the last layer."""
+    last = f"classifiers.layers.{model.num_layers - 1}." if hasattr(model, "classifiers") else "none"
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    exits = {
+        name
+        for name in state
+        if name.startswith(("classifiers.", "exit_heads."))
+        and not name.startswith((last, "classifiers.pooler"))
+    }
+    full = {name for name in state if name.startswith(("backbone.", "classifiers.pooler", last))}
+    return {kind: {name: state[name] for name in names} for kind, names in (("exits", exits), ("full", full))}
+
+
+@pytest.mark.parametrize(
+    "task, changes",
+    [(ROWS, {}), (ROWS, {"head": "shared_pooler"}), (TOKENS, {"backbone_training": "full"}), (TOKENS, {})],
+)
+def test_the_second_stage_trains_the_exits_and_nothing_else(
+    task: str,
+    changes: dict[str, Any],
+    backbones: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changed: list[tuple[str, set[str]]] = []
+    original = Steps.run
+
+    def watched(self: Steps, *args: Any, **options: Any) -> None:
+        before = parts(self.model)
+        original(self, *args, **options)
+        after = parts(self.model)
+        moved = {
+            kind for kind in before if any(not before[kind][n].equal(after[kind][n]) for n in before[kind])
+        }
+        changed.append((options["phase"], moved))
+
+    monkeypatch.setattr(Steps, "run", watched)
+    said = run(task, backbones, tmp_path / "m", **changes)
+    assert changed == [("stage 1", {"full"}), ("stage 2", {"exits"})]
+    record = read_record(tmp_path / "m")
+    assert record["method"] == "deebert"
+    assert record["kind"] == ("early_exit" if task == ROWS else "early_exit_generation")
+    assert len(record["history"]) == 1
+    criterion = "entropy" if task == ROWS else "softmax_margin"
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["criterion"] == criterion
+    assert config["threshold"] == record["thresholds"][criterion]
+    assert any(line.lstrip().startswith(f"{criterion}: threshold ") for line in said)
+
+
+def test_what_it_makes_predicts_and_generates(backbones: dict[str, Path], tmp_path: Path) -> None:
+    run(ROWS, backbones, tmp_path / "rows")
+    engine = Engine.from_pretrained(tmp_path / "rows")
+    (prediction,) = engine.predict(["good"])
+    assert 1 <= prediction.exit_layer <= 3
+    run(TOKENS, backbones, tmp_path / "tokens")
+    generator = TextGenerator(load_model(tmp_path / "tokens", LoadedGenerator))
+    (text,) = generator.generate_texts([("one", "")], max_new_tokens=3)
+    assert all(1 <= layer <= 3 for layer in text.exit_layers)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_an_interrupted_run_goes_on(
+    at: int, backbones: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(ROWS, backbones, tmp_path / "whole", checkpoint_every=1)
+    original: Callable[..., None] = Steps._step
+    calls = 0
+
+    def interrupting(*args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        original(*args, **options)
+
+    monkeypatch.setattr(Steps, "_step", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run(ROWS, backbones, tmp_path / "parts", checkpoint_every=1)
+    monkeypatch.setattr(Steps, "_step", original)
+    run(ROWS, backbones, tmp_path / "parts", resume=True, checkpoint_every=1)
+    assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
+    with pytest.raises(ValueError, match="has method = deebert, this one consistent"):
+        train(
+            backbone=backbones[ROWS],
+            train_data=tiny_dataset(50),
+            output_dir=tmp_path / "whole",
+            config=quick_config(warmup_epochs=2.0, rounds=2, consistent_epochs=1.0, checkpoint_every=1),
+            resume=True,
+        )
+
+
+def test_the_command_line_offers_the_methods_with_exits() -> None:
+    from typing import get_args, get_type_hints
+
+    from consistentee.cli import train as command
+
+    offered = get_args(get_type_hints(command.train)["method"])
+    assert offered == tuple(name for name, method in METHODS.items() if method.exits)

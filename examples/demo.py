@@ -44,11 +44,11 @@ from consistentee.errors import require_seed
 from consistentee.evaluation.plots import plot_evaluation
 from consistentee.evaluation.reports import evaluation_tables
 from consistentee.functional.criteria import CRITERIA
+from consistentee.inference.threads import limit_threads
 from consistentee.inference.timing import paired_ratio, synchronised_seconds, time_in_turn
 from consistentee.models.card import other_threshold
 from consistentee.models.loaded import usable_device
 from consistentee.models.record import read_record, record_evaluation
-from consistentee.threads import limit_threads
 from consistentee.training.run_folders import check_output_dir
 from consistentee.training.steps import resolve_precision
 from demo_data import (

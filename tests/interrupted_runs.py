@@ -21,7 +21,7 @@ from typing import Any
 from consistentee.training import checkpoints, policy_phase
 from consistentee.training import run as runs
 from consistentee.training.methods import consistent
-from consistentee.training.steps import Steps
+from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import finetune, train
 from quick import quick_config
 from tiny import tiny_dataset
@@ -61,16 +61,16 @@ class Interruption:
 
 
 CASES = {
-    "warm-up": Interruption(Steps, "_step", 4),
-    "warm-up, Ctrl-C": Interruption(Steps, "_step", 4, signal.SIGINT),
+    "warm-up": Interruption(OptimizerSteps, "_step", 4),
+    "warm-up, Ctrl-C": Interruption(OptimizerSteps, "_step", 4, signal.SIGINT),
     "policy": Interruption(policy_phase, "choose_policy", 2),
     "best weights kept, not yet a checkpoint": Interruption(consistent, "record_round", 1),
-    "consistent phase": Interruption(Steps, "_step", 8),
+    "consistent phase": Interruption(OptimizerSteps, "_step", 8),
     "writing a checkpoint": Interruption(checkpoints, "write_json", 6),
     "final policy": Interruption(policy_phase, "choose_policy", 4),
     "writing the model": Interruption(runs, "write_model_card", 1),
     "model in place": Interruption(checkpoints, "remove_checkpoints", 1),
-    "fine-tuning": Interruption(Steps, "_step", 6, how=finetune),
+    "fine-tuning": Interruption(OptimizerSteps, "_step", 6, how=finetune),
 }
 UNINTERRUPTED = {"train": train, "finetune": finetune}
 

@@ -34,7 +34,7 @@ ANYTHING = ("", "__main__")  # the package itself and `python -m`: what others i
 
 MOST_LINES = 450
 TOP_FLOOR = 14
-CONFIG_ROOMS = re.compile(r"(cli|training\.(run|methods|tasks))(\..+)?|config")
+CONFIG_ROOMS = re.compile(r"(cli|training\.(run|train|policy_phase|methods|tasks))(\..+)?|config")
 
 # --- Exceptions -----------------------------------------------------------------------------------
 
@@ -55,30 +55,10 @@ LONG_FILES: set[str] = {
     "pipelines/generator.py",
 }
 
-CROWDED = 1
+CROWDED = 0
 """Entries on the top floor above `TOP_FLOOR`."""
 
-CONFIG_TAKERS: set[str] = {
-    "training.classification:finetune",
-    "training.classification:train",
-    "training.generation:_start",
-    "training.generation:finetune",
-    "training.generation:train",
-    "training.policy:choose_policy",
-    "training.policy:fit_policy",
-    "training.policy:fit_policy_on",
-    "training.policy:layer_rewards",
-    "training.run_folders:_check_same_run",
-    "training.run_folders:open_output",
-    "training.run_folders:run_identity",
-    "training.steps:Steps",
-    "training.steps:make_accelerator",
-    "training.steps:parameter_groups",
-    "training.steps:schedule_factor",
-    "training.token_policy:choose_token_policy",
-    "training.token_policy:fit_confidence_classifier",
-    "training.token_policy:number_of_fits",
-}
+CONFIG_TAKERS: set[str] = set()
 """module:function or module:Class"""
 
 

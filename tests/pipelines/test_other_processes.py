@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import other_process
+from consistentee.inference.threads import settle_after_fork
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.generator import TextGenerator
-from consistentee.threads import settle_after_fork
 from saved_generators import generator_folder
 from tiny import tiny_backbone, tiny_model
 

@@ -21,7 +21,7 @@ from consistentee.training import adapters, policy_phase
 from consistentee.training import run as runs
 from consistentee.training.adapters import add_adapters
 from consistentee.training.methods import consistent
-from consistentee.training.steps import Steps
+from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import finetune, train
 from quick import read_record, read_weights, weight_bytes
 from tiny_decoders import tiny_exit_model
@@ -237,10 +237,10 @@ class Interrupted(Exception):
 
 
 PHASES = {
-    "warm-up": (Steps, "_step", 3),
+    "warm-up": (OptimizerSteps, "_step", 3),
     "policy": (policy_phase, "choose_policy", 1),
     "best weights kept, not yet a checkpoint": (consistent, "record_round", 1),
-    "consistent phase": (Steps, "_step", 6),
+    "consistent phase": (OptimizerSteps, "_step", 6),
     "second policy": (policy_phase, "choose_policy", 2),
     "writing the model": (runs, "write_model_card", 1),
 }
@@ -282,7 +282,7 @@ def test_interrupted_fine_tuning_goes_on(
 ) -> None:
     options: dict[str, Any] = {"backbone_training": how, "checkpoint_every": 2}
     run(finetune, backbone, tmp_path / "whole", **options)
-    step, calls = Steps._step, 0
+    step, calls = OptimizerSteps._step, 0
 
     def interrupting(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -291,10 +291,10 @@ def test_interrupted_fine_tuning_goes_on(
             raise Interrupted
         step(*args, **kwargs)
 
-    monkeypatch.setattr(Steps, "_step", interrupting)
+    monkeypatch.setattr(OptimizerSteps, "_step", interrupting)
     with pytest.raises(Interrupted):
         run(finetune, backbone, tmp_path / "parts", **options)
-    monkeypatch.setattr(Steps, "_step", step)
+    monkeypatch.setattr(OptimizerSteps, "_step", step)
     run(finetune, backbone, tmp_path / "parts", resume=True, **options)
     assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
     assert read_record(tmp_path / "parts") == read_record(tmp_path / "whole")
@@ -367,7 +367,7 @@ def test_steps_weigh_rows_by_their_response_tokens(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, float]] = []
-    step = Steps._step
+    step = OptimizerSteps._step
 
     def noting(self: Any, rows: Any, *args: Any) -> None:
         batch = self.collate([self.rows[row] for row in rows])
@@ -378,7 +378,7 @@ def test_steps_weigh_rows_by_their_response_tokens(
         step(self, rows, *args)
         seen.append((wanted, self.figures["loss"]))
 
-    monkeypatch.setattr(Steps, "_step", noting)
+    monkeypatch.setattr(OptimizerSteps, "_step", noting)
     run(finetune, backbone, tmp_path / "model")
     for wanted, found in seen:
         assert found == pytest.approx(wanted, rel=1e-5)

@@ -12,7 +12,7 @@ import torch
 
 from consistentee import Engine, LoadedGenerator, TextGenerator, load_model
 from consistentee.training.methods import METHODS, method_of
-from consistentee.training.steps import Steps
+from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import train
 from quick import quick_config, read_record, weight_bytes
 from tiny import tiny_backbone, tiny_dataset
@@ -78,9 +78,9 @@ def test_the_second_stage_trains_the_exits_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changed: list[tuple[str, set[str]]] = []
-    original = Steps.run
+    original = OptimizerSteps.run
 
-    def watched(self: Steps, *args: Any, **options: Any) -> None:
+    def watched(self: OptimizerSteps, *args: Any, **options: Any) -> None:
         before = parts(self.model)
         original(self, *args, **options)
         after = parts(self.model)
@@ -89,7 +89,7 @@ def test_the_second_stage_trains_the_exits_and_nothing_else(
         }
         changed.append((options["phase"], moved))
 
-    monkeypatch.setattr(Steps, "run", watched)
+    monkeypatch.setattr(OptimizerSteps, "run", watched)
     said = run(task, backbones, tmp_path / "m", **changes)
     assert changed == [("stage 1", {"full"}), ("stage 2", {"exits"})]
     record = read_record(tmp_path / "m")
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on(
     at: int, backbones: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(ROWS, backbones, tmp_path / "whole", checkpoint_every=1)
-    original: Callable[..., None] = Steps._step
+    original: Callable[..., None] = OptimizerSteps._step
     calls = 0
 
     def interrupting(*args: Any, **options: Any) -> None:
@@ -129,10 +129,10 @@ def test_an_interrupted_run_goes_on(
             raise KeyboardInterrupt
         original(*args, **options)
 
-    monkeypatch.setattr(Steps, "_step", interrupting)
+    monkeypatch.setattr(OptimizerSteps, "_step", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run(ROWS, backbones, tmp_path / "parts", checkpoint_every=1)
-    monkeypatch.setattr(Steps, "_step", original)
+    monkeypatch.setattr(OptimizerSteps, "_step", original)
     run(ROWS, backbones, tmp_path / "parts", resume=True, checkpoint_every=1)
     assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
     with pytest.raises(ValueError, match="has method = deebert, this one consistent"):

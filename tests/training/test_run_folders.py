@@ -16,7 +16,7 @@ from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.cli.main import main
 from consistentee.training import checkpoints
 from consistentee.training.run_folders import check_output_dir
-from consistentee.training.steps import Steps
+from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import finetune, train
 from quick import quick_config, weight_bytes
 from tiny import tiny_backbone, tiny_dataset
@@ -150,7 +150,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def interrupt(kind: Kind, folder: Path, monkeypatch: pytest.MonkeyPatch, after: int = 2) -> None:
-    step, calls = Steps._step, 0
+    step, calls = OptimizerSteps._step, 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -160,7 +160,7 @@ def interrupt(kind: Kind, folder: Path, monkeypatch: pytest.MonkeyPatch, after: 
         return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Steps, "_step", counted)
+        patch.setattr(OptimizerSteps, "_step", counted)
         with pytest.raises(KeyboardInterrupt):
             kind.run(folder, config=kind.config(checkpoint_every=1))
 

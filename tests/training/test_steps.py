@@ -25,7 +25,7 @@ from consistentee.training.steps import (
     schedule_factor,
     step_seed,
 )
-from consistentee.training.tasks.classification import ClassificationTask
+from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.train import start_run
 from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset
@@ -33,7 +33,7 @@ from tiny import tiny_backbone, tiny_dataset
 
 def new_run(backbone: Path, folder: Path, **changes: object) -> Run:
     run = start_run(
-        ClassificationTask(quick_config(**changes), tiny_dataset(50)),
+        ClassificationTraining(quick_config(**changes), tiny_dataset(50)),
         "consistent",
         backbone=backbone,
         output_dir=folder,
@@ -86,7 +86,7 @@ def test_backbone_and_heads_have_learning_rates_of_their_own(tmp_path: Path) -> 
 
 
 def test_a_step_may_be_called_before_and_asked_for_again(tmp_path: Path) -> None:
-    """Steps that are behind already are not taken: that is how a resumed run finds its phase."""
+    """OptimizerSteps that are behind already are not taken: that is how a resumed run finds its phase."""
     run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m")
     run.steps.step = 3
     run.steps.run(3, lambda *_: pytest.fail("a step was taken"), phase="any", learning_rate=1.0)

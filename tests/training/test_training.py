@@ -30,9 +30,9 @@ from consistentee.training.methods import consistent
 from consistentee.training.policy import PolicyChoice, choose_policy
 from consistentee.training.run import Run
 from consistentee.training.states import LayerStates
-from consistentee.training.steps import Steps
+from consistentee.training.steps import OptimizerSteps
 from consistentee.training.tasks import classification as task_module
-from consistentee.training.tasks.classification import ClassificationTask, row_instances
+from consistentee.training.tasks.classification import ClassificationTraining, row_instances
 from consistentee.training.train import finetune, start_run, train
 from quick import largest_difference, quick_config, read_record, read_weights, weight_bytes
 from tiny import LABEL_NAMES, POSITIVE, tiny_backbone, tiny_dataset
@@ -80,7 +80,7 @@ def quick_train(backbone: Path, data: TextDataset, tmp_path: Path) -> Callable[.
 def run_for(backbone: Path, data: TextDataset, folder: Path, **changes: Any) -> Run:
     """A run that has not taken a step."""
     run = start_run(
-        ClassificationTask(quick_config(**changes), data),
+        ClassificationTraining(quick_config(**changes), data),
         "consistent",
         backbone=backbone,
         output_dir=folder,
@@ -309,9 +309,9 @@ def test_each_phase_changes_only_what_it_trains(
 
         return call
 
-    steps = watched(lambda *_, phase, **__: phase, Steps.run)
+    steps = watched(lambda *_, phase, **__: phase, OptimizerSteps.run)
     fits = watched(lambda _, description, **__: description, policy_phase.run_policy_phase)
-    monkeypatch.setattr(Steps, "run", steps)
+    monkeypatch.setattr(OptimizerSteps, "run", steps)
     monkeypatch.setattr(consistent, "run_policy_phase", fits)
     quick_train()
     assert changed == [
@@ -326,7 +326,7 @@ def test_each_phase_changes_only_what_it_trains(
 def test_the_gradient_reaches_backbone_and_every_classifier_but_no_policy(backbone: Path, phase: str) -> None:
     model = EarlyExitForSequenceClassification.from_backbone(backbone, num_labels=2).train()
     labels = torch.tensor([0, 1, 1])
-    task = ClassificationTask(quick_config(distillation=0.5, weighted_sum_share=0.0), tiny_dataset(50))
+    task = ClassificationTraining(quick_config(distillation=0.5, weighted_sum_share=0.0), tiny_dataset(50))
     objective = task.weighted_sum() if phase == "warm-up" else task.consistent()
     losses, _ = objective(model, {"input_ids": torch.randint(4, 60, (3, 7))}, labels)
     losses.mean().backward()
@@ -738,7 +738,7 @@ def test_an_unfinished_run_wants_the_same_settings_data_and_backbone(
     backbone: Path, data: TextDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, other_backbone = tmp_path / "m", tiny_backbone(tmp_path / "other", layers=2, seed=1)
-    stop_at(monkeypatch, Steps, "_step", 2)
+    stop_at(monkeypatch, OptimizerSteps, "_step", 2)
     with pytest.raises(KeyboardInterrupt):
         train(backbone=backbone, train_data=data, output_dir=folder, config=quick_config(checkpoint_every=1))
     monkeypatch.undo()

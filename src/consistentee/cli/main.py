@@ -93,7 +93,7 @@ def _run(arguments: list[str], debug: bool) -> None:
         if not debug and command in COMMANDS:
             _quieten_libraries()
         if command in COMMANDS:
-            from consistentee.threads import limit_threads
+            from consistentee.inference.threads import limit_threads
 
             limit_threads()
         command(*bound.args, **bound.kwargs)

@@ -32,12 +32,12 @@ from consistentee.inference.encoder.incremental_scores import IncrementalExitSco
 from consistentee.inference.encoder.onnx_backend import onnx_backend
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import torch_backend
+from consistentee.inference.threads import settle_after_fork
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
 )
-from consistentee.threads import settle_after_fork
 
 BATCHES_PER_WINDOW = 64
 """Latency mode: batches that are sorted by length together; more saves padding, fewer answer earlier."""

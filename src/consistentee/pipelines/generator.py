@@ -21,12 +21,12 @@ from consistentee.data.batches import pad_left
 from consistentee.data.templates import PromptTemplate
 from consistentee.data.tokenization import encode_prompts
 from consistentee.errors import DataError, require_choice, require_seed
+from consistentee.inference.threads import settle_after_fork
 from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from consistentee.pipelines.stops import StopTexts, cut_at_stop
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
-from consistentee.threads import settle_after_fork
 
 WINDOW_BATCHES = 8
 """Prompts are sorted by length within so many batches; the first window is a single batch, the next ones double."""

@@ -207,8 +207,7 @@ def fit_foretelling(
 ) -> nn.Module:
     """Fit a network that foretells something of every exit, such as CALM's classifier: will it give the last's token?
 
-    Binary cross-entropy as it is, without balancing the classes: one threshold serves all layers, so what the network
-    says has to be probabilities, and at shallow layers agreement is rare.
+    Binary cross-entropy without balancing the classes: one threshold serves all layers, so these must be probabilities.
 
     Args:
         network: (batch, layers, hidden) -> logits (batch, layers); trained in place.
@@ -282,12 +281,10 @@ class PolicySearch:
         fit_network: `fit_foretelling` with them.
         layer_costs: prices, at least one.
         as_range: whether these are the ends of a range for one policy; its price is their geometric mean.
-        folds: of cross-fitting.
-        seed: of folds and fits.
+        folds, seed: of cross-fitting.
         criteria: exit criteria to choose thresholds for.
         max_loss: what a threshold may lose of the quality.
         min_exit_layer: the first layer, from 1, that an instance may exit at.
-        device: where to compute.
     """
 
     fit: Callable[..., PolicyNetwork]
@@ -310,7 +307,7 @@ class PolicySearch:
     @property
     def prices(self) -> tuple[float, ...]:
         """Prices of which each has a policy of its own."""
-        return self.layer_costs if self.price_range is None else (math.sqrt(math.prod(self.price_range)),)
+        return (math.sqrt(math.prod(self.price_range)),) if self.price_range else self.layer_costs
 
     def number_of_fits(self, *, cross_fitted: bool, networks: int = 0) -> int:
         """How many networks `choose_policy` will fit."""
@@ -345,7 +342,8 @@ def choose_policy(
     new_networks, device = new_networks or {}, search.device
     folds: list[tuple[Tensor | None, Tensor]]
     if judged is not None:
-        source, folds = judged, [(None, torch.arange(len(judged)))]
+        source = judged
+        folds = [(None, torch.arange(len(judged)))]
     else:
         source = instances
         judged = instances if judged_groups is None else instances.first_groups(judged_groups)

@@ -18,7 +18,7 @@ from consistentee.training.policy import (
     fit_foretelling,
     fit_policy,
 )
-from consistentee.training.run import PolicyData, Run
+from consistentee.training.run import PolicyInstances, Run
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PolicyPhase:
     """
 
     choice: PolicyChoice
-    data: PolicyData
+    data: PolicyInstances
     complete: bool
 
     @property
@@ -201,9 +201,10 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
         The folder.
     """
     choice, config = phase.choice, run.config
+    reads = choice.policy.policy_input.replace("+", " and ").replace("_", "-")
     run.say(
         f"Chosen on validation: weights of round {run.progress['best_round']}, policy on "
-        f"{choice.policy.policy_input.replace('+', ' and ').replace('_', '-')}, layer cost {choice.layer_cost:g}, at most "
+        f"{reads}, layer cost {choice.layer_cost:g}, at most "
         f"{100 * config.max_accuracy_loss:g} points below the last layer:"
     )
     for name, at in choice.at_thresholds.items():

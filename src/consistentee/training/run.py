@@ -1,7 +1,7 @@
 """One training run around its method: start or resume it, remember how far it came, save what it made.
 
-What differs between rows and tokens is a `Task`; what differs between ways of training is a method (`methods/`). Both
-are handed a `Run`.
+What differs between rows and tokens is a `TrainingTask`, what differs between ways of training a method (`methods/`).
+Both are handed a `Run`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from consistentee.models.record import RECORD_FILE
 from consistentee.training import checkpoints
 from consistentee.training.instances import Instances
 from consistentee.training.policy import PolicyChoice
-from consistentee.training.steps import Collate, Objective, Steps
+from consistentee.training.steps import Collate, Objective, OptimizerSteps
 
 Report = Callable[[str], None]
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class PolicyData:
+class PolicyInstances:
     """What phase 2 learns from and is judged by.
 
     Attributes:
@@ -84,7 +84,7 @@ class PolicyData:
         return self.learnt if self.judged_groups is None else self.learnt.first_groups(self.judged_groups)
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """Rows of a classifier, or tokens of a language model: all that training does differently for them.
 
     Attributes:
@@ -132,14 +132,14 @@ class Task(Protocol):
         ...
 
     def warm_up_stops(self, run: Run, until: int) -> list[int]:
-        """Steps of the warm-up at which `observe` looks at the model; the last is its end."""
+        """OptimizerSteps of the warm-up at which `observe` looks at the model; the last is its end."""
         ...
 
     def observe(self, run: Run) -> None:
         """Look at the model at one of `warm_up_stops`."""
         ...
 
-    def policy_data(self, run: Run, description: str) -> PolicyData:
+    def policy_data(self, run: Run, description: str) -> PolicyInstances:
         """Run all layers for the instances of phase 2."""
         ...
 
@@ -159,7 +159,7 @@ class Task(Protocol):
         """Give the model a policy of this input, for weights that are to be loaded."""
         ...
 
-    def first_figures(self, run: Run, data: PolicyData) -> dict[str, Any]:
+    def first_figures(self, run: Run, data: PolicyInstances) -> dict[str, Any]:
         """What every exit knows after the first training, beside what guessing gives; the dead ones are named."""
         ...
 
@@ -167,7 +167,7 @@ class Task(Protocol):
         """Figures of the plain model on validation rows: `accuracy`, perhaps others, and `num_examples`."""
         ...
 
-    def record(self, run: Run, data: PolicyData | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
         """The task's own part of the record: keys beside the shared ones, and further ones of `validation`."""
         ...
 
@@ -191,13 +191,13 @@ class Run:
 
     kind: str
     config: TrainingConfig
-    task: Task
+    task: TrainingTask
     task_name: str | None
     output_dir: Path
     report: Report
     parts: Parts
     accelerator: Accelerator
-    steps: Steps
+    steps: OptimizerSteps
     identity: dict[str, Any]
     progress: dict[str, Any]
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from consistentee.backbones.loading import backbone_fingerprint
-from consistentee.config import TrainingConfig
 from consistentee.models.record import RECORD_FILE, read_record
 from consistentee.training import checkpoints
 
@@ -58,7 +57,7 @@ def open_output(
     output_dir: Path,
     *,
     identity: Mapping[str, Any],
-    config: TrainingConfig,
+    defaults: Mapping[str, Any],
     resume: bool,
     report: Callable[[str], None],
     new_accelerator: Callable[[], Accelerator],
@@ -68,7 +67,7 @@ def open_output(
     Args:
         output_dir: the run's folder.
         identity: of this run, from `run_identity`.
-        config: settings.
+        defaults: of the settings, for those that a run of an earlier version did not have.
         resume: whether to go on with what is there.
         report: is told of a finished model.
         new_accelerator: makes it.
@@ -83,7 +82,7 @@ def open_output(
             raise FileExistsError(
                 f"Output folder {output_dir} holds a finished model. Choose another, or remove it."
             )
-        _check_same_run(f"The finished model in {output_dir}", read_record(output_dir), identity, config)
+        _check_same_run(f"The finished model in {output_dir}", read_record(output_dir), identity, defaults)
     elif contents == "unfinished":
         newest = checkpoints.latest_checkpoint(output_dir)
         if not resume and (newest is not None or checkpoints.is_earlier_run(output_dir)):
@@ -93,7 +92,7 @@ def open_output(
         newest = newest or checkpoints.latest_earlier(output_dir)
         if newest is not None:
             saved = checkpoints.read_progress(newest)["identity"]
-            _check_same_run(f"The unfinished run in {output_dir}", saved, identity, config)
+            _check_same_run(f"The unfinished run in {output_dir}", saved, identity, defaults)
     accelerator = new_accelerator()
     accelerator.wait_for_everyone()  # until all have looked
     if accelerator.is_main_process:
@@ -106,7 +105,7 @@ def open_output(
 
 
 def run_identity(
-    kind: str, method: str, backbone: str | Path, config: TrainingConfig, data_fingerprint: str
+    kind: str, method: str, backbone: str | Path, settings: Mapping[str, Any], data_fingerprint: str
 ) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on with, as plain JSON values."""
     return {
@@ -114,16 +113,15 @@ def run_identity(
         "method": method,
         "backbone": str(backbone),
         "backbone_fingerprint": backbone_fingerprint(backbone),
-        "config": config.to_dict(),
+        "config": dict(settings),
         "data": {"fingerprint": data_fingerprint},
     }
 
 
 def _check_same_run(
-    whose: str, saved: Mapping[str, Any], current: Mapping[str, Any], config: TrainingConfig
+    whose: str, saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
     """Raise unless both are the same run; the message names all that differs."""
-    defaults = type(config)().to_dict()  # of settings that the version before did not have
 
     def shown(name: str, of: Mapping[str, Any]) -> Any:
         if name == "backbone":

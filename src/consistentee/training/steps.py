@@ -76,7 +76,7 @@ def make_accelerator(
         mixed_precision=resolve_precision(mixed_precision),
         log_with=None if tracker == "none" else tracker,
         project_dir=output_dir,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Steps` does its own
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `OptimizerSteps` does its own
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE_OF_PROCESSES),
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
@@ -124,7 +124,7 @@ def schedule_factor(step: int, total_steps: int, warmup_ratio: float, schedule: 
 
 
 @dataclass
-class Steps:
+class OptimizerSteps:
     """A model, its optimizer and its rows, and the number of steps taken so far.
 
     Attributes:

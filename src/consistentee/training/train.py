@@ -12,11 +12,11 @@ from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, TrainingConfig
 from consistentee.data.rows import InstructionDataset, TextDataset
 from consistentee.training.methods import METHODS, method_of
-from consistentee.training.run import Report, Run, Task
+from consistentee.training.run import Report, Run, TrainingTask
 from consistentee.training.run_folders import open_output, run_identity
-from consistentee.training.steps import Rows, Steps, make_accelerator, parameter_groups
-from consistentee.training.tasks.classification import ClassificationTask
-from consistentee.training.tasks.generation import GenerationTask
+from consistentee.training.steps import OptimizerSteps, Rows, make_accelerator, parameter_groups
+from consistentee.training.tasks.classification import ClassificationTraining
+from consistentee.training.tasks.generation import GenerationTraining
 
 
 def train(
@@ -90,7 +90,7 @@ def finetune(
     )
 
 
-def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | None) -> Task:
+def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | None) -> TrainingTask:
     """The task of the data, with its settings."""
     rows = isinstance(data, TextDataset)
     config_class = ClassificationTrainingConfig if rows else GenerationTrainingConfig
@@ -99,12 +99,12 @@ def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | No
         raise TypeError(
             f"config must be a {config_class.__name__} for a {type(data).__name__}, got {type(config).__name__}."
         )
-    task: Any = (ClassificationTask if rows else GenerationTask)(cast(Any, config), cast(Any, data))
+    task: Any = (ClassificationTraining if rows else GenerationTraining)(cast(Any, config), cast(Any, data))
     return task
 
 
 def start_run(
-    task: Task,
+    task: TrainingTask,
     method: str,
     *,
     backbone: str | Path,
@@ -116,11 +116,11 @@ def start_run(
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir, config, exits = Path(output_dir), task.config, METHODS[method].exits
     kind = ("early_exit" if exits else "full_depth") + task.suffix
-    identity = run_identity(kind, method, backbone, config, task.data.fingerprint())
+    identity = run_identity(kind, method, backbone, config.to_dict(), task.data.fingerprint())
     opened = open_output(
         output_dir,
         identity=identity,
-        config=config,
+        defaults=type(config)().to_dict(),
         resume=resume,
         report=report,
         new_accelerator=lambda: make_accelerator(
@@ -153,7 +153,7 @@ def start_run(
         report=report,
         parts=parts,
         accelerator=accelerator,
-        steps=Steps(
+        steps=OptimizerSteps(
             accelerator=accelerator,
             model=prepared,
             optimizer=optimizer,

@@ -30,7 +30,7 @@ from consistentee.inference.encoder.onnx_graphs import (
     first_position,
 )
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PositionBias, inner_layers
-from consistentee.threads import usable_threads
+from consistentee.inference.threads import usable_threads
 
 OUTPUT, EXIT_FEATURES = "output", "exit_features"
 """Outputs: (rows, width, hidden); (rows, classes + width of the policy)."""

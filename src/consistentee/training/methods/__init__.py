@@ -14,7 +14,8 @@ class Method:
     """A row of `METHODS`.
 
     Attributes:
-        module: of this package, whose `run_method` takes a `Run` and returns the folder of the saved model.
+        module: of this package; its function `train_` with that name takes a `Run` and returns the folder of the saved
+            model.
         source: where it comes from.
         exits: whether a model with exits comes out; else the plain one.
         unused_parameters: whether it leaves parameters out of some steps, which several processes must be told.
@@ -27,8 +28,10 @@ class Method:
 
     def load(self) -> Callable[[Any], Path]:
         """The method itself."""
-        run_method: Callable[[Any], Path] = importlib.import_module(f"{__name__}.{self.module}").run_method
-        return run_method
+        method: Callable[[Any], Path] = getattr(
+            importlib.import_module(f"{__name__}.{self.module}"), f"train_{self.module}"
+        )
+        return method
 
 
 METHODS = {

@@ -21,7 +21,7 @@ from consistentee.training.policy_phase import PolicyPhase, finish_run, record_r
 from consistentee.training.run import Run
 
 
-def run_method(run: Run) -> Path:
+def train_consistent(run: Run) -> Path:
     """Train by the three phases and save."""
     config, task, progress = run.config, run.task, run.progress
     warm_up_steps, round_steps = run.steps_of(config.warmup_epochs), run.steps_of(config.consistent_epochs)

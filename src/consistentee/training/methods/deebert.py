@@ -20,7 +20,7 @@ from consistentee.training.policy_phase import finish_run, record_round, run_pol
 from consistentee.training.run import Run
 
 
-def run_method(run: Run) -> Path:
+def train_deebert(run: Run) -> Path:
     """Train by both stages and save."""
     task, config = run.task, run.config
     first_stage = run.steps_of(config.warmup_epochs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from consistentee.training.run import Run
 
 
-def run_method(run: Run) -> Path:
+def train_plain(run: Run) -> Path:
     """Fine-tune and save the best epoch."""
     task, progress = run.task, run.progress
     per_epoch, total = run.steps_of(1.0), run.steps.total_steps

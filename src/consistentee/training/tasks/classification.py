@@ -32,7 +32,7 @@ from consistentee.models.sequence_classification import (
 )
 from consistentee.training.instances import Instances
 from consistentee.training.policy import PolicyChoice
-from consistentee.training.run import Parts, PolicyData, Run
+from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.states import LayerStates, run_all_layers, run_full_depth
 from consistentee.training.steps import Figures, Objective
 
@@ -41,8 +41,8 @@ FORGETTING_CHECKS = 8  # looks at the policy's rows during warm-up, for the forg
 MAX_SEEN_ROWS = 10_000  # of the rows the classifiers have seen, at most these teach the policy
 
 
-class ClassificationTask:
-    """A `Task` of labelled rows.
+class ClassificationTraining:
+    """A `TrainingTask` of labelled rows.
 
     Args:
         config: how to train.
@@ -62,7 +62,7 @@ class ClassificationTask:
         self._policy_rows: TokenizedDataset | None = None  # that the classifiers have seen
 
     def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         config, data = self.config, self.data
         head: dict[str, Any] = {
             "label_names": data.label_names,
@@ -124,7 +124,7 @@ class ClassificationTask:
     # The objectives.
 
     def weighted_sum(self) -> Objective:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         distillation = self.config.distillation
 
         def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
@@ -137,7 +137,7 @@ class ClassificationTask:
         return objective
 
     def consistent(self) -> Objective:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         share = self.config.weighted_sum_share
 
         def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
@@ -159,7 +159,7 @@ class ClassificationTask:
         return objective
 
     def last_layer(self) -> Objective:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
 
         def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
             output = model(**batch)
@@ -170,25 +170,25 @@ class ClassificationTask:
         return objective
 
     def fixed_parts(self, model: Any) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         if isinstance(model, EarlyExitForSequenceClassification):
             model.policy.eval()
         if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
             model.backbone.eval()
 
     def exit_modules(self, model: Any) -> list[nn.Module]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return list(model.classifiers.layers[:-1])
 
     # The warm-up of the forgetting-events measure, which looks now and then at which of the policy's rows are right.
 
     def warm_up_stops(self, run: Run, until: int) -> list[int]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         checks = FORGETTING_CHECKS if self.config.hardness == "forgetting_events" else 1
         return [round(until * part / checks) for part in range(1, checks + 1)]
 
     def observe(self, run: Run) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         if self.config.hardness == "forgetting_events":
             states = self._states(run, self._learnt_rows(run), "forgetting events")
             right = (states.layer_logits[:, -1].argmax(-1) == states.labels).int().tolist()
@@ -196,8 +196,8 @@ class ClassificationTask:
 
     # Phase 2.
 
-    def policy_data(self, run: Run, description: str) -> PolicyData:
-        """As `Task` says."""
+    def policy_data(self, run: Run, description: str) -> PolicyInstances:
+        """As `TrainingTask` says."""
         config = self.config
         counts = forgetting_counts(run.progress["forgetting"])
         states = self._states(run, self._learnt_rows(run), f"{description}: states", keep_pooled=True)
@@ -212,7 +212,7 @@ class ClassificationTask:
             judged = row_instances(
                 states, config.reward_loss, other if config.reward == "hardness" else "uniform"
             )
-        return PolicyData(learnt, judged, None, states, self._quality(states))
+        return PolicyInstances(learnt, judged, None, states, self._quality(states))
 
     def _learnt_rows(self, run: Run) -> TokenizedDataset:
         return run.parts.validation if self._policy_rows is None else self._policy_rows
@@ -244,25 +244,25 @@ class ClassificationTask:
         return quality
 
     def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return model.new_policy(policy_input)
 
     def new_networks(self, model: Any) -> Mapping[str, Callable[[], nn.Module]]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return {}
 
     def install(self, model: Any, choice: PolicyChoice) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         model.set_policy(choice.policy.requires_grad_(False))
 
     def restore_policy(self, model: Any, policy_input: str) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         model.set_policy(model.new_policy(policy_input).requires_grad_(False))
 
     # What is said and kept.
 
-    def first_figures(self, run: Run, data: PolicyData) -> dict[str, Any]:
-        """As `Task` says."""
+    def first_figures(self, run: Run, data: PolicyInstances) -> dict[str, Any]:
+        """As `TrainingTask` says."""
         states: LayerStates = data.states
         correct = states.classifier_logits.argmax(-1) == states.labels[:, None]
         return {
@@ -274,7 +274,7 @@ class ClassificationTask:
         }
 
     def validate(self, run: Run) -> dict[str, Any]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         rows = run.parts.validation
         logits = run_full_depth(
             run.model,
@@ -288,8 +288,8 @@ class ClassificationTask:
             "num_examples": len(rows),
         }
 
-    def record(self, run: Run, data: PolicyData | None, choice: PolicyChoice | None) -> dict[str, Any]:
-        """As `Task` says."""
+    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+        """As `TrainingTask` says."""
         if data is None or choice is None:
             return {}
         states: LayerStates = data.states
@@ -303,7 +303,7 @@ class ClassificationTask:
         return {"validation": {"class_recall": [asdict(found) for found in classes]}}
 
     def finish(self, run: Run, choice: PolicyChoice | None, criterion: str) -> Any:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         run.parts.tokenizer.model_max_length = run.model.config.max_input_length
         if choice is not None:
             run.model.config.criterion = criterion

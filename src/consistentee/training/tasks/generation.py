@@ -26,7 +26,7 @@ from consistentee.models.causal_lm import ConfidenceClassifier, EarlyExitForCaus
 from consistentee.training.adapters import Adapters, add_adapters
 from consistentee.training.instances import Instances
 from consistentee.training.policy import PolicyChoice
-from consistentee.training.run import Parts, PolicyData, Run
+from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.steps import Figures, Objective
 from consistentee.training.tasks.token_objectives import (
     TokenObjective,
@@ -38,8 +38,8 @@ from consistentee.training.tasks.token_objectives import (
 from consistentee.training.tasks.token_states import TokenStates, run_token_states
 
 
-class GenerationTask:
-    """A `Task` of response tokens.
+class GenerationTraining:
+    """A `TrainingTask` of response tokens.
 
     Args:
         config: how to train.
@@ -55,7 +55,7 @@ class GenerationTask:
         self._adapters = Adapters(None)
 
     def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         config = self.config
         if not exits and config.backbone_training == "frozen":
             raise SettingError(
@@ -120,16 +120,16 @@ class GenerationTask:
     # The objectives.
 
     def weighted_sum(self) -> Objective:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return _inside_forward(weighted_sum_objective(**self._weights))
 
     def consistent(self) -> Objective:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         share = self.config.weighted_sum_share
         return _inside_forward(consistent_objective(weighted_sum_share=share, **self._weights))
 
     def last_layer(self) -> Objective:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return _inside_forward(full_depth_objective(logit_rows=self.config.logit_rows))
 
     @property
@@ -138,27 +138,27 @@ class GenerationTask:
         return {name: getattr(self.config, name) for name in names}
 
     def fixed_parts(self, model: Any) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         model.policy.eval()
         model.confidence_classifier.eval()
         if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
             model.backbone.eval()
 
     def exit_modules(self, model: Any) -> list[nn.Module]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return [model.exit_heads]
 
     def warm_up_stops(self, run: Run, until: int) -> list[int]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return [until]
 
     def observe(self, run: Run) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
 
     # Phase 2.
 
-    def policy_data(self, run: Run, description: str) -> PolicyData:
-        """As `Task` says."""
+    def policy_data(self, run: Run, description: str) -> PolicyInstances:
+        """As `TrainingTask` says."""
         config, rows = self.config, cast(TokenizedPrompts, run.parts.validation)
         if config.policy_data == "filled":
             rows = with_more_tokens(rows, run.parts.train_rows, config.policy_tokens, config.seed)
@@ -168,7 +168,7 @@ class GenerationTask:
         instances = token_instances(
             states, config.reward_loss, measure, halves=config.reward_target == "both"
         )
-        return PolicyData(instances, None, held, states.first_texts(held))
+        return PolicyInstances(instances, None, held, states.first_texts(held))
 
     def _states(
         self, run: Run, rows: TokenizedPrompts, description: str, *, last_layer_only: bool = False
@@ -192,28 +192,28 @@ class GenerationTask:
         )
 
     def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return model.new_policy()
 
     def new_networks(self, model: Any) -> Mapping[str, Callable[[], nn.Module]]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         return {
             "confidence_classifier": partial(ConfidenceClassifier, model.num_layers, model.config.hidden_size)
         }
 
     def install(self, model: Any, choice: PolicyChoice) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         model.policy.load_state_dict(choice.policy.state_dict())
         for name, network in choice.networks.items():
             getattr(model, name).load_state_dict(network.state_dict())
 
     def restore_policy(self, model: Any, policy_input: str) -> None:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
 
     # What is said and kept.
 
-    def first_figures(self, run: Run, data: PolicyData) -> dict[str, Any]:
-        """As `Task` says."""
+    def first_figures(self, run: Run, data: PolicyInstances) -> dict[str, Any]:
+        """As `TrainingTask` says."""
         states: TokenStates = data.states
         return {
             "per_layer_accuracy": states.per_layer_accuracy,
@@ -225,7 +225,7 @@ class GenerationTask:
         }
 
     def validate(self, run: Run) -> dict[str, Any]:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         states = self._states(run, run.parts.validation, "validation", last_layer_only=True)
         return {
             "accuracy": states.per_layer_accuracy[-1],
@@ -233,15 +233,15 @@ class GenerationTask:
             "num_examples": len(states),
         }
 
-    def record(self, run: Run, data: PolicyData | None, choice: PolicyChoice | None) -> dict[str, Any]:
-        """As `Task` says."""
+    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+        """As `TrainingTask` says."""
         template = {"prompt_template": run.model.config.prompt_template}
         if data is None:
             return template
         return {**template, "validation": {"per_layer_loss": data.states.losses.mean(0).tolist()}}
 
     def finish(self, run: Run, choice: PolicyChoice | None, criterion: str) -> Any:
-        """As `Task` says."""
+        """As `TrainingTask` says."""
         self._adapters.merge()
         if choice is None:
             return run.model.backbone

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from consistentee import threads
 from consistentee.cli import main as cli
+from consistentee.inference import threads
 from consistentee.inference.encoder import onnx_sessions
-from consistentee.threads import limit_threads, usable_processors, usable_threads
+from consistentee.inference.threads import limit_threads, usable_processors, usable_threads
 
 HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 

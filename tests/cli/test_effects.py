@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from consistentee.cli.effects import check_effects
 from consistentee.cli.kinds import MODEL_KINDS
-from consistentee.cli.options import NOT_GIVEN, SettingOptions, UsageError, training_config
+from consistentee.cli.options import NOT_GIVEN, SettingOptions, training_config
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.recipes import Recipe
-from consistentee.errors import SettingError
+from consistentee.errors import SettingError, UsageError
 from consistentee.training.train import finetune, train
 from tiny import tiny_backbone, tiny_dataset
 

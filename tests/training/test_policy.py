@@ -22,8 +22,8 @@ from consistentee.functional.losses import exact_policy_loss, sampled_policy_los
 from consistentee.functional.metrics import METRICS
 from consistentee.functional.recall import recall_by_class, recall_warnings
 from consistentee.functional.rewards import rewards
+from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
-from consistentee.models.causal_lm import ConfidenceClassifier
 from consistentee.training.instances import Instances, group_folds
 from consistentee.training.policy import (
     PolicyChoice,

@@ -50,8 +50,8 @@ class Kind:
 HOWS = {
     "train": (train, finetune),
     "finetune": (finetune, train),
-    "train": (train, finetune),
-    "finetune": (finetune, train),
+    "train_generation": (train, finetune),
+    "finetune_generation": (finetune, train),
 }
 
 

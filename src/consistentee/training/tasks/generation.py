@@ -21,8 +21,9 @@ from consistentee.errors import SettingError
 from consistentee.functional.criteria import GENERATION_CRITERIA, static_scores
 from consistentee.functional.hardness import hardness, memorized_layer
 from consistentee.functional.rewards import reward_losses
+from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
-from consistentee.models.causal_lm import ConfidenceClassifier, EarlyExitForCausalLM
+from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.adapters import Adapters, add_adapters
 from consistentee.training.instances import Instances
 from consistentee.training.policy import PolicyChoice

@@ -41,7 +41,7 @@ CONFIG_ROOMS = re.compile(r"(cli|training\.(run|train|policy_phase|methods|tasks
 WRONG_WAY: set[tuple[str, str]] = set()
 """(importer, imported)"""
 
-IN_CIRCLES: set[tuple[str, str]] = {}
+IN_CIRCLES: set[tuple[str, str]] = set()
 """(importer, imported), the one import of each circle that is to go"""
 
 TWO_MEANINGS: set[str] = {

@@ -7,7 +7,7 @@ import numbers
 import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 
 class DataError(ValueError):
@@ -113,11 +113,13 @@ def require_number(name: str, value: Any, *, whole: bool = False) -> None:
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
 
 
-def require_thresholds(name: str, values: Any) -> None:
+def require_thresholds(name: str, values: object) -> None:
     """Raise ValueError unless they are numbers by name; None stands for no thresholds."""
-    if values is not None and not isinstance(values, Mapping):
+    if values is None:
+        return
+    if not isinstance(values, Mapping):
         raise ValueError(f"{name} must be numbers by the name of their criterion, got {values!r}.")
-    by_criterion: Mapping[str, object] = values or {}
+    by_criterion = cast("Mapping[object, object]", values)
     for criterion, value in by_criterion.items():
         require_number(f"{name}.{criterion}", value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from consistentee.cli.data import save_held_out, training_data
 from consistentee.cli.effects import Command
@@ -79,7 +79,8 @@ def _run(
     settings: Any,
 ) -> None:
     """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
-    data, command = data or TrainingDataOptions(), cast(Command, "finetune" if method == "plain" else "train")
+    data = data or TrainingDataOptions()
+    command: Command = "finetune" if method == "plain" else "train"
     recipe = read_recipe(recipe_file, data)
     backbone = backbone or recipe.backbone
     if backbone is None:

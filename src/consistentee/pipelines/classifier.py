@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -119,7 +119,7 @@ class Engine:
         self.saved = saved
         self._model = saved.model
         self._exit_scores: dict[str | None, IncrementalExitScores] = {}
-        self.backend: Backend[Any] = make_backend(saved.model, dtype, backend)
+        self.backend: Backend[Any] = make_backend(cast(Any, saved.model), dtype, backend)
         # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
         self._tokenizer = copy.deepcopy(saved.tokenizer)
         self._tokenizing = Lock()

@@ -34,8 +34,8 @@ from consistentee.functional.criteria import exit_scores
 from consistentee.functional.curves import BUDGETS, curve_score, trade_off_curve
 from consistentee.functional.exits import LOG_ODDS_SCALE, SIGNAL_NAMES, classifier_signals
 from consistentee.training.policy_phase import policy_search
-from consistentee.training.tasks.classification import row_instances
 from consistentee.training.states import LayerStates
+from consistentee.training.tasks.classification import row_instances
 
 WIDTH = 32
 

@@ -186,9 +186,7 @@ def figures_of(
             "all layers": float(right.float().mean()),
             "last layer": float(right[:, -1].float().mean()),
             "confidence": curve_score(trade_off_curve(surest, right, "confidence")),
-            "policy": statistics.mean(
-                curve_score(trade_off_curve(found[part], right)) for found in probs
-            ),
+            "policy": statistics.mean(curve_score(trade_off_curve(found[part], right)) for found in probs),
         }
     return figures
 

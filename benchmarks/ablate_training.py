@@ -52,8 +52,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "64 wide": {"classifier_hidden_size": 64},
     "32 wide": {"classifier_hidden_size": 32},
     "1 query": {"num_queries": 1},
-    "distillation 0.5": {"distillation": 0.5},
-    "distillation 1": {"distillation": 1.0},
     "float32": {"mixed_precision": "no"},
     "bfloat16": {"mixed_precision": "bf16"},
 }

@@ -61,7 +61,6 @@ class Variant:
 
 VARIANTS = {
     "error, reference": Variant({"reward_loss": "error", **REFERENCE}),
-    "error, both": Variant({"reward_loss": "error", "reward_target": "both"}),
     "cross_entropy, hardness": Variant({"reward_loss": "cross_entropy", "reward": "hardness", **REFERENCE}),
     "cross_entropy": Variant({"reward_loss": "cross_entropy", **REFERENCE}),
     "regret": Variant({"reward_loss": "regret", **REFERENCE}),
@@ -185,10 +184,9 @@ def _fit(saved: LoadedGenerator, states: TokenStates, config: GenerationTraining
         raise SystemExit("There are no states.")
     torch.manual_seed(config.seed)
     measure = config.hardness if config.reward == "hardness" else "uniform"
-    halves = config.reward_target == "both"
     policy = policy_search(config, (), layer_costs=PRICES).fit(
         model.new_policy().float(),
-        token_instances(states, config.reward_loss, measure, halves=halves),
+        token_instances(states, config.reward_loss, measure),
         layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
         price_range=PRICES,
         seed=config.seed,

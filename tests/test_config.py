@@ -178,7 +178,6 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
         (name, value, f"{name} must be >= 0, got {value}")
         for name in (
             "weight_decay",
-            "distillation",
             "rounds",
             "consistent_epochs",
             "policy_weight_decay",
@@ -287,8 +286,14 @@ def test_the_papers_settings_are_the_papers(task: str):
         "reward_loss": "cross_entropy",
         "hardness": "memorized_layer",
         "weighted_sum_share": 0.0,
-        "distillation": 0.0,
     }
     assert {name: settings[name] for name in stated} == stated
     assert min(settings["layer_costs"]) == 0.01
     assert max(settings["layer_costs"]) == 0.09
+
+
+def test_a_setting_of_earlier_versions_is_passed_over_where_it_had_no_effect(tmp_path: Path):
+    recipe = load_recipe(write(tmp_path / "r.yaml", "distillation: 0.0\nseed: 3\n"))
+    assert recipe.settings == {"seed": 3}
+    with pytest.raises(ValueError, match='"distillation" is not a training setting'):
+        load_recipe(write(tmp_path / "r.yaml", "distillation: 0.5\n"))

@@ -40,7 +40,7 @@ GenerationCriterion = Literal[
 GenerationMode = Literal["early-exit", "full", "lossless"]
 SkippedStates = Literal["copy", "recompute"]
 BackboneTraining = Literal["full", "lora", "frozen"]
-RewardTarget = Literal["reference", "last_layer", "both"]
+RewardTarget = Literal["reference", "last_layer"]
 TokenRewardLoss = Literal["regret", "error", "cross_entropy"]
 TokenPolicyData = Literal["held_out", "filled"]
 TokenHardness = Literal["memorized_layer", "final_loss", "uniform"]
@@ -52,9 +52,12 @@ _ABOVE_ZERO = (
     "max_grad_norm warmup_epochs layers_per_step policy_tokens policy_epochs policy_min_steps policy_batch_size "
     "policy_learning_rate patience checkpoint_every max_cache_mb logit_rows"
 )
-_NOT_NEGATIVE = "weight_decay distillation rounds consistent_epochs policy_weight_decay entropy_bonus"
+_NOT_NEGATIVE = "weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus"
 _SHARES = "weighted_sum_share max_accuracy_loss last_layer_share"
 _SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio price_warmup"
+_REMOVED = {"distillation": 0.0}
+"""Settings of earlier versions, with the value that had no effect: recipes and records may still have that."""
+
 _AT_LEAST = {"num_rollouts": 2, "policy_folds": 2, "min_exit_layer": 1}
 
 
@@ -232,8 +235,6 @@ class ClassificationTrainingConfig(TrainingConfig):
     decide whether the state earns its place beside the log-odds."""
 
     # Phases
-    distillation: float = 0.0
-    """Weight of KL(last layer || layer) in the warm-up."""
     reward_loss: RewardLoss = "error"
     """What a bad exit costs: `cross_entropy` (the paper) or `error` (0 or 1)."""
     hardness: HardnessMeasure = "memorized_layer"
@@ -306,7 +307,7 @@ class GenerationTrainingConfig(TrainingConfig):
     `cross_entropy`: of the reference token (the paper)."""
     reward_target: RewardTarget = "reference"
     """An exit is right where its token is the `reference`'s (the paper) or the `last_layer`'s; hardness and thresholds
-    follow, and the `error`, which also knows half and half (`both`)."""
+    follow, and the `error`."""
     hardness: TokenHardness = "memorized_layer"
     """Measure behind the `hardness` reward."""
     min_exit_layer: int | None = None
@@ -327,11 +328,6 @@ class GenerationTrainingConfig(TrainingConfig):
                 "last_layer_share must be below 1 for a frozen backbone, got 1. "
                 "The last layer belongs to the backbone, and nothing would be trained."
             )
-        if self.reward_target == "both" and self.reward_loss != "error":
-            raise ValueError(
-                f'reward_loss must be error for reward_target both, got "{self.reward_loss}". '
-                "Only errors have halves: set reward_target: reference or last_layer."
-            )
         if self.reward_target == "last_layer" and self.reward_loss == "cross_entropy":
             raise ValueError(
                 'reward_loss must be regret or error for reward_target last_layer, got "cross_entropy". '
@@ -344,6 +340,8 @@ def checked_settings(values: Mapping[str, Any], config_class: type[TrainingConfi
     hints = get_type_hints(config_class)
     settings: dict[str, Any] = {}
     for key, value in values.items():
+        if key in _REMOVED and value == _REMOVED[key]:
+            continue
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             suggestion = f' Did you mean "{near[0]}"?' if near else ""

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from consistentee.cli.effects import check_effects
-from consistentee.cli.kinds import MODEL_KINDS
+from consistentee.cli.kinds import MODEL_KINDS, Kind
 from consistentee.cli.options import NOT_GIVEN, SettingOptions, training_config
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.recipes import Recipe
@@ -127,7 +127,7 @@ QUICK: dict[str, Any] = {
         (train, {"head": "shared_pooler", "num_queries": 7, "classifier_hidden_size": 8}),
         (train, {"num_rollouts": 30}),
         (train, {"reward": "uniform", "hardness": "el2n"}),
-        (finetune, {"layer_costs": (0.5,), "patience": 1, "ensemble_decay": 0.9, "distillation": 2.0}),
+        (finetune, {"layer_costs": (0.5,), "patience": 1, "ensemble_decay": 0.9}),
         (finetune, {"consistent_learning_rate": 1.0, "policy_data": "seen", "policy_input": "state"}),
     ],
     ids=lambda value: "" if callable(value) else "+".join(value),
@@ -148,10 +148,10 @@ def test_change_nothing_indeed(command: Any, values: dict[str, Any], tmp_path: P
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("config_class", [Rows, GenerationTrainingConfig])
+@pytest.mark.parametrize("kind", MODEL_KINDS, ids=lambda kind: kind.model)
 @pytest.mark.parametrize("seed", [-3, 2**32])
-def test_seeds_that_some_generator_would_not_take(config_class: type[Any], seed: int) -> None:
+def test_seeds_that_some_generator_would_not_take(kind: Kind, seed: int) -> None:
     with pytest.raises(ValueError, match=rf"^seed must be from 0 to 4294967295, got {seed}\.$"):
-        config_class(seed=seed)
+        kind.config_class(seed=seed)
     with pytest.raises(UsageError):
-        training_config(None, Recipe(settings={"seed": seed}), config_class)
+        training_config(None, Recipe(settings={"seed": seed}), kind)

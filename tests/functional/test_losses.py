@@ -10,7 +10,6 @@ from torch.nn import functional
 from consistentee.functional.exits import exit_distribution
 from consistentee.functional.losses import (
     consistent_loss,
-    distillation_loss,
     exact_policy_loss,
     layer_losses,
     policy_entropy,
@@ -147,20 +146,3 @@ def test_policy_entropy_by_hand():
     certain = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
     entropies = policy_entropy(torch.cat([uniform, certain]))
     torch.testing.assert_close(entropies, torch.tensor([4.0, 1.0]).log())
-
-
-def test_distillation_loss_by_hand():
-    student, teacher = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
-    layer_logits = torch.stack([student, teacher, teacher]).log()[None]
-    divergence = (teacher * (teacher / student).log()).sum()
-    torch.testing.assert_close(
-        distillation_loss(layer_logits), divergence[None] / 2
-    )  # the second layer matches
-
-
-def test_distillation_loss_does_not_move_the_teacher():
-    layer_logits = torch.randn(4, 3, 2, requires_grad=True)
-    distillation_loss(layer_logits).sum().backward()
-    assert layer_logits.grad is not None
-    assert (layer_logits.grad[:, -1] == 0).all()
-    assert (layer_logits.grad[:, :-1] != 0).any()

@@ -418,7 +418,7 @@ def test_missing_peft_is_named(backbone: Path, tmp_path: Path, monkeypatch: pyte
             {"reward_target": "last_layer", "reward_loss": "cross_entropy"},
             "reward_loss must be regret or error for reward_target last_layer",
         ),
-        ({"reward_target": "both"}, 'reward_loss must be error for reward_target both, got "regret"'),
+        ({"reward_target": "both"}, 'reward_target must be one of reference, last_layer, got "both"'),
         ({"reward_loss": "hinge"}, "reward_loss must be one of regret, error, cross_entropy"),
         ({"policy_data": "seen"}, "policy_data must be one of held_out, filled"),
         ({"min_exit_layer": 0}, "min_exit_layer must be at least 1, got 0"),

@@ -326,7 +326,7 @@ def test_each_phase_changes_only_what_it_trains(
 def test_the_gradient_reaches_backbone_and_every_classifier_but_no_policy(backbone: Path, phase: str) -> None:
     model = EarlyExitForSequenceClassification.from_backbone(backbone, num_labels=2).train()
     labels = torch.tensor([0, 1, 1])
-    task = ClassificationTraining(quick_config(distillation=0.5, weighted_sum_share=0.0), tiny_dataset(50))
+    task = ClassificationTraining(quick_config(weighted_sum_share=0.0), tiny_dataset(50))
     objective = task.weighted_sum() if phase == "warm-up" else task.consistent()
     losses, _ = objective(model, {"input_ids": torch.randint(4, 60, (3, 7))}, labels)
     losses.mean().backward()
@@ -366,7 +366,6 @@ EFFECTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_grad_norm": 1e-6}, {}),
     ({"group_by_length": False}, {}),
     ({"warmup_epochs": 2.0}, {}),
-    ({"distillation": 1.0}, {}),
     ({"rounds": 2}, {}),
     ({"consistent_epochs": 2.0}, {}),
     ({"weighted_sum_share": 1.0}, {}),

@@ -64,9 +64,7 @@ _GENERATORS = (
         "--backbone-training full or lora",
     ),
 )
-_FINETUNED_CLASSIFIERS = (
-    f"{_POLICY} policy_input ensemble_decay distillation consistent_learning_rate threshold_metric"
-)
+_FINETUNED_CLASSIFIERS = f"{_POLICY} policy_input ensemble_decay consistent_learning_rate threshold_metric"
 _FINETUNED_GENERATORS = (
     f"{_POLICY} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
     "reward_target min_exit_layer consistent_learning_rate"

@@ -109,19 +109,3 @@ def policy_entropy(exit_logits: Tensor) -> Tensor:
     """Entropy of the exit distribution in nats, (batch,). A bonus on it keeps a young policy from collapsing."""
     log_probs = log_exit_distribution(exit_logits)
     return -(log_probs.exp() * log_probs).sum(1)
-
-
-def distillation_loss(layer_logits: Tensor) -> Tensor:
-    """Mean over the lower layers of KL(last layer || layer), the last layer without gradient.
-
-    Args:
-        layer_logits: (batch, layers, classes).
-
-    Returns:
-        (batch,).
-
-    Source: FastBERT (arXiv:2004.02178), self-distillation.
-    """
-    log_probs = layer_logits.float().log_softmax(-1)
-    teacher = log_probs[:, -1:].detach()
-    return (teacher.exp() * (teacher - log_probs[:, :-1])).sum(-1).mean(1)

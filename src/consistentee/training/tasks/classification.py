@@ -21,7 +21,7 @@ from consistentee.data.tokenization import tokenize
 from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, exit_distribution, log_odds
 from consistentee.functional.hardness import hardness, memorized_layer
-from consistentee.functional.losses import consistent_loss, distillation_loss, layer_losses, weighted_sum_loss
+from consistentee.functional.losses import consistent_loss, layer_losses, weighted_sum_loss
 from consistentee.functional.metrics import METRICS, check_threshold_metric
 from consistentee.functional.recall import recall_by_class, recall_warnings
 from consistentee.functional.rewards import reward_losses
@@ -125,13 +125,10 @@ class ClassificationTraining:
 
     def weighted_sum(self) -> Objective:
         """As `TrainingTask` says."""
-        distillation = self.config.distillation
 
         def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
             logits = model(**batch).classifier_logits
             losses = weighted_sum_loss(layer_losses(logits, labels))
-            if distillation:
-                losses = losses + distillation * distillation_loss(logits)
             return losses, {"accuracy": (logits[:, -1].argmax(-1) == labels).float()}
 
         return objective

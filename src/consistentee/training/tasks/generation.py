@@ -166,9 +166,7 @@ class GenerationTraining:
         states = self._states(run, rows, f"{description}: states")
         measure = config.hardness if config.reward == "hardness" else "uniform"
         held = len(run.parts.validation)
-        instances = token_instances(
-            states, config.reward_loss, measure, halves=config.reward_target == "both"
-        )
+        instances = token_instances(states, config.reward_loss, measure)
         return PolicyInstances(instances, None, held, states.first_texts(held))
 
     def _states(
@@ -271,28 +269,23 @@ def first_exit_layer(wanted: int | None, num_layers: int) -> int:
     return wanted
 
 
-def token_instances(
-    states: TokenStates, reward_loss: str, measure: str, *, halves: bool = False
-) -> Instances:
+def token_instances(states: TokenStates, reward_loss: str, measure: str) -> Instances:
     """Response tokens as instances.
 
     Args:
         states: one pass over them.
         reward_loss: what a bad exit costs (`rewards.REWARDS`).
         measure: of hardness (`hardness.HARDNESS`).
-        halves: whether an error is half of the reference and half of the last layer's token.
     """
-    hit = (states.right.float() + states.agrees.float()) / 2 if halves else states.right
     layers = torch.arange(1, states.right.shape[1] + 1, dtype=torch.float32)
     return Instances(
         correct=states.right,
-        exit_cost=reward_losses(reward_loss, losses=states.losses, right=hit, regret=states.regret),
+        exit_cost=reward_losses(reward_loss, losses=states.losses, right=states.right, regret=states.regret),
         hardness=hardness(measure, right=states.right, losses=states.losses),
         group=states.rows,
         states=states.pooled,
         scores={
-            "softmax_margin": states.margin,
-            "state_similarity": states.similarity,
+            **states.scores,
             "static": static_scores(layers).expand(len(states), -1),
         },
         targets={"confidence_classifier": states.agrees},

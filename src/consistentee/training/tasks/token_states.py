@@ -7,6 +7,7 @@ from. Tokens of long data sets are drawn, evenly at random, and only those go th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from torch.nn import functional
 
 from consistentee.backbones import decoders
 from consistentee.data.batches import TokenizedPrompts
-from consistentee.functional.criteria import state_similarity_scores
+from consistentee.functional.criteria import EXIT_CRITERIA, GENERATION_CRITERIA
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.states import gather_into, row_shares, state_storage
 from consistentee.training.steps import Collate
 from consistentee.training.tasks.token_objectives import response_counts
+
+_OF_TOKENS = {name: EXIT_CRITERIA[name] for name in GENERATION_CRITERIA}
+LOGIT_CRITERIA = {name: row for name, row in _OF_TOKENS.items() if row.reads == ("logits",)}
+STATE_CRITERIA = {name: row for name, row in _OF_TOKENS.items() if row.reads == ("before", "after")}
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,7 @@ class TokenStates:
         agrees: (tokens, layers), bool, whether an exit gives the last layer's token.
         regret: (tokens, layers), float32, how much likelier the last layer holds its own token than the exit's, in
             nats.
-        margin: (tokens, layers), float32, difference of the two largest probabilities.
-        similarity: (tokens, layers), float32, cosine of the states before and after each layer.
+        scores: by criterion, (tokens, layers), float32: exit scores of those that read logits or states.
         pooled: (tokens, layers, hidden), float16, states behind the exits' norms; None on processes other than the main
             one, and where they were not kept. May be memory-mapped.
     """
@@ -51,8 +55,7 @@ class TokenStates:
     right: Tensor
     agrees: Tensor
     regret: Tensor
-    margin: Tensor
-    similarity: Tensor
+    scores: Mapping[str, Tensor]
     pooled: Tensor | None = None
 
     def __len__(self) -> int:
@@ -61,9 +64,11 @@ class TokenStates:
     def first_texts(self, texts: int) -> TokenStates:
         """The tokens of the first so many texts of the data set."""
         count = int(torch.searchsorted(self.rows, texts))
-        values: dict[str, Any] = {
-            name: None if value is None else value[:count] for name, value in vars(self).items()
-        }
+        values: dict[str, Any] = dict(vars(self))
+        values["scores"] = {name: value[:count] for name, value in values["scores"].items()}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value[:count]
         return TokenStates(**values)
 
     @property
@@ -121,8 +126,7 @@ def run_token_states(
         "losses": torch.empty(tokens, layers),
         "predictions": torch.empty(tokens, layers, dtype=torch.int64),
         "regret": torch.empty(tokens, layers),
-        "margin": torch.empty(tokens, layers),
-        "similarity": torch.empty(tokens, layers),
+        **{name: torch.empty(tokens, layers) for name in (*LOGIT_CRITERIA, *STATE_CRITERIA)},
         "labels": torch.empty(tokens, dtype=torch.int64),
     }
     if keep_pooled and accelerator.is_main_process:
@@ -165,9 +169,10 @@ def run_token_states(
     finally:
         model.train(was_training)
     predictions = results.pop("predictions")
+    scores = {name: results.pop(name) for name in (*LOGIT_CRITERIA, *STATE_CRITERIA)}
     agrees = predictions == predictions[:, -1:]
     right = agrees if target == "last_layer" else predictions == results["labels"][:, None]
-    return TokenStates(rows=torch.from_numpy(rows), right=right, agrees=agrees, **results)
+    return TokenStates(rows=torch.from_numpy(rows), right=right, agrees=agrees, scores=scores, **results)
 
 
 def draw_tokens(
@@ -218,7 +223,8 @@ def _exits_of(
         after = state.hidden_states[rows, positions]
         normed = model.exit_norm(index, after)
         values = _read_heads(model, index, normed, labels, logit_rows)
-        values["similarity"] = state_similarity_scores(before, after)
+        for name, criterion in STATE_CRITERIA.items():
+            values[name] = criterion.function(before, after)
         if keep_pooled:
             values["pooled"] = normed
         for name, value in values.items():
@@ -253,14 +259,12 @@ def token_regret(last_logits: Tensor, tokens: Tensor) -> Tensor:
 def _read_heads(
     model: EarlyExitForCausalLM, layer_index: int, normed: Tensor, labels: Tensor, logit_rows: int
 ) -> dict[str, Tensor]:
-    """Loss, prediction and margin of tokens at one exit, (tokens,) each."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    """Loss, prediction and exit scores of tokens at one exit, by name, (tokens,) each."""
+    parts: list[dict[str, Tensor]] = []
     for chunk, target in zip(normed.split(logit_rows), labels.split(logit_rows), strict=True):
         logits = model.exit_logits(layer_index, chunk).float()
-        best, predictions = logits.max(-1)
-        normaliser = logits.logsumexp(-1)
-        losses = normaliser - logits.gather(1, target[:, None]).squeeze(1)
-        second = logits.scatter_(1, predictions[:, None], -math.inf).amax(-1)
-        parts.append((losses, predictions, (best - normaliser).exp() - (second - normaliser).exp()))
-    losses, predictions, margin = (torch.cat(values) for values in zip(*parts, strict=True))
-    return {"losses": losses, "predictions": predictions, "margin": margin}
+        part = {name: criterion.function(logits) for name, criterion in LOGIT_CRITERIA.items()}
+        part["losses"] = logits.logsumexp(-1) - logits.gather(1, target[:, None]).squeeze(1)
+        part["predictions"] = logits.argmax(-1)
+        parts.append(part)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -215,7 +215,9 @@ def generator(variant: str, folder: Path) -> dict[str, Any]:
     config = training_config("GenerationTrainingConfig", variant)
     backbone, model = decoder_folder(folder / "backbone"), folder / "model"
     rows = instructions(40, 1)
-    public("train")(backbone=backbone, train_data=rows, output_dir=model, config=config, task="golden")
+    public("train_generation")(
+        backbone=backbone, train_data=rows, output_dir=model, config=config, task="golden"
+    )
     saved = public("open_generator")(model)
     whole = variant == "lora"
     evaluation = public("evaluate_generation")(
@@ -238,7 +240,7 @@ def generator_finetune(folder: Path) -> dict[str, Any]:
     """Fine-tune the plain model, and compare one with exits with it, in mode lossless."""
     config = training_config("GenerationTrainingConfig", backbone_training="full")
     backbone, rows = decoder_folder(folder / "backbone", "gpt2"), instructions(40, 3)
-    names = ("finetune", "train")
+    names = ("finetune_generation", "train_generation")
     for name in names:
         public(name)(backbone=backbone, train_data=rows, output_dir=folder / name, config=config)
     without, with_exits = (public("open_generator")(folder / name) for name in names)

@@ -21,6 +21,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "GenerationTrainingConfig": ("GenerationConfig",),
     "open_model": ("load_model",),
     "open_generator": ("load_model",),
+    "train_generation": ("train",),
+    "finetune_generation": ("finetune",),
 }
 """Public names: as they were in 0.1.0 -> what else they are called in some revision."""
 

@@ -175,7 +175,7 @@ def titles(capsys: pytest.CaptureFixture[str]) -> set[str]:
 @pytest.mark.parametrize(
     "how, wanted",
     [
-        (train, {"warm-up", "validation", "round 0 policy", "round 1 consistent", "final policy"}),
+        (train, {"warm-up", "round 0 policy", "round 1 consistent", "round 1 policy"}),
         (finetune, {"epoch 1", "epoch 2", "validation"}),
     ],
 )

@@ -19,6 +19,7 @@ def standard_error(values: Tensor, counts: Tensor | None = None) -> float:
     Source: Miller, arXiv:2411.00640 (clustered standard errors). Difference: none.
 
     Example:
+        >>> import torch
         >>> standard_error(torch.tensor([1.0, -1.0])), standard_error(torch.tensor([2.0, -2.0]), torch.tensor([2, 2]))
         (1.0, 0.7071067811865476)
     """

@@ -13,7 +13,7 @@ MASK := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 \
   FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 NUMERIC := $(addprefix tests/,functional backbones heads inference models pipelines/test_classifier.py \
   pipelines/test_classifier_properties.py training/test_states.py training/test_token_states.py training/test_policy.py \
-  training/test_token_policy.py training/test_token_objectives.py evaluation/test_evaluation.py \
+  training/test_token_objectives.py evaluation/test_evaluation.py \
   evaluation/test_generation_evaluation.py)
 
 .DEFAULT_GOAL := help

@@ -16,7 +16,6 @@ from consistentee.functional.criteria import (
     CRITERIA,
     EXIT_CRITERIA,
     GENERATION_CRITERIA,
-    candidate_thresholds,
     check_threshold,
     confidence_scores,
     entropy_scores,
@@ -109,26 +108,6 @@ def test_check_threshold_of_patience_is_a_number_of_layers(value: float):
 def test_check_threshold_returns_a_float():
     assert check_threshold(1) == 1.0
     assert isinstance(check_threshold(0), float)
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_candidate_thresholds_run_from_all_at_once_to_none_early(criterion: str):
-    scores = exit_scores(criterion, torch.randn(40, 5, 3), torch.rand(40, 5))
-    thresholds = candidate_thresholds(scores, criterion, limit=30)
-    assert thresholds == sorted(set(thresholds))
-    assert len(thresholds) <= 32
-    assert (choose_exit_layer(scores, thresholds[0]) == 1).all()
-    assert (choose_exit_layer(scores, thresholds[-1]) == 5).all()
-    assert all(check_threshold(t, criterion) == t for t in thresholds)
-    means = {choose_exit_layer(scores, t).double().mean().item() for t in thresholds}
-    assert len(means) == len(thresholds) if criterion == "patience" else len(means) > 10
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_candidate_thresholds_of_a_single_layer(criterion: str):
-    thresholds = candidate_thresholds(torch.rand(4, 1), criterion)
-    assert thresholds
-    assert all(check_threshold(t, criterion) == t for t in thresholds)
 
 
 def test_margin_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,7 +16,7 @@ from consistentee.data.templates import Turn
 from consistentee.errors import DataError
 
 
-class _Rows:
+class _Rows(ABC):
     """What both kinds of rows have: every field that is a list holds one value a row."""
 
     def __len__(self) -> int:
@@ -51,11 +52,13 @@ class _Rows:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, list)}
 
+    @abstractmethod
     def _draw(self, count: int, seed: int) -> Iterable[int]:
-        raise NotImplementedError
+        """So many of the rows' indices, drawn at random, ascending."""
 
+    @abstractmethod
     def _parts(self) -> Iterable[Sequence[str]]:
-        raise NotImplementedError
+        """What the rows' fingerprint is made of."""
 
 
 @dataclass(frozen=True)

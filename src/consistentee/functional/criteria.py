@@ -7,7 +7,6 @@ line know criteria by their rows only: to add one, write its function and its ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,24 +269,3 @@ def check_threshold(threshold: float, criterion: str = "policy", task: str | Non
         ValueError: an unknown criterion, or a threshold out of its range.
     """
     return row_of(EXIT_CRITERIA, criterion, "criterion", task).thresholds.check(threshold, criterion)
-
-
-def candidate_thresholds(scores: Tensor, criterion: str, limit: int = 200) -> Sequence[float]:
-    """Thresholds that are worth trying on these scores, ascending: from "all exit at once" to "nobody exits early".
-
-    Args:
-        scores: (instances, layers), exit scores.
-        criterion: one of `CRITERIA`; where thresholds are numbers of layers, all that make a difference.
-        limit: at most this many quantiles of the scores; the ends of the range come on top.
-    """
-    thresholds = EXIT_CRITERIA[criterion].thresholds
-    if thresholds.layers:
-        return thresholds.whole(scores.shape[1])
-    low, high = thresholds.low, thresholds.high
-    early = scores[:, :-1].flatten().double()
-    if len(early) == 0:  # a single layer: whatever the threshold, all exit there
-        return [low, high]
-    quantiles = torch.linspace(0, 1, limit, dtype=torch.double)
-    ordered = early.sort().values
-    picked = ordered[(quantiles * (len(ordered) - 1)).round().long()]
-    return sorted({low, high, *(min(max(float(value), low), high) for value in picked)})

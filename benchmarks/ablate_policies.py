@@ -39,7 +39,7 @@ from consistentee.training.tasks.classification import row_instances
 RANGE = (0.002, 0.2)
 PRICES = (0.005, 0.02, 0.08)
 COLLAPSE_PRICES = (0.1, 0.3)
-GUARDS_OFF = {"initial_exit_bias": 0.0, "price_warmup": 0.0, "entropy_bonus": 0.0}
+GUARDS_OFF = {"initial_exit_bias": 0.0, "layer_cost_warmup": 0.0, "entropy_bonus": 0.0}
 INPUTS: dict[str, dict[str, Any]] = {
     "state": {"policy_input": "state"},
     "log_odds": {"policy_input": "log_odds"},
@@ -48,7 +48,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     **INPUTS,
     **{f"{name}, seen rows": {**values, "policy_data": "seen"} for name, values in INPUTS.items()},
-    **{f"{name}, one price": {**values, "prices": "each"} for name, values in INPUTS.items()},
+    **{f"{name}, one price": {**values, "layer_cost_mode": "each"} for name, values in INPUTS.items()},
     "state+log_odds, uniform reward": {"policy_input": "state+log_odds", "reward": "uniform"},
     "state+log_odds, cross-entropy": {"policy_input": "state+log_odds", "reward_loss": "cross_entropy"},
     "state+log_odds, sampled": {"policy_input": "state+log_odds", "estimator": "sampled"},
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 GUARDS: dict[str, dict[str, Any]] = {
     "no guard": GUARDS_OFF,
     "deep start": {**GUARDS_OFF, "initial_exit_bias": -1.0},
-    "price warm-up": {**GUARDS_OFF, "price_warmup": 0.3},
+    "price warm-up": {**GUARDS_OFF, "layer_cost_warmup": 0.3},
     "entropy bonus": {**GUARDS_OFF, "entropy_bonus": 0.01},
     "all three": {},
 }
@@ -107,7 +107,7 @@ def main() -> None:
         rows.append({"name": criterion, "price": "", **_figures([scores], judged, criterion)})
     for name, changes in VARIANTS.items():
         changed = replace(config, **changes)
-        for price in PRICES if changed.prices == "each" else (None,):
+        for price in PRICES if changed.layer_cost_mode == "each" else (None,):
             probs = _fits(saved, changed, seen_states, held_states, judged, price, options.seeds)
             rows.append({"name": name, "price": price or "range", **_figures(probs, judged, "policy")})
     for name, changes in GUARDS.items():
@@ -144,7 +144,7 @@ def _fits(
             policy,
             learnt,
             layer_cost=math.sqrt(RANGE[0] * RANGE[1]) if price is None else price,
-            price_range=RANGE if price is None else None,
+            layer_cost_range=RANGE if price is None else None,
             seed=seed,
         )
         probs.append(policy_exit_probs(policy, other))

@@ -161,7 +161,7 @@ def exit_probs(
         policy,
         replace(row_instances(held, "error", "memorized_layer"), states=features),
         layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
-        price_range=PRICES,
+        layer_cost_range=PRICES,
         seed=seed,
     )
     with torch.no_grad():

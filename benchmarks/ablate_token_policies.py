@@ -188,7 +188,7 @@ def _fit(saved: LoadedGenerator, states: TokenStates, config: GenerationTraining
         model.new_policy().float(),
         token_instances(states, config.reward_loss, measure),
         layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
-        price_range=PRICES,
+        layer_cost_range=PRICES,
         seed=config.seed,
         min_exit_layer=first,
     )

@@ -170,7 +170,7 @@ def figures_of(
             saved.early_exit_model.new_policy("state+log_odds"),
             learnt,
             layer_cost=(PRICES[0] * PRICES[1]) ** 0.5,
-            price_range=PRICES,
+            layer_cost_range=PRICES,
             seed=seed,
         )
         probs.append(policy_exit_probs(policy, other))

@@ -31,7 +31,8 @@ from consistentee.atomic_files import write_json
 from consistentee.data.tokenization import encode_prompts
 from consistentee.evaluation.text_metrics import text_metrics
 from consistentee.inference.timing import environment
-from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
+from consistentee.pipelines.decoding_options import DecodingOptions
+from consistentee.pipelines.generator import GeneratedText, TextGenerator
 
 CELLS = Path(__file__).parent / "results" / "generation"
 COMMON = {

@@ -126,7 +126,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("policy_data", "new", 'policy_data must be one of held_out, seen, got "new"'),
     ("estimator", "mc", 'estimator must be one of exact, sampled, got "mc"'),
     ("reward", "none", 'reward must be one of hardness, uniform, got "none"'),
-    ("prices", "all", 'prices must be one of range, each, got "all"'),
+    ("layer_cost_mode", "all", 'layer_cost_mode must be one of range, each, got "all"'),
     ("reward_loss", "mse", 'reward_loss must be one of cross_entropy, error, got "mse"'),
     ("hardness", "mood", 'hardness must be one of memorized_layer, .*, got "mood"'),
     ("mixed_precision", "int8", 'mixed_precision must be one of auto, no, bf16, fp16, got "int8"'),
@@ -134,10 +134,10 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("tracker", "paper", 'tracker must be one of none, tensorboard, .*, got "paper"'),
     ("num_rollouts", 1, "num_rollouts must be at least 2, got 1"),
     ("policy_folds", 1, "policy_folds must be at least 2, got 1"),
-    ("layer_costs", (), r"layer_costs must hold at least one price >= 0, got \[\]"),
-    ("layer_costs", (0.1, -0.1), r"layer_costs must hold at least one price >= 0, got \[0.1, -0.1\]"),
-    ("layer_costs", (0.0, 0.1), r"layer_costs must be above 0 for a range of prices, got \[0.0, 0.1\]"),
-    ("layer_costs", (math.nan,), r"layer_costs must hold at least one price >= 0, got \[nan\]"),
+    ("layer_costs", (), r"layer_costs must hold at least one cost >= 0, got \[\]"),
+    ("layer_costs", (0.1, -0.1), r"layer_costs must hold at least one cost >= 0, got \[0.1, -0.1\]"),
+    ("layer_costs", (0.0, 0.1), r"layer_costs must be above 0 for a range of costs, got \[0.0, 0.1\]"),
+    ("layer_costs", (math.nan,), r"layer_costs must hold at least one cost >= 0, got \[nan\]"),
     ("consistent_learning_rate", 0.0, "consistent_learning_rate must be above 0, got 0.0"),
     *[
         ("validation_fraction", v, f"validation_fraction must be between 0 and 1, got {v}")
@@ -145,7 +145,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ],
     *[
         (name, value, rf"{name} must be in \[0, 1\), got {value}")
-        for name in ("head_dropout", "ensemble_decay", "policy_dropout", "warmup_ratio", "price_warmup")
+        for name in ("head_dropout", "ensemble_decay", "policy_dropout", "warmup_ratio", "layer_cost_warmup")
         for value in (-0.1, 1.0, math.nan)
     ],
     *[
@@ -297,3 +297,10 @@ def test_a_setting_of_earlier_versions_is_passed_over_where_it_had_no_effect(tmp
     assert recipe.settings == {"seed": 3}
     with pytest.raises(ValueError, match='"distillation" is not a training setting'):
         load_recipe(write(tmp_path / "r.yaml", "distillation: 0.5\n"))
+
+
+def test_settings_that_were_renamed_are_read_by_their_old_names(tmp_path: Path):
+    recipe = load_recipe(write(tmp_path / "r.yaml", "prices: each\nprice_warmup: 0.1\n"))
+    assert recipe.settings == {"layer_cost_mode": "each", "layer_cost_warmup": 0.1}
+    with pytest.raises(ValueError, match='"layer_cost_mode" must be given once'):
+        load_recipe(write(tmp_path / "r.yaml", "prices: each\nlayer_cost_mode: each\n"))

@@ -44,16 +44,8 @@ WRONG_WAY: set[tuple[str, str]] = set()
 IN_CIRCLES: set[tuple[str, str]] = set()
 """(importer, imported), the one import of each circle that is to go"""
 
-TWO_MEANINGS: set[str] = {
-    "DTYPES",
-    "FORMATS",
-    "finetune",
-    "train",
-}
-
-LONG_FILES: set[str] = {
-    "pipelines/generator.py",
-}
+TWO_MEANINGS: set[str] = set()
+LONG_FILES: set[str] = set()
 
 CROWDED = 0
 """Entries on the top floor above `TOP_FLOOR`."""

@@ -1,6 +1,6 @@
 """Early exiting for transformers that you can train, trust, tune and serve.
 
-An input, or a token that is generated, leaves the model at the first layer that is good enough. Importing this package
+An input, or a token that is generated, exits the model at the first layer that is good enough. Importing this package
 registers its models with transformers' Auto classes, so that `AutoModelForSequenceClassification` and
 `AutoModelForCausalLM.from_pretrained(folder)` open a saved one.
 Only the command line does without that, so that `consistentee --help` need not wait for torch (0.5 s instead of 4 s);

@@ -25,7 +25,7 @@ PolicyData = Literal["held_out", "seen"]
 Estimator = Literal["exact", "sampled"]
 Reward = Literal["hardness", "uniform"]
 RewardLoss = Literal["cross_entropy", "error"]
-Prices = Literal["range", "each"]
+LayerCostMode = Literal["range", "each"]
 HardnessMeasure = Literal["memorized_layer", "forgetting_events", "final_loss", "entropy", "el2n", "uniform"]
 ThresholdMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 Criterion = Literal["policy", "confidence", "entropy", "patience"]
@@ -54,9 +54,11 @@ _ABOVE_ZERO = (
 )
 _NOT_NEGATIVE = "weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus"
 _SHARES = "weighted_sum_share max_accuracy_loss last_layer_share"
-_SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio price_warmup"
+_SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio layer_cost_warmup"
 _REMOVED = {"distillation": 0.0}
 """Settings of earlier versions, with the value that had no effect: recipes and records may still have that."""
+RENAMED = {"prices": "layer_cost_mode", "price_warmup": "layer_cost_warmup"}
+"""Settings of earlier versions that have another name today; recipes and records may still have the old one."""
 
 _AT_LEAST = {"num_rollouts": 2, "policy_folds": 2, "min_exit_layer": 1}
 
@@ -118,11 +120,11 @@ class TrainingConfig:
     num_rollouts: int = 8
     """Exit layers drawn per instance by `sampled`."""
     reward: Reward = "hardness"
-    """Price per layer falls with the instance's hardness, or is `uniform`."""
+    """The cost per layer falls with the instance's hardness, or is `uniform`."""
     layer_costs: tuple[float, ...] = (0.002, 0.2)
-    """Prices of one layer: the ends of a range, or those to choose from; one value fixes it."""
-    prices: Prices = "range"
-    """`range`: one policy learns all prices from the lowest to the highest of `layer_costs`, and the threshold dials
+    """Costs of one layer: the ends of a range, or those to choose from; one value fixes it."""
+    layer_cost_mode: LayerCostMode = "range"
+    """`range`: one policy learns all costs from the lowest to the highest of `layer_costs`, and the threshold dials
     among them. `each`: one policy for each of `layer_costs` (the paper's), of which validation chooses."""
     policy_hidden_size: int = 32
     """Width of the policy network."""
@@ -140,8 +142,8 @@ class TrainingConfig:
     """Weight decay of a policy fit."""
     entropy_bonus: float = 0.01
     """Weight of the exit distribution's entropy in the policy's objective, falling to zero over the fit."""
-    price_warmup: float = 0.3
-    """Share of a policy fit over which the price rises from zero: quality first, then speed."""
+    layer_cost_warmup: float = 0.3
+    """Share of a policy fit over which the layer cost rises from zero: quality first, then speed."""
     initial_exit_bias: float = -1.0
     """Exit logit of an untrained policy; negative = go deep."""
     policy_folds: int = 4
@@ -169,11 +171,11 @@ class TrainingConfig:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}.")
         if not self.layer_costs or not all(cost >= 0 for cost in self.layer_costs):
-            raise ValueError(f"layer_costs must hold at least one price >= 0, got {list(self.layer_costs)}.")
-        if self.prices == "range" and min(self.layer_costs) == 0 < max(self.layer_costs):
+            raise ValueError(f"layer_costs must hold at least one cost >= 0, got {list(self.layer_costs)}.")
+        if self.layer_cost_mode == "range" and min(self.layer_costs) == 0 < max(self.layer_costs):
             raise ValueError(
-                f"layer_costs must be above 0 for a range of prices, got {list(self.layer_costs)}. "
-                "Start it at a small price such as 0.001, or take prices: each."
+                f"layer_costs must be above 0 for a range of costs, got {list(self.layer_costs)}. "
+                "Start it at a small cost such as 0.001, or take layer_cost_mode: each."
             )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
@@ -259,7 +261,7 @@ class GenerationTrainingConfig(TrainingConfig):
     rounds: int = 1
     num_rollouts: int = 4
     reward: Reward = "uniform"
-    """Price per layer: the same for all tokens, or falling with a token's `hardness` (the paper). What the last layer
+    """Cost per layer: the same for all tokens, or falling with a token's `hardness` (the paper). What the last layer
     gets wrong, nearly half of a language model's tokens, is hardest, and would use all layers for nothing."""
     policy_epochs: int = 10
     policy_batch_size: int = 256
@@ -311,7 +313,7 @@ class GenerationTrainingConfig(TrainingConfig):
     hardness: TokenHardness = "memorized_layer"
     """Measure behind the `hardness` reward."""
     min_exit_layer: int | None = None
-    """The first layer that a token may leave at; None takes a sixth of the layers. Exits below it hardly beat a guess,
+    """The first layer that a token may exit at; None takes a sixth of the layers. Exits below it hardly beat a guess,
     and one senseless word can spoil a text."""
     policy_tokens: int = 30_000
     """Response tokens that the policy learns from and that thresholds are chosen on, at most."""
@@ -340,6 +342,9 @@ def checked_settings(values: Mapping[str, Any], config_class: type[TrainingConfi
     hints = get_type_hints(config_class)
     settings: dict[str, Any] = {}
     for key, value in values.items():
+        key = RENAMED.get(key, key)
+        if key in settings:
+            raise ValueError(f'"{key}" must be given once, got it under two names.')
         if key in _REMOVED and value == _REMOVED[key]:
             continue
         if key not in hints:

@@ -12,7 +12,8 @@ import torch
 from consistentee.data.templates import PLAIN
 from consistentee.errors import DataError
 from consistentee.models.loaded import LoadedGenerator, load_model
-from consistentee.pipelines.generator import DecodingOptions, TextGenerator
+from consistentee.pipelines.decoding_options import DecodingOptions
+from consistentee.pipelines.generator import TextGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
 from tiny_decoders import single_thread

@@ -18,7 +18,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from consistentee.models.loaded import LoadedGenerator, load_model
-from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
+from consistentee.pipelines.decoding_options import DecodingOptions
+from consistentee.pipelines.generator import GeneratedText, TextGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from consistentee.pipelines.stops import StopTexts, cut_at_stop, find_stop, possible_stop
 from consistentee.pipelines.streaming import PieceStreamer

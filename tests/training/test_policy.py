@@ -173,7 +173,7 @@ def test_a_policy_for_a_range_of_prices_orders_instances_by_the_price_at_which_t
     """Going on from layer 1 to the last is worth the risk and costs 3 prices: exit where risk < 3 * price."""
     low, high = 0.02, 0.3
     policy = fit_policy(
-        new_policy(), priced()[0], layer_cost=0.08, price_range=(low, high), **{**FIT, "epochs": 40}
+        new_policy(), priced()[0], layer_cost=0.08, layer_cost_range=(low, high), **{**FIT, "epochs": 40}
     )
     fresh, risk = priced(seed=2)
     score = policy_exit_probs(policy, fresh)[:, 0]

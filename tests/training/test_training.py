@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -380,14 +381,14 @@ POLICY_EFFECTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     *(({"hardness": name}, {}) for name in ("final_loss", "entropy", "el2n", "uniform")),
     ({"layer_costs": (0.5,)}, {}),
     ({"layer_costs": (0.02, 0.5)}, {}),
-    ({"prices": "each"}, {"layer_costs": (0.02, 0.5)}),
+    ({"layer_cost_mode": "each"}, {"layer_costs": (0.02, 0.5)}),
     ({"policy_epochs": 3}, {}),
     ({"policy_min_steps": 50}, {}),
     ({"policy_batch_size": 8}, {}),
     ({"policy_learning_rate": 1e-4}, {}),
     ({"policy_weight_decay": 0.5}, {}),
     ({"entropy_bonus": 1.0}, {}),
-    ({"price_warmup": 0.0}, {}),
+    ({"layer_cost_warmup": 0.0}, {}),
     ({"policy_folds": 3}, {}),
     ({"max_accuracy_loss": 0.5}, {}),
 ]
@@ -599,7 +600,9 @@ def test_a_collapse_is_reported(
     layer_costs: tuple[float, ...],
     remedy: str,
 ) -> None:
-    collapsed = choice_for(layer_costs=layer_costs, prices="each", reward="uniform", policy_epochs=20)
+    collapsed = choice_for(
+        layer_costs=layer_costs, layer_cost_mode="each", reward="uniform", policy_epochs=20
+    )
 
     def choose(*args: Any, **kwargs: Any) -> PolicyChoice:
         reports = {"reports": collapsed.reports, "layer_cost": collapsed.layer_cost}
@@ -771,3 +774,27 @@ def test_an_unfinished_run_wants_the_same_settings_data_and_backbone(
         resume(finetune)
     moved = TextDataset(data.texts, data.labels, data.label_names, f"elsewhere/{POSITIVE[0]}.csv")
     assert (resume(train_data=moved) / "training_record.json").is_file()  # the same rows from another place
+
+
+def test_a_run_goes_on_that_was_begun_with_a_settings_earlier_name(
+    backbone: Path, data: TextDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = tmp_path / "m", quick_config(checkpoint_every=1, layer_cost_mode="each")
+    stop_at(monkeypatch, OptimizerSteps, "_step", 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(backbone=backbone, train_data=data, output_dir=folder, config=config)
+    monkeypatch.undo()
+    path = cast(Path, checkpoints.latest_checkpoint(folder)) / checkpoints.PROGRESS
+    progress = json.loads(path.read_text())
+    settings = progress["identity"]["config"]
+    settings["prices"] = settings.pop("layer_cost_mode")
+    settings["price_warmup"] = settings.pop("layer_cost_warmup")
+    path.write_text(json.dumps(progress))
+
+    def resume(**changes: Any) -> Path:
+        changed = dataclasses.replace(config, **changes)
+        return train(backbone=backbone, train_data=data, output_dir=folder, config=changed, resume=True)
+
+    with pytest.raises(ValueError, match=r"has layer_cost_mode = each, this one range\."):
+        resume(layer_cost_mode="range")
+    assert (resume() / "training_record.json").is_file()

@@ -1,6 +1,6 @@
 """The supported Hugging Face encoders as one table: how to embed, how to call one layer, what follows a row.
 
-An early-exit model runs an encoder layer by layer and lets rows of the batch leave in between. Everything
+An early-exit model runs an encoder layer by layer and lets rows of the batch exit in between. Everything
 that flows from layer to layer is one `EncoderState`; each model type is one `Architecture` row that says how
 the state is made from token ids and how one layer turns it into the next hidden states. Layer by layer the
 states equal the entries 1..L of Hugging Face's own `output_hidden_states`.
@@ -410,7 +410,7 @@ def run_layer(backbone: PreTrainedModel, layer_index: int, state: EncoderState) 
     """
     if not 0 <= layer_index < num_layers(backbone):
         raise ValueError(f"layer_index must be in [0, {num_layers(backbone) - 1}], got {layer_index}.")
-    if state.hidden_states.shape[0] == 0:  # every row has left; the layers cannot reshape an empty batch
+    if state.hidden_states.shape[0] == 0:  # every row has exited; the layers cannot reshape an empty batch
         return replace(state)
     hidden_states = architecture_of(backbone.config).run_layer(backbone, layer_index, state)
     return replace(state, hidden_states=hidden_states)

@@ -13,8 +13,8 @@ Command = Literal["train", "finetune"]
 
 _POLICY = (
     "policy_hidden_size policy_dropout policy_data policy_epochs policy_min_steps policy_batch_size "
-    "policy_learning_rate policy_weight_decay policy_folds entropy_bonus price_warmup initial_exit_bias "
-    "estimator num_rollouts reward reward_loss hardness layer_costs prices patience max_accuracy_loss "
+    "policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup initial_exit_bias "
+    "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode patience max_accuracy_loss "
     "weighted_sum_share max_cache_mb"
 )
 
@@ -41,7 +41,7 @@ _SHARED = (
         lambda c: c.consistent_epochs == 0,
         "--consistent-epochs above 0",
     ),
-    _Rule("price_warmup", lambda c: max(c.layer_costs) == 0, "--layer-costs above 0"),
+    _Rule("layer_cost_warmup", lambda c: max(c.layer_costs) == 0, "--layer-costs above 0"),
 )
 _CLASSIFIERS = (
     *_SHARED,

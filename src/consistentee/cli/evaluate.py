@@ -127,7 +127,8 @@ def evaluate_generator(
 ) -> tuple[Any, str]:
     """Measure a text generator; the last arguments are those of `evaluate_generation`, and so on as for classifiers."""
     from consistentee.evaluation.generation import evaluate_generation
-    from consistentee.pipelines.generator import DecodingOptions, TextGenerator
+    from consistentee.pipelines.decoding_options import DecodingOptions
+    from consistentee.pipelines.generator import TextGenerator
 
     if text_speedups and mode != "early-exit":
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Generated tokens in the colour of the layer at which each left, or with marks where there is no colour."""
+"""Generated tokens in the colour of the layer at which each exited, or with marks where there is no colour."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def legend(
     brackets: str = BRACKETS,
     lossless: bool = False,
 ) -> Text:
-    """What the colours or the marks mean, with the share of tokens that left in each range of layers.
+    """What the colours or the marks mean, with the share of tokens that exited in each range of layers.
 
     Args:
         num_hidden_layers: layers of the model.
-        exit_layers: (tokens,) the layer at which each token left, from 1.
+        exit_layers: (tokens,) the layer at which each token exited, from 1.
         colour: whether the text has colours; without them it has marks.
         brackets: two characters, before and after the layer in a mark.
         lossless: whether these are layers at which tokens were drafted, the last one where none was.
@@ -79,7 +79,7 @@ def legend(
     text = Text()
     if not colour:
         mark = f"{brackets[0]}n{brackets[1]}"
-        how = "was drafted" if lossless else "left"
+        how = "was drafted" if lossless else "exited"
         text.append(
             f"{mark}: the text before it, back to the last mark, {how} after n of {num_hidden_layers} layers"
         )
@@ -136,7 +136,7 @@ class ExitPrinter:
 
         Args:
             piece: its text.
-            exit_layer: the layer at which it left, from 1.
+            exit_layer: the layer at which it exited, from 1.
 
         Raises:
             ValueError: there is no such layer.

@@ -19,7 +19,8 @@ from consistentee.data.hub import FORMATS
 from consistentee.errors import UsageError
 
 if TYPE_CHECKING:
-    from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
+    from consistentee.pipelines.decoding_options import DecodingOptions
+    from consistentee.pipelines.generator import GeneratedText, TextGenerator
 
 
 def generate(
@@ -66,7 +67,7 @@ def generate(
         input: What the prompt is about, if it is about a text.
         prompt_column: The column of the instruction. [default: the usual names]
         input_column: The column of what the instruction is about. [default: the usual names]
-        mode: early-exit: tokens leave early; full: all layers; lossless: exits draft and all layers verify, which gives
+        mode: early-exit: tokens exit early; full: all layers; lossless: exits draft and all layers verify, which gives
             the text of all layers. [default: the saved one]
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it; for static, the layers to run. [default: the
@@ -86,7 +87,7 @@ def generate(
         dtype: Precision.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         json_lines: A JSON line for --prompt, too.
-        show_exits: Show where each token left: in colours or marks, or as "pieces" in the JSON lines.
+        show_exits: Show where each token exited: in colours or marks, or as "pieces" in the JSON lines.
         output: Write JSON lines here; the file appears when it is complete.
         debug: Show tracebacks and the messages of other libraries.
     """
@@ -97,7 +98,8 @@ def generate(
     if seed is not None and not do_sample:
         raise UsageError("--seed goes with --do-sample: nothing is drawn without it.")
     from consistentee.data.generation import read_prompts
-    from consistentee.pipelines.generator import DecodingOptions, TextGenerator
+    from consistentee.pipelines.decoding_options import DecodingOptions
+    from consistentee.pipelines.generator import TextGenerator
     from consistentee.progress import rows_about, show_progress
 
     options = usage(

@@ -22,7 +22,7 @@ from consistentee.cli.evaluate import evaluate
 from consistentee.cli.generate import generate
 from consistentee.cli.predict import predict
 from consistentee.cli.terminal import Stopped, forget, hold_standard_streams, outlasting_readers, stoppable
-from consistentee.cli.train import finetune, train
+from consistentee.cli.train import finetune_command, train_command
 from consistentee.errors import SettingError
 
 _CONTINUE: dict[str, str] = dict.fromkeys(
@@ -32,18 +32,25 @@ _CONTINUE: dict[str, str] = dict.fromkeys(
 app = App(
     name="consistentee",
     help=(
-        "Early exits for transformers: hard inputs use all the layers, easy ones leave early. Classifiers: train, "
-        "evaluate, predict. Text generators, whose tokens leave one by one: train, evaluate, generate."
+        "Early exits for transformers: hard inputs use all the layers, easy ones exit early. Classifiers: train, "
+        "evaluate, predict. Text generators, whose tokens exit one by one: train, evaluate, generate."
     ),
     version=__version__,
     default_parameter=Parameter(negative_iterable=()),
 )
 
 
-COMMANDS = (train, finetune, evaluate, predict, generate, benchmark)
-for _command in COMMANDS:
-    app.command(_command)
-OUTLASTING = (train, finetune, evaluate, benchmark)
+COMMANDS = {
+    "train": train_command,
+    "finetune": finetune_command,
+    "evaluate": evaluate,
+    "predict": predict,
+    "generate": generate,
+    "benchmark": benchmark,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_command, name=_name)
+OUTLASTING = ("train", "finetune", "evaluate", "benchmark")
 """Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
 
@@ -69,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"Interrupted. {go_on}".strip(), 130)
     except BrokenPipeError as error:
-        if given[0] in [command.__name__ for command in OUTLASTING]:  # it was not about what they print
+        if given[0] in OUTLASTING:  # it was not about what they print
             return _fail(_advice(error), 1)
         forget(sys.stdout)
         return 0  # the reader has had enough: not a failure
@@ -87,12 +94,13 @@ def _run(arguments: list[str], debug: bool) -> None:
     """Find the command, and run it."""
     hold_standard_streams()
     command, bound, _ = app.parse_args(_hyphen_last(arguments), exit_on_error=False, print_error=False)
-    if sys.stdout is None and command in (predict, generate) and bound.arguments.get("output") is None:
+    name = next((name for name, known in COMMANDS.items() if known is command), None)
+    if sys.stdout is None and name in ("predict", "generate") and bound.arguments.get("output") is None:
         raise OSError("Standard output is closed, so the answers have nowhere to go. Give --output.")
-    with warnings.catch_warnings(), outlasting_readers() if command in OUTLASTING else nullcontext():
-        if not debug and command in COMMANDS:
+    with warnings.catch_warnings(), outlasting_readers() if name in OUTLASTING else nullcontext():
+        if not debug and name:
             _quieten_libraries()
-        if command in COMMANDS:
+        if name:
             from consistentee.inference.threads import limit_threads
 
             limit_threads()

@@ -20,7 +20,7 @@ from consistentee.config import TrainingConfig
 from consistentee.errors import UsageError
 
 
-def train(
+def train_command(
     *,
     output_dir: Path,
     backbone: str | None = None,
@@ -47,7 +47,7 @@ def train(
     _run(method, output_dir, backbone, config, resume, data, settings)
 
 
-def finetune(
+def finetune_command(
     *,
     output_dir: Path,
     backbone: str | None = None,
@@ -95,12 +95,12 @@ def _run(
 
     from consistentee.functional.metrics import check_threshold_metric
     from consistentee.models.record import record_evaluation
-    from consistentee.training.train import train as train_model
+    from consistentee.training.train import train
 
     metric = getattr(config, "threshold_metric", None)
     if metric is not None and command == "train":
         usage(lambda: check_threshold_metric(metric, len(rows.train.label_names)))
-    folder = train_model(
+    folder = train(
         backbone=backbone,
         train_data=rows.train,
         output_dir=output_dir,

@@ -75,8 +75,8 @@ def evaluate_layers(
     chosen = (exit_layer - 1)[:, None]
     predictions = layer_logits.argmax(-1).gather(1, chosen).squeeze(1)
     right_at_exit = right.gather(1, chosen).squeeze(1)
-    left = torch.bincount(exit_layer - 1, minlength=num_layers)  # (layers,)
-    right_of_left = torch.bincount(exit_layer - 1, weights=right_at_exit.double(), minlength=num_layers)
+    exited = torch.bincount(exit_layer - 1, minlength=num_layers)  # (layers,)
+    right_of_exited = torch.bincount(exit_layer - 1, weights=right_at_exit.double(), minlength=num_layers)
     return Evaluation(
         num_hidden_layers=num_layers,
         num_examples=rows,
@@ -85,10 +85,10 @@ def evaluate_layers(
         accuracy=float(right_at_exit.double().mean()),
         metrics=compute_metrics(metrics, predictions.numpy(), labels.numpy()),
         **depth_metrics(float(exit_layer.double().mean()), num_layers),
-        exit_histogram=left.tolist(),
+        exit_histogram=exited.tolist(),
         exit_accuracy=[
             float(hits) / int(count) if count else None
-            for hits, count in zip(right_of_left, left, strict=True)
+            for hits, count in zip(right_of_exited, exited, strict=True)
         ],
         per_layer_accuracy=right.double().mean(0).tolist(),
         classifier_accuracy=alone.double().mean(0).tolist(),

@@ -33,7 +33,8 @@ from consistentee.evaluation.text_metrics import text_metrics
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedGenerator
-from consistentee.pipelines.generator import DecodingOptions, GeneratedText, TextGenerator
+from consistentee.pipelines.decoding_options import DecodingOptions
+from consistentee.pipelines.generator import GeneratedText, TextGenerator
 from consistentee.progress import track
 
 CURVE_THRESHOLDS = 8

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from consistentee.evaluation.speed import SpeedResults, SpeedRow
 
 WIDTH, LOW, HIGH, DPI = 12.0, 5.0, 9.0, 100  # inches, and dots per inch: 1200 x 500, 1200 x 900
-FORMATS = (".png", ".pdf", ".svg")
+PICTURE_FORMATS = (".png", ".pdf", ".svg")
 
 # Okabe and Ito's palette: told apart under every common colour blindness, and by line style without colour.
 INK, GREY, GRID = "#222222", "#777777", "#E3E3E3"
@@ -147,10 +147,10 @@ def check_plot(path: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ValueError: the ending is not one of `FORMATS`.
+        ValueError: the ending is not one of `PICTURE_FORMATS`.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f'The picture must end in {", ".join(FORMATS)}, got "{path}".')
+    if path.suffix.lower() not in PICTURE_FORMATS:
+        raise ValueError(f'The picture must end in {", ".join(PICTURE_FORMATS)}, got "{path}".')
     require_extra("plot", "matplotlib")
 
 
@@ -339,14 +339,14 @@ def _draw_shares(axes: Axes, shares: Sequence[float], least: float, label: str |
 
 def _draw_layers(axes: Axes, evaluation: Evaluation) -> None:
     shares = [100 * count / evaluation.num_examples for count in evaluation.exit_histogram]
-    names = ("share that leaves here", "their accuracy", "accuracy if all left here")
+    names = ("share that exits here", "their accuracy", "accuracy if all exited here")
     _draw_shares(axes, shares, 0.5, names[0])
     layers = range(1, evaluation.num_hidden_layers + 1)
     heights = [math.nan if value is None else 100 * value for value in evaluation.exit_accuracy]
     axes.plot(layers, heights, color=RED, marker="D", markersize=5, linestyle="none", label=names[1])
     heights = [100 * value for value in evaluation.per_layer_accuracy]
     axes.plot(layers, heights, color=BLUE, marker="o", markersize=4.5, linewidth=1.8, label=names[2])
-    _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs leave")
+    _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs exit")
     axes.set_ylim(0, 119)
     axes.set_yticks(range(0, 101, 20))
     _legend(axes, "upper center", fontsize=8.5, ncols=3, columnspacing=1.0, handlelength=1.2)
@@ -365,7 +365,7 @@ def _draw_token_layers(axes: Axes, evaluation: GenerationEvaluation) -> None:
     side = {"ha": "left" if left else "right", "va": "top", "xycoords": ("data", "axes fraction")}
     _write(axes, f"mean {mean:.1f}", (mean, 1), (5 if left else -5, -4), zorder=6, **side)
     what = f"Where the {evaluation.num_tokens:,} generated tokens "
-    _frame(axes, "layer", "% of tokens", what + ("were drafted (last: not)" if drafts else "leave"))
+    _frame(axes, "layer", "% of tokens", what + ("were drafted (last: not)" if drafts else "exit"))
 
 
 def _draw_positions(axes: Axes, evaluation: GenerationEvaluation) -> None:
@@ -378,7 +378,7 @@ def _draw_positions(axes: Axes, evaluation: GenerationEvaluation) -> None:
     _legend(axes, "lower left")
     axes.set_ylim(0, 1.04 * evaluation.num_hidden_layers)
     axes.set_xlim(0.5 if len(means) < 2 else 1 - 0.02 * len(means), max(1.02 * len(means), 1.5))
-    _frame(axes, "position of the token in the generated text", "mean exit layer", "When tokens leave early")
+    _frame(axes, "position of the token in the generated text", "mean exit layer", "When tokens exit early")
     axes.grid(axis="both", color=GRID, linewidth=0.8)
 
 

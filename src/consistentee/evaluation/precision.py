@@ -39,7 +39,7 @@ class Trial:
         backend, dtype: the candidate.
         instances_per_second: median of its passes.
         labels_kept: share of the rows with the reference's label, in [0, 1].
-        exit_layers_kept: share of the rows that left where the reference's did.
+        exit_layers_kept: share of the rows that exited where the reference's did.
     """
 
     backend: str

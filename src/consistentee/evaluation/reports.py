@@ -130,13 +130,13 @@ def _models(evaluation: Evaluation) -> Table:
 
 
 def _layers(evaluation: Evaluation) -> Table:
-    names = ("layer", "leave here", "share %", "their accuracy %")
-    table = _table([*names, "accuracy % if all left here", "classifier alone %"])
-    for index, left in enumerate(evaluation.exit_histogram):
+    names = ("layer", "exit here", "share %", "their accuracy %")
+    table = _table([*names, "accuracy % if all exited here", "classifier alone %"])
+    for index, exited in enumerate(evaluation.exit_histogram):
         table.add_row(
             str(index + 1),
-            f"{left:,}",
-            _percent(left / evaluation.num_examples, 1),
+            f"{exited:,}",
+            _percent(exited / evaluation.num_examples, 1),
             _percent(evaluation.exit_accuracy[index]),
             _percent(evaluation.per_layer_accuracy[index]),
             _percent(evaluation.classifier_accuracy[index]),
@@ -257,22 +257,22 @@ def _note(evaluation: GenerationEvaluation) -> str:
 
 
 def _token_layers(evaluation: GenerationEvaluation) -> Table:
-    names = ("tokens that leave here", "left by now %")
+    names = ("tokens that exit here", "exited by now %")
     if evaluation.draft_histogram is not None:
         names = ("tokens drafted here (last layer: not drafted)", "by now %")
     table = _table(["layer", names[0], "share %", names[1]])
-    left_by_now = 0
-    for index, left in enumerate(evaluation.draft_histogram or evaluation.exit_histogram):
-        left_by_now += left
-        shares = (_percent(count / evaluation.num_tokens, 1) for count in (left, left_by_now))
-        table.add_row(str(index + 1), f"{left:,}", *shares)
+    exited_by_now = 0
+    for index, exited in enumerate(evaluation.draft_histogram or evaluation.exit_histogram):
+        exited_by_now += exited
+        shares = (_percent(count / evaluation.num_tokens, 1) for count in (exited, exited_by_now))
+        table.add_row(str(index + 1), f"{exited:,}", *shares)
     return table
 
 
 SPEED_TITLES = {
     "engine": "with exits",
     "engine-full-depth": "all layers",
-    "engine-nobody-leaves": "nobody leaves",
+    "engine-nobody-leaves": "nobody exits",
     "engine-lossless": "lossless",
 }
 """Competitors by shorter names."""

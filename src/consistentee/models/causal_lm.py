@@ -1,7 +1,7 @@
-"""`EarlyExitForCausalLM`: a causal language model whose tokens leave at the layer that is good enough.
+"""`EarlyExitForCausalLM`: a causal language model whose tokens exit at the layer that is good enough.
 
 `forward` is the full model's, Hugging Face's own. `generate` is Hugging Face's too, with real exits while decoding.
-`exit_pass` runs given texts with exits, all tokens at once: a token that has left keeps its state through the deeper
+`exit_pass` runs given texts with exits, all tokens at once: a token that has exited keeps its state through the deeper
 layers, so that later tokens attend to exactly the keys and values that decoding would have copied.
 """
 
@@ -28,7 +28,7 @@ from consistentee.models.configuration import EarlyExitCausalLMConfig
 from consistentee.models.generate import GenerationOptions, generate_tokens
 
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens leave, bool."""
+"""(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens exit, bool."""
 
 
 class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
@@ -167,7 +167,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        may_leave: Tensor,
+        may_exit: Tensor,
         decide: Decide,
     ) -> tuple[Tensor, Tensor]:
         """Run given texts with exits, all tokens at once.
@@ -175,15 +175,15 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         Args:
             input_ids: (batch, tokens), int64.
             attention_mask: (batch, tokens), or None.
-            may_leave: (batch, tokens) bool: tokens that the exits are for. Prompts stay to the last layer.
-            decide: which tokens leave after a layer; asked for all tokens, those that have left among them.
+            may_exit: (batch, tokens) bool: tokens that the exits are for. Prompts stay to the last layer.
+            decide: which tokens exit after a layer; asked for all tokens, those that have exited among them.
 
         Returns:
             States behind the exit's norm, (batch, tokens, hidden), and exit layers, (batch, tokens), 1-based.
         """
         state = decoders.decoder_state(self.backbone, input_ids, attention_mask)
         exit_layer = torch.full_like(input_ids, self.num_layers)
-        inside = torch.ones_like(may_leave)
+        inside = torch.ones_like(may_exit)
         result: Tensor | None = None
         for index in range(self.num_layers):
             before = state.hidden_states
@@ -193,13 +193,13 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             state.hidden_states = torch.where(inside[..., None], after, before)
             normed = self.exit_norm(index, state.hidden_states)
             if index == self.num_layers - 1:
-                leaves = inside
+                exits = inside
             else:
-                leaves = inside & may_leave & decide(index, before, state.hidden_states, normed)
-            chosen = torch.where(leaves[..., None], normed, torch.zeros_like(normed))
+                exits = inside & may_exit & decide(index, before, state.hidden_states, normed)
+            chosen = torch.where(exits[..., None], normed, torch.zeros_like(normed))
             result = chosen if result is None else result + chosen
-            exit_layer = torch.where(leaves, index + 1, exit_layer)
-            inside = inside & ~leaves
+            exit_layer = torch.where(exits, index + 1, exit_layer)
+            inside = inside & ~exits
         return cast(Tensor, result), exit_layer
 
     def exit_rule(
@@ -208,7 +208,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         threshold: float | None = None,
         min_exit_layer: int | None = None,
     ) -> exit_rules.TokenExitRule:
-        """When tokens leave, ready for decoding.
+        """When tokens exit, ready for decoding.
 
         Args:
             criterion: in place of the saved one.
@@ -257,11 +257,11 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         fixed_exit_layers: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate, as `transformers` does, each token leaving at its own layer.
+        """Generate, as `transformers` does, each token exiting at its own layer.
 
         Greedy and sampled decoding, logits processors, stopping criteria, streamers and left-padded batches are
         Hugging Face's. With `return_dict_in_generate=True` the output has `exit_layers`, (batch, new tokens): the layer
-        at which each token left, 1-based, 0 for padding behind the end of a text. A streamer that has a method
+        at which each token exited, 1-based, 0 for padding behind the end of a text. A streamer that has a method
         `put_exit_layers` gets them before each `put`.
 
         Args:

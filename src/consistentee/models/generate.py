@@ -64,7 +64,7 @@ class EarlyExitGenerateOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences, scores, logits: as in Hugging Face.
-        exit_layers: (batch, new tokens) int64, the layer at which each token left, 1-based; 0 for padding. In
+        exit_layers: (batch, new tokens) int64, the layer at which each token exited, 1-based; 0 for padding. In
             `lossless` mode the layer at which a token was drafted, or the last one where it came from a verification.
         drafted, accepted: of `lossless` mode: drafts that were verified, and those that stayed.
         drafted_by_row, accepted_by_row: the same, (batch,) each.
@@ -219,11 +219,11 @@ def _token_loop(
             tokens = tokens if rows is None else tokens[rows]
         if rows is not None:
             tokens = torch.full((batch,), pad, device=device).index_copy_(0, rows, tokens)
-        left = torch.zeros(batch, dtype=torch.int64, device=device)
-        left[running] = torch.tensor(exit_layers, device=device)
-        layers.append(left)
+        exited = torch.zeros(batch, dtype=torch.int64, device=device)
+        exited[running] = torch.tensor(exit_layers, device=device)
+        layers.append(exited)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        _stream(streamer, tokens, left)
+        _stream(streamer, tokens, exited)
         ended: list[bool] = stopping_criteria(input_ids, tuple(scores) or None).tolist()
         still = [place for place, row in enumerate(running) if not ended[row]]
         if not still:
@@ -389,7 +389,7 @@ def _pad_token(config: Any) -> int:
 def _check_search(config: Any, options: GenerationOptions) -> None:
     if (config.num_beams or 1) > 1:
         raise ValueError(
-            f"num_beams must be 1 with exits, got {config.num_beams}: beams of one text would leave at different "
+            f"num_beams must be 1 with exits, got {config.num_beams}: beams of one text would exit at different "
             "layers and could not share their keys and values. Take num_beams=1, or the backbone's own generate."
         )
     for name in ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit"):

@@ -79,7 +79,7 @@ class LoadedModel(Generic[ExitModel]):
 
     @property
     def has_exits(self) -> bool:
-        """Whether inputs or tokens can leave before the last layer."""
+        """Whether inputs or tokens can exit before the last layer."""
         return isinstance(self.model, self.exit_model)
 
     @property

@@ -1,9 +1,9 @@
 """Models: a classifier with an exit after every layer, and the plain one it is measured against.
 
 `EarlyExitForSequenceClassification` has two ways to run. *With exits* (the default outside training): the batch goes
-through the layers, rows that the criterion lets go leave, and the rest close up, so that later layers cost only what
+through the layers, rows that the criterion lets go exit, and the rest close up, so that later layers cost only what
 their survivors cost. *All layers* (the default in training): every layer's classifier and policy speak for every row;
-nothing leaves, and choosing the exit afterwards is the slow oracle that the fast way must agree with.
+nothing exits, and choosing the exit afterwards is the slow oracle that the fast way must agree with.
 """
 
 from __future__ import annotations
@@ -236,18 +236,18 @@ class EarlyExitForSequenceClassification(_EncoderClassifier, WithExits):
             if index == self.num_layers - 1:
                 output_logits[rows] = logits
                 break
-            leaves = self._leaves_here(index, pooled, passed, criterion, threshold)  # (rows,)
-            if not bool(leaves.any()):
+            exits = self._exits_here(index, pooled, passed, criterion, threshold)  # (rows,)
+            if not bool(exits.any()):
                 continue
-            output_logits[rows[leaves]] = logits[leaves]
-            exit_layer[rows[leaves]] = index + 1
-            stay = (~leaves).nonzero().squeeze(1)
+            output_logits[rows[exits]] = logits[exits]
+            exit_layer[rows[exits]] = index + 1
+            stay = (~exits).nonzero().squeeze(1)
             if len(stay) == 0:
                 break
             rows, passed, state = rows[stay], passed[stay], state.select(stay)
         return EarlyExitOutput(logits=output_logits, exit_layer=exit_layer)
 
-    def _leaves_here(
+    def _exits_here(
         self, index: int, pooled: Tensor, passed: Tensor, criterion: str, threshold: float
     ) -> Tensor:
         if EXIT_CRITERIA[criterion].reads == ("exit_probs",):

@@ -49,7 +49,7 @@ FIRST_WINDOW_ROWS = 64
 """Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
 
 BACKENDS = ("torch", "onnxruntime")
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+ENGINE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 Text = str | tuple[str, ...]
 
@@ -77,7 +77,7 @@ class Engine:
     Args:
         saved: a model that `load_model` opened: one with exits, or a plain one, which always runs all its layers.
         dtype: `float32`, `bfloat16`, `float16` or `int8` (dynamic quantisation, CPU). Other precisions than float32
-            may leave at other layers and change a label; `consistentee benchmark MODEL --dtype auto` says which is
+            may exit at other layers and change a label; `consistentee benchmark MODEL --dtype auto` says which is
             the fastest that keeps them all on given texts.
         backend: `torch`, or `onnxruntime` (BERT and its kin in float32; extra `onnx`, on a GPU with onnxruntime-gpu).
 
@@ -321,8 +321,8 @@ def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:
             'dtype and backend must be named, got "auto". `consistentee benchmark MODEL --dtype auto --backend auto '
             "--data-file TEXTS` says which are the fastest that keep the labels of float32."
         )
-    if dtype not in DTYPES:
-        raise SettingError(f'dtype must be one of {", ".join(DTYPES)}, got "{dtype}".')
+    if dtype not in ENGINE_DTYPES:
+        raise SettingError(f'dtype must be one of {", ".join(ENGINE_DTYPES)}, got "{dtype}".')
     if backend == "torch":
         return torch_backend(model, dtype)
     if backend == "onnxruntime":

@@ -11,58 +11,24 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from transformers import StoppingCriteriaList
 
-from consistentee.config import GenerationMode, SkippedStates
 from consistentee.data.batches import pad_left
 from consistentee.data.templates import PromptTemplate
 from consistentee.data.tokenization import encode_prompts
-from consistentee.errors import DataError, require_choice, require_seed
+from consistentee.errors import DataError
 from consistentee.inference.threads import settle_after_fork
 from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded import LoadedGenerator
+from consistentee.pipelines.decoding_options import SHAPING, DecodingOptions, merged_options, seed_draws
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from consistentee.pipelines.stops import StopTexts, cut_at_stop
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
 
 WINDOW_BATCHES = 8
 """Prompts are sorted by length within so many batches; the first window is a single batch, the next ones double."""
-
-SHAPING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "top_h",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "repetition_penalty",
-    "encoder_repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "sequence_bias",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "guidance_scale",
-    "watermarking_config",
-    "min_length",
-    "min_new_tokens",
-    "max_time",
-    "stop_strings",
-    "penalty_alpha",
-    "dola_layers",
-    "prompt_lookup_num_tokens",
-)
-"""Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
-own `generation_config` says, and so is transformers' default of the 50 likeliest."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +41,7 @@ class GeneratedText:
         text: what was written, without the end-of-text token.
         token_ids: (tokens,) the end-of-text token among them, if the text came to its end.
         pieces: (tokens,) the text token by token; together they are the text.
-        exit_layers: (tokens,) the layer at which each token left, from 1; all layers of a model without exits, and in
+        exit_layers: (tokens,) the layer at which each token exited, from 1; all layers of a model without exits, and in
             `lossless` mode, where all layers verify what exits draft.
         seconds: its share of the time that its batch took.
         finish_reason: `stop` (a stop string), `end` (the end-of-text token) or `length` (`max_new_tokens`).
@@ -102,64 +68,6 @@ class GeneratedText:
     def mean_exit_layer(self) -> float:
         """Mean number of layers executed for a token, the end-of-text token included."""
         return sum(self.exit_layers) / len(self.exit_layers)
-
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How to generate: these options alone decide, and nothing of the model's `generation_config` but its end of text.
-
-    Args:
-        mode: `early-exit`, `full` or `lossless`; None takes the saved one.
-        criterion: exit rule; None takes the saved one.
-        threshold: None takes the one saved for the criterion.
-        skipped_states: `copy` or `recompute`; None takes the saved one.
-        max_new_tokens: longest text; None takes what suits the model's task.
-        max_prompt_length: longest prompt, in tokens; None takes what the model has room for beside the text.
-        do_sample: whether to draw tokens; otherwise the likeliest is taken.
-        temperature: above 0, divides the logits before drawing; None is 1.
-        top_k: at least 1, tokens are drawn from so many of the likeliest; None is all of them.
-        top_p: in (0, 1], share of the probability from which tokens are drawn; None is all of it.
-        seed: of the draws; None goes on with torch's generator as it is.
-        stop: strings that end a text, one or several; the text ends before them. One that is the name of a special
-            token, such as "<|im_end|>", stands for that token.
-    """
-
-    mode: str | None = None
-    criterion: str | None = None
-    threshold: float | None = None
-    skipped_states: str | None = None
-    max_new_tokens: int | None = None
-    max_prompt_length: int | None = None
-    do_sample: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if "" in self.stop:
-            raise ValueError('stop must hold strings with at least one character, got "". Leave it out.')
-        if self.mode is not None:
-            require_choice("mode", self.mode, get_args(GenerationMode))
-        if self.skipped_states is not None:
-            require_choice("skipped_states", self.skipped_states, get_args(SkippedStates))
-        for name in ("max_new_tokens", "max_prompt_length", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("temperature", "top_k", "top_p"):
-            if getattr(self, name) is not None and not self.do_sample:
-                raise ValueError(f"{name} goes with do_sample, got {getattr(self, name)} without it.")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
-        if self.seed is not None:
-            require_seed(self.seed)
-        if self.do_sample and self.mode == "lossless":
-            raise ValueError('do_sample must be False in mode "lossless", got True: it verifies greedy text.')
 
 
 class TextGenerator:
@@ -268,10 +176,10 @@ class TextGenerator:
             DataError: a prompt of which no token is left.
             ValueError: options that do not fit the model or each other; raised before anything is generated.
         """
-        options = self.check(_options(options, values))
+        options = self.check(merged_options(options, values))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        _seed(options)
+        seed_draws(options)
         return self._windows(iter(prompts), batch_size, options)
 
     def stream(
@@ -297,8 +205,8 @@ class TextGenerator:
         Raises:
             DataError, ValueError: as `generate_texts`.
         """
-        options = self.check(_options(options, values))
-        _seed(options)
+        options = self.check(merged_options(options, values))
+        seed_draws(options)
         encoded, cut = self._encode([(instruction, input)], options, before=0)
         stops, _ = self._stops(options)
         decoder = PieceDecoder(self._tokenizer)
@@ -317,7 +225,7 @@ class TextGenerator:
             options: as in `generate_texts`.
         """
         options = self.check(options)
-        _seed(options)
+        seed_draws(options)
         for start in range(0, len(prompts), batch_size * WINDOW_BATCHES):
             part = prompts[start : start + batch_size * WINDOW_BATCHES]
             yield from self._window([("", "")] * len(part), part, batch_size, options)
@@ -463,17 +371,6 @@ class TextGenerator:
         settle_after_fork(self.saved.model.device)
         self._tokenizing = Lock()
         self._process = os.getpid()
-
-
-def _options(options: DecodingOptions | None, values: dict[str, Any]) -> DecodingOptions:
-    if not values:
-        return options or DecodingOptions()
-    return DecodingOptions(**{**vars(options or DecodingOptions()), **values})
-
-
-def _seed(options: DecodingOptions) -> None:
-    if options.do_sample and options.seed is not None:
-        torch.manual_seed(options.seed)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

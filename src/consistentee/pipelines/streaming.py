@@ -11,7 +11,7 @@ from consistentee.pipelines.pieces import PieceDecoder
 from consistentee.pipelines.stops import cut_at_stop, find_stop, possible_stop
 
 OnToken = Callable[[str, int], object]
-"""Is told every token as it is generated: its piece of the text, and the layer at which it left."""
+"""Is told every token as it is generated: its piece of the text, and the layer at which it exited."""
 
 
 @dataclass

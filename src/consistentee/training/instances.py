@@ -19,8 +19,8 @@ class Instances:
 
     Attributes:
         correct: (instances, layers), bool, whether an exit gives the target.
-        exit_cost: (instances, layers), float32, what exiting at a layer costs in quality, without the layers' price.
-        hardness: (instances,), float32 in [0, 1]: 0 pays the full price per layer, 1 has layers for nothing; 0 for all
+        exit_cost: (instances, layers), float32, what exiting at a layer costs in quality, without the layers'.
+        hardness: (instances,), float32 in [0, 1]: 0 pays the full cost per layer, 1 has layers for nothing; 0 for all
             under the uniform reward.
         group: (instances,), int64 from 0, ascending: what is not independent, hence in one fold: a row itself, or the
             text of a token.

@@ -1,8 +1,8 @@
-"""Phase 2: policies on cached states. Fitting, cross-fitting, and the choice of price and thresholds by validation.
+"""Phase 2: policies on cached states. Fitting, cross-fitting, and the choice of layer cost and thresholds.
 
 With the backbone and the classifiers frozen, states, costs and rewards are constants: a policy is a small network on
 a table, and fits in seconds. On held-out instances it is cross-fitted: each fold is judged by policies that have not
-seen it, so one held-out part serves both to train the policy and to choose its price and threshold.
+seen it, so one held-out part serves both to train the policy and to choose its layer cost and threshold.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from consistentee.functional.rewards import rewards
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.training.instances import Instances, group_folds
 
-PRICE_SLOPE = 2.0  # of the exit logits in the logarithm of the price; 1, 2, 4 and a learned one were as good
+COST_SLOPE = (
+    2.0  # of the exit logits in the logarithm of the layer cost; 1, 2, 4 and a learned one were as good
+)
 CLOSED = -30.0  # exit logit of a layer that nobody may exit at
 
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """How a policy did on instances it has not seen, at one price.
+    """How a policy did on instances it has not seen, at one layer cost.
 
     Attributes:
-        layer_cost: the price.
+        layer_cost: at which.
         score: mean over `BUDGETS` of the best accuracy at that layer speed-up or more.
         reward: mean over instances of the expected reward.
         accuracy, mean_exit_layer: at threshold 0.5.
@@ -57,15 +59,15 @@ class PolicyReport:
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """The outcome of phase 2: a policy, its price, thresholds by criterion, and the reports of all prices.
+    """The outcome of phase 2: a policy, its layer cost, thresholds by criterion, and the reports of all costs.
 
     Attributes:
         policy: fitted on all instances.
         networks: by criterion, the other networks that were fitted.
-        layer_cost: the policy's price.
+        layer_cost: the policy's.
         at_thresholds: by criterion, its threshold (the fewest layers within the allowed loss) and what that gives.
         scores: by criterion, one number for the whole curve (`curves.curve_score`).
-        reports: how the policies of all prices did.
+        reports: how the policies of all costs did.
         hits: (groups,), at how many budgets the policy is right, summed over a group's judged instances.
         counts: (groups,), how many of them there are.
         exit_probs: (instances, layers), conditional exit probabilities of the judged instances, cross-fitted.
@@ -83,7 +85,7 @@ class PolicyChoice:
 
     @property
     def report(self) -> PolicyReport:
-        """The report of the chosen price."""
+        """The report of the chosen cost."""
         return next(report for report in self.reports if report.layer_cost == self.layer_cost)
 
     @property
@@ -107,11 +109,11 @@ def fit_policy(
     instances: Instances,
     *,
     layer_cost: float,
-    price_range: tuple[float, float] | None = None,
+    layer_cost_range: tuple[float, float] | None = None,
     estimator: str = "exact",
     num_rollouts: int = 8,
     entropy_bonus: float = 0.01,
-    price_warmup: float = 0.3,
+    layer_cost_warmup: float = 0.3,
     epochs: int = 40,
     min_steps: int = 100,
     batch_size: int = 128,
@@ -125,24 +127,24 @@ def fit_policy(
 ) -> PolicyNetwork:
     """Fit a policy by policy gradient on instances whose states and costs are constants.
 
-    With a `price_range` one policy learns every price in it. Each instance of a batch draws a price of its own, and
-    its exit logits are those of the network plus `PRICE_SLOPE * log(price / layer_cost)`. A higher price thus moves
-    all exit logits up alike, so moving the threshold of the finished policy is the same as setting another price: a
-    threshold t stands for `layer_cost * ((1 - t) / t) ** (1 / PRICE_SLOPE)`. The exit probability orders (instance,
-    layer) pairs by the price at which exiting there becomes worthwhile, the reservation price of optimal stopping.
+    With a `layer_cost_range` one policy learns every cost in it. Each instance of a batch draws a cost of its own, and
+    its exit logits are those of the network plus `COST_SLOPE * log(drawn / layer_cost)`. A higher cost thus moves
+    all exit logits up alike, so moving the threshold of the finished policy is the same as setting another cost: a
+    threshold t stands for `layer_cost * ((1 - t) / t) ** (1 / COST_SLOPE)`. The exit probability orders (instance,
+    layer) pairs by the cost at which exiting there becomes worthwhile, the reservation price of optimal stopping.
 
-    The price rises from zero over the first `price_warmup` of the fit (the policy first learns which layers are good,
-    then to save), and the entropy bonus falls to zero over it: both keep a high price from collapsing the policy.
+    The cost rises from zero over the first `layer_cost_warmup` of the fit (the policy first learns which layers are
+    good, then to save), and the entropy bonus falls to zero over it: both keep a high cost from collapsing the policy.
 
     Args:
         policy: a new policy network; trained in place.
         instances: with states.
-        layer_cost: price of one layer, at which the exit probabilities are those of threshold 0.5.
-        price_range: lowest and highest price to learn for, both above 0; None for `layer_cost` alone.
+        layer_cost: of one layer, at which the exit probabilities are those of threshold 0.5.
+        layer_cost_range: lowest and highest cost to learn for, both above 0; None for `layer_cost` alone.
         estimator: `exact`, or `sampled` from `num_rollouts` exit layers an instance.
         num_rollouts: of `sampled`.
         entropy_bonus: weight of the exit distribution's entropy at the start.
-        price_warmup: share of the fit over which the price rises.
+        layer_cost_warmup: share of the fit over which the cost rises.
         epochs: passes over the instances, or more where these are fewer than `min_steps`.
         min_steps: least number of steps.
         batch_size, learning_rate, weight_decay, max_grad_norm: of AdamW's steps; the learning rate falls to zero.
@@ -166,16 +168,16 @@ def fit_policy(
         policy = policy.to(device).train()
         optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=weight_decay)
         for batch, progress in _batches(rows, optimizer, learning_rate, epochs, min_steps, batch_size, order):
-            prices = torch.full((len(batch),), layer_cost)
-            if price_range is not None:  # log-uniform
-                low, high = map(math.log, price_range)
-                prices = (low + (high - low) * torch.rand(len(batch), generator=order)).exp()
-            rise = min(1.0, progress / price_warmup if price_warmup else 1.0)
-            reward = rewards(instances.exit_cost[batch], rise * prices, instances.hardness[batch]).to(device)
+            costs = torch.full((len(batch),), layer_cost)
+            if layer_cost_range is not None:  # log-uniform
+                low, high = map(math.log, layer_cost_range)
+                costs = (low + (high - low) * torch.rand(len(batch), generator=order)).exp()
+            rise = min(1.0, progress / layer_cost_warmup if layer_cost_warmup else 1.0)
+            reward = rewards(instances.exit_cost[batch], rise * costs, instances.hardness[batch]).to(device)
             features = None if instances.features is None else instances.features[batch].to(device)
             exit_logits = policy(states[batch].float().to(device), features)
-            if price_range is not None:
-                exit_logits = exit_logits + PRICE_SLOPE * (prices / layer_cost).log().to(device)[:, None]
+            if layer_cost_range is not None:
+                exit_logits = exit_logits + COST_SLOPE * (costs / layer_cost).log().to(device)[:, None]
             if min_exit_layer > 1:
                 closed = min_exit_layer - 1
                 exit_logits = functional.pad(exit_logits[:, closed:], (closed, 0), value=CLOSED)
@@ -279,8 +281,8 @@ class PolicySearch:
     Attributes:
         fit: `fit_policy` with the settings of a fit.
         fit_network: `fit_foretelling` with them.
-        layer_costs: prices, at least one.
-        as_range: whether these are the ends of a range for one policy; its price is their geometric mean.
+        layer_costs: at least one.
+        as_range: whether these are the ends of a range for one policy; its layer cost is their geometric mean.
         folds, seed: of cross-fitting.
         criteria: exit criteria to choose thresholds for.
         max_loss: what a threshold may lose of the quality.
@@ -299,21 +301,21 @@ class PolicySearch:
     device: torch.device | str = "cpu"
 
     @property
-    def price_range(self) -> tuple[float, float] | None:
-        """Lowest and highest price of one policy, or None."""
+    def layer_cost_range(self) -> tuple[float, float] | None:
+        """Lowest and highest cost of one policy, or None."""
         low, high = min(self.layer_costs), max(self.layer_costs)
         return (low, high) if self.as_range and low < high else None
 
     @property
-    def prices(self) -> tuple[float, ...]:
-        """Prices of which each has a policy of its own."""
-        return (math.sqrt(math.prod(self.price_range)),) if self.price_range else self.layer_costs
+    def fitted_costs(self) -> tuple[float, ...]:
+        """Layer costs of which each has a policy of its own."""
+        return (math.sqrt(math.prod(self.layer_cost_range)),) if self.layer_cost_range else self.layer_costs
 
     def number_of_fits(self, *, cross_fitted: bool, networks: int = 0) -> int:
         """How many networks `choose_policy` will fit."""
         if not cross_fitted:
-            return len(self.prices) + networks
-        return len(self.prices) * self.folds + 1 + networks * (self.folds + 1)
+            return len(self.fitted_costs) + networks
+        return len(self.fitted_costs) * self.folds + 1 + networks * (self.folds + 1)
 
 
 def choose_policy(
@@ -327,7 +329,7 @@ def choose_policy(
     quality: Callable[[Tensor], float] | None = None,
     on_fit: Callable[[], object] = lambda: None,
 ) -> PolicyChoice:
-    """Fit a policy for the range of prices or one at each, judge it on instances it has not seen, and choose.
+    """Fit a policy for the range of costs or one at each, judge it on instances it has not seen, and choose.
 
     Args:
         instances: what is learnt from.
@@ -357,7 +359,7 @@ def choose_policy(
             policy,
             instances,
             layer_cost=layer_cost,
-            price_range=search.price_range,
+            layer_cost_range=search.layer_cost_range,
             min_exit_layer=search.min_exit_layer,
             seed=search.seed,
             rows=rows,
@@ -381,7 +383,7 @@ def choose_policy(
     whole: dict[float, PolicyNetwork] = {}
     probs: dict[float, Tensor] = {}
     reports: list[PolicyReport] = []
-    for layer_cost in search.prices:
+    for layer_cost in search.fitted_costs:
         probs[layer_cost] = torch.empty_like(judged.exit_cost)
         for inside, outside in folds:
             policy = fit(inside, layer_cost)

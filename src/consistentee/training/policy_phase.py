@@ -28,7 +28,7 @@ class PolicyPhase:
     Attributes:
         choice: the policy and all thresholds.
         data: what it learnt from and was judged by.
-        complete: whether all policy inputs and prices were tried.
+        complete: whether all policy inputs and layer costs were tried.
     """
 
     choice: PolicyChoice
@@ -63,13 +63,13 @@ def policy_search(
             estimator=config.estimator,
             num_rollouts=config.num_rollouts,
             entropy_bonus=config.entropy_bonus,
-            price_warmup=config.price_warmup,
+            layer_cost_warmup=config.layer_cost_warmup,
             max_grad_norm=config.max_grad_norm,
             **steps,
         ),
         fit_network=partial(fit_foretelling, **steps),
         layer_costs=layer_costs,
-        as_range=config.prices == "range",
+        as_range=config.layer_cost_mode == "range",
         folds=config.policy_folds,
         seed=config.seed,
         criteria=criteria,
@@ -82,14 +82,14 @@ def policy_search(
 def run_policy_phase(run: Run, description: str, *, try_all: bool = False) -> PolicyPhase:
     """Run all layers for the policy's instances, fit policies, and put the chosen one into the model everywhere.
 
-    All prices and policy inputs are tried the first time and with `try_all`; the rounds between keep those they began
-    with.
+    All layer costs and policy inputs are tried the first time and with `try_all`; the rounds between keep those that
+    they began with.
     """
     config, task, progress = run.config, run.task, run.progress
     costs, inputs = config.layer_costs, task.policy_inputs
     if progress["layer_cost"] is not None and not try_all:
         inputs = (progress["policy_input"],)
-        if config.prices == "each":
+        if config.layer_cost_mode == "each":
             costs = (progress["layer_cost"],)
     search = policy_search(
         config,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from consistentee.backbones.loading import backbone_fingerprint
+from consistentee.config import RENAMED
 from consistentee.models.record import RECORD_FILE, read_record
 from consistentee.training import checkpoints
 
@@ -131,7 +132,10 @@ def _check_same_run(
             return of["data"]["fingerprint"]
         if name == "method":  # of 0.1.0 there was one for each kind
             return of.get("method", "plain" if of["kind"].startswith("full_depth") else "consistent")
-        return of["kind"] if name == "kind" else of["config"].get(name, defaults[name])
+        if name == "kind":
+            return of["kind"]
+        settings = {RENAMED.get(key, key): value for key, value in of["config"].items()}
+        return settings.get(name, defaults[name])
 
     def differs(name: str) -> bool:
         if name == "backbone" and saved.get("backbone_fingerprint") and current.get("backbone_fingerprint"):

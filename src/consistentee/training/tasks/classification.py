@@ -204,7 +204,7 @@ class ClassificationTraining:
         judged = None
         if self._policy_rows is not None:
             states = self._states(run, run.parts.validation, f"{description}: validation", keep_pooled=True)
-            # Forgetting is counted on the policy's rows only; the judged rows are priced by their memorized layer.
+            # Forgetting is counted on the policy's rows only; the judged rows pay by their memorized layer.
             other = "memorized_layer" if config.hardness == "forgetting_events" else config.hardness
             judged = row_instances(
                 states, config.reward_loss, other if config.reward == "hardness" else "uniform"

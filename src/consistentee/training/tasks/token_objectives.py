@@ -263,10 +263,10 @@ def weighted_sum_objective(
 def consistent_objective(
     *, weighted_sum_share: float, layers_per_step: int, last_layer_share: float, logit_rows: int
 ) -> TokenObjective:
-    """A token's loss comes from the exit it leaves at, and later tokens attend to what leaving there leaves behind.
+    """A token's loss comes from where it exits, and later tokens attend to what an exit there leaves behind.
 
     Exits are drawn from the policy, layer by layer with its exit probabilities, without gradient to it. Tokens that
-    have left keep their state through the deeper layers, as in decoding. One head row per token.
+    have exited keep their state through the deeper layers, as in decoding. One head row per token.
 
     A share of the texts, drawn anew at each step, runs without exits instead and learns the weighted sum. In
     expectation that is `weighted_sum_share` times that loss plus the rest times the consistent one, for one pass.
@@ -285,7 +285,7 @@ def consistent_objective(
         tokens = ResponseTokens.of(labels)
         plain_rows = _draw_rows(len(labels), weighted_sum_share).to(labels.device)  # (batch,) bool
         is_plain = plain_rows[tokens.rows]
-        plain, leaving = tokens.select(is_plain), tokens.select(~is_plain)
+        plain, exiting = tokens.select(is_plain), tokens.select(~is_plain)
         drawn = draw_layers(model.num_layers, layers_per_step) if bool(plain_rows.any()) else {}
         plain_losses = torch.zeros(len(plain), device=labels.device)
 
@@ -314,9 +314,9 @@ def consistent_objective(
             losses = (weight * losses).index_add(0, is_plain.nonzero().squeeze(1), plain_losses)
         missing = torch.where(plain_rows, math.nan, 0.0)
         figures = {
-            "exit_layer": leaving.row_means(layer[~is_plain].float()) + missing,
-            "accuracy": leaving.row_means(right[~is_plain]) + missing,
-            "reward": -leaving.row_means(at_exit.detach()[~is_plain]) + missing,
+            "exit_layer": exiting.row_means(layer[~is_plain].float()) + missing,
+            "accuracy": exiting.row_means(right[~is_plain]) + missing,
+            "reward": -exiting.row_means(at_exit.detach()[~is_plain]) + missing,
         }
         return ObjectiveOutput(tokens.row_means(losses), figures)
 
@@ -324,7 +324,7 @@ def consistent_objective(
 
 
 def leaving_positions(labels: Tensor, full_depth_first_token: bool) -> Tensor:
-    """Positions at which decoding lets a token leave, (batch, tokens) bool: those that predict one of the response.
+    """Positions at which decoding lets a token exit, (batch, tokens) bool: those that predict one of the response.
 
     Args:
         labels: (batch, tokens), IGNORED where nothing is to be learnt.

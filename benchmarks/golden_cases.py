@@ -146,7 +146,7 @@ def classifier_backbones(folder: Path) -> dict[str, Any]:
             backbone,
             label_names=("no", "yes"),
             max_length=24,
-            policy_input="state+log_odds",
+            policy_input="state",
             head="attention",
         )
         unsettle(model)

@@ -27,13 +27,33 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RENAMED: dict[str, str] = {}
-"""Parts of a path ("/"-separated) that are called otherwise now: before -> now."""
+RENAMED: dict[str, str] = {
+    "config/prices": "config/layer_cost_mode",
+    "config/price_warmup": "config/layer_cost_warmup",
+}
+"""Ends of a path that are called otherwise now: before -> now."""
+
+STEPS = "curves have equal steps of depth for both tasks, and default thresholds are chosen on them"
 
 EXPECTED: dict[str, str] = {
     "generator *record/config/consistent_learning_rate": "a setting that generation shares since 0.1.0",
     "classifier *predictions/*/confidence 0.*": "scores are the curve's own: one at the threshold does not exceed it",
     "classifier *predictions/*/entropy 0.*": "as for confidence",
+    "classifier *curve": STEPS,
+    "classifier *predictions/*/policy 0.*": STEPS,
+    "classifier *predictions/*/saved/*": STEPS,
+    "classifier *thresholds/*": STEPS,
+    "classifier *saved_config/threshold": STEPS,
+    "classifier *record/validation/*": STEPS,
+    "classifier commands: *evaluation/*": STEPS,
+    "classifier commands: predictions": STEPS,
+    "classifier finetune: *evaluation/*": STEPS,
+    "*record/method": "a new key of the record",
+    "classifier *record/history/*/num_examples": "a new key of the record",
+    "generator *record/policy/policy_input": "a new key of the record",
+    "*record/config/distillation": "a setting that is gone",
+    "classifier auto: *": "policies read log-odds in place of nine signals",
+    "classifier final_loss: *": "the hardness comes from the loss for both tasks: its last bit",
 }
 """Patterns of values that differ from what was, or are new or gone, on purpose: "case: path" -> why."""
 
@@ -129,8 +149,10 @@ def differences(before: Result, now: Result) -> dict[str, tuple[Any, Any]]:
 
 def renamed(name: str) -> str:
     """The path that a value has now."""
-    case, path = name.split(": ", 1)
-    return f"{case}: " + "/".join(RENAMED.get(part, part) for part in path.split("/"))
+    for before, now in RENAMED.items():
+        if name.endswith(f"/{before}"):
+            return name.removesuffix(before) + now
+    return name
 
 
 def skips(before: Result, now: Result) -> list[str]:

@@ -26,7 +26,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Public names: as they were in 0.1.0 -> what else they are called in some revision."""
 
-RENAMED_SETTINGS: dict[str, str] = {}
+RENAMED_SETTINGS = {"prices": "layer_cost_mode", "price_warmup": "layer_cost_warmup"}
 """Settings of trainings: as they were in 0.1.0 -> what they are called in a revision that does not know them so."""
 
 LEFT_OUT = {

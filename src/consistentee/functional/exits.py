@@ -149,11 +149,9 @@ def prediction_streak(predictions: Tensor) -> Tensor:
         >>> prediction_streak(torch.tensor([[1, 1, 0, 0, 0]]))
         tensor([[1, 2, 1, 2, 3]])
     """
-    steps = torch.arange(predictions.shape[1], device=predictions.device)
-    changed = torch.ones_like(predictions, dtype=torch.bool)
-    changed[:, 1:] = predictions[:, 1:] != predictions[:, :-1]
-    start = torch.where(changed, steps, torch.zeros_like(steps)).cummax(dim=1).values
-    return steps - start + 1
+    layers = torch.arange(1, predictions.shape[1], device=predictions.device)
+    start = (layers * (predictions[:, 1:] != predictions[:, :-1])).cummax(dim=1).values  # of the run, from 0
+    return torch.nn.functional.pad(layers - start + 1, (1, 0), value=1)
 
 
 def choose_exit_layer(scores: Tensor, threshold: float) -> Tensor:

@@ -42,9 +42,10 @@ def policy_of(model: EncoderParts) -> PolicyNetwork | None:
     return getattr(model, "policy", None)
 
 
-def classifier_index(model: EncoderParts, layer_index: int) -> int:
-    """Which classifier sits on a layer: the only one of a model without exits on its last."""
-    return layer_index if len(model.classifiers.layers) == model.num_layers else 0
+def classifier_indices(model: EncoderParts) -> tuple[int, ...]:
+    """Which classifier sits on each layer, (layers,): 0 where there is one alone, on the last."""
+    num_layers = model.num_layers
+    return tuple(range(num_layers)) if len(model.classifiers.layers) == num_layers else (0,) * num_layers
 
 
 @dataclass(frozen=True)

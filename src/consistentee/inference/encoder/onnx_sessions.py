@@ -14,7 +14,7 @@ from torch import Tensor
 from consistentee.backbones import encoders as backbones
 from consistentee.errors import require_extra
 from consistentee.heads.policy import exit_feature_map
-from consistentee.inference.encoder.backend import EncoderParts, classifier_index, policy_of
+from consistentee.inference.encoder.backend import EncoderParts, classifier_indices, policy_of
 from consistentee.inference.encoder.onnx_graphs import (
     HIDDEN,
     IDS,
@@ -125,7 +125,7 @@ class OnnxSessions:
         """Which classifier sits on a layer; a plain model's only one on the last."""
         has_exits = len(self._model.classifiers.layers) == self.num_layers
         if has_exits or layer_index == self.num_layers - 1:
-            return classifier_index(self._model, layer_index)
+            return classifier_indices(self._model)[layer_index]
         return None
 
     def _segment(self, groups: Sequence[list[Any]], index: int | None = None) -> Any:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from consistentee.backbones import encoders as backbones
 from consistentee.errors import SettingError
 from consistentee.heads.policy import exit_feature_map
-from consistentee.inference.encoder.backend import EncoderParts, TokenRow, classifier_index, policy_of
+from consistentee.inference.encoder.backend import EncoderParts, TokenRow, classifier_indices, policy_of
 from consistentee.inference.encoder.packed_heads import PackedClassifiers
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PackedLayers, storage_dtype
 from consistentee.inference.encoder.packing import PackedBatch, pack
@@ -94,6 +94,7 @@ class PackedBackend:
         self.dtype = dtype
         self.device = model.backbone.device
         self.num_layers = model.num_layers
+        self._classifier_indices = classifier_indices(model)
         self._layers = PackedLayers(model.backbone, dtype, model.backbone.device)
         self._classifiers = PackedClassifiers(
             model.classifiers, policy_of(model), dtype, model.backbone.device
@@ -122,7 +123,7 @@ class PackedBackend:
 
     def classify(self, layer_index: int, batch: PackedBatch) -> Tensor:
         """Logits and what the policy reads, float32."""
-        return self._classifiers(classifier_index(self.model, layer_index), batch)
+        return self._classifiers(self._classifier_indices[layer_index], batch)
 
     def pass_layer(self, layer_index: int, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
         """`run_layer` and `classify`."""
@@ -176,6 +177,7 @@ class PaddedBackend:
         self.dtype = dtype
         self.device = model.backbone.device
         self.num_layers = model.num_layers
+        self._classifier_indices = classifier_indices(model)
 
     def start(self, rows: Sequence[TokenRow]) -> PaddedBatch:
         """Embed the rows, padded to a multiple of `WIDTH_STEP` as far as the model's positions reach."""
@@ -198,7 +200,7 @@ class PaddedBackend:
 
     def classify(self, layer_index: int, batch: PaddedBatch) -> Tensor:
         """Logits and what the policy reads, float32."""
-        index = classifier_index(self.model, layer_index)
+        index = self._classifier_indices[layer_index]
         state = batch.state
         pooled, _ = self.model.classifiers(index, state.hidden_states, state.attention_mask)
         return torch.nn.functional.linear(pooled.float(), *self._exit_feature_maps[index])

@@ -51,7 +51,7 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
     "electra": {"embedding_size": 16},
     "modernbert": {"bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2},
 }
-_NO_TOKEN_TYPES = ("roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert")
+_NO_TOKEN_TYPES = ("roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "modernbert")
 
 
 def tiny_tokenizer(model_type: str = "bert", max_length: int = 64) -> PreTrainedTokenizerFast:

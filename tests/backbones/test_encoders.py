@@ -38,7 +38,7 @@ from tiny import all_hidden_states
 
 LAYERS = 4
 LENGTHS = (12, 7, 3, 9, 12)
-PAD = 1  # roberta, xlm-roberta and mpnet count positions from the padding id, so all types share theirs
+PAD = 1  # roberta, its kin and mpnet count positions from the padding id, so all types share theirs
 
 COMMON: dict[str, Any] = {
     "vocab_size": 100,
@@ -52,6 +52,7 @@ COMMON: dict[str, Any] = {
 }
 PARTICULAR: dict[str, dict[str, Any]] = {
     "roberta": {"type_vocab_size": 2},
+    "camembert": {"type_vocab_size": 1},
     "xlm-roberta": {"type_vocab_size": 1},
     "distilbert": {"dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 48},
     "albert": {"embedding_size": 16, "num_hidden_groups": 2},
@@ -371,6 +372,7 @@ def test_table_lists_the_supported_types() -> None:
         "bert",
         "roberta",
         "xlm-roberta",
+        "camembert",
         "distilbert",
         "albert",
         "electra",

@@ -22,7 +22,7 @@ from quick import quick_config
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 
 POSITIONS = 80
-LONGEST = {"roberta": 78, "xlm-roberta": 78, "mpnet": 78, "modernbert": None}
+LONGEST = {"roberta": 78, "xlm-roberta": 78, "camembert": 78, "mpnet": 78, "modernbert": None}
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)

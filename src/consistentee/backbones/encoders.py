@@ -255,6 +255,7 @@ _ROWS = (
     Architecture("bert", "encoder.layer", _embed_plain, _run_plain, "cls", has_pooler=True),
     Architecture("roberta", "encoder.layer", _embed_plain, _run_plain, "mean", has_pooler=True),
     Architecture("xlm-roberta", "encoder.layer", _embed_plain, _run_plain, "mean", has_pooler=True),
+    Architecture("camembert", "encoder.layer", _embed_plain, _run_plain, "mean", has_pooler=True),
     Architecture("distilbert", "transformer.layer", _embed_plain, _run_plain, "mean"),
     Architecture(
         "albert",

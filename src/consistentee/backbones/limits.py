@@ -21,7 +21,7 @@ LONGER_TRAINING = "Train with a higher --max-length to keep more of them."
 FROM_ZERO = ("bert", "distilbert", "albert", "electra", "gpt2")
 """Types with a table of positions that begins with the first token."""
 
-BEHIND_PADDING = ("roberta", "xlm-roberta", "mpnet")
+BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 """Types whose first token stands behind the padding's entry: two of 514 positions are never a token's."""
 
 MPNET_PADDING = 1  # whatever its configuration says

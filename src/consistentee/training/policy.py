@@ -133,8 +133,8 @@ def fit_policy(
     threshold t stands for `layer_cost * ((1 - t) / t) ** (1 / COST_SLOPE)`. The exit probability orders (instance,
     layer) pairs by the cost at which exiting there becomes worthwhile, the reservation price of optimal stopping.
 
-    The cost rises from zero over the first `layer_cost_warmup` of the fit (the policy first learns which layers are
-    good, then to save), and the entropy bonus falls to zero over it: both keep a high cost from collapsing the policy.
+    The cost rises from zero over the first `layer_cost_warmup` of the fit (first quality, then speed), and the entropy
+    bonus falls to zero over it: both keep a high cost from collapsing the policy.
 
     Args:
         policy: a new policy network; trained in place.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from consistentee.backbones.encoders import embedding_projection
+from consistentee.backbones.limits import BEHIND_PADDING
 from consistentee.errors import require_extra
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.policy import PolicyNetwork, exit_feature_map
@@ -122,7 +123,7 @@ def add_embeddings(graph: Graph, backbone: PreTrainedModel, *, with_types: bool)
 
 def first_position(backbone: PreTrainedModel) -> int:
     """Where a model begins to count positions: roberta and its kin behind the padding id."""
-    if backbone.config.model_type in ("roberta", "xlm-roberta", "mpnet"):
+    if backbone.config.model_type in BEHIND_PADDING:
         return int(cast(Any, backbone.get_submodule("embeddings")).padding_idx) + 1
     return 0
 

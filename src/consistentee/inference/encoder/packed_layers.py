@@ -84,6 +84,7 @@ LAYER_PARTS: dict[str, PackedLayerParts] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "camembert": _BERT,
     "electra": _BERT,
     "distilbert": _DISTILBERT,
     "albert": _ALBERT,

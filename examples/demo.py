@@ -154,7 +154,7 @@ def run_demo(output_dir: Path, *, seed: int, console: Console) -> None:
     except MissingExtraError as error:
         say(f"No picture: {error}")
 
-    step(5, "A dozen of these sentences, and the layer at which each left")
+    step(5, "A dozen of these sentences, and the layer at which each exited")
     shuffled = evaluation_rows.select(np.random.default_rng(seed).permutation(len(evaluation_rows)))
     engine, shown = Engine(saved), shuffled.select(range(min(SEARCHED, len(shuffled))))
     console.print(sentence_table(shown, engine.predict(shown.texts)))

@@ -25,14 +25,8 @@ from consistentee.functional.rewards import rewards
 from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.training.instances import Instances, group_folds
-from consistentee.training.policy import (
-    PolicyChoice,
-    PolicySearch,
-    choose_policy,
-    fit_foretelling,
-    fit_policy,
-    policy_exit_probs,
-)
+from consistentee.training.policy import fit_foretelling, fit_policy, policy_exit_probs
+from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy
 
 LAYERS, HIDDEN = 4, 6
 FIT: dict[str, Any] = {"epochs": 10, "min_steps": 1, "batch_size": 40, "learning_rate": 3e-2}
@@ -318,7 +312,7 @@ class ReadRows:
 
 def follow(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[set[int], set[int]]], Any]:
     """Judgements as (numbers its policy was fitted on, numbers it judged), and the fit that notes the former."""
-    from consistentee.training import policy as module
+    from consistentee.training import policy_choice as module
 
     seen: dict[int, set[int]] = {}
     judgements: list[tuple[set[int], set[int]]] = []

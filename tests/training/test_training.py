@@ -28,7 +28,7 @@ from consistentee.models.sequence_classification import (
 )
 from consistentee.training import checkpoints, policy_phase
 from consistentee.training.methods import consistent
-from consistentee.training.policy import PolicyChoice, choose_policy
+from consistentee.training.policy_choice import PolicyChoice, choose_policy
 from consistentee.training.run import Run
 from consistentee.training.states import LayerStates
 from consistentee.training.steps import OptimizerSteps

@@ -11,13 +11,8 @@ import torch
 from consistentee.config import TrainingConfig
 from consistentee.functional.curves import score_standard_error
 from consistentee.progress import show_progress
-from consistentee.training.policy import (
-    PolicyChoice,
-    PolicySearch,
-    choose_policy,
-    fit_foretelling,
-    fit_policy,
-)
+from consistentee.training.policy import fit_foretelling, fit_policy
+from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy
 from consistentee.training.run import PolicyInstances, Run
 
 

@@ -25,7 +25,7 @@ from consistentee.models.card import write_model_card
 from consistentee.models.record import RECORD_FILE
 from consistentee.training import checkpoints
 from consistentee.training.instances import Instances
-from consistentee.training.policy import PolicyChoice
+from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.steps import Collate, Objective, OptimizerSteps
 
 Report = Callable[[str], None]

@@ -31,7 +31,7 @@ from consistentee.models.sequence_classification import (
     FullDepthForSequenceClassification,
 )
 from consistentee.training.instances import Instances
-from consistentee.training.policy import PolicyChoice
+from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.states import LayerStates, run_all_layers, run_full_depth
 from consistentee.training.steps import Figures, Objective

@@ -26,7 +26,7 @@ from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.adapters import Adapters, add_adapters
 from consistentee.training.instances import Instances
-from consistentee.training.policy import PolicyChoice
+from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.steps import Figures, Objective
 from consistentee.training.tasks.token_objectives import (

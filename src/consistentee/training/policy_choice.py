@@ -1,0 +1,269 @@
+"""The choice of phase 2: policies at several layer costs, judged on instances they have not seen, and thresholds.
+
+On held-out instances a policy is cross-fitted: each fold is judged by policies that have not seen it, so one held-out
+part serves both to train the policy and to choose its layer cost and threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.functional.curves import (
+    CurvePoint,
+    budget_hits,
+    curve_score,
+    threshold_within,
+    trade_off_curve,
+)
+from consistentee.functional.exits import choose_exit_layer, exit_distribution
+from consistentee.functional.rewards import rewards
+from consistentee.heads.policy import PolicyNetwork
+from consistentee.training.instances import Instances, group_folds
+from consistentee.training.policy import foretold_probabilities, generators_of, policy_exit_probs
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """How a policy did on instances it has not seen, at one layer cost.
+
+    Attributes:
+        layer_cost: at which.
+        score: mean over `BUDGETS` of the best accuracy at that layer speed-up or more.
+        reward: mean over instances of the expected reward.
+        accuracy, mean_exit_layer: at threshold 0.5.
+        first_layer_share: share of instances that exit at the first layer they may exit at, at threshold 0.5.
+        collapsed: the policy sends (nearly) everything out at that layer although that costs accuracy.
+    """
+
+    layer_cost: float
+    score: float
+    reward: float
+    accuracy: float
+    mean_exit_layer: float
+    first_layer_share: float
+    collapsed: bool
+
+
+@dataclass(frozen=True)
+class PolicyChoice:
+    """The outcome of phase 2: a policy, its layer cost, thresholds by criterion, and the reports of all costs.
+
+    Attributes:
+        policy: fitted on all instances.
+        networks: by criterion, the other networks that were fitted.
+        layer_cost: the policy's.
+        at_thresholds: by criterion, its threshold (the fewest layers within the allowed loss) and what that gives.
+        scores: by criterion, one number for the whole curve (`curves.curve_score`).
+        reports: how the policies of all costs did.
+        hits: (groups,), at how many budgets the policy is right, summed over a group's judged instances.
+        counts: (groups,), how many of them there are.
+        exit_probs: (instances, layers), conditional exit probabilities of the judged instances, cross-fitted.
+    """
+
+    policy: PolicyNetwork
+    networks: Mapping[str, nn.Module]
+    layer_cost: float
+    at_thresholds: Mapping[str, CurvePoint]
+    scores: Mapping[str, float]
+    reports: tuple[PolicyReport, ...]
+    hits: Tensor
+    counts: Tensor
+    exit_probs: Tensor
+
+    @property
+    def report(self) -> PolicyReport:
+        """The report of the chosen cost."""
+        return next(report for report in self.reports if report.layer_cost == self.layer_cost)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Thresholds by criterion."""
+        return {criterion: point.threshold for criterion, point in self.at_thresholds.items()}
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything but the tensors, for the training record."""
+        return {
+            "policy_input": self.policy.policy_input,
+            "layer_cost": self.layer_cost,
+            "thresholds": self.thresholds,
+            "scores": self.scores,
+            "prices": [asdict(report) for report in self.reports],
+        }
+
+
+@dataclass(frozen=True)
+class PolicySearch:
+    """What is tried in phase 2, and how it is judged.
+
+    Attributes:
+        fit: `fit_policy` with the settings of a fit.
+        fit_network: `fit_foretelling` with them.
+        layer_costs: at least one.
+        as_range: whether these are the ends of a range for one policy; its layer cost is their geometric mean.
+        folds, seed: of cross-fitting.
+        criteria: exit criteria to choose thresholds for.
+        max_loss: what a threshold may lose of the quality.
+        min_exit_layer: the first layer, from 1, that an instance may exit at.
+    """
+
+    fit: Callable[..., PolicyNetwork]
+    fit_network: Callable[..., nn.Module]
+    layer_costs: tuple[float, ...]
+    as_range: bool
+    folds: int
+    seed: int
+    criteria: tuple[str, ...]
+    max_loss: float
+    min_exit_layer: int = 1
+    device: torch.device | str = "cpu"
+
+    @property
+    def layer_cost_range(self) -> tuple[float, float] | None:
+        """Lowest and highest cost of one policy, or None."""
+        low, high = min(self.layer_costs), max(self.layer_costs)
+        return (low, high) if self.as_range and low < high else None
+
+    @property
+    def fitted_costs(self) -> tuple[float, ...]:
+        """Layer costs of which each has a policy of its own."""
+        return (math.sqrt(math.prod(self.layer_cost_range)),) if self.layer_cost_range else self.layer_costs
+
+    def number_of_fits(self, *, cross_fitted: bool, networks: int = 0) -> int:
+        """How many networks `choose_policy` will fit."""
+        if not cross_fitted:
+            return len(self.fitted_costs) + networks
+        return len(self.fitted_costs) * self.folds + 1 + networks * (self.folds + 1)
+
+
+def choose_policy(
+    instances: Instances,
+    search: PolicySearch,
+    *,
+    new_policy: Callable[[], PolicyNetwork],
+    new_networks: Mapping[str, Callable[[], nn.Module]] | None = None,
+    judged: Instances | None = None,
+    judged_groups: int | None = None,
+    quality: Callable[[Tensor], float] | None = None,
+    on_fit: Callable[[], object] = lambda: None,
+) -> PolicyChoice:
+    """Fit a policy for the range of costs or one at each, judge it on instances it has not seen, and choose.
+
+    Args:
+        instances: what is learnt from.
+        search: what is tried.
+        new_policy: makes an untrained policy network.
+        new_networks: make untrained networks of other criteria, which foretell `instances.targets`.
+        judged: other instances to judge by; None cross-fits on `instances`.
+        judged_groups: in cross-fitting, so many of the first groups are judged, the others are only learnt from.
+        quality: what exit layers of the judged instances are worth (`curves.threshold_within`).
+        on_fit: called after each fit, to move a progress bar.
+    """
+    new_networks, device = new_networks or {}, search.device
+    folds: list[tuple[Tensor | None, Tensor]]
+    if judged is not None:
+        source = judged
+        folds = [(None, torch.arange(len(judged)))]
+    else:
+        source = instances
+        judged = instances if judged_groups is None else instances.first_groups(judged_groups)
+        folds = [*group_folds(instances.group, search.folds, search.seed, len(judged))]
+
+    def fit(rows: Tensor | None, layer_cost: float) -> PolicyNetwork:
+        with torch.random.fork_rng(devices=generators_of(device)):
+            torch.manual_seed(search.seed)
+            policy = new_policy()
+        policy = search.fit(
+            policy,
+            instances,
+            layer_cost=layer_cost,
+            layer_cost_range=search.layer_cost_range,
+            min_exit_layer=search.min_exit_layer,
+            seed=search.seed,
+            rows=rows,
+            device=device,
+        )
+        on_fit()
+        return policy
+
+    def fit_network(name: str, rows: Tensor | None) -> nn.Module:
+        network = search.fit_network(
+            new_networks[name](),
+            instances.kept_states,
+            instances.targets[name],
+            seed=search.seed,
+            rows=rows,
+            device=device,
+        )
+        on_fit()
+        return network
+
+    whole: dict[float, PolicyNetwork] = {}
+    probs: dict[float, Tensor] = {}
+    reports: list[PolicyReport] = []
+    for layer_cost in search.fitted_costs:
+        probs[layer_cost] = torch.empty_like(judged.exit_cost)
+        for inside, outside in folds:
+            policy = fit(inside, layer_cost)
+            probs[layer_cost][outside] = policy_exit_probs(policy, source, outside)
+            if inside is None:
+                whole[layer_cost] = policy
+        probs[layer_cost][:, : search.min_exit_layer - 1] = 0
+        reports.append(_report(judged, probs[layer_cost], layer_cost, search))
+    standing = [report for report in reports if not report.collapsed] or reports
+    best = max(standing, key=lambda report: report.score).layer_cost
+
+    networks: dict[str, nn.Module] = {}
+    known = {**judged.scores, "policy": probs[best]}
+    for name in new_networks:
+        known[name] = torch.empty_like(judged.exit_cost)
+        for inside, outside in folds:
+            networks[name] = fit_network(name, inside)
+            known[name][outside] = foretold_probabilities(networks[name], source.kept_states, outside)
+    policy = whole[best] if best in whole else fit(None, best)
+    if folds[0][0] is not None:
+        networks = {name: fit_network(name, None) for name in new_networks}
+
+    at_thresholds: dict[str, CurvePoint] = {}
+    scores: dict[str, float] = {}
+    hits = torch.zeros(len(judged), dtype=torch.int64)
+    for criterion in search.criteria:
+        row = EXIT_CRITERIA[criterion]
+        values = known[criterion].clone()
+        values[:, : row.first_exit_layer(search.min_exit_layer) - 1] = row.thresholds.low
+        points = trade_off_curve(values, judged.correct, criterion)
+        threshold = threshold_within(
+            points, values, judged.correct, criterion, max_loss=search.max_loss, quality=quality
+        )
+        at_thresholds[criterion] = next(point for point in points if point.threshold == threshold)
+        scores[criterion] = curve_score(points)
+        if criterion == "policy":
+            hits = budget_hits(values, judged.correct, points)
+    counts = torch.bincount(judged.group)
+    hits = torch.zeros_like(counts).index_add(0, judged.group, hits)
+    return PolicyChoice(
+        policy, networks, best, at_thresholds, scores, tuple(reports), hits, counts, probs[best]
+    )
+
+
+def _report(judged: Instances, probs: Tensor, layer_cost: float, search: PolicySearch) -> PolicyReport:
+    """How a policy does on instances it has not seen, by their conditional exit probabilities."""
+    correct = judged.correct.float()
+    reward = rewards(judged.exit_cost, layer_cost, judged.hardness)
+    exit_layer = choose_exit_layer(probs, 0.5)
+    accuracy = float(correct.gather(1, exit_layer[:, None] - 1).mean())
+    first_share = float((exit_layer == search.min_exit_layer).float().mean())
+    return PolicyReport(
+        layer_cost=layer_cost,
+        score=curve_score(trade_off_curve(probs, judged.correct)),
+        reward=float((exit_distribution(probs) * reward).sum(1).mean()),
+        accuracy=accuracy,
+        mean_exit_layer=float(exit_layer.float().mean()),
+        first_layer_share=first_share,
+        collapsed=first_share > 0.95 and accuracy < float(correct[:, -1].mean()) - 0.01,
+    )

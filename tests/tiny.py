@@ -13,7 +13,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from consistentee.backbones.encoders import build_backbone, embed, num_layers, run_layer
@@ -98,6 +98,16 @@ def tiny_backbone(
     Returns:
         The folder.
     """
+    config = tiny_config(model_type, layers, **config_values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(config)
+    save(backbone, tiny_tokenizer(model_type), folder)
+    return folder
+
+
+def tiny_config(model_type: str, layers: int, **config_values: Any) -> Any:
+    """The Hugging Face config of `tiny_backbone`."""
     tokenizer = tiny_tokenizer(model_type)
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -115,10 +125,20 @@ def tiny_backbone(
     }
     if "n_layers" in values:
         values["n_layers"] = layers
+    return AutoConfig.for_model(model_type, **values)
+
+
+def tiny_classifier(
+    folder: Path, model_type: str = "bert", layers: int = 4, seed: int = 0, **config_values: Any
+) -> Path:
+    """Save a random Hugging Face classifier with its tokenizer, sharp enough to have opinions; arguments as above."""
+    values = {"id2label": dict(enumerate(LABEL_NAMES)), **config_values}
+    if "num_labels" in config_values:
+        del values["id2label"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = build_backbone(AutoConfig.for_model(model_type, **values))
-    save(backbone, tokenizer, folder)
+        model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, layers, **values))
+    save(model, tiny_tokenizer(model_type), folder)
     return folder
 
 

@@ -196,11 +196,19 @@ def ensemble_step(running: Tensor | None, classifier_logits: Tensor, decay: floa
     return log_probs if running is None else decay * running + (1 - decay) * log_probs
 
 
-def ensemble_layers(classifier_logits: Tensor, decay: float) -> Tensor:
-    """`ensemble_step` over all layers: (batch, layers, classes) -> (batch, layers, classes)."""
+def ensemble_layers(classifier_logits: Tensor, decay: float, *, last_alone: bool = False) -> Tensor:
+    """`ensemble_step` over all layers: (batch, layers, classes) -> (batch, layers, classes).
+
+    Args:
+        classifier_logits: each layer's own.
+        decay: of `ensemble_step`.
+        last_alone: the last layer speaks for itself alone, its logits as they are.
+    """
     running: Tensor | None = None
     columns: list[Tensor] = []
     for logits in classifier_logits.unbind(1):
         running = ensemble_step(running, logits, decay)
         columns.append(running)
+    if last_alone:
+        columns[-1] = classifier_logits[:, -1].float()
     return torch.stack(columns, dim=1)

@@ -176,17 +176,24 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
             that every layer speaks for itself alone.
         policy_input: what the policy reads: `state`, `log_odds` or `state+log_odds`; in models that 0.1.0 saved also
             `signals` or `state+signals`.
+        original_head: of a model that kept its own head on the last layer: what makes it, `model_type` and perhaps
+            more (`heads.original_head`). The last layer then speaks for itself alone.
+        original: which model that was: `name`, `fingerprint`, `revision`, `license`.
     """
 
     model_type = "consistentee"
     ensemble_decay: float = 0.5
     policy_input: str = "state+log_odds"
+    original_head: dict[str, Any] | None = None
+    original: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         require_choice("policy_input", self.policy_input, (*get_args(PolicyInput), *OLD_POLICY_INPUTS))
         require_choice("criterion", self.criterion, get_args(Criterion))
         require_range("ensemble_decay", self.ensemble_decay, 0, 1, open_end=True)
+        if self.original_head is not None and self.head != "attention":
+            raise ValueError(f'head must be attention beside an original_head, got "{self.head}".')
 
 
 class FullDepthConfig(EncoderClassifierConfig):

@@ -268,7 +268,7 @@ class Engine:
         if criterion is None or not isinstance(model, EarlyExitForSequenceClassification):
             return None
         if rule.never_exits(model.num_layers):
-            if not model.config.ensemble_decay:
+            if not model.config.ensemble_decay or model.config.original_head is not None:
                 return None
             criterion = None  # every classifier has a share in the last prediction; nothing is decided
         if criterion not in self._exit_scores:
@@ -277,6 +277,7 @@ class Engine:
                 model.policy,
                 num_classes=model.config.num_classes,
                 ensemble_decay=model.config.ensemble_decay,
+                alone=None if model.config.original_head is None else model.num_layers - 1,
             )
         return self._exit_scores[criterion]
 

@@ -69,11 +69,19 @@ class IncrementalExitScores:
         policy: the policy network; copied.
         num_classes: of the model.
         ensemble_decay: share of the layers before in the running prediction, see `ensemble_step`.
+        alone: 0-based layer, the last, that speaks for itself alone and has no features but logits; None: none does.
     """
 
     def __init__(
-        self, criterion: str | None, policy: PolicyNetwork, *, num_classes: int, ensemble_decay: float
+        self,
+        criterion: str | None,
+        policy: PolicyNetwork,
+        *,
+        num_classes: int,
+        ensemble_decay: float,
+        alone: int | None = None,
     ) -> None:
+        self._alone = alone
         self._row = None if criterion is None else EXIT_CRITERIA[criterion]
         self._classes, self._decay = num_classes, float(ensemble_decay)
         reads = () if self._row is None else self._row.reads
@@ -97,6 +105,10 @@ class IncrementalExitScores:
         Returns:
             (rows,), the exit scores of this layer: higher means readier to exit.
         """
+        if history.layers == self._alone:
+            history.prediction_logits = exit_features
+            history.layers += 1
+            return np.zeros(len(exit_features), dtype=np.float32)
         self._predict(history, exit_features[:, : self._classes])
         logits = history.prediction_logits[:, None]
         if self._keeps_layers:

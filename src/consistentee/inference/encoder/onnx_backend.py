@@ -226,13 +226,17 @@ class OnnxBackend(_PaddedRows):
         return batch
 
     def classify(self, layer_index: int, batch: OnnxBatch) -> Tensor:
-        """Logits and what the policy reads."""
+        """Logits and what the policy reads; of an original head logits alone."""
+        head = self._sessions.original_head(layer_index)
+        if head is not None:
+            mask = torch.from_numpy(batch.is_token[:, 0]).long()
+            return head(torch.from_numpy(batch.hidden_states), mask)[1]
         feed = {HIDDEN: batch.hidden_states, **self._pooling_feed(batch)}
         return torch.from_numpy(self._sessions.classifier(layer_index).run(None, feed)[0])
 
     def pass_layer(self, layer_index: int, batch: OnnxBatch) -> tuple[OnnxBatch, Tensor]:
         """`run_layer` and `classify`, in one session where layers do not share their weights."""
-        if not self._sessions.fused:
+        if not self._sessions.fused or self._sessions.original_head(layer_index) is not None:
             batch = self.run_layer(layer_index, batch)
             return batch, self.classify(layer_index, batch)
         feed = self._layer_feed(batch) | self._pooling_feed(batch)
@@ -303,7 +307,10 @@ class BoundOnnxBackend(_PaddedRows):
         return batch
 
     def classify(self, layer_index: int, batch: BoundBatch) -> Tensor:
-        """Logits and what the policy reads."""
+        """Logits and what the policy reads; of an original head logits alone."""
+        head = self._sessions.original_head(layer_index)
+        if head is not None:
+            return head(batch.hidden_states, batch.is_token[:, 0].long())[1]
         session = self._sessions.classifier(layer_index)
         feed = {HIDDEN: batch.hidden_states, **self._pooling_feed(batch)}
         return self._run(session, feed, {EXIT_FEATURES: self._exit_features_shape(session, batch)})[0]
@@ -311,7 +318,7 @@ class BoundOnnxBackend(_PaddedRows):
     def pass_layer(self, layer_index: int, batch: BoundBatch) -> tuple[BoundBatch, Tensor]:
         """`run_layer` and `classify`, in one session where layers do not share their weights."""
         session = self._sessions.layers[layer_index]
-        if not self._sessions.fused:
+        if not self._sessions.fused or self._sessions.original_head(layer_index) is not None:
             batch = self._move(session, batch)
             return batch, self.classify(layer_index, batch)
         shapes = {

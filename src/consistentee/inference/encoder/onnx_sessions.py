@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consistentee.backbones import encoders as backbones
 from consistentee.errors import require_extra
+from consistentee.heads.original_head import OriginalHead
 from consistentee.heads.policy import exit_feature_map
 from consistentee.inference.encoder.backend import EncoderParts, classifier_indices, policy_of
 from consistentee.inference.encoder.onnx_graphs import (
@@ -121,8 +122,15 @@ class OnnxSessions:
                     self._classifiers[index] = self._classifier_session(index)
         return self._classifiers[index]
 
+    def original_head(self, layer_index: int) -> OriginalHead | None:
+        """The head that the model came with, where it sits on this layer: it runs in torch."""
+        last = self._model.classifiers.layers[-1]
+        return last if layer_index == self.num_layers - 1 and isinstance(last, OriginalHead) else None
+
     def _index(self, layer_index: int) -> int | None:
-        """Which classifier sits on a layer; a plain model's only one on the last."""
+        """Which classifier sits on a layer; a plain model's only one on the last. An original head is none."""
+        if self.original_head(layer_index) is not None:
+            return None
         has_exits = len(self._model.classifiers.layers) == self.num_layers
         if has_exits or layer_index == self.num_layers - 1:
             return classifier_indices(self._model)[layer_index]

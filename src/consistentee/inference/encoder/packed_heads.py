@@ -7,12 +7,15 @@ weights sum to one, and the linear map behind it absorbs gamma and beta. So toke
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from consistentee.heads.classifiers import InternalClassifiers
+from consistentee.heads.original_head import OriginalHead
 from consistentee.heads.policy import PolicyNetwork, exit_feature_map
 from consistentee.inference.encoder.packed_layers import storage_dtype
 from consistentee.inference.encoder.packing import Group, PackedBatch
@@ -37,7 +40,9 @@ class PackedClassifiers:
         device: torch.device,
     ) -> None:
         kind = _AttentionPooled if classifiers.head == "attention" else _Pooled
-        indices = range(len(classifiers.layers))
+        last = classifiers.layers[-1]
+        self._original = _Original(last, dtype, device) if isinstance(last, OriginalHead) else None
+        indices = range(len(classifiers.layers) - (self._original is not None))
         self._pooled = [kind(classifiers, index, dtype, device) for index in indices]
         exit_features = [exit_feature_map(classifiers, policy, index) for index in indices]
         self._exit_features = [
@@ -45,9 +50,27 @@ class PackedClassifiers:
         ]
 
     def __call__(self, index: int, batch: PackedBatch) -> Tensor:
-        """What `exit_feature_map` makes of one layer's rows, (rows, classes + width), float32."""
+        """What `exit_feature_map` makes of one layer's rows, (rows, classes + width), float32.
+
+        Of an original head its logits, (rows, classes).
+        """
+        if self._original is not None and index == len(self._pooled):
+            return self._original(batch)
         weight, bias = self._exit_features[index]
         return torch.nn.functional.linear(self._pooled[index](batch).float(), weight, bias)
+
+
+class _Original:
+    """The head that the model came with, on padded rows: it is asked once an input, and needs no speed."""
+
+    def __init__(self, head: OriginalHead, dtype: str, device: torch.device) -> None:
+        self._head = copy.deepcopy(head).to(device, storage_dtype(dtype))
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        layout = batch.layout
+        rows = batch.hidden_states[: layout.tokens].split(layout.lengths)
+        mask = pad_sequence([row.new_ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
+        return self._head(pad_sequence(list(rows), batch_first=True), mask)[1].float()
 
 
 class _AttentionPooled:

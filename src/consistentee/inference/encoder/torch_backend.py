@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from consistentee.backbones import encoders as backbones
 from consistentee.errors import SettingError
+from consistentee.heads.original_head import OriginalHead
 from consistentee.heads.policy import exit_feature_map
 from consistentee.inference.encoder.backend import EncoderParts, TokenRow, classifier_indices, policy_of
 from consistentee.inference.encoder.packed_heads import PackedClassifiers
@@ -170,9 +171,11 @@ class PaddedBackend:
         if model.backbone.dtype != kind:
             self.model = copy.deepcopy(model)
             self.model.to(kind)
-        indices = range(len(model.classifiers.layers))
+        classifiers = model.classifiers
         self._exit_feature_maps = [
-            exit_feature_map(model.classifiers, policy_of(model), index) for index in indices
+            exit_feature_map(classifiers, policy_of(model), index)
+            for index, classifier in enumerate(classifiers.layers)
+            if not isinstance(classifier, OriginalHead)
         ]
         self.dtype = dtype
         self.device = model.backbone.device
@@ -199,10 +202,12 @@ class PaddedBackend:
         return batch
 
     def classify(self, layer_index: int, batch: PaddedBatch) -> Tensor:
-        """Logits and what the policy reads, float32."""
+        """Logits and what the policy reads, float32; of an original head logits alone."""
         index = self._classifier_indices[layer_index]
         state = batch.state
-        pooled, _ = self.model.classifiers(index, state.hidden_states, state.attention_mask)
+        pooled, logits = self.model.classifiers(index, state.hidden_states, state.attention_mask)
+        if index == len(self._exit_feature_maps):
+            return logits.float()
         return torch.nn.functional.linear(pooled.float(), *self._exit_feature_maps[index])
 
     def pass_layer(self, layer_index: int, batch: PaddedBatch) -> tuple[PaddedBatch, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HEADER = (
-    "| batch | efficiency | speed-up over own full depth | nobody leaves | full depth / transformers | "
+    "| batch | efficiency | speed-up over own full depth | nobody exits | full depth / transformers | "
     "full depth / ONNX Runtime | with exits / transformers |\n|---|---|---|---|---|---|---|"
 )
 

@@ -50,7 +50,8 @@ _ABOVE_ZERO = (
     "max_length num_queries classifier_hidden_size policy_hidden_size max_prompt_length exit_head_rank lora_rank "
     "lora_alpha batch_size gradient_accumulation_steps learning_rate consistent_learning_rate head_learning_rate "
     "max_grad_norm warmup_epochs layers_per_step policy_tokens policy_epochs policy_min_steps policy_batch_size "
-    "policy_learning_rate patience checkpoint_every max_cache_mb logit_rows"
+    "policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
+    "passes policy_texts calibration_texts report_texts"
 )
 _NOT_NEGATIVE = "weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus"
 _SHARES = "weighted_sum_share max_accuracy_loss last_layer_share"
@@ -246,6 +247,35 @@ class ClassificationTrainingConfig(TrainingConfig):
     threshold_metric: ThresholdMetric = "accuracy"
     """Metric of the validation rows by which default thresholds are chosen. `accuracy` hardly sees a rare class;
     `macro_f1` counts every class alike, `f1` is that of the second of two classes."""
+
+
+@dataclass(frozen=True)
+class RetrofitConfig(ClassificationTrainingConfig):
+    """How a fine-tuned classifier gets exits that imitate it, without labels; an exit is right where it agrees."""
+
+    max_length: int = 512
+    """Tokens of an input at most, and no more than the model takes; longer ones are cut, as the model cuts them."""
+    batch_size: int = 32
+    warmup_epochs: float = 1.0
+    rounds: int = 0
+    consistent_epochs: float = 0.0
+    num_queries: int = 4
+    classifier_hidden_size: int | None = 64
+    policy_input: PolicyInputChoice = "state+log_odds"
+    policy_epochs: int = 20
+    policy_folds: int = 3
+    max_accuracy_loss: float = 0.01
+    """The default threshold may disagree with the model on this share of the texts (0.01 = one in a hundred)."""
+    max_cache_mb: float = 256.0
+    """States that are held at once, in memory; what the policy reads goes to a memory-mapped file beyond it."""
+    passes: int = 5
+    """Times that the exits learn every text, from states that are computed once."""
+    policy_texts: int = 20_000
+    """Texts that the policy learns from, at most, and at most a third of them."""
+    calibration_texts: int = 5_000
+    """Texts that the certificate rests on, at most, and at most a tenth."""
+    report_texts: int = 5_000
+    """Texts that figures are reported on, at most, and at most a tenth."""
 
 
 @dataclass(frozen=True)

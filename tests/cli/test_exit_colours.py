@@ -60,7 +60,7 @@ def test_legend_shares() -> None:
     assert legend(2, [1, 2]).plain == "layers  ■ 1 50%  ■ 2 50%"
     plain = legend(2, [1, 1], colour=False)
     assert plain.plain.splitlines() == [
-        "⟨n⟩: the text before it, back to the last mark, left after n of 2 layers.",
+        "⟨n⟩: the text before it, back to the last mark, exited after n of 2 layers.",
         "layers  1: 100%  2: 0%",
     ]
     assert not plain.spans

@@ -131,16 +131,16 @@ def test_next_token_against_depth(tmp_path: Path, figures: list[Figure]) -> None
     assert {y for _, y in lines["last layer, no exits"]} == {60.0}
 
 
-def test_where_and_when_tokens_leave(tmp_path: Path, figures: list[Figure]) -> None:
+def test_where_and_when_tokens_exit(tmp_path: Path, figures: list[Figure]) -> None:
     plot_evaluation(GENERATION, tmp_path / "plot.svg")
-    bars = panel(figures[0], "Where the 100 generated tokens leave").patches
+    bars = panel(figures[0], "Where the 100 generated tokens exit").patches
     assert {
         round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in bars if bar.get_height()
     } == {
         6: 60.0,
         30: 40.0,
     }
-    lines = series(panel(figures[0], "When tokens leave early"))
+    lines = series(panel(figures[0], "When tokens exit early"))
     assert [(1.0, 20.0), (2.0, 18.0), (3.0, 17.0)] in lines.values()
 
 

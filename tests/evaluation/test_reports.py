@@ -146,4 +146,4 @@ def test_report_of_nothing_generated(num_tokens: int) -> None:
     bare = replace(
         EVALUATION, num_tokens=num_tokens, full_depth=None, reference=None, generated=[], other_criteria={}
     )
-    assert not any("leave here" in line for line in lines_of(bare))
+    assert not any("exit here" in line for line in lines_of(bare))

@@ -201,7 +201,7 @@ def test_table_fits_a_terminal(report: SpeedResults[ClassificationSpeedRow]) -> 
     text = stream.getvalue()
     assert "…" not in text
     assert "throughput" in text
-    assert "nobody leaves" in text
+    assert "nobody exits" in text
 
 
 def test_picture(report: SpeedResults[ClassificationSpeedRow], tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_rows_of_generation_fit_together(tmp_path: Path) -> None:
     rows = {(row.batch_size, row.name): row for row in report.rows}
     for size in (1, 3):
         exits, full = rows[size, "engine"], rows[size, "engine-full-depth"]
-        # of 8 tokens in each text the first comes from the last layer, the others leave evenly
+        # of 8 tokens in each text the first comes from the last layer, the others exit evenly
         assert 2.5 <= exits.mean_exit_layer <= 3.0
         assert exits.layer_speedup == pytest.approx(4 / exits.mean_exit_layer)
         assert exits.efficiency == pytest.approx(exits.wall_clock_speedup / exits.layer_speedup)

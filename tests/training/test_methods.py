@@ -151,4 +151,4 @@ def test_the_command_line_offers_the_methods_with_exits() -> None:
     from consistentee.cli import train as command
 
     offered = get_args(get_type_hints(command.train_command)["method"])
-    assert offered == tuple(name for name, method in METHODS.items() if method.exits)
+    assert offered == tuple(name for name, method in METHODS.items() if method.exits and method.labels)

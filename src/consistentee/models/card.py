@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from consistentee.atomic_files import write_text
 
@@ -193,3 +194,15 @@ def _is_hub_name(backbone: str) -> bool:
     return (
         backbone.count("/") == 1 and not backbone.startswith((".", "/", "~")) and not Path(backbone).exists()
     )
+
+
+def license_of(name_or_path: str | Path) -> str | None:
+    """The licence that a folder's model card names; None where there is none, and for names on the hub."""
+    path = Path(name_or_path).expanduser() / CARD_FILE
+    if not path.is_file():
+        return None
+    try:
+        found = ModelCard.load(path).data.to_dict().get("license")
+    except (ValueError, OSError, YAMLError):
+        return None
+    return None if found is None else str(found)

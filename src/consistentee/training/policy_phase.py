@@ -126,7 +126,7 @@ def record_round(run: Run, number: int, phase: PolicyPhase) -> None:
     A round that is within one standard error of the best score counts as no worse and is kept in its place: it has
     had more training, at falling learning rates.
     """
-    choice, progress, unit = phase.choice, run.progress, run.task.unit
+    choice, progress, measure = phase.choice, run.progress, run.task.measure
     report, accuracies = choice.report, phase.per_layer_accuracy
     if number == 0:
         progress["warmup"] = _first_figures(run, phase)
@@ -141,7 +141,7 @@ def record_round(run: Run, number: int, phase: PolicyPhase) -> None:
         }
     )
     run.say(
-        f"Round {number}: validation score {report.score:.4f}, last layer's {unit}accuracy {accuracies[-1]:.4f}, at "
+        f"Round {number}: validation score {report.score:.4f}, last layer's {measure} {accuracies[-1]:.4f}, at "
         f"threshold 0.5 {report.accuracy:.4f} with mean exit layer {report.mean_exit_layer:.2f}, reward "
         f"{report.reward:.4f} (layer cost {report.layer_cost:g})"
     )
@@ -159,11 +159,11 @@ def record_round(run: Run, number: int, phase: PolicyPhase) -> None:
 def _first_figures(run: Run, phase: PolicyPhase) -> dict[str, Any]:
     """Say every exit's accuracy beside what guessing gives, and name the exits that are no better."""
     figures = run.task.first_figures(run, phase.data)
-    unit = run.task.unit
+    measure = run.task.measure
     guess_name = next(name for name in figures if name.endswith("_share"))
     guess, accuracies = figures[guess_name], figures["per_layer_accuracy"]
     layers = " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-    run.say(f"{unit.capitalize()}{'a' if unit else 'A'}ccuracy by layer after warm-up: {layers}")
+    run.say(f"{measure.capitalize()} by layer after warm-up: {layers}")
     run.say(f"{guess_name.replace('_', ' ').capitalize()}: {guess:.3f}")
     dead = [layer for layer, accuracy in enumerate(accuracies, start=1) if accuracy <= guess + 0.005]
     if dead:
@@ -179,7 +179,7 @@ def _say_collapses(run: Run, choice: PolicyChoice) -> None:
         if report.collapsed:
             run.say(
                 f"Layer cost {report.layer_cost:g} collapsed: {report.first_layer_share:.0%} exit at the first layer "
-                f"with {run.task.unit}accuracy {report.accuracy:.3f}. "
+                f"with {run.task.measure} {report.accuracy:.3f}. "
                 + ("Try lower layer_costs." if choice.report.collapsed else "It is not used.")
             )
 
@@ -204,7 +204,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     )
     for name, at in choice.at_thresholds.items():
         run.say(
-            f"  {name}: threshold {at.threshold:.4f}, {run.task.unit}accuracy {at.accuracy:.4f}, mean exit layer "
+            f"  {name}: threshold {at.threshold:.4f}, {run.task.measure} {at.accuracy:.4f}, mean exit layer "
             f"{at.mean_exit_layer:.2f}"
         )
     model = run.task.finish(run, choice, criterion)

@@ -26,7 +26,7 @@ from consistentee.models.record import RECORD_FILE
 from consistentee.training import checkpoints
 from consistentee.training.instances import Instances
 from consistentee.training.policy_choice import PolicyChoice
-from consistentee.training.steps import Collate, Objective, OptimizerSteps
+from consistentee.training.steps import Batches, Collate, Objective, OptimizerSteps
 
 Report = Callable[[str], None]
 T = TypeVar("T")
@@ -45,6 +45,8 @@ class Parts:
         row_weights: (rows,), what a row's loss weighs in the mean over a batch; None where all weigh the same.
         description: of the model and its data, in words.
         data: further figures of the data, for the record.
+        trained: what steps run and train; None for the model.
+        batches: of the rows; None for shuffled ones of similar length.
     """
 
     model: Any
@@ -56,6 +58,8 @@ class Parts:
     row_weights: Tensor | None
     description: str
     data: dict[str, Any]
+    trained: nn.Module | None = None
+    batches: Batches | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class TrainingTask(Protocol):
         config: how to train.
         data: labelled texts, or instructions with responses.
         suffix: of the record's `kind`.
-        unit: what is right or wrong, as a word before "accuracy".
+        measure: what the share of right exits is called, such as "accuracy".
         criteria: exit criteria to choose thresholds for.
         policy_inputs: what a policy may read.
         confidence: the criterion that says how sure an exit is, which needs no training.
@@ -101,7 +105,7 @@ class TrainingTask(Protocol):
     config: TrainingConfig
     data: Any
     suffix: str
-    unit: str
+    measure: str
     criteria: tuple[str, ...]
     policy_inputs: tuple[str, ...]
     confidence: str

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -38,6 +38,18 @@ Figures = dict[str, Tensor]
 Objective = Callable[[nn.Module, dict[str, Tensor], Tensor], tuple[Tensor, Figures]]
 """(model, batch, labels) -> loss of every row, (rows,), and figures of every row for the progress bar, each (rows,),
 NaN for a row that has none. The model is the one that accelerate prepared, and its `forward` is to be called once."""
+
+
+class Batches(Protocol):
+    """Batches of row indices, the same for the same epoch; see `batches.LengthGroupedBatches`."""
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch, and its batch to start at."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[int]]: ...
 
 
 class Rows(Protocol):
@@ -137,6 +149,7 @@ class OptimizerSteps:
         checkpoint_every: steps between calls of `checkpoint`.
         total_steps: planned length of the whole run, which the learning rate follows.
         step: optimizer steps taken.
+        given_batches: in place of shuffled ones of similar length.
     """
 
     accelerator: Accelerator
@@ -159,9 +172,10 @@ class OptimizerSteps:
     step: int = 0
     checkpoint: Callable[[], None] = lambda: None
     figures: dict[str, float] = field(default_factory=dict)
+    given_batches: Batches | None = None
 
     def __post_init__(self) -> None:
-        self.batches = LengthGroupedBatches(
+        self.batches: Batches = self.given_batches or LengthGroupedBatches(
             self.rows.lengths, self.batch_size, seed=self.seed, group_by_length=self.group_by_length
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,14 +10,24 @@ import torch
 from transformers.trainer_utils import set_seed
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
-from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, TrainingConfig
+from consistentee.config import (
+    ClassificationTrainingConfig,
+    GenerationTrainingConfig,
+    RetrofitConfig,
+    TrainingConfig,
+)
+from consistentee.data.literal import read_special_tokens
 from consistentee.data.rows import InstructionDataset, TextDataset
+from consistentee.data.spooled import SpooledTexts
+from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.models.sequence_classification import check_single_label
 from consistentee.training.methods import METHODS, method_of
 from consistentee.training.run import Report, Run, TrainingTask
 from consistentee.training.run_folders import open_output, run_identity
 from consistentee.training.steps import OptimizerSteps, Rows, make_accelerator, parameter_groups
 from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.tasks.generation import GenerationTraining
+from consistentee.training.tasks.retrofit import RetrofitTraining
 
 
 def train(
@@ -90,6 +101,75 @@ def finetune(
     )
 
 
+def retrofit(
+    *,
+    model: str | Path,
+    texts: Iterable[tuple[str, ...]],
+    output_dir: str | Path,
+    config: RetrofitConfig | None = None,
+    source: str = "texts",
+    max_texts: int | None = None,
+    resume: bool = False,
+    report: Report = lambda message: None,
+) -> Path:
+    """Give a fine-tuned classifier exits that imitate it, from texts without labels; see `methods/retrofit.py`.
+
+    Backbone and head stay what they are: at full depth the folder gives the model's own logits.
+
+    Args:
+        model: hub name or local folder of a Hugging Face sequence classifier, or of a plain model of ours.
+        texts: tuples of one text or two; duplicates are dropped.
+        output_dir, resume, report: as in `train`.
+        config: settings.
+        source: where the texts come from, for the record.
+        max_texts: different ones to read, at most.
+
+    Returns:
+        The folder of the saved model.
+
+    Raises:
+        DataError: too few texts, or one that cannot be read.
+        FileExistsError, ValueError: as `train`; a model that is no classifier of one class an input, or has exits.
+    """
+    config = RetrofitConfig() if config is None else config
+    task = retrofit_task(model, texts, config, source=source, max_texts=max_texts)
+    return run_retrofit(task, output_dir, resume=resume, report=report)
+
+
+def retrofit_task(
+    model: str | Path,
+    texts: Iterable[tuple[str, ...]],
+    config: RetrofitConfig,
+    *,
+    source: str,
+    max_texts: int | None = None,
+) -> RetrofitTraining:
+    """Open the model and read the texts; arguments and errors as of `retrofit`."""
+    original = load_model(model, LoadedClassifier)
+    check_single_label(original.model.config, str(model))
+    read_special_tokens(original.tokenizer, config.parse_special_tokens)
+    longest = min(config.max_length, original.max_length)
+    spooled = SpooledTexts.read(texts, original.tokenizer, longest, source=source, max_texts=max_texts)
+    original.check_texts(2 if spooled.text_pairs else 1, f"each row of {source}")
+    return RetrofitTraining(config, spooled, original)
+
+
+def run_retrofit(
+    task: RetrofitTraining, output_dir: str | Path, *, resume: bool = False, report: Report
+) -> Path:
+    """Train what `retrofit_task` made; arguments as of `retrofit`."""
+    run = start_run(
+        cast(Any, task),
+        "retrofit",
+        backbone=task.original.name,
+        output_dir=output_dir,
+        task_name=None,
+        resume=resume,
+        report=report,
+    )
+    return Path(output_dir) if run is None else METHODS["retrofit"].load()(run)
+
+
 def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | None) -> TrainingTask:
     """The task of the data, with its settings."""
     rows = isinstance(data, TextDataset)
@@ -142,8 +222,11 @@ def start_run(
     optimizer = torch.optim.AdamW(
         parameter_groups(parts.model, config.weight_decay), lr=config.learning_rate, fused=True
     )
-    prepared, optimizer = accelerator.prepare(parts.model, optimizer)
-    parts.model = accelerator.unwrap_model(prepared)
+    prepared, optimizer = accelerator.prepare(parts.trained or parts.model, optimizer)
+    if parts.trained is None:
+        parts.model = accelerator.unwrap_model(prepared)
+    else:
+        parts.model.to(accelerator.device)
     run = Run(
         kind=kind,
         config=config,
@@ -170,6 +253,7 @@ def start_run(
             seed=config.seed,
             tracked=config.tracker != "none",
             checkpoint_every=config.checkpoint_every,
+            given_batches=parts.batches,
         ),
         identity={
             **identity,

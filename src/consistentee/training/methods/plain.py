@@ -16,11 +16,12 @@ def train_plain(run: Run) -> Path:
     task, progress = run.task, run.progress
     per_epoch, total = run.steps_of(1.0), run.steps.total_steps
     ends = [*range(per_epoch, total, per_epoch), total]
+    unit = task.measure.removesuffix("accuracy")
     for number, end in list(enumerate(ends))[progress["rounds_done"] :]:
         run.take_steps(end, task.last_layer(), phase=f"epoch {number + 1}")
         figures = task.validate(run)
         shown = ", ".join(f"{name} {figures[name]:.4f}" for name in figures if name != "num_examples")
-        run.say(f"Epoch {number + 1} of {len(ends)}: validation {task.unit}{shown}")
+        run.say(f"Epoch {number + 1} of {len(ends)}: validation {unit}{shown}")
         progress["history"].append({"epoch": number + 1, **figures})
         if progress["best_score"] is None or figures["accuracy"] >= progress["best_score"]:
             progress.update(

@@ -52,7 +52,7 @@ class ClassificationTraining:
         ValueError: `threshold_metric` does not fit the classes.
     """
 
-    suffix, unit, unused_parameters = "", "", False
+    suffix, measure, unused_parameters = "", "accuracy", False
     criteria, confidence = CRITERIA, "entropy"
 
     def __init__(self, config: ClassificationTrainingConfig, data: TextDataset) -> None:

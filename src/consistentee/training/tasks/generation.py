@@ -47,7 +47,11 @@ class GenerationTraining:
         data: instructions with responses.
     """
 
-    suffix, unit, unused_parameters = "_generation", "token ", True  # a step touches the exits that it draws
+    suffix, measure, unused_parameters = (
+        "_generation",
+        "token accuracy",
+        True,
+    )  # a step touches the exits that it draws
     criteria, confidence = GENERATION_CRITERIA, "softmax_margin"
     policy_inputs = ("state",)
 

@@ -1,0 +1,163 @@
+"""Any number of texts without labels, tokenized once and kept on disk: memory holds a few bytes a row.
+
+Duplicates are dropped as they come. Rows are read back one by one, in any order, as items that `batches.collate` takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from consistentee.data.tokenization import encode_texts
+from consistentee.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+READ_AT_ONCE = 1024  # texts
+DIGEST_BYTES = 12  # of a text, to know it again: two of a million are taken for one with a chance of 1e-17
+
+
+class SpooledTexts:
+    """Texts or pairs in files without a name, which go with the process.
+
+    Attributes:
+        source: where they come from, for messages and records.
+        lengths: (rows,) int64, tokens of every row.
+        num_duplicates: texts that were dropped because they had come before.
+        cut: (rows,) bool, which were cut.
+        text_pairs: whether a row is a pair.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.num_duplicates = 0
+        self.text_pairs = False
+        self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.cut: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._token_ends = self._text_ends = np.zeros(0, np.int64)  # (rows,), in numbers and in bytes
+        self._has_types = False
+        self._digest = hashlib.sha256()
+        self._tokens: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as this does
+        self._texts: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+
+    @classmethod
+    def read(
+        cls,
+        texts: Iterable[tuple[str, ...]],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        source: str,
+        max_texts: int | None = None,
+    ) -> SpooledTexts:
+        """Read texts to their end, or until there are enough.
+
+        Args:
+            texts: tuples of one text, or all of two.
+            tokenizer, max_length: as in `encode_texts`.
+            source: where they come from.
+            max_texts: different ones, at most.
+
+        Raises:
+            DataError: there is none, or one of which no token is left.
+        """
+        self = cls(source)
+        known: set[bytes] = set()
+        lengths, cut, token_ends, text_ends = array("q"), array("b"), array("q"), array("q")
+        for part in _parts(self._new(texts, known), max_texts):
+            rows, is_cut = encode_texts(part, tokenizer, max_length)
+            self._has_types, self.text_pairs = "token_type_ids" in rows[0], len(part[0]) == 2
+            for row, row_texts, row_cut in zip(rows, part, is_cut, strict=True):
+                numbers = [*row["input_ids"], *row.get("token_type_ids", ())]
+                line = json.dumps(row_texts, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                self._tokens.write(np.asarray(numbers, dtype=np.int32).tobytes())
+                self._texts.write(line)
+                self._digest.update(line + b"\n")
+                lengths.append(len(row["input_ids"]))
+                cut.append(row_cut)
+                token_ends.append((token_ends[-1] if token_ends else 0) + len(numbers))
+                text_ends.append((text_ends[-1] if text_ends else 0) + len(line))
+        if not lengths:
+            raise DataError(f"{source} holds no text.", remedy="Give files with texts.")
+        self.lengths, self.cut = np.array(lengths, np.int64), np.array(cut, np.bool_)
+        self._token_ends, self._text_ends = np.array(token_ends, np.int64), np.array(text_ends, np.int64)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def fingerprint(self) -> str:
+        """Hash of all rows in their order."""
+        return self._digest.hexdigest()[:16]
+
+    def text(self, row: int) -> tuple[str, ...]:
+        """A row as it was read."""
+        end = int(self._text_ends[row])
+        start = int(self._text_ends[row - 1]) if row else 0
+        self._texts.seek(start)
+        return tuple(json.loads(self._texts.read(end - start).decode("utf-8", "surrogatepass")))
+
+    def item(self, row: int) -> dict[str, Any]:
+        """A row's `input_ids` and, where the tokenizer gives them, `token_type_ids`."""
+        end = int(self._token_ends[row])
+        start = int(self._token_ends[row - 1]) if row else 0
+        self._tokens.seek(4 * start)
+        numbers = np.frombuffer(self._tokens.read(4 * (end - start)), np.int32).tolist()
+        if not self._has_types:
+            return {"input_ids": numbers}
+        half = len(numbers) // 2
+        return {"input_ids": numbers[:half], "token_type_ids": numbers[half:]}
+
+    def _new(self, texts: Iterable[tuple[str, ...]], known: set[bytes]) -> Iterator[tuple[str, ...]]:
+        for row in texts:
+            content = "\x1f".join(row).encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+            if digest in known:
+                self.num_duplicates += 1
+                continue
+            known.add(digest)
+            yield row
+
+
+class SpooledRows:
+    """Some rows of `SpooledTexts`, as a data set of tokenized rows.
+
+    Args:
+        texts: all of them.
+        rows: (rows,) which.
+
+    Attributes:
+        labels: (rows,) int64, all 0: there are none.
+    """
+
+    def __init__(self, texts: SpooledTexts, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        self.texts, self.rows = texts, np.asarray(rows, dtype=np.int64)
+        self.lengths = texts.lengths[self.rows]
+        self.num_truncated = int(texts.cut[self.rows].sum())
+        self.labels = torch.zeros(len(self.rows), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.texts.item(int(self.rows[index])), "labels": 0, "index": int(index)}
+
+    def text(self, index: int) -> tuple[str, ...]:
+        """A row as it was read."""
+        return self.texts.text(int(self.rows[index]))
+
+
+def _parts(texts: Iterator[tuple[str, ...]], most: int | None) -> Iterator[list[tuple[str, ...]]]:
+    texts = itertools.islice(texts, most)
+    while part := list(itertools.islice(texts, READ_AT_ONCE)):
+        yield part

@@ -1,0 +1,208 @@
+"""Exits for a fine-tuned classifier: its own answers are the labels, and an exit is right where it agrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from consistentee.backbones.loading import backbone_fingerprint
+from consistentee.config import RetrofitConfig
+from consistentee.data.batches import collate
+from consistentee.data.spooled import SpooledRows, SpooledTexts
+from consistentee.errors import DataError
+from consistentee.functional.losses import weighted_sum_loss
+from consistentee.models.card import license_of
+from consistentee.models.loaded import LoadedClassifier
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+from consistentee.training.cached_states import CachedStates, ExitsOnStates, collate_states
+from consistentee.training.instances import Instances
+from consistentee.training.policy_choice import PolicyChoice
+from consistentee.training.run import Parts, PolicyInstances, Run
+from consistentee.training.states import LayerStates, run_all_layers
+from consistentee.training.steps import Figures, Objective, resolve_precision
+from consistentee.training.tasks.classification import ClassificationTraining, row_instances
+
+FEWEST_TEXTS = 40
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """What each text is for; no text is for two things.
+
+    Attributes:
+        exits: indices of texts that the exits learn from.
+        policy: that the policy learns from.
+        calibration: that a certificate rests on.
+        report: that figures are reported on.
+    """
+
+    exits: NDArray[np.int64]
+    policy: NDArray[np.int64]
+    calibration: NDArray[np.int64]
+    report: NDArray[np.int64]
+
+
+def part_texts(
+    count: int, *, policy_texts: int, calibration_texts: int, report_texts: int, seed: int
+) -> TextParts:
+    """Share texts out at random: the policy a third, calibration and report a tenth each, but no more than asked for.
+
+    Raises:
+        DataError: there are too few.
+    """
+    if count < FEWEST_TEXTS:
+        raise DataError(
+            f"Different texts to learn from must be at least {FEWEST_TEXTS}, got {count}.",
+            remedy="Give more; a few thousand are enough for good exits.",
+        )
+    order = np.random.default_rng((seed, count)).permutation(count)
+    sizes = [
+        min(report_texts, count // 10),
+        min(calibration_texts, count // 10),
+        min(policy_texts, count // 3),
+    ]
+    report, calibration, policy, exits = np.split(order, np.cumsum(sizes))
+    return TextParts(*(np.sort(part) for part in (exits, policy, calibration, report)))
+
+
+class RetrofitTraining(ClassificationTraining):
+    """A `TrainingTask` of texts without labels.
+
+    Args:
+        config: how to train.
+        data: the texts.
+        original: the model that gets exits, opened.
+    """
+
+    measure = "agreement"
+    config: RetrofitConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: Any
+
+    def __init__(self, config: RetrofitConfig, data: SpooledTexts, original: LoadedClassifier) -> None:
+        self.config, self.data, self.original = config, data, original
+        inputs = ("log_odds", "state+log_odds") if config.policy_input == "auto" else (config.policy_input,)
+        self.policy_inputs = inputs
+        self._policy_rows = None
+        self.parts = part_texts(
+            len(data),
+            policy_texts=config.policy_texts,
+            calibration_texts=config.calibration_texts,
+            report_texts=config.report_texts,
+            seed=config.seed,
+        )
+
+    def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
+        """As `TrainingTask` says."""
+        config, tokenizer = self.config, self.original.tokenizer
+        model = EarlyExitForSequenceClassification.from_classifier(
+            backbone,
+            num_queries=config.num_queries,
+            classifier_hidden_size=config.classifier_hidden_size,
+            head_dropout=config.head_dropout,
+            ensemble_decay=config.ensemble_decay,
+            policy_input=self.policy_inputs[-1],
+            policy_hidden_size=config.policy_hidden_size,
+            policy_dropout=config.policy_dropout,
+            initial_exit_bias=config.initial_exit_bias,
+            max_length=min(config.max_length, self.original.max_length),
+            parse_special_tokens=config.parse_special_tokens,
+            text_pairs=self.data.text_pairs,
+            original={
+                "name": str(backbone),
+                "fingerprint": backbone_fingerprint(backbone),
+                "revision": getattr(self.original.model.config, "_commit_hash", None),
+                "license": license_of(backbone),
+            },
+        )
+        for frozen in (model.backbone, model.classifiers.layers[-1], model.policy):
+            frozen.requires_grad_(False)
+        self._collate = partial(collate, tokenizer=tokenizer)
+        rows = CachedStates(
+            model,
+            SpooledRows(self.data, self.parts.exits),
+            collate=self._collate,
+            memory_mb=config.max_cache_mb,
+            passes=config.passes,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            precision=resolve_precision(config.mixed_precision),
+        )
+        return Parts(
+            model=model,
+            tokenizer=tokenizer,
+            train_rows=rows,
+            validation=SpooledRows(self.data, self.parts.policy),
+            collate=cast(Any, collate_states),
+            max_length=model.config.max_length,
+            row_weights=None,
+            description=f"{model.num_layers} layers, {model.config.num_classes} classes, "
+            f"{len(self.parts.exits):,} texts for the exits and {len(self.parts.policy):,} for the policy",
+            data={
+                "text_pairs": self.data.text_pairs,
+                "duplicates": self.data.num_duplicates,
+                "calibration_rows": len(self.parts.calibration),
+                "report_rows": len(self.parts.report),
+            },
+            trained=ExitsOnStates(model),
+            batches=rows.batches,
+        )
+
+    def weighted_sum(self) -> Objective:
+        """Every exit learns the model's own distribution: the divergence from it, deeper layers weigh more."""
+
+        def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
+            exits = model(**batch).log_softmax(-1)  # (rows, layers - 1, classes)
+            wanted = labels.log_softmax(-1)[:, None]
+            divergence = (wanted.exp() * (wanted - exits)).sum(-1)
+            agrees = exits[:, -1].argmax(-1) == labels.argmax(-1)
+            return weighted_sum_loss(divergence), {"agreement": agrees.float()}
+
+        return objective
+
+    def fixed_parts(self, model: Any) -> None:
+        """As `TrainingTask` says; steps run nothing but the exits."""
+        model.policy.eval()
+        model.backbone.eval()
+
+    def policy_data(self, run: Run, description: str) -> PolicyInstances:
+        """As `TrainingTask` says."""
+        config = self.config
+        states = self.agreement_states(
+            run.model, run.parts.validation, run=run, description=f"{description}: states", keep_pooled=True
+        )
+        measure = config.hardness if config.reward == "hardness" else "uniform"
+        learnt: Instances = row_instances(states, config.reward_loss, measure)
+        return PolicyInstances(learnt, None, None, states)
+
+    def agreement_states(
+        self, model: Any, rows: SpooledRows, *, run: Run, description: str, keep_pooled: bool = False
+    ) -> LayerStates:
+        """All layers' outputs, with the last one's answers as labels."""
+        states = run_all_layers(
+            model,
+            cast(Any, rows),
+            collate=self._collate,
+            accelerator=run.accelerator,
+            keep_pooled=keep_pooled,
+            memory_limit_mb=self.config.max_cache_mb,
+            scratch_dir=run.scratch_dir,
+            description=description,
+        )
+        return replace(states, labels=states.layer_logits[:, -1].argmax(-1))
+
+    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+        """As `TrainingTask` says."""
+        return {"original": run.model.config.original}
+
+    def finish(self, run: Run, choice: PolicyChoice | None, criterion: str) -> Any:
+        """As `TrainingTask` says; the tokenizer is the original's, as it was."""
+        if choice is not None:
+            run.model.config.criterion = criterion
+            run.model.config.threshold = choice.thresholds[criterion]
+        return run.model

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -60,3 +61,17 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     """
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one if not name.endswith("key.bias"))
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Make the n-th call of a function raise KeyboardInterrupt, as Ctrl-C does."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)

@@ -35,7 +35,7 @@ from consistentee.training.steps import OptimizerSteps
 from consistentee.training.tasks import classification as task_module
 from consistentee.training.tasks.classification import ClassificationTraining, row_instances
 from consistentee.training.train import finetune, start_run, train
-from quick import largest_difference, quick_config, read_record, read_weights, weight_bytes
+from quick import largest_difference, quick_config, read_record, read_weights, stop_at, weight_bytes
 from tiny import LABEL_NAMES, POSITIVE, tiny_backbone, tiny_dataset
 
 FINISHED = {
@@ -91,20 +91,6 @@ def run_for(backbone: Path, data: TextDataset, folder: Path, **changes: Any) -> 
     )
     assert run is not None
     return run
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """Make the n-th call of a function raise KeyboardInterrupt, as Ctrl-C does."""
-    original, calls = getattr(owner, name), 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
 
 
 # What a training leaves.

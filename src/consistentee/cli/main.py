@@ -21,12 +21,13 @@ from consistentee.cli.benchmark import benchmark
 from consistentee.cli.evaluate import evaluate
 from consistentee.cli.generate import generate
 from consistentee.cli.predict import predict
+from consistentee.cli.retrofit import retrofit_command
 from consistentee.cli.terminal import Stopped, forget, hold_standard_streams, outlasting_readers, stoppable
 from consistentee.cli.train import finetune_command, train_command
 from consistentee.errors import SettingError
 
 _CONTINUE: dict[str, str] = dict.fromkeys(
-    ("train", "finetune"), "Continue with the same command and --resume."
+    ("train", "finetune", "retrofit"), "Continue with the same command and --resume."
 )
 
 app = App(
@@ -43,6 +44,7 @@ app = App(
 COMMANDS = {
     "train": train_command,
     "finetune": finetune_command,
+    "retrofit": retrofit_command,
     "evaluate": evaluate,
     "predict": predict,
     "generate": generate,
@@ -50,7 +52,7 @@ COMMANDS = {
 }
 for _name, _command in COMMANDS.items():
     app.command(_command, name=_name)
-OUTLASTING = ("train", "finetune", "evaluate", "benchmark")
+OUTLASTING = ("train", "finetune", "retrofit", "evaluate", "benchmark")
 """Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
 

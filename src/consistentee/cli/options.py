@@ -133,7 +133,7 @@ class TrainingDataOptions(DataOptions):
         return kind
 
 
-def _field_docs(cls: type) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a class, or of a base's field; empty where the source is not at hand."""
     return {
         field.arg_name: " ".join((field.description or "").split())
@@ -147,13 +147,13 @@ def _setting_options() -> type:
     """A dataclass with every field of both training configs, `NOT_GIVEN` where the command line does not give it."""
     classes = [kind.config_class for kind in MODEL_KINDS]
     hints = [get_type_hints(cls) for cls in classes]
-    docs = [_field_docs(cls) for cls in classes]
+    docs = [field_docs(cls) for cls in classes]
     defaults = [{field.name: field.default for field in dataclasses.fields(cls)} for cls in classes]
     fields: list[tuple[str, Any, Any]] = []
     for name in dict.fromkeys([*defaults[0], *defaults[1]]):
         of = [kind for kind in (0, 1) if name in defaults[kind]]
         hint = _either(hints[0][name], hints[1][name]) if len(of) == 2 else hints[of[0]][name]
-        shown = [_shown(defaults[kind][name]) for kind in of]
+        shown = [shown_default(defaults[kind][name]) for kind in of]
         default = f" [default: {shown[0]}]" if shown[0] else ""
         if shown[-1] != shown[0]:
             default += f" [default to generate text: {shown[-1]}]"
@@ -171,7 +171,7 @@ def _setting_options() -> type:
     return Parameter(name="*")(options)
 
 
-def _shown(default: Any) -> str:
+def shown_default(default: Any) -> str:
     """A default as the help shows it; "" for none."""
     if default is None:
         return ""

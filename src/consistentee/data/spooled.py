@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ class SpooledTexts:
         self._digest = hashlib.sha256()
         self._tokens: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as this does
         self._texts: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        for file in (self._tokens, self._texts):
+            weakref.finalize(self, file.close)
 
     @classmethod
     def read(

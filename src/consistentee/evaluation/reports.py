@@ -129,6 +129,40 @@ def _models(evaluation: Evaluation) -> Table:
     return table
 
 
+AGREEMENTS = (0.999, 0.995, 0.99, 0.98, 0.95)
+
+
+def agreement_tables(evaluation: Evaluation) -> list[RenderableType]:
+    """How fast exits are at each agreement with the model, and where rows exit; its answers are the labels.
+
+    Args:
+        evaluation: whose accuracies are agreements.
+    """
+    curves = {evaluation.criterion: evaluation.curve} | {
+        name: other.curve for name, other in evaluation.other_criteria.items()
+    }
+    names = [f"layer speed-up by {name}" for name in curves]
+    table = _table(["agreement % at least", *names], left=0)
+    for agreement in AGREEMENTS:
+        fastest = [
+            max((point.layer_speedup for point in curve if point.accuracy >= agreement), default=None)
+            for curve in curves.values()
+        ]
+        shown = ["" if speedup is None else f"{speedup:.2f}x" for speedup in fastest]
+        table.add_row(f"{100 * agreement:g}", *shown)
+    layers = _table(["layer", "exit here", "share %", "their agreement %", "agreement % if all exited here"])
+    for index, exited in enumerate(evaluation.exit_histogram):
+        layers.add_row(
+            str(index + 1),
+            f"{exited:,}",
+            _percent(exited / evaluation.num_examples, 1),
+            _percent(evaluation.exit_accuracy[index]),
+            _percent(evaluation.per_layer_accuracy[index]),
+        )
+    title = _title(evaluation.criterion, evaluation.threshold)
+    return [table, Text(""), Text(f"{title}:"), layers]
+
+
 def _layers(evaluation: Evaluation) -> Table:
     names = ("layer", "exit here", "share %", "their accuracy %")
     table = _table([*names, "accuracy % if all exited here", "classifier alone %"])

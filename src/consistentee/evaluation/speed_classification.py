@@ -205,6 +205,7 @@ def measure_speed(
     repeats: int = 5,
     seed: int = 0,
     budget: TimeBudget | None = None,
+    with_onnxruntime: bool = True,
     announce: Callable[[float], object] = lambda _: None,
     tick: Callable[[str], object] = lambda _: None,
 ) -> SpeedResults[ClassificationSpeedRow]:
@@ -220,6 +221,7 @@ def measure_speed(
         rule: the model's own rule; None takes the saved one.
         repeats: timed repetitions.
         seed: of the fixed exit layers.
+        with_onnxruntime: whether ONNX Runtime's whole model competes where it can.
         budget, announce, tick: see `measure_in_turn`; its amounts are rows.
 
     Raises:
@@ -230,7 +232,7 @@ def measure_speed(
             "There must be at least one row, one repetition and one batch size (each at least 1) or throughput mode, "
             f"got {len(rows)} rows, {repeats} repetitions and batch sizes {list(batch_sizes)}."
         )
-    session = _full_session(engine)
+    session = _full_session(engine) if with_onnxruntime else None
     own = rule or engine.rule()
     amounts: dict[int | None, Amount] = {}
     for size in [*batch_sizes, *([None] if throughput else [])]:

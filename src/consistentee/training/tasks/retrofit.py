@@ -97,6 +97,10 @@ class RetrofitTraining(ClassificationTraining):
             seed=config.seed,
         )
 
+    def held_rows(self) -> tuple[SpooledRows, SpooledRows]:
+        """Rows that nothing is learnt on: those a certificate may rest on, and those to report on."""
+        return SpooledRows(self.data, self.parts.calibration), SpooledRows(self.data, self.parts.report)
+
     def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
         """As `TrainingTask` says."""
         config, tokenizer = self.config, self.original.tokenizer

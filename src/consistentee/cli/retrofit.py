@@ -1,0 +1,229 @@
+"""The command `retrofit`: exits for the model that serves already."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from cyclopts import Parameter
+from rich.console import Group
+from rich.text import Text
+
+from consistentee.cli.options import (
+    DATA,
+    NOT_GIVEN,
+    SETTINGS,
+    Columns,
+    Flag,
+    check_column_count,
+    check_one_or_two,
+    field_docs,
+    shown_default,
+)
+from consistentee.cli.terminal import (
+    at_least_one,
+    check_plot_file,
+    console,
+    save_figures,
+    say,
+    say_reading,
+    usage,
+)
+from consistentee.config import RetrofitConfig
+from consistentee.errors import UsageError, require_range
+
+OF_RETROFIT = (
+    "max_length parse_special_tokens num_queries classifier_hidden_size ensemble_decay head_dropout passes batch_size "
+    "head_learning_rate weight_decay schedule warmup_ratio max_grad_norm mixed_precision policy_texts "
+    "calibration_texts report_texts policy_input policy_hidden_size policy_dropout policy_epochs policy_min_steps "
+    "policy_batch_size policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup "
+    "initial_exit_bias estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode seed "
+    "checkpoint_every max_cache_mb tracker"
+)
+"""Settings that have an effect here."""
+
+
+def _retrofit_options() -> type:
+    """A dataclass with the settings of `OF_RETROFIT`, `NOT_GIVEN` where the command line does not give them."""
+    hints, docs = get_type_hints(RetrofitConfig), field_docs(RetrofitConfig)
+    defaults = {field.name: field.default for field in dataclasses.fields(RetrofitConfig)}
+    fields: list[tuple[str, Any, Any]] = []
+    for name in OF_RETROFIT.split():
+        shown = shown_default(defaults[name])
+        parameter = Parameter(
+            help=docs.get(name, "") + (f" [default: {shown}]" if shown else ""),
+            group=SETTINGS,
+            show_default=False,
+            negative=None if hints[name] is bool else (),
+            consume_multiple=isinstance(defaults[name], tuple),
+        )
+        fields.append((name, Annotated[hints[name], parameter], NOT_GIVEN))
+    options = dataclasses.make_dataclass(
+        "RetrofitOptions", fields, frozen=True, namespace={"__module__": __name__}
+    )
+    return Parameter(name="*")(options)
+
+
+if TYPE_CHECKING:
+    RetrofitOptions = RetrofitConfig
+else:
+    RetrofitOptions = _retrofit_options()
+
+
+def retrofit_command(
+    model: str,
+    /,
+    *,
+    texts: Annotated[list[str], Parameter(consume_multiple=True, negative=(), group=DATA)],
+    output_dir: Path,
+    text_columns: Annotated[Columns, Parameter(group=DATA)] = None,
+    max_texts: Annotated[int | None, Parameter(group=DATA)] = None,
+    max_disagreement: float = 0.01,
+    confidence: float = 0.95,
+    resume: Flag = False,
+    settings: RetrofitOptions | None = None,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    plot: Path | None = None,
+    debug: Flag = False,
+) -> None:
+    """Give a fine-tuned classifier exits that imitate it, from texts without labels; the model stays as it is.
+
+    At full depth the new folder gives the model's own logits. Some of the texts are kept to certify how often exits
+    agree with it, and others to report on.
+
+    Args:
+        model: Hugging Face sequence classifier, or plain model of `consistentee finetune`: a folder, or a name on the
+            hub.
+        texts: Files of texts in every form that `predict` reads; "-" is standard input. Duplicates are dropped.
+        output_dir: Where checkpoints and the finished model go.
+        text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
+        max_texts: Read at most so many different texts.
+        max_disagreement: Share of texts that may get another label than the model's, at the default threshold.
+        confidence: Of the certificate.
+        resume: Go on from the last checkpoint in the output folder.
+        json_file: Write all figures to this file.
+        plot: Draw the trade-off and the exit histogram into this PNG, PDF or SVG file.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    check_one_or_two(text_columns)
+    at_least_one(max_texts=max_texts)
+    check_plot_file(plot)
+    for name, value in (("--max-disagreement", max_disagreement), ("--confidence", confidence)):
+        usage(lambda name=name, value=value: require_range(name, value, 0, 1, open_end=True))
+        if value == 0:
+            raise UsageError(f"{name} must be above 0, got 0.")
+    given = {} if settings is None else vars(settings)
+    given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
+    config = usage(lambda: RetrofitConfig.from_dict({**given, "max_accuracy_loss": max_disagreement}))
+    from consistentee.atomic_files import write_json
+    from consistentee.evaluation.retrofit import report_retrofit, save_threshold
+    from consistentee.models.loaded import LoadedClassifier, load_model
+    from consistentee.models.record import record_evaluation
+    from consistentee.training.run_folders import check_output_dir
+    from consistentee.training.train import retrofit_task, run_retrofit
+
+    start = time.perf_counter()
+    usage(lambda: check_output_dir(output_dir, model))
+    source = ", ".join(texts)
+    task = retrofit_task(
+        model, _texts(model, texts, text_columns), config, source=source, max_texts=max_texts
+    )
+    dropped = task.data.num_duplicates
+    say(f"{len(task.data):,} different texts" + (f", {dropped:,} duplicates dropped" if dropped else ""))
+    folder = run_retrofit(task, output_dir, resume=resume, report=say)
+    saved = load_model(folder, LoadedClassifier)
+    calibration, reported = task.held_rows()
+    report = report_retrofit(
+        saved,
+        calibration=calibration,
+        reported=reported,
+        num_train_texts=len(task.parts.exits),
+        num_policy_texts=len(task.parts.policy),
+        max_disagreement=max_disagreement,
+        confidence=confidence,
+        progress=True,
+    )
+    report = dataclasses.replace(report, seconds=time.perf_counter() - start)
+    save_threshold(folder, report.evaluation.threshold)
+    figures = report.to_dict()
+    record_evaluation(folder, {name: figures[name] for name in figures if name not in LONG})
+    write_json(folder / "retrofit_report.json", figures)
+    from consistentee.evaluation.plots import plot_evaluation
+
+    console().print(Group(*_tables(report)))
+    for line in conclusions(report, folder):
+        say(line)
+    title = f"{Path(model).name}, retrofitted"
+    save_figures(figures, json_file, plot, lambda path: plot_evaluation(report.evaluation, path, title=title))
+
+
+LONG = ("curve", "other_criteria", "disagreements", "environment", "speed")
+
+
+def _texts(model: str, files: list[str], columns: list[str] | None) -> Iterator[tuple[str, ...]]:
+    from consistentee.backbones.loading import read_config
+    from consistentee.data.files import read_texts
+
+    pairs = read_config(model, "Model").get("text_pairs")
+    check_column_count(columns, pairs, model)
+    for file in files:
+        say_reading(file, "texts")
+        yield from read_texts(file, columns, pairs=pairs)
+
+
+def _tables(report: Any) -> Iterator[Any]:
+    """Operating points, exits by layer, and the texts on which exits and model differ."""
+    from consistentee.evaluation.reports import agreement_tables
+
+    yield from agreement_tables(report.evaluation)
+    if report.disagreements:
+        yield Text("\nWhere exits differ from the model, those it is surest of first:")
+        for one in report.disagreements[:5]:
+            yield Text(
+                f"  {one.label} {one.score:.2f}, at layer {one.exit_layer} {one.exit_label} {one.exit_score:.2f}: "
+                f"{' | '.join(one.texts)[:90]}"
+            )
+
+
+def conclusions(report: Any, folder: Path) -> Iterator[str]:
+    """What the person wants to know, in sentences."""
+    found, certificate = report.evaluation, report.certificate
+    certified = "not certified"
+    if certificate is not None:
+        certified = f"certified: at least {100 * (1 - report.max_disagreement):g} %"
+    speeds = [row for row in report.speed if row.name == "engine"]
+    timed = "".join(
+        f", {row.wall_clock_speedup:.2f}x faster on this machine at batch {row.batch_size}" for row in speeds
+    )
+    yield (
+        f"\nAgrees with your model on {100 * found.accuracy:.2f} % of {found.num_examples:,} unseen texts "
+        f"({certified}, confidence {100 * report.confidence:g} %), {found.layer_speedup:.2f}x fewer layers{timed}."
+    )
+    if certificate is not None:
+        yield (
+            f"Threshold {certificate.threshold:.4g}: {certificate.losses:g} disagreements of "
+            f"{certificate.losses_allowed:g} allowed in {certificate.num_rows:,} further texts. That is about texts "
+            "like these on average: not about one text or one class, and not about other texts than came in."
+        )
+    else:
+        from consistentee.functional.bounds import smallest_certifiable_rows
+
+        needed = smallest_certifiable_rows(report.max_disagreement, report.confidence)
+        yield (
+            f"{report.num_calibration_texts:,} texts prove no {100 * report.max_disagreement:g} % at "
+            f"{100 * report.confidence:g} %: {needed:,} can, a tenth of what is given. The threshold is the one that "
+            "the policy's own texts suggest."
+        )
+    if not report.is_worth_it:
+        yield (
+            f"Exits are hardly worth it here: at {100 * (1 - report.max_disagreement):g} % agreement they save "
+            f"{100 * found.layers_saved:.0f} % of the layers. What the model decides is only there in its last "
+            "layers; a higher --max-disagreement, more texts or a fine-tuning with exits (`consistentee train`) may "
+            "change that."
+        )
+    yield f"The model lies in {folder}. What to type next:"
+    yield f'  echo "A text." | consistentee predict {folder}'
+    yield f"  consistentee benchmark {folder} --data-file YOUR_TEXTS"

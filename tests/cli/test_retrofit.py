@@ -1,0 +1,133 @@
+"""`consistentee retrofit`: from a folder and a file of texts to a folder with exits, its figures, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consistentee.cli.main import main
+from consistentee.models.loaded import load_model
+from tiny import tiny_backbone, tiny_classifier, tiny_dataset, write_csv
+
+QUICK = (
+    "--passes 2 --policy-epochs 2 --policy-min-steps 1 --policy-folds 2 --classifier-hidden-size 8 --num-queries 2 "
+    "--head-learning-rate 0.005 --mixed-precision no"
+)
+KEYS = {
+    "num_hidden_layers",
+    "num_train_texts",
+    "num_policy_texts",
+    "num_examples",
+    "curve",
+    "other_criteria",
+    "threshold",
+    "agreement",
+    "layer_speedup",
+    "seconds",
+    "certificate",
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_classifier(tmp_path_factory.mktemp("original"), "distilbert", layers=3)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("".join(f"{text}\n" for (text,) in tiny_dataset(500, seed=5).texts))
+    return path
+
+
+def test_a_folder_with_exits_and_its_figures(
+    original: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = write_csv(tmp_path / "more.csv", tiny_dataset(60, seed=6))
+    folder, figures = tmp_path / "exits", tmp_path / "figures.json"
+    command = ["retrofit", str(original), "--texts", str(texts), str(more), "--output-dir", str(folder)]
+    assert main([*command, *QUICK.split(), "--max-disagreement", "0.2", "--json", str(figures)]) == 0
+    out = capsys.readouterr().out
+    found: dict[str, Any] = json.loads(figures.read_text())
+    assert found.keys() >= KEYS
+    assert found["num_hidden_layers"] == 3
+    total = sum(
+        found[f"num_{part}"] for part in ("train_texts", "policy_texts", "calibration_texts", "examples")
+    )
+    assert f"{total:,} different texts" in out
+    assert found["num_examples"] == total // 10
+    assert sum(found["exit_histogram"]) == found["num_examples"]
+    assert found["certificate"]["losses"] <= found["certificate"]["losses_allowed"]
+    assert found["certificate"]["threshold"] == found["threshold"]
+    at = min(found["curve"], key=lambda point: abs(point["threshold"] - found["threshold"]))
+    assert abs(at["agreement"] - found["agreement"]) < 0.1
+    assert found["curve"][-1]["agreement"] == 1.0
+    assert set(found["other_criteria"]) == {"confidence", "entropy", "patience"}
+    assert "Agrees with your model on" in out
+    assert "certified: at least 80 %, confidence 95 %" in out
+    assert {row["name"] for row in found["speed"]} >= {"engine", "engine-full-depth", "transformers"}
+    assert load_model(folder).early_exit_model.config.threshold == found["threshold"]
+    low, high = found["agreement_interval"]
+    assert low <= found["agreement"] <= high
+    record = json.loads((folder / "training_record.json").read_text())
+    assert record["evaluation"]["agreement"] == found["agreement"]
+    assert main(["predict", str(folder), str(texts), "--output", str(tmp_path / "answers.jsonl")]) == 0
+    # The same command again finds it finished, and reports the same.
+    assert main([*command, *QUICK.split(), "--max-disagreement", "0.2", "--resume"]) == 0
+    assert "holds a finished model: nothing to resume" in capsys.readouterr().out
+
+
+def test_too_few_texts_certify_nothing_and_it_is_said(
+    original: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    command = ["retrofit", str(original), "--texts", str(texts), "--output-dir", str(tmp_path / "exits")]
+    assert main([*command, *QUICK.split(), "--max-texts", "120", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["certificate"] is None
+    out = capsys.readouterr().out
+    assert "12 texts prove no 1 % at 95 %: 299 can" in out
+    assert "not certified" in out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--max-disagreement", "0"], "--max-disagreement must be above 0, got 0"),
+        (["--max-disagreement", "1.5"], "--max-disagreement must be in [0, 1), got 1.5"),
+        (["--confidence", "1"], "--confidence must be in [0, 1), got 1"),
+        (["--passes", "0"], "passes must be above 0, got 0"),
+        (["--max-texts", "0"], "--max-texts must be at least 1, got 0"),
+        (["--text-columns", "a", "b", "c"], "--text-columns takes one column or two, got 3"),
+    ],
+)
+def test_options_that_make_no_sense(
+    original: Path,
+    texts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    command = ["retrofit", str(original), "--texts", str(texts), "--output-dir", str(tmp_path / "exits")]
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "exits").exists()
+
+
+def test_models_and_texts_that_cannot_be_used(
+    original: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(model: Path, file: Path) -> str:
+        command = ["retrofit", str(model), "--texts", str(file), "--output-dir", str(tmp_path / "exits")]
+        assert main(command) == 1
+        assert not (tmp_path / "exits").exists()
+        return capsys.readouterr().err
+
+    assert "There is no such file" in error(original, tmp_path / "nothing.txt")
+    assert "is a multi-label classifier" in error(
+        tiny_classifier(tmp_path / "several", problem_type="multi_label_classification"), texts
+    )
+    assert "not of an encoder alone" in error(tiny_backbone(tmp_path / "encoder"), texts)

@@ -1,0 +1,132 @@
+"""States that are computed once: the right ones, no more of them than fit, in an order that resumes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from consistentee.data.batches import collate
+from consistentee.data.spooled import SpooledRows, SpooledTexts
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+from consistentee.training.cached_states import CachedStates, ChunkedBatches, chunks_of, collate_states
+from tiny import all_hidden_states, tiny_classifier, tiny_dataset, tiny_tokenizer
+
+ROWS = 50
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> EarlyExitForSequenceClassification:
+    folder = tiny_classifier(tmp_path_factory.mktemp("original"), layers=3)
+    return EarlyExitForSequenceClassification.from_classifier(folder, classifier_hidden_size=8)
+
+
+def cache(model: EarlyExitForSequenceClassification, memory_mb: float = 0.03, **options: Any) -> CachedStates:
+    tokenizer = tiny_tokenizer()
+    texts = SpooledTexts.read(tiny_dataset(ROWS).texts, tokenizer, 64, source="tiny")
+    values = {"passes": 3, "batch_size": 8, "seed": 0, **options}
+    rows = SpooledRows(texts, range(len(texts)))
+    return CachedStates(
+        model, rows, collate=partial(collate, tokenizer=tokenizer), memory_mb=memory_mb, **values
+    )
+
+
+@torch.no_grad()
+def test_states_and_logits_are_the_models(model: EarlyExitForSequenceClassification) -> None:
+    cached = cache(model)
+    assert len(cached.chunks) > 2
+    for row in (7, 0, 31, len(cached) - 1, 7):
+        item = cached[row]
+        ids = torch.tensor([cached._rows[row]["input_ids"]])
+        expected = torch.stack(all_hidden_states(model.backbone, ids)[:-1], dim=2)[0]
+        torch.testing.assert_close(item["states"].float(), expected, rtol=2e-3, atol=2e-3)
+        logits = model(ids, criterion="confidence", threshold=1.0).logits[0]
+        torch.testing.assert_close(item["labels"], logits, rtol=1e-5, atol=1e-5)
+    batch = collate_states([cached[3], cached[4]])
+    assert batch["states"].shape[1] == max(cached.lengths[3], cached.lengths[4])
+    assert batch["attention_mask"].sum(1).tolist() == [cached.lengths[3], cached.lengths[4]]
+    assert batch["states"].dtype == torch.float32
+
+
+def test_each_chunk_runs_once_in_all_its_passes(
+    model: EarlyExitForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, loads = cache(model), Counter[int]()
+    load = CachedStates._load
+
+    def counted(self: CachedStates, number: int) -> None:
+        loads[number] += 1
+        load(self, number)
+
+    monkeypatch.setattr(CachedStates, "_load", counted)
+    seen = Counter[int]()
+    for batch in cached.batches:
+        for row in batch:
+            seen[cached[row]["index"]] += 1
+    assert set(seen.values()) == {3}
+    assert len(seen) == len(cached)
+    assert loads == Counter(range(len(cached.chunks)))
+
+
+def test_memory_is_bounded_by_what_was_allowed(model: EarlyExitForSequenceClassification) -> None:
+    whole = cache(model, memory_mb=100.0)
+    assert len(whole.chunks) == 1
+    for memory_mb in (0.02, 0.05):
+        cached = cache(model, memory_mb=memory_mb)
+        assert cached._states.numel() * cached._states.element_size() <= memory_mb * 1e6
+        assert sorted(np.concatenate(cached.chunks).tolist()) == list(range(len(cached)))
+
+
+@pytest.mark.parametrize("done", [0, 1, 5, 13, 20, 29])
+def test_batches_go_on_where_they_stopped(done: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 9, 60)
+    chunks = chunks_of(np.random.default_rng(1).permutation(60), lengths, 120)
+
+    def batches() -> ChunkedBatches:
+        return ChunkedBatches(chunks, lengths, 8, passes=2, seed=3)
+
+    every, rest = batches(), batches()
+    rest.set_epoch(0, done)
+    assert len(list(every)) == len(every)
+    assert list(rest) == list(every)[done:]
+
+
+def test_passes_over_a_chunk_have_orders_of_their_own() -> None:
+    lengths = np.full(32, 4)
+    found = list(ChunkedBatches([np.arange(32)], lengths, 8, passes=2, seed=0))
+    assert found[:4] != found[4:]
+    assert sorted(row for batch in found[:4] for row in batch) == list(range(32))
+
+
+def test_a_row_longer_than_the_memory_has_a_chunk_of_its_own() -> None:
+    chunks = chunks_of(np.arange(3), np.array([2, 50, 2]), 10)
+    assert [chunk.tolist() for chunk in chunks] == [[0], [1], [2]]
+
+
+def test_states_that_half_precision_cannot_hold_are_clamped(
+    model: EarlyExitForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from consistentee.backbones import encoders
+
+    run_layer = encoders.run_layer
+
+    def huge(*arguments: Any) -> Any:
+        state = run_layer(*arguments)
+        state.hidden_states = state.hidden_states * 1e6
+        return state
+
+    monkeypatch.setattr(encoders, "run_layer", huge)
+    assert cache(model)[0]["states"].isfinite().all()
+
+
+def test_the_model_stays_in_its_mode(model: EarlyExitForSequenceClassification, tmp_path: Path) -> None:
+    model.train()
+    cache(model)[0]
+    assert model.training
+    assert not model.classifiers.layers[-1].training
+    model.eval()

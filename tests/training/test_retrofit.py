@@ -1,0 +1,131 @@
+"""Retrofitting: the model stays what it is, exits come to agree with it, and a run that stops goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from consistentee.config import RetrofitConfig
+from consistentee.errors import DataError
+from consistentee.models.loaded import load_model
+from consistentee.training.steps import OptimizerSteps
+from consistentee.training.tasks.retrofit import part_texts
+from consistentee.training.train import finetune, retrofit, train
+from quick import quick_config, read_weights, stop_at, weight_bytes
+from tiny import tiny_backbone, tiny_classifier, tiny_dataset
+
+TEXTS = tiny_dataset(400, seed=5).texts
+
+
+def quick_retrofit(**changes: Any) -> RetrofitConfig:
+    values = {
+        "passes": 2,
+        "policy_epochs": 2,
+        "policy_min_steps": 1,
+        "policy_folds": 2,
+        "classifier_hidden_size": 8,
+        "num_queries": 2,
+        "head_learning_rate": 5e-3,
+        "head_dropout": 0.0,
+        "mixed_precision": "no",
+        "max_cache_mb": 0.05,
+        **changes,
+    }
+    return RetrofitConfig(**values)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face classifier that can tell its classes: ours, said in Hugging Face's words."""
+    root = tmp_path_factory.mktemp("plain")
+    backbone = tiny_backbone(root / "backbone")
+    config = quick_config(warmup_epochs=6.0, learning_rate=3e-3, rounds=0)
+    return finetune(backbone=backbone, train_data=tiny_dataset(200), output_dir=root / "m", config=config)
+
+
+@pytest.fixture(scope="module")
+def retrofitted(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("retrofitted") / "m"
+    return retrofit(model=plain, texts=TEXTS, output_dir=folder, config=quick_retrofit())
+
+
+@torch.no_grad()
+def test_full_depth_is_the_model_still(plain: Path, retrofitted: Path) -> None:
+    batch = AutoTokenizer.from_pretrained(plain)(
+        [text for (text,) in TEXTS[:40]], padding=True, return_tensors="pt"
+    )
+    expected = AutoModelForSequenceClassification.from_pretrained(plain)(**batch).logits
+    model: Any = load_model(retrofitted).model
+    assert torch.equal(model(**batch, criterion="confidence", threshold=1.0).logits, expected)
+    before, after = read_weights(plain), read_weights(retrofitted)
+    for name, weight in before.items():
+        if name.startswith("backbone."):
+            assert torch.equal(after[name], weight), name
+
+
+@torch.no_grad()
+def test_exits_come_to_agree_with_it(plain: Path, retrofitted: Path) -> None:
+    texts = [text for (text,) in tiny_dataset(200, seed=9).texts]
+    batch = AutoTokenizer.from_pretrained(plain)(texts, padding=True, return_tensors="pt")
+    model: Any = load_model(retrofitted).model
+    output = model(**batch, all_layers=True)
+    answers = output.layer_logits.argmax(-1)
+    agreement = (answers == answers[:, -1:]).float().mean(0)
+    guess = max(answers[:, -1].float().mean(), 1 - answers[:, -1].float().mean())
+    assert agreement[:-1].min() > guess + 0.1
+    divergence = (output.layer_logits[:, :-1].softmax(-1) - output.logits.softmax(-1)[:, None]).abs().mean()
+    assert divergence < 0.25  # its distribution, not its answers alone
+
+
+def test_the_record_and_the_card_name_the_original(plain: Path, retrofitted: Path) -> None:
+    record = json.loads((retrofitted / "training_record.json").read_text())
+    assert record["method"] == "retrofit"
+    assert record["original"]["name"] == str(plain)
+    assert record["original"]["fingerprint"] == record["backbone_fingerprint"]
+    config = json.loads((retrofitted / "config.json").read_text())
+    assert config["original"] == record["original"]
+    assert config["original_head"]["model_type"] == "consistentee_full_depth"
+
+
+def test_a_run_that_stops_goes_on_to_the_same_end(
+    plain: Path, retrofitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"model": plain, "texts": TEXTS, "output_dir": tmp_path / "m"}
+    config = quick_retrofit(checkpoint_every=2)
+    stop_at(monkeypatch, OptimizerSteps, "_step", 7)
+    with pytest.raises(KeyboardInterrupt):
+        retrofit(**values, config=config)
+    monkeypatch.undo()
+    with pytest.raises(FileExistsError, match="holds an unfinished run"):
+        retrofit(**values, config=config)
+    with pytest.raises(ValueError, match="has data fingerprint"):
+        retrofit(**{**values, "texts": TEXTS[:-1]}, config=config, resume=True)
+    assert weight_bytes(retrofit(**values, config=config, resume=True)) == weight_bytes(retrofitted)
+
+
+def test_no_text_is_for_two_things() -> None:
+    parts = part_texts(1000, policy_texts=200, calibration_texts=70, report_texts=5000, seed=0)
+    together = [*parts.exits, *parts.policy, *parts.calibration, *parts.report]
+    assert sorted(together) == list(range(1000))
+    assert [len(part) for part in (parts.policy, parts.calibration, parts.report)] == [200, 70, 100]
+    other = part_texts(1000, policy_texts=200, calibration_texts=70, report_texts=5000, seed=1)
+    assert set(other.report) != set(parts.report)
+
+
+def test_what_cannot_be_retrofitted_says_so(plain: Path, retrofitted: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must be at least 40, got 39"):
+        retrofit(model=plain, texts=TEXTS[:39], output_dir=tmp_path / "few")
+    with pytest.raises(ValueError, match="has exits already"):
+        retrofit(model=retrofitted, texts=TEXTS, output_dir=tmp_path / "twice", config=quick_retrofit())
+    reranker = tiny_classifier(tmp_path / "reranker", num_labels=1)
+    with pytest.raises(ValueError, match="or a reranker such as a CrossEncoder"):
+        retrofit(model=reranker, texts=TEXTS, output_dir=tmp_path / "reranked")
+    with pytest.raises(ValueError, match=r'method must be one of consistent, deebert, plain, got "retrofit"'):
+        train(backbone=plain, train_data=tiny_dataset(50), output_dir=tmp_path / "t", method="retrofit")
+    with pytest.raises(ValueError, match="takes single texts, and each row of texts is a pair"):
+        retrofit(model=plain, texts=[("a", "b")] * 2, output_dir=tmp_path / "pairs")

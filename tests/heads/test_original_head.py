@@ -13,6 +13,7 @@ from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.data.tokenization import encode_texts
 from consistentee.functional.criteria import exit_scores
 from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.models.configuration import EarlyExitConfig
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
@@ -132,19 +133,16 @@ def test_what_gives_no_one_class_is_refused(tmp_path: Path, values: dict[str, An
 
 
 def test_types_without_a_row_are_named(tmp_path: Path) -> None:
+    new_config: Any = EarlyExitConfig
     config = AutoConfig.for_model("bert", num_hidden_layers=1, hidden_size=32, num_attention_heads=4)
     with pytest.raises(ValueError, match=r'original_head must be of a type among bert, .*, got "gpt9"'):
         EarlyExitForSequenceClassification(
-            EarlyExitForSequenceClassification.config_class(
-                encoder_config=config, original_head={"model_type": "gpt9"}
-            )
+            new_config(encoder_config=config, original_head={"model_type": "gpt9"})
         )
     with pytest.raises(
         ValueError, match='head must be attention beside an original_head, got "shared_pooler"'
     ):
-        EarlyExitForSequenceClassification.config_class(
-            encoder_config=config, head="shared_pooler", original_head={"model_type": "bert"}
-        )
+        new_config(encoder_config=config, head="shared_pooler", original_head={"model_type": "bert"})
 
 
 def test_the_folder_opens_with_its_labels(tmp_path: Path) -> None:

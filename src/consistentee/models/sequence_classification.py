@@ -173,8 +173,8 @@ class EarlyExitForSequenceClassification(_EncoderClassifier, WithExits):
             backbones.architecture_of(config)
         modules = head_modules(original, model_type)
         if hasattr(backbone, "pooler"):
-            backbone.pooler = None  # it is the head's now
-        new_config = EarlyExitConfig(
+            backbone.pooler = cast(Any, None)  # it is the head's now
+        new_config = cast(Any, EarlyExitConfig)(
             encoder_config=backbone.config,
             attn_implementation=backbone.config._attn_implementation,
             original_head={"model_type": model_type, **head_values},

@@ -81,7 +81,7 @@ class RetrofitTraining(ClassificationTraining):
     """
 
     measure = "agreement"
-    config: RetrofitConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config: RetrofitConfig
     data: Any
 
     def __init__(self, config: RetrofitConfig, data: SpooledTexts, original: LoadedClassifier) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md")
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMANDS = ("train", "finetune", "evaluate", "predict", "generate", "benchmark")
+COMMANDS = ("train", "finetune", "evaluate", "predict", "generate", "benchmark", "calibrate")
 
 
 def typed(page: str) -> list[list[str]]:

@@ -126,7 +126,9 @@ def test_options_are_checked_before_anything_is_read(engine: Engine) -> None:
 def test_plain_model_runs_all_its_layers(folder: Path) -> None:
     plain = Engine.from_pretrained(folder.parent / "plain", device="cpu")
     assert {prediction.exit_layer for prediction in plain.predict(TEXTS[:3])} == {3}
-    with pytest.raises(ValueError, match="has no exits: threshold and criterion must not be given"):
+    with pytest.raises(
+        ValueError, match="has no exits: threshold, criterion and operating point must not be given"
+    ):
         plain.predict(["good"], threshold=0.5)
 
 

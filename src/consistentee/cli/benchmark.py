@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +42,7 @@ class BenchmarkOptions:
             own rule; even with --config-name]
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
+        operating_point: In place of both, a name that `consistentee calibrate` gave.
         batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128; generators 1,8,32]
         throughput: Throughput mode alone, or beside the --batch-sizes given; classifiers only. [default: both]
         lossless: Measure lossless decoding too; trained generators only.
@@ -72,6 +73,7 @@ class BenchmarkOptions:
     exit_distribution: str | None = None
     criterion: Criterion | GenerationCriterion | None = None
     threshold: float | None = None
+    operating_point: str | None = None
     batch_sizes: str | None = None
     throughput: Flag = False
     lossless: Flag = False
@@ -98,9 +100,16 @@ class BenchmarkOptions:
         return {name: None if value == getattr(defaults, name) else value for name, value in values.items()}
 
 
-OF_CLASSIFIERS = ("throughput", "labels", "classifier_hidden_size", "backend", "text_columns")
+OF_CLASSIFIERS = (
+    "throughput",
+    "labels",
+    "classifier_hidden_size",
+    "backend",
+    "text_columns",
+    "operating_point",
+)
 OF_GENERATORS = ("new_tokens", "lossless")
-OF_MODELS = ("data_file", "task", "data_dir", "text_columns", "threshold")
+OF_MODELS = ("data_file", "task", "data_dir", "text_columns", "threshold", "operating_point")
 OF_SHAPES = ("sequence_length", "labels", "classifier_hidden_size")
 LEAST = {
     "repeats": 1,
@@ -177,6 +186,7 @@ def benchmark_classifier(
         )
         distribution = distribution or "even"
     else:
+        options = _at_operating_point(model, options)
         work = model_workload(
             model,
             _texts(model, options),
@@ -265,11 +275,27 @@ def _check(options: BenchmarkOptions, kind: Kind, model: str | None) -> list[int
             raise UsageError("--text-columns goes with --data-file; a task knows its own.")
     if options.lossless and options.criterion not in (None, "policy"):
         raise UsageError("--criterion goes without --lossless: what drafts is always the policy.")
-    if options.exit_distribution is not None and options.threshold is not None:
-        raise UsageError(
-            "--threshold and --exit-distribution exclude each other: exits follow one or the other."
-        )
+    for name in ("threshold", "operating_point"):
+        if options.exit_distribution is not None and name in given:
+            raise UsageError(
+                f"{_option(name)} and --exit-distribution exclude each other: exits follow one or the other."
+            )
     return sizes
+
+
+def _at_operating_point(model: str, options: BenchmarkOptions) -> BenchmarkOptions:
+    """The options with criterion and threshold of the operating point, where one is named."""
+    if options.operating_point is None:
+        return options
+    from consistentee.backbones.loading import read_config
+    from consistentee.models.operating_points import point_or_rule
+
+    points = read_config(model, "Model").get("operating_points")
+    criterion, threshold = usage(
+        lambda: point_or_rule(points, options.operating_point, options.criterion, options.threshold, model)
+    )
+    rule: Any = {"criterion": criterion, "threshold": threshold}
+    return replace(options, **rule)
 
 
 def _option(name: str) -> str:

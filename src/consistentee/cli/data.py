@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from consistentee.atomic_files import write_text
 from consistentee.cli.kinds import GENERATORS, Kind
-from consistentee.cli.options import DataOptions, TrainingDataOptions
+from consistentee.cli.options import DataOptions, TrainingDataOptions, check_column_count
 from consistentee.data.recipes import Recipe
-from consistentee.data.rows import InstructionDataset, TextDataset
+from consistentee.data.rows import InstructionDataset, TextDataset, split_rows
 from consistentee.data.tasks import get_task
 from consistentee.errors import UsageError
 
@@ -102,6 +102,35 @@ def evaluation_data(
         columns = f" with {kind.column_options}" if kind.columns_needed else ""
         raise UsageError(f"Give --task with --data-dir, or --eval-file{columns}.")
     return kind.load_task(known_task(task, kind), options.data_dir, **model)[1]
+
+
+def read_all_texts(
+    file: str, text_columns: Sequence[str] | None, saved: Any, max_samples: int | None = None
+) -> tuple[list[tuple[str, ...]], str]:
+    """The texts of a file, in every form that `predict` reads.
+
+    Args:
+        file: its name; "-" is standard input.
+        text_columns: one or two, or None for the usual names.
+        saved: the classifier that is to read them.
+        max_samples: at most so many, drawn at random, in their order; None takes all.
+
+    Returns:
+        The texts, and what to call their source.
+
+    Raises:
+        UsageError: another number of columns than the model takes texts.
+        DataError: the file is missing, empty or broken.
+    """
+    from consistentee.cli.terminal import say_reading
+    from consistentee.data.files import read_texts
+
+    say_reading(file, "texts")
+    check_column_count(text_columns, saved.text_pairs, saved.name)
+    texts = list(read_texts(file, text_columns, pairs=saved.text_pairs))
+    if max_samples is not None and max_samples < len(texts):
+        texts = [texts[row] for row in split_rows(len(texts), max_samples / len(texts), seed=0)[1]]
+    return texts, "standard input" if file == "-" else file
 
 
 def known_task(name: str, kind: Kind) -> str:

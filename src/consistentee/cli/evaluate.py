@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from consistentee.cli.data import evaluation_data
-from consistentee.cli.kinds import GENERATORS, Kind, kind_of_model
-from consistentee.cli.options import DataOptions, Flag
+from consistentee.cli.data import evaluation_data, read_all_texts
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind, kind_of_model
+from consistentee.cli.options import DataOptions, Flag, check_one_or_two
 from consistentee.cli.terminal import at_least_one, check_plot_file, console, save_figures, usage
 from consistentee.config import Criterion, GenerationCriterion, GenerationMode
 from consistentee.errors import UsageError
@@ -25,6 +25,8 @@ def evaluate(
     data: DataOptions | None = None,
     criterion: Annotated[list[AnyCriterion] | None, Parameter(consume_multiple=True)] = None,
     threshold: float | None = None,
+    operating_point: str | None = None,
+    texts: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     reference: str | None = None,
     batch_size: int | None = None,
     max_samples: int | None = None,
@@ -44,6 +46,9 @@ def evaluate(
             entropy, patience; of text generators: policy, softmax_margin, state_similarity, confidence_classifier,
             static. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
+        operating_point: In place of both, a name that `consistentee calibrate` gave.
+        texts: Texts without labels, in every form that predict reads; agreement with full depth takes the place of
+            accuracy. Classifiers only.
         reference: Folder of a model to compare with: the plain one from `finetune`, or any of its kind as it was
             saved.
         batch_size: Inputs per step; does not change the result. [default: 64; to generate text: 8]
@@ -71,17 +76,25 @@ def evaluate(
             raise UsageError(
                 f'--{name.replace("_", "-")} goes with a text generator, and model "{model}" is none.'
             )
+    for name, value in {"operating_point": operating_point, "texts": texts}.items():
+        if value is not None and kind is GENERATORS:
+            raise UsageError(
+                f'--{name.replace("_", "-")} goes with a classifier, and model "{model}" is none.'
+            )
     kind.check_criteria(criterion)
     network = saved.early_exit_model  # which a plain model has not
     if kind is GENERATORS:
         of_generators["mode"] = mode or network.config.mode
-    rule, limit = usage(lambda: saved.exit_rule(criterion[0] if criterion else None, threshold))
+    first = criterion[0] if criterion else None
+    rule, limit = usage(lambda: saved.exit_rule(first, threshold, operating_point))
+    if texts is not None:
+        _check_texts_alone(data or DataOptions(), reference)
     evaluation, source = kind.commands["evaluate"](
         saved,
         kind,
         data or DataOptions(),
         max_samples,
-        **(of_generators if kind is GENERATORS else {}),
+        **(of_generators if kind is GENERATORS else {"texts": texts}),
         criteria=[rule, *(criterion or [])[1:]],
         threshold=limit,
         reference=reference,
@@ -98,19 +111,46 @@ def evaluate(
 
 
 def evaluate_classifier(
-    saved: Any, kind: Kind, data: DataOptions, max_samples: int | None, *, reference: str | None, **how: Any
+    saved: Any,
+    kind: Kind,
+    data: DataOptions,
+    max_samples: int | None,
+    *,
+    reference: str | None,
+    texts: str | None = None,
+    **how: Any,
 ) -> tuple[Any, str]:
-    """Measure a classifier; the last arguments are those of `evaluate_model`.
+    """Measure a classifier, on texts without labels where these are given; the last arguments are those of either.
 
     Returns:
         The evaluation, and where its rows come from.
     """
+    from consistentee.evaluation.agreement import evaluate_agreement
     from consistentee.evaluation.classification import evaluate_model
 
+    if texts is not None:
+        found, source = read_all_texts(texts, data.text_columns, saved, max_samples)
+        return evaluate_agreement(saved, found, source=source, progress=True, **how), source
     rows = evaluation_data(data, kind, saved.task, label_names=saved.label_names).max_samples(max_samples)
     compared = None if reference is None else kind.load(reference)
     evaluation = evaluate_model(saved, rows, reference=compared, progress=True, **how)
     return evaluation, rows.source
+
+
+def _check_texts_alone(data: DataOptions, reference: str | None) -> None:
+    """Raise UsageError for labelled rows beside --texts, or what needs them."""
+    check_one_or_two(data.text_columns)
+    given = {
+        "--task": data.task,
+        "--data-dir": data.data_dir,
+        "--eval-file": data.eval_file,
+        "--label-column": data.label_column,
+        "--reference": reference,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--texts has no labels, so {name} goes without it.")
+    data.check_kind(CLASSIFIERS)
 
 
 def evaluate_generator(

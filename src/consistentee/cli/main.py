@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from consistentee import __version__
 from consistentee.cli.benchmark import benchmark
+from consistentee.cli.calibrate import calibrate
 from consistentee.cli.evaluate import evaluate
 from consistentee.cli.generate import generate
 from consistentee.cli.predict import predict
@@ -49,10 +50,11 @@ COMMANDS = {
     "predict": predict,
     "generate": generate,
     "benchmark": benchmark,
+    "calibrate": calibrate,
 }
 for _name, _command in COMMANDS.items():
     app.command(_command, name=_name)
-OUTLASTING = ("train", "finetune", "retrofit", "evaluate", "benchmark")
+OUTLASTING = ("train", "finetune", "retrofit", "evaluate", "benchmark", "calibrate")
 """Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
 
@@ -132,7 +134,7 @@ def _hyphen_last(arguments: list[str]) -> list[str]:
     kept = [
         argument
         for argument, previous in zip(arguments, before, strict=False)
-        if argument != "-" or previous in ("--prompt", "--input")
+        if argument != "-" or previous in ("--prompt", "--input", "--file", "--texts")
     ]
     return arguments if "--" in arguments or len(kept) == len(arguments) else [*kept, "--", "-"]
 

@@ -18,6 +18,7 @@ def predict(
     text_columns: Columns = None,
     criterion: Criterion | None = None,
     threshold: float | None = None,
+    operating_point: str | None = None,
     batch_size: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
@@ -36,6 +37,7 @@ def predict(
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
+        operating_point: In place of both, a name that `consistentee calibrate` gave.
         batch_size: Inputs that go through the model together. [default: as many as are fastest, from a growing window]
         dtype: Precision: float32, bfloat16, float16 or int8; `consistentee benchmark --dtype auto` recommends one.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
@@ -56,7 +58,13 @@ def predict(
     check_column_count(text_columns, pairs, model)
     texts_in = read_texts(file, text_columns, pairs=pairs)
     windows = usage(
-        lambda: engine.windows(texts_in, batch_size=batch_size, threshold=threshold, criterion=criterion)
+        lambda: engine.windows(
+            texts_in,
+            batch_size=batch_size,
+            threshold=threshold,
+            criterion=criterion,
+            operating_point=operating_point,
+        )
     )
     count, num_truncated = 0, 0
     is_file = output is not None

@@ -31,7 +31,7 @@ from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, EarlyExitOutput
 from consistentee.progress import track
-from consistentee.training.states import run_all_layers
+from consistentee.training.states import LayerStates, run_all_layers
 
 
 def evaluate_layers(
@@ -116,6 +116,7 @@ def evaluate_model(
     *,
     criteria: Sequence[str] = (),
     threshold: float | None = None,
+    operating_point: str | None = None,
     metrics: Sequence[str] | None = None,
     reference: LoadedClassifier | None = None,
     batch_size: int = 64,
@@ -128,6 +129,7 @@ def evaluate_model(
         dataset: rows whose label names are the model's.
         criteria: exit criteria; the first is reported, the others are drawn beside it. None given: the saved one.
         threshold: of the first criterion; None takes the saved one.
+        operating_point: in place of criterion and threshold, one that `consistentee calibrate` saved, by name.
         metrics: names from `metrics.METRICS`; None takes those of the model's task.
         reference: a model to compare with on the same rows, with or without exits, as it was saved.
         batch_size: rows per step; does not change the result.
@@ -140,21 +142,11 @@ def evaluate_model(
         ValueError: the model has no exits, label names do not agree, or a threshold is missing or does not fit.
     """
     model = saved.early_exit_model
-    criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold)
+    criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold, operating_point)
     others = {name: saved.known_threshold(name) for name in criteria[1:]}
     columns = class_columns(saved, dataset.label_names)
-    saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)]
-    )  # full precision, whatever a training in this process used
-    rows = _tokenized(saved, dataset)
-    states = run_all_layers(
-        model,
-        rows,
-        collate=partial(collate, tokenizer=saved.tokenizer),
-        batch_size=batch_size,
-        accelerator=accelerator,
-        description="evaluating" if progress else None,
+    states, num_truncated = run_layers(
+        saved, dataset, batch_size=batch_size, description="evaluating" if progress else None
     )
     others_run = None if reference is None else _run(reference, dataset, batch_size, progress)
     evaluation = evaluate_layers(
@@ -171,7 +163,7 @@ def evaluate_model(
     )
     evaluation = replace(
         evaluation,
-        num_truncated=rows.num_truncated,
+        num_truncated=num_truncated,
         environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
     )
     if reference is None or others_run is None or evaluation.reference is None:
@@ -185,6 +177,38 @@ def evaluate_model(
             mean_exit_layer=others_run[1],
         ),
     )
+
+
+def run_layers(
+    saved: LoadedClassifier, dataset: TextDataset, *, batch_size: int = 64, description: str | None = None
+) -> tuple[LayerStates, int]:
+    """Every layer's outputs for every row, in full precision whatever a training in this process used.
+
+    Args:
+        saved: a model with exits.
+        dataset: rows; their labels are not read.
+        batch_size: rows per step; does not change the result.
+        description: label of the progress bar; none without it.
+
+    Returns:
+        The outputs, and how many rows were cut; that is said as well.
+
+    Raises:
+        ValueError: the model has no exits, or its inputs are of another number of texts.
+    """
+    model = saved.early_exit_model
+    saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
+    accelerator = Accelerator(cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)])
+    rows = _tokenized(saved, dataset)
+    states = run_all_layers(
+        model,
+        rows,
+        collate=partial(collate, tokenizer=saved.tokenizer),
+        batch_size=batch_size,
+        accelerator=accelerator,
+        description=description,
+    )
+    return states, rows.num_truncated
 
 
 def _tokenized(saved: LoadedClassifier, dataset: TextDataset) -> TokenizedDataset:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from consistentee.atomic_files import atomic_path
 from consistentee.errors import require_extra
-from consistentee.evaluation.results import BASELINE, LAST_LAYER, GenerationEvaluation
+from consistentee.evaluation.results import BASELINE, LAST_LAYER, AgreementEvaluation, GenerationEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,9 @@ Point = tuple[float, float]
 
 
 def plot_evaluation(
-    evaluation: Evaluation | GenerationEvaluation, path: str | Path, title: str | None = None
+    evaluation: Evaluation | AgreementEvaluation | GenerationEvaluation,
+    path: str | Path,
+    title: str | None = None,
 ) -> Path:
     """Draw quality against depth, and where inputs or tokens exit.
 
@@ -88,8 +90,9 @@ def plot_evaluation(
             _draw_positions(axes["positions"], evaluation)
         else:
             left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-            _draw_accuracy(left, evaluation)
-            _draw_layers(right, evaluation)
+            quality = "agreement" if isinstance(evaluation, AgreementEvaluation) else "accuracy"
+            _draw_quality(left, evaluation, quality)
+            _draw_layers(right, evaluation, quality)
     return Path(path)
 
 
@@ -170,7 +173,9 @@ def _look(criterion: str) -> tuple[str, Any]:
     return LOOKS.get(criterion, (INK, "-"))
 
 
-def _points(evaluation: Evaluation | GenerationEvaluation, quality: str) -> dict[str, list[Point]]:
+def _points(
+    evaluation: Evaluation | AgreementEvaluation | GenerationEvaluation, quality: str
+) -> dict[str, list[Point]]:
     """Every criterion's curve, the reported one first."""
     curves = {evaluation.criterion: evaluation.curve}
     curves |= {name: other.curve for name, other in evaluation.other_criteria.items()}
@@ -180,17 +185,17 @@ def _points(evaluation: Evaluation | GenerationEvaluation, quality: str) -> dict
     }
 
 
-def _draw_accuracy(axes: Axes, evaluation: Evaluation) -> None:
-    """Accuracy against depth; hollow points are the chosen thresholds of the other criteria."""
-    points = _points(evaluation, "accuracy")
+def _draw_quality(axes: Axes, evaluation: Evaluation | AgreementEvaluation, quality: str) -> None:
+    """Accuracy or agreement against depth; hollow points are the chosen thresholds of the other criteria."""
+    points = _points(evaluation, quality)
     for name, other in evaluation.other_criteria.items():
         if other.point is not None:
-            _mark(axes, (other.point.layer_speedup, 100 * other.point.accuracy), name, filled=False)
-    reference = evaluation.reference
+            _mark(axes, (other.point.layer_speedup, 100 * getattr(other.point, quality)), name, filled=False)
+    reference: Reference | None = getattr(evaluation, "reference", None)
     lines = {} if reference is None else {_reference_label(reference): 100 * reference.accuracy}
-    own = (evaluation.layer_speedup, 100 * evaluation.accuracy)
+    own = (evaluation.layer_speedup, 100 * getattr(evaluation, quality))
     _draw_curves(axes, points, lines, own, " %")
-    _frame(axes, SPEEDUP, "accuracy (%)", "Accuracy against depth")
+    _frame(axes, SPEEDUP, f"{quality} (%)", f"{quality.capitalize()} against depth")
 
 
 def _reference_label(reference: Reference) -> str:
@@ -337,14 +342,15 @@ def _draw_shares(axes: Axes, shares: Sequence[float], least: float, label: str |
     axes.grid(axis="y", color=GRID, linewidth=0.8)
 
 
-def _draw_layers(axes: Axes, evaluation: Evaluation) -> None:
+def _draw_layers(axes: Axes, evaluation: Evaluation | AgreementEvaluation, quality: str) -> None:
     shares = [100 * count / evaluation.num_examples for count in evaluation.exit_histogram]
-    names = ("share that exits here", "their accuracy", "accuracy if all exited here")
+    names = ("share that exits here", f"their {quality}", f"{quality} if all exited here")
     _draw_shares(axes, shares, 0.5, names[0])
     layers = range(1, evaluation.num_hidden_layers + 1)
-    heights = [math.nan if value is None else 100 * value for value in evaluation.exit_accuracy]
+    at_exits = getattr(evaluation, f"exit_{quality}")
+    heights = [math.nan if value is None else 100 * value for value in at_exits]
     axes.plot(layers, heights, color=RED, marker="D", markersize=5, linestyle="none", label=names[1])
-    heights = [100 * value for value in evaluation.per_layer_accuracy]
+    heights = [100 * value for value in getattr(evaluation, f"per_layer_{quality}")]
     axes.plot(layers, heights, color=BLUE, marker="o", markersize=4.5, linewidth=1.8, label=names[2])
     _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs exit")
     axes.set_ylim(0, 119)

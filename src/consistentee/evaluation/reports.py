@@ -13,6 +13,7 @@ from rich.text import Text
 from consistentee.evaluation.results import (
     BASELINE,
     LAST_LAYER,
+    AgreementEvaluation,
     Evaluation,
     GeneratedPoint,
     GenerationEvaluation,
@@ -40,11 +41,11 @@ LOSSLESS_NOTE = (
 )
 
 
-def evaluation_tables(evaluation: Evaluation | GenerationEvaluation) -> RenderableType:
+def evaluation_tables(evaluation: Evaluation | AgreementEvaluation | GenerationEvaluation) -> RenderableType:
     """Everything a reader of the terminal wants: models side by side, then layer by layer.
 
     Args:
-        evaluation: of a classifier or of a text generator.
+        evaluation: of a classifier, with labels or without, or of a text generator.
 
     Returns:
         Something that a rich console prints, at most 120 columns wide.
@@ -54,6 +55,15 @@ def evaluation_tables(evaluation: Evaluation | GenerationEvaluation) -> Renderab
         if evaluation.num_tokens:
             parts += [Text(""), _token_layers(evaluation)]
         return Group(*parts)
+    if isinstance(evaluation, AgreementEvaluation):
+        inputs = f"{evaluation.num_examples:,} inputs without labels"
+        note = f"Agreement: the share of {inputs} that get the last layer's class."
+        return Group(
+            _agreement(evaluation),
+            Text(note),
+            Text(""),
+            _agreement_by_layer(evaluation, evaluation.exit_agreement, evaluation.per_layer_agreement),
+        )
     parts = [_models(evaluation)]
     reference = evaluation.reference
     if reference is not None:
@@ -150,17 +160,42 @@ def agreement_tables(evaluation: Evaluation) -> list[RenderableType]:
         ]
         shown = ["" if speedup is None else f"{speedup:.2f}x" for speedup in fastest]
         table.add_row(f"{100 * agreement:g}", *shown)
-    layers = _table(["layer", "exit here", "share %", "their agreement %", "agreement % if all exited here"])
+    layers = _agreement_by_layer(evaluation, evaluation.exit_accuracy, evaluation.per_layer_accuracy)
+    title = _title(evaluation.criterion, evaluation.threshold)
+    return [table, Text(""), Text(f"{title}:"), layers]
+
+
+def _agreement(evaluation: AgreementEvaluation) -> Table:
+    """One row for the last layer, the criterion, and each of the others."""
+    depth = evaluation.num_hidden_layers
+    names = ("agreement %", "standard error", "mean exit layer", "layer speed-up")
+    table = _table(["", *names, "layers saved %"], left=1)
+    table.add_row(LAST_LAYER, _percent(1.0), "", *_depth(depth, depth))
+    error = _percent(evaluation.agreement_standard_error)
+    title = _title(evaluation.criterion, evaluation.threshold)
+    shown = (_percent(evaluation.agreement), error, *_depth(evaluation.mean_exit_layer, depth))
+    table.add_row(title, *shown, style="bold")
+    for name, other in evaluation.other_criteria.items():
+        if other.point is not None:
+            point = other.point
+            title = _title(name, point.threshold)
+            table.add_row(title, _percent(point.agreement), "", *_depth(point.mean_exit_layer, depth))
+    return table
+
+
+def _agreement_by_layer(
+    evaluation: Evaluation | AgreementEvaluation, at_exits: Sequence[float | None], if_all: Sequence[float]
+) -> Table:
+    table = _table(["layer", "exit here", "share %", "their agreement %", "agreement % if all exited here"])
     for index, exited in enumerate(evaluation.exit_histogram):
-        layers.add_row(
+        table.add_row(
             str(index + 1),
             f"{exited:,}",
             _percent(exited / evaluation.num_examples, 1),
-            _percent(evaluation.exit_accuracy[index]),
-            _percent(evaluation.per_layer_accuracy[index]),
+            _percent(at_exits[index]),
+            _percent(if_all[index]),
         )
-    title = _title(evaluation.criterion, evaluation.threshold)
-    return [table, Text(""), Text(f"{title}:"), layers]
+    return table
 
 
 def _layers(evaluation: Evaluation) -> Table:

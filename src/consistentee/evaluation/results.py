@@ -126,6 +126,51 @@ class Evaluation(ExitEvaluation):
 
 
 @dataclass(frozen=True)
+class AgreementPoint:
+    """What one threshold gives without labels.
+
+    Args:
+        threshold: an input exits at the first layer whose exit score exceeds it.
+        agreement: share of the inputs that get the last layer's class, in [0, 1].
+        mean_exit_layer: mean number of layers executed.
+        layer_speedup: layers over mean exit layer.
+    """
+
+    threshold: float
+    agreement: float
+    mean_exit_layer: float
+    layer_speedup: float
+
+
+@dataclass(frozen=True)
+class OtherAgreement:
+    """Another exit criterion on the same classifiers, without labels; see `OtherCriterion`."""
+
+    threshold: float | None
+    point: AgreementPoint | None
+    curve: list[AgreementPoint]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementEvaluation(ExitEvaluation):
+    """A classifier on texts without labels, against its own last layer; see `ExitEvaluation` for the other fields.
+
+    Args:
+        agreement: share of the inputs that get the last layer's class at their exit.
+        agreement_standard_error: of that share.
+        exit_agreement: the same among the inputs that exit at each layer; None where none does.
+        per_layer_agreement: agreement if every input exited at that layer; 1 at the last.
+    """
+
+    curve: list[AgreementPoint]
+    other_criteria: Mapping[str, OtherAgreement] = field(default_factory=dict[str, OtherAgreement])
+    agreement: float
+    agreement_standard_error: float
+    exit_agreement: list[float | None]
+    per_layer_agreement: list[float]
+
+
+@dataclass(frozen=True)
 class GenerationPoint:
     """What one threshold gives on the references themselves, each token predicted from the true ones before it.
 

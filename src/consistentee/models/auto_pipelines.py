@@ -1,7 +1,8 @@
 """transformers' `pipeline("text-classification")` for our classifiers: texts are cut where the model ends.
 
 transformers' own pipeline hands whole texts on unless it is called with `truncation=True`. That ends in an error beyond
-the model's positions, and between them and the training's length in an answer that `Engine` does not give.
+the model's positions, and between them and the training's length in an answer that `Engine` does not give. Ours also
+takes an exit rule, when it is made or called: `operating_point`, or `criterion` and `threshold`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 from transformers import TextClassificationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from consistentee.models.configuration import EncoderClassifierConfig
+from consistentee.models.configuration import EarlyExitConfig, EncoderClassifierConfig
+from consistentee.models.operating_points import point_or_rule
 
 TASK = "text-classification"
 
@@ -26,6 +28,30 @@ class CuttingTextClassificationPipeline(TextClassificationPipeline):
             limits = {"truncation": True, "max_length": config.max_input_length}
             tokenizer_kwargs = {**limits, **tokenizer_kwargs}
         return super().preprocess(inputs, **tokenizer_kwargs)
+
+    def _sanitize_parameters(
+        self,
+        function_to_apply: Any = None,
+        top_k: Any = "",
+        operating_point: str | None = None,
+        criterion: str | None = None,
+        threshold: float | None = None,
+        **tokenizer_kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        before, during, after = super()._sanitize_parameters(function_to_apply, top_k, **tokenizer_kwargs)
+        if any(value is not None for value in (operating_point, criterion, threshold)):
+            config, name = self.model.config, str(self.model.name_or_path)
+            if not isinstance(config, EarlyExitConfig):
+                raise ValueError(
+                    f'Model "{name}" has no exits: threshold, criterion and operating point must not be given.'
+                )
+            points = config.operating_points
+            criterion, threshold = point_or_rule(points, operating_point, criterion, threshold, name)
+            during = {**during, "criterion": criterion, "threshold": threshold}
+        return before, during, after
+
+    def _forward(self, model_inputs: Any, **rule: Any) -> Any:
+        return super()._forward({**model_inputs, **rule})
 
 
 def register_pipeline() -> None:

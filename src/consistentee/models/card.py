@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from consistentee.atomic_files import write_text
+from consistentee.models.operating_points import Points, read_operating_points
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -27,11 +28,31 @@ def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> Path:
         The file.
     """
     path = Path(folder) / CARD_FILE
-    write_text(path, model_card(record))
+    write_text(path, model_card(record, read_operating_points(folder)))
     return path
 
 
-def model_card(record: Mapping[str, Any]) -> str:
+def enter_operating_points(folder: str | Path, record: Mapping[str, Any], before: Points) -> bool:
+    """Write a folder's card anew, with the operating points that it has now.
+
+    Args:
+        folder: the saved folder.
+        record: its training record.
+        before: the operating points that the card on the disk was written with.
+
+    Returns:
+        Whether the card is up to date. One that somebody has changed stays as it is; where there is none, none is made.
+    """
+    path = Path(folder) / CARD_FILE
+    if not path.is_file():
+        return True
+    if path.read_text(encoding="utf-8") != model_card(record, before):
+        return False
+    write_model_card(folder, record)
+    return True
+
+
+def model_card(record: Mapping[str, Any], operating_points: Points | None = None) -> str:
     """The text of the card, Markdown with YAML front matter."""
     kind, task = str(record.get("kind")), record.get("task")
     generates, exits = kind.endswith("_generation"), not kind.startswith("full_depth")
@@ -93,6 +114,10 @@ def model_card(record: Mapping[str, Any]) -> str:
             ("figure", "value"), _validated(validation, "token accuracy" if generates else "accuracy")
         ),
         by_rule=_table(("exit rule", "threshold", "token accuracy", "mean exit layer"), _by_rule(validation)),
+        operating_points=_table(
+            ("operating point", "exit rule", "certified", "layer speed-up"),
+            [_operating_point(name, point) for name, point in (operating_points or {}).items()],
+        ),
         pairs=(record.get("data") or {}).get("text_pairs"),
         threshold=other_threshold(thresholds.get("policy", 0.5)),
         thresholds=", ".join(f"{name} {value:.4g}" for name, value in thresholds.items()),
@@ -157,6 +182,24 @@ def _by_rule(validation: Mapping[str, Any]) -> TableRows:
         (name, f"{point['threshold']:.4g}", _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
     ]
+
+
+def _operating_point(name: str, point: Mapping[str, Any]) -> tuple[str, ...]:
+    proof: Mapping[str, Any] = point.get("certificate") or {}
+    of = {
+        "max_accuracy_loss": "of accuracy lost against full depth",
+        "max_disagreement": "of disagreement with full depth",
+        "min_speedup": "of disagreement with full depth",
+    }
+    certified = ""
+    if proof.get("goal") in of:
+        share = proof["bound"] if proof["goal"] == "min_speedup" else proof["target"]
+        certified = (
+            f"at most {100 * share:.4g} % {of[proof['goal']]} ({proof['num_rows']:,} rows, "
+            f"confidence {100 * proof['confidence']:g} %, {proof.get('date', 'no date')})"
+        )
+    speed = f"{proof['layer_speedup']:.2f}x" if "layer_speedup" in proof else ""
+    return name, f"{point['criterion']} > {point['threshold']:.6g}", certified, speed
 
 
 def _training(record: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from consistentee.config import (
 )
 from consistentee.errors import require_choice, require_number, require_range, require_thresholds
 from consistentee.functional.criteria import check_threshold
+from consistentee.models.operating_points import require_operating_points
 
 
 class BackboneConfig(PreTrainedConfig):
@@ -179,6 +180,7 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
         original_head: of a model that kept its own head on the last layer: what makes it, `model_type` and perhaps
             more (`heads.original_head`). The last layer then speaks for itself alone.
         original: which model that was: `name`, `fingerprint`, `revision`, `license`.
+        operating_points: criteria and thresholds by name, see `operating_points.py`; None for none.
     """
 
     model_type = "consistentee"
@@ -186,12 +188,14 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
     policy_input: str = "state+log_odds"
     original_head: dict[str, Any] | None = None
     original: dict[str, Any] | None = None
+    operating_points: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         require_choice("policy_input", self.policy_input, (*get_args(PolicyInput), *OLD_POLICY_INPUTS))
         require_choice("criterion", self.criterion, get_args(Criterion))
         require_range("ensemble_decay", self.ensemble_decay, 0, 1, open_end=True)
+        require_operating_points(self.operating_points)
         if self.original_head is not None and self.head != "attention":
             raise ValueError(f'head must be attention beside an original_head, got "{self.head}".')
 

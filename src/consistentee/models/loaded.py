@@ -26,6 +26,7 @@ from consistentee.errors import SettingError
 from consistentee.functional.criteria import CRITERIA, GENERATION_CRITERIA, check_threshold
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.models.configuration import EarlyExitCausalLMConfig, EncoderClassifierConfig
+from consistentee.models.operating_points import point_or_rule
 from consistentee.models.record import read_record
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 
@@ -115,19 +116,27 @@ class LoadedModel(Generic[ExitModel]):
         known = {**(self.record.get("thresholds") or {}), **(getattr(config, "thresholds", None) or {})}
         return None if known.get(criterion) is None else float(known[criterion])
 
-    def exit_rule(self, criterion: str | None = None, threshold: float | None = None) -> tuple[str, float]:
+    def exit_rule(
+        self,
+        criterion: str | None = None,
+        threshold: float | None = None,
+        operating_point: str | None = None,
+    ) -> tuple[str, float]:
         """Criterion and threshold to use: the given ones, the saved ones, or those the training record knows.
 
         Args:
             criterion: one of `criteria`; None takes the saved one.
             threshold: None takes the known one.
+            operating_point: in place of both, one that `consistentee calibrate` saved, by name.
 
         Raises:
             ValueError: the model has no exits, an unknown criterion, a threshold that does not fit, or none to be
-                found.
+                found; an operating point that is not there, or beside a criterion or threshold.
         """
-        saved: Any = self.early_exit_model.config.criterion
-        rule: str = saved if criterion is None else criterion
+        config: Any = self.early_exit_model.config
+        points = getattr(config, "operating_points", None)
+        criterion, threshold = point_or_rule(points, operating_point, criterion, threshold, self.name)
+        rule: str = config.criterion if criterion is None else criterion
         if rule not in self.criteria:
             raise ValueError(f'criterion must be one of {", ".join(self.criteria)}, got "{rule}".')
         limit = self.known_threshold(rule) if threshold is None else threshold

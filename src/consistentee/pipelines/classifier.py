@@ -168,6 +168,7 @@ class Engine:
         batch_size: int | None = None,
         threshold: float | None = None,
         criterion: str | None = None,
+        operating_point: str | None = None,
     ) -> list[Prediction]:
         """Predictions for texts or pairs of texts, in their order.
 
@@ -176,12 +177,21 @@ class Engine:
             batch_size: inputs that start together (latency mode); None: throughput mode.
             threshold: an input exits at the first layer whose exit score exceeds it; None takes the saved one.
             criterion: one of `criteria.CRITERIA`; None takes the saved one.
+            operating_point: in place of both, one that `consistentee calibrate` saved, by name.
 
         Raises:
             ValueError: a text is empty, or a pair where the model takes one text, or the other way round (the message
                 says which), or the threshold does not fit the criterion.
         """
-        return list(self.stream(texts, batch_size=batch_size, threshold=threshold, criterion=criterion))
+        return list(
+            self.stream(
+                texts,
+                batch_size=batch_size,
+                threshold=threshold,
+                criterion=criterion,
+                operating_point=operating_point,
+            )
+        )
 
     def stream(
         self,
@@ -190,9 +200,16 @@ class Engine:
         batch_size: int | None = None,
         threshold: float | None = None,
         criterion: str | None = None,
+        operating_point: str | None = None,
     ) -> Iterator[Prediction]:
         """As `predict`, but lazily: of an endless input only a window is held at a time."""
-        windows = self.windows(texts, batch_size=batch_size, threshold=threshold, criterion=criterion)
+        windows = self.windows(
+            texts,
+            batch_size=batch_size,
+            threshold=threshold,
+            criterion=criterion,
+            operating_point=operating_point,
+        )
         return (prediction for _, predictions in windows for prediction in predictions)
 
     def windows(
@@ -202,6 +219,7 @@ class Engine:
         batch_size: int | None = None,
         threshold: float | None = None,
         criterion: str | None = None,
+        operating_point: str | None = None,
     ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
         """As `stream`, window by window, the texts beside their predictions.
 
@@ -214,19 +232,26 @@ class Engine:
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        return self._windows(self._checked(texts), batch_size, self.rule(criterion, threshold))
+        return self._windows(
+            self._checked(texts), batch_size, self.rule(criterion, threshold, operating_point)
+        )
 
-    def rule(self, criterion: str | None = None, threshold: float | None = None) -> ExitRule:
-        """The exit rule of a call: the given one, or the saved one.
+    def rule(
+        self,
+        criterion: str | None = None,
+        threshold: float | None = None,
+        operating_point: str | None = None,
+    ) -> ExitRule:
+        """The exit rule of a call: the given one, that of an operating point, or the saved one.
 
         Raises:
             ValueError: a threshold that does not fit, or either for a model without exits.
         """
         if isinstance(self.saved.model, EarlyExitForSequenceClassification):
-            return ExitRule(*self.saved.exit_rule(criterion, threshold))
-        if threshold is not None or criterion is not None:
+            return ExitRule(*self.saved.exit_rule(criterion, threshold, operating_point))
+        if any(value is not None for value in (threshold, criterion, operating_point)):
             raise ValueError(
-                f'Model "{self.saved.name}" has no exits: threshold and criterion must not be given.'
+                f'Model "{self.saved.name}" has no exits: threshold, criterion and operating point must not be given.'
             )
         return ExitRule.full_depth()
 

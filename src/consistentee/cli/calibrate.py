@@ -1,0 +1,166 @@
+"""The command `calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from consistentee.cli.data import evaluation_data, read_all_texts
+from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
+from consistentee.cli.options import DataOptions, Flag, check_one_or_two
+from consistentee.cli.terminal import at_least_one, say, usage
+from consistentee.config import Criterion
+from consistentee.errors import UsageError
+
+
+def calibrate(
+    model: str,
+    *,
+    file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    data: DataOptions | None = None,
+    max_disagreement: float | None = None,
+    max_accuracy_loss: float | None = None,
+    min_speedup: float | None = None,
+    confidence: float = 0.95,
+    criterion: Criterion | None = None,
+    name: str = "calibrated",
+    overwrite: Flag = False,
+    batch_size: int | None = None,
+    max_samples: int | None = None,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    debug: Flag = False,
+) -> None:
+    """Find a threshold with a certificate, and keep it in the model's folder as an operating point with a name.
+
+    One goal: --max-disagreement, --max-accuracy-loss or --min-speedup. The rows must be drawn as the inputs to come
+    will be, and nothing may have been chosen on them. Where they prove nothing the exit code is 1; nothing is kept.
+
+    Args:
+        model: Folder of a trained classifier.
+        file: Texts without labels, in every form that predict reads; "-" is standard input.
+        max_disagreement: Share of inputs, such as 0.01, that may get another class than at full depth. Needs no labels.
+        max_accuracy_loss: Share of inputs that may be wrong where full depth is right. Needs labels.
+        min_speedup: Layers over mean exit layer, such as 2; the certificate says what is lost at most.
+        confidence: How sure the certificate is.
+        criterion: Exit rule. [default: the saved one]
+        name: Of the operating point, for --operating-point.
+        overwrite: Replace an operating point of that name.
+        batch_size: Inputs per step; does not change the result. [default: 64]
+        max_samples: Take at most so many rows, drawn at random.
+        json_file: Write all figures to this file.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    at_least_one(batch_size=batch_size, max_samples=max_samples)
+    goal, target = _goal(max_disagreement, max_accuracy_loss, min_speedup, confidence)
+    data = data or DataOptions()
+    _check_rows(file, data, goal)
+    if kind_of_model(model) is not CLASSIFIERS:
+        raise UsageError(
+            f'calibrate goes with classifiers, and model "{model}" is a text generator: tokens exit one by one, and '
+            "no certificate of whole texts follows from theirs."
+        )
+    from consistentee.models.operating_points import (
+        check_point_name,
+        read_operating_points,
+        save_operating_point,
+    )
+
+    usage(lambda: check_point_name(name))
+    saved = CLASSIFIERS.load(model)
+    network, folder = saved.early_exit_model, Path(model).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f'Model "{model}" is not a folder here, so that it cannot keep an operating point.')
+    before = read_operating_points(folder)
+    if name in before and not overwrite:
+        raise UsageError(
+            f'Model "{model}" has an operating point "{name}". Give another --name, or --overwrite to replace it.'
+        )
+    if min_speedup is not None and not 1 < min_speedup <= network.num_layers:
+        raise UsageError(
+            f"--min-speedup must be above 1 and at most {network.num_layers} (layers), got {min_speedup:g}."
+        )
+    from consistentee.evaluation.calibration import NO_PROMISE, calibrate_model, calibration_lines
+
+    rows, source = _rows(file, data, saved, max_samples)
+    found = calibrate_model(
+        saved,
+        rows,
+        goal=goal,
+        target=target,
+        criterion=criterion,
+        confidence=confidence,
+        batch_size=batch_size or 64,
+        source=source,
+        progress=True,
+    )
+    if json_file is not None:
+        from consistentee.atomic_files import write_json
+
+        write_json(json_file, {**found.to_dict(), "name": name})
+    lines = calibration_lines(found)
+    if not found.certified:
+        raise ValueError(lines[0])
+    save_operating_point(folder, name, found.operating_point(), overwrite=overwrite)
+    for line in (*lines, NO_PROMISE):
+        say(line)
+    from consistentee.models.card import enter_operating_points
+
+    if not enter_operating_points(folder, saved.record, before):
+        say("README.md is not as it was written here, so the operating point is not entered in it.")
+    say(f'Kept as operating point "{name}": consistentee predict {model} --operating-point {name}')
+
+
+def _goal(
+    max_disagreement: float | None,
+    max_accuracy_loss: float | None,
+    min_speedup: float | None,
+    confidence: float,
+) -> tuple[str, float]:
+    """The one goal that is given, and its value.
+
+    Raises:
+        UsageError: none or several are given, or a value is out of its range.
+    """
+    goals = {
+        "max_disagreement": max_disagreement,
+        "max_accuracy_loss": max_accuracy_loss,
+        "min_speedup": min_speedup,
+    }
+    given = [(name, value) for name, value in goals.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError("Give --max-disagreement, --max-accuracy-loss or --min-speedup: one of them.")
+    ((goal, value),) = given
+    if not 0 < confidence < 1:
+        raise UsageError(f"--confidence must be above 0 and below 1, got {confidence:g}.")
+    if goal != "min_speedup" and not 0 < value < 1:
+        option = goal.replace("_", "-")
+        raise UsageError(f"--{option} must be above 0 and below 1 (0.01 is a point), got {value:g}.")
+    return goal, value
+
+
+def _check_rows(file: str | None, data: DataOptions, goal: str) -> None:
+    """Raise UsageError for rows in two ways, or without the labels that a goal needs."""
+    check_one_or_two(data.text_columns)
+    if file is None:
+        return
+    if data.task is not None or data.data_dir is not None or data.eval_file is not None:
+        raise UsageError("--file excludes --task, --data-dir and --eval-file: give one or the other.")
+    if goal == "max_accuracy_loss":
+        raise UsageError("--max-accuracy-loss needs labels: give --eval-file with --label-column, or --task.")
+    if data.label_column is not None:
+        raise UsageError("--label-column goes with --eval-file; --file reads no labels.")
+    data.check_kind(CLASSIFIERS)
+
+
+def _rows(file: str | None, data: DataOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:
+    """Labelled rows, or texts, drawn at random where there are more than are wanted; and where they come from."""
+    if file is not None:
+        return read_all_texts(file, data.text_columns, saved, max_samples)
+    from consistentee.data.rows import split_rows
+
+    rows = evaluation_data(data, CLASSIFIERS, saved.task, label_names=saved.label_names)
+    if max_samples is not None and max_samples < len(rows):
+        rows = rows.select(split_rows(len(rows), max_samples / len(rows), seed=0)[1])
+    return rows, rows.source

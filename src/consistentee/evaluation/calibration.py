@@ -1,0 +1,332 @@
+"""A threshold with a certificate: what a saved classifier's own rows prove about exiting early.
+
+Three goals. *Disagreement*: how often an exit gives another class than the last layer; it needs no labels. *Accuracy
+loss*: how often an exit is wrong where the last layer is right. That is at least the accuracy lost, which is that share
+less the rows that an exit gets right and the last layer wrong: what is certified is therefore more than asked for, and
+exact, as a loss is 0 or 1. *Speed-up*: a threshold for a budget of layers, and a bound of the disagreement there.
+
+For a speed-up some of the rows choose the threshold by their depth and the others judge it: a bound on rows that have
+chosen the threshold would be none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consistentee.data.rows import TextDataset, split_rows
+from consistentee.errors import DataError
+from consistentee.evaluation.agreement import unlabelled_rows
+from consistentee.evaluation.classification import class_columns, run_layers
+from consistentee.functional.bounds import smallest_certifiable_rows
+from consistentee.functional.certificates import Certified, bound_at, certify, threshold_for_speedup
+from consistentee.functional.criteria import exit_scores
+from consistentee.functional.exits import choose_exit_layer
+from consistentee.inference.timing import environment
+from consistentee.models.loaded import LoadedClassifier
+
+MAX_DISAGREEMENT, MAX_ACCURACY_LOSS, MIN_SPEEDUP = "max_disagreement", "max_accuracy_loss", "min_speedup"
+GOALS = (MAX_DISAGREEMENT, MAX_ACCURACY_LOSS, MIN_SPEEDUP)
+CHOOSING_SHARE = 0.25
+"""Of the rows, where a speed-up is asked for: these choose the threshold, the others judge it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was asked for, and what the rows prove.
+
+    Attributes:
+        goal: one of `GOALS`.
+        target: the loss allowed, or the speed-up asked for.
+        criterion: whose threshold it is.
+        certified: whether there is a threshold with a proof.
+        threshold: it; None where there is none.
+        num_rows: rows that judged.
+        num_choosing_rows: other rows, which chose the threshold for a speed-up.
+        losses: rows that judged against the threshold; None without one.
+        losses_allowed: the most that would still certify the goal; None without a threshold, and for a speed-up.
+        bound: upper confidence bound of the share of losses at the threshold.
+        confidence: of the certificate.
+        rows_needed: the fewest rows that could certify the goal; None for a speed-up.
+        mean_exit_layer, layer_speedup, agreement: of the rows that judged, at the threshold.
+        accuracy, full_depth_accuracy: of the same, where labels were given.
+        num_hidden_layers: of the model.
+        num_truncated: rows that were cut.
+        rows_fingerprint: hash of all rows' texts.
+        rows_source: name of the file or task that they come from.
+        date: UTC, of the calibration.
+        environment: hardware and versions.
+        seconds: what it took.
+    """
+
+    goal: str
+    target: float
+    criterion: str
+    certified: bool
+    threshold: float | None
+    num_rows: int
+    num_choosing_rows: int
+    losses: float | None
+    losses_allowed: float | None
+    bound: float | None
+    confidence: float
+    rows_needed: int | None
+    mean_exit_layer: float | None
+    layer_speedup: float | None
+    agreement: float | None
+    accuracy: float | None = None
+    full_depth_accuracy: float | None = None
+    num_hidden_layers: int
+    num_truncated: int = 0
+    rows_fingerprint: str = ""
+    rows_source: str = ""
+    date: str = ""
+    environment: dict[str, Any] = field(default_factory=dict[str, Any])
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, ready for JSON."""
+        return asdict(self)
+
+    def operating_point(self) -> dict[str, Any]:
+        """Criterion, threshold and certificate, as a model folder keeps them."""
+        left_out = ("criterion", "threshold", "certified", "environment", "seconds", "num_hidden_layers")
+        proof = {name: value for name, value in self.to_dict().items() if name not in left_out}
+        names = ("consistentee", "torch", "transformers", "dtype", "hardware")
+        proof["versions"] = {name: self.environment[name] for name in names if name in self.environment}
+        kept = {name: value for name, value in proof.items() if value is not None}
+        return {"criterion": self.criterion, "threshold": self.threshold, "certificate": kept}
+
+
+def calibrate_layers(
+    layer_logits: Tensor,
+    exit_probs: Tensor | None,
+    *,
+    goal: str,
+    target: float,
+    criterion: str = "policy",
+    confidence: float = 0.95,
+    labels: Tensor | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Choose a threshold for a goal on the outputs of all layers, with what the rows prove about it.
+
+    Args:
+        layer_logits: (rows, layers, classes), every layer's prediction as an exit there would give it.
+        exit_probs: (rows, layers), conditional exit probabilities; read by `policy` only.
+        goal: one of `GOALS`.
+        target: the loss allowed, in (0, 1), or the layer speed-up, in (1, layers].
+        criterion: one of `CRITERIA`.
+        confidence: in (0, 1).
+        labels: (rows,), int64; needed for an accuracy loss.
+        seed: of which rows choose, for a speed-up.
+
+    Raises:
+        ValueError: a value out of its range, no labels where they are needed, or fewer than two rows for a speed-up.
+    """
+    if goal not in GOALS:
+        raise ValueError(f'goal must be one of {", ".join(GOALS)}, got "{goal}".')
+    scores = exit_scores(criterion, layer_logits, exit_probs)
+    predictions = layer_logits.argmax(-1)  # (rows, layers)
+    losses = (predictions != predictions[:, -1:]).float()
+    if goal == MAX_ACCURACY_LOSS:
+        if labels is None:
+            raise ValueError("labels must be given for max_accuracy_loss.")
+        right = predictions == labels[:, None]
+        losses = (right[:, -1:] & ~right).float()
+    judging, num_choosing = torch.arange(len(scores)), 0
+    found: Certified | None
+    if goal == MIN_SPEEDUP:
+        judged, choosing = split_rows(len(scores), CHOOSING_SHARE, seed)
+        judging, num_choosing = torch.tensor(judged), len(choosing)
+        threshold = threshold_for_speedup(
+            scores[choosing], target, criterion=criterion, judged_rows=len(judged)
+        )
+        found = bound_at(
+            scores[judging], losses[judging], threshold, confidence=confidence, criterion=criterion
+        )
+    else:
+        found = certify(scores, losses, max_loss=target, confidence=confidence, criterion=criterion)
+    at: dict[str, Any] = {"agreement": None}
+    if found is not None:
+        chosen = (choose_exit_layer(scores[judging], found.threshold) - 1)[:, None]
+        given = predictions[judging].gather(1, chosen).squeeze(1)
+        at["agreement"] = float((given == predictions[judging, -1]).double().mean())
+        if labels is not None:
+            at["accuracy"] = float((given == labels[judging]).double().mean())
+            at["full_depth_accuracy"] = float((predictions[judging, -1] == labels[judging]).double().mean())
+    return Calibration(
+        goal=goal,
+        target=target,
+        criterion=criterion,
+        certified=found is not None,
+        threshold=None if found is None else found.threshold,
+        num_rows=len(judging),
+        num_choosing_rows=num_choosing,
+        losses=None if found is None else found.losses,
+        losses_allowed=None if found is None else found.losses_allowed,
+        bound=None if found is None else found.bound,
+        confidence=confidence,
+        rows_needed=None if goal == MIN_SPEEDUP else smallest_certifiable_rows(target, confidence),
+        mean_exit_layer=None if found is None else found.mean_exit_layer,
+        layer_speedup=None if found is None else found.layer_speedup,
+        num_hidden_layers=scores.shape[1],
+        **at,
+    )
+
+
+def calibrate_model(
+    saved: LoadedClassifier,
+    rows: TextDataset | Sequence[tuple[str, ...]],
+    *,
+    goal: str,
+    target: float,
+    criterion: str | None = None,
+    confidence: float = 0.95,
+    batch_size: int = 64,
+    source: str = "texts",
+    progress: bool = False,
+) -> Calibration:
+    """Choose a threshold of a saved model for a goal, with what the rows prove about it.
+
+    Args:
+        saved: the model, from `load_model`.
+        rows: labelled rows, or texts alone; drawn from what the model will see, and used for nothing before.
+        goal: one of `GOALS`.
+        target: the loss allowed, or the layer speed-up asked for.
+        criterion: an exit criterion; None takes the saved one.
+        confidence: in (0, 1).
+        batch_size: rows per step; does not change the result.
+        source: where texts without labels come from.
+        progress: whether to show how far it is.
+
+    Raises:
+        DataError: there is no row, or they are the rows that the thresholds were chosen on.
+        ValueError: as of `calibrate_layers`, or the model has no exits.
+    """
+    start = time.perf_counter()
+    model = saved.early_exit_model
+    rule = criterion or model.config.criterion
+    labelled = isinstance(rows, TextDataset)
+    dataset = rows if isinstance(rows, TextDataset) else unlabelled_rows(rows, saved.label_names, source)
+    if not len(dataset):
+        raise DataError("There must be at least one row, got none.", file=dataset.source)
+    check_unseen(saved, dataset)
+    description = "calibrating" if progress else None
+    states, num_truncated = run_layers(saved, dataset, batch_size=batch_size, description=description)
+    logits, labels = states.layer_logits, None
+    if labelled:
+        logits, labels = logits[..., class_columns(saved, dataset.label_names)], states.labels
+    found = calibrate_layers(
+        logits,
+        states.exit_probs,
+        goal=goal,
+        target=target,
+        criterion=rule,
+        confidence=confidence,
+        labels=labels,
+    )
+    return replace(
+        found,
+        num_truncated=num_truncated,
+        rows_fingerprint=fingerprint_of_texts(dataset.texts),
+        rows_source=Path(dataset.source).name,
+        date=datetime.now(timezone.utc).date().isoformat(),
+        environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
+        seconds=time.perf_counter() - start,
+    )
+
+
+def fingerprint_of_texts(texts: Sequence[tuple[str, ...]]) -> str:
+    """Hash of texts in their order, without labels."""
+    digest = hashlib.sha256()
+    for parts in texts:
+        digest.update("\x1f".join(parts).encode() + b"\x1e")
+    return digest.hexdigest()[:16]
+
+
+def check_unseen(saved: LoadedClassifier, dataset: TextDataset) -> None:
+    """Raise DataError where the training record says that the model was trained on these very rows."""
+    if (saved.record.get("data") or {}).get("fingerprint") == dataset.fingerprint():
+        raise DataError(
+            f'Model "{saved.name}" was trained, and its thresholds chosen, on these rows, which can therefore certify '
+            "nothing.",
+            file=dataset.source,
+            remedy="Give rows that nothing was chosen on.",
+        )
+
+
+def calibration_lines(found: Calibration) -> list[str]:
+    """What was found, in sentences; the first is the outcome."""
+    if not found.certified or found.threshold is None or found.bound is None:
+        return [
+            f"{found.num_rows:,} rows can certify no {_points(found.target)} at {_share(found.confidence)}: "
+            f"{found.rows_needed:,} can."
+        ]
+    depth, what = found.num_hidden_layers, _losses(found.goal, found.losses or 0)
+    head = f"{found.criterion} threshold {digits(found.threshold)}: {what}"
+    speed = (
+        f"Layer speed-up {found.layer_speedup:.2f}x: {found.mean_exit_layer:.2f} of {depth} layers on average. "
+        f"Agreement with full depth {_share(found.agreement or 0, 2)}"
+    )
+    if found.accuracy is not None and found.full_depth_accuracy is not None:
+        speed += f", accuracy {_share(found.accuracy, 2)} (full depth {_share(found.full_depth_accuracy, 2)})"
+    if found.goal == MIN_SPEEDUP:
+        lines = [
+            f"{head} in {found.num_rows:,} rows: at most {_share(found.bound, 2)} of all, confidence "
+            f"{_share(found.confidence)}; {found.num_choosing_rows:,} other rows chose the threshold.",
+            f"{speed}.",
+        ]
+        if (found.layer_speedup or 0) < found.target:
+            lines.append(f"The rows that judged stay below the {found.target:g}x asked for, by chance.")
+        return lines
+    of = (
+        "of disagreement with full depth"
+        if found.goal == MAX_DISAGREEMENT
+        else "of accuracy lost against full depth"
+    )
+    lines = [
+        f"{head} of {found.losses_allowed:,} allowed in {found.num_rows:,} rows; certified: at most "
+        f"{_points(found.target)} {of}, confidence {_share(found.confidence)}.",
+        f"{speed}; upper bound of the losses {_share(found.bound, 2)}.",
+    ]
+    if found.mean_exit_layer == depth:
+        lines.append(
+            "No row exits early at a threshold that passes: this saves nothing. Allow more, or give more rows."
+        )
+    return lines
+
+
+NO_PROMISE = (
+    "It holds on average, for rows drawn as these were. It promises nothing for a single input, for one class, for "
+    "inputs that have changed since, for another dtype, or if something was chosen on these rows."
+)
+
+
+def digits(threshold: float) -> str:
+    """A threshold with as many digits as tell it from 1, at least four."""
+    return f"{threshold:.4g}" if not 0.999 < threshold < 1 else f"{threshold:.7g}"
+
+
+def _losses(goal: str, count: float) -> str:
+    noun = "loss" if goal == MAX_ACCURACY_LOSS else "disagreement"
+    plural = "losses" if goal == MAX_ACCURACY_LOSS else "disagreements"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
+def _points(share: float) -> str:
+    points = float(np.round(100 * share, 6))
+    return f"{points:g} point{'' if points == 1 else 's'}"
+
+
+def _share(share: float, decimals: int | None = None) -> str:
+    return f"{100 * share:g} %" if decimals is None else f"{100 * share:.{decimals}f} %"

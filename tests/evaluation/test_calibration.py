@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from consistentee.data.rows import TextDataset
+from consistentee.data.sketches import text_sketch
 from consistentee.errors import DataError
 from consistentee.evaluation.agreement import agreement_of_layers, evaluate_agreement
 from consistentee.evaluation.calibration import (
@@ -167,6 +168,21 @@ def test_of_a_saved_model_it_is_what_the_engine_does(saved: LoadedClassifier) ->
     labelled = calibrate_model(saved, rows, goal="max_disagreement", target=0.2)
     assert (labelled.threshold, labelled.losses) == (found.threshold, found.losses)
     assert labelled.accuracy is not None
+
+
+def test_rows_that_training_has_seen_are_told(saved: LoadedClassifier) -> None:
+    rows = tiny_dataset(200)
+    record = {"data": {"fingerprint": "another", "text_sketch": text_sketch(rows.texts[:100])}}
+    trained = LoadedClassifier(saved.model, saved.tokenizer, record, "trained")
+    with pytest.raises(DataError, match="and its thresholds chosen, on these rows"):
+        calibrate_model(trained, rows.texts[:100], goal="max_disagreement", target=0.3)
+    some = calibrate_model(trained, rows.texts[50:], goal="max_disagreement", target=0.3)
+    assert some.share_seen == pytest.approx(1 / 3, abs=0.05)
+    assert calibration_lines(some)[-1].startswith("Warning: about 3")
+    fresh = calibrate_model(trained, [("something",), ("else",)] * 20, goal="max_disagreement", target=0.3)
+    assert fresh.share_seen == 0
+    assert not calibration_lines(fresh)[-1].startswith("Warning")
+    assert calibrate_model(saved, rows.texts, goal="max_disagreement", target=0.3).share_seen is None
 
 
 def test_rows_that_chose_the_thresholds_are_refused(saved: LoadedClassifier) -> None:

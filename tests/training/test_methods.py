@@ -102,6 +102,9 @@ def test_the_second_stage_trains_the_exits_and_nothing_else(
     assert config["criterion"] == criterion
     assert config["threshold"] == record["thresholds"][criterion]
     assert any(line.lstrip().startswith(f"{criterion}: threshold ") for line in said)
+    # Tokens of a text are not independent: no interval is stated.
+    assert ("loss" in record["validation"]) == (task == ROWS)
+    assert record["validation"].get("loss", {}).get("criterion", criterion) == criterion
 
 
 def test_what_it_makes_predicts_and_generates(backbones: dict[str, Path], tmp_path: Path) -> None:

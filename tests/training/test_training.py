@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.rows import TextDataset
+from consistentee.data.sketches import seen_share
 from consistentee.errors import MissingExtraError
 from consistentee.functional.criteria import CRITERIA
 from consistentee.heads.policy import PolicyNetwork
@@ -160,6 +161,14 @@ def test_the_record_tells_the_whole_run(learned: tuple[Path, list[str]]) -> None
     assert record["validation"]["num_examples"] == 48
     assert record["validation"]["accuracy"] > 0.8
     assert record["validation"]["layer_speedup"] == pytest.approx(2 / record["validation"]["mean_exit_layer"])
+    loss = record["validation"]["loss"]
+    lost = record["validation"]["full_depth_accuracy"] - record["validation"]["accuracy"]
+    assert loss["loss"] == pytest.approx((loss["lost"] - loss["won"]) / 48) == pytest.approx(lost, abs=1e-6)
+    low, high = loss["interval"]
+    assert low < loss["loss"] < high
+    (line,) = (line for line in said if "points (95 % interval" in line)
+    assert line.startswith("On 48 validation rows the loss of policy against the last layer is ")
+    assert seen_share(record["data"]["text_sketch"], tiny_dataset(240).texts) == 1
 
 
 def test_finetuning_learns_and_leaves_a_complete_folder(backbone: Path, tmp_path: Path) -> None:

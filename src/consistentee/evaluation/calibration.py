@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from consistentee.data.rows import TextDataset, split_rows
+from consistentee.data.sketches import seen_share
 from consistentee.errors import DataError
 from consistentee.evaluation.agreement import unlabelled_rows
 from consistentee.evaluation.classification import class_columns, run_layers
@@ -36,6 +37,9 @@ from consistentee.models.loaded import LoadedClassifier
 
 MAX_DISAGREEMENT, MAX_ACCURACY_LOSS, MIN_SPEEDUP = "max_disagreement", "max_accuracy_loss", "min_speedup"
 GOALS = (MAX_DISAGREEMENT, MAX_ACCURACY_LOSS, MIN_SPEEDUP)
+MOST_SEEN = 0.9
+"""Above this share of rows that the model was trained on they are refused."""
+
 CHOOSING_SHARE = 0.25
 """Of the rows, where a speed-up is asked for: these choose the threshold, the others judge it."""
 
@@ -61,6 +65,7 @@ class Calibration:
         accuracy, full_depth_accuracy: of the same, where labels were given.
         num_hidden_layers: of the model.
         num_truncated: rows that were cut.
+        share_seen: of the rows that the model was trained on, about; None where its folder does not tell.
         rows_fingerprint: hash of all rows' texts.
         rows_source: name of the file or task that they come from.
         date: UTC, of the calibration.
@@ -87,6 +92,7 @@ class Calibration:
     full_depth_accuracy: float | None = None
     num_hidden_layers: int
     num_truncated: int = 0
+    share_seen: float | None = None
     rows_fingerprint: str = ""
     rows_source: str = ""
     date: str = ""
@@ -220,7 +226,7 @@ def calibrate_model(
     dataset = rows if isinstance(rows, TextDataset) else unlabelled_rows(rows, saved.label_names, source)
     if not len(dataset):
         raise DataError("There must be at least one row, got none.", file=dataset.source)
-    check_unseen(saved, dataset)
+    seen = share_seen(saved, dataset)
     description = "calibrating" if progress else None
     states, num_truncated = run_layers(saved, dataset, batch_size=batch_size, description=description)
     logits, labels = states.layer_logits, None
@@ -238,6 +244,7 @@ def calibrate_model(
     return replace(
         found,
         num_truncated=num_truncated,
+        share_seen=seen,
         rows_fingerprint=fingerprint_of_texts(dataset.texts),
         rows_source=Path(dataset.source).name,
         date=datetime.now(timezone.utc).date().isoformat(),
@@ -254,19 +261,36 @@ def fingerprint_of_texts(texts: Sequence[tuple[str, ...]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_unseen(saved: LoadedClassifier, dataset: TextDataset) -> None:
-    """Raise DataError where the training record says that the model was trained on these very rows."""
-    if (saved.record.get("data") or {}).get("fingerprint") == dataset.fingerprint():
+def share_seen(saved: LoadedClassifier, dataset: TextDataset) -> float | None:
+    """The share of the rows that the model was trained on, about; None where its training record does not tell.
+
+    Raises:
+        DataError: it was trained on these very rows, or on nearly all of them.
+    """
+    data: Mapping[str, Any] = saved.record.get("data") or {}
+    share = seen_share(data["text_sketch"], dataset.texts) if "text_sketch" in data else None
+    if data.get("fingerprint") == dataset.fingerprint() or (share or 0) > MOST_SEEN:
         raise DataError(
             f'Model "{saved.name}" was trained, and its thresholds chosen, on these rows, which can therefore certify '
             "nothing.",
             file=dataset.source,
             remedy="Give rows that nothing was chosen on.",
         )
+    return share
 
 
 def calibration_lines(found: Calibration) -> list[str]:
-    """What was found, in sentences; the first is the outcome."""
+    """What was found, in sentences; the first is the outcome, the last may be a warning."""
+    lines = _outcome(found)
+    if found.certified and found.share_seen:
+        lines.append(
+            f"Warning: about {_share(found.share_seen, 0)} of the rows are among those that the model was trained on. "
+            "Unless inputs to come repeat them as often, the certificate is too favourable."
+        )
+    return lines
+
+
+def _outcome(found: Calibration) -> list[str]:
     if not found.certified or found.threshold is None or found.bound is None:
         return [
             f"{found.num_rows:,} rows can certify no {_points(found.target)} at {_share(found.confidence)}: "

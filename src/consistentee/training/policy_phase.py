@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from consistentee.config import TrainingConfig
+from consistentee.functional.bounds import paired_interval
 from consistentee.functional.curves import score_standard_error
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.progress import show_progress
 from consistentee.training.policy import fit_foretelling, fit_policy
 from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy
@@ -207,6 +209,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
             f"  {name}: threshold {at.threshold:.4f}, {run.task.measure} {at.accuracy:.4f}, mean exit layer "
             f"{at.mean_exit_layer:.2f}"
         )
+    loss = _loss_at_exits(run, phase, criterion)
     model = run.task.finish(run, choice, criterion)
     point, accuracies = choice.at_thresholds[criterion], phase.per_layer_accuracy
     extra = run.task.record(run, phase.data, choice)
@@ -218,6 +221,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
         "layer_speedup": point.layer_speedup,
         "per_layer_accuracy": accuracies,
         "criteria": {name: asdict(at) for name, at in choice.at_thresholds.items()},
+        **({} if loss is None else {"loss": loss}),
         **extra.pop("validation", {}),
     }
     record = {
@@ -230,3 +234,34 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
         **extra,
     }
     return run.save(model, record)
+
+
+def _loss_at_exits(run: Run, phase: PolicyPhase, criterion: str) -> dict[str, Any] | None:
+    """Say and return what exiting at the chosen threshold loses against the last layer, with its interval.
+
+    None for tokens: those of a text are not independent, which the interval takes them to be.
+    """
+    judged, choice = phase.data.judged_instances, phase.choice
+    if not torch.equal(judged.group, torch.arange(len(judged))):
+        return None
+    scores = choice.exit_probs if criterion == "policy" else judged.scores[criterion]
+    exit_layer = choose_exit_layer(scores, choice.thresholds[criterion])
+    at_exit = judged.correct.gather(1, exit_layer[:, None] - 1).squeeze(1)
+    lost, won = (
+        int(rows.sum()) for rows in (judged.correct[:, -1] & ~at_exit, at_exit & ~judged.correct[:, -1])
+    )
+    low, high = paired_interval(lost, won, len(judged))
+    loss = (lost - won) / len(judged)
+    run.say(
+        f"On {len(judged):,} validation rows the loss of {criterion} against the last layer is {100 * loss:.2f} points "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f}). They chose the threshold as well; `consistentee "
+        "calibrate` certifies one on rows of their own."
+    )
+    return {
+        "criterion": criterion,
+        "loss": loss,
+        "interval": [low, high],
+        "confidence": 0.95,
+        "lost": lost,
+        "won": won,
+    }

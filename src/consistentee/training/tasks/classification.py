@@ -17,6 +17,7 @@ from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.batches import TokenizedDataset, collate
 from consistentee.data.literal import read_special_tokens
 from consistentee.data.rows import TextDataset, stratified_split
+from consistentee.data.sketches import text_sketch
 from consistentee.data.tokenization import tokenize
 from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, exit_distribution, log_odds
@@ -118,7 +119,7 @@ class ClassificationTraining:
             row_weights=None,
             description=f"{model.num_layers} layers, {len(data.label_names)} classes, {len(kept)} training and "
             f"{len(held)} validation rows",
-            data={"text_pairs": len(data.texts[0]) == 2},
+            data={"text_pairs": len(data.texts[0]) == 2, "text_sketch": text_sketch(data.texts)},
         )
 
     # The objectives.

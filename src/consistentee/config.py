@@ -268,6 +268,8 @@ class RetrofitConfig(ClassificationTrainingConfig):
     """The default threshold may disagree with the model on this share of the texts (0.01 = one in a hundred)."""
     max_cache_mb: float = 256.0
     """States that are held at once, in memory; what the policy reads goes to a memory-mapped file beyond it."""
+    exits_only: bool = False
+    """Save the exits alone, a few MB, to be put onto the model when they are opened; refused if that has changed."""
     passes: int = 5
     """Times that the exits learn every text, from states that are computed once."""
     policy_texts: int = 20_000

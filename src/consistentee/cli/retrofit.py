@@ -36,7 +36,8 @@ from consistentee.config import RetrofitConfig
 from consistentee.errors import UsageError, require_range
 
 OF_RETROFIT = (
-    "max_length parse_special_tokens num_queries classifier_hidden_size ensemble_decay head_dropout passes batch_size "
+    "exits_only max_length parse_special_tokens num_queries classifier_hidden_size ensemble_decay head_dropout passes "
+    "batch_size "
     "head_learning_rate weight_decay schedule warmup_ratio max_grad_norm mixed_precision policy_texts "
     "calibration_texts report_texts policy_input policy_hidden_size policy_dropout policy_epochs policy_min_steps "
     "policy_batch_size policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup "

@@ -181,6 +181,7 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
             more (`heads.original_head`). The last layer then speaks for itself alone.
         original: which model that was: `name`, `fingerprint`, `revision`, `license`.
         operating_points: criteria and thresholds by name, see `operating_points.py`; None for none.
+        exits_only: whether a saved folder holds the exits alone, and is put onto the original when it is opened.
     """
 
     model_type = "consistentee"
@@ -189,6 +190,7 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
     original_head: dict[str, Any] | None = None
     original: dict[str, Any] | None = None
     operating_points: dict[str, Any] | None = None
+    exits_only: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -196,6 +198,10 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
         require_choice("criterion", self.criterion, get_args(Criterion))
         require_range("ensemble_decay", self.ensemble_decay, 0, 1, open_end=True)
         require_operating_points(self.operating_points)
+        if self.exits_only and (self.original_head is None or self.original is None):
+            raise ValueError(
+                "exits_only must be False for a model without an original to be put onto, got True."
+            )
         if self.original_head is not None and self.head != "attention":
             raise ValueError(f'head must be attention beside an original_head, got "{self.head}".')
 

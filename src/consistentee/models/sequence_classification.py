@@ -22,17 +22,17 @@ from transformers.utils import ModelOutput
 from typing_extensions import Self
 
 from consistentee.backbones import encoders as backbones
-from consistentee.backbones.loading import load_pretrained
 from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
 from consistentee.functional.tables import CLASSIFICATION
 from consistentee.heads.classifiers import InternalClassifiers
-from consistentee.heads.original_head import OURS, OriginalHead, build_original_head, head_modules
+from consistentee.heads.original_head import build_original_head
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.auto_pipelines import register_pipeline
 from consistentee.models.backbone_model import BackboneModel, WithExits
 from consistentee.models.configuration import EarlyExitConfig, EncoderClassifierConfig, FullDepthConfig
+from consistentee.models.keeps_original import KeepsOriginal
 
 
 @dataclass
@@ -116,7 +116,7 @@ class _EncoderClassifier(BackboneModel):
         )
 
 
-class EarlyExitForSequenceClassification(_EncoderClassifier, WithExits):
+class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, WithExits):
     """An encoder with a classifier and an exit policy after every layer.
 
     Example:
@@ -141,51 +141,6 @@ class EarlyExitForSequenceClassification(_EncoderClassifier, WithExits):
             )
         self.policy = self.new_policy()
         self.post_init()
-
-    @classmethod
-    def from_classifier(cls, name_or_path: str | Path, **config_values: Any) -> Self:
-        """Fresh exits on a fine-tuned classifier, whose backbone and head stay what they are.
-
-        At full depth it gives the original's logits, bit for bit.
-
-        Args:
-            name_or_path: hub name or local folder of a Hugging Face sequence classifier of a supported type, or of a
-                plain model that `consistentee finetune` saved.
-            **config_values: further fields of the configuration, such as `num_queries` or `classifier_hidden_size`.
-
-        Raises:
-            ValueError: it has exits already, its type is not supported, or it is no classifier of one class an input.
-            OSError: if there is no such model.
-        """
-        original: Any = load_pretrained(AutoModelForSequenceClassification, name_or_path, "Model")
-        config, name = original.config, str(name_or_path)
-        check_single_label(config, name)
-        if isinstance(original, EarlyExitForSequenceClassification):
-            raise ValueError(f'Model "{name}" has exits already. Give the model that it was made of.')
-        if isinstance(original, FullDepthForSequenceClassification):
-            backbone, model_type = original.backbone, OURS
-            ours = ("head", "pooling", "num_queries")
-            head_values = {key: getattr(config, key) for key in ours} | {"width": config.pooled_size}
-            shared = ("max_length", "parse_special_tokens", "text_pairs", "task")
-            config_values = {key: getattr(config, key) for key in shared} | config_values
-        else:
-            backbone, model_type, head_values = original.base_model, config.model_type, {}
-            backbones.architecture_of(config)
-        modules = head_modules(original, model_type)
-        if hasattr(backbone, "pooler"):
-            backbone.pooler = cast(Any, None)  # it is the head's now
-        new_config = cast(Any, EarlyExitConfig)(
-            encoder_config=backbone.config,
-            attn_implementation=backbone.config._attn_implementation,
-            original_head={"model_type": model_type, **head_values},
-            id2label=config.id2label,
-            label2id=config.label2id,
-            **config_values,
-        )
-        model = cls(new_config, backbone=backbone)
-        head = cast(OriginalHead, model.classifiers.layers[-1])
-        head.parts = nn.ModuleDict(modules).requires_grad_(False).eval()
-        return model
 
     def forward(
         self,
@@ -345,25 +300,6 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
-
-
-def check_single_label(config: Any, name: str) -> None:
-    """See that a classifier gives one class for an input.
-
-    Raises:
-        ValueError: it gives a number, an order, or several labels.
-    """
-    if config.problem_type == "multi_label_classification":
-        raise ValueError(
-            f'Model "{name}" is a multi-label classifier, whose exits would have to agree on a set of labels: not '
-            "supported. Give a classifier of one class an input."
-        )
-    if config.problem_type == "regression" or config.num_labels < 2:
-        raise ValueError(
-            f'Model "{name}" gives a number (num_labels={config.num_labels}: regression, or a reranker such as a '
-            "CrossEncoder), whose exits would have to agree within a tolerance or in order: not supported. Give a "
-            "classifier of two classes or more."
-        )
 
 
 def _refuse_inner_states(*wanted: bool | None) -> None:

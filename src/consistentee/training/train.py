@@ -19,8 +19,8 @@ from consistentee.config import (
 from consistentee.data.literal import read_special_tokens
 from consistentee.data.rows import InstructionDataset, TextDataset
 from consistentee.data.spooled import SpooledTexts
+from consistentee.models.keeps_original import check_single_label
 from consistentee.models.loaded import LoadedClassifier, load_model
-from consistentee.models.sequence_classification import check_single_label
 from consistentee.training.methods import METHODS, method_of
 from consistentee.training.run import Report, Run, TrainingTask
 from consistentee.training.run_folders import open_output, run_identity

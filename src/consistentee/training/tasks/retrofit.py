@@ -104,6 +104,7 @@ class RetrofitTraining(ClassificationTraining):
     def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
         """As `TrainingTask` says."""
         config, tokenizer = self.config, self.original.tokenizer
+        is_local = Path(backbone).expanduser().is_dir()
         model = EarlyExitForSequenceClassification.from_classifier(
             backbone,
             num_queries=config.num_queries,
@@ -117,8 +118,9 @@ class RetrofitTraining(ClassificationTraining):
             max_length=min(config.max_length, self.original.max_length),
             parse_special_tokens=config.parse_special_tokens,
             text_pairs=self.data.text_pairs,
+            exits_only=config.exits_only,
             original={
-                "name": str(backbone),
+                "name": str(Path(backbone).expanduser().resolve()) if is_local else str(backbone),
                 "fingerprint": backbone_fingerprint(backbone),
                 "revision": getattr(self.original.model.config, "_commit_hash", None),
                 "license": license_of(backbone),

@@ -1,0 +1,176 @@
+"""Exits on a classifier that stays what it is: how they come onto it, and how they are saved without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import cached_file
+from typing_extensions import Self
+
+from consistentee.backbones import encoders
+from consistentee.backbones.loading import backbone_fingerprint, load_pretrained
+from consistentee.heads.original_head import OURS, OriginalHead, head_modules
+from consistentee.models.configuration import EarlyExitConfig
+
+WEIGHTS = "model.safetensors"
+
+
+class KeepsOriginal(PreTrainedModel):
+    """What a model with exits can do where it kept the head of the classifier that it was made of."""
+
+    config: Any
+    classifiers: Any
+    num_layers: Any
+
+    @classmethod
+    def from_classifier(cls, name_or_path: str | Path, **config_values: Any) -> Self:
+        """Fresh exits on a fine-tuned classifier, whose backbone and head stay what they are.
+
+        At full depth it gives the original's logits, bit for bit.
+
+        Args:
+            name_or_path: hub name or local folder of a Hugging Face sequence classifier of a supported type, or of a
+                plain model that `consistentee finetune` saved.
+            **config_values: further fields of the configuration, such as `num_queries` or `classifier_hidden_size`.
+
+        Raises:
+            ValueError: it has exits already, its type is not supported, or it is no classifier of one class an input.
+            OSError: if there is no such model.
+        """
+        original = _open_original(str(name_or_path), None)
+        config = original.config
+        if config.model_type == OURS:
+            head_values = {key: getattr(config, key) for key in ("head", "pooling", "num_queries")}
+            head_values["width"] = config.pooled_size
+            shared = ("max_length", "parse_special_tokens", "text_pairs", "task")
+            config_values = {key: getattr(config, key) for key in shared} | config_values
+            encoder_config = config.backbone_config
+        else:
+            encoders.architecture_of(config)
+            head_values, encoder_config = {}, config
+        new_config = cast(Any, EarlyExitConfig)(
+            encoder_config=encoder_config,
+            attn_implementation=encoder_config._attn_implementation,
+            original_head={"model_type": config.model_type, **head_values},
+            id2label=config.id2label,
+            label2id=config.label2id,
+            **config_values,
+        )
+        return cls._on(original, new_config)
+
+    @classmethod
+    def _on(cls, original: Any, config: Any) -> Self:
+        """A model with fresh exits around the parts of an original."""
+        model_type = config.original_head["model_type"]
+        backbone = original.backbone if model_type == OURS else original.base_model
+        modules = head_modules(original, model_type)
+        if hasattr(backbone, "pooler"):
+            backbone.pooler = cast(Any, None)  # it is the head's now
+        model = cast(Any, cls)(config, backbone=backbone)
+        head = cast(OriginalHead, model.classifiers.layers[-1])
+        head.parts = nn.ModuleDict(modules).requires_grad_(False).eval()
+        return model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's; of a model whose configuration says `exits_only`, the exits alone."""
+        if self.config.exits_only and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = {name: self.state_dict()[name] for name in self.exit_names()}
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def exit_names(self) -> list[str]:
+        """Names of the weights that are the exits' and not the original's."""
+        head = f"classifiers.layers.{self.num_layers - 1}."
+        return [
+            name
+            for name in self.state_dict()
+            if name.startswith(("classifiers.", "policy.")) and not name.startswith(head)
+        ]
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: Any, *args: Any, original: str | Path | None = None, **kwargs: Any
+    ) -> Any:
+        """As Hugging Face's. A folder with exits alone is put onto the model that they were made for.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name.
+            *args, **kwargs: Hugging Face's.
+            original: where that model lies now; None takes where it lay.
+
+        Raises:
+            ValueError: the original is not what it was.
+        """
+        config = kwargs.get("config")
+        if not isinstance(config, EarlyExitConfig):
+            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+            config = EarlyExitConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if not config.exits_only:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = cls._put_onto_original(str(pretrained_model_name_or_path), config, original, kwargs)
+        if kwargs.get("output_loading_info"):
+            return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return model
+
+    @classmethod
+    def _put_onto_original(
+        cls, folder: str, config: EarlyExitConfig, moved_to: str | Path | None, options: dict[str, Any]
+    ) -> Self:
+        known: dict[str, Any] = config.original or {}
+        name = str(moved_to or known.get("name"))
+        found = backbone_fingerprint(name)
+        if found is not None and found != known.get("fingerprint"):
+            raise ValueError(
+                f'Model "{folder}" holds exits for "{name}", which is not what it was (content '
+                f"{str(known.get('fingerprint'))[:8]}, now {found[:8]}): the exits may be wrong about it. Run "
+                "`consistentee retrofit` again, or restore it."
+            )
+        parts = _open_original(name, known.get("revision") if found is None else None, options)
+        config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
+        model = cls._on(parts, config)
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        weights = load_file(cast(str, cached_file(folder, WEIGHTS, **hub)))
+        missing = set(model.exit_names()) - weights.keys()
+        if missing:
+            raise ValueError(
+                f'Model "{folder}" lacks {len(missing)} of its exits\' weights, such as "{min(missing)}". Restore it.'
+            )
+        model.load_state_dict(weights, strict=False)
+        return model.to(parts.dtype).eval()
+
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+
+
+def _open_original(name: str, revision: str | None, options: dict[str, Any] | None = None) -> Any:
+    """The classifier that exits are for."""
+    options = {key: value for key, value in (options or {}).items() if key in ("dtype", "token", "cache_dir")}
+    if revision is not None:
+        options["revision"] = revision
+    original: Any = load_pretrained(AutoModelForSequenceClassification, name, "Model", **options)
+    check_single_label(original.config, name)
+    if original.config.model_type == EarlyExitConfig.model_type:
+        raise ValueError(f'Model "{name}" has exits already. Give the model that it was made of.')
+    return original
+
+
+def check_single_label(config: Any, name: str) -> None:
+    """See that a classifier gives one class for an input.
+
+    Raises:
+        ValueError: it gives a number, an order, or several labels.
+    """
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(
+            f'Model "{name}" is a multi-label classifier, whose exits would have to agree on a set of labels: not '
+            "supported. Give a classifier of one class an input."
+        )
+    if config.problem_type == "regression" or config.num_labels < 2:
+        raise ValueError(
+            f'Model "{name}" gives a number (num_labels={config.num_labels}: regression, or a reranker such as a '
+            "CrossEncoder), whose exits would have to agree within a tolerance or in order: not supported. Give a "
+            "classifier of two classes or more."
+        )

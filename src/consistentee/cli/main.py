@@ -22,6 +22,7 @@ from consistentee.cli.calibrate import calibrate
 from consistentee.cli.evaluate import evaluate
 from consistentee.cli.generate import generate
 from consistentee.cli.predict import predict
+from consistentee.cli.probe import probe_command
 from consistentee.cli.retrofit import retrofit_command
 from consistentee.cli.terminal import Stopped, forget, hold_standard_streams, outlasting_readers, stoppable
 from consistentee.cli.train import finetune_command, train_command
@@ -45,6 +46,7 @@ app = App(
 COMMANDS = {
     "train": train_command,
     "finetune": finetune_command,
+    "probe": probe_command,
     "retrofit": retrofit_command,
     "evaluate": evaluate,
     "predict": predict,

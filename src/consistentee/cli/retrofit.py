@@ -130,7 +130,7 @@ def retrofit_command(
     usage(lambda: check_output_dir(output_dir, model))
     source = ", ".join(texts)
     task = retrofit_task(
-        model, _texts(model, texts, text_columns), config, source=source, max_texts=max_texts
+        model, read_texts_of(model, texts, text_columns), config, source=source, max_texts=max_texts
     )
     dropped = task.data.num_duplicates
     say(f"{len(task.data):,} different texts" + (f", {dropped:,} duplicates dropped" if dropped else ""))
@@ -164,7 +164,8 @@ def retrofit_command(
 LONG = ("curve", "other_criteria", "disagreements", "environment", "speed")
 
 
-def _texts(model: str, files: list[str], columns: list[str] | None) -> Iterator[tuple[str, ...]]:
+def read_texts_of(model: str, files: list[str], columns: list[str] | None) -> Iterator[tuple[str, ...]]:
+    """Texts of several files, for a model."""
     from consistentee.backbones.loading import read_config
     from consistentee.data.files import read_texts
 

@@ -143,22 +143,32 @@ def retrofit_task(
     *,
     source: str,
     max_texts: int | None = None,
+    original: LoadedClassifier | None = None,
+    **shares: float,
 ) -> RetrofitTraining:
-    """Open the model and read the texts; arguments and errors as of `retrofit`."""
-    original = load_model(model, LoadedClassifier)
+    """Open the model, unless it is, and read the texts; arguments and errors as of `retrofit` and `part_texts`."""
+    original = original or load_model(model, LoadedClassifier)
     check_single_label(original.model.config, str(model))
     read_special_tokens(original.tokenizer, config.parse_special_tokens)
     longest = min(config.max_length, original.max_length)
     spooled = SpooledTexts.read(texts, original.tokenizer, longest, source=source, max_texts=max_texts)
     original.check_texts(2 if spooled.text_pairs else 1, f"each row of {source}")
-    return RetrofitTraining(config, spooled, original)
+    return RetrofitTraining(config, spooled, original, **shares)
 
 
 def run_retrofit(
     task: RetrofitTraining, output_dir: str | Path, *, resume: bool = False, report: Report
 ) -> Path:
     """Train what `retrofit_task` made; arguments as of `retrofit`."""
-    run = start_run(
+    run = start_retrofit(task, output_dir, resume=resume, report=report)
+    return Path(output_dir) if run is None else METHODS["retrofit"].load()(run)
+
+
+def start_retrofit(
+    task: RetrofitTraining, output_dir: str | Path, *, resume: bool = False, report: Report
+) -> Run | None:
+    """The run of `run_retrofit`, before its first step; None if it has finished."""
+    return start_run(
         cast(Any, task),
         "retrofit",
         backbone=task.original.name,
@@ -167,7 +177,6 @@ def run_retrofit(
         resume=resume,
         report=report,
     )
-    return Path(output_dir) if run is None else METHODS["retrofit"].load()(run)
 
 
 def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | None) -> TrainingTask:

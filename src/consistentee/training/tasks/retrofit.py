@@ -49,9 +49,16 @@ class TextParts:
 
 
 def part_texts(
-    count: int, *, policy_texts: int, calibration_texts: int, report_texts: int, seed: int
+    count: int,
+    *,
+    policy_texts: int,
+    calibration_texts: int,
+    report_texts: int,
+    seed: int,
+    policy_share: float = 1 / 3,
+    held_share: float = 0.1,
 ) -> TextParts:
-    """Share texts out at random: the policy a third, calibration and report a tenth each, but no more than asked for.
+    """Share texts out at random, `policy_share` to the policy and `held_share` each to calibration and report at most.
 
     Raises:
         DataError: there are too few.
@@ -62,11 +69,8 @@ def part_texts(
             remedy="Give more; a few thousand are enough for good exits.",
         )
     order = np.random.default_rng((seed, count)).permutation(count)
-    sizes = [
-        min(report_texts, count // 10),
-        min(calibration_texts, count // 10),
-        min(policy_texts, count // 3),
-    ]
+    held, policy_part = int(held_share * count), int(policy_share * count)
+    sizes = [min(report_texts, held), min(calibration_texts, held), min(policy_texts, policy_part)]
     report, calibration, policy, exits = np.split(order, np.cumsum(sizes))
     return TextParts(*(np.sort(part) for part in (exits, policy, calibration, report)))
 
@@ -78,13 +82,16 @@ class RetrofitTraining(ClassificationTraining):
         config: how to train.
         data: the texts.
         original: the model that gets exits, opened.
+        shares: of `part_texts`, in place of its own.
     """
 
     measure = "agreement"
     config: RetrofitConfig
     data: Any
 
-    def __init__(self, config: RetrofitConfig, data: SpooledTexts, original: LoadedClassifier) -> None:
+    def __init__(
+        self, config: RetrofitConfig, data: SpooledTexts, original: LoadedClassifier, **shares: float
+    ) -> None:
         self.config, self.data, self.original = config, data, original
         inputs = ("log_odds", "state+log_odds") if config.policy_input == "auto" else (config.policy_input,)
         self.policy_inputs = inputs
@@ -95,6 +102,7 @@ class RetrofitTraining(ClassificationTraining):
             calibration_texts=config.calibration_texts,
             report_texts=config.report_texts,
             seed=config.seed,
+            **shares,
         )
 
     def held_rows(self) -> tuple[SpooledRows, SpooledRows]:

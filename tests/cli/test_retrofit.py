@@ -69,7 +69,9 @@ def test_a_folder_with_exits_and_its_figures(
     assert "Agrees with your model on" in out
     assert "certified: at least 80 %, confidence 95 %" in out
     assert {row["name"] for row in found["speed"]} >= {"engine", "engine-full-depth", "transformers"}
-    assert load_model(folder).early_exit_model.config.threshold == found["threshold"]
+    model = load_model(folder).early_exit_model
+    assert model.config.threshold == found["threshold"]
+    assert model.config.operating_points["certified"]["threshold"] == found["threshold"]
     low, high = found["agreement_interval"]
     assert low <= found["agreement"] <= high
     record = json.loads((folder / "training_record.json").read_text())
@@ -88,7 +90,7 @@ def test_too_few_texts_certify_nothing_and_it_is_said(
     assert main([*command, *QUICK.split(), "--max-texts", "120", "--json", str(figures)]) == 0
     assert json.loads(figures.read_text())["certificate"] is None
     out = capsys.readouterr().out
-    assert "12 texts prove no 1 % at 95 %: 299 can" in out
+    assert "12 rows can certify no 1 point at 95 %: 299 can." in out
     assert "not certified" in out
 
 

@@ -46,12 +46,12 @@ def probe_command(
     from consistentee.evaluation.probe import probe
 
     report = probe(model, read_texts_of(model, texts, text_columns), seconds=seconds, seed=seed)
-    for line in conclusions(report):
+    for line in probe_lines(report):
         say(line)
     save_figures(report.to_dict(), json_file, None, lambda path: None)
 
 
-def conclusions(report: Any) -> list[str]:
+def probe_lines(report: Any) -> list[str]:
     """What was found, in sentences."""
     lines = [
         f"Exits learnt from {report.num_train_texts:,} texts, the policy from {report.num_examples:,} others that it "

@@ -120,7 +120,7 @@ def retrofit_command(
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
     config = usage(lambda: RetrofitConfig.from_dict({**given, "max_accuracy_loss": max_disagreement}))
     from consistentee.atomic_files import write_json
-    from consistentee.evaluation.retrofit import report_retrofit, save_threshold
+    from consistentee.evaluation.retrofit import keep_threshold, report_retrofit
     from consistentee.models.loaded import LoadedClassifier, load_model
     from consistentee.models.record import record_evaluation
     from consistentee.training.run_folders import check_output_dir
@@ -148,14 +148,14 @@ def retrofit_command(
         progress=True,
     )
     report = dataclasses.replace(report, seconds=time.perf_counter() - start)
-    save_threshold(folder, report.evaluation.threshold)
+    keep_threshold(folder, report)
     figures = report.to_dict()
     record_evaluation(folder, {name: figures[name] for name in figures if name not in LONG})
     write_json(folder / "retrofit_report.json", figures)
     from consistentee.evaluation.plots import plot_evaluation
 
     console().print(Group(*_tables(report)))
-    for line in conclusions(report, folder):
+    for line in retrofit_lines(report, folder):
         say(line)
     title = f"{Path(model).name}, retrofitted"
     save_figures(figures, json_file, plot, lambda path: plot_evaluation(report.evaluation, path, title=title))
@@ -190,34 +190,28 @@ def _tables(report: Any) -> Iterator[Any]:
             )
 
 
-def conclusions(report: Any, folder: Path) -> Iterator[str]:
+def retrofit_lines(report: Any, folder: Path) -> Iterator[str]:
     """What the person wants to know, in sentences."""
-    found, certificate = report.evaluation, report.certificate
+    from consistentee.evaluation.calibration import NO_PROMISE, calibration_lines
+
+    found = report.evaluation
     certified = "not certified"
-    if certificate is not None:
+    if report.calibration.certified:
         certified = f"certified: at least {100 * (1 - report.max_disagreement):g} %"
     speeds = [row for row in report.speed if row.name == "engine"]
     timed = "".join(
         f", {row.wall_clock_speedup:.2f}x faster on this machine at batch {row.batch_size}" for row in speeds
     )
     yield (
-        f"\nAgrees with your model on {100 * found.accuracy:.2f} % of {found.num_examples:,} unseen texts "
+        f"\nAgrees with your model on {100 * found.agreement:.2f} % of {found.num_examples:,} unseen texts "
         f"({certified}, confidence {100 * report.confidence:g} %), {found.layer_speedup:.2f}x fewer layers{timed}."
     )
-    if certificate is not None:
-        yield (
-            f"Threshold {certificate.threshold:.4g}: {certificate.losses:g} disagreements of "
-            f"{certificate.losses_allowed:g} allowed in {certificate.num_rows:,} further texts. That is about texts "
-            "like these on average: not about one text or one class, and not about other texts than came in."
-        )
+    yield calibration_lines(report.calibration)[0]
+    if report.calibration.certified:
+        yield NO_PROMISE
     else:
-        from consistentee.functional.bounds import smallest_certifiable_rows
-
-        needed = smallest_certifiable_rows(report.max_disagreement, report.confidence)
         yield (
-            f"{report.num_calibration_texts:,} texts prove no {100 * report.max_disagreement:g} % at "
-            f"{100 * report.confidence:g} %: {needed:,} can, a tenth of what is given. The threshold is the one that "
-            "the policy's own texts suggest."
+            "A tenth of the texts are kept for that. The threshold is the one that the policy's own texts suggest."
         )
     if not report.is_worth_it:
         yield (

@@ -159,6 +159,10 @@ class SpooledRows:
         """A row as it was read."""
         return self.texts.text(int(self.rows[index]))
 
+    def fingerprint(self) -> str:
+        """Hash of these rows in their order."""
+        return hashlib.sha256(self.texts.fingerprint().encode() + self.rows.tobytes()).hexdigest()[:16]
+
 
 def _parts(texts: Iterator[tuple[str, ...]], most: int | None) -> Iterator[list[tuple[str, ...]]]:
     texts = itertools.islice(texts, most)

@@ -26,7 +26,7 @@ from consistentee.training.policy_phase import run_policy_phase
 from consistentee.training.run import Run
 from consistentee.training.train import retrofit_task, start_retrofit
 
-AGREEMENTS = (0.99, 0.98)
+PROBED_AGREEMENTS = (0.99, 0.98)
 FEWEST, MOST = 240, 4000
 """Texts that a probe reads."""
 WARM_UP = 32
@@ -63,7 +63,7 @@ class ProbeReport:
         num_train_texts: what the exits learnt from.
         num_examples: what the policy learnt from and was judged by, cross-fitted.
         per_layer_agreement: of each exit, if all texts exited there.
-        points: one for each of `AGREEMENTS`.
+        points: one for each of `PROBED_AGREEMENTS`.
         environment: hardware and versions.
         seconds: that it took.
     """
@@ -127,7 +127,7 @@ def probe(
         phase = run_policy_phase(run, "policy", try_all=True)
         probs, correct = phase.choice.exit_probs, phase.data.judged_instances.correct
         saved = LoadedClassifier(run.model.eval(), original.tokenizer, {}, str(model))
-        found = [speedup_at(probs, correct, agreement, seed=seed) for agreement in AGREEMENTS]
+        found = [speedup_at(probs, correct, agreement, seed=seed) for agreement in PROBED_AGREEMENTS]
         speed = [_timed(saved, task, threshold, 0.15 * seconds) for threshold, _, _ in found]
     return ProbeReport(
         num_hidden_layers=probs.shape[1],
@@ -136,7 +136,9 @@ def probe(
         per_layer_agreement=phase.per_layer_accuracy,
         points=tuple(
             ProbePoint(agreement, threshold, speedup, interval, timed)
-            for agreement, (threshold, speedup, interval), timed in zip(AGREEMENTS, found, speed, strict=True)
+            for agreement, (threshold, speedup, interval), timed in zip(
+                PROBED_AGREEMENTS, found, speed, strict=True
+            )
         ),
         environment=environment(saved.model.device, seed),
         seconds=time.perf_counter() - start,

@@ -142,12 +142,8 @@ def _models(evaluation: Evaluation) -> Table:
 AGREEMENTS = (0.999, 0.995, 0.99, 0.98, 0.95)
 
 
-def agreement_tables(evaluation: Evaluation) -> list[RenderableType]:
-    """How fast exits are at each agreement with the model, and where rows exit; its answers are the labels.
-
-    Args:
-        evaluation: whose accuracies are agreements.
-    """
+def agreement_tables(evaluation: AgreementEvaluation) -> list[RenderableType]:
+    """How fast exits are at each agreement with the model, and where rows exit."""
     curves = {evaluation.criterion: evaluation.curve} | {
         name: other.curve for name, other in evaluation.other_criteria.items()
     }
@@ -155,12 +151,12 @@ def agreement_tables(evaluation: Evaluation) -> list[RenderableType]:
     table = _table(["agreement % at least", *names], left=0)
     for agreement in AGREEMENTS:
         fastest = [
-            max((point.layer_speedup for point in curve if point.accuracy >= agreement), default=None)
+            max((point.layer_speedup for point in curve if point.agreement >= agreement), default=None)
             for curve in curves.values()
         ]
         shown = ["" if speedup is None else f"{speedup:.2f}x" for speedup in fastest]
         table.add_row(f"{100 * agreement:g}", *shown)
-    layers = _agreement_by_layer(evaluation, evaluation.exit_accuracy, evaluation.per_layer_accuracy)
+    layers = _agreement_by_layer(evaluation, evaluation.exit_agreement, evaluation.per_layer_agreement)
     title = _title(evaluation.criterion, evaluation.threshold)
     return [table, Text(""), Text(f"{title}:"), layers]
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,17 +21,17 @@ from accelerate.utils import AutocastKwargs
 from consistentee.atomic_files import write_json
 from consistentee.data.batches import collate
 from consistentee.data.spooled import SpooledRows
-from consistentee.evaluation.classification import evaluate_layers
-from consistentee.evaluation.results import Evaluation
+from consistentee.evaluation.agreement import agreement_of_layers
+from consistentee.evaluation.calibration import MAX_DISAGREEMENT, Calibration, calibrate_layers
+from consistentee.evaluation.results import AgreementEvaluation
 from consistentee.evaluation.speed_classification import ClassificationSpeedRow, measure_speed
 from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.functional.bounds import binomial_upper_bound
-from consistentee.functional.certificates import Certified, certify
 from consistentee.functional.criteria import exit_scores
-from consistentee.functional.curves import CurvePoint
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
+from consistentee.models.operating_points import save_operating_point
 from consistentee.pipelines.classifier import Engine
 from consistentee.training.states import LayerStates, run_all_layers
 
@@ -41,6 +42,9 @@ LEAST_SPEEDUP = 1.15
 """Layer speed-up below which exits are said not to be worth it."""
 
 SPEED_ROWS = 256
+
+CERTIFIED = "certified"
+"""Name of the operating point with the certificate."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +71,28 @@ class RetrofitReport:
     """What the exits of a retrofitted model are worth.
 
     Args:
-        evaluation: on the reported rows, with the model's own answers as labels: its accuracy is the agreement.
+        evaluation: on the reported rows.
         num_train_texts, num_policy_texts, num_calibration_texts: what the exits, the policy and the certificate saw.
         agreement_interval: of the agreement on the reported rows, at the confidence, two-sided and exact.
         confidence: of interval and certificate.
         max_disagreement: what was asked for.
-        certificate: of the threshold; None where the calibration rows do not prove it.
+        calibration: what the calibration rows prove, of the threshold if anything.
         disagreements: the reported rows on which exits and model differ, those the model is surest of.
         speed: competitors at batch sizes 1 and 32.
         seconds: of the training and the report.
     """
 
-    evaluation: Evaluation
+    evaluation: AgreementEvaluation
     num_train_texts: int
     num_policy_texts: int
     num_calibration_texts: int
     agreement_interval: tuple[float, float]
     confidence: float
     max_disagreement: float
-    certificate: Certified | None
+    calibration: Calibration
     disagreements: list[Disagreement]
     speed: tuple[ClassificationSpeedRow, ...] = ()
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list[str])
 
     @property
     def is_worth_it(self) -> bool:
@@ -97,50 +100,12 @@ class RetrofitReport:
         return self.evaluation.layer_speedup >= LEAST_SPEEDUP
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, ready for JSON; what is an accuracy against the model is called agreement."""
-        found = self.evaluation
-        others = {
-            name: {"threshold": other.threshold, "curve": _agreement_curve(other.curve)}
-            for name, other in found.other_criteria.items()
+        """All of it as plain values, ready for JSON: the evaluation's beside what is said here."""
+        own = {
+            name: value for name, value in asdict(self).items() if name not in ("evaluation", "calibration")
         }
-        return {
-            "num_hidden_layers": found.num_hidden_layers,
-            "num_train_texts": self.num_train_texts,
-            "num_policy_texts": self.num_policy_texts,
-            "num_calibration_texts": self.num_calibration_texts,
-            "num_examples": found.num_examples,
-            "criterion": found.criterion,
-            "threshold": found.threshold,
-            "agreement": found.accuracy,
-            "agreement_interval": list(self.agreement_interval),
-            "mean_exit_layer": found.mean_exit_layer,
-            "layer_speedup": found.layer_speedup,
-            "max_disagreement": self.max_disagreement,
-            "confidence": self.confidence,
-            "certificate": None if self.certificate is None else asdict(self.certificate),
-            "curve": _agreement_curve(found.curve),
-            "other_criteria": others,
-            "exit_histogram": found.exit_histogram,
-            "exit_agreement": found.exit_accuracy,
-            "per_layer_agreement": found.per_layer_accuracy,
-            "disagreements": [asdict(one) for one in self.disagreements],
-            "speed": [asdict(row) for row in self.speed],
-            "notes": self.notes,
-            "environment": found.environment,
-            "seconds": self.seconds,
-        }
-
-
-def _agreement_curve(points: Sequence[CurvePoint]) -> list[dict[str, float]]:
-    return [
-        {
-            "threshold": point.threshold,
-            "agreement": point.accuracy,
-            "mean_exit_layer": point.mean_exit_layer,
-            "layer_speedup": point.layer_speedup,
-        }
-        for point in points
-    ]
+        certificate = self.calibration.to_dict() if self.calibration.certified else None
+        return {**self.evaluation.to_dict(), **own, "certificate": certificate}
 
 
 def agreement_states(
@@ -191,22 +156,31 @@ def report_retrofit(
     start = time.perf_counter()
     criterion, threshold = saved.exit_rule()
     states = agreement_states(saved, calibration, description="calibration" if progress else None)
-    scores = exit_scores(criterion, states.layer_logits, states.exit_probs)
-    losses = (states.layer_logits.argmax(-1) != states.labels[:, None]).float()
-    certified = certify(scores, losses, max_loss=max_disagreement, confidence=confidence, criterion=criterion)
-    if certified is not None:
-        threshold = certified.threshold
-    states = agreement_states(saved, reported, description="report" if progress else None)
-    others = {name: saved.known_threshold(name) for name in saved.criteria if name != criterion}
-    evaluation = evaluate_layers(
+    found = calibrate_layers(
         states.layer_logits,
         states.exit_probs,
-        states.labels,
+        goal=MAX_DISAGREEMENT,
+        target=max_disagreement,
+        criterion=criterion,
+        confidence=confidence,
+    )
+    found = replace(
+        found,
+        rows_fingerprint=calibration.fingerprint(),
+        rows_source=calibration.texts.source,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        environment=environment(saved.model.device),
+    )
+    if found.threshold is not None:
+        threshold = found.threshold
+    states = agreement_states(saved, reported, description="report" if progress else None)
+    others = {name: saved.known_threshold(name) for name in saved.criteria if name != criterion}
+    evaluation = agreement_of_layers(
+        states.layer_logits,
+        states.exit_probs,
         criterion=criterion,
         threshold=threshold,
         other_criteria=others,
-        classifier_logits=states.classifier_logits,
-        label_names=saved.label_names,
     )
     model = saved.early_exit_model
     evaluation = replace(
@@ -215,7 +189,7 @@ def report_retrofit(
         environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
     )
     rows = len(reported)
-    wrong = round((1 - evaluation.accuracy) * rows)
+    wrong = round((1 - evaluation.agreement) * rows)
     half = (1 + confidence) / 2
     interval = (1 - binomial_upper_bound(wrong, rows, half), binomial_upper_bound(rows - wrong, rows, half))
     speed: tuple[ClassificationSpeedRow, ...] = ()
@@ -230,7 +204,7 @@ def report_retrofit(
         agreement_interval=interval,
         confidence=confidence,
         max_disagreement=max_disagreement,
-        certificate=certified,
+        calibration=found,
         disagreements=find_disagreements(saved, states, reported, criterion, threshold),
         speed=speed,
         seconds=time.perf_counter() - start,
@@ -280,7 +254,10 @@ def time_exits(
     return found.rows
 
 
-def save_threshold(folder: str | Path, threshold: float) -> None:
-    """Make a threshold the one that a saved folder exits by."""
+def keep_threshold(folder: str | Path, report: RetrofitReport) -> None:
+    """Make the report's threshold the one that a saved folder exits by; a certified one gets a name, too."""
     path = Path(folder) / "config.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "threshold": threshold})
+    values = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**values, "threshold": report.evaluation.threshold})
+    if report.calibration.certified:
+        save_operating_point(folder, CERTIFIED, report.calibration.operating_point(), overwrite=True)

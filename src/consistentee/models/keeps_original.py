@@ -16,7 +16,7 @@ from consistentee.backbones.loading import backbone_fingerprint, load_pretrained
 from consistentee.heads.original_head import OURS, OriginalHead, head_modules
 from consistentee.models.configuration import EarlyExitConfig
 
-WEIGHTS = "model.safetensors"
+EXITS_FILE = "model.safetensors"
 
 
 class KeepsOriginal(PreTrainedModel):
@@ -132,7 +132,7 @@ class KeepsOriginal(PreTrainedModel):
         config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
         model = cls._on(parts, config)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        weights = load_file(cast(str, cached_file(folder, WEIGHTS, **hub)))
+        weights = load_file(cast(str, cached_file(folder, EXITS_FILE, **hub)))
         missing = set(model.exit_names()) - weights.keys()
         if missing:
             raise ValueError(

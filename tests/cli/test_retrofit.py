@@ -82,6 +82,23 @@ def test_a_folder_with_exits_and_its_figures(
     assert "holds a finished model: nothing to resume" in capsys.readouterr().out
 
 
+def test_labels_are_reported_on_and_not_learnt_from(original: Path, tmp_path: Path) -> None:
+    rows = tiny_dataset(400, seed=8)
+    file = write_csv(tmp_path / "rows.csv", rows)
+    found: list[dict[str, Any]] = []
+    for name, labels in (("with", ["--label-column", "label"]), ("without", [])):
+        command = ["retrofit", str(original), "--texts", str(file), "--text-columns", "text", *labels]
+        figures = tmp_path / f"{name}.json"
+        command += ["--output-dir", str(tmp_path / name), "--json", str(figures), *QUICK.split()]
+        assert main(command) == 0
+        found.append(json.loads(figures.read_text()))
+    with_labels, without = found
+    assert with_labels["num_labelled"] == with_labels["num_examples"]
+    assert 0.3 < with_labels["full_depth_accuracy"] < 0.8  # a random model
+    assert without["accuracy"] is None
+    assert with_labels["curve"] == without["curve"]
+
+
 def test_too_few_texts_certify_nothing_and_it_is_said(
     original: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +119,7 @@ def test_too_few_texts_certify_nothing_and_it_is_said(
         (["--confidence", "1"], "--confidence must be in [0, 1), got 1"),
         (["--passes", "0"], "passes must be above 0, got 0"),
         (["--max-texts", "0"], "--max-texts must be at least 1, got 0"),
+        (["--label-column", "label"], "--label-column goes with --text-columns."),
         (["--text-columns", "a", "b", "c"], "--text-columns takes one column or two, got 3"),
     ],
 )

@@ -131,3 +131,14 @@ def test_empty_record(tmp_path: Path) -> None:
     path = write_model_card(tmp_path, {})
     assert path == tmp_path / "README.md"
     assert "Not evaluated" in path.read_text(encoding="utf-8")
+
+
+def test_exits_on_a_model_that_stays_name_it() -> None:
+    original = {"name": "user/sentiment", "revision": "abc123", "license": "apache-2.0", "fingerprint": None}
+    record = {"kind": "early_exit", "backbone": "user/sentiment", "original": original}
+    card = model_card(record)
+    assert "license: apache-2.0" in card
+    assert "base_model: user/sentiment" in card
+    assert "`user/sentiment` at revision abc123 as it was, with a classifier after every layer" in card
+    assert "holds the exits alone" not in card
+    assert "holds the exits alone" in model_card({**record, "config": {"exits_only": True}})

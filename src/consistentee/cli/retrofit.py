@@ -81,6 +81,7 @@ def retrofit_command(
     texts: Annotated[list[str], Parameter(consume_multiple=True, negative=(), group=DATA)],
     output_dir: Path,
     text_columns: Annotated[Columns, Parameter(group=DATA)] = None,
+    label_column: Annotated[str | None, Parameter(group=DATA)] = None,
     max_texts: Annotated[int | None, Parameter(group=DATA)] = None,
     max_disagreement: float = 0.01,
     confidence: float = 0.95,
@@ -101,6 +102,7 @@ def retrofit_command(
         texts: Files of texts in every form that `predict` reads; "-" is standard input. Duplicates are dropped.
         output_dir: Where checkpoints and the finished model go.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
+        label_column: The column of the label, where there is one: accuracy is reported as well. Nothing learns from it.
         max_texts: Read at most so many different texts.
         max_disagreement: Share of texts that may get another label than the model's, at the default threshold.
         confidence: Of the certificate.
@@ -112,6 +114,8 @@ def retrofit_command(
     check_one_or_two(text_columns)
     at_least_one(max_texts=max_texts)
     check_plot_file(plot)
+    if label_column is not None and text_columns is None:
+        raise UsageError("--label-column goes with --text-columns.")
     for name, value in (("--max-disagreement", max_disagreement), ("--confidence", confidence)):
         usage(lambda name=name, value=value: require_range(name, value, 0, 1, open_end=True))
         if value == 0:
@@ -145,6 +149,7 @@ def retrofit_command(
         num_policy_texts=len(task.parts.policy),
         max_disagreement=max_disagreement,
         confidence=confidence,
+        labels=None if label_column is None else _labels(texts, text_columns, label_column, saved, reported),
         progress=True,
     )
     report = dataclasses.replace(report, seconds=time.perf_counter() - start)
@@ -174,6 +179,23 @@ def read_texts_of(model: str, files: list[str], columns: list[str] | None) -> It
     for file in files:
         say_reading(file, "texts")
         yield from read_texts(file, columns, pairs=pairs)
+
+
+def _labels(
+    files: list[str], text_columns: list[str] | None, label_column: str, saved: Any, rows: Any
+) -> dict[tuple[str, ...], int]:
+    """Class indices of these rows by their texts, as files say them."""
+    from consistentee.data.classification import load_files
+
+    wanted = {rows.text(row) for row in range(len(rows))}
+    found: dict[tuple[str, ...], int] = {}
+    for file in files:
+        columns = {"text_columns": text_columns or [], "label_column": label_column}
+        dataset = load_files(None, Path(file), **columns, label_names=saved.label_names)[1]
+        for text, label in zip(dataset.texts, dataset.labels, strict=True):
+            if text in wanted:
+                found.setdefault(text, label)
+    return found
 
 
 def _tables(report: Any) -> Iterator[Any]:
@@ -206,6 +228,11 @@ def retrofit_lines(report: Any, folder: Path) -> Iterator[str]:
         f"\nAgrees with your model on {100 * found.agreement:.2f} % of {found.num_examples:,} unseen texts "
         f"({certified}, confidence {100 * report.confidence:g} %), {found.layer_speedup:.2f}x fewer layers{timed}."
     )
+    if report.accuracy is not None:
+        yield (
+            f"Accuracy on {report.num_labelled:,} of them: {100 * report.accuracy:.2f} %, your model's "
+            f"{100 * report.full_depth_accuracy:.2f} %."
+        )
     yield calibration_lines(report.calibration)[0]
     if report.calibration.certified:
         yield NO_PROMISE

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -78,6 +78,9 @@ class RetrofitReport:
         max_disagreement: what was asked for.
         calibration: what the calibration rows prove, of the threshold if anything.
         disagreements: the reported rows on which exits and model differ, those the model is surest of.
+        accuracy, full_depth_accuracy: of the reported rows with known labels, at the exits and of the model itself;
+            None where none is.
+        num_labelled: how many these are.
         speed: competitors at batch sizes 1 and 32.
         seconds: of the training and the report.
     """
@@ -91,6 +94,9 @@ class RetrofitReport:
     max_disagreement: float
     calibration: Calibration
     disagreements: list[Disagreement]
+    accuracy: float | None = None
+    full_depth_accuracy: float | None = None
+    num_labelled: int = 0
     speed: tuple[ClassificationSpeedRow, ...] = ()
     seconds: float = 0.0
 
@@ -136,6 +142,7 @@ def report_retrofit(
     num_policy_texts: int,
     max_disagreement: float,
     confidence: float = 0.95,
+    labels: Mapping[tuple[str, ...], int] | None = None,
     speed_seconds: float | None = 20.0,
     progress: bool = False,
     announce: Callable[[str], object] = lambda _: None,
@@ -149,6 +156,7 @@ def report_retrofit(
         num_train_texts, num_policy_texts: what exits and policy learnt from, for the record.
         max_disagreement: share of texts that may get another label, in (0, 1).
         confidence: of the certificate, in (0, 1).
+        labels: class indices by text, where they are known: accuracy is reported, too.
         speed_seconds: for timing batches of 1 and 32 against the model without exits; None does not time.
         progress: whether to show how far it is.
         announce: is told what is being done.
@@ -208,7 +216,30 @@ def report_retrofit(
         disagreements=find_disagreements(saved, states, reported, criterion, threshold),
         speed=speed,
         seconds=time.perf_counter() - start,
+        **accuracies(states, reported, labels or {}, criterion, threshold),
     )
+
+
+def accuracies(
+    states: LayerStates,
+    rows: SpooledRows,
+    labels: Mapping[tuple[str, ...], int],
+    criterion: str,
+    threshold: float,
+) -> dict[str, Any]:
+    """`accuracy`, `full_depth_accuracy` and `num_labelled` of the rows whose labels are known; nothing without any."""
+    known = [(row, label) for row in range(len(rows)) if (label := labels.get(rows.text(row))) is not None]
+    if not known:
+        return {}
+    index, truth = torch.tensor([row for row, _ in known]), torch.tensor([label for _, label in known])
+    exit_layer = choose_exit_layer(exit_scores(criterion, states.layer_logits, states.exit_probs), threshold)
+    predictions = states.layer_logits.argmax(-1)[index]
+    at_exit = predictions.gather(1, exit_layer[index, None] - 1).squeeze(1)
+    return {
+        "accuracy": float((at_exit == truth).double().mean()),
+        "full_depth_accuracy": float((predictions[:, -1] == truth).double().mean()),
+        "num_labelled": len(known),
+    }
 
 
 def find_disagreements(

@@ -156,7 +156,7 @@ def speedup_at(
         agreement: the share of rows that must agree.
         seed: of the resampled rows.
     """
-    thresholds = [1.0, *depth_thresholds(scores, 200).flip(0).tolist()]
+    thresholds = [1.0, *depth_thresholds(scores, 200).flip(0).tolist(), 0.0]
     layers = torch.stack(
         [choose_exit_layer(scores, threshold) for threshold in thresholds]
     )  # (thresholds, rows)

@@ -50,6 +50,7 @@ EXPECTED: dict[str, str] = {
     "classifier finetune: *evaluation/*": STEPS,
     "*record/method": "a new key of the record",
     "classifier *record/data/text_sketch": "a new key of the record",
+    "classifier *saved_config/operating_points": "a new field of the configuration",
     "classifier *record/history/*/num_examples": "a new key of the record",
     "generator *record/policy/policy_input": "a new key of the record",
     "*record/config/distillation": "a setting that is gone",

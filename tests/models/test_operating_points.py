@@ -159,19 +159,25 @@ def test_transformers_pipeline_takes_them(folder: Path) -> None:
 
 def test_the_card_lists_them(folder: Path) -> None:
     record = {"kind": "early_exit", "backbone": "somebody/an-encoder", "thresholds": {"policy": 0.6}}
-    assert enter_operating_points(folder, record, {})  # there is none: none is made
-    assert not (folder / CARD_FILE).exists()
-    (folder / CARD_FILE).write_text(model_card(record), encoding="utf-8")
-    assert enter_operating_points(folder, record, {})
-    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    path = folder / CARD_FILE
+    enter_operating_points(folder)  # there is no card: none is made
+    assert not path.exists()
+    path.write_text(model_card(record), encoding="utf-8")
+    enter_operating_points(folder)
+    card = path.read_text(encoding="utf-8")
     assert (
         "| careful | confidence > 0.62 | at most 1 % of disagreement with full depth (2,000 rows, confid"
         in card
     )
     assert "| 2.41x |" in card
+    assert card.index("| careful |") < card.index("## Training")
+    once = write_model_card(folder, record).read_text(encoding="utf-8")
+    assert [line for line in once.splitlines() if line] == [line for line in card.splitlines() if line]
     save_operating_point(folder, "bold", POINT)
-    assert enter_operating_points(folder, record, {"careful": POINT})
-    assert "| bold |" in write_model_card(folder, record).read_text(encoding="utf-8")
-    (folder / CARD_FILE).write_text("My own words.", encoding="utf-8")
-    assert not enter_operating_points(folder, record, {"careful": POINT})
-    assert (folder / CARD_FILE).read_text(encoding="utf-8") == "My own words."
+    path.write_text(once.replace("## Training", "My own words.\n\n## Training"), encoding="utf-8")
+    enter_operating_points(folder)
+    card = path.read_text(encoding="utf-8")
+    assert card.count("| careful |") == card.count("| bold |") == card.count("My own words.") == 1
+    path.write_text("Mine alone.", encoding="utf-8")
+    enter_operating_points(folder)
+    assert path.read_text(encoding="utf-8").startswith("Mine alone.\n\n<!-- operating points -->\n")

@@ -15,6 +15,14 @@ from consistentee.models.operating_points import Points, read_operating_points
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
+POINTS_BEGIN, POINTS_END = "<!-- operating points -->", "<!-- end of operating points -->"
+POINTS_TEXT = """Operating points, for `operating_point=` and `--operating-point`:
+
+{}
+
+A certificate holds on average, for rows drawn as those that it comes from: not for a single input or class, nor for
+inputs that have changed since."""
+
 
 def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> Path:
     """Write the model card of a saved folder.
@@ -32,24 +40,23 @@ def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
-def enter_operating_points(folder: str | Path, record: Mapping[str, Any], before: Points) -> bool:
-    """Write a folder's card anew, with the operating points that it has now.
+def enter_operating_points(folder: str | Path) -> None:
+    """Put the operating points that a folder has now into its card; the rest of the card stays, whoever wrote it.
 
-    Args:
-        folder: the saved folder.
-        record: its training record.
-        before: the operating points that the card on the disk was written with.
-
-    Returns:
-        Whether the card is up to date. One that somebody has changed stays as it is; where there is none, none is made.
+    Where there is no card none is made.
     """
     path = Path(folder) / CARD_FILE
     if not path.is_file():
-        return True
-    if path.read_text(encoding="utf-8") != model_card(record, before):
-        return False
-    write_model_card(folder, record)
-    return True
+        return
+    card, section = path.read_text(encoding="utf-8"), _section(read_operating_points(folder))
+    start, end = card.find(POINTS_BEGIN), card.find(POINTS_END)
+    if 0 <= start < end:
+        card = card[:start] + section + card[end + len(POINTS_END) :]
+    elif "\n## Training\n" in card:
+        card = card.replace("\n## Training\n", f"\n\n{section}\n\n## Training\n", 1)
+    else:
+        card = f"{card.rstrip()}\n\n{section}\n"
+    write_text(path, card)
 
 
 def model_card(record: Mapping[str, Any], operating_points: Points | None = None) -> str:
@@ -118,10 +125,7 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
             ("figure", "value"), _validated(validation, "token accuracy" if generates else "accuracy")
         ),
         by_rule=_table(("exit rule", "threshold", "token accuracy", "mean exit layer"), _by_rule(validation)),
-        operating_points=_table(
-            ("operating point", "exit rule", "certified", "layer speed-up"),
-            [_operating_point(name, point) for name, point in (operating_points or {}).items()],
-        ),
+        operating_points=_section(operating_points) if operating_points else "",
         pairs=(record.get("data") or {}).get("text_pairs"),
         threshold=other_threshold(thresholds.get("policy", 0.5)),
         thresholds=", ".join(f"{name} {value:.4g}" for name, value in thresholds.items()),
@@ -186,6 +190,15 @@ def _by_rule(validation: Mapping[str, Any]) -> TableRows:
         (name, f"{point['threshold']:.4g}", _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
     ]
+
+
+def _section(points: Points) -> str:
+    """The operating points as a part of the card that can be found again."""
+    table = _table(
+        ("operating point", "exit rule", "certified", "layer speed-up"),
+        [_operating_point(name, point) for name, point in points.items()],
+    )
+    return f"{POINTS_BEGIN}\n{POINTS_TEXT.format(table)}\n{POINTS_END}"
 
 
 def _operating_point(name: str, point: Mapping[str, Any]) -> tuple[str, ...]:

@@ -85,4 +85,4 @@ def test_exits_that_are_not_complete_are_refused(folders: tuple[Path, Path, Any]
 
 def test_exits_without_an_original_make_no_sense() -> None:
     with pytest.raises(ValueError, match="exits_only must be False for a model without an original"):
-        EarlyExitConfig(exits_only=True)  # pyright: ignore[reportCallIssue]
+        EarlyExitConfig(exits_only=True)

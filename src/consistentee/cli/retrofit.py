@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 from cyclopts import Parameter
 from rich.console import Group
@@ -191,7 +191,7 @@ def _labels(
     found: dict[tuple[str, ...], int] = {}
     for file in files:
         columns = {"text_columns": text_columns or [], "label_column": label_column}
-        dataset = load_files(None, Path(file), **columns, label_names=saved.label_names)[1]
+        dataset = cast(Any, load_files(None, Path(file), **columns, label_names=saved.label_names)[1])
         for text, label in zip(dataset.texts, dataset.labels, strict=True):
             if text in wanted:
                 found.setdefault(text, label)

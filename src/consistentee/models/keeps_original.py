@@ -7,24 +7,24 @@ from typing import Any, cast
 
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import cached_file
 from typing_extensions import Self
 
 from consistentee.backbones import encoders
 from consistentee.backbones.loading import backbone_fingerprint, load_pretrained
 from consistentee.heads.original_head import OURS, OriginalHead, head_modules
+from consistentee.models.backbone_model import BackboneModel
 from consistentee.models.configuration import EarlyExitConfig
 
 EXITS_FILE = "model.safetensors"
 
 
-class KeepsOriginal(PreTrainedModel):
+class KeepsOriginal(BackboneModel):
     """What a model with exits can do where it kept the head of the classifier that it was made of."""
 
     config: Any
     classifiers: Any
-    num_layers: Any
 
     @classmethod
     def from_classifier(cls, name_or_path: str | Path, **config_values: Any) -> Self:
@@ -91,7 +91,7 @@ class KeepsOriginal(PreTrainedModel):
         ]
 
     @classmethod
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, original: str | Path | None = None, **kwargs: Any
     ) -> Any:
         """As Hugging Face's. A folder with exits alone is put onto the model that they were made for.

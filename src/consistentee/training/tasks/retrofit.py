@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import RetrofitConfig
 from consistentee.data.batches import collate
+from consistentee.data.sketches import text_sketch
 from consistentee.data.spooled import SpooledRows, SpooledTexts
 from consistentee.errors import DataError
 from consistentee.functional.losses import weighted_sum_loss
@@ -160,6 +161,7 @@ class RetrofitTraining(ClassificationTraining):
             data={
                 "text_pairs": self.data.text_pairs,
                 "duplicates": self.data.num_duplicates,
+                "text_sketch": text_sketch(map(self.data.text, (*self.parts.exits, *self.parts.policy))),
                 "calibration_rows": len(self.parts.calibration),
                 "report_rows": len(self.parts.report),
             },

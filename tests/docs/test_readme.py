@@ -14,14 +14,24 @@ import pytest
 
 import consistentee
 from consistentee.cli.main import app, main
-from tiny import tiny_backbone, tiny_dataset, tiny_model
+from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_model
 from tiny_training import tiny_decoder, tiny_instructions
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md")
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMANDS = ("train", "finetune", "evaluate", "predict", "generate", "benchmark", "calibrate")
+COMMANDS = (
+    "train",
+    "finetune",
+    "evaluate",
+    "predict",
+    "generate",
+    "benchmark",
+    "calibrate",
+    "probe",
+    "retrofit",
+)
 
 
 def typed(page: str) -> list[list[str]]:
@@ -112,6 +122,8 @@ def test_the_commands_of_the_readme_run(
     backbone = tiny_backbone(tmp_path / "google-bert" / "bert-base-uncased", max_position_embeddings=130)
     tiny_decoder(tmp_path / "HuggingFaceTB" / "SmolLM2-135M", max_position_embeddings=640)
     tiny_model(tmp_path / "MODEL", backbone)
+    tiny_classifier(tmp_path / "CLASSIFIER", layers=3)
+    (tmp_path / "traffic.txt").write_text("".join(f"{text}\n" for (text,) in tiny_dataset(400).texts))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "say a:"}\n{"prompt": "say b:"}\n', encoding="utf-8")
 
     def load_dataset(path: str, config: str | None) -> datasets.DatasetDict:

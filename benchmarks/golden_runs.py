@@ -53,6 +53,8 @@ EXPECTED: dict[str, str] = {
     "classifier *saved_config/operating_points": "a new field of the configuration",
     "classifier *record/history/*/num_examples": "a new key of the record",
     "generator *record/policy/policy_input": "a new key of the record",
+    "classifier *saved_config/original*": "a new field of the configuration",
+    "classifier *saved_config/exits_only": "a new field of the configuration",
     "*record/config/distillation": "a setting that is gone",
     "classifier auto: *": "policies read log-odds in place of nine signals",
     "classifier final_loss: *": "the hardness comes from the loss for both tasks: its last bit",

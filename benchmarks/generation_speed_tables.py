@@ -12,7 +12,7 @@ def speed_section(speeds: dict[str, dict[str, Any]]) -> str:
         "## Speed",
         "",
         "Efficiency is wall-clock speed-up over layer speed-up, against our own full depth in the same run; `nobody "
-        "leaves` computes the policy at every layer although all tokens go to the last one. What bounds batches of 8 "
+        "exits` computes the policy at every layer although all tokens go to the last one. What bounds batches of 8 "
         "and 32: [generation](generation.md). `smollm2-float32` and `smollm2-bfloat16` were measured just before a "
         "single token's policy was moved to plain numbers, `smollm2-float32-one-text` after it.",
         "",

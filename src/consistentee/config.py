@@ -262,6 +262,8 @@ class RetrofitConfig(ClassificationTrainingConfig):
     num_queries: int = 4
     classifier_hidden_size: int | None = 64
     policy_input: PolicyInputChoice = "state+log_odds"
+    policy_hidden_size: int = 64
+    policy_dropout: float = 0.0
     policy_epochs: int = 20
     policy_folds: int = 3
     max_accuracy_loss: float = 0.01

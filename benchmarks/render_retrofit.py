@@ -23,16 +23,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in parser.parse_args().files]
+    print(render([json.loads(file.read_text(encoding="utf-8")) for file in parser.parse_args().files]))
+
+
+def render(runs: list[dict[str, Any]]) -> str:
+    """The table of some runs."""
     heads = [*(f"agreement at {speedup:g}x" for speedup in SPEEDUPS)]
     heads += [f"fastest at {100 * agreement:g} %" for agreement in AGREEMENTS]
-    print(f"| rule | {' | '.join(heads)} |")
-    print("|---|" + "---|" * len(heads))
+    lines = [f"| rule | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for name in (runs[0]["criterion"], *runs[0]["other_criteria"]):
         found = [figures(_curve(run, name)) for run in runs]
-        print(f"| {name} | {' | '.join(shown(values) for values in zip(*found, strict=True))} |")
-    rows = ", ".join(f"{run['num_examples']:,}" for run in runs)
-    print(f"\nJudged rows: {rows}.")
+        lines.append(f"| {name} | {' | '.join(shown(values) for values in zip(*found, strict=True))} |")
+    return "\n".join(lines)
 
 
 def _curve(run: dict[str, Any], name: str) -> list[dict[str, float]]:

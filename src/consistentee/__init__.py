@@ -15,12 +15,14 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
+    from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, RetrofitConfig
     from consistentee.data.classification import load_files, load_task
     from consistentee.data.generation import load_generation_files, load_generation_task
     from consistentee.data.recipes import load_recipe
     from consistentee.data.rows import InstructionDataset, TextDataset
     from consistentee.errors import DataError, MissingExtraError
+    from consistentee.evaluation.agreement import evaluate_agreement
+    from consistentee.evaluation.calibration import calibrate_model
     from consistentee.evaluation.classification import evaluate_layers, evaluate_model
     from consistentee.evaluation.generation import evaluate_generation
     from consistentee.evaluation.results import Evaluation, GenerationEvaluation
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     )
     from consistentee.pipelines.classifier import Engine, ExitRule, Prediction, Predictor
     from consistentee.pipelines.generator import GeneratedText, TextGenerator
-    from consistentee.training.train import finetune, train
+    from consistentee.training.train import finetune, retrofit, train
 
 __version__ = "0.1.0"
 
@@ -62,9 +64,12 @@ __all__ = [
     "MissingExtraError",
     "Prediction",
     "Predictor",
+    "RetrofitConfig",
     "TextDataset",
     "TextGenerator",
     "__version__",
+    "calibrate_model",
+    "evaluate_agreement",
     "evaluate_generation",
     "evaluate_layers",
     "evaluate_model",
@@ -75,11 +80,12 @@ __all__ = [
     "load_model",
     "load_recipe",
     "load_task",
+    "retrofit",
     "train",
 ]
 
 _HOMES = {
-    "config": ("ClassificationTrainingConfig", "GenerationTrainingConfig"),
+    "config": ("ClassificationTrainingConfig", "GenerationTrainingConfig", "RetrofitConfig"),
     "data.recipes": ("load_recipe",),
     "models.configuration": ("EarlyExitCausalLMConfig", "EarlyExitConfig", "FullDepthConfig"),
     "functional.curves": ("CurvePoint",),
@@ -99,7 +105,9 @@ _HOMES = {
         "FullDepthForSequenceClassification",
     ),
     "models.loaded": ("LoadedClassifier", "LoadedGenerator", "load_model"),
-    "training.train": ("finetune", "train"),
+    "training.train": ("finetune", "retrofit", "train"),
+    "evaluation.agreement": ("evaluate_agreement",),
+    "evaluation.calibration": ("calibrate_model",),
 }
 _HOME_OF = {name: f"consistentee.{module}" for module, names in _HOMES.items() for name in names}
 

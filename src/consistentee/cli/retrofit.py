@@ -123,7 +123,6 @@ def retrofit_command(
     given = {} if settings is None else vars(settings)
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
     config = usage(lambda: RetrofitConfig.from_dict({**given, "max_accuracy_loss": max_disagreement}))
-    from consistentee.atomic_files import write_json
     from consistentee.evaluation.retrofit import keep_threshold, report_retrofit
     from consistentee.models.loaded import LoadedClassifier, load_model
     from consistentee.models.record import record_evaluation
@@ -156,7 +155,6 @@ def retrofit_command(
     keep_threshold(folder, report)
     figures = report.to_dict()
     record_evaluation(folder, {name: figures[name] for name in figures if name not in LONG})
-    write_json(folder / "retrofit_report.json", figures)
     from consistentee.evaluation.plots import plot_evaluation
 
     console().print(Group(*_tables(report)))

@@ -196,11 +196,18 @@ def run_layers(
     Raises:
         ValueError: the model has no exits, or its inputs are of another number of texts.
     """
-    model = saved.early_exit_model
     saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
-    accelerator = Accelerator(cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)])
     rows = _tokenized(saved, dataset)
-    states = run_all_layers(
+    return run_tokenized(saved, rows, batch_size=batch_size, description=description), rows.num_truncated
+
+
+def run_tokenized(
+    saved: LoadedClassifier, rows: Any, *, batch_size: int = 64, description: str | None = None
+) -> LayerStates:
+    """As `run_layers`, of rows that are tokenized: a `TokenizedDataset` or `SpooledRows`."""
+    model = saved.early_exit_model
+    accelerator = Accelerator(cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)])
+    return run_all_layers(
         model,
         rows,
         collate=partial(collate, tokenizer=saved.tokenizer),
@@ -208,7 +215,6 @@ def run_layers(
         accelerator=accelerator,
         description=description,
     )
-    return states, rows.num_truncated
 
 
 def _tokenized(saved: LoadedClassifier, dataset: TextDataset) -> TokenizedDataset:

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
 
 from consistentee.atomic_files import write_json
-from consistentee.data.batches import collate
 from consistentee.data.spooled import SpooledRows
 from consistentee.evaluation.agreement import agreement_of_layers
 from consistentee.evaluation.calibration import MAX_DISAGREEMENT, Calibration, calibrate_layers
+from consistentee.evaluation.classification import run_tokenized
 from consistentee.evaluation.results import AgreementEvaluation
 from consistentee.evaluation.speed_classification import ClassificationSpeedRow, measure_speed
 from consistentee.evaluation.time_budget import TimeBudget
@@ -33,7 +30,7 @@ from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.operating_points import save_operating_point
 from consistentee.pipelines.classifier import Engine
-from consistentee.training.states import LayerStates, run_all_layers
+from consistentee.training.states import LayerStates
 
 MOST_DISAGREEMENTS = 20
 """Texts on which exits and model differ that are kept, of those the model is surest of."""
@@ -114,25 +111,6 @@ class RetrofitReport:
         return {**self.evaluation.to_dict(), **own, "certificate": certificate}
 
 
-def agreement_states(
-    saved: LoadedClassifier, rows: SpooledRows, *, batch_size: int = 64, description: str | None = None
-) -> LayerStates:
-    """All layers' outputs for rows without labels; the last layer's answers are in the labels' place."""
-    model = saved.early_exit_model
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)]
-    )  # full precision, as it is served
-    states = run_all_layers(
-        model,
-        cast(Any, rows),
-        collate=partial(collate, tokenizer=saved.tokenizer),
-        batch_size=batch_size,
-        accelerator=accelerator,
-        description=description,
-    )
-    return replace(states, labels=states.layer_logits[:, -1].argmax(-1))
-
-
 def report_retrofit(
     saved: LoadedClassifier,
     *,
@@ -145,7 +123,6 @@ def report_retrofit(
     labels: Mapping[tuple[str, ...], int] | None = None,
     speed_seconds: float | None = 20.0,
     progress: bool = False,
-    announce: Callable[[str], object] = lambda _: None,
 ) -> RetrofitReport:
     """Choose the threshold that calibration rows certify, and measure it on others.
 
@@ -159,11 +136,10 @@ def report_retrofit(
         labels: class indices by text, where they are known: accuracy is reported, too.
         speed_seconds: for timing batches of 1 and 32 against the model without exits; None does not time.
         progress: whether to show how far it is.
-        announce: is told what is being done.
     """
     start = time.perf_counter()
     criterion, threshold = saved.exit_rule()
-    states = agreement_states(saved, calibration, description="calibration" if progress else None)
+    states = run_tokenized(saved, calibration, description="calibration" if progress else None)
     found = calibrate_layers(
         states.layer_logits,
         states.exit_probs,
@@ -181,7 +157,7 @@ def report_retrofit(
     )
     if found.threshold is not None:
         threshold = found.threshold
-    states = agreement_states(saved, reported, description="report" if progress else None)
+    states = run_tokenized(saved, reported, description="report" if progress else None)
     others = {name: saved.known_threshold(name) for name in saved.criteria if name != criterion}
     evaluation = agreement_of_layers(
         states.layer_logits,
@@ -202,7 +178,6 @@ def report_retrofit(
     interval = (1 - binomial_upper_bound(wrong, rows, half), binomial_upper_bound(rows - wrong, rows, half))
     speed: tuple[ClassificationSpeedRow, ...] = ()
     if speed_seconds is not None:
-        announce("timing")
         speed = time_exits(saved, reported, criterion, threshold, speed_seconds)
     return RetrofitReport(
         evaluation=evaluation,

@@ -27,7 +27,7 @@ from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.states import LayerStates, run_all_layers
 from consistentee.training.steps import Figures, Objective, resolve_precision
-from consistentee.training.tasks.classification import ClassificationTraining, row_instances
+from consistentee.training.tasks.classification import AUTO_INPUTS, ClassificationTraining, row_instances
 
 FEWEST_TEXTS = 40
 
@@ -94,8 +94,7 @@ class RetrofitTraining(ClassificationTraining):
         self, config: RetrofitConfig, data: SpooledTexts, original: LoadedClassifier, **shares: float
     ) -> None:
         self.config, self.data, self.original = config, data, original
-        inputs = ("log_odds", "state+log_odds") if config.policy_input == "auto" else (config.policy_input,)
-        self.policy_inputs = inputs
+        self.policy_inputs = AUTO_INPUTS if config.policy_input == "auto" else (config.policy_input,)
         self._policy_rows = None
         self.parts = part_texts(
             len(data),

@@ -39,7 +39,7 @@ from consistentee.atomic_files import write_text
 from consistentee.data.batches import collate
 from consistentee.data.tasks import get_task
 from consistentee.data.tokenization import tokenize
-from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.criteria import CRITERIA
 from consistentee.functional.curves import trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.hardness import memorized_layer
@@ -164,7 +164,7 @@ def _exit_figures(states: LayerStates, thresholds: dict[str, float], task: str) 
         "criteria": {},
     }
     for criterion in CRITERIA:
-        scores = exit_scores(criterion, states.layer_logits, states.exit_probs)
+        scores = states.exit_scores(criterion)
         exit_layer = choose_exit_layer(scores, thresholds[criterion])
         predictions = states.layer_logits.argmax(-1).gather(1, exit_layer[:, None] - 1).squeeze(1)
         figures["criteria"][criterion] = {

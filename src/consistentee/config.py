@@ -28,7 +28,18 @@ RewardLoss = Literal["cross_entropy", "error"]
 LayerCostMode = Literal["range", "each"]
 HardnessMeasure = Literal["memorized_layer", "forgetting_events", "final_loss", "entropy", "el2n", "uniform"]
 ThresholdMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
-Criterion = Literal["policy", "confidence", "entropy", "patience"]
+Criterion = Literal[
+    "policy",
+    "confidence",
+    "entropy",
+    "patience",
+    "confident_patience",
+    "similar_patience",
+    "expert_sum",
+    "energy",
+    "quantile",
+    "static",
+]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Schedule = Literal["linear", "constant"]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "all"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from consistentee.cli.main import main
+from consistentee.functional.criteria import CRITERIA
 from consistentee.models.loaded import load_model
 from tiny import tiny_backbone, tiny_classifier, tiny_dataset, write_csv
 
@@ -65,7 +66,7 @@ def test_a_folder_with_exits_and_its_figures(
     at = min(found["curve"], key=lambda point: abs(point["threshold"] - found["threshold"]))
     assert abs(at["agreement"] - found["agreement"]) < 0.1
     assert found["curve"][-1]["agreement"] == 1.0
-    assert set(found["other_criteria"]) == {"confidence", "entropy", "patience"}
+    assert {"policy", *found["other_criteria"]} == set(CRITERIA)
     assert "Agrees with your model on" in out
     assert "certified: at least 80 %, confidence 95 %" in out
     assert {row["name"] for row in found["speed"]} >= {"engine", "engine-full-depth", "transformers"}

@@ -54,10 +54,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> LoadedClassifier:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_disagreement_is_counted_at_the_exits(criterion: str) -> None:
     logits, probs, _ = outputs()
-    found = calibrate_layers(logits, probs, goal="max_disagreement", target=0.05, criterion=criterion)
+    signals = {"classifier_logits": logits}
+    found = calibrate_layers(
+        logits, probs, goal="max_disagreement", target=0.05, criterion=criterion, signals=signals
+    )
     assert found.certified
     assert found.threshold is not None
-    exit_layer = choose_exit_layer(exit_scores(criterion, logits, probs), found.threshold)
+    exit_layer = choose_exit_layer(exit_scores(criterion, logits, probs, **signals), found.threshold)
     given = logits.argmax(-1).gather(1, exit_layer[:, None] - 1).squeeze(1)
     lost = int((given != logits[:, -1].argmax(-1)).sum())
     assert (found.losses, found.losses_allowed) == (lost, losses_allowed(3000, 0.05))

@@ -17,16 +17,24 @@ from consistentee.functional.criteria import (
     EXIT_CRITERIA,
     GENERATION_CRITERIA,
     check_threshold,
-    confidence_scores,
-    entropy_scores,
     exit_scores,
+)
+from consistentee.functional.exits import choose_exit_layer, exit_distribution
+from consistentee.functional.signals import (
+    confidence_scores,
+    confident_patience_scores,
+    energy_scores,
+    entropy_scores,
+    expert_sum_scores,
+    jensen_shannon,
     patience_scores,
     policy_scores,
+    quantile_scores,
+    similar_patience_scores,
     softmax_margin_scores,
     state_similarity_scores,
     static_scores,
 )
-from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.tables import GENERATION
 
 
@@ -69,19 +77,33 @@ def test_entropy_scores_span_zero_to_one():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scores_do_not_look_ahead(criterion: str):
     logits, exit_probs = torch.randn(5, 6, 3), torch.rand(5, 6)
-    whole = exit_scores(criterion, logits, exit_probs)
+    signals = {"classifier_logits": torch.randn(5, 6, 3)}
+    whole = exit_scores(criterion, logits, exit_probs, **signals)
     assert whole.shape == (5, 6)
     for layers in range(1, 6):
-        torch.testing.assert_close(
-            exit_scores(criterion, logits[:, :layers], exit_probs[:, :layers]), whole[:, :layers]
-        )
+        passed = {name: values[:, :layers] for name, values in signals.items()}
+        found = exit_scores(criterion, logits[:, :layers], exit_probs[:, :layers], **passed)
+        torch.testing.assert_close(found, whole[:, :layers])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+def test_scores_are_in_the_range_of_their_thresholds(criterion: str, scale: float):
+    logits, exit_probs = scale * torch.randn(50, 24, 4), (scale * torch.randn(50, 24)).sigmoid()
+    scores = exit_scores(criterion, logits, exit_probs, classifier_logits=logits)
+    thresholds = EXIT_CRITERIA[criterion].thresholds
+    assert scores.isfinite().all()
+    assert float(scores.min()) >= thresholds.low - 1e-6
+    assert float(scores[:, :-1].max()) <= thresholds.highest(24)
 
 
 def test_exit_scores_rejects_what_it_cannot_use():
     logits = torch.randn(1, 2, 2)
     with pytest.raises(ValueError, match='criterion "policy" needs exit_probs, got None'):
         exit_scores("policy", logits, None)
-    with pytest.raises(ValueError, match='must be one of policy, confidence, entropy, patience, got "luck"'):
+    with pytest.raises(ValueError, match='criterion "energy" needs classifier_logits, got None'):
+        exit_scores("energy", logits, None)
+    with pytest.raises(ValueError, match=r'must be one of policy, confidence, .*, static, got "luck"'):
         exit_scores("luck", logits, None)
 
 
@@ -89,6 +111,89 @@ def test_a_patience_of_p_minus_a_half_waits_for_p_layers():
     logits = logits_of((0.9, 0.1), (0.1, 0.9), (0.2, 0.8), (0.3, 0.7))
     scores = patience_scores(logits)
     assert [choose_exit_layer(scores, p - 0.5).item() for p in (1, 2, 3, 4)] == [1, 3, 4, 4]
+
+
+def first_exits(layers_of_row: list[int | None], layers: int) -> list[int]:
+    return [layers if layer is None else layer for layer in layers_of_row]
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.6])
+def test_confident_patience_counts_sure_layers(threshold: float):
+    """PCEE's counter: sure layers in a row, back to 0 at one that is not; the row exits at 2."""
+    logits = 2 * torch.randn(60, 6, 3, generator=torch.Generator().manual_seed(1))
+    sure = (entropy_scores(logits) > threshold).tolist()
+    wanted: list[int | None] = []
+    for row in sure:
+        counter, exit_layer = 0, None
+        for layer, is_sure in enumerate(row, start=1):
+            counter = counter + 1 if is_sure else 0
+            if counter == 2 and exit_layer is None:
+                exit_layer = layer
+        wanted.append(exit_layer)
+    found = choose_exit_layer(confident_patience_scores(logits), threshold)
+    assert found.tolist() == first_exits(wanted, 6)
+    assert len(set(found.tolist())) > 2
+
+
+@pytest.mark.parametrize("threshold", [0.85, 0.95])
+def test_similar_patience_counts_layers_like_the_one_before(threshold: float):
+    """F-PABEE's counter: comparisons in a row whose divergence is small enough; the row exits at 2."""
+    logits = torch.randn(60, 8, 3, generator=torch.Generator().manual_seed(2))
+    probs = logits.softmax(-1).double()
+    wanted: list[int | None] = []
+    for row in probs:
+        counter, exit_layer = 0, None
+        for layer in range(1, 8):
+            middle = (row[layer] + row[layer - 1]) / 2
+            divergence = sum(float((p * (p / middle).log2()).sum()) / 2 for p in (row[layer], row[layer - 1]))
+            counter = counter + 1 if 1 - divergence > threshold else 0
+            if counter == 2 and exit_layer is None:
+                exit_layer = layer + 1
+        wanted.append(exit_layer)
+    found = choose_exit_layer(similar_patience_scores(logits), threshold)
+    assert found.tolist() == first_exits(wanted, 8)
+    assert len(set(found.tolist())) > 2
+
+
+def test_patience_of_one_layer_models():
+    logits = torch.randn(4, 1, 3)
+    for scores in (confident_patience_scores(logits), similar_patience_scores(logits)):
+        assert scores.tolist() == [[0.0]] * 4
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=6), st.integers(0, 99))
+def test_divergence_is_symmetric_and_between_0_and_1(weights: list[float], seed: int) -> None:
+    first = torch.tensor(weights).log().log_softmax(-1)
+    second = torch.randn(len(weights), generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+    found = jensen_shannon(first, second)
+    torch.testing.assert_close(found, jensen_shannon(second, first), atol=1e-6, rtol=0)
+    assert -1e-6 <= float(found) <= 1
+
+
+def test_expert_sum_starts_anew_where_layers_disagree():
+    logits = torch.randn(60, 7, 2, generator=torch.Generator().manual_seed(3))
+    wanted = torch.zeros(60, 7, dtype=torch.float64)
+    confidence, classes = logits.softmax(-1).amax(-1).double(), logits.argmax(-1)
+    for layer in range(7):
+        own = 0.1 * (layer + 1) * confidence[:, layer]
+        agrees = classes[:, layer] == classes[:, layer - 1] if layer else torch.zeros(60, dtype=torch.bool)
+        wanted[:, layer] = own + torch.where(agrees, wanted[:, layer - 1], 0)
+    scores = expert_sum_scores(logits).double()
+    torch.testing.assert_close(scores / (1 - scores), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_energy_is_one_minus_theirs():
+    logits = 4 * torch.randn(50, 3, 5)
+    theirs = 1 / (1 + logits.double().exp().sum(-1))
+    torch.testing.assert_close(energy_scores(logits).double(), 1 - theirs, atol=1e-6, rtol=0)
+
+
+def test_quantile_is_the_cumulative_exit_distribution():
+    exit_probs = torch.rand(50, 6)
+    wanted = exit_distribution(exit_probs).cumsum(1)
+    torch.testing.assert_close(quantile_scores(exit_probs)[:, :-1], wanted[:, :-1])
+    sure = quantile_scores(torch.tensor([[0.2, 1.0, 0.3]]))
+    torch.testing.assert_close(sure, torch.tensor([[0.2, 1.0, 1.0]]))
 
 
 @pytest.mark.parametrize("criterion", ["policy", "confidence", "entropy"])

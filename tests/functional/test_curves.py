@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consistentee.functional.criteria import CRITERIA, confidence_scores, exit_scores, static_scores
+from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.curves import (
     BUDGETS,
     CurvePoint,
@@ -21,6 +21,7 @@ from consistentee.functional.curves import (
 )
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import macro_f1
+from consistentee.functional.signals import confidence_scores, static_scores
 
 
 def point(threshold: float, accuracy: float, mean_exit_layer: float) -> CurvePoint:
@@ -47,7 +48,7 @@ def test_trade_off_curve_by_hand():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_trade_off_curve_agrees_with_a_loop(criterion: str):
     layer_logits, labels, exit_probs = torch.randn(30, 4, 3), torch.randint(3, (30,)), torch.rand(30, 4)
-    scores = exit_scores(criterion, layer_logits, exit_probs)
+    scores = exit_scores(criterion, layer_logits, exit_probs, classifier_logits=layer_logits)
     points = trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None], criterion)
     assert [p.mean_exit_layer for p in points] == sorted(p.mean_exit_layer for p in points)
     for p in points:

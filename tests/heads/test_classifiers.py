@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from consistentee.functional.criteria import confidence_scores
 from consistentee.functional.exits import NUM_SIGNALS
+from consistentee.functional.signals import confidence_scores
 from consistentee.heads.classifiers import (
     AttentionPooling,
     InternalClassifiers,

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.data.tokenization import encode_texts
-from consistentee.functional.criteria import exit_scores
+from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, exit_scores
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.models.configuration import EarlyExitConfig
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -66,20 +66,38 @@ def test_full_depth_gives_the_originals_logits_bit_for_bit(original: Path, tmp_p
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-@torch.no_grad()
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_classifier(tmp_path_factory.mktemp("deeper"), "bert", layers=5)
+
+
 @pytest.mark.parametrize("criterion", ["policy", "confidence", "patience"])
 def test_engines_exit_as_choosing_afterwards_does(original: Path, criterion: str) -> None:
+    check_engines(original, criterion)
+
+
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "static"])
+def test_engines_do_so_under_every_criterion(deeper: Path, criterion: str) -> None:
+    check_engines(deeper, criterion)
+
+
+@torch.no_grad()
+def check_engines(original: Path, criterion: str) -> None:
     model = with_exits(original)
     saved = LoadedClassifier(model, AutoTokenizer.from_pretrained(original), {}, "retrofitted")
     batch = batch_of(original)
     every: Any = model(**batch, all_layers=True)
-    scores = exit_scores(criterion, every.layer_logits, every.exit_probs)[:, 0].sort().values
+    signals = model.exit_signals(every.pooled, every.classifier_logits)
+    every_score = exit_scores(criterion, every.layer_logits, every.exit_probs, **signals)
+    layer = int((every_score.std(0) > 0).int().argmax())  # the first at which they differ
+    scores = every_score[:, layer].sort().values
     middle = int((scores[1:] - scores[:-1])[6:17].argmax()) + 6  # the widest gap: rounding decides nothing
-    threshold = float(scores[middle : middle + 2].mean()) if criterion != "patience" else 1.5
+    in_layers = EXIT_CRITERIA[criterion].thresholds.layers
+    threshold = 1.5 if in_layers else float(scores[middle : middle + 2].mean())
     slow: Any = model(**batch, all_layers=True, criterion=criterion, threshold=threshold)
     fast: Any = model(**batch, all_layers=False, criterion=criterion, threshold=threshold)
     assert fast.exit_layer.tolist() == slow.exit_layer.tolist()
-    assert criterion == "patience" or len(set(slow.exit_layer.tolist())) > 1
+    assert in_layers or len(set(slow.exit_layer.tolist())) > 1
     torch.testing.assert_close(fast.logits, slow.logits, rtol=1e-5, atol=1e-5)
     rows, _ = encode_texts([(text,) for text in TEXTS], saved.tokenizer, 64)
     for backend in ("torch", "onnxruntime"):

@@ -59,10 +59,11 @@ def exit_features(
     "criterion,policy_input",
     [
         *(
-            ("policy", policy_input)
+            (criterion, policy_input)
+            for criterion in ("policy", "quantile")
             for policy_input in ("state", "log_odds", "state+log_odds", "state+signals")
         ),
-        *((criterion, "log_odds") for criterion in CRITERIA if criterion != "policy"),
+        *((name, "log_odds") for name in CRITERIA if name not in ("policy", "quantile")),
     ],
 )
 @pytest.mark.parametrize("rows", [1, 6, 50])
@@ -76,7 +77,7 @@ def test_step_by_step_as_all_at_once(
     logits[0, 2:] = logits[0, 1] * 8  # a run of one class, sure to the last digit of float32
     layer_logits = ensemble_layers(logits, decay)
     exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
-    wanted = exit_scores(criterion, layer_logits, exit_probs)
+    wanted = exit_scores(criterion, layer_logits, exit_probs, **model.exit_signals(pooled, logits))
     scores = scores_of(model, criterion)
     history = scores.begin(rows)
     for layer in range(LAYERS):
@@ -88,14 +89,18 @@ def test_step_by_step_as_all_at_once(
 
 
 @pytest.mark.parametrize("policy_input", ["state+log_odds", "state+signals"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
 def test_rows_that_exit_and_rows_that_join_take_their_history_along(
-    backbone: Path, policy_input: str
+    backbone: Path, policy_input: str, criterion: str
 ) -> None:
     model = build(backbone, 3, policy_input=policy_input)
     pooled, logits = torch.randn(7, LAYERS, 32), 2 * torch.randn(7, LAYERS, 3)
-    wanted = model.exit_logits(pooled, ensemble_layers(logits, 0.5)).sigmoid().numpy()
-    scores = scores_of(model, "policy")
+    layer_logits = ensemble_layers(logits, 0.5)
+    exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
+    signals = model.exit_signals(pooled, logits)
+    wanted = exit_scores(criterion, layer_logits, exit_probs, **signals).numpy()
+    scores = scores_of(model, criterion)
 
     def pass_layers(rows: list[int], first: int, last: int, history: ExitHistory) -> None:
         for layer in range(first, last):

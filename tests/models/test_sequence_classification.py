@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import tiny
 from consistentee.backbones import encoders as backbones
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
-from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
 from consistentee.models.configuration import EarlyExitConfig, FullDepthConfig
@@ -71,7 +71,7 @@ def batch_of(texts: list[str], model_type: str = "bert") -> dict[str, Tensor]:
 
 def mixed_threshold(scores: Tensor, criterion: str) -> float:
     """A threshold that lets some leave early and keeps some, away from every score."""
-    if criterion == "patience":
+    if EXIT_CRITERIA[criterion].thresholds.layers:
         return 1.5
     early = scores[:, :-1].flatten().sort().values
     middle = early[len(early) // 2 : -len(early) // 5]
@@ -95,8 +95,10 @@ def row_by_row(
         hidden = [*states.hidden_states[1:-1], states.last_hidden_state]
         pooled, logits = zip(*(model.classifiers(i, h, mask) for i, h in enumerate(hidden)), strict=True)
         layer_logits = ensemble_layers(torch.stack(logits, dim=1), model.config.ensemble_decay)
-        exit_probs = model.exit_logits(torch.stack(pooled, dim=1), layer_logits).sigmoid()
-        scores = exit_scores(criterion, layer_logits, exit_probs)[0].tolist()
+        states, own = torch.stack(pooled, dim=1), torch.stack(logits, dim=1)
+        exit_probs = model.exit_logits(states, layer_logits).sigmoid()
+        signals = model.exit_signals(states, own)
+        scores = exit_scores(criterion, layer_logits, exit_probs, **signals)[0].tolist()
         layer = next((t for t, score in enumerate(scores, start=1) if score > threshold), LAYERS)
         logits_rows.append(layer_logits[0, layer - 1])
         layers.append(layer)
@@ -115,9 +117,12 @@ def test_leaving_early_agrees_with_running_all_layers_and_choosing(model_type: s
     assert len(set(batch["attention_mask"].sum(1).tolist())) > 2  # unequal lengths, padded
     kinds = set()
     for criterion in CRITERIA:
-        scores = exit_scores(criterion, everything.layer_logits, everything.exit_probs)
+        signals = model.exit_signals(everything.pooled, everything.classifier_logits)
+        scores = exit_scores(criterion, everything.layer_logits, everything.exit_probs, **signals)
         mixed = mixed_threshold(scores, criterion)
-        for threshold in (0.5, mixed, LAYERS + 0.5) if criterion == "patience" else (0.0, mixed, 1.0):
+        known = EXIT_CRITERIA[criterion].thresholds
+        ends = (known.low + 0.5, LAYERS + 0.5) if known.layers else (known.low, known.high)
+        for threshold in (mixed, *ends):
             expected_layers = choose_exit_layer(scores, threshold)
             expected = everything.layer_logits[torch.arange(len(TEXTS)), expected_layers - 1]
             kinds.add(tuple(sorted(set(expected_layers.tolist()))))
@@ -166,7 +171,8 @@ def test_every_kind_of_head_and_policy_agrees_with_the_oracle(
     model = build(policy_input=policy_input, head=head, ensemble_decay=decay)
     everything = model(**batch_of(TEXTS), threshold=0.5, all_layers=True)
     for criterion in CRITERIA:
-        scores = exit_scores(criterion, everything.layer_logits, everything.exit_probs)
+        signals = model.exit_signals(everything.pooled, everything.classifier_logits)
+        scores = exit_scores(criterion, everything.layer_logits, everything.exit_probs, **signals)
         threshold = mixed_threshold(scores, criterion)
         logits, layers = row_by_row(model, TEXTS, criterion, threshold, "bert")
         output = model(**batch_of(TEXTS), criterion=criterion, threshold=threshold)
@@ -366,7 +372,7 @@ def test_wrong_values_are_named(
             {"policy_input": "logits"},
             r'policy_input must be one of state, log_odds, state\+log_odds, signals, state\+signals, got "logits"',
         ),
-        ({"criterion": "luck"}, 'criterion must be one of policy, confidence, entropy, patience, got "luck"'),
+        ({"criterion": "luck"}, 'criterion must be one of policy, .*, static, got "luck"'),
         ({"ensemble_decay": 1.0}, r"ensemble_decay must be in \[0, 1\), got 1.0"),
         ({"policy_dropout": -0.1}, r"policy_dropout must be in \[0, 1\), got -0.1"),
     ],

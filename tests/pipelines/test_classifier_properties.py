@@ -20,7 +20,7 @@ from torch import Tensor
 
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.data.tokenization import encode_texts
-from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.encoder import scheduler
 from consistentee.inference.encoder.backend import Answers
@@ -58,16 +58,19 @@ class Oracle:
             ]
         self.layer_logits = torch.cat([output.layer_logits for output in outputs])  # (rows, layers, classes)
         self.exit_probs = torch.cat([output.exit_probs for output in outputs])
+        signals = [model.exit_signals(output.pooled, output.classifier_logits) for output in outputs]
+        self.signals = {name: torch.cat([found[name] for found in signals]) for name in signals[0]}
 
     def scores(self, criterion: str) -> Tensor:
         """(rows, layers)."""
-        return exit_scores(criterion, self.layer_logits, self.exit_probs)
+        return exit_scores(criterion, self.layer_logits, self.exit_probs, **self.signals)
 
     def thresholds(self, criterion: str) -> list[float]:
         """Values between the scores, none so near to one that rounding decides; and beyond all of them."""
         values = self.scores(criterion).flatten().unique().tolist()
         gaps = [(a + b) / 2 for a, b in pairwise(values) if b - a > 1e-4]
-        return [0.0, *gaps, 1.0 if criterion != "patience" else LAYERS + 0.5]
+        known = EXIT_CRITERIA[criterion].thresholds
+        return [known.low, *gaps, LAYERS + 0.5 if known.layers else known.high]
 
     def check(
         self, answers: Answers, chosen: Sequence[int], exit_layers: Sequence[int], tolerance: float = 1e-4
@@ -201,7 +204,8 @@ def test_where_nobody_can_exit_only_what_counts_is_computed(
         classified.append(layer_index)
         return classify(backend, layer_index, batch)
 
-    threshold = LAYERS - 1.0 if criterion == "patience" else 1.0
+    known = EXIT_CRITERIA[criterion].thresholds
+    threshold = {"patience": LAYERS - 1.0, "static": LAYERS - 0.5}.get(criterion, known.high)
     with mock.patch.object(PackedBackend, "classify", noted), torch.no_grad():
         answers = engine.run(rows, batch_size=2, rule=ExitRule(criterion, threshold))
         for row, score in zip(rows, answers.scores, strict=True):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from consistentee.functional.criteria import CRITERIA, GENERATION_CRITERIA, exit_scores, static_scores
+from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, GENERATION_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, exit_distribution, log_odds
 from consistentee.functional.losses import exact_policy_loss, sampled_policy_loss
 from consistentee.functional.metrics import METRICS
@@ -57,8 +57,11 @@ def instances_of(
     labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(9))
     logits = logits_of(correct, labels)
     noise = 0.01 * torch.rand(correct.shape, generator=torch.Generator().manual_seed(8))
-    known = {name: exit_scores(name, logits, None) for name in CRITERIA if name != "policy"}
-    layers = torch.arange(1, LAYERS + 1).float()
+    known = {
+        name: exit_scores(name, logits, None, classifier_logits=logits)
+        for name in CRITERIA
+        if not EXIT_CRITERIA[name].reads_policy
+    }
     return Instances(
         correct=correct,
         exit_cost=(~correct).float(),
@@ -70,7 +73,6 @@ def instances_of(
             **known,
             "softmax_margin": torch.where(correct, 0.9, 0.1) + noise,
             "state_similarity": torch.full(correct.shape, 0.9),
-            "static": static_scores(layers).expand(count, -1),
         },
         targets={"confidence_classifier": correct},
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consistentee.data.batches import TokenizedPrompts, collate
-from consistentee.functional.criteria import softmax_margin_scores, state_similarity_scores
+from consistentee.functional.signals import softmax_margin_scores, state_similarity_scores
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.tasks.token_states import draw_tokens, run_token_states
 from tiny_training import tiny_exit_model

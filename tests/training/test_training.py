@@ -157,7 +157,7 @@ def test_the_record_tells_the_whole_run(learned: tuple[Path, list[str]]) -> None
     assert [entry["round"] for entry in record["history"]] == [0, 1]
     assert [entry["step"] for entry in record["history"]] == [60, 72]  # the schedule ends with the run
     assert "72 steps" in said[0]
-    assert set(record["thresholds"]) == {"policy", "confidence", "entropy", "patience"}
+    assert list(record["thresholds"]) == list(CRITERIA)
     assert record["validation"]["num_examples"] == 48
     assert record["validation"]["accuracy"] > 0.8
     assert record["validation"]["layer_speedup"] == pytest.approx(2 / record["validation"]["mean_exit_layer"])

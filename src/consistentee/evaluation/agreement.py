@@ -31,15 +31,17 @@ def agreement_of_layers(
     criterion: str = "policy",
     threshold: float = 0.5,
     other_criteria: Mapping[str, float | None] | None = None,
+    signals: Mapping[str, Tensor] | None = None,
 ) -> AgreementEvaluation:
     """Agreement of an exit criterion with the last layer, on the outputs of all layers.
 
     Args:
         layer_logits: (rows, layers, classes), every layer's prediction as an exit there would give it.
-        exit_probs: (rows, layers), conditional exit probabilities; read by `policy` only.
+        exit_probs: (rows, layers), conditional exit probabilities; read by `policy` and `quantile` only.
         criterion: one of `CRITERIA`.
         threshold: an input exits at the first layer whose exit score exceeds it.
         other_criteria: further criteria to draw, each with its threshold or None.
+        signals: `LayerStates.signals`, for the criteria that read them.
 
     Raises:
         ValueError: there is no row, or a threshold does not fit its criterion.
@@ -50,7 +52,8 @@ def agreement_of_layers(
     threshold = check_threshold(threshold, criterion)
     predictions = layer_logits.argmax(-1)
     agree = predictions == predictions[:, -1:]  # (rows, layers)
-    scores = exit_scores(criterion, layer_logits, exit_probs)
+    signals = signals or {}
+    scores = exit_scores(criterion, layer_logits, exit_probs, **signals)
     exit_layer = choose_exit_layer(scores, threshold)  # (rows,)
     agree_at_exit = agree.gather(1, (exit_layer - 1)[:, None]).squeeze(1)
     exited = torch.bincount(exit_layer - 1, minlength=num_layers)  # (layers,)
@@ -59,7 +62,7 @@ def agreement_of_layers(
     others: dict[str, OtherAgreement] = {}
     for name, limit in (other_criteria or {}).items():
         if name != criterion:
-            its_scores = exit_scores(name, layer_logits, exit_probs)
+            its_scores = exit_scores(name, layer_logits, exit_probs, **signals)
             point = None if limit is None else _point(its_scores, agree, check_threshold(limit, name))
             others[name] = OtherAgreement(limit, point, _curve(its_scores, agree, name))
     return AgreementEvaluation(
@@ -125,6 +128,7 @@ def evaluate_agreement(
         criterion=criterion,
         threshold=threshold,
         other_criteria=others,
+        signals=states.signals,
     )
     return replace(
         evaluation,

@@ -122,18 +122,20 @@ def calibrate_layers(
     criterion: str = "policy",
     confidence: float = 0.95,
     labels: Tensor | None = None,
+    signals: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Choose a threshold for a goal on the outputs of all layers, with what the rows prove about it.
 
     Args:
         layer_logits: (rows, layers, classes), every layer's prediction as an exit there would give it.
-        exit_probs: (rows, layers), conditional exit probabilities; read by `policy` only.
+        exit_probs: (rows, layers), conditional exit probabilities; read by `policy` and `quantile` only.
         goal: one of `GOALS`.
         target: the loss allowed, in (0, 1), or the layer speed-up, in (1, layers].
         criterion: one of `CRITERIA`.
         confidence: in (0, 1).
         labels: (rows,), int64; needed for an accuracy loss.
+        signals: `LayerStates.signals`, for the criteria that read them.
         seed: of which rows choose, for a speed-up.
 
     Raises:
@@ -141,7 +143,7 @@ def calibrate_layers(
     """
     if goal not in GOALS:
         raise ValueError(f'goal must be one of {", ".join(GOALS)}, got "{goal}".')
-    scores = exit_scores(criterion, layer_logits, exit_probs)
+    scores = exit_scores(criterion, layer_logits, exit_probs, **(signals or {}))
     predictions = layer_logits.argmax(-1)  # (rows, layers)
     losses = (predictions != predictions[:, -1:]).float()
     if goal == MAX_ACCURACY_LOSS:
@@ -240,6 +242,7 @@ def calibrate_model(
         criterion=rule,
         confidence=confidence,
         labels=labels,
+        signals=states.signals,
     )
     return replace(
         found,

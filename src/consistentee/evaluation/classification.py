@@ -43,7 +43,7 @@ def evaluate_layers(
     threshold: float = 0.5,
     metrics: Sequence[str] = ("accuracy",),
     other_criteria: Mapping[str, float | None] | None = None,
-    classifier_logits: Tensor | None = None,
+    signals: Mapping[str, Tensor] | None = None,
     reference_predictions: Tensor | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Evaluation:
@@ -51,13 +51,13 @@ def evaluate_layers(
 
     Args:
         layer_logits: (rows, layers, classes), every layer's prediction as an exit there would give it.
-        exit_probs: (rows, layers), the policy's conditional exit probabilities; read by `policy` only.
+        exit_probs: (rows, layers), the policy's conditional exit probabilities; read by `policy` and `quantile` only.
         labels: (rows,), int64.
-        criterion: one of `exits.CRITERIA`.
+        criterion: one of `criteria.CRITERIA`.
         threshold: an input exits at the first layer whose exit score exceeds it.
         metrics: names from `metrics.METRICS`.
         other_criteria: further criteria to draw, each with its threshold or None.
-        classifier_logits: (rows, layers, classes), each classifier alone; None where that is the same.
+        signals: `LayerStates.signals`; None where every classifier speaks for itself alone, and there is nothing else.
         reference_predictions: (rows,), int64, another model's classes.
         label_names: classes by index; None calls them "0", "1", ...
 
@@ -69,8 +69,9 @@ def evaluate_layers(
     threshold = check_threshold(threshold, criterion)
     rows, num_layers = layer_logits.shape[:2]
     right = layer_logits.argmax(-1) == labels[:, None]  # (rows, layers)
-    alone = right if classifier_logits is None else classifier_logits.argmax(-1) == labels[:, None]
-    scores = exit_scores(criterion, layer_logits, exit_probs)
+    signals = {"classifier_logits": layer_logits} if signals is None else signals
+    alone = signals["classifier_logits"].argmax(-1) == labels[:, None]
+    scores = exit_scores(criterion, layer_logits, exit_probs, **signals)
     exit_layer = choose_exit_layer(scores, threshold)  # (rows,)
     chosen = (exit_layer - 1)[:, None]
     predictions = layer_logits.argmax(-1).gather(1, chosen).squeeze(1)
@@ -98,9 +99,9 @@ def evaluate_layers(
             labels.numpy(),
             label_names or [str(index) for index in range(layer_logits.shape[-1])],
         ),
-        curve=trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None], criterion),
+        curve=trade_off_curve(scores, right, criterion),
         other_criteria={
-            name: _other(name, limit, layer_logits, exit_probs, labels)
+            name: _other(name, limit, right, exit_scores(name, layer_logits, exit_probs, **signals))
             for name, limit in (other_criteria or {}).items()
             if name != criterion
         },
@@ -157,7 +158,7 @@ def evaluate_model(
         threshold=threshold,
         metrics=default_metrics(saved, len(columns)) if metrics is None else metrics,
         other_criteria=others,
-        classifier_logits=states.classifier_logits[..., columns],
+        signals=states.signals | {"classifier_logits": states.classifier_logits[..., columns]},
         reference_predictions=None if others_run is None else others_run[0],
         label_names=dataset.label_names,
     )
@@ -323,20 +324,14 @@ def default_metrics(saved: LoadedClassifier, num_classes: int) -> tuple[str, ...
     return tuple(dict.fromkeys((*metrics, chosen)))
 
 
-def _other(
-    criterion: str, threshold: float | None, layer_logits: Tensor, exit_probs: Tensor | None, labels: Tensor
-) -> OtherCriterion:
-    scores = exit_scores(criterion, layer_logits, exit_probs)
+def _other(criterion: str, threshold: float | None, right: Tensor, scores: Tensor) -> OtherCriterion:
     point = None
     if threshold is not None:
         exit_layer = choose_exit_layer(scores, check_threshold(threshold, criterion))
-        right = layer_logits.argmax(-1) == labels[:, None]
         accuracy = float(right.gather(1, (exit_layer - 1)[:, None]).double().mean())
         mean_exit_layer = float(exit_layer.double().mean())
         point = CurvePoint(threshold, accuracy, mean_exit_layer, scores.shape[1] / mean_exit_layer)
-    return OtherCriterion(
-        threshold, point, trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None], criterion)
-    )
+    return OtherCriterion(threshold, point, trade_off_curve(scores, right, criterion))
 
 
 def _paired(

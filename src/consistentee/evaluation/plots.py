@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from consistentee.atomic_files import atomic_path
 from consistentee.errors import require_extra
+from consistentee.evaluation.looks import BAR, BLUE, GREEN, GREY, GRID, INK, LOOKS, RED, SKY
 from consistentee.evaluation.results import BASELINE, LAST_LAYER, AgreementEvaluation, GenerationEvaluation
 
 if TYPE_CHECKING:
@@ -21,25 +22,10 @@ if TYPE_CHECKING:
 WIDTH, LOW, HIGH, DPI = 12.0, 5.0, 9.0, 100  # inches, and dots per inch: 1200 x 500, 1200 x 900
 PICTURE_FORMATS = (".png", ".pdf", ".svg")
 
-# Okabe and Ito's palette: told apart under every common colour blindness, and by line style without colour.
-INK, GREY, GRID = "#222222", "#777777", "#E3E3E3"
-BLUE, RED, GREEN, PINK, BAR = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#A9CCE3"
-LOOKS: dict[str, tuple[str, Any]] = {
-    "policy": (BLUE, "-"),
-    "confidence": (RED, "--"),
-    "entropy": (GREEN, "-."),
-    "patience": (PINK, ":"),
-    "softmax_margin": (RED, "--"),
-    "state_similarity": (GREEN, "-."),
-    "confidence_classifier": (PINK, ":"),
-    "static": (GREY, (0, (1, 3))),
-}
-"""Colour and line style of each criterion."""
-
 SPEED_LOOKS = {
     "transformers": ("transformers, all layers", "#999999"),
     "onnxruntime": ("ONNX Runtime, all layers", "#CCBB44"),
-    "engine-full-depth": ("engine, all layers", "#56B4E9"),
+    "engine-full-depth": ("engine, all layers", SKY),
     "engine-lossless": ("engine, lossless", GREEN),
     "engine": ("engine with exits", BLUE),
 }

@@ -24,7 +24,6 @@ from consistentee.evaluation.results import AgreementEvaluation
 from consistentee.evaluation.speed_classification import ClassificationSpeedRow, measure_speed
 from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.functional.bounds import binomial_upper_bound
-from consistentee.functional.criteria import exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
@@ -147,6 +146,7 @@ def report_retrofit(
         target=max_disagreement,
         criterion=criterion,
         confidence=confidence,
+        signals=states.signals,
     )
     found = replace(
         found,
@@ -165,6 +165,7 @@ def report_retrofit(
         criterion=criterion,
         threshold=threshold,
         other_criteria=others,
+        signals=states.signals,
     )
     model = saved.early_exit_model
     evaluation = replace(
@@ -207,7 +208,7 @@ def accuracies(
     if not known:
         return {}
     index, truth = torch.tensor([row for row, _ in known]), torch.tensor([label for _, label in known])
-    exit_layer = choose_exit_layer(exit_scores(criterion, states.layer_logits, states.exit_probs), threshold)
+    exit_layer = choose_exit_layer(states.exit_scores(criterion), threshold)
     predictions = states.layer_logits.argmax(-1)[index]
     at_exit = predictions.gather(1, exit_layer[index, None] - 1).squeeze(1)
     return {
@@ -221,8 +222,7 @@ def find_disagreements(
     saved: LoadedClassifier, states: LayerStates, rows: SpooledRows, criterion: str, threshold: float
 ) -> list[Disagreement]:
     """Texts that exits label otherwise than the model, the surest of the model first, at most so many."""
-    scores = exit_scores(criterion, states.layer_logits, states.exit_probs)
-    exit_layer = choose_exit_layer(scores, threshold)
+    exit_layer = choose_exit_layer(states.exit_scores(criterion), threshold)
     every = torch.arange(len(states))
     probabilities = states.layer_logits.softmax(-1)
     exits, full = probabilities[every, exit_layer - 1], probabilities[:, -1]

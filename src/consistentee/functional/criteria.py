@@ -8,12 +8,25 @@ line know criteria by their rows only: to add one, write its function and its ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from consistentee.functional.exits import prediction_streak
+from consistentee.functional.signals import (
+    agreement_scores,
+    confidence_scores,
+    confident_patience_scores,
+    energy_scores,
+    entropy_scores,
+    expert_sum_scores,
+    patience_scores,
+    policy_scores,
+    quantile_scores,
+    similar_patience_scores,
+    softmax_margin_scores,
+    state_similarity_scores,
+    static_scores,
+)
 from consistentee.functional.tables import (
     BOTH_TASKS,
     CLASSIFICATION,
@@ -23,79 +36,6 @@ from consistentee.functional.tables import (
     row_of,
     value_of,
 )
-
-
-def policy_scores(exit_probs: Tensor) -> Tensor:
-    """Exit score of the trained policy: its exit probability, (...) in [0, 1].
-
-    Source: ConsistentEE (arXiv:2312.11882); the paper's threshold is 0.5.
-    """
-    return exit_probs
-
-
-def confidence_scores(logits: Tensor) -> Tensor:
-    """Largest class probability of an exit: (..., classes) -> (...), in [1 / classes, 1]."""
-    return logits.float().softmax(-1).amax(-1)
-
-
-def entropy_scores(logits: Tensor) -> Tensor:
-    """One minus the normalised entropy of an exit, so that higher means surer: (..., classes) -> (...), in [0, 1].
-
-    Source: DeeBERT (arXiv:2004.12993) and FastBERT (arXiv:2004.02178); ours is 1 - FastBERT's "speed" uncertainty.
-    """
-    log_probs = logits.float().log_softmax(-1)
-    return 1 + (log_probs.exp() * log_probs).sum(-1) / torch.log(torch.tensor(float(logits.shape[-1])))
-
-
-def patience_scores(layer_logits: Tensor) -> Tensor:
-    """Length of the run of equal predictions; a threshold of p - 0.5 waits for a run of p layers.
-
-    Args:
-        layer_logits: (batch, layers, classes), from the first layer on.
-
-    Returns:
-        (batch, layers), floats from 1 to layers.
-
-    Source: PABEE (arXiv:2006.04152). Their counter starts at 0 with the first prediction, ours at 1.
-    """
-    return prediction_streak(layer_logits.argmax(-1)).float()
-
-
-def softmax_margin_scores(logits: Tensor) -> Tensor:
-    """Difference of the two largest probabilities: (..., vocabulary) -> (...), in [0, 1].
-
-    Needs the LM head at every layer, which in a small model costs as much as several layers.
-
-    Source: CALM (arXiv:2207.07061), "softmax response".
-
-    Example:
-        >>> softmax_margin_scores(torch.tensor([[0.0, 0.0, -100.0]]))
-        tensor([0.])
-    """
-    top = logits.float().topk(2, dim=-1).values
-    normaliser = logits.float().logsumexp(-1)
-    return (top[..., 0] - normaliser).exp() - (top[..., 1] - normaliser).exp()
-
-
-def state_similarity_scores(before: Tensor, after: Tensor) -> Tensor:
-    """Cosine of the states before and after a layer: (..., hidden) twice -> (...), in [-1, 1].
-
-    Source: CALM (arXiv:2207.07061), "hidden-state saturation"; the ConsistentEE release uses 0.975 as its threshold.
-    """
-    return torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-
-
-def agreement_scores(agreement_probs: Tensor) -> Tensor:
-    """What a linear classifier of its own says about whether an exit gives the last layer's token, (...) in [0, 1].
-
-    Source: CALM (arXiv:2207.07061), "early-exit classifier".
-    """
-    return agreement_probs
-
-
-def static_scores(layers: Any) -> Any:
-    """Half a layer more than the number of layers executed, a number or (...), so that `>` means "at least"."""
-    return layers + 0.5
 
 
 @dataclass(frozen=True)
@@ -151,8 +91,10 @@ class ExitCriterion(Formula):
 
     What `reads` may hold; shapes are (instances, ...) or (instances, layers, ...) alike:
         `exit_probs`: the policy's conditional exit probabilities, (...).
+        `layer_exit_probs`: those of all layers from the first on, (instances, layers); scores of all come back.
         `logits`: of the exit, (..., classes or vocabulary).
         `layer_logits`: of all exits from the first on, (instances, layers, classes); scores of all of them come back.
+        `classifier_logits`: the exit's own, before they are mixed with those of the layers before, (..., classes).
         `before`, `after`: hidden states around the layer, (..., hidden).
         `agreement_probs`: of CALM's classifier, (...).
         `layers`: how many layers were executed, (...).
@@ -164,6 +106,11 @@ class ExitCriterion(Formula):
 
     thresholds: Thresholds = Thresholds()
     first_layer: int = 1
+
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it reads nothing but the policy's exit probabilities."""
+        return self.reads in (("exit_probs",), ("layer_exit_probs",))
 
     @property
     def is_static(self) -> bool:
@@ -205,6 +152,41 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
         source="PABEE (arXiv:2006.04152)",
         relation="Looks at the predictions of several layers, and not at how sure they are.",
     ),
+    "confident_patience": ExitCriterion(
+        function=confident_patience_scores,
+        reads=("layer_logits",),
+        tasks=(CLASSIFICATION,),
+        source="PCEE-BERT (2022.findings-naacl.25)",
+        relation="`entropy` of two layers in a row; unlike `patience` it asks how sure they are, not of what.",
+    ),
+    "similar_patience": ExitCriterion(
+        function=similar_patience_scores,
+        reads=("layer_logits",),
+        tasks=(CLASSIFICATION,),
+        source="F-PABEE (arXiv:2305.11916)",
+        relation="`patience` with a finer dial: like distributions in place of the same class.",
+    ),
+    "expert_sum": ExitCriterion(
+        function=expert_sum_scores,
+        reads=("layer_logits",),
+        tasks=(CLASSIFICATION,),
+        source="BEEM (arXiv:2502.00745)",
+        relation="`patience` that counts a layer by its depth and `confidence`.",
+    ),
+    "energy": ExitCriterion(
+        function=energy_scores,
+        reads=("classifier_logits",),
+        tasks=(CLASSIFICATION,),
+        source="COSEE (arXiv:2412.13236)",
+        relation="The scale of the logits, which `confidence` forgets.",
+    ),
+    "quantile": ExitCriterion(
+        function=quantile_scores,
+        reads=("layer_exit_probs",),
+        tasks=(CLASSIFICATION,),
+        source='PALBERT (arXiv:2204.03276), "Q-exit"',
+        relation="`policy` summed up over the layers passed: many small exit probabilities let a row exit, too.",
+    ),
     "softmax_margin": ExitCriterion(
         function=softmax_margin_scores,
         reads=("logits",),
@@ -231,29 +213,40 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
     "static": ExitCriterion(
         function=static_scores,
         reads=("layers",),
-        tasks=(GENERATION,),
+        tasks=BOTH_TASKS,
         thresholds=Thresholds(1.0, layers="layers to run"),
         source="a smaller model",
-        relation="What all others have to beat: the same depth for every token.",
+        relation="What all others have to beat: the same depth for every instance.",
     ),
 }
 CRITERIA = names_of(EXIT_CRITERIA, CLASSIFICATION)
 GENERATION_CRITERIA = names_of(EXIT_CRITERIA, GENERATION)
 
 
-def exit_scores(criterion: str, layer_logits: Tensor, exit_probs: Tensor | None) -> Tensor:
+def exit_scores(
+    criterion: str, layer_logits: Tensor, exit_probs: Tensor | None, **signals: Tensor | None
+) -> Tensor:
     """Exit score of every layer of a classifier under a criterion, (batch, layers).
 
     Args:
         criterion: one of `CRITERIA`.
         layer_logits: (batch, layers, classes), or a prefix of the layers.
-        exit_probs: (batch, layers), needed by `policy` only.
+        exit_probs: (batch, layers), needed by `policy` and `quantile` only.
+        **signals: what else the criterion reads, by the names of `ExitCriterion`, for the same layers.
 
     Raises:
-        ValueError: if the criterion is unknown, or `policy` is asked for without `exit_probs`.
+        ValueError: if the criterion is unknown, or something that it reads is missing.
     """
     row = row_of(EXIT_CRITERIA, criterion, "criterion", CLASSIFICATION)
-    known = {"logits": layer_logits, "layer_logits": layer_logits, "exit_probs": exit_probs}
+    batch, num_layers = layer_logits.shape[:2]
+    known = {
+        "logits": layer_logits,
+        "layer_logits": layer_logits,
+        "exit_probs": exit_probs,
+        "layer_exit_probs": exit_probs,
+        "layers": torch.arange(1, num_layers + 1, device=layer_logits.device).expand(batch, -1),
+        **signals,
+    }
     return value_of(row, f'criterion "{criterion}"', known)
 
 

@@ -166,8 +166,8 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             labels: (batch,), int64; a loss is returned if given.
             inputs_embeds: (batch, tokens, embedding size), what the token embeddings gave, in place of `input_ids`.
             threshold: in place of the saved one.
-            criterion: `policy`, `confidence`, `entropy` or `patience`, in place of the saved one. A criterion other
-                than the saved one needs its own threshold.
+            criterion: one of `criteria.CRITERIA`, in place of the saved one. A criterion other than the saved one needs
+                its own threshold.
             all_layers: run every layer for every row; by default in training mode only.
             output_attentions, output_hidden_states: there are none to give; adapters of peft name both.
             return_dict: False returns a tuple of the fields that are set.
@@ -198,6 +198,18 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""
         return self.policy(pooled, self.policy.features(layer_logits))
 
+    def exit_signals(self, pooled: Tensor, classifier_logits: Tensor) -> dict[str, Tensor]:
+        """What exit criteria read beside predictions and exit probabilities, by the names of `ExitCriterion`.
+
+        Args:
+            pooled: (batch, layers, width), the states.
+            classifier_logits: (batch, layers, classes), every classifier's own logits.
+
+        Returns:
+            Tensors of (batch, layers, ...).
+        """
+        return {"classifier_logits": classifier_logits}
+
     def _run_all_layers(
         self, state: backbones.EncoderState, criterion: str, threshold: float
     ) -> EarlyExitOutput:
@@ -215,7 +227,9 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         )
         with torch.no_grad():
             exit_probs = self.exit_logits(pooled.detach(), layer_logits.detach()).sigmoid()
-            exit_layer = choose_exit_layer(exit_scores(criterion, layer_logits, exit_probs), threshold)
+            signals = self.exit_signals(pooled, classifier_logits)
+            scores = exit_scores(criterion, layer_logits, exit_probs, **signals)
+            exit_layer = choose_exit_layer(scores, threshold)
         chosen = (exit_layer - 1)[:, None, None].expand(-1, 1, layer_logits.shape[-1])
         return EarlyExitOutput(
             logits=layer_logits.gather(1, chosen).squeeze(1),
@@ -235,6 +249,8 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         output_logits = torch.empty(batch, self.config.num_classes, device=device)
         exit_layer = torch.full((batch,), self.num_layers, device=device)
         passed: Tensor | None = None  # (rows, layers passed, classes), the survivors' predictions so far
+        probs = torch.empty(batch, 0, device=device)  # (rows, layers passed), their exit probabilities
+        reads_policy = EXIT_CRITERIA[criterion].reads_policy
         for index in range(self.num_layers):
             state = backbones.run_layer(self.backbone, index, state)
             pooled, classifier_logits = self.classifiers(index, state.hidden_states, state.attention_mask)
@@ -246,7 +262,10 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             if is_last:
                 output_logits[rows] = logits
                 break
-            exits = self._exits_here(index, pooled, passed, criterion, threshold)  # (rows,)
+            if reads_policy:
+                probs = torch.cat([probs, self._exit_probs_here(index, pooled, passed)], dim=1)
+            signals = self.exit_signals(pooled[:, None], classifier_logits[:, None])
+            exits = exit_scores(criterion, passed, probs, **signals)[:, -1] > threshold  # (rows,)
             if not bool(exits.any()):
                 continue
             output_logits[rows[exits]] = logits[exits]
@@ -254,17 +273,14 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             stay = (~exits).nonzero().squeeze(1)
             if len(stay) == 0:
                 break
-            rows, passed, state = rows[stay], passed[stay], state.select(stay)
+            rows, passed, probs, state = rows[stay], passed[stay], probs[stay], state.select(stay)
         return EarlyExitOutput(logits=output_logits, exit_layer=exit_layer)
 
-    def _exits_here(
-        self, index: int, pooled: Tensor, passed: Tensor, criterion: str, threshold: float
-    ) -> Tensor:
-        if EXIT_CRITERIA[criterion].reads == ("exit_probs",):
-            features = self.policy.features(passed)
-            features = None if features is None else features[:, -1:]
-            return self.policy(pooled[:, None], features, index)[:, 0].sigmoid() > threshold
-        return exit_scores(criterion, passed, None)[:, -1] > threshold
+    def _exit_probs_here(self, index: int, pooled: Tensor, passed: Tensor) -> Tensor:
+        """The policy's exit probabilities after one layer, (rows, 1)."""
+        features = self.policy.features(passed)
+        features = None if features is None else features[:, -1:]
+        return self.policy(pooled[:, None], features, index).sigmoid()
 
 
 class FullDepthForSequenceClassification(_EncoderClassifier):

@@ -64,6 +64,7 @@ class PolicyChoice:
         hits: (groups,), at how many budgets the policy is right, summed over a group's judged instances.
         counts: (groups,), how many of them there are.
         exit_probs: (instances, layers), conditional exit probabilities of the judged instances, cross-fitted.
+        exit_scores: by criterion, (instances, layers), of the judged instances, cross-fitted where something is fitted.
     """
 
     policy: PolicyNetwork
@@ -75,6 +76,7 @@ class PolicyChoice:
     hits: Tensor
     counts: Tensor
     exit_probs: Tensor
+    exit_scores: Mapping[str, Tensor]
 
     @property
     def report(self) -> PolicyReport:
@@ -219,7 +221,10 @@ def choose_policy(
     best = max(standing, key=lambda report: report.score).layer_cost
 
     networks: dict[str, nn.Module] = {}
-    known = {**judged.scores, "policy": probs[best]}
+    known = {**judged.scores}
+    for criterion in search.criteria:
+        if EXIT_CRITERIA[criterion].reads_policy:
+            known[criterion] = EXIT_CRITERIA[criterion].function(probs[best])
     for name in new_networks:
         known[name] = torch.empty_like(judged.exit_cost)
         for inside, outside in folds:
@@ -247,7 +252,7 @@ def choose_policy(
     counts = torch.bincount(judged.group)
     hits = torch.zeros_like(counts).index_add(0, judged.group, hits)
     return PolicyChoice(
-        policy, networks, best, at_thresholds, scores, tuple(reports), hits, counts, probs[best]
+        policy, networks, best, at_thresholds, scores, tuple(reports), hits, counts, probs[best], known
     )
 
 

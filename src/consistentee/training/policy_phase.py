@@ -244,8 +244,7 @@ def _loss_at_exits(run: Run, phase: PolicyPhase, criterion: str) -> dict[str, An
     judged, choice = phase.data.judged_instances, phase.choice
     if not torch.equal(judged.group, torch.arange(len(judged))):
         return None
-    scores = choice.exit_probs if criterion == "policy" else judged.scores[criterion]
-    exit_layer = choose_exit_layer(scores, choice.thresholds[criterion])
+    exit_layer = choose_exit_layer(choice.exit_scores[criterion], choice.thresholds[criterion])
     at_exit = judged.correct.gather(1, exit_layer[:, None] - 1).squeeze(1)
     lost, won = (
         int(rows.sum()) for rows in (judged.correct[:, -1] & ~at_exit, at_exit & ~judged.correct[:, -1])

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from consistentee.data.batches import TokenizedDataset
+from consistentee.functional.criteria import exit_scores
 from consistentee.functional.losses import layer_losses
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.progress import track
@@ -48,6 +49,15 @@ class LayerStates:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def signals(self) -> dict[str, Tensor]:
+        """What exit criteria read beside predictions and exit probabilities (`criteria.ExitCriterion`)."""
+        return {"classifier_logits": self.classifier_logits}
+
+    def exit_scores(self, criterion: str) -> Tensor:
+        """Exit scores of all rows at all layers under a criterion, (rows, layers)."""
+        return exit_scores(criterion, self.layer_logits, self.exit_probs, **self.signals)
 
     @property
     def outcomes(self) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consistentee.functional.criteria import EXIT_CRITERIA, static_scores
+from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.functional.signals import static_scores
 from consistentee.inference.decoder.functional_decoder import Affine
 
 SQRT_HALF = math.sqrt(0.5)

@@ -37,28 +37,41 @@ class ExitHistory:
         layers: how many layers that is.
         prediction_logits: (rows, classes), the running prediction.
         layer_logits: (rows, layers, classes), those of all layers, for what reads them; else of none.
+        layer_exit_probs: (rows, layers), the policy's, likewise.
     """
 
     layers: int
     prediction_logits: Floats
     layer_logits: Floats
+    layer_exit_probs: Floats
 
     @classmethod
     def none_passed(cls, rows: int, classes: int) -> ExitHistory:
         """Rows before the first layer."""
-        return cls(0, np.zeros((rows, classes), np.float32), np.zeros((rows, 0, classes), np.float32))
+        return cls(
+            0,
+            np.zeros((rows, classes), np.float32),
+            np.zeros((rows, 0, classes), np.float32),
+            np.zeros((rows, 0), np.float32),
+        )
 
     def select(self, rows: Sequence[int]) -> ExitHistory:
         """The history of some rows."""
-        return ExitHistory(self.layers, self.prediction_logits[rows], self.layer_logits[rows])
+        return ExitHistory(
+            self.layers, self.prediction_logits[rows], self.layer_logits[rows], self.layer_exit_probs[rows]
+        )
 
     @staticmethod
     def merge(parts: Sequence[ExitHistory]) -> ExitHistory:
         """The history of several sets of rows that have passed the same layers."""
         if len(parts) == 1:
             return parts[0]
-        logits = np.concatenate([part.prediction_logits for part in parts])
-        return ExitHistory(parts[0].layers, logits, np.concatenate([part.layer_logits for part in parts]))
+        return ExitHistory(
+            parts[0].layers,
+            np.concatenate([part.prediction_logits for part in parts]),
+            np.concatenate([part.layer_logits for part in parts]),
+            np.concatenate([part.layer_exit_probs for part in parts]),
+        )
 
 
 class IncrementalExitScores:
@@ -84,9 +97,9 @@ class IncrementalExitScores:
         self._alone = alone
         self._row = None if criterion is None else EXIT_CRITERIA[criterion]
         self._classes, self._decay = num_classes, float(ensemble_decay)
-        reads = () if self._row is None else self._row.reads
-        self._is_policy = reads == ("exit_probs",)
-        self._keeps_layers = reads == ("layer_logits",) or (self._is_policy and policy.reads_signals)
+        self._reads = () if self._row is None else self._row.reads
+        self._reads_policy = self._row is not None and self._row.reads_policy
+        self._keeps_layers = "layer_logits" in self._reads or (self._reads_policy and policy.reads_signals)
         self._policy = copy.deepcopy(policy).float().cpu().eval().requires_grad_(False)
         self._bias = _host(policy.exit_bias)
         self._output = _host(policy.state_output) if policy.reads_state else None
@@ -109,16 +122,27 @@ class IncrementalExitScores:
             history.prediction_logits = exit_features
             history.layers += 1
             return np.zeros(len(exit_features), dtype=np.float32)
-        self._predict(history, exit_features[:, : self._classes])
+        own_logits = exit_features[:, : self._classes]
+        self._predict(history, own_logits)
         logits = history.prediction_logits[:, None]
         if self._keeps_layers:
             logits = history.layer_logits = np.concatenate((history.layer_logits, logits), axis=1)
         history.layers += 1
         if self._row is None:
             return np.zeros(len(logits), dtype=np.float32)
-        if self._is_policy:
-            return self._policy_scores(history.layers - 1, exit_features[:, self._classes :], logits)
-        return self._row.function(torch.from_numpy(logits))[:, -1].numpy()
+        if self._reads_policy:
+            probs = self._exit_probs(history.layers - 1, exit_features[:, self._classes :], logits)
+            if self._reads == ("exit_probs",):
+                return probs
+            history.layer_exit_probs = np.concatenate((history.layer_exit_probs, probs[:, None]), axis=1)
+        known = {
+            "logits": logits,
+            "layer_logits": logits,
+            "classifier_logits": own_logits[:, None],
+            "layer_exit_probs": history.layer_exit_probs,
+            "layers": np.full((len(logits), 1), history.layers, dtype=np.float32),
+        }
+        return self._row.function(*(torch.from_numpy(known[name]) for name in self._reads))[:, -1].numpy()
 
     def _predict(self, history: ExitHistory, logits: Floats) -> None:
         """Bring the running prediction up to date, as `exits.ensemble_step` does."""
@@ -129,8 +153,14 @@ class IncrementalExitScores:
                 logits += np.float32(self._decay) * history.prediction_logits
         history.prediction_logits = logits
 
-    def _policy_scores(self, index: int, states: Floats, logits: Floats) -> Floats:
-        """From the inputs of the hidden units, (rows, width), and the logits of this layer and perhaps those before."""
+    def _exit_probs(self, index: int, states: Floats, logits: Floats) -> Floats:
+        """The policy's, (rows,).
+
+        Args:
+            index: of the layer.
+            states: (rows, width), inputs of the hidden units.
+            logits: (rows, layers, classes), of this layer and perhaps those before.
+        """
         exit_logits = self._bias[index]
         if self._output is not None:
             exit_logits = exit_logits + _product(gelu(states), self._output[index])

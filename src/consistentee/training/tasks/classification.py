@@ -19,7 +19,7 @@ from consistentee.data.literal import read_special_tokens
 from consistentee.data.rows import TextDataset, stratified_split
 from consistentee.data.sketches import text_sketch
 from consistentee.data.tokenization import tokenize
-from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA
 from consistentee.functional.exits import choose_exit_layer, exit_distribution, log_odds
 from consistentee.functional.hardness import hardness, memorized_layer
 from consistentee.functional.losses import consistent_loss, layer_losses, weighted_sum_loss
@@ -329,9 +329,9 @@ def row_instances(
         states=states.pooled,
         features=log_odds(states.layer_logits)[..., None],
         scores={
-            criterion: exit_scores(criterion, states.layer_logits, None)
+            criterion: states.exit_scores(criterion)
             for criterion in CRITERIA
-            if criterion != "policy"
+            if not EXIT_CRITERIA[criterion].reads_policy
         },
     )
 

@@ -18,9 +18,10 @@ from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import prompt_template
 from consistentee.data.tokenization import encode_rows
 from consistentee.errors import SettingError
-from consistentee.functional.criteria import GENERATION_CRITERIA, static_scores
+from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.functional.hardness import hardness, memorized_layer
 from consistentee.functional.rewards import reward_losses
+from consistentee.functional.signals import static_scores
 from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import EarlyExitForCausalLM

@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 from consistentee import __version__
 from consistentee.cli.benchmark import benchmark
 from consistentee.cli.calibrate import calibrate
+from consistentee.cli.compare import compare_command
 from consistentee.cli.evaluate import evaluate
 from consistentee.cli.generate import generate
 from consistentee.cli.predict import predict
@@ -30,7 +31,7 @@ from consistentee.errors import SettingError
 
 _CONTINUE: dict[str, str] = dict.fromkeys(
     ("train", "finetune", "retrofit"), "Continue with the same command and --resume."
-)
+) | {"compare": "Continue with the same command."}
 
 app = App(
     name="consistentee",
@@ -53,10 +54,11 @@ COMMANDS = {
     "generate": generate,
     "benchmark": benchmark,
     "calibrate": calibrate,
+    "compare": compare_command,
 }
 for _name, _command in COMMANDS.items():
     app.command(_command, name=_name)
-OUTLASTING = ("train", "finetune", "retrofit", "evaluate", "benchmark", "calibrate")
+OUTLASTING = ("train", "finetune", "retrofit", "evaluate", "benchmark", "calibrate", "compare")
 """Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
 

@@ -108,13 +108,13 @@ def plot_speed(results: SpeedResults[Any], path: str | Path, title: str | None =
 
 
 @contextmanager
-def picture(path: str | Path, title: str | None, height: float) -> Iterator[Any]:
-    """An empty matplotlib figure, `WIDTH` inches wide, that is written whole once the block ends without an error.
+def picture(path: str | Path, title: str | None, height: float, width: float = WIDTH) -> Iterator[Any]:
+    """An empty matplotlib figure that is written whole once the block ends without an error.
 
     Args:
         path: the picture, PNG, PDF or SVG by its ending.
         title: over the picture.
-        height: inches.
+        height, width: inches.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -123,7 +123,7 @@ def picture(path: str | Path, title: str | None, height: float) -> Iterator[Any]
     path = Path(path)
     check_plot(path)
     figure_module = require_extra("plot", "matplotlib.figure")
-    figure = figure_module.Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure = figure_module.Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     yield figure
     if title:
         figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")

@@ -6,6 +6,7 @@ and `correct`, (instances, layers) bool, says whether an exit at a layer would b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from consistentee.functional.standard_errors import standard_error
 
 BUDGETS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 SMOOTHING = 9
+AREA_SPEEDUPS = (1.0, 4.0)
+"""Layer speed-ups between which the area under a curve is taken."""
+_ROUNDING = 1e-9  # a sum in another order is no loss
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,58 @@ def score_standard_error(hits: Tensor, other_hits: Tensor, counts: Tensor) -> fl
     """
     differences = (hits - other_hits).double() / len(BUDGETS)
     return standard_error(differences, None if bool((counts == 1).all()) else counts)
+
+
+def area_under_curve(accuracy: Tensor, layer_speedup: Tensor) -> Tensor:
+    """Mean over layer speed-ups from 1 to 4, on a logarithmic axis, of the best accuracy at that speed-up or more.
+
+    On this axis 1x to 2x weighs as much as 2x to 4x, as speed-ups are ratios. The best accuracy is a staircase, so the
+    mean is exact; points that a faster one tops do not count.
+
+    Args:
+        accuracy: (..., points), of several curves at once.
+        layer_speedup: (..., points), at least 1, falling along the points. What none of them reaches counts as 0.
+
+    Returns:
+        (...), in the unit of the accuracy.
+
+    Example:
+        >>> area_under_curve(torch.tensor([0.5, 1.0]), torch.tensor([4.0, 2.0]))
+        tensor(0.7500)
+    """
+    low, high = AREA_SPEEDUPS
+    best = accuracy.cummax(-1).values
+    logs = layer_speedup.clamp(low, high).log()
+    following = torch.cat([logs[..., 1:], torch.full_like(logs[..., :1], math.log(low))], dim=-1)
+    # Between the next point's speed-up and its own, a point and the faster ones are all there is.
+    return (best * (logs - following)).sum(-1) / math.log(high / low)
+
+
+def best_accuracy(accuracy: Tensor, layer_speedup: Tensor, at: float) -> Tensor:
+    """The best accuracy at a layer speed-up or more; NaN where no point is so fast. Shapes as of `area_under_curve`.
+
+    Example:
+        >>> best_accuracy(torch.tensor([0.5, 0.9, 0.8]), torch.tensor([4.0, 2.0, 1.0]), 1.5)
+        tensor(0.9000)
+    """
+    fast = layer_speedup >= at - _ROUNDING
+    best = accuracy.masked_fill(~fast, -math.inf).amax(-1)
+    return best.masked_fill(~fast.any(-1), math.nan)
+
+
+def layers_saved(accuracy: Tensor, layer_speedup: Tensor, floor: Tensor) -> Tensor:
+    """The largest share of the layers that is saved with an accuracy at or above a floor; 0 where no point is.
+
+    Args:
+        accuracy, layer_speedup: as of `area_under_curve`.
+        floor: (...), the least accuracy.
+
+    Example:
+        >>> layers_saved(torch.tensor([0.5, 0.9, 0.8]), torch.tensor([4.0, 2.0, 1.0]), torch.tensor(0.85))
+        tensor(0.5000)
+    """
+    saved = 1 - 1 / layer_speedup
+    return saved.masked_fill(accuracy < floor[..., None] - _ROUNDING, 0.0).amax(-1).clamp_min(0.0)
 
 
 def choose_threshold(

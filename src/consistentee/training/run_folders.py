@@ -83,7 +83,7 @@ def open_output(
             raise FileExistsError(
                 f"Output folder {output_dir} holds a finished model. Choose another, or remove it."
             )
-        _check_same_run(f"The finished model in {output_dir}", read_record(output_dir), identity, defaults)
+        check_same_run(f"The finished model in {output_dir}", read_record(output_dir), identity, defaults)
     elif contents == "unfinished":
         newest = checkpoints.latest_checkpoint(output_dir)
         if not resume and (newest is not None or checkpoints.is_earlier_run(output_dir)):
@@ -93,7 +93,7 @@ def open_output(
         newest = newest or checkpoints.latest_earlier(output_dir)
         if newest is not None:
             saved = checkpoints.read_progress(newest)["identity"]
-            _check_same_run(f"The unfinished run in {output_dir}", saved, identity, defaults)
+            check_same_run(f"The unfinished run in {output_dir}", saved, identity, defaults)
     accelerator = new_accelerator()
     accelerator.wait_for_everyone()  # until all have looked
     if accelerator.is_main_process:
@@ -119,10 +119,17 @@ def run_identity(
     }
 
 
-def _check_same_run(
+def check_same_run(
     whose: str, saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """Raise unless both are the same run; the message names all that differs."""
+    """Raise ValueError unless both are the same run; the message names all that differs.
+
+    Args:
+        whose: what the saved one is, for the message.
+        saved: identity of a run, as `run_identity` gives it; further keys are not read.
+        current: identity of this one.
+        defaults: of the settings, for those that a run of an earlier version did not have.
+    """
 
     def shown(name: str, of: Mapping[str, Any]) -> Any:
         if name == "backbone":

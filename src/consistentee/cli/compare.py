@@ -1,0 +1,235 @@
+"""The command `compare`: methods side by side, on the same backbone, rows, split, seeds, budget and validation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import Parameter
+
+from consistentee.cli.data import training_data
+from consistentee.cli.kinds import CLASSIFIERS
+from consistentee.cli.options import (
+    DATA,
+    NOT_GIVEN,
+    Columns,
+    Flag,
+    SettingOptions,
+    TrainingDataOptions,
+    read_recipe,
+    training_config,
+)
+from consistentee.cli.terminal import check_plot_file, console, say
+from consistentee.data.recipes import Recipe
+from consistentee.errors import MissingExtraError, UsageError
+
+Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
+DATA_SEED = 0
+"""Of the rows that are drawn or held out: the same for all methods and seeds."""
+
+
+@Parameter(name="*", group=DATA)
+@dataclass(frozen=True)
+class ComparedDataOptions:
+    """Which rows to compare on.
+
+    Args:
+        task: Tasks by name, one set each: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow.
+        data_dir: The task's local folder, or one that holds a folder for each; without it they come from the model hub.
+        train_file: In place of tasks, rows to train on: CSV, TSV, JSON, Parquet, a `datasets` folder or hf:user/name.
+        eval_file: Rows to report on. [default: a tenth of the training file]
+        text_columns: The column of the text, or the two columns of a pair.
+        label_column: The column of the label.
+        max_train_samples: Train on at most so many rows, every class with its share; the same rows for all.
+    """
+
+    task: Names = None
+    data_dir: Path | None = None
+    train_file: Path | None = None
+    eval_file: Path | None = None
+    text_columns: Columns = None
+    label_column: str | None = None
+    max_train_samples: int | None = None
+
+
+def compare_command(
+    *,
+    output_dir: Path,
+    methods: Names = None,
+    backbone: Names = None,
+    seeds: Annotated[list[int] | None, Parameter(consume_multiple=True, negative=())] = None,
+    baseline: str = "consistent",
+    criteria: Names = None,
+    config: Path | None = None,
+    method_settings: Annotated[Path | None, Parameter(name="--settings")] = None,
+    set_: Annotated[list[str] | None, Parameter(name="--set", consume_multiple=True, negative=())] = None,
+    recipes: Path | None = None,
+    resamples: int = 1000,
+    plot: Path | None = None,
+    discard_models: Flag = False,
+    dry_run: Flag = False,
+    render: Flag = False,
+    data: ComparedDataOptions | None = None,
+    settings: SettingOptions | None = None,
+    debug: Flag = False,
+) -> None:
+    """Compare ways to train exits: same backbone, rows, split, seeds, budget and validation for all.
+
+    Cells (a backbone, set, method and seed) that are finished are left alone, an interrupted one goes on: run the same
+    command again. The output folder gets a file for each cell, a folder for each run, compare.json, compare.md and
+    compare.png.
+
+    Args:
+        output_dir: Where all of it goes. Several commands may fill one folder.
+        methods: Training methods; `plain` is always among them. NAME:VARIANT is one with settings of its own;
+            plain:6 is the plain model of the first 6 layers.
+        backbone: Encoders to start from: names on the model hub or local folders.
+        seeds: Seeds of split, order and initial weights. [default: 1]
+        baseline: What differences are taken to: METHOD, with its own criterion, or METHOD/CRITERION.
+        criteria: Besides each method's own criterion, those to evaluate on everybody's exits; all takes all.
+        config: Recipe (YAML) with settings of all methods; options given here override it.
+        method_settings: YAML file of settings by method: `deebert: {head: shared_pooler}`.
+        set_: One setting of one method each: METHOD.key=value.
+        recipes: Folder where NAME:VARIANT is looked for as NAME-VARIANT.yaml.
+        resamples: Draws of the bootstrap.
+        plot: The picture, PNG, PDF or SVG. [default: compare.png in the output folder]
+        discard_models: Remove a run's folder once its cell is measured.
+        dry_run: List the cells and what state they are in, and stop.
+        render: Write tables and picture anew from the cells that are there, without training.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    check_plot_file(plot)
+    data = data or ComparedDataOptions()
+    reading: dict[str, Any] = {"baseline": baseline, "criteria": criteria or (), "resamples": resamples}
+    if render:
+        _check_nothing_to_train(methods, backbone, data)
+        from consistentee.evaluation.comparison.compare import render as render_cells
+
+        summary = render_cells(output_dir, **reading)
+    else:
+        if not methods or not backbone:
+            raise UsageError("Give --methods and --backbone, or --render for the cells that are there.")
+        shared = _shared_settings(settings, config)
+        from accelerate import PartialState
+
+        from consistentee.evaluation.comparison.compare import compare
+
+        if PartialState().num_processes > 1:
+            raise UsageError(
+                "compare runs in one process. Start one for each part of the cells, such as one seed; they can share "
+                "an output folder."
+            )
+        summary = compare(
+            methods=methods,
+            backbones=backbone,
+            sets=_sets(data),
+            output_dir=output_dir,
+            seeds=seeds or (1,),
+            settings=shared,
+            overrides=_overrides(method_settings, set_ or ()),
+            recipes=recipes,
+            keep_models=not discard_models,
+            dry_run=dry_run,
+            report=say,
+            **reading,
+        )
+    if summary:
+        _show(summary, output_dir, plot)
+
+
+def _show(summary: Mapping[str, Any], output_dir: Path, plot: Path | None) -> None:
+    """Print the tables and draw the picture; one that was not asked for needs no matplotlib."""
+    from consistentee.evaluation.comparison.compare import PAGE_FILE, PICTURE_FILE, SUMMARY_FILE
+    from consistentee.evaluation.comparison.picture import plot_comparison
+    from consistentee.evaluation.comparison.tables import terminal_tables
+
+    console().print(terminal_tables(summary))
+    say(f"Figures written to {output_dir / SUMMARY_FILE}, tables to {output_dir / PAGE_FILE}")
+    try:
+        say(f"Picture written to {plot_comparison(summary, plot or output_dir / PICTURE_FILE)}")
+    except MissingExtraError as error:
+        say(f"No picture. {error}")
+
+
+def _check_nothing_to_train(methods: Any, backbone: Any, data: ComparedDataOptions) -> None:
+    given = {
+        "--methods": methods,
+        "--backbone": backbone,
+        "--task": data.task,
+        "--train-file": data.train_file,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--render shows the cells that are there, and {name} goes without it.")
+
+
+def _shared_settings(settings: Any, recipe_file: Path | None) -> dict[str, Any]:
+    """Settings of all methods, as far as they are given."""
+    given = {} if settings is None else vars(settings)
+    if given.get("seed", NOT_GIVEN) is not NOT_GIVEN:
+        raise UsageError("--seed is of a single training. Give --seeds.")
+    recipe = read_recipe(recipe_file, TrainingDataOptions()) if recipe_file is not None else Recipe()
+    chosen = training_config(settings, Recipe(settings=recipe.settings)).to_dict()
+    defaults = CLASSIFIERS.config_class().to_dict()
+    return {name: value for name, value in chosen.items() if value != defaults[name] and name != "seed"}
+
+
+def _sets(data: ComparedDataOptions) -> list[Any]:
+    """The data sets, read.
+
+    Raises:
+        UsageError: options contradict each other, or neither tasks nor a training file is given.
+        DataError: a file is missing or broken.
+    """
+    from consistentee.evaluation.comparison.plan import ComparedSet
+
+    found: list[Any] = []
+    for task in data.task or [None]:
+        options = TrainingDataOptions(
+            task=task,
+            data_dir=data.data_dir,
+            train_file=data.train_file,
+            eval_file=data.eval_file,
+            text_columns=data.text_columns,
+            label_column=data.label_column,
+            max_train_samples=data.max_train_samples,
+        )
+        kind = options.kind()
+        if kind is not CLASSIFIERS:
+            raise UsageError(f"compare is for classifiers, and these are of {kind.rows}.")
+        rows = training_data(options, Recipe(), kind, DATA_SEED)
+        name = rows.task or re.sub(r"[^\w.-]+", "-", Path(str(data.train_file)).stem)
+        found.append(ComparedSet(name, rows.train, rows.evaluation, rows.task))
+    return found
+
+
+def _overrides(path: Path | None, lines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Settings by method: those of the file, then METHOD.key=value.
+
+    Raises:
+        UsageError: one of them is not of this form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        values = _yaml(path.read_text(encoding="utf-8"), f"--settings {path}")
+        if not isinstance(values, dict) or not all(isinstance(inner, dict) for inner in values.values()):
+            raise UsageError(f"--settings {path} must map methods to their settings, each a mapping.")
+        found = {str(method): dict(inner) for method, inner in values.items()}
+    for line in lines:
+        match = re.fullmatch(r"([^=]+)\.(\w+)=(.*)", line, re.DOTALL)
+        if match is None:
+            raise UsageError(f'--set must be METHOD.key=value, got "{line}".')
+        method, key, value = match.groups()
+        found.setdefault(method, {})[key] = _yaml(value, f"--set {line}")
+    return found
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error

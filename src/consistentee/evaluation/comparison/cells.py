@@ -1,0 +1,199 @@
+"""One cell: trained in its run's folder, measured, kept as JSON; what is there is read and held to the plan."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from consistentee.atomic_files import write_text
+from consistentee.backbones.loading import backbone_fingerprint
+from consistentee.config import ClassificationTrainingConfig
+from consistentee.errors import DataError, SettingError
+from consistentee.evaluation.comparison.measuring import measure, rounded
+from consistentee.evaluation.comparison.plan import PlannedCell, backbone_name, has_exits
+from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.training.run_folders import check_same_run
+from consistentee.training.train import train
+
+CELLS, RUNS = "cells", "runs"
+FORM = 1
+"""Version of a cell's form."""
+
+_OF_RECORD = ("warmup", "history", "best_round", "policy", "environment")
+
+Cell = dict[str, Any]
+Report = Callable[[str], None]
+
+
+def cell_path(output_dir: Path, cell: PlannedCell) -> Path:
+    """Where a cell is kept."""
+    return output_dir / CELLS / f"{cell.name}.json"
+
+
+def run_folder(output_dir: Path, cell: PlannedCell) -> Path:
+    """Where a cell is trained."""
+    return output_dir / RUNS / cell.name
+
+
+def run_cell(cell: PlannedCell, output_dir: Path, *, keep_model: bool = True, report: Report) -> Cell:
+    """Train what is not trained yet, go on with what was interrupted, measure, and keep the cell.
+
+    Args:
+        cell: what to run.
+        output_dir: of the comparison.
+        keep_model: whether the run's folder stays.
+        report: is given lines of text to show.
+
+    Raises:
+        ValueError: the run's folder holds a run with other settings, backbone or data.
+    """
+    folder = run_folder(output_dir, cell)
+    started, resumed = time.monotonic(), folder.exists()
+    train(
+        backbone=cell.backbone,
+        train_data=cell.data.train,
+        output_dir=folder,
+        config=cell.config(),
+        task=cell.data.task,
+        method=cell.method.name,
+        resume=resumed,
+        report=report,
+    )
+    gc.collect()  # the optimizer's states, before the model is opened again
+    saved = load_model(folder, LoadedClassifier)
+    figures = measure(saved, cell.data.evaluation)
+    kept: Cell = rounded(
+        {
+            "form": FORM,
+            **_identity(cell),
+            "set": cell.data.name,
+            "task": cell.data.task,
+            "label": cell.method.label,
+            "seed": cell.seed,
+            "own_settings": dict(cell.method.settings),
+            "work": cell.work,
+            "seconds": time.monotonic() - started,
+            "resumed": resumed,
+            **_of_record(saved.record),
+            **figures,
+        }
+    )
+    write_text(cell_path(output_dir, cell), json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")
+    if not keep_model:
+        shutil.rmtree(folder)
+    return kept
+
+
+def _identity(cell: PlannedCell) -> dict[str, Any]:
+    """What tells whether a kept cell is the planned one; without paths."""
+    return {
+        "kind": "early_exit" if has_exits(cell.method.name) else "full_depth",
+        "method": cell.method.name,
+        "backbone": backbone_name(cell.backbone),
+        "backbone_fingerprint": _fingerprint(cell.backbone),
+        "config": cell.config().to_dict(),
+        "data": {"fingerprint": cell.data.train.fingerprint(), "train_rows": len(cell.data.train)},
+        "evaluation": {
+            "fingerprint": cell.data.evaluation.fingerprint(),
+            "num_examples": len(cell.data.evaluation),
+        },
+    }
+
+
+_fingerprint = functools.lru_cache(maxsize=16)(backbone_fingerprint)
+
+
+def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a training record: figures and environment, no paths and nothing of the texts."""
+    validation = {
+        name: value
+        for name, value in (record.get("validation") or {}).items()
+        if name not in ("class_recall", "criteria", "loss")
+    }
+    return {name: record.get(name) for name in _OF_RECORD} | {"validation": validation}
+
+
+def read_cells(output_dir: Path) -> list[Cell]:
+    """All cells that are kept there, by name.
+
+    Raises:
+        DataError: a file is no cell.
+    """
+    return [read_cell(path) for path in sorted((output_dir / CELLS).glob("*.json"))]
+
+
+def read_cell(path: Path) -> Cell:
+    """A kept cell.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        if cell["form"] != FORM or not isinstance(cell["correct"], str):
+            raise ValueError("another form")
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"It is no cell of a comparison of this version ({type(error).__name__}: {error}).",
+            file=path,
+            remedy="Remove it; the comparison makes it anew.",
+        ) from error
+    return cell
+
+
+def finished_cell(cell: PlannedCell, output_dir: Path) -> Cell | None:
+    """The kept cell where it is the planned one; None where there is none.
+
+    Raises:
+        DataError: the file is no cell.
+        SettingError: it was made with other settings, backbone or rows.
+    """
+    path = cell_path(output_dir, cell)
+    if not path.is_file():
+        return None
+    kept, planned = read_cell(path), _identity(cell)
+    try:
+        check_same_run(f"The kept cell {path}", kept, planned, ClassificationTrainingConfig().to_dict())
+    except ValueError as error:
+        raise SettingError(
+            f"{str(error).partition(' Resume with')[0]} Give the same, or another --output-dir."
+        ) from error
+    if kept["evaluation"]["fingerprint"] != planned["evaluation"]["fingerprint"]:
+        raise SettingError(
+            f"The kept cell {path} was measured on other evaluation rows. Give the same, or another --output-dir."
+        )
+    return kept
+
+
+def check_comparable(cells: Sequence[Cell]) -> None:
+    """Raise DataError unless all cells of a backbone, set and seed had the same rows, split, budget and validation."""
+    first: dict[tuple[str, str, int], Cell] = {}
+    for cell in cells:
+        other = first.setdefault((cell["backbone"], cell["set"], cell["seed"]), cell)
+        for what, value in _common(cell).items():
+            if value != _common(other)[what]:
+                raise DataError(
+                    f'Cells of "{cell["set"]}" with {cell["label"]} and {other["label"]} must share {what}, got '
+                    f"{value} and {_common(other)[what]}.",
+                    remedy="Remove those of one of them, or compare in another output folder.",
+                )
+
+
+def _common(cell: Cell) -> dict[str, Any]:
+    config = cell["config"]
+    return {
+        "training rows": cell["data"]["fingerprint"],
+        "evaluation rows": cell["evaluation"]["fingerprint"],
+        "the backbone": cell["backbone_fingerprint"],
+        "epochs": config["warmup_epochs"] + config["rounds"] * config["consistent_epochs"],
+        **{
+            name: config.get(name)
+            for name in ("validation_fraction", "max_length", "max_accuracy_loss", "threshold_metric")
+        },
+    }

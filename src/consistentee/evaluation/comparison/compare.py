@@ -1,0 +1,173 @@
+"""Compare methods: run the cells that are not there yet, say how long the others will take, and sum all up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from consistentee.atomic_files import write_text
+from consistentee.errors import SettingError
+from consistentee.evaluation.comparison.cells import (
+    CELLS,
+    Cell,
+    Report,
+    finished_cell,
+    read_cells,
+    run_cell,
+    run_folder,
+)
+from consistentee.evaluation.comparison.plan import (
+    ComparedSet,
+    PlannedCell,
+    backbone_name,
+    compared_methods,
+    planned_cells,
+)
+from consistentee.evaluation.comparison.summary import BASELINE, summarise
+from consistentee.evaluation.comparison.tables import markdown_page
+from consistentee.progress import duration
+
+SUMMARY_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.png"
+
+
+def compare(
+    *,
+    methods: Sequence[str],
+    backbones: Sequence[str],
+    sets: Sequence[ComparedSet],
+    output_dir: str | Path,
+    seeds: Sequence[int] = (1,),
+    settings: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    recipes: str | Path | None = None,
+    baseline: str = BASELINE,
+    criteria: Sequence[str] = (),
+    resamples: int = 1000,
+    keep_models: bool = True,
+    dry_run: bool = False,
+    report: Report = lambda message: None,
+) -> dict[str, Any]:
+    """Train and measure every method on every backbone, set and seed, with what is there left alone, and sum it up.
+
+    A cell that was interrupted goes on from its run's folder. Several processes may share an output folder where each
+    has cells of its own, such as one seed each.
+
+    Args:
+        methods: `NAME` of a training method that learns from labels, or `NAME:VARIANT`; `plain` is always among them.
+        backbones: hub names or folders of encoders.
+        sets: data sets.
+        output_dir: gets `cells/`, `runs/`, compare.json and compare.md.
+        seeds: of split, order, initial weights.
+        settings: training settings of all methods, where they are not defaults.
+        overrides: settings of single methods, by label; rows, split, budget and validation are shared by all.
+        recipes: folder where the settings of `NAME:VARIANT` are looked for as `NAME-VARIANT.yaml`.
+        baseline: what differences are taken to: `METHOD`, or `METHOD/CRITERION`.
+        criteria: beside each method's own, those that are evaluated on everybody's exits; "all" takes all.
+        resamples: draws of the bootstrap.
+        keep_models: whether trained models stay; a cell has what tables and pictures need.
+        dry_run: say what would be run, and stop.
+        report: is given lines of text to show.
+
+    Returns:
+        What compare.json holds, of all cells in the folder; empty after a dry run.
+
+    Raises:
+        DataError: a kept file is no cell, or cells cannot be compared.
+        SettingError: methods or settings that make no sense, or a kept cell that was made with others.
+        ValueError: a run's folder with other settings, backbone or data.
+    """
+    output_dir, shared = Path(output_dir), dict(settings or {})
+    described = compared_methods(methods, shared, overrides or {}, None if recipes is None else Path(recipes))
+    cells = planned_cells(backbones, sets, described, seeds, shared)
+    finished = {cell.name: finished_cell(cell, output_dir) for cell in cells}
+    left = [cell for cell in cells if finished[cell.name] is None]
+    done = [cell for cell in finished.values() if cell is not None]
+    report(_plan_line(len(cells), left, done))
+    if dry_run:
+        for cell in cells:
+            report(f"  {cell.name}: {_state(cell, finished[cell.name], output_dir)}")
+        return {}
+    for place, cell in enumerate(left):
+        report(f"== {cell.name} ({len(cells) - len(left) + place + 1} of {len(cells)})")
+        done.append(run_cell(cell, output_dir, keep_model=keep_models, report=report))
+        report(f"{done[-1]['seconds']:.0f} s. {_left_line(left[place + 1 :], done)}")
+    return render(output_dir, baseline=baseline, criteria=criteria, resamples=resamples)
+
+
+def render(
+    output_dir: str | Path,
+    *,
+    baseline: str = BASELINE,
+    criteria: Sequence[str] = (),
+    resamples: int = 1000,
+) -> dict[str, Any]:
+    """Write compare.json and compare.md from the cells that are kept, without training; arguments as of `compare`.
+
+    Raises:
+        DataError: a file is no cell, or cells cannot be compared.
+        SettingError: there is no cell.
+    """
+    output_dir = Path(output_dir)
+    cells = read_cells(output_dir)
+    if not cells:
+        raise SettingError(f"{output_dir / CELLS} must hold at least one finished cell, got none.")
+    summary = summarise(cells, baseline=baseline, criteria=criteria, resamples=resamples)
+    write_text(output_dir / SUMMARY_FILE, _json_text(summary))
+    write_text(output_dir / PAGE_FILE, markdown_page(summary))
+    return summary
+
+
+def seconds_left(left: Sequence[PlannedCell], done: Sequence[Cell]) -> float | None:
+    """How long cells will take, from finished ones of the same backbone, and the same method where there are any.
+
+    A cell's time is taken to be proportional to the rows that its training goes through. Those that were interrupted
+    say nothing, as they were timed from their last start.
+
+    Returns:
+        Seconds; None where nothing is finished that would tell.
+    """
+    timed = [cell for cell in done if not cell["resumed"]]
+    total = 0.0
+    for cell in left:
+        alike = [one for one in timed if one["backbone"] == backbone_name(cell.backbone)]
+        alike = [one for one in alike if one["label"] == cell.method.label] or alike
+        if not alike:
+            return None
+        total += cell.work * sum(one["seconds"] for one in alike) / sum(one["work"] for one in alike)
+    return total
+
+
+def _plan_line(count: int, left: Sequence[PlannedCell], done: Sequence[Cell]) -> str:
+    return f"{count} cells, {len(done)} of them finished. {_left_line(left, done)}"
+
+
+def _left_line(left: Sequence[PlannedCell], done: Sequence[Cell]) -> str:
+    if not left:
+        return "None left."
+    seconds = seconds_left(left, done)
+    time = "nobody knows how long until one of each backbone is finished"
+    return f"{len(left)} left, {time if seconds is None else f'about {duration(seconds)}'}."
+
+
+def _state(cell: PlannedCell, kept: Cell | None, output_dir: Path) -> str:
+    if kept is not None:
+        return "finished"
+    return "interrupted, goes on" if run_folder(output_dir, cell).exists() else "to be run"
+
+
+def _json_text(summary: Mapping[str, Any]) -> str:
+    """JSON with one run, or one entry of the summary, a line."""
+
+    def text(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    lines: list[str] = []
+    for key, value in summary.items():
+        if key in ("runs", "summary"):
+            inner = ",\n".join(f"  {text(entry)}" for entry in value)
+            lines.append(f'"{key}": [\n{inner}\n]')
+        else:
+            lines.append(f'"{key}": {text(value)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,181 @@
+"""What a cell keeps of a trained model: one pass of all layers over the evaluation rows, every criterion on its exits.
+
+Besides figures it keeps, packed, which layers are right on each row and where each row exits at each threshold of each
+criterion. That is all that paired statistics need; texts are not kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from consistentee.data.rows import TextDataset
+from consistentee.evaluation.classification import class_columns, default_metrics, predict_classes, run_layers
+from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.curves import curve_of_thresholds, trade_off_curve
+from consistentee.functional.exits import choose_exit_layer
+from consistentee.functional.hardness import memorized_layer
+from consistentee.functional.metrics import compute_metrics
+from consistentee.models.loaded import LoadedClassifier
+from consistentee.training.states import LayerStates
+
+CURVE_POINTS = 120  # thresholds of a curve at most, besides the ends of their range and the chosen one
+
+
+def measure(saved: LoadedClassifier, rows: TextDataset) -> dict[str, Any]:
+    """Everything a cell says about a model.
+
+    Args:
+        saved: with exits or without.
+        rows: to report on.
+
+    Returns:
+        Plain values: `num_hidden_layers`, `criterion` (the model's own; None without exits), `correct` (packed), and of
+        a model with exits `per_layer_accuracy`, `classifier_accuracy`, `memorized_layer_histogram` and `criteria`, else
+        `accuracy` and `metrics`.
+    """
+    metrics = default_metrics(saved, len(rows.label_names))
+    if not saved.has_exits:
+        predictions = predict_classes(saved, rows).numpy()
+        correct = predictions == np.asarray(rows.labels)
+        return {
+            "num_hidden_layers": saved.num_hidden_layers,
+            "criterion": None,
+            "accuracy": float(correct.mean()),
+            "metrics": compute_metrics(metrics, predictions, rows.labels),
+            "correct": pack_bits(correct[:, None]),
+        }
+    states, _ = run_layers(saved, rows)
+    columns = class_columns(saved, rows.label_names)
+    predictions = states.layer_logits[..., columns].argmax(-1)  # (rows, layers)
+    alone = states.classifier_logits[..., columns].argmax(-1) == states.labels[:, None]
+    right = predictions == states.labels[:, None]
+    return {
+        "num_hidden_layers": right.shape[1],
+        "criterion": saved.early_exit_model.config.criterion,
+        "per_layer_accuracy": right.double().mean(0).tolist(),
+        "classifier_accuracy": alone.double().mean(0).tolist(),
+        "memorized_layer_histogram": torch.bincount(
+            memorized_layer(alone) - 1, minlength=right.shape[1]
+        ).tolist(),
+        "correct": pack_bits(right.numpy()),
+        "criteria": {
+            name: _criterion_figures(name, scores, predictions, states.labels, saved, metrics)
+            for name, scores in _all_scores(states).items()
+        },
+    }
+
+
+def _all_scores(states: LayerStates) -> dict[str, Tensor]:
+    """Exit scores of every criterion, (rows, layers)."""
+    return {name: exit_scores(name, states.layer_logits, states.exit_probs) for name in CRITERIA}
+
+
+def _criterion_figures(
+    name: str,
+    scores: Tensor,
+    predictions: Tensor,
+    labels: Tensor,
+    saved: LoadedClassifier,
+    metrics: tuple[str, ...],
+) -> dict[str, Any]:
+    """A criterion's curve, where each row exits along it, and what the threshold that validation chose gives."""
+    right = predictions == labels[:, None]
+    chosen = saved.known_threshold(name)
+    found = {point.threshold for point in trade_off_curve(scores, right, name, limit=CURVE_POINTS)}
+    thresholds = sorted(found if chosen is None else {*found, chosen})
+    exits = torch.stack([choose_exit_layer(scores, threshold) for threshold in thresholds], dim=1)
+    figures: dict[str, Any] = {
+        "curve": [
+            [point.threshold, point.accuracy, point.mean_exit_layer]
+            for point in curve_of_thresholds(scores, right, thresholds)
+        ],
+        "exits": pack_exits(exits.numpy(), scores.shape[1]),
+        "at_validation_threshold": None,
+    }
+    if chosen is not None:
+        at = exits[:, thresholds.index(chosen)]
+        at_exit = predictions.gather(1, at[:, None] - 1).squeeze(1)
+        figures["at_validation_threshold"] = {
+            "point": thresholds.index(chosen),
+            "threshold": chosen,
+            "metrics": compute_metrics(metrics, at_exit.numpy(), labels.numpy()),
+            "exit_histogram": torch.bincount(at - 1, minlength=scores.shape[1]).tolist(),
+        }
+    return figures
+
+
+# --- Packing --------------------------------------------------------------------------------------
+
+
+def pack_bits(correct: NDArray[np.bool_]) -> str:
+    """(rows, layers) booleans as text, layer by layer."""
+    return _pack(np.packbits(correct.T))
+
+
+def unpack_bits(text: str, rows: int, layers: int) -> NDArray[np.bool_]:
+    """What `pack_bits` packed.
+
+    Raises:
+        ValueError: it is not of so many rows and layers.
+    """
+    bits = np.unpackbits(_unpack(text, (rows * layers + 7) // 8))[: rows * layers]
+    return bits.reshape(layers, rows).T.astype(bool)
+
+
+def pack_exits(exits: NDArray[np.integer[Any]], num_layers: int) -> str:
+    """Exit layers at rising thresholds, which make them deeper, as text.
+
+    Args:
+        exits: (rows, thresholds), from 1, not falling along a row; at most 255 thresholds.
+        num_layers: of the model.
+
+    Returns:
+        At how many of the thresholds a row has exited by each layer below the last, packed.
+    """
+    layers = np.arange(1, num_layers)
+    by_layer = (exits[:, :, None] <= layers).sum(1).astype(np.uint8)  # (rows, layers - 1)
+    return _pack(np.ascontiguousarray(by_layer.T).ravel())
+
+
+def unpack_exits(text: str, rows: int, num_layers: int, num_thresholds: int) -> NDArray[np.uint8]:
+    """What `pack_exits` packed, (rows, thresholds).
+
+    Raises:
+        ValueError: it is not of so many rows and layers.
+    """
+    by_layer = _unpack(text, rows * (num_layers - 1)).reshape(num_layers - 1, rows)
+    passed = by_layer[:, :, None] <= np.arange(num_thresholds)  # (layers - 1, rows, thresholds)
+    return (1 + passed.sum(0)).astype(np.uint8)
+
+
+def _pack(values: NDArray[np.uint8]) -> str:
+    return base64.b85encode(zlib.compress(values.tobytes(), 9)).decode("ascii")
+
+
+def _unpack(text: str, size: int) -> NDArray[np.uint8]:
+    try:
+        values = np.frombuffer(zlib.decompress(base64.b85decode(text)), dtype=np.uint8)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"packed rows must be whole, got {text[:20]!r}...: {error}.") from error
+    if len(values) != size:
+        raise ValueError(f"packed rows must be {size} bytes, got {len(values)}.")
+    return values
+
+
+def rounded(value: Any) -> Any:
+    """The same with every fraction cut to six digits that count: cells are kept under version control."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(inner) for inner in value]
+    return value

@@ -1,0 +1,168 @@
+"""What cells say row by row: where each row exits at each threshold, and whether it is right there; figures of draws.
+
+A cell without exits has one point, all rows at its last layer. Plain models of fewer layers are the points of one
+method, `static`, with the plain model of all layers as its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from consistentee.evaluation.comparison.measuring import unpack_bits, unpack_exits
+from consistentee.functional.curves import area_under_curve, best_accuracy, layers_saved
+from consistentee.functional.resampling import Floats
+
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
+"""Layer speed-ups at which accuracies are given."""
+
+LOSSES = (0.0, 0.005, 0.01, 0.02)
+"""Accuracy that may be lost against the plain model, as shares."""
+
+FIGURES = (
+    "area",
+    *(f"accuracy_at_{speedup:g}x" for speedup in SPEEDUPS),
+    *(f"layers_saved_at_{100 * loss:g}" for loss in LOSSES),
+    "validation_accuracy",
+    "validation_layers_saved",
+    "validation_gain",
+)
+"""What `figures_of_draws` gives: layers saved as shares of full depth; the gain is accuracy over the plain model's."""
+
+STATIC = "static"
+"""What plain models of fewer layers are called together."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Rows at the points of one curve, from the fastest point to the slowest.
+
+    Attributes:
+        thresholds: of each point; numbers of layers where nothing exits.
+        correct: (rows, points), whether a row is right where it exits.
+        layers: (rows, points), where it exits, from 1.
+        depth: layers of the whole backbone.
+        chosen: the point that validation chose; None where it chose none.
+        metrics: the task's own, at that point.
+    """
+
+    thresholds: tuple[float, ...]
+    correct: NDArray[np.bool_]
+    layers: NDArray[np.uint8]
+    depth: int
+    chosen: int | None
+    metrics: Mapping[str, float]
+
+    @property
+    def is_curve(self) -> bool:
+        """Whether there are several points."""
+        return len(self.thresholds) > 1
+
+    def curve(self) -> list[dict[str, float]]:
+        """Its points as plain values."""
+        accuracy, mean = self.correct.mean(0), self.layers.mean(0)
+        return [
+            {
+                "threshold": threshold,
+                "accuracy": float(accuracy[point]),
+                "mean_exit_layer": float(mean[point]),
+                "layer_speedup": float(self.depth / mean[point]),
+            }
+            for point, threshold in enumerate(self.thresholds)
+        ]
+
+
+def exit_outcomes(cell: Mapping[str, Any], criterion: str, depth: int) -> Outcomes:
+    """A criterion on the exits of a cell.
+
+    Args:
+        cell: of a model with exits.
+        criterion: one that it was measured with.
+        depth: layers of the whole backbone.
+
+    Raises:
+        ValueError: what is packed is broken.
+    """
+    rows, num_layers = int(cell["evaluation"]["num_examples"]), int(cell["num_hidden_layers"])
+    figures = cell["criteria"][criterion]
+    thresholds = tuple(float(point[0]) for point in figures["curve"])
+    layers = unpack_exits(figures["exits"], rows, num_layers, len(thresholds))
+    right = unpack_bits(cell["correct"], rows, num_layers)
+    at = figures["at_validation_threshold"]
+    return Outcomes(
+        thresholds=thresholds,
+        correct=np.take_along_axis(right, layers.astype(np.int64) - 1, axis=1),
+        layers=layers,
+        depth=depth,
+        chosen=None if at is None else int(at["point"]),
+        metrics={} if at is None else at["metrics"],
+    )
+
+
+def static_outcomes(cells: Sequence[Mapping[str, Any]], depth: int) -> Outcomes:
+    """Cells without exits, each a point; of several, validation chooses the one with the fewest layers.
+
+    It must be no worse on validation rows than the deepest one, by more than the loss that all methods are allowed.
+
+    Args:
+        cells: of one backbone, set and seed.
+        depth: layers of the whole backbone.
+    """
+    ordered = sorted(cells, key=lambda cell: cell["num_hidden_layers"])
+    rows = int(ordered[0]["evaluation"]["num_examples"])
+    counts = [int(cell["num_hidden_layers"]) for cell in ordered]
+    validation = [float(cell["validation"]["accuracy"]) for cell in ordered]
+    floor = validation[-1] - float(ordered[-1]["config"]["max_accuracy_loss"]) - 1e-9
+    chosen = next(point for point, accuracy in enumerate(validation) if accuracy >= floor)
+    return Outcomes(
+        thresholds=tuple(map(float, counts)),
+        correct=np.hstack([unpack_bits(cell["correct"], rows, 1) for cell in ordered]),
+        layers=np.tile(np.array(counts, dtype=np.uint8), (rows, 1)),
+        depth=depth,
+        chosen=chosen,
+        metrics=ordered[chosen]["metrics"],
+    )
+
+
+def figures_of_draws(
+    outcomes: Outcomes, weights: NDArray[np.float32], plain: NDArray[np.bool_] | None
+) -> Floats:
+    """`FIGURES` of each draw of rows.
+
+    Args:
+        outcomes: of the rows.
+        weights: (draws, rows), how often each row was drawn.
+        plain: (rows,), whether the plain model is right; its accuracy is that of the same draw. None without one.
+
+    Returns:
+        (draws, figures), NaN for what there is not.
+    """
+    total = torch.from_numpy(weights.sum(1, keepdims=True)).double()
+    accuracy = _sums(weights, outcomes.correct) / total  # (draws, points)
+    mean_layer = _sums(weights, outcomes.layers) / total
+    speedup = outcomes.depth / mean_layer
+    nothing = torch.full_like(total[:, 0], torch.nan)
+    reference = nothing if plain is None else (_sums(weights, plain[:, None]) / total)[:, 0]
+    saved_at = [layers_saved(accuracy, speedup, reference - loss) for loss in LOSSES]
+    found = [
+        area_under_curve(accuracy, speedup) if outcomes.is_curve else nothing,
+        *(best_accuracy(accuracy, speedup, at) for at in SPEEDUPS),
+        *([nothing] * len(LOSSES) if plain is None else saved_at),
+    ]
+    if outcomes.chosen is None:
+        found += [nothing] * 3
+    else:
+        at_chosen = accuracy[:, outcomes.chosen]
+        saved = 1 - mean_layer[:, outcomes.chosen] / outcomes.depth
+        found += [at_chosen, saved, at_chosen - reference]
+    return torch.stack(found, dim=1).numpy()
+
+
+def _sums(weights: NDArray[np.float32], values: NDArray[Any]) -> torch.Tensor:
+    """Whole numbers, exact in float32 for as many rows as evaluation sets have: (draws, rows) x (rows, points)."""
+    return (torch.from_numpy(weights) @ torch.from_numpy(values.astype(np.float32))).double()

@@ -1,0 +1,217 @@
+"""What a comparison runs: methods with their settings, and a cell for every backbone, data set, method and seed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from consistentee.config import ClassificationTrainingConfig
+from consistentee.data.recipes import load_recipe
+from consistentee.data.rows import TextDataset
+from consistentee.errors import SettingError, require_seed
+from consistentee.training.methods import METHODS, method_of
+
+REFERENCE = "plain"
+"""The method that all others are measured against; always among those compared."""
+
+DEPTH_SETTING = "num_layers"
+"""What a number behind the name of a method without exits sets: `plain:6` is the plain model of 6 layers."""
+
+SHARED = (
+    "seed",
+    "validation_fraction",
+    "max_length",
+    "parse_special_tokens",
+    "max_accuracy_loss",
+    "threshold_metric",
+)
+"""Settings that a method cannot have of its own: rows, split, and how validation chooses."""
+
+
+@dataclass(frozen=True)
+class ComparedMethod:
+    """A method as it is compared.
+
+    Attributes:
+        label: `NAME`, or `NAME:VARIANT` for one with settings of its own.
+        name: its row of `METHODS`.
+        settings: those that differ from the shared ones.
+    """
+
+    label: str
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class ComparedSet:
+    """A data set.
+
+    Attributes:
+        name: for tables and file names.
+        train: rows to train on, of which every method keeps the same share for validation.
+        evaluation: rows to report on, and on which nothing is chosen.
+        task: the task's name; None for files.
+    """
+
+    name: str
+    train: TextDataset
+    evaluation: TextDataset
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One training: its backbone, data, method, seed and all settings that are not defaults."""
+
+    backbone: str
+    data: ComparedSet
+    method: ComparedMethod
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its file and of its run's folder: backbone, set, method and seed."""
+        label = self.method.label.replace(":", "-")
+        return f"{backbone_name(self.backbone)}_{self.data.name}_{label}_{self.seed}"
+
+    def config(self) -> ClassificationTrainingConfig:
+        """Its settings as training takes them."""
+        return ClassificationTrainingConfig.from_dict({**self.settings, "seed": self.seed})
+
+    @property
+    def work(self) -> float:
+        """Rows that training goes through, over all epochs: what its time is proportional to."""
+        config = self.config()
+        return len(self.data.train) * (1 - config.validation_fraction) * _epochs(config)
+
+
+def backbone_name(backbone: str) -> str:
+    """The last part of a folder or of a name on the hub."""
+    return Path(backbone).name
+
+
+def compared_methods(
+    labels: Sequence[str],
+    shared: Mapping[str, Any],
+    overrides: Mapping[str, Mapping[str, Any]],
+    recipes: Path | None = None,
+) -> list[ComparedMethod]:
+    """The methods by their labels, the reference first, each with settings that fit the shared ones.
+
+    Settings of `NAME:VARIANT` are those of the recipe `NAME-VARIANT.yaml`, where there is one, then its overrides.
+
+    Args:
+        labels: `NAME` or `NAME:VARIANT`.
+        shared: settings of all methods, where they are not defaults.
+        overrides: settings of single methods, by label.
+        recipes: folder of recipes.
+
+    Raises:
+        SettingError: no such method, the same one twice, a variant that nothing describes, overrides of a method that
+            is not compared, or settings that all methods must share.
+    """
+    if len(set(labels)) < len(labels):
+        raise SettingError(f"methods must differ, got {', '.join(labels)}.")
+    ordered = [REFERENCE, *(label for label in labels if label != REFERENCE)]
+    for label in overrides:
+        if label not in ordered:
+            raise SettingError(
+                f'Settings are given for "{label}", which is not among the methods {", ".join(ordered)}. '
+                "Add it to them, or leave its settings out."
+            )
+    return [_compared_method(label, shared, overrides.get(label), recipes) for label in ordered]
+
+
+def _compared_method(
+    label: str, shared: Mapping[str, Any], own: Mapping[str, Any] | None, recipes: Path | None
+) -> ComparedMethod:
+    name, _, variant = label.partition(":")
+    if not re.fullmatch(r"[\w.+-]+(:[\w.+-]+)?", label):
+        raise SettingError(f'methods must be written NAME or NAME:VARIANT, got "{label}".')
+    try:
+        method_of(name)
+        settings = _variant_settings(name, variant, recipes)
+        if variant and not settings and own is None:
+            raise SettingError(
+                f'methods must be described, and nothing says what "{label}" is. Give settings for it, or a recipe '
+                f"{name}-{variant}.yaml{'' if recipes is None else f' in {recipes}'}."
+            )
+        settings.update(own or {})
+        common = ClassificationTrainingConfig.from_dict(dict(shared))
+        config = ClassificationTrainingConfig.from_dict({**shared, **settings})
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError(f"{label}: {error}") from error
+    for setting in SHARED:
+        if getattr(config, setting) != getattr(common, setting):
+            raise SettingError(
+                f"{label}: {setting} must be the same for all methods of a comparison "
+                f"({getattr(common, setting)}), got {getattr(config, setting)}. Leave it out, or give it for all."
+            )
+    if not math.isclose(_epochs(config), _epochs(common)):
+        raise SettingError(
+            f"{label}: warmup_epochs + rounds x consistent_epochs must be the same for all methods of a comparison "
+            f"({_epochs(common):g}), got {_epochs(config):g}. One budget for all: change it for all, or split it."
+        )
+    return ComparedMethod(label, name, settings)
+
+
+def _variant_settings(name: str, variant: str, recipes: Path | None) -> dict[str, Any]:
+    """What a variant's name says by itself, and its recipe."""
+    if variant.isdigit() and not has_exits(name):
+        return {DEPTH_SETTING: int(variant)}
+    path = None if recipes is None or not variant else recipes / f"{name}-{variant}.yaml"
+    if path is None or not path.is_file():
+        return {}
+    return dict(load_recipe(path, ClassificationTrainingConfig).settings)
+
+
+def _epochs(config: Any) -> float:
+    return config.warmup_epochs + config.rounds * config.consistent_epochs
+
+
+def planned_cells(
+    backbones: Sequence[str],
+    sets: Sequence[ComparedSet],
+    methods: Sequence[ComparedMethod],
+    seeds: Sequence[int],
+    shared: Mapping[str, Any],
+) -> list[PlannedCell]:
+    """All cells, seed by seed, so that whatever is finished early is a whole comparison.
+
+    Raises:
+        SettingError: two backbones or sets of one name, a seed twice or out of range, or none of something.
+    """
+    for what, names in (
+        ("backbones", [backbone_name(backbone) for backbone in backbones]),
+        ("data sets", [data.name for data in sets]),
+        ("seeds", [str(seed) for seed in seeds]),
+    ):
+        if not names:
+            raise SettingError(f"{what} must be at least one, got none.")
+        if len(set(names)) < len(names):
+            raise SettingError(f"{what} must differ by name, got {', '.join(names)}.")
+    try:
+        for seed in seeds:
+            require_seed(seed)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+    return [
+        PlannedCell(backbone, data, method, seed, {**shared, **method.settings})
+        for seed in seeds
+        for backbone in backbones
+        for data in sets
+        for method in methods
+    ]
+
+
+def has_exits(method: str) -> bool:
+    """Whether a row of `METHODS` gives a model with exits."""
+    return METHODS[method].exits

@@ -1,0 +1,198 @@
+"""compare.json as tables: the same ones for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Entry = Mapping[str, Any]
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table before it is drawn: the first two columns of its rows are text, the others figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
+    """All tables of a summary.
+
+    For every set and for their average: the curve and the chosen thresholds of each method with its own criterion, then
+    all criteria on equal exits where several were asked for.
+    """
+    entries: Sequence[Entry] = summary["summary"]
+    places = list(dict.fromkeys((entry["backbone"], entry["set"]) for entry in entries))
+    sheets: list[Sheet] = []
+    for place in places:
+        here = [entry for entry in entries if (entry["backbone"], entry["set"]) == place]
+        name = _place_name(place, summary)
+        own = [entry for entry in here if entry["own_criterion"]]
+        sheets += [_curve_sheet(name, own, summary), _threshold_sheet(name, own, summary)]
+        if len(here) > len(own):
+            sheets.append(_equal_exits_sheet(name, here))
+    return sheets
+
+
+def terminal_tables(summary: Mapping[str, Any]) -> RenderableType:
+    """The tables for a rich console, at most 120 columns wide where labels are short."""
+    parts: list[RenderableType] = []
+    for sheet in comparison_sheets(summary):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=sheet.title, title_justify="left")
+        for place, name in enumerate(sheet.columns):
+            table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place == 0)
+        for row in sheet.rows:
+            table.add_row(*row)
+        parts.append(table)
+        if sheet.note:
+            parts.append(Text(sheet.note + "\n"))
+    return Group(*parts)
+
+
+def markdown_page(summary: Mapping[str, Any]) -> str:
+    """The tables with what their columns mean, as Markdown."""
+    percent = f"{100 * summary['confidence']:g} %"
+    parts = [
+        "# Comparison",
+        f"Brackets hold {percent} bootstrap intervals ({summary['resamples']:,} draws of the rows, and of the seeds "
+        "where there are several); differences are paired on the same rows and seeds. Area: mean over layer speed-ups "
+        "from 1x to 4x, on a logarithmic axis, of the best accuracy at that speed-up or more. Accuracy at a speed-up "
+        "and layers saved at a loss sweep the threshold on the reported rows, for all alike; *at the validation "
+        "threshold* nothing was chosen on them. Losses and differences are in points of accuracy.",
+    ]
+    for sheet in comparison_sheets(summary):
+        lines = [
+            f"| {' | '.join(sheet.columns)} |",
+            f"|{'|'.join(['---'] * 2 + ['---:'] * (len(sheet.columns) - 2))}|",
+            *(f"| {' | '.join(row)} |" for row in sheet.rows),
+        ]
+        parts += [f"## {sheet.title}", "\n".join(lines), *([sheet.note] if sheet.note else [])]
+    made = [
+        f"{value.get('hardware')} ({value.get('device')}, {value.get('threads')} threads), torch "
+        f"{value.get('torch')}, transformers {value.get('transformers')}, consistentee {value.get('consistentee')}"
+        for value in summary["environments"]
+    ]
+    parts.append("Made on " + "; ".join(made) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _place_name(place: tuple[str | None, str | None], summary: Mapping[str, Any]) -> str:
+    if place[1] is None:
+        sets = [" ".join(pair) for pair in summary["averaged_sets"]]
+        return f"Average over {len(sets)} sets ({', '.join(sets)})"
+    return f"{place[1]}, {place[0]}"
+
+
+def _curve_sheet(name: str, entries: Sequence[Entry], summary: Mapping[str, Any]) -> Sheet:
+    speedups = [f"{speedup:g}" for speedup in summary["speedups"]]
+    columns = ("method", "criterion", "seeds", "area", f"area - {summary['baseline']}'s")
+    rows = [
+        (
+            entry["method"],
+            entry["criterion"] or NOTHING,
+            _seeds(entry),
+            _with_interval(entry["area"]),
+            _difference(entry["difference"], "area"),
+            *(_percent(entry["accuracy_at_speedup"][speedup]["mean"]) for speedup in speedups),
+        )
+        for entry in entries
+        if entry["is_curve"]
+    ]
+    return Sheet(f"{name}: accuracy along the curve, %", (*columns, *(f"{s}x" for s in speedups)), rows)
+
+
+def _threshold_sheet(name: str, entries: Sequence[Entry], summary: Mapping[str, Any]) -> Sheet:
+    losses = [f"{loss:g}" for loss in summary["losses"]]
+    metrics = [metric for entry in entries for metric in entry["metrics"] if metric != "accuracy"][:1]
+    columns = (
+        "method",
+        "criterion",
+        "accuracy %",
+        f"- {summary['reference']}'s",
+        "fewer layers",
+        *metrics,
+        *(f"{100 * float(loss):g} pt" for loss in losses),
+    )
+    rows = [
+        (
+            entry["method"],
+            entry["criterion"] or NOTHING,
+            _with_interval(entry["at_validation_threshold"]["accuracy"]),
+            NOTHING
+            if entry["method"] == summary["reference"]
+            else _signed(entry["at_validation_threshold"]["difference_to_plain"]),
+            _times(entry["at_validation_threshold"]["layer_speedup"]),
+            *(_percent(entry["metrics"].get(metric)) for metric in metrics),
+            *(_percent(entry["layers_saved_at_loss"][loss]["mean"], 0) for loss in losses),
+        )
+        for entry in entries
+    ]
+    note = "Last columns: % of the layers saved at a loss of so many points against the plain model."
+    return Sheet(f"{name}: at the validation threshold, and layers saved", columns, rows, note)
+
+
+def _equal_exits_sheet(name: str, entries: Sequence[Entry]) -> Sheet:
+    """Areas of every criterion on the exits of every method; a star marks a method's own criterion."""
+    of = {(entry["method"], entry["criterion"]): entry for entry in entries if entry["criterion"]}
+    methods, criteria = (list(dict.fromkeys(names)) for names in zip(*of, strict=True))
+    rows: list[tuple[str, ...]] = []
+    for method in methods:
+        found = [of.get((method, criterion)) for criterion in criteria]
+        own = next((entry["criterion"] for entry in found if entry and entry["own_criterion"]), NOTHING)
+        areas = [NOTHING if entry is None else _percent(entry["area"]["mean"]) for entry in found]
+        stars = ["*" if criterion == own else "" for criterion in criteria]
+        rows.append((method, own, *(area + star for area, star in zip(areas, stars, strict=True))))
+    means: list[str] = []
+    for criterion in criteria:
+        differences = [of[pair]["difference_on_same_exits"] for pair in of if pair[1] == criterion]
+        areas_off = [one["area"]["mean"] for one in differences if one is not None]
+        means.append(f"{100 * sum(areas_off) / len(areas_off):+.2f}" if areas_off else NOTHING)
+    rows.append(("mean - policy's", "", *means))
+    columns = ("exits of", "own criterion", *(criterion.replace("_", " ") for criterion in criteria))
+    note = (
+        "* the method's own criterion. Last row: mean difference to the policy on the same exits, in points."
+    )
+    return Sheet(f"{name}: area on equal exits, %", columns, rows, note)
+
+
+def _seeds(entry: Entry) -> str:
+    return " ".join(map(str, entry["seeds"])) if entry["seeds"] else "as above"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return NOTHING if share is None else f"{100 * share:.{digits}f}"
+
+
+def _with_interval(value: Mapping[str, Any]) -> str:
+    low, high = value["interval"]
+    if value["mean"] is None or low is None:
+        return _percent(value["mean"])
+    return f"{_percent(value['mean'])} [{_percent(low)}, {_percent(high)}]"
+
+
+def _difference(difference: Mapping[str, Any] | None, figure: str) -> str:
+    return NOTHING if difference is None else _signed(difference[figure])
+
+
+def _signed(value: Mapping[str, Any]) -> str:
+    low, high = value["interval"]
+    if value["mean"] is None or low is None:
+        return NOTHING
+    return f"{100 * value['mean']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _times(value: Mapping[str, Any]) -> str:
+    low, high = value["interval"]
+    if value["mean"] is None or low is None or high is None:
+        return NOTHING
+    return f"{value['mean']:.2f}x [{low:.1f}, {high:.1f}]"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,10 +13,13 @@ from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.curves import (
     BUDGETS,
     CurvePoint,
+    area_under_curve,
+    best_accuracy,
     budget_hits,
     choose_threshold,
     curve_score,
     depth_thresholds,
+    layers_saved,
     score_standard_error,
     threshold_within,
     trade_off_curve,
@@ -204,3 +209,38 @@ def test_a_longer_text_says_no_more_of_a_score():
     assert score_standard_error(hits, hits, counts) == 0
     longer = score_standard_error(2 * hits, 2 * other, 2 * counts)
     assert longer == pytest.approx(score_standard_error(hits, other, counts))
+
+
+def test_the_area_of_a_curve_by_hand():
+    """Four layers: 60 % at 4x, 80 % from 2x down, 70 % at full depth, which the point at 2x tops."""
+    accuracy, speedup = torch.tensor([0.6, 0.8, 0.7]).double(), torch.tensor([4.0, 2.0, 1.0]).double()
+    assert float(area_under_curve(accuracy, speedup)) == pytest.approx(
+        (0.6 + 0.8) / 2
+    )  # 1x-2x weighs as 2x-4x
+    assert float(area_under_curve(accuracy[:1], speedup[:1])) == pytest.approx(0.6)
+    # What no point reaches counts as 0; what lies beyond 4x or is no faster than all layers changes nothing.
+    assert float(area_under_curve(accuracy[1:], speedup[1:])) == pytest.approx(0.8 / 2)
+    beyond = torch.tensor([12.0, 2.0, 1.0]).double()
+    assert float(area_under_curve(accuracy, beyond)) == pytest.approx((0.6 + 0.8) / 2)
+    assert float(area_under_curve(accuracy[2:], speedup[2:])) == 0.0
+
+
+curves = st.lists(
+    st.tuples(st.floats(0, 1), st.floats(1, 12)), min_size=1, max_size=12
+).map(lambda points: sorted(points, key=lambda point: -point[1]))  # fmt: skip
+
+
+@given(curves, st.floats(1, 5), st.floats(0, 1))
+def test_curves_agree_with_what_their_words_say(
+    points: list[tuple[float, float]], at: float, floor: float
+) -> None:
+    accuracy, speedup = torch.tensor(points, dtype=torch.float64).T
+    steps = 500
+    grid = [math.exp(math.log(4) * (step + 0.5) / steps) for step in range(steps)]
+    best = [max((a for a, s in points if s >= x), default=0.0) for x in grid]
+    assert float(area_under_curve(accuracy, speedup)) == pytest.approx(sum(best) / steps, abs=0.02)
+    fast = [a for a, s in points if s >= at]
+    found = float(best_accuracy(accuracy, speedup, at))
+    assert found == max(fast) if fast else math.isnan(found)
+    saved = max([0.0, *(1 - 1 / s for a, s in points if a >= floor)])
+    assert float(layers_saved(accuracy, speedup, torch.tensor(floor).double())) == pytest.approx(saved)

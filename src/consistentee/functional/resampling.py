@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+Draws = NDArray[np.float64]
+"""What draws of rows give, (draws, ...), or the same of one sample."""
 
 
 def row_weights(rows: int, draws: int, seed: int) -> NDArray[np.float32]:
@@ -27,7 +28,7 @@ def row_weights(rows: int, draws: int, seed: int) -> NDArray[np.float32]:
     return generator.multinomial(rows, np.full(rows, 1 / rows), size=draws).astype(np.float32)
 
 
-def mean_over_seeds(draws: Floats, seed: int) -> Floats:
+def mean_over_seeds(draws: Draws, seed: int) -> Draws:
     """The mean over trainings that are drawn with replacement too.
 
     Args:
@@ -46,7 +47,7 @@ def mean_over_seeds(draws: Floats, seed: int) -> Floats:
     return draws[chosen, np.arange(samples)[:, None]].mean(1)
 
 
-def percentile_interval(draws: Floats, confidence: float = 0.95) -> tuple[Floats, Floats]:
+def percentile_interval(draws: Draws, confidence: float = 0.95) -> tuple[Draws, Draws]:
     """The ends of the interval that holds the middle of the draws, NaN where a draw is: (draws, ...) -> (...), (...).
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, the percentile interval. Difference: none.

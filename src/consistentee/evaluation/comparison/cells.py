@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.comparison.measuring import measure, rounded
 from consistentee.evaluation.comparison.plan import PlannedCell, backbone_name, has_exits
 from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.training.run import Report
 from consistentee.training.run_folders import check_same_run
 from consistentee.training.train import train
 
@@ -28,7 +29,6 @@ FORM = 1
 _OF_RECORD = ("warmup", "history", "best_round", "policy", "environment")
 
 Cell = dict[str, Any]
-Report = Callable[[str], None]
 
 
 def cell_path(output_dir: Path, cell: PlannedCell) -> Path:
@@ -172,10 +172,10 @@ def finished_cell(cell: PlannedCell, output_dir: Path) -> Cell | None:
 
 
 def check_comparable(cells: Sequence[Cell]) -> None:
-    """Raise DataError unless all cells of a backbone, set and seed had the same rows, split, budget and validation."""
-    first: dict[tuple[str, str, int], Cell] = {}
+    """Raise DataError unless all cells of a backbone and set had the same rows, split, budget and validation."""
+    first: dict[tuple[str, str], Cell] = {}
     for cell in cells:
-        other = first.setdefault((cell["backbone"], cell["set"], cell["seed"]), cell)
+        other = first.setdefault((cell["backbone"], cell["set"]), cell)
         for what, value in _common(cell).items():
             if value != _common(other)[what]:
                 raise DataError(

@@ -12,22 +12,23 @@ from consistentee.errors import SettingError
 from consistentee.evaluation.comparison.cells import (
     CELLS,
     Cell,
-    Report,
     finished_cell,
     read_cells,
     run_cell,
     run_folder,
 )
 from consistentee.evaluation.comparison.plan import (
+    OUR_METHOD,
     ComparedSet,
     PlannedCell,
     backbone_name,
     compared_methods,
     planned_cells,
 )
-from consistentee.evaluation.comparison.summary import BASELINE, summarise
+from consistentee.evaluation.comparison.summary import summarise
 from consistentee.evaluation.comparison.tables import markdown_page
 from consistentee.progress import duration
+from consistentee.training.run import Report
 
 SUMMARY_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.png"
 
@@ -42,7 +43,7 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     recipes: str | Path | None = None,
-    baseline: str = BASELINE,
+    baseline: str = OUR_METHOD,
     criteria: Sequence[str] = (),
     resamples: int = 1000,
     keep_models: bool = True,
@@ -99,7 +100,7 @@ def compare(
 def render(
     output_dir: str | Path,
     *,
-    baseline: str = BASELINE,
+    baseline: str = OUR_METHOD,
     criteria: Sequence[str] = (),
     resamples: int = 1000,
 ) -> dict[str, Any]:

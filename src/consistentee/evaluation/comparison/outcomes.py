@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from consistentee.evaluation.comparison.measuring import unpack_bits, unpack_exits
 from consistentee.functional.curves import area_under_curve, best_accuracy, layers_saved
-from consistentee.functional.resampling import Floats
+from consistentee.functional.resampling import Draws
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
 """Layer speed-ups at which accuracies are given."""
@@ -131,7 +131,7 @@ def static_outcomes(cells: Sequence[Mapping[str, Any]], depth: int) -> Outcomes:
 
 def figures_of_draws(
     outcomes: Outcomes, weights: NDArray[np.float32], plain: NDArray[np.bool_] | None
-) -> Floats:
+) -> Draws:
     """`FIGURES` of each draw of rows.
 
     Args:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from consistentee.evaluation.comparison.plan import OUR_METHOD
 from consistentee.evaluation.plots import DASHES, GREY, GRID, INK, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, then Tol's; neighbours differ in line style too. Ours is thick and blue.
-OURS = "consistent"
-COLOURS = (
+COLOUR_METHOD = (
     "#D55E00",
     "#009E73",
     "#CC79A7",
@@ -89,12 +89,12 @@ def plot_comparison(summary: Mapping[str, Any], path: str | Path, title: str | N
 
 def _looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     looks: dict[str, dict[str, Any]] = {}
-    others = [label for label in labels if label != OURS]
+    others = [label for label in labels if label != OUR_METHOD]
     for place, label in enumerate(others):
-        colour = COLOURS[place % len(COLOURS)]
-        style = STYLES[(place // len(COLOURS) + place % 2) % len(STYLES)]
+        colour = COLOUR_METHOD[place % len(COLOUR_METHOD)]
+        style = STYLES[(place // len(COLOUR_METHOD) + place % 2) % len(STYLES)]
         looks[label] = {"color": colour, "linestyle": style, "linewidth": 1.4, "zorder": 4}
-    looks[OURS] = {"color": OUR_COLOUR, "linestyle": "-", "linewidth": 2.4, "zorder": 5}
+    looks[OUR_METHOD] = {"color": OUR_COLOUR, "linestyle": "-", "linewidth": 2.4, "zorder": 5}
     return looks
 
 

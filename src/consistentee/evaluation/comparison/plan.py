@@ -18,6 +18,9 @@ from consistentee.training.methods import METHODS, method_of
 REFERENCE = "plain"
 """The method that all others are measured against; always among those compared."""
 
+OUR_METHOD = "consistent"
+"""The method that differences are taken to unless another is named."""
+
 DEPTH_SETTING = "num_layers"
 """What a number behind the name of a method without exits sets: `plain:6` is the plain model of 6 layers."""
 

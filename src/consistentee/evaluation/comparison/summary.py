@@ -26,12 +26,9 @@ from consistentee.evaluation.comparison.outcomes import (
     figures_of_draws,
     static_outcomes,
 )
-from consistentee.evaluation.comparison.plan import REFERENCE
-from consistentee.functional.resampling import Floats, mean_over_seeds, percentile_interval, row_weights
+from consistentee.evaluation.comparison.plan import OUR_METHOD, REFERENCE
+from consistentee.functional.resampling import Draws, mean_over_seeds, percentile_interval, row_weights
 from consistentee.training.methods import METHODS
-
-BASELINE = "consistent"
-"""The method that differences are taken to: ours, with its own criterion."""
 
 SAME_EXITS = "policy"
 """The criterion that the others on the same exits are compared with."""
@@ -56,8 +53,8 @@ class _Measured:
     cell: Mapping[str, Any]
     outcomes: Outcomes
     own: bool
-    observed: Floats
-    draws: Floats
+    observed: Draws
+    draws: Draws
     plain_accuracy: float | None
 
 
@@ -65,9 +62,9 @@ class _Measured:
 class _Figures:
     """Means over seeds, or over sets: (figures,) observed, and of each draw (draws, figures)."""
 
-    observed: Floats
-    draws: Floats
-    deviation: Floats | None = None
+    observed: Draws
+    draws: Draws
+    deviation: Draws | None = None
 
 
 SetRows = dict[Key, dict[int, _Measured]]
@@ -77,7 +74,7 @@ SetRows = dict[Key, dict[int, _Measured]]
 def summarise(
     cells: Sequence[Cell],
     *,
-    baseline: str = BASELINE,
+    baseline: str = OUR_METHOD,
     criteria: Sequence[str] = (),
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -190,7 +187,7 @@ def _measure_set(cells: Sequence[Cell], wanted: Sequence[str], resamples: int) -
 def _order(key: Key) -> tuple[int, int, str]:
     """The plain model, smaller ones, ours, and the others as the table of methods has them."""
     label, name = key[0], key[0].partition(":")[0]
-    first = (REFERENCE, STATIC, BASELINE)
+    first = (REFERENCE, STATIC, OUR_METHOD)
     known = list(METHODS)
     return (
         first.index(label) if label in first else len(first),
@@ -249,7 +246,7 @@ def _over_seeds(rows: Sequence[_Measured]) -> _Figures:
     return _Figures(observed.mean(0), draws, _deviation(observed))
 
 
-def _deviation(observed: Floats) -> Floats | None:
+def _deviation(observed: Draws) -> Draws | None:
     """Standard deviation over seeds; None of a single one."""
     return observed.std(0, ddof=1) if len(observed) > 1 else None
 

@@ -1,0 +1,196 @@
+"""`consistentee compare` from end to end on tiny models: killed and resumed, refused, listed, rendered from cells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consistentee.cli.main import main
+from consistentee.evaluation.comparison import compare as comparing
+from consistentee.training.steps import OptimizerSteps
+from quick import QUICK, stop_at
+from tiny import tiny_backbone, tiny_dataset, write_csv
+
+SETTINGS = {name: value for name, value in QUICK.items() if name not in ("layer_costs", "policy_input")}
+
+
+@dataclass
+class Place:
+    """Options of a comparison, and where its files are."""
+
+    options: list[str]
+    root: Path
+
+    def cells(self, out: str = "out") -> dict[str, dict[str, Any]]:
+        """Kept cells by name, without what is timed."""
+        found = {path.stem: json.loads(path.read_text()) for path in (self.root / out / "cells").iterdir()}
+        return {
+            name: {key: value for key, value in cell.items() if key not in ("seconds", "resumed")}
+            for name, cell in found.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("compare")
+    options = ["--backbone", str(tiny_backbone(root / "small", layers=3))]
+    options += ["--train-file", str(write_csv(root / "rows.csv", tiny_dataset(40)))]
+    options += ["--eval-file", str(write_csv(root / "eval.csv", tiny_dataset(30, seed=9)))]
+    options += ["--text-columns", "text", "--label-column", "label", "--resamples", "50"]
+    options += ["--checkpoint-every", "1", "--policy-input", "log_odds", "--layer-costs", "0.02"]
+    for name, value in SETTINGS.items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
+    return Place(options, root)
+
+
+def run(place: Place, *more: str, method: str = "deebert", out: str = "out") -> int:
+    where = ["--output-dir", str(place.root / out), "--methods", method]
+    return main(["compare", *place.options, *where, *more])
+
+
+@pytest.fixture(scope="module")
+def interrupted(place: Place) -> int:
+    """A comparison with two seeds, killed in the third of its four trainings; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, OptimizerSteps, "_step", 10)  # 4 steps a training: both of seed 1, one of seed 2
+        return run(place, "--seeds", "1", "2")
+
+
+def test_a_killed_comparison_goes_on_where_it_was(
+    place: Place, interrupted: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert interrupted == 130
+    assert set(place.cells()) == {"small_rows_plain_1", "small_rows_deebert_1"}
+    first = place.cells()
+
+    assert run(place, "--seeds", "1", "2", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "4 cells, 2 of them finished. 2 left, about" in said
+    assert "small_rows_plain_1: finished" in said
+    assert "small_rows_plain_2: interrupted, goes on" in said
+    assert "small_rows_deebert_2: to be run" in said
+    assert not (place.root / "out" / "compare.json").exists()
+
+    assert run(place, "--seeds", "1", "2", "--criteria", "all") == 0
+    said = capsys.readouterr().out
+    assert "Resumed at step 1 of" in said
+    assert "== small_rows_deebert_2 (4 of 4)" in said
+    assert "None left." in said
+    assert "rows, small: accuracy along the curve, %" in said
+    cells = place.cells()
+    assert len(cells) == 4
+    assert {name: cells[name] for name in first} == first
+    summary = json.loads((place.root / "out" / "compare.json").read_text())
+    assert [(r["method"], r["seed"], r["criterion"]) for r in summary["runs"]] == [
+        ("plain", 1, None),
+        ("plain", 2, None),
+        ("deebert", 1, "entropy"),
+        ("deebert", 2, "entropy"),
+    ]
+    run_of = summary["runs"][2]
+    figures = cells["small_rows_deebert_1"]["criteria"]
+    assert run_of["criteria"].keys() | {"entropy"} == figures.keys()
+    for name, found in {**run_of["criteria"], "entropy": run_of}.items():
+        kept = [tuple(point) for point in figures[name]["curve"]]
+        unpacked = [
+            tuple(point[key] for key in ("threshold", "accuracy", "mean_exit_layer"))
+            for point in found["curve"]
+        ]
+        assert unpacked == [pytest.approx(point, abs=2e-5) for point in kept]
+        chosen = figures[name]["at_validation_threshold"]
+        assert found["at_validation_threshold"]["threshold"] == chosen["threshold"]
+        assert found["at_validation_threshold"]["accuracy"] == pytest.approx(
+            chosen["metrics"]["accuracy"], abs=1e-5
+        )
+    record = json.loads(
+        (place.root / "out" / "runs" / "small_rows_deebert_1" / "training_record.json").read_text()
+    )
+    assert record["thresholds"]["entropy"] == pytest.approx(
+        run_of["at_validation_threshold"]["threshold"], rel=1e-5
+    )
+    assert "tiny" not in json.dumps(cells)  # no texts, no paths
+    assert str(place.root) not in json.dumps(cells)
+
+    # What was interrupted is what a run in one go would have been.
+    assert run(place, "--seeds", "2", method="plain", out="whole") == 0
+    assert place.cells("whole")["small_rows_plain_2"] == cells["small_rows_plain_2"]
+
+
+def test_what_is_finished_is_left_alone_and_other_settings_are_refused(
+    place: Place, interrupted: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_training(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is left to train")
+
+    before = place.cells()
+    monkeypatch.setattr(comparing, "run_cell", no_training)
+    assert run(place, "--seeds", "1") == 0
+    for more, message in (
+        (("--seeds", "1", "--weight-decay", "0.5"), "weight_decay = 0.01, this one 0.5. Give the same, or"),
+        (("--seeds", "1", "--set", "deebert.ensemble_decay=0.25"), "deebert_1.json has ensemble_decay = 0.5"),
+        (("--seeds", "1", "--max-train-samples", "30"), "plain_1.json has data fingerprint ="),
+    ):
+        capsys.readouterr()
+        assert run(place, *more) == 2
+        assert message in capsys.readouterr().err
+    assert place.cells() == before
+
+
+def test_tables_come_from_cells_alone(
+    place: Place, interrupted: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place.root / "out" / "cells", tmp_path / "cells")
+    picture = tmp_path / "picture.pdf"
+    assert main(["compare", "--render", "--output-dir", str(tmp_path), "--plot", str(picture)]) == 0
+    assert "rows, small: at the validation threshold, and layers saved" in capsys.readouterr().out
+    assert picture.stat().st_size > 5000
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "cells",
+        "compare.json",
+        "compare.md",
+        "picture.pdf",
+    }
+
+
+def test_trained_models_may_go_once_they_are_measured(place: Place) -> None:
+    for _ in range(2):
+        assert run(place, "--seeds", "7", "--discard-models", method="plain", out="thin") == 0
+        assert list((place.root / "thin" / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--render", "--methods", "plain"], "--render shows the cells that are there, and --methods goes"),
+        (["--backbone", "b", "--task", "rte"], "Give --methods and --backbone, or --render"),
+        (["--methods", "deebert", "--backbone", "b", "--task", "rte", "--seed", "3"], "Give --seeds"),
+        (["--methods", "deebert", "--backbone", "b"], "Give --task, or --train-file"),
+        (["--methods", "deebert", "--backbone", "b", "--task", "alpaca"], "compare is for classifiers"),
+        (["--methods", "x", "--backbone", "b", "--set", "deebert"], "--set must be METHOD.key=value"),
+        (["--methods", "x", "--plot", "p.txt"], "The picture must end in"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    if "--set" in more:
+        rows = write_csv(tmp_path / "rows.csv", tiny_dataset(20))
+        more += ["--train-file", str(rows), "--text-columns", "text", "--label-column", "label"]
+    assert main(["compare", "--output-dir", str(tmp_path / "out"), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_single_methods_come_from_a_file_and_from_options(tmp_path: Path) -> None:
+    from consistentee.cli.compare import _overrides
+
+    path = tmp_path / "settings.yaml"
+    path.write_text("deebert: {head: shared_pooler, ensemble_decay: 0.0}\n")
+    assert _overrides(path, ["deebert.ensemble_decay=0.25", "plain:half.num_layers=6"]) == {
+        "deebert": {"head": "shared_pooler", "ensemble_decay": 0.25},
+        "plain:half": {"num_layers": 6},
+    }

@@ -1,0 +1,414 @@
+"""A comparison's figures, from cells made by hand: packing, the bootstrap, what is paired, tables and picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consistentee.errors import DataError, SettingError
+from consistentee.evaluation.comparison.compare import render, seconds_left
+from consistentee.evaluation.comparison.measuring import (
+    pack_bits,
+    pack_exits,
+    rounded,
+    unpack_bits,
+    unpack_exits,
+)
+from consistentee.evaluation.comparison.outcomes import (
+    FIGURES,
+    exit_outcomes,
+    figures_of_draws,
+    static_outcomes,
+)
+from consistentee.evaluation.comparison.picture import plot_comparison
+from consistentee.evaluation.comparison.plan import (
+    ComparedMethod,
+    ComparedSet,
+    PlannedCell,
+    compared_methods,
+    planned_cells,
+)
+from consistentee.evaluation.comparison.summary import summarise
+from consistentee.evaluation.comparison.tables import comparison_sheets
+from consistentee.functional.curves import curve_of_thresholds, trade_off_curve
+from consistentee.functional.exits import choose_exit_layer
+from tiny import tiny_dataset
+
+LAYERS, ROWS = 6, 90
+CONFIG = {
+    "warmup_epochs": 2.0,
+    "rounds": 2,
+    "consistent_epochs": 0.5,
+    "validation_fraction": 0.2,
+    "max_length": 128,
+    "max_accuracy_loss": 0.0,
+    "threshold_metric": "accuracy",
+}
+
+
+def cell_of(
+    label: str, seed: int = 1, *, name: str = "rte", layers: int = LAYERS, skill: float = 0.7, **changes: Any
+) -> dict[str, Any]:
+    """A kept cell of random exits; without exits where its label begins with `plain`."""
+    generator = np.random.default_rng([len(label), seed, layers])
+    cell: dict[str, Any] = {
+        "form": 1,
+        "kind": "early_exit",
+        "label": label,
+        "method": label.partition(":")[0],
+        "backbone": "small",
+        "backbone_fingerprint": "f",
+        "set": name,
+        "task": name,
+        "seed": seed,
+        "config": CONFIG,
+        "data": {"fingerprint": "train"},
+        "evaluation": {"fingerprint": "evaluation", "num_examples": ROWS},
+        "own_settings": {},
+        "environment": {"hardware": "a machine", "torch": "2", "seed": seed},
+        "num_hidden_layers": layers,
+        "criterion": None,
+        "validation": {"accuracy": skill},
+        "seconds": 10.0,
+        "work": 100.0,
+        "resumed": False,
+    }
+    right = generator.random((ROWS, layers)) < skill * np.linspace(0.8, 1.0, layers)
+    if label.startswith("plain"):
+        cell |= {
+            "correct": pack_bits(right[:, -1:]),
+            "metrics": {"accuracy": float(right[:, -1].mean()), "f1": 0.5},
+        }
+        return cell | changes
+    cell |= {"correct": pack_bits(right), "criterion": "policy", "criteria": {}}
+    for criterion in ("policy", "patience"):
+        scores = torch.rand(ROWS, layers, generator=torch.Generator().manual_seed(seed))
+        scores = scores * layers if criterion == "patience" else scores
+        points = trade_off_curve(scores, torch.from_numpy(right), criterion, limit=20)
+        thresholds = sorted(point.threshold for point in points)
+        exits = torch.stack([choose_exit_layer(scores, threshold) for threshold in thresholds], 1)
+        cell["criteria"][criterion] = {
+            "curve": [[p.threshold, p.accuracy, p.mean_exit_layer] for p in points],
+            "exits": pack_exits(exits.numpy(), layers),
+            "at_validation_threshold": {
+                "point": len(thresholds) // 2,
+                "threshold": thresholds[len(thresholds) // 2],
+                "metrics": {"accuracy": 0.5, "f1": 0.4},
+            },
+        }
+    return cell | changes
+
+
+# --- Packing --------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 13), st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_what_is_packed_comes_back(rows: int, layers: int, points: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    exits = np.sort(generator.integers(1, layers + 1, size=(rows, points)), axis=1)
+    assert (unpack_exits(pack_exits(exits, layers), rows, layers, points) == exits).all()
+    bits = generator.random((rows, layers)) < 0.5
+    assert (unpack_bits(pack_bits(bits), rows, layers) == bits).all()
+
+
+def test_what_is_packed_wrongly_is_said() -> None:
+    with pytest.raises(ValueError, match="packed rows must be whole"):
+        unpack_bits("?", 3, 2)
+    with pytest.raises(ValueError, match="packed rows must be 9 bytes, got 1"):
+        unpack_bits(pack_bits(np.ones((3, 2), dtype=bool)), 36, 2)
+
+
+def test_figures_are_kept_with_six_digits() -> None:
+    assert rounded({"a": [0.123456789, 1], "b": (1e-9,), "c": None}) == {
+        "a": [0.123457, 1],
+        "b": [1e-9],
+        "c": None,
+    }
+
+
+# --- Figures of draws, against rows that are really repeated ---------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["policy", "patience"])
+def test_figures_of_a_draw_are_those_of_its_rows(criterion: str) -> None:
+    cell, plain_cell = cell_of("consistent"), cell_of("plain", skill=0.72)
+    outcomes = exit_outcomes(cell, criterion, LAYERS)
+    plain = unpack_bits(plain_cell["correct"], ROWS, 1)[:, 0]
+    right = unpack_bits(cell["correct"], ROWS, LAYERS)
+    scores = torch.rand(ROWS, LAYERS, generator=torch.Generator().manual_seed(1))
+    scores = scores * LAYERS if criterion == "patience" else scores
+    generator = np.random.default_rng(0)
+    draws = [np.arange(ROWS), *(generator.integers(ROWS, size=ROWS) for _ in range(5))]
+    weights = np.stack([np.bincount(rows, minlength=ROWS) for rows in draws]).astype(np.float32)
+    found = figures_of_draws(outcomes, weights, plain)
+    for rows, figures in zip(draws, found, strict=True):
+        points = curve_of_thresholds(scores[rows], torch.from_numpy(right[rows]), outcomes.thresholds)
+        floor = plain[rows].mean()
+        for place, name in enumerate(FIGURES):
+            if name.startswith("accuracy_at"):
+                at = float(name.removeprefix("accuracy_at_").removesuffix("x"))
+                expected = max(p.accuracy for p in points if p.layer_speedup >= at - 1e-6)
+            elif name.startswith("layers_saved_at"):
+                least = floor - float(name.removeprefix("layers_saved_at_")) / 100
+                saved = [1 - p.mean_exit_layer / LAYERS for p in points if p.accuracy >= least - 1e-6]
+                expected = max([0.0, *saved])
+            elif name == "validation_accuracy":
+                expected = points[outcomes.chosen or 0].accuracy
+            elif name == "validation_layers_saved":
+                expected = 1 - points[outcomes.chosen or 0].mean_exit_layer / LAYERS
+            elif name == "validation_gain":
+                expected = points[outcomes.chosen or 0].accuracy - floor
+            else:
+                continue  # the area has a test of its own
+            assert figures[place] == pytest.approx(expected, abs=1e-6), name
+    assert (np.diff([point["layer_speedup"] for point in outcomes.curve()]) <= 0).all()
+
+
+def test_smaller_plain_models_are_points_and_validation_chooses_among_them() -> None:
+    cells = [
+        cell_of("plain", layers=6, skill=0.80),
+        cell_of("plain:2", layers=2, skill=0.70),
+        cell_of("plain:3", layers=3, skill=0.81),
+        cell_of("plain:4", layers=4, skill=0.82),
+    ]
+    outcomes = static_outcomes(cells, 6)
+    assert outcomes.thresholds == (2, 3, 4, 6)
+    assert outcomes.chosen == 1  # the fewest layers that validation finds no worse than all of them
+    assert [point["layer_speedup"] for point in outcomes.curve()] == [3.0, 2.0, 1.5, 1.0]
+    summary = summarise([*cells, cell_of("consistent")], resamples=20)
+    [run] = [run for run in summary["runs"] if run["method"] == "static"]
+    assert run["criterion"] is None
+    assert run["at_validation_threshold"]["threshold"] == 3
+    assert run["accuracy_at_speedup"]["4"] is None
+    assert {run["method"] for run in summary["runs"]} == {"plain", "static", "consistent"}
+    assert [run["area"] for run in summary["runs"] if run["method"] == "plain"] == [None]
+
+
+# --- The summary -----------------------------------------------------------------------------------
+
+
+def test_a_summary_holds_one_run_a_method_set_and_seed_and_pairs_what_both_have() -> None:
+    cells = [
+        *(cell_of("plain", seed, name=data, skill=0.75) for seed in (1, 2) for data in ("rte", "mrpc")),
+        *(cell_of("consistent", seed, name=data) for seed in (1, 2) for data in ("rte", "mrpc")),
+        *(cell_of("deebert", 2, name=data) for data in ("rte", "mrpc")),
+    ]
+    summary = summarise(cells, criteria=["all"], resamples=200)
+    assert len(summary["runs"]) == len(cells)
+    run = next(run for run in summary["runs"] if run["method"] == "deebert" and run["set"] == "mrpc")
+    assert run["plain_accuracy"] == pytest.approx(unpack_bits(cells[3]["correct"], ROWS, 1).mean(), abs=1e-6)
+    assert {"threshold", "accuracy", "layer_speedup"} <= run["at_validation_threshold"].keys()
+    assert {"threshold", "accuracy", "mean_exit_layer", "layer_speedup"} == run["curve"][0].keys()
+    assert 0 < run["area"] < 1
+    assert list(run["criteria"]) == ["patience"]
+
+    entries = {(e["set"], e["method"], e["criterion"]): e for e in summary["summary"]}
+    of_deebert = entries["rte", "deebert", "policy"]
+    areas = {(r["set"], r["method"], r["seed"]): r["area"] for r in summary["runs"]}
+    difference = areas["rte", "deebert", 2] - areas["rte", "consistent", 2]  # seed 1 is not paired
+    assert of_deebert["difference"]["area"]["mean"] == pytest.approx(difference, abs=1e-5)
+    assert of_deebert["seeds"] == [2]
+    both = [areas["rte", "consistent", seed] for seed in (1, 2)]
+    assert entries["rte", "consistent", "policy"]["area"]["mean"] == pytest.approx(np.mean(both), abs=1e-5)
+    assert entries["rte", "consistent", "policy"]["area"]["deviation"] == pytest.approx(
+        np.std(both, ddof=1), abs=1e-5
+    )
+    assert entries["rte", "consistent", "policy"]["difference"] is None
+    other = entries["rte", "deebert", "patience"]
+    assert not other["own_criterion"]
+    assert other["difference_on_same_exits"] is not None
+    assert [list(place) for place in summary["averaged_sets"]] == [["small", "rte"], ["small", "mrpc"]]
+    average = entries[None, "consistent", "policy"]
+    parts = [entries[data, "consistent", "policy"]["area"]["mean"] for data in ("rte", "mrpc")]
+    assert average["area"]["mean"] == pytest.approx(np.mean(parts), abs=1e-5)
+    at = average["at_validation_threshold"]
+    assert at["layer_speedup"]["mean"] == pytest.approx(1 / (1 - at["layers_saved"]["mean"]), abs=1e-4)
+
+
+def test_a_method_that_does_the_same_differs_by_nothing() -> None:
+    twin = cell_of("consistent") | {"label": "consistent:twin"}
+    summary = summarise([cell_of("plain"), cell_of("consistent"), twin], resamples=100)
+    [entry] = [entry for entry in summary["summary"] if entry["method"] == "consistent:twin"]
+    for figure in (entry["difference"]["area"], *entry["difference"]["accuracy_at_speedup"].values()):
+        assert figure["mean"] == 0
+        assert figure["interval"] == [0, 0]
+    low, high = entry["area"]["interval"]
+    assert low < entry["area"]["mean"] < high
+
+
+def test_the_baseline_may_be_another_method_and_criterion() -> None:
+    cells = [cell_of("plain"), cell_of("consistent"), cell_of("deebert")]
+    summary = summarise(cells, baseline="deebert/patience", criteria=["patience"], resamples=20)
+    entries = {(e["method"], e["criterion"]): e for e in summary["summary"]}
+    assert entries["deebert", "patience"]["difference"] is None
+    assert entries["deebert", "policy"]["difference"] is not None
+    without = summarise(cells[::2], resamples=20)  # no `consistent`
+    assert all(entry["difference"] is None for entry in without["summary"])
+
+
+def test_averages_are_over_sets_that_all_methods_have() -> None:
+    cells = [cell_of(label, name=data) for label in ("plain", "deebert") for data in ("a", "b", "c")]
+    cells += [cell_of("consistent", name=data) for data in ("a", "b")]
+    summary = summarise(cells, resamples=20)
+    assert summary["averaged_sets"] == [["small", "a"], ["small", "b"]]
+    titles = [sheet.title for sheet in comparison_sheets(summary)]
+    assert any(title.startswith("Average over 2 sets (small a, small b)") for title in titles)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": {"fingerprint": "others"}}, "must share training rows, got others and train"),
+        ({"evaluation": {"fingerprint": "others", "num_examples": ROWS}}, "must share evaluation rows"),
+        ({"config": CONFIG | {"warmup_epochs": 9.0}}, "must share epochs, got 10.0 and 3.0"),
+        ({"config": CONFIG | {"validation_fraction": 0.5}}, "must share validation_fraction"),
+        ({"backbone_fingerprint": "g"}, "must share the backbone"),
+    ],
+)
+def test_cells_that_cannot_be_compared_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        summarise([cell_of("plain"), cell_of("deebert", **changes)], resamples=20)
+
+
+def test_unknown_criteria_and_too_few_draws_are_refused() -> None:
+    with pytest.raises(SettingError, match='criteria must be all, or among policy, patience, got "luck"'):
+        summarise([cell_of("deebert")], criteria=["luck"])
+    with pytest.raises(SettingError, match="resamples must be at least 2, got 1"):
+        summarise([cell_of("deebert")], resamples=1)
+
+
+# --- Methods and plans -----------------------------------------------------------------------------
+
+
+def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "deebert-published.yaml").write_text("head: shared_pooler\nensemble_decay: 0.0\n")
+    methods = compared_methods(
+        ["consistent", "deebert:published", "deebert:thin"],
+        {"learning_rate": 1e-4},
+        {"deebert:thin": {"classifier_hidden_size": 8}, "deebert:published": {"ensemble_decay": 0.25}},
+        tmp_path,
+    )
+    assert [method.label for method in methods] == [
+        "plain",
+        "consistent",
+        "deebert:published",
+        "deebert:thin",
+    ]
+    assert methods[2].settings == {"head": "shared_pooler", "ensemble_decay": 0.25}
+    data = ComparedSet("rte", tiny_dataset(20), tiny_dataset(10))
+    cells = planned_cells(["models/small"], [data], methods, [3, 4], {"learning_rate": 1e-4})
+    assert [cell.name for cell in cells[:4]] == [
+        "small_rte_plain_3",
+        "small_rte_consistent_3",
+        "small_rte_deebert-published_3",
+        "small_rte_deebert-thin_3",
+    ]
+    config = cells[6].config()
+    assert (config.seed, config.head, config.learning_rate) == (4, "shared_pooler", 1e-4)
+
+
+@pytest.mark.parametrize(
+    "labels, overrides, message",
+    [
+        (["pabee2"], {}, 'pabee2: method must be one of .*, got "pabee2"'),
+        (["retrofit"], {}, "retrofit: method must be one of"),
+        (["deebert", "deebert"], {}, "methods must differ"),
+        (["deebert:published"], {}, 'nothing says what "deebert:published" is'),
+        (["deebert"], {"deebrt": {}}, 'Settings are given for "deebrt", which is not among the methods'),
+        (["deebert"], {"deebert": {"hed": "attention"}}, 'deebert: "hed" is not a training setting'),
+        (["deebert"], {"deebert": {"seed": 5}}, "deebert: seed must be the same for all"),
+        (["deebert"], {"deebert": {"max_length": 64}}, "deebert: max_length must be the same for all"),
+        (["deebert"], {"deebert": {"warmup_epochs": 9}}, "must be the same for all methods .* got 10"),
+        (["dee bert"], {}, "methods must be written NAME or NAME:VARIANT"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused(
+    labels: list[str], overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        compared_methods(labels, {}, overrides)
+
+
+def test_another_split_of_the_same_budget_is_not_refused() -> None:
+    [_, method] = compared_methods(["deebert"], {}, {"deebert": {"warmup_epochs": 2.5, "rounds": 1}})
+    assert method == ComparedMethod("deebert", "deebert", {"warmup_epochs": 2.5, "rounds": 1})
+
+
+def test_plans_of_nothing_or_twice_the_same_are_refused() -> None:
+    data = ComparedSet("rte", tiny_dataset(20), tiny_dataset(10))
+    methods = [ComparedMethod("plain", "plain")]
+    for backbones, seeds, message in (
+        ([], [1], "backbones must be at least one"),
+        (["a/b", "c/b"], [1], "backbones must differ by name, got b, b"),
+        (["b"], [1, 1], "seeds must differ by name, got 1, 1"),
+        (["b"], [-1], "seed must be from 0"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            planned_cells(backbones, [data], methods, seeds, {})
+
+
+def test_the_time_left_comes_from_cells_of_the_same_backbone_and_method() -> None:
+    data = ComparedSet("rte", tiny_dataset(50), tiny_dataset(10))
+    left = [
+        PlannedCell("models/small", data, ComparedMethod(label, label), 9, {})
+        for label in ("plain", "deebert")
+    ]
+    assert left[0].work == pytest.approx(50 * 0.8 * 3)
+    assert seconds_left(left, []) is None
+    other = cell_of("plain") | {"backbone": "large"}
+    assert seconds_left(left, [other]) is None
+    assert seconds_left(left, [cell_of("plain", resumed=True)]) is None
+    done = [cell_of("plain", seconds=5.0, work=100.0)]
+    assert seconds_left(left, done) == pytest.approx(2 * 120 * 0.05)  # nothing is known of deebert
+    done.append(cell_of("deebert", seconds=20.0, work=100.0))
+    assert seconds_left(left, done) == pytest.approx(120 * (0.05 + 0.2))
+    assert seconds_left([], []) == 0
+
+
+# --- Files, tables, picture ------------------------------------------------------------------------
+
+
+def test_everything_is_made_from_the_cells_alone(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    made = [
+        cell_of(label, seed, name=data)
+        for label in ("plain", "plain:3", "consistent", "deebert")
+        for seed in (1, 2)
+        for data in ("rte", "mrpc")
+        if label != "plain:3"
+    ]
+    made.append(cell_of("plain:3", layers=3))
+    for number, cell in enumerate(made):
+        (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(cell))
+    summary = render(tmp_path, criteria=["all"], resamples=50)
+    assert json.loads((tmp_path / "compare.json").read_text()) == summary
+    page = (tmp_path / "compare.md").read_text()
+    assert "## rte, small: accuracy along the curve, %" in page
+    assert "| static | - | 1 |" in page
+    assert "Made on a machine" in page
+    for sheet in comparison_sheets(summary):
+        assert sheet.rows
+        assert all(len(row) == len(sheet.columns) for row in sheet.rows)
+    area = next(e for e in summary["summary"] if e["method"] == "deebert" and e["set"] == "rte")["area"]
+    assert f"| deebert | policy | 1 2 | {100 * area['mean']:.1f} [" in page
+    for ending in ("png", "pdf", "svg"):
+        picture = plot_comparison(summary, tmp_path / f"picture.{ending}", title="Compared")
+        assert picture.stat().st_size > 5000
+
+
+def test_files_that_are_no_cells_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="must hold at least one finished cell"):
+        render(tmp_path)
+    (tmp_path / "cells").mkdir()
+    broken = tmp_path / "cells" / "x.json"
+    for text in ("{", "[]", json.dumps(cell_of("plain") | {"form": 0})):
+        broken.write_text(text)
+        with pytest.raises(DataError, match=r"x\.json: It is no cell of a comparison of this version"):
+            render(tmp_path)

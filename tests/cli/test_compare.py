@@ -166,7 +166,7 @@ def test_trained_models_may_go_once_they_are_measured(place: Place) -> None:
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--render", "--methods", "plain"], "--render shows the cells that are there, and --methods goes"),
+        (["--render", "--backbone", "b"], "--render shows the cells that are there, and --backbone goes"),
         (["--backbone", "b", "--task", "rte"], "Give --methods and --backbone, or --render"),
         (["--methods", "deebert", "--backbone", "b", "--task", "rte", "--seed", "3"], "Give --seeds"),
         (["--methods", "deebert", "--backbone", "b"], "Give --task, or --train-file"),

@@ -29,6 +29,7 @@ COMMANDS = (
     "generate",
     "benchmark",
     "calibrate",
+    "compare",
     "probe",
     "retrofit",
 )

@@ -288,9 +288,11 @@ def test_unknown_criteria_and_too_few_draws_are_refused() -> None:
 
 
 def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / "deebert-published.yaml").write_text("head: shared_pooler\nensemble_decay: 0.0\n")
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "consistent_released.yaml").write_text("reward: uniform\n")
+    (tmp_path / "published" / "deebert.yaml").write_text("head: shared_pooler\nensemble_decay: 0.0\n")
     methods = compared_methods(
-        ["consistent", "deebert:published", "deebert:thin"],
+        ["consistent", "deebert:published", "deebert:thin", "consistent:released"],
         {"learning_rate": 1e-4},
         {"deebert:thin": {"classifier_hidden_size": 8}, "deebert:published": {"ensemble_decay": 0.25}},
         tmp_path,
@@ -300,7 +302,9 @@ def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Pa
         "consistent",
         "deebert:published",
         "deebert:thin",
+        "consistent:released",
     ]
+    assert methods[4].settings == {"reward": "uniform"}
     assert methods[2].settings == {"head": "shared_pooler", "ensemble_decay": 0.25}
     data = ComparedSet("rte", tiny_dataset(20), tiny_dataset(10))
     cells = planned_cells(["models/small"], [data], methods, [3, 4], {"learning_rate": 1e-4})
@@ -310,7 +314,7 @@ def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Pa
         "small_rte_deebert-published_3",
         "small_rte_deebert-thin_3",
     ]
-    config = cells[6].config()
+    config = cells[7].config()
     assert (config.seed, config.head, config.learning_rate) == (4, "shared_pooler", 1e-4)
 
 
@@ -387,11 +391,16 @@ def test_everything_is_made_from_the_cells_alone(tmp_path: Path) -> None:
     made.append(cell_of("plain:3", layers=3))
     for number, cell in enumerate(made):
         (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(cell))
-    summary = render(tmp_path, criteria=["all"], resamples=50)
+    with pytest.raises(SettingError, match="has no cell of nsp"):
+        render(tmp_path, methods=["nsp"])
+    few = render(tmp_path, methods=["consistent"], resamples=5)
+    assert {run["method"] for run in few["runs"]} == {"plain", "consistent", "static"}
+    summary = render(tmp_path, criteria=["all"], also=["deebert/patience"], resamples=50)
     assert json.loads((tmp_path / "compare.json").read_text()) == summary
     page = (tmp_path / "compare.md").read_text()
     assert "## rte, small: accuracy along the curve, %" in page
     assert "| static | - | 1 |" in page
+    assert "| deebert | patience | 1 2 |" in page
     assert "Made on a machine" in page
     for sheet in comparison_sheets(summary):
         assert sheet.rows
@@ -401,6 +410,12 @@ def test_everything_is_made_from_the_cells_alone(tmp_path: Path) -> None:
     for ending in ("png", "pdf", "svg"):
         picture = plot_comparison(summary, tmp_path / f"picture.{ending}", title="Compared")
         assert picture.stat().st_size > 5000
+
+
+def test_rows_of_no_cell_are_refused() -> None:
+    for text in ("deebert", "deebert/luck", "consistent/policy"):
+        with pytest.raises(SettingError, match="also must name METHOD/CRITERION of a cell"):
+            summarise([cell_of("deebert")], also=[text])
 
 
 def test_files_that_are_no_cells_are_named(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def compare_command(
     seeds: Annotated[list[int] | None, Parameter(consume_multiple=True, negative=())] = None,
     baseline: str = "consistent",
     criteria: Names = None,
+    also: Names = None,
     config: Path | None = None,
     method_settings: Annotated[Path | None, Parameter(name="--settings")] = None,
     set_: Annotated[list[str] | None, Parameter(name="--set", consume_multiple=True, negative=())] = None,
@@ -91,25 +92,33 @@ def compare_command(
         seeds: Seeds of split, order and initial weights. [default: 1]
         baseline: What differences are taken to: METHOD, with its own criterion, or METHOD/CRITERION.
         criteria: Besides each method's own criterion, those to evaluate on everybody's exits; all takes all.
+        also: METHOD/CRITERION: further rows of the first tables and lines of the picture, such as methods that share
+            another's exits.
         config: Recipe (YAML) with settings of all methods; options given here override it.
         method_settings: YAML file of settings by method: `deebert: {head: shared_pooler}`.
         set_: One setting of one method each: METHOD.key=value.
-        recipes: Folder where NAME:VARIANT is looked for as NAME-VARIANT.yaml.
+        recipes: Folder where NAME:VARIANT is looked for, as VARIANT/NAME.yaml or NAME_VARIANT.yaml.
         resamples: Draws of the bootstrap.
         plot: The picture, PNG, PDF or SVG. [default: compare.png in the output folder]
         discard_models: Remove a run's folder once its cell is measured.
         dry_run: List the cells and what state they are in, and stop.
-        render: Write tables and picture anew from the cells that are there, without training.
+        render: Write all tables and the picture anew from the cells that are there, without training; of --methods
+            alone where these are given.
         debug: Show tracebacks and the messages of other libraries.
     """
     check_plot_file(plot)
     data = data or ComparedDataOptions()
-    reading: dict[str, Any] = {"baseline": baseline, "criteria": criteria or (), "resamples": resamples}
+    reading: dict[str, Any] = {
+        "baseline": baseline,
+        "criteria": criteria or (),
+        "also": also or (),
+        "resamples": resamples,
+    }
     if render:
-        _check_nothing_to_train(methods, backbone, data)
+        _check_nothing_to_train(backbone, data)
         from consistentee.evaluation.comparison.compare import render as render_cells
 
-        summary = render_cells(output_dir, **reading)
+        summary = render_cells(output_dir, methods=methods or (), **reading)
     else:
         if not methods or not backbone:
             raise UsageError("Give --methods and --backbone, or --render for the cells that are there.")
@@ -155,9 +164,8 @@ def _show(summary: Mapping[str, Any], output_dir: Path, plot: Path | None) -> No
         say(f"No picture. {error}")
 
 
-def _check_nothing_to_train(methods: Any, backbone: Any, data: ComparedDataOptions) -> None:
+def _check_nothing_to_train(backbone: Any, data: ComparedDataOptions) -> None:
     given = {
-        "--methods": methods,
         "--backbone": backbone,
         "--task": data.task,
         "--train-file": data.train_file,

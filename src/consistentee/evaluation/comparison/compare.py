@@ -45,6 +45,7 @@ def compare(
     recipes: str | Path | None = None,
     baseline: str = OUR_METHOD,
     criteria: Sequence[str] = (),
+    also: Sequence[str] = (),
     resamples: int = 1000,
     keep_models: bool = True,
     dry_run: bool = False,
@@ -63,9 +64,12 @@ def compare(
         seeds: of split, order, initial weights.
         settings: training settings of all methods, where they are not defaults.
         overrides: settings of single methods, by label; rows, split, budget and validation are shared by all.
-        recipes: folder where the settings of `NAME:VARIANT` are looked for as `NAME-VARIANT.yaml`.
+        recipes: folder where the settings of `NAME:VARIANT` are looked for, as `VARIANT/NAME.yaml` or
+            `NAME_VARIANT.yaml`.
         baseline: what differences are taken to: `METHOD`, or `METHOD/CRITERION`.
         criteria: beside each method's own, those that are evaluated on everybody's exits; "all" takes all.
+        also: further rows of the first tables and lines of the picture, `METHOD/CRITERION`: methods whose exits are
+            another's.
         resamples: draws of the bootstrap.
         keep_models: whether trained models stay; a cell has what tables and pictures need.
         dry_run: say what would be run, and stop.
@@ -94,27 +98,39 @@ def compare(
         report(f"== {cell.name} ({len(cells) - len(left) + place + 1} of {len(cells)})")
         done.append(run_cell(cell, output_dir, keep_model=keep_models, report=report))
         report(f"{done[-1]['seconds']:.0f} s. {_left_line(left[place + 1 :], done)}")
-    return render(output_dir, baseline=baseline, criteria=criteria, resamples=resamples)
+    return render(output_dir, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
 
 
 def render(
     output_dir: str | Path,
     *,
+    methods: Sequence[str] = (),
     baseline: str = OUR_METHOD,
     criteria: Sequence[str] = (),
+    also: Sequence[str] = (),
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Write compare.json and compare.md from the cells that are kept, without training; arguments as of `compare`.
+    """Write compare.json and compare.md from the cells that are kept, without training.
+
+    Args:
+        output_dir: where they are.
+        methods: labels of those to show beside models without exits; none given: all.
+        baseline, criteria, also, resamples: as of `compare`.
 
     Raises:
         DataError: a file is no cell, or cells cannot be compared.
-        SettingError: there is no cell.
+        SettingError: there is no cell, or none of a method.
     """
     output_dir = Path(output_dir)
     cells = read_cells(output_dir)
+    missing = sorted(set(methods) - {cell["label"] for cell in cells})
+    if cells and missing:
+        raise SettingError(f"{output_dir / CELLS} has no cell of {', '.join(missing)}.")
+    if methods:
+        cells = [cell for cell in cells if cell["label"] in methods or not cell["criterion"]]
     if not cells:
         raise SettingError(f"{output_dir / CELLS} must hold at least one finished cell, got none.")
-    summary = summarise(cells, baseline=baseline, criteria=criteria, resamples=resamples)
+    summary = summarise(cells, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
     write_text(output_dir / SUMMARY_FILE, _json_text(summary))
     write_text(output_dir / PAGE_FILE, markdown_page(summary))
     return summary

@@ -54,15 +54,18 @@ def plot_comparison(summary: Mapping[str, Any], path: str | Path, title: str | N
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    runs: Runs = summary["runs"]
+    runs = _lines(summary)
     places = list(dict.fromkeys((run["backbone"], run["set"]) for run in runs))
     labels = list(dict.fromkeys(run["method"] for run in runs if run["method"] != summary["reference"]))
     looks = _looks(labels)
     columns = min(COLUMNS, len(places))
     rows = math.ceil(len(places) / columns)
+    spare = rows * columns - len(places)  # panels that are left over: the legend's place
     legend_columns = 1 + columns + (columns == COLUMNS)
-    height = PANEL_HEIGHT * rows + 0.27 * math.ceil((len(labels) + 1) / legend_columns) + 0.35
-    with picture(path, title, height, WIDTHS[columns - 1]) as figure:
+    legend_lines = 0 if spare else math.ceil((len(labels) + 1) / legend_columns)
+    with picture(
+        path, title, PANEL_HEIGHT * rows + 0.27 * legend_lines + 0.35, WIDTHS[columns - 1]
+    ) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         handles: dict[str, Any] = {}
         for place, axes in zip(places, panels.flat, strict=False):
@@ -75,16 +78,25 @@ def plot_comparison(summary: Mapping[str, Any], path: str | Path, title: str | N
             axes.set_ylabel("accuracy (%)", color=INK)
         for axes in panels.flat[max(0, len(places) - columns) : len(places)]:
             axes.set_xlabel("layer speed-up (layers / mean exit layer)", color=INK)
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=legend_columns,
-            frameon=False,
-            labelcolor=INK,
-            fontsize=9.5,
-        )
+        how = {"frameon": False, "labelcolor": INK, "fontsize": 9.5}
+        if spare:
+            panels.flat[-1].legend(handles.values(), handles.keys(), loc="center", **how)
+        else:
+            where = {"loc": "outside lower center", "ncols": legend_columns}
+            figure.legend(handles.values(), handles.keys(), **where, **how)
     return Path(path)
+
+
+def _lines(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs, and others that are to be shown on their exits, called METHOD/CRITERION."""
+    found: list[Mapping[str, Any]] = list(summary["runs"])
+    for method, criterion in summary["also"]:
+        found += [
+            {**run, **run["criteria"][criterion], "method": f"{method}/{criterion}", "criterion": criterion}
+            for run in summary["runs"]
+            if run["method"] == method and criterion in run["criteria"]
+        ]
+    return found
 
 
 def _looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -116,7 +128,7 @@ def _draw_panel(
         if not of_label:
             continue
         criterion = of_label[0]["criterion"]
-        shown = label if criterion is None else f"{label} ({criterion})"
+        shown = label if criterion is None or "/" in label else f"{label} ({criterion})"
         look = looks[label]
         if criterion is None:
             x, y = _mean_points(of_label)
@@ -127,7 +139,8 @@ def _draw_panel(
             x, low, mean, high = _band(of_label)
             handles[shown] = axes.plot(x, mean, **look)[0]
             if len(of_label) > 1:
-                axes.fill_between(x, low, high, color=look["color"], alpha=0.10, linewidth=0, zorder=1)
+                alpha = 0.15 if label == OUR_METHOD or len(labels) < 4 else 0.05
+                axes.fill_between(x, low, high, color=look["color"], alpha=alpha, linewidth=0, zorder=1)
             y = mean
         inside = [height for speedup, height in zip(x, y, strict=True) if 1 <= speedup <= FASTEST]
         heights += inside

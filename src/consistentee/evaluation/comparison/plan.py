@@ -107,7 +107,8 @@ def compared_methods(
 ) -> list[ComparedMethod]:
     """The methods by their labels, the reference first, each with settings that fit the shared ones.
 
-    Settings of `NAME:VARIANT` are those of the recipe `NAME-VARIANT.yaml`, where there is one, then its overrides.
+    Settings of `NAME:VARIANT` are those of the recipe `VARIANT/NAME.yaml` or `NAME_VARIANT.yaml`, where there is one,
+    then its overrides.
 
     Args:
         labels: `NAME` or `NAME:VARIANT`.
@@ -143,7 +144,7 @@ def _compared_method(
         if variant and not settings and own is None:
             raise SettingError(
                 f'methods must be described, and nothing says what "{label}" is. Give settings for it, or a recipe '
-                f"{name}-{variant}.yaml{'' if recipes is None else f' in {recipes}'}."
+                f"{variant}/{name}.yaml{'' if recipes is None else f' in {recipes}'}."
             )
         settings.update(own or {})
         common = ClassificationTrainingConfig.from_dict(dict(shared))
@@ -170,10 +171,13 @@ def _variant_settings(name: str, variant: str, recipes: Path | None) -> dict[str
     """What a variant's name says by itself, and its recipe."""
     if variant.isdigit() and not has_exits(name):
         return {DEPTH_SETTING: int(variant)}
-    path = None if recipes is None or not variant else recipes / f"{name}-{variant}.yaml"
-    if path is None or not path.is_file():
+    if recipes is None or not variant:
         return {}
-    return dict(load_recipe(path, ClassificationTrainingConfig).settings)
+    if not recipes.is_dir():
+        raise SettingError(f"recipes must be a folder that is there, got {recipes}.")
+    named = sorted(recipes.rglob(f"{name}_{variant}.yaml"))
+    path = next((path for path in (recipes / variant / f"{name}.yaml", *named) if path.is_file()), None)
+    return {} if path is None else dict(load_recipe(path, ClassificationTrainingConfig).settings)
 
 
 def _epochs(config: Any) -> float:

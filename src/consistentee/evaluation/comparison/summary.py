@@ -76,6 +76,7 @@ def summarise(
     *,
     baseline: str = OUR_METHOD,
     criteria: Sequence[str] = (),
+    also: Sequence[str] = (),
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def summarise(
         cells: of any backbones, sets, methods and seeds.
         baseline: `METHOD`, which takes its own criterion, or `METHOD/CRITERION`: what differences are taken to.
         criteria: besides each method's own, those that are evaluated on everybody's exits; "all" takes all.
+        also: `METHOD/CRITERION`, shown beside methods with their own criterion.
         resamples: draws of the bootstrap.
         confidence: of the intervals.
 
@@ -99,7 +101,9 @@ def summarise(
     if resamples < 2:
         raise SettingError(f"resamples must be at least 2, got {resamples}.")
     check_comparable(cells)
-    wanted = _wanted(cells, criteria)
+    shown = [_pair(text, cells) for text in also]
+    named = [criterion for _, _, criterion in [baseline.partition("/")] if criterion]
+    wanted = _wanted(cells, [*criteria, *named, *(criterion for _, criterion in shown)])
     by_set: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         by_set[cell["backbone"], cell["set"]].append(cell)
@@ -114,7 +118,12 @@ def summarise(
             first = rows[key][seeds[0]]
             summary.append(
                 {"backbone": place[0], "set": place[1], "method": key[0], "criterion": key[1] or None}
-                | {"own_criterion": first.own, "seeds": seeds, "is_curve": first.outcomes.is_curve}
+                | {
+                    "own_criterion": first.own,
+                    "shown": first.own or key in shown,
+                    "seeds": seeds,
+                    "is_curve": first.outcomes.is_curve,
+                }
                 | _entry(figures, confidence)
                 | {"metrics": _mean_metrics(list(rows[key].values()))}
             )
@@ -124,7 +133,12 @@ def summarise(
         any_row = next(iter(measured[places[0]][key].values()))
         summary.append(
             {"backbone": None, "set": None, "method": key[0], "criterion": key[1] or None}
-            | {"own_criterion": any_row.own, "seeds": None, "is_curve": any_row.outcomes.is_curve}
+            | {
+                "own_criterion": any_row.own,
+                "shown": any_row.own or key in shown,
+                "seeds": None,
+                "is_curve": any_row.outcomes.is_curve,
+            }
             | _entry(figures, confidence)
             | {"metrics": {}}
         )
@@ -137,6 +151,7 @@ def summarise(
             "speedups": list(SPEEDUPS),
             "losses": list(LOSSES),
             "criteria": list(wanted),
+            "also": [list(pair) for pair in shown],
             "averaged_sets": [list(place) for place in places],
             "methods": _methods(cells),
             "environments": _environments(cells),
@@ -150,6 +165,14 @@ def summarise(
             "summary": summary,
         }
     )
+
+
+def _pair(text: str, cells: Sequence[Cell]) -> Key:
+    """A method and a criterion, `METHOD/CRITERION`, that some cell has."""
+    method, _, criterion = text.partition("/")
+    if not any(cell["label"] == method and criterion in cell.get("criteria", {}) for cell in cells):
+        raise SettingError(f'also must name METHOD/CRITERION of a cell that is there, got "{text}".')
+    return method, criterion
 
 
 def _wanted(cells: Sequence[Cell], criteria: Sequence[str]) -> tuple[str, ...]:

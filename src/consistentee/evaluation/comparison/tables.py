@@ -17,12 +17,13 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table before it is drawn: the first two columns of its rows are text, the others figures."""
+    """A table before it is drawn: the first `num_texts` columns of its rows are text, the others figures."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
+    num_texts: int = 2
 
 
 def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
@@ -37,9 +38,9 @@ def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
     for place in places:
         here = [entry for entry in entries if (entry["backbone"], entry["set"]) == place]
         name = _place_name(place, summary)
-        own = [entry for entry in here if entry["own_criterion"]]
-        sheets += [_curve_sheet(name, own, summary), _threshold_sheet(name, own, summary)]
-        if len(here) > len(own):
+        shown = [entry for entry in here if entry["shown"]]
+        sheets += [_curve_sheet(name, shown, summary), _threshold_sheet(name, shown, summary)]
+        if summary["criteria"]:
             sheets.append(_equal_exits_sheet(name, here))
     return sheets
 
@@ -50,7 +51,7 @@ def terminal_tables(summary: Mapping[str, Any]) -> RenderableType:
     for sheet in comparison_sheets(summary):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=sheet.title, title_justify="left")
         for place, name in enumerate(sheet.columns):
-            table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place == 0)
+            table.add_column(name, justify="left" if place < sheet.num_texts else "right", no_wrap=place == 0)
         for row in sheet.rows:
             table.add_row(*row)
         parts.append(table)
@@ -73,7 +74,7 @@ def markdown_page(summary: Mapping[str, Any]) -> str:
     for sheet in comparison_sheets(summary):
         lines = [
             f"| {' | '.join(sheet.columns)} |",
-            f"|{'|'.join(['---'] * 2 + ['---:'] * (len(sheet.columns) - 2))}|",
+            f"|{'|'.join(['---'] * sheet.num_texts + ['---:'] * (len(sheet.columns) - sheet.num_texts))}|",
             *(f"| {' | '.join(row)} |" for row in sheet.rows),
         ]
         parts += [f"## {sheet.title}", "\n".join(lines), *([sheet.note] if sheet.note else [])]
@@ -127,7 +128,7 @@ def _threshold_sheet(name: str, entries: Sequence[Entry], summary: Mapping[str, 
         (
             entry["method"],
             entry["criterion"] or NOTHING,
-            _with_interval(entry["at_validation_threshold"]["accuracy"]),
+            _percent(entry["at_validation_threshold"]["accuracy"]["mean"]),
             NOTHING
             if entry["method"] == summary["reference"]
             else _signed(entry["at_validation_threshold"]["difference_to_plain"]),
@@ -148,21 +149,22 @@ def _equal_exits_sheet(name: str, entries: Sequence[Entry]) -> Sheet:
     rows: list[tuple[str, ...]] = []
     for method in methods:
         found = [of.get((method, criterion)) for criterion in criteria]
-        own = next((entry["criterion"] for entry in found if entry and entry["own_criterion"]), NOTHING)
-        areas = [NOTHING if entry is None else _percent(entry["area"]["mean"]) for entry in found]
-        stars = ["*" if criterion == own else "" for criterion in criteria]
-        rows.append((method, own, *(area + star for area, star in zip(areas, stars, strict=True))))
+        areas = [
+            NOTHING if entry is None else _percent(entry["area"]["mean"]) + "*" * entry["own_criterion"]
+            for entry in found
+        ]
+        rows.append((method, *areas))
     means: list[str] = []
     for criterion in criteria:
         differences = [of[pair]["difference_on_same_exits"] for pair in of if pair[1] == criterion]
         areas_off = [one["area"]["mean"] for one in differences if one is not None]
         means.append(f"{100 * sum(areas_off) / len(areas_off):+.2f}" if areas_off else NOTHING)
-    rows.append(("mean - policy's", "", *means))
-    columns = ("exits of", "own criterion", *(criterion.replace("_", " ") for criterion in criteria))
+    rows.append(("mean - policy's", *means))
+    columns = ("exits of", *(criterion.replace("_", " ") for criterion in criteria))
     note = (
         "* the method's own criterion. Last row: mean difference to the policy on the same exits, in points."
     )
-    return Sheet(f"{name}: area on equal exits, %", columns, rows, note)
+    return Sheet(f"{name}: area on equal exits, %", columns, rows, note, num_texts=1)
 
 
 def _seeds(entry: Entry) -> str:

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from consistentee.data.rows import TextDataset
 from consistentee.evaluation.classification import class_columns, default_metrics, predict_classes, run_layers
-from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.criteria import CRITERIA
 from consistentee.functional.curves import curve_of_thresholds, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.hardness import memorized_layer
 from consistentee.functional.metrics import compute_metrics
 from consistentee.models.loaded import LoadedClassifier
-from consistentee.training.states import LayerStates
 
 CURVE_POINTS = 120  # thresholds of a curve at most, besides the ends of their range and the chosen one
 
@@ -67,15 +66,12 @@ def measure(saved: LoadedClassifier, rows: TextDataset) -> dict[str, Any]:
         ).tolist(),
         "correct": pack_bits(right.numpy()),
         "criteria": {
-            name: _criterion_figures(name, scores, predictions, states.labels, saved, metrics)
-            for name, scores in _all_scores(states).items()
+            name: _criterion_figures(
+                name, states.exit_scores(name), predictions, states.labels, saved, metrics
+            )
+            for name in CRITERIA
         },
     }
-
-
-def _all_scores(states: LayerStates) -> dict[str, Tensor]:
-    """Exit scores of every criterion, (rows, layers)."""
-    return {name: exit_scores(name, states.layer_logits, states.exit_probs) for name in CRITERIA}
 
 
 def _criterion_figures(

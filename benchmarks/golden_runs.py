@@ -56,6 +56,7 @@ EXPECTED: dict[str, str] = {
     "generator *record/policy/policy_input": "a new key of the record",
     "classifier *saved_config/original*": "a new field of the configuration",
     "classifier *saved_config/exits_only": "a new field of the configuration",
+    "classifier *record/config/num_layers": "a new setting",
     "*record/config/distillation": "a setting that is gone",
     "classifier auto: *": "policies read log-odds in place of nine signals",
     "classifier *confident_patience*": MORE,

@@ -14,8 +14,11 @@ import yaml
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig, checked_settings
 from consistentee.data.recipes import Recipe, config_class_of, load_recipe
 from consistentee.data.tasks import TASKS, GenerationTask
+from consistentee.functional.tables import CLASSIFICATION
+from consistentee.training.methods import METHODS, check_method
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+PUBLISHED = sorted((Path(__file__).resolve().parents[1] / "recipes" / "published").glob("*.yaml"))
 PAPER_TASKS = ("rte", "mrpc", "sst2", "qnli", "qqp", "mnli", "m-cid", "stackoverflow")
 
 
@@ -290,6 +293,28 @@ def test_the_papers_settings_are_the_papers(task: str):
     assert {name: settings[name] for name in stated} == stated
     assert min(settings["layer_costs"]) == 0.01
     assert max(settings["layer_costs"]) == 0.09
+
+
+def test_every_method_has_a_recipe_as_published() -> None:
+    named = {load_recipe(path).method for path in PUBLISHED}
+    assert named == {name for name, row in METHODS.items() if row.labels and name != "plain"}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_recipe_as_published_leaves_the_budget_to_the_comparison(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert path.stem.startswith(str(recipe.method))
+    assert f"--config recipes/published/{path.name} " in path.read_text(encoding="utf-8")
+    budget = (
+        "batch_size gradient_accumulation_steps learning_rate consistent_learning_rate head_learning_rate "
+        "warmup_epochs rounds consistent_epochs seed validation_fraction max_length schedule warmup_ratio weight_decay"
+    )
+    assert not recipe.settings.keys() & set(budget.split())
+    assert recipe.task is recipe.backbone is None
+    config = ClassificationTrainingConfig(**recipe.settings)
+    if METHODS[str(recipe.method)].exits:
+        assert config.ensemble_decay == 0  # every exit speaks for itself
+    check_method(str(recipe.method), CLASSIFICATION, config)
 
 
 def test_a_setting_of_earlier_versions_is_passed_over_where_it_had_no_effect(tmp_path: Path):

@@ -58,10 +58,10 @@ TokenHardness = Literal["memorized_layer", "final_loss", "uniform"]
 
 # Where the numbers among the settings must lie, in whichever config has them.
 _ABOVE_ZERO = (
-    "max_length num_queries classifier_hidden_size policy_hidden_size max_prompt_length exit_head_rank lora_rank "
-    "lora_alpha batch_size gradient_accumulation_steps learning_rate consistent_learning_rate head_learning_rate "
-    "max_grad_norm warmup_epochs layers_per_step policy_tokens policy_epochs policy_min_steps policy_batch_size "
-    "policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
+    "max_length num_layers num_queries classifier_hidden_size policy_hidden_size max_prompt_length exit_head_rank "
+    "lora_rank lora_alpha batch_size gradient_accumulation_steps learning_rate consistent_learning_rate "
+    "head_learning_rate max_grad_norm warmup_epochs layers_per_step policy_tokens policy_epochs policy_min_steps "
+    "policy_batch_size policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
     "passes policy_texts calibration_texts report_texts"
 )
 _NOT_NEGATIVE = "weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus"
@@ -232,6 +232,8 @@ class ClassificationTrainingConfig(TrainingConfig):
     """How a classifier with exits is trained."""
 
     # Model
+    num_layers: int | None = None
+    """Layers of the backbone to keep, from the first: a smaller model to begin with. By default all."""
     head: Head = "attention"
     """Internal classifier: `attention` (own query pooling per layer) or `shared_pooler` (the paper's)."""
     pooling: Pooling = "auto"

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -319,6 +320,43 @@ class TestTrain:
         assert arguments["task"] is None  # files on the command line win over the recipe's task
         assert arguments["resume"] is False
         assert len(arguments["train_data"]) == 60
+
+    @pytest.mark.parametrize("options, method", [([], "sweet"), (["--method", "berxit"], "berxit")])
+    def test_a_recipe_names_its_method(
+        self,
+        options: list[str],
+        method: str,
+        call: Call,
+        files: Files,
+        tmp_path: Path,
+        training: list[dict[str, Any]],
+    ) -> None:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text("method: sweet\n", encoding="utf-8")
+        data = ["--train-file", files.train, "--eval-file", files.evaluation, *COLUMNS]
+        more = ["--backbone", files.backbone, "--output-dir", tmp_path / "o"]
+        outcome = call("train", "--config", recipe, *data, *more, *options)
+        assert outcome.code == 0, outcome.err
+        (arguments,) = training
+        assert arguments["method"] == method
+
+    @pytest.mark.parametrize(
+        "recipe, options, message",
+        [
+            ("method: pabee\n", [], 'method must be one of consistent, .*, got "pabee"'),
+            ("", ["--method", "static"], "num_layers must be given for the method static, got none"),
+        ],
+    )
+    def test_a_method_that_cannot_train_this(
+        self, recipe: str, options: list[str], message: str, call: Call, files: Files, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "r.yaml"
+        path.write_text(recipe or "seed: 1\n", encoding="utf-8")
+        data = ["--train-file", files.train, *COLUMNS, "--backbone", files.backbone]
+        outcome = call("train", "--config", path, *data, *options, "--output-dir", tmp_path / "o")
+        assert outcome.code == 2
+        assert re.search(message, one_line(outcome))
+        assert not (tmp_path / "o").exists()
 
     def test_task_of_a_recipe_with_a_local_folder(
         self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]

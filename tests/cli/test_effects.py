@@ -94,7 +94,7 @@ FINETUNED = (
     [
         (
             Rows,
-            "head pooling num_queries classifier_hidden_size head_dropout head_learning_rate",
+            "num_layers head pooling num_queries classifier_hidden_size head_dropout head_learning_rate",
         ),
         (
             GenerationTrainingConfig,

@@ -125,7 +125,7 @@ def test_what_cannot_be_retrofitted_says_so(plain: Path, retrofitted: Path, tmp_
     reranker = tiny_classifier(tmp_path / "reranker", num_labels=1)
     with pytest.raises(ValueError, match="or a reranker such as a CrossEncoder"):
         retrofit(model=reranker, texts=TEXTS, output_dir=tmp_path / "reranked")
-    with pytest.raises(ValueError, match=r'method must be one of consistent, deebert, plain, got "retrofit"'):
+    with pytest.raises(ValueError, match=r'method must be one of consistent, .*, got "retrofit"'):
         train(backbone=plain, train_data=tiny_dataset(50), output_dir=tmp_path / "t", method="retrofit")
     with pytest.raises(ValueError, match="takes single texts, and each row of texts is a pair"):
         retrofit(model=plain, texts=[("a", "b")] * 2, output_dir=tmp_path / "pairs")

@@ -18,6 +18,13 @@ from consistentee.cli.options import (
 from consistentee.cli.terminal import console, say, usage
 from consistentee.config import TrainingConfig
 from consistentee.errors import UsageError
+from consistentee.functional.tables import CLASSIFICATION, GENERATION
+from consistentee.training.methods import check_method, method_of
+
+_Method = Literal[
+    "consistent", "deebert", "weighted_sum", "right_tool", "fastbert", "berxit", "palbert", "sweet", "cosee", "nsp",
+    "beem", "static",
+]  # fmt: skip
 
 
 def train_command(
@@ -25,7 +32,7 @@ def train_command(
     output_dir: Path,
     backbone: str | None = None,
     config: Path | None = None,
-    method: Literal["consistent", "deebert"] = "consistent",
+    method: _Method | None = None,
     resume: Flag = False,
     data: TrainingDataOptions | None = None,
     settings: SettingOptions | None = None,
@@ -40,7 +47,8 @@ def train_command(
         output_dir: Where checkpoints and the finished model go.
         backbone: Encoder, or causal language model, to start from: a name on the model hub or a local folder.
         config: Recipe (YAML) with settings; options given here override it.
-        method: How to train: by the three phases of ConsistentEE, or by the two stages of DeeBERT, to compare with.
+        method: How to train: by ConsistentEE, or by another one to compare with (docs/methods).
+            [default: the recipe's, else consistent]
         resume: Go on from the last checkpoint in the output folder.
         debug: Show tracebacks and the messages of other libraries.
     """
@@ -70,7 +78,7 @@ def finetune_command(
 
 
 def _run(
-    method: str,
+    method: str | None,
     output_dir: Path,
     backbone: str | None,
     recipe_file: Path | None,
@@ -80,13 +88,15 @@ def _run(
 ) -> None:
     """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
     data = data or TrainingDataOptions()
-    command: Command = "finetune" if method == "plain" else "train"
     recipe = read_recipe(recipe_file, data)
+    method = method or recipe.method or "consistent"
+    command: Command = "train" if usage(lambda: method_of(method)).exits else "finetune"
     backbone = backbone or recipe.backbone
     if backbone is None:
         raise UsageError("Give --backbone: the name of a model on the hub to start from, or a local folder.")
     kind = data.kind(recipe.task)
     config = training_config(settings, recipe, kind, command)
+    usage(lambda: check_method(method, CLASSIFICATION if kind is CLASSIFIERS else GENERATION, config))
     from consistentee.training.run_folders import check_output_dir
 
     usage(lambda: check_output_dir(output_dir, backbone))  # before the data is read

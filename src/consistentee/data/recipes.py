@@ -14,15 +14,16 @@ from consistentee.data.tasks import is_generation_task
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe file: training settings, and optionally what to train on."""
+    """A recipe file: training settings, and optionally what to train on and by which method."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     task: str | None = None
     backbone: str | None = None
+    method: str | None = None
 
 
 def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Recipe:
-    """Read a YAML recipe: keys of a training config, and optionally `task` and `backbone`.
+    """Read a YAML recipe: keys of a training config, and optionally `task`, `backbone` and `method`.
 
     Args:
         path: the file.
@@ -41,7 +42,7 @@ def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Reci
         raise ValueError(f"Recipe {path} is not valid YAML: {error}".replace("\n", " ")) from error
     if not isinstance(values, dict):
         raise ValueError(f"Recipe {path} must be a mapping of settings, got {type(values).__name__}.")
-    names = {key: values.pop(key) for key in ("task", "backbone") if key in values}
+    names = {key: values.pop(key) for key in ("task", "backbone", "method") if key in values}
     if config_class is None:
         config_class = config_class_of(names.get("task"))
     try:

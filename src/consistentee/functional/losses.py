@@ -1,4 +1,4 @@
-"""The three training losses: the weighted sum of the warm-up, the consistent exit loss and the policy's gradient.
+"""Training losses: the weighted sum of the warm-up, the consistent exit loss, the policy's gradient; those of rivals.
 
 An episode of early exiting has only as many outcomes as there are layers, so the expected reward is a finite sum and
 its gradient needs no sampling: `exact_policy_loss`. `sampled_policy_loss` is the paper's REINFORCE with a mean
@@ -109,3 +109,106 @@ def policy_entropy(exit_logits: Tensor) -> Tensor:
     """Entropy of the exit distribution in nats, (batch,). A bonus on it keeps a young policy from collapsing."""
     log_probs = log_exit_distribution(exit_logits)
     return -(log_probs.exp() * log_probs).sum(1)
+
+
+# --- Of the methods that ours is compared with ----------------------------------------------------
+
+
+def distillation_loss(exit_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """How far each exit's distribution is from the teacher's: KL(exit || teacher). No gradient to the teacher.
+
+    Args:
+        exit_logits: (batch, layers, classes), of the exits that learn.
+        teacher_logits: (batch, classes), of the last layer.
+
+    Returns:
+        (batch, layers).
+
+    Source: FastBERT (arXiv:2004.02178), self-distillation; the exit's distribution comes first there, too.
+
+    Example:
+        >>> distillation_loss(torch.zeros(1, 2, 3), torch.zeros(1, 3))
+        tensor([[0., 0.]])
+    """
+    exits = exit_logits.float().log_softmax(-1)
+    teacher = teacher_logits.detach().float().log_softmax(-1)[:, None]
+    return (exits.exp() * (exits - teacher)).sum(-1)
+
+
+def geometric_prior(num_layers: int, rate: float) -> Tensor:
+    """A geometric distribution over the layers, (layers,); what lies beyond the last belongs to it.
+
+    Args:
+        num_layers: at least 1.
+        rate: probability of exiting at a layer that was reached, in (0, 1).
+
+    Source: PonderNet (arXiv:2107.05407) and PALBERT (arXiv:2204.03276): their lambda_p.
+
+    Example:
+        >>> geometric_prior(3, 0.5)
+        tensor([0.5000, 0.2500, 0.2500])
+    """
+    return exit_distribution(torch.full((1, num_layers), float(rate)))[0]
+
+
+def variational_exit_loss(
+    losses: Tensor, exit_logits: Tensor, log_prior: Tensor, prior_weight: float
+) -> Tensor:
+    """Expected loss at the exit, and how far the exit distribution is from a prior; gradients go to both.
+
+    Args:
+        losses: (batch, layers), per-layer cross-entropies.
+        exit_logits: (batch, layers), logits of the conditional exit probabilities; the last column is ignored.
+        log_prior: (layers,), logarithm of the prior over exit layers.
+        prior_weight: weight of KL(exit distribution || prior), at least 0.
+
+    Returns:
+        (batch,), minus the evidence lower bound where the weight is 1.
+
+    Source: PALBERT (arXiv:2204.03276); their q is the exit distribution, their beta the weight. Their release takes
+    the divergence the other way round, KL(prior || q).
+    """
+    log_exits = log_exit_distribution(exit_logits)
+    return (log_exits.exp() * (losses + prior_weight * (log_exits - log_prior))).sum(1)
+
+
+def layer_weights_around(exit_layer: Tensor, num_layers: int, sharpness: float) -> Tensor:
+    """What a row's loss weighs at each layer if the row exits at one: the softmax of minus the distance from it.
+
+    Args:
+        exit_layer: (batch,), int64, from 1.
+        num_layers: number of layers.
+        sharpness: at least 0; 0 weighs all layers alike, a high one the exit layer alone.
+
+    Returns:
+        (batch, layers), rows sum to 1.
+
+    Source: COSEE (arXiv:2412.13236), sample weighting; their beta is the sharpness.
+
+    Example:
+        >>> layer_weights_around(torch.tensor([2]), 3, 0.0)
+        tensor([[0.3333, 0.3333, 0.3333]])
+    """
+    layers = torch.arange(1, num_layers + 1, device=exit_layer.device)
+    return (-sharpness * (layers - exit_layer[:, None]).abs().float()).softmax(-1)
+
+
+def score_margin_loss(scores: Tensor, correct: Tensor, margin: float) -> Tensor:
+    """By how much exits' mean scores of right rows fail to exceed those of wrong rows by a margin, mean over the exits.
+
+    Args:
+        scores: (batch, layers), exit scores, higher = surer.
+        correct: (batch, layers), bool, whether the exit is right.
+        margin: at least 0.
+
+    Returns:
+        A scalar; exits that got all rows right, or none, do not count, and where all are such it is 0.
+
+    Source: COSEE (arXiv:2412.13236), online signal calibration; their signal is higher where an exit is less sure.
+    """
+    right = correct.to(scores.dtype)
+    num_right, num_wrong = right.sum(0), (1 - right).sum(0)
+    mean_right = (scores * right).sum(0) / num_right.clamp_min(1)
+    mean_wrong = (scores * (1 - right)).sum(0) / num_wrong.clamp_min(1)
+    counts = ((num_right > 0) & (num_wrong > 0)).to(scores.dtype)
+    return ((mean_wrong - mean_right + margin).clamp_min(0) * counts).sum() / counts.sum().clamp_min(1)

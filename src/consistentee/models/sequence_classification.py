@@ -9,7 +9,7 @@ nothing exits, and choosing the exit afterwards is the slow oracle that the fast
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from typing_extensions import Self
 
 from consistentee.backbones import encoders as backbones
+from consistentee.backbones.cutting import keep_first_layers
 from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
@@ -76,6 +77,7 @@ class _EncoderClassifier(BackboneModel):
         num_labels: int | None = None,
         label_names: Sequence[str] | None = None,
         pooling: str = "auto",
+        num_layers: int | None = None,
         **config_values: Any,
     ) -> Self:
         """A pretrained encoder with fresh classifiers, and policies where the model has them, on top.
@@ -85,13 +87,17 @@ class _EncoderClassifier(BackboneModel):
             num_labels: number of classes; or give `label_names`.
             label_names: the classes' names in order of their index.
             pooling: `cls`, `mean`, or `auto` for what suits the backbone.
+            num_layers: of the backbone to keep, from the first; None keeps all.
             **config_values: further fields of the model's configuration, such as `head` or `policy_input`.
 
         Raises:
-            ValueError: if the type is not supported, or neither `num_labels` nor `label_names` is given.
+            ValueError: if the type is not supported, neither `num_labels` nor `label_names` is given, or the backbone
+                cannot be cut to `num_layers`.
             OSError: if there is no such model.
         """
         backbone = backbones.load_backbone(name_or_path)
+        if num_layers is not None:
+            keep_first_layers(backbone, num_layers)
         config_class: Any = cls.config_class
         config = config_class(
             encoder_config=backbone.config,
@@ -129,6 +135,10 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
     """
 
     task = CLASSIFICATION
+    separate_layers = False
+    """In training: gradients of an exit end at the exit before it, so that each trains the layers between."""
+    joint_policy = False
+    """In training: exit probabilities send gradients to the policy and through the states that it reads."""
     config_class = EarlyExitConfig
     config: EarlyExitConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -216,6 +226,8 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         pooled_layers: list[Tensor] = []
         logits_layers: list[Tensor] = []
         for index in range(self.num_layers):
+            if self.separate_layers and index:
+                state = _without_history(state)
             state = backbones.run_layer(self.backbone, index, state)
             pooled, logits = self.classifiers(index, state.hidden_states, state.attention_mask)
             pooled_layers.append(pooled)
@@ -225,8 +237,9 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         layer_logits = ensemble_layers(
             classifier_logits, self.config.ensemble_decay, last_alone=self.config.original_head is not None
         )
+        with torch.set_grad_enabled(self.joint_policy and torch.is_grad_enabled()):
+            exit_probs = self.exit_logits(pooled, layer_logits).sigmoid()
         with torch.no_grad():
-            exit_probs = self.exit_logits(pooled.detach(), layer_logits.detach()).sigmoid()
             signals = self.exit_signals(pooled, classifier_logits)
             scores = exit_scores(criterion, layer_logits, exit_probs, **signals)
             exit_layer = choose_exit_layer(scores, threshold)
@@ -316,6 +329,19 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
+
+
+def _without_history(state: backbones.EncoderState) -> backbones.EncoderState:
+    """The same state, through which no gradient goes back."""
+    return replace(
+        state,
+        hidden_states=state.hidden_states.detach(),
+        per_row={name: None if mask is None else mask.detach() for name, mask in state.per_row.items()},
+        shared={
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in state.shared.items()
+        },
+    )
 
 
 def _refuse_inner_states(*wanted: bool | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,11 +76,13 @@ def policy_search(
     )
 
 
-def run_policy_phase(run: Run, description: str, *, try_all: bool = False) -> PolicyPhase:
+def run_policy_phase(
+    run: Run, description: str, *, try_all: bool = False, keep_policy: bool = False
+) -> PolicyPhase:
     """Run all layers for the policy's instances, fit policies, and put the chosen one into the model everywhere.
 
     All layer costs and policy inputs are tried the first time and with `try_all`; the rounds between keep those that
-    they began with.
+    they began with. With `keep_policy` none is fitted: the model's own, which steps have trained, is judged.
     """
     config, task, progress = run.config, run.task, run.progress
     costs, inputs = config.layer_costs, task.policy_inputs
@@ -95,6 +97,9 @@ def run_policy_phase(run: Run, description: str, *, try_all: bool = False) -> Po
         min_exit_layer=getattr(run.model.config, "min_exit_layer", 1),
         device=run.accelerator.device,
     )
+    if keep_policy:
+        inputs, costs = (run.model.policy.policy_input,), costs[:1]
+        search = replace(search, fit=lambda policy, *_, **__: policy.eval(), layer_costs=costs)
     data = task.policy_data(run, description)
     new_networks = task.new_networks(run.model)
     choice: PolicyChoice | None = None
@@ -105,7 +110,9 @@ def run_policy_phase(run: Run, description: str, *, try_all: bool = False) -> Po
                 choose_policy(
                     data.learnt,
                     search,
-                    new_policy=partial(task.new_policy, run.model, policy_input),
+                    new_policy=(lambda: run.model.policy)
+                    if keep_policy
+                    else partial(task.new_policy, run.model, policy_input),
                     new_networks=new_networks,
                     judged=data.judged,
                     judged_groups=data.judged_groups,
@@ -234,6 +241,24 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
         **extra,
     }
     return run.save(model, record)
+
+
+def finish_exits(run: Run, criterion: str, *, keep_policy: bool = False) -> Any:
+    """After the last step of a method that trains exits and no policy: choose thresholds of all criteria, and save.
+
+    A policy is fitted on the finished exits all the same, unless `keep_policy` says that the model has one.
+
+    Args:
+        run: the run.
+        criterion: the one that the saved model exits by unless it is told otherwise.
+        keep_policy: as in `run_policy_phase`.
+
+    Returns:
+        The folder.
+    """
+    phase = run_policy_phase(run, "thresholds", try_all=True, keep_policy=keep_policy)
+    record_round(run, 0, phase)
+    return finish_run(run, phase, criterion)
 
 
 def _loss_at_exits(run: Run, phase: PolicyPhase, criterion: str) -> dict[str, Any] | None:

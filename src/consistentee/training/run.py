@@ -94,6 +94,7 @@ class TrainingTask(Protocol):
     Attributes:
         config: how to train.
         data: labelled texts, or instructions with responses.
+        task: `CLASSIFICATION` or `GENERATION`.
         suffix: of the record's `kind`.
         measure: what the share of right exits is called, such as "accuracy".
         criteria: exit criteria to choose thresholds for.
@@ -104,6 +105,7 @@ class TrainingTask(Protocol):
 
     config: TrainingConfig
     data: Any
+    task: str
     suffix: str
     measure: str
     criteria: tuple[str, ...]

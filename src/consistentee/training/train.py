@@ -21,7 +21,7 @@ from consistentee.data.rows import InstructionDataset, TextDataset
 from consistentee.data.spooled import SpooledTexts
 from consistentee.models.keeps_original import check_single_label
 from consistentee.models.loaded import LoadedClassifier, load_model
-from consistentee.training.methods import METHODS, method_of
+from consistentee.training.methods import METHODS, check_method, method_of
 from consistentee.training.run import Report, Run, TrainingTask
 from consistentee.training.run_folders import open_output, run_identity
 from consistentee.training.steps import OptimizerSteps, Rows, make_accelerator, parameter_groups
@@ -62,12 +62,15 @@ def train(
         FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
         ImportError: LoRA without peft.
         TypeError: data or settings of another task.
-        ValueError: an unsupported backbone, an unknown method, too little data, a resumed run with other settings, data
-            or backbone, an `output_dir` that is the backbone's, or a `threshold_metric` that does not fit the classes.
+        ValueError: an unsupported backbone, an unknown method or one for another task, too little data, a resumed run
+            with other settings, data or backbone, an `output_dir` that is the backbone's, or a `threshold_metric` that
+            does not fit the classes.
     """
     row = method_of(method)
+    trained = _task_of(train_data, config)
+    check_method(method, trained.task, trained.config)
     run = start_run(
-        _task_of(train_data, config),
+        trained,
         method,
         backbone=backbone,
         output_dir=output_dir,
@@ -224,6 +227,8 @@ def start_run(
     accelerator, newest = opened
     set_seed(config.seed)
     parts = task.prepare(backbone, task_name, exits=exits)
+    if METHODS[method].joint_policy:
+        parts.model.policy.requires_grad_(True)
     cut = parts.train_rows.num_truncated + parts.validation.num_truncated
     say_cuts(
         cut, len(task.data), f"texts to train on were longer than {parts.max_length} tokens", LONGER_TRAINING

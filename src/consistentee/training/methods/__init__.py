@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from consistentee.errors import SettingError
+from consistentee.functional.tables import BOTH_TASKS, CLASSIFICATION, GENERATION
+
 
 @dataclass(frozen=True)
 class Method:
@@ -20,6 +23,9 @@ class Method:
         exits: whether a model with exits comes out; else the plain one.
         unused_parameters: whether it leaves parameters out of some steps, which several processes must be told.
         labels: whether it learns from labelled rows; else from texts alone.
+        tasks: what it trains.
+        joint_policy: whether steps train the policy together with everything else.
+        needs: settings that it cannot do without and that have no default.
     """
 
     module: str
@@ -27,6 +33,9 @@ class Method:
     exits: bool = True
     unused_parameters: bool = False
     labels: bool = True
+    tasks: tuple[str, ...] = BOTH_TASKS
+    joint_policy: bool = False
+    needs: tuple[str, ...] = ()
 
     def load(self) -> Callable[[Any], Path]:
         """The method itself."""
@@ -36,10 +45,21 @@ class Method:
         return method
 
 
+_ROWS = (CLASSIFICATION,)
 METHODS = {
     "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)"),
     "deebert": Method("deebert", "DeeBERT (arXiv:2004.12993)", unused_parameters=True),
+    "weighted_sum": Method("weighted_sum", "PABEE (arXiv:2006.04152)"),
+    "right_tool": Method("right_tool", "The Right Tool for the Job (arXiv:2004.07453)", tasks=_ROWS),
+    "fastbert": Method("fastbert", "FastBERT (arXiv:2004.02178)", unused_parameters=True, tasks=_ROWS),
+    "berxit": Method("berxit", "BERxiT (EACL 2021)", tasks=_ROWS),
+    "palbert": Method("palbert", "PALBERT (arXiv:2204.03276)", tasks=_ROWS, joint_policy=True),
+    "sweet": Method("sweet", "SWEET (arXiv:2306.02307)", tasks=_ROWS),
+    "cosee": Method("cosee", "COSEE (arXiv:2412.13236)", tasks=_ROWS),
+    "nsp": Method("nsp", "NSP/CAP (arXiv:2506.17249)", tasks=_ROWS),
+    "beem": Method("beem", "BEEM (arXiv:2502.00745)", tasks=_ROWS),
     "plain": Method("plain", "fine-tuning without exits", exits=False),
+    "static": Method("static", "a smaller model", exits=False, tasks=_ROWS, needs=("num_layers",)),
     "retrofit": Method("retrofit", "ours: exits for a model that is not to change", labels=False),
 }
 
@@ -54,3 +74,25 @@ def method_of(name: str) -> Method:
     if name not in known:
         raise ValueError(f'method must be one of {", ".join(known)}, got "{name}".')
     return METHODS[name]
+
+
+def check_method(name: str, task: str, settings: Any) -> None:
+    """See that a method can train what is to be trained.
+
+    Args:
+        name: of a method.
+        task: `CLASSIFICATION` or `GENERATION`.
+        settings: of the run, read for what the method needs.
+
+    Raises:
+        SettingError: it trains another kind of model, or a setting is missing.
+        ValueError: there is none of that name.
+    """
+    method = method_of(name)
+    if task not in method.tasks:
+        others = [row for row, other in METHODS.items() if other.labels and task in other.tasks]
+        what = "a text generator" if task == GENERATION else "a classifier"
+        raise SettingError(f'method must be one of {", ".join(others)} for {what}, got "{name}".')
+    for setting in method.needs:
+        if getattr(settings, setting) is None:
+            raise SettingError(f"{setting} must be given for the method {name}, got none.")

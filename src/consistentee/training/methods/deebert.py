@@ -16,25 +16,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from consistentee.training.policy_phase import finish_run, record_round, run_policy_phase
+from consistentee.errors import SettingError
+from consistentee.training.policy_phase import finish_exits
 from consistentee.training.run import Run
+from consistentee.training.steps import Objective
 
 
 def train_deebert(run: Run) -> Path:
     """Train by both stages and save."""
-    task, config = run.task, run.config
-    first_stage = run.steps_of(config.warmup_epochs)
-    run.model.config.ensemble_decay = 0.0  # an exit speaks for itself alone
-    exits = task.exit_modules(run.model)
+    return train_two_stages(run, run.task.weighted_sum(), run.task.confidence)
+
+
+def train_two_stages(run: Run, objective: Objective, criterion: str) -> Path:
+    """Train the plain model, then its exits on an objective with everything else frozen, and save.
+
+    Raises:
+        SettingError: there are no epochs for the second stage.
+    """
+    first_stage = run.steps_of(run.config.warmup_epochs)
+    if first_stage == run.steps.total_steps:
+        raise SettingError(
+            f"rounds and consistent_epochs must be above 0 for the method {run.identity['method']}, which trains the "
+            f"exits in those epochs, got {run.config.rounds} and {run.config.consistent_epochs:g}."
+        )
+    exits = run.task.exit_modules(run.model)
     if run.steps.step < first_stage:
         for module in exits:
             module.requires_grad_(False)
-        run.take_steps(first_stage, task.last_layer(), phase="stage 1")
+        run.take_steps(first_stage, run.task.last_layer(), phase="stage 1")
         run.checkpoint()
     run.model.requires_grad_(False)
     for module in exits:
         module.requires_grad_(True)
-    run.take_steps(run.steps.total_steps, task.weighted_sum(), phase="stage 2")
-    phase = run_policy_phase(run, "thresholds", try_all=True)
-    record_round(run, 0, phase)
-    return finish_run(run, phase, task.confidence)
+    run.take_steps(run.steps.total_steps, objective, phase="stage 2")
+    return finish_exits(run, criterion)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consistentee.backbones.cutting import layers_of
 from consistentee.backbones.limits import check_tokenizer, training_length
 from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import ClassificationTrainingConfig
@@ -26,11 +27,13 @@ from consistentee.functional.losses import consistent_loss, layer_losses, weight
 from consistentee.functional.metrics import METRICS, check_threshold_metric
 from consistentee.functional.recall import recall_by_class, recall_warnings
 from consistentee.functional.rewards import reward_losses
+from consistentee.functional.tables import CLASSIFICATION
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
 )
+from consistentee.training.exit_objective import exit_objective
 from consistentee.training.instances import Instances
 from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.run import Parts, PolicyInstances, Run
@@ -53,7 +56,7 @@ class ClassificationTraining:
         ValueError: `threshold_metric` does not fit the classes.
     """
 
-    suffix, measure, unused_parameters = "", "accuracy", False
+    task, suffix, measure, unused_parameters = CLASSIFICATION, "", "accuracy", False
     criteria, confidence = CRITERIA, "entropy"
 
     def __init__(self, config: ClassificationTrainingConfig, data: TextDataset) -> None:
@@ -67,6 +70,7 @@ class ClassificationTraining:
         config, data = self.config, self.data
         head: dict[str, Any] = {
             "label_names": data.label_names,
+            "num_layers": config.num_layers,
             "pooling": config.pooling,
             "head": config.head,
             "num_queries": config.num_queries,
@@ -119,20 +123,18 @@ class ClassificationTraining:
             row_weights=None,
             description=f"{model.num_layers} layers, {len(data.label_names)} classes, {len(kept)} training and "
             f"{len(held)} validation rows",
-            data={"text_pairs": len(data.texts[0]) == 2, "text_sketch": text_sketch(data.texts)},
+            data={
+                "text_pairs": len(data.texts[0]) == 2,
+                "text_sketch": text_sketch(data.texts),
+                **({} if config.num_layers is None else {"backbone_layers": layers_of(backbone)}),
+            },
         )
 
     # The objectives.
 
     def weighted_sum(self) -> Objective:
         """As `TrainingTask` says."""
-
-        def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
-            logits = model(**batch).classifier_logits
-            losses = weighted_sum_loss(layer_losses(logits, labels))
-            return losses, {"accuracy": (logits[:, -1].argmax(-1) == labels).float()}
-
-        return objective
+        return exit_objective(lambda losses, output, labels: weighted_sum_loss(losses))
 
     def consistent(self) -> Objective:
         """As `TrainingTask` says."""
@@ -169,7 +171,7 @@ class ClassificationTraining:
 
     def fixed_parts(self, model: Any) -> None:
         """As `TrainingTask` says."""
-        if isinstance(model, EarlyExitForSequenceClassification):
+        if isinstance(model, EarlyExitForSequenceClassification) and not model.joint_policy:
             model.policy.eval()
         if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
             model.backbone.eval()

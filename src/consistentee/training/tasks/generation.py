@@ -22,6 +22,7 @@ from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.functional.hardness import hardness, memorized_layer
 from consistentee.functional.rewards import reward_losses
 from consistentee.functional.signals import static_scores
+from consistentee.functional.tables import GENERATION
 from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import EarlyExitForCausalLM
@@ -48,11 +49,8 @@ class GenerationTraining:
         data: instructions with responses.
     """
 
-    suffix, measure, unused_parameters = (
-        "_generation",
-        "token accuracy",
-        True,
-    )  # a step touches the exits that it draws
+    task, suffix, measure = GENERATION, "_generation", "token accuracy"
+    unused_parameters = True  # a step touches the exits that it draws
     criteria, confidence = GENERATION_CRITERIA, "softmax_margin"
     policy_inputs = ("state",)
 

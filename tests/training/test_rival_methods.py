@@ -34,11 +34,11 @@ CRITERION = {
     "right_tool": "confidence",
     "fastbert": "entropy",
     "berxit": "confidence",
-    "palbert": "policy",
+    "palbert": "quantile",
     "sweet": "confidence",
-    "cosee": "entropy",
+    "cosee": "energy",
     "nsp": "confidence",
-    "beem": "confidence",
+    "beem": "expert_sum",
 }
 """What a model exits by unless it is told otherwise."""
 
@@ -342,8 +342,8 @@ def test_cosee_weighs_layers_by_where_rows_would_exit(objective_of: Any) -> None
     found = at_step(run.steps.total_steps)
     torch.manual_seed(7)
     drawn = torch.rand(5)
-    probabilities = logits.softmax(-1)
-    scores = 1 + (probabilities * probabilities.log()).sum(-1) / torch.log(torch.tensor(2.0))
+    total = logits.exp().sum(-1)
+    scores = total / (1 + total)  # normalised energy
     low, high = scores[:, :-1].min(), scores[:, :-1].max()
     expected = torch.zeros(len(labels))
     for row in range(len(labels)):

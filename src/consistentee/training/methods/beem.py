@@ -16,4 +16,4 @@ from consistentee.training.run import Run
 def train_beem(run: Run) -> Path:
     """Train on the weighted sum and save."""
     run.take_steps(run.steps.total_steps, run.task.weighted_sum(), phase="weighted sum")
-    return finish_exits(run, "confidence")
+    return finish_exits(run, "expert_sum")

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistentee.functional.criteria import exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.losses import layer_weights_around, score_margin_loss
+from consistentee.functional.signals import energy_scores
 from consistentee.training.exit_objective import exit_objective
 from consistentee.training.policy_phase import finish_exits
 from consistentee.training.run import Run
@@ -30,7 +30,6 @@ from consistentee.training.run import Run
 NUM_THRESHOLDS = 5
 FINAL_SHARPNESS = 10.0
 SCORE_MARGIN, MARGIN_WEIGHT = 0.3, 0.1
-CRITERION = "entropy"
 
 
 def train_cosee(run: Run) -> Path:
@@ -38,7 +37,7 @@ def train_cosee(run: Run) -> Path:
 
     def simulated(losses: Tensor, output: Any, labels: Tensor) -> Tensor:
         num_layers = losses.shape[1]
-        scores = exit_scores(CRITERION, output.classifier_logits, None)  # (rows, layers)
+        scores = energy_scores(output.classifier_logits)  # (rows, layers)
         below = scores[:, :-1].detach()  # at the last layer all exit
         drawn = torch.rand(NUM_THRESHOLDS, device=losses.device)
         thresholds = below.min() + drawn * (below.max() - below.min())
@@ -54,4 +53,4 @@ def train_cosee(run: Run) -> Path:
         return (weights * losses).sum(1) + MARGIN_WEIGHT * margin
 
     run.take_steps(run.steps.total_steps, exit_objective(simulated), phase="simulated exits")
-    return finish_exits(run, CRITERION)
+    return finish_exits(run, "energy")

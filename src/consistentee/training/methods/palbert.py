@@ -39,4 +39,4 @@ def train_palbert(run: Run) -> Path:
         return variational_exit_loss(losses, exit_logits, log_prior, PRIOR_WEIGHT)
 
     run.take_steps(run.steps.total_steps, exit_objective(variational), phase="exit distribution")
-    return finish_exits(run, "policy", keep_policy=True)
+    return finish_exits(run, "quantile", keep_policy=True)

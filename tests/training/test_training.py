@@ -393,6 +393,7 @@ TESTED_ELSEWHERE = {
     "patience",
     "threshold_metric",
     "parse_special_tokens",  # in test_literal: it needs texts that spell them
+    "num_layers",  # in test_rival_methods
     "checkpoint_every",
     "max_cache_mb",
     "tracker",

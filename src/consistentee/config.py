@@ -64,7 +64,7 @@ _ABOVE_ZERO = (
     "policy_batch_size policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
     "passes policy_texts calibration_texts report_texts"
 )
-_NOT_NEGATIVE = "weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus"
+_NOT_NEGATIVE = "weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus threshold_margin"
 _SHARES = "weighted_sum_share max_accuracy_loss last_layer_share"
 _SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio layer_cost_warmup"
 _REMOVED = {"distillation": 0.0}
@@ -165,6 +165,9 @@ class TrainingConfig:
     max_accuracy_loss: float = 0.0
     """Default thresholds may lose this much validation accuracy (0.01 = one point), of rows or of tokens, against the
     last layer."""
+    threshold_margin: float = 0.5
+    """Standard errors that the loss of a default threshold keeps clear of `max_accuracy_loss`: few validation rows make
+    it shyer. 0 takes their word for it."""
 
     # Run
     seed: int = 0

@@ -17,6 +17,7 @@ from consistentee.functional.curves import (
     best_accuracy,
     budget_hits,
     choose_threshold,
+    curve_of_thresholds,
     curve_score,
     depth_thresholds,
     layers_saved,
@@ -244,3 +245,47 @@ def test_curves_agree_with_what_their_words_say(
     assert found == max(fast) if fast else math.isnan(found)
     saved = max([0.0, *(1 - 1 / s for a, s in points if a >= floor)])
     assert float(layers_saved(accuracy, speedup, torch.tensor(floor).double())) == pytest.approx(saved)
+
+
+def _exits_that_lose(lost: int, won: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two layers; all exit at the first below 0.5, where `lost` rows go wrong and `won` come right."""
+    correct = torch.ones(rows, 2, dtype=torch.bool)
+    correct[:lost, 0] = False
+    correct[lost : lost + won, 1] = False
+    return torch.tensor([[0.5, torch.inf]]).expand(rows, 2), correct
+
+
+@pytest.mark.parametrize(
+    "lost, won, rows, exits_early",
+    [
+        (0, 0, 100, True),
+        (0, 1, 100, True),  # -1 + 0.5 * (sqrt(2) - 1) < 0
+        (1, 1, 100, False),  # 0 + 0.5 * (sqrt(3) - 1) > 0
+        (10, 10, 100, False),
+        (10, 13, 100, True),  # -3 + 0.5 * (sqrt(24) - 1) < 0
+        (10, 11, 100, False),  # -1 + 0.5 * (sqrt(22) - 1) > 0
+    ],
+)
+def test_a_margin_takes_the_loss_to_be_higher_by_its_standard_errors(lost, won, rows, exits_early):
+    scores, correct = _exits_that_lose(lost, won, rows)
+    points = curve_of_thresholds(scores, correct, [0.0, 1.0])
+    chosen = threshold_within(points, scores, correct, "policy", max_loss=0.0, margin=0.5)
+    assert (chosen == 0.0) is exits_early
+
+    def quality(exit_layer: torch.Tensor) -> float:
+        return float(correct.gather(1, exit_layer[:, None] - 1).float().mean())
+
+    with_metric = threshold_within(
+        points, scores, correct, "policy", max_loss=0.0, margin=0.5, quality=quality
+    )
+    assert with_metric == chosen
+    assert threshold_within(points, scores, correct, "policy", max_loss=0.0) == (0.0 if won >= lost else 1.0)
+
+
+def test_a_margin_matters_less_with_more_rows():
+    allowed = {}
+    for rows in (100, 10_000):
+        scores, correct = _exits_that_lose(rows // 50, 0, rows)
+        points = curve_of_thresholds(scores, correct, [0.0, 1.0])
+        allowed[rows] = threshold_within(points, scores, correct, "policy", max_loss=0.022, margin=1.0)
+    assert allowed == {100: 1.0, 10_000: 0.0}

@@ -15,7 +15,7 @@ _POLICY = (
     "policy_hidden_size policy_dropout policy_data policy_epochs policy_min_steps policy_batch_size "
     "policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup initial_exit_bias "
     "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode patience max_accuracy_loss "
-    "weighted_sum_share max_cache_mb"
+    "threshold_margin weighted_sum_share max_cache_mb"
 )
 
 

@@ -231,24 +231,38 @@ def threshold_within(
     criterion: str,
     *,
     max_loss: float,
+    margin: float = 0.0,
     quality: Callable[[Tensor], float] | None = None,
 ) -> float:
     """The threshold with the fewest layers that loses no more quality than allowed against the last layer.
+
+    With a `margin` the loss that instances show is taken to be higher by so many of its standard errors: the fewer
+    instances, the shyer the threshold. Of `d` instances where just one of exit and last layer is right the error is
+    `(sqrt(d + 1) - 1) / instances`: it vanishes where exits change nothing, so that full depth always qualifies.
 
     Args:
         points: the curve of these scores.
         scores, correct: of the instances.
         criterion: whose scores; layers of a `static` one have no neighbours to be smoothed with.
         max_loss: what may be lost, 0.01 for a point.
+        margin: standard errors of the loss to keep clear of it.
         quality: what an exit layer for every instance, (instances,) int64, is worth; None takes the accuracy.
     """
     smoothing = 1 if EXIT_CRITERIA[criterion].is_static else SMOOTHING
-    if quality is None:
-        floor = float(correct[:, -1].float().mean()) - max_loss
-        return choose_threshold(points, floor, smoothing=smoothing)
-    qualities = [quality(choose_exit_layer(scores, point.threshold)) for point in points]
-    last_layer = torch.full((len(correct),), correct.shape[1])
-    return choose_threshold(points, quality(last_layer) - max_loss, qualities, smoothing=smoothing)
+    last_right = correct[:, -1]
+    best = float(last_right.float().mean())
+    if quality is not None:
+        best = quality(torch.full((len(correct),), correct.shape[1]))
+    qualities: list[float] = []
+    for point in points:
+        value = point.accuracy
+        if quality is not None or margin:
+            exit_layer = choose_exit_layer(scores, point.threshold)
+            value = value if quality is None else quality(exit_layer)
+            differ = int((correct.gather(1, exit_layer[:, None] - 1).squeeze(1) != last_right).sum())
+            value -= margin * (math.sqrt(differ + 1) - 1) / len(correct)
+        qualities.append(value)
+    return choose_threshold(points, best - max_loss, qualities, smoothing=smoothing)
 
 
 def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) -> float:

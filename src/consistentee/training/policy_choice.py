@@ -111,6 +111,7 @@ class PolicySearch:
         folds, seed: of cross-fitting.
         criteria: exit criteria to choose thresholds for.
         max_loss: what a threshold may lose of the quality.
+        margin: standard errors of the loss that a threshold keeps clear of that.
         min_exit_layer: the first layer, from 1, that an instance may exit at.
     """
 
@@ -122,6 +123,7 @@ class PolicySearch:
     seed: int
     criteria: tuple[str, ...]
     max_loss: float
+    margin: float = 0.0
     min_exit_layer: int = 1
     device: torch.device | str = "cpu"
 
@@ -243,7 +245,13 @@ def choose_policy(
         values[:, : row.first_exit_layer(search.min_exit_layer) - 1] = row.thresholds.low
         points = trade_off_curve(values, judged.correct, criterion)
         threshold = threshold_within(
-            points, values, judged.correct, criterion, max_loss=search.max_loss, quality=quality
+            points,
+            values,
+            judged.correct,
+            criterion,
+            max_loss=search.max_loss,
+            margin=search.margin,
+            quality=quality,
         )
         at_thresholds[criterion] = next(point for point in points if point.threshold == threshold)
         scores[criterion] = curve_score(points)

@@ -71,6 +71,7 @@ def policy_search(
         seed=config.seed,
         criteria=criteria,
         max_loss=config.max_accuracy_loss,
+        margin=config.threshold_margin,
         min_exit_layer=min_exit_layer,
         device=device,
     )

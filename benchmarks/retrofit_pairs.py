@@ -97,7 +97,7 @@ def run_pair(backbone: Path, data_dir: Path, runs: Path, task: str, seed: int) -
             ]
             for point in trade_off_curve(scores, agrees, rule)
         ]
-    exit_layer = choose_exit_layer(states.exit_probs, saved.threshold)[:, None] - 1
+    exit_layer = choose_exit_layer(states.exit_probs, saved.model.config.threshold)[:, None] - 1
     return {
         "backbone": backbone.name,
         "task": task,
@@ -106,13 +106,13 @@ def run_pair(backbone: Path, data_dir: Path, runs: Path, task: str, seed: int) -
         "num_texts": record["data"]["train_rows"] + record["data"]["validation_rows"],
         "plain_accuracy": float(right[:, -1].double().mean()),
         "at_default_threshold": {
-            "threshold": saved.threshold,
+            "threshold": saved.model.config.threshold,
             "agreement": float(agrees.gather(1, exit_layer).double().mean()),
             "accuracy": float(right.gather(1, exit_layer).double().mean()),
             "layer_speedup": states.exit_probs.shape[1] / float((exit_layer + 1).double().mean()),
         },
         "curve": {"columns": ["threshold", "agreement", "accuracy", "layer_speedup"], **rules},
-        "environment": environment("cpu", seed),
+        "environment": environment(torch.device("cpu"), seed),
     }
 
 

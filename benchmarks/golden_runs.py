@@ -57,6 +57,7 @@ EXPECTED: dict[str, str] = {
     "classifier *saved_config/original*": "a new field of the configuration",
     "classifier *saved_config/exits_only": "a new field of the configuration",
     "classifier *record/config/num_layers": "a new setting",
+    "*record/config/threshold_margin": "a new setting, whose default makes thresholds shyer (set it to 0 to compare them)",
     "*record/config/distillation": "a setting that is gone",
     "classifier auto: *": "policies read log-odds in place of nine signals",
     "classifier *confident_patience*": MORE,

@@ -386,6 +386,7 @@ POLICY_EFFECTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"layer_cost_warmup": 0.0}, {}),
     ({"policy_folds": 3}, {}),
     ({"max_accuracy_loss": 0.5}, {}),
+    ({"threshold_margin": 3.0}, {"max_accuracy_loss": 0.5}),
 ]
 TESTED_ELSEWHERE = {
     "gradient_accumulation_steps",

@@ -34,6 +34,7 @@ RENAMED: dict[str, str] = {
 """Ends of a path that are called otherwise now: before -> now."""
 
 STEPS = "curves have equal steps of depth for both tasks, and default thresholds are chosen on them"
+MORE = "a new criterion"
 
 EXPECTED: dict[str, str] = {
     "generator *record/config/consistent_learning_rate": "a setting that generation shares since 0.1.0",
@@ -59,6 +60,12 @@ EXPECTED: dict[str, str] = {
     "*record/config/threshold_margin": "a new setting; thresholds are shyer unless it is 0",
     "*record/config/distillation": "a setting that is gone",
     "classifier auto: *": "policies read log-odds in place of nine signals",
+    "classifier *confident_patience*": MORE,
+    "classifier *similar_patience*": MORE,
+    "classifier *expert_sum*": MORE,
+    "classifier *energy*": MORE,
+    "classifier *quantile*": MORE,
+    "classifier *static*": MORE,
     "classifier final_loss: *": "the hardness comes from the loss for both tasks: its last bit",
 }
 """Patterns of values that differ from what was, or are new or gone, on purpose: "case: path" -> why."""

@@ -89,7 +89,7 @@ def evaluate(
     first = criterion[0] if criterion else None
     rule, limit = usage(lambda: saved.exit_rule(first, threshold, operating_point))
     if texts is not None:
-        _check_texts_alone(data or DataOptions(), reference)
+        check_texts_alone(data or DataOptions(), reference)
     evaluation, source = kind.commands["evaluate"](
         saved,
         kind,
@@ -138,7 +138,7 @@ def evaluate_classifier(
     return evaluation, rows.source
 
 
-def _check_texts_alone(data: DataOptions, reference: str | None) -> None:
+def check_texts_alone(data: DataOptions, reference: str | None) -> None:
     """Raise UsageError for labelled rows beside --texts, or what needs them."""
     check_one_or_two(data.text_columns)
     given = {

@@ -24,6 +24,7 @@ from consistentee.cli.evaluate import evaluate
 from consistentee.cli.generate import generate
 from consistentee.cli.predict import predict
 from consistentee.cli.probe import probe_command
+from consistentee.cli.report import report_command
 from consistentee.cli.retrofit import retrofit_command
 from consistentee.cli.terminal import Stopped, forget, hold_standard_streams, outlasting_readers, stoppable
 from consistentee.cli.train import finetune_command, train_command
@@ -55,10 +56,11 @@ COMMANDS = {
     "benchmark": benchmark,
     "calibrate": calibrate,
     "compare": compare_command,
+    "report": report_command,
 }
 for _name, _command in COMMANDS.items():
     app.command(_command, name=_name)
-OUTLASTING = ("train", "finetune", "retrofit", "evaluate", "benchmark", "calibrate", "compare")
+OUTLASTING = tuple(name for name in COMMANDS if name not in ("probe", "predict", "generate"))
 """Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
 

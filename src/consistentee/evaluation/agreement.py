@@ -22,6 +22,7 @@ from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.standard_errors import standard_error
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
+from consistentee.training.states import LayerStates
 
 
 def agreement_of_layers(
@@ -93,6 +94,7 @@ def evaluate_agreement(
     threshold: float | None = None,
     operating_point: str | None = None,
     source: str = "texts",
+    states: tuple[LayerStates, int] | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> AgreementEvaluation:
@@ -105,6 +107,7 @@ def evaluate_agreement(
         threshold: of the first criterion; None takes the saved one.
         operating_point: in place of criterion and threshold, one that `consistentee calibrate` saved, by name.
         source: where the texts come from, for messages.
+        states: what `run_layers` gave for these texts; None runs it.
         batch_size: texts per step; does not change the result.
         progress: whether to show how far it is.
 
@@ -116,19 +119,19 @@ def evaluate_agreement(
     others = {name: saved.known_threshold(name) for name in criteria[1:]}
     if not texts:
         raise ValueError("There must be at least one text to evaluate on, got none.")
-    states, num_truncated = run_layers(
+    outputs, num_truncated = states or run_layers(
         saved,
         unlabelled_rows(texts, saved.label_names, source),
         batch_size=batch_size,
         description="evaluating" if progress else None,
     )
     evaluation = agreement_of_layers(
-        states.layer_logits,
-        states.exit_probs,
+        outputs.layer_logits,
+        outputs.exit_probs,
         criterion=criterion,
         threshold=threshold,
         other_criteria=others,
-        signals=states.signals,
+        signals=outputs.signals,
     )
     return replace(
         evaluation,

@@ -120,6 +120,7 @@ def evaluate_model(
     operating_point: str | None = None,
     metrics: Sequence[str] | None = None,
     reference: LoadedClassifier | None = None,
+    states: tuple[LayerStates, int] | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Evaluation:
@@ -133,6 +134,7 @@ def evaluate_model(
         operating_point: in place of criterion and threshold, one that `consistentee calibrate` saved, by name.
         metrics: names from `metrics.METRICS`; None takes those of the model's task.
         reference: a model to compare with on the same rows, with or without exits, as it was saved.
+        states: what `run_layers` gave for these rows; None runs it.
         batch_size: rows per step; does not change the result.
         progress: whether to show how far it is.
 
@@ -146,19 +148,19 @@ def evaluate_model(
     criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold, operating_point)
     others = {name: saved.known_threshold(name) for name in criteria[1:]}
     columns = class_columns(saved, dataset.label_names)
-    states, num_truncated = run_layers(
+    outputs, num_truncated = states or run_layers(
         saved, dataset, batch_size=batch_size, description="evaluating" if progress else None
     )
     others_run = None if reference is None else _run(reference, dataset, batch_size, progress)
     evaluation = evaluate_layers(
-        states.layer_logits[..., columns],
-        states.exit_probs,
-        states.labels,
+        outputs.layer_logits[..., columns],
+        outputs.exit_probs,
+        outputs.labels,
         criterion=criterion,
         threshold=threshold,
         metrics=default_metrics(saved, len(columns)) if metrics is None else metrics,
         other_criteria=others,
-        signals=states.signals | {"classifier_logits": states.classifier_logits[..., columns]},
+        signals=outputs.signals | {"classifier_logits": outputs.classifier_logits[..., columns]},
         reference_predictions=None if others_run is None else others_run[0],
         label_names=dataset.label_names,
     )

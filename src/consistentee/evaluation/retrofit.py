@@ -23,7 +23,7 @@ from consistentee.evaluation.classification import run_tokenized
 from consistentee.evaluation.results import AgreementEvaluation
 from consistentee.evaluation.speed_classification import ClassificationSpeedRow, measure_speed
 from consistentee.evaluation.time_budget import TimeBudget
-from consistentee.functional.bounds import binomial_upper_bound
+from consistentee.functional.bounds import binomial_interval
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
@@ -174,9 +174,7 @@ def report_retrofit(
         environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
     )
     rows = len(reported)
-    wrong = round((1 - evaluation.agreement) * rows)
-    half = (1 + confidence) / 2
-    interval = (1 - binomial_upper_bound(wrong, rows, half), binomial_upper_bound(rows - wrong, rows, half))
+    interval = binomial_interval(round(evaluation.agreement * rows), rows, confidence)
     speed: tuple[ClassificationSpeedRow, ...] = ()
     if speed_seconds is not None:
         speed = time_exits(saved, reported, criterion, threshold, speed_seconds)

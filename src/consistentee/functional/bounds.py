@@ -35,6 +35,25 @@ def binomial_upper_bound(losses: float, num_rows: int, confidence: float = 0.95)
     return float(special.betaincinv(losses + 1, num_rows - losses, confidence))
 
 
+def binomial_interval(count: float, num_rows: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided exact confidence interval of a probability, both ends of Clopper and Pearson.
+
+    Args:
+        count: how often it happened, a whole number.
+        num_rows: of how many independent rows.
+        confidence: in (0, 1).
+
+    Source: Clopper and Pearson, Biometrika 26 (1934). Difference: none.
+
+    Example:
+        >>> [round(end, 4) for end in binomial_interval(9, 10)]
+        [0.555, 0.9975]
+    """
+    half = (1 + confidence) / 2
+    low = 1 - binomial_upper_bound(num_rows - count, num_rows, half)
+    return low, binomial_upper_bound(count, num_rows, half)
+
+
 def binomial_p_value(losses: Any, num_rows: int, max_loss: float) -> Any:
     """P-value of "a loss has a probability above `max_loss`": `P(Bin(num_rows, max_loss) <= losses)`.
 

@@ -32,6 +32,7 @@ COMMANDS = (
     "compare",
     "probe",
     "retrofit",
+    "report",
 )
 
 
@@ -155,7 +156,7 @@ def test_the_commands_of_the_readme_run(
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{text}\n" for text in said)))
         code = main(shlex.split(command, comments=True)[1:])
         assert code == 0, (line, capsys.readouterr().err)
-    assert all((tmp_path / name).is_file() for name in ("rte.png", "speed.json", "speed.png"))
+    assert all((tmp_path / name).is_file() for name in ("rte.png", "rte.html", "speed.json", "speed.png"))
 
 
 def test_the_methods_page_names_code_that_exists() -> None:

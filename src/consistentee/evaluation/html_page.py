@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from consistentee import __version__
 from consistentee.evaluation.calibration import digits
-from consistentee.evaluation.svg_charts import Bar, mini_bars
+from consistentee.evaluation.svg_charts import BarBox, mini_bars
 
 GENERATOR = "consistentee report"
 """How a page of ours begins to name what made it; only such a file is overwritten."""
@@ -119,11 +119,11 @@ def _signed_span(interval: Sequence[float], digits: int) -> str:
     return " to ".join(_signed(end, digits) for end in interval)
 
 
-def _heights(scores: Sequence[float], low: float, high: float, *size: int) -> list[Bar]:
+def _heights(scores: Sequence[float], low: float, high: float, *size: int) -> list[BarBox]:
     return mini_bars([(score - low) / (high - low) for score in scores], *size)
 
 
-def _shares(histogram: Sequence[int], top: float, *size: int) -> list[Bar]:
+def _shares(histogram: Sequence[int], top: float, *size: int) -> list[BarBox]:
     return mini_bars([count / sum(histogram) / top for count in histogram], *size)
 
 

@@ -19,7 +19,7 @@ SERIES = 8
 
 SPEEDUP_TICKS = (1, 1.5, 2, 3, 4, 6, 12)
 PERCENT_TOPS = (2, 5, 10, 20, 30, 40, 60, 80, 100)
-Bar = tuple[float, float, float, float]
+BarBox = tuple[float, float, float, float]
 """Pixels: x, y, width, height."""
 
 
@@ -305,7 +305,7 @@ def _cell_title(column: int, layer: int, count: int, depth: int) -> str:
     return f"{rows} with memorized layer {column} exit at layer {layer}"
 
 
-def mini_bars(heights: Sequence[float], width: int, height: int) -> list[Bar]:
+def mini_bars(heights: Sequence[float], width: int, height: int) -> list[BarBox]:
     """Small bars, as x, y, width and height of each.
 
     Args:
@@ -313,7 +313,7 @@ def mini_bars(heights: Sequence[float], width: int, height: int) -> list[Bar]:
         width, height: of all of them together.
     """
     step = width / max(len(heights), 1)
-    bars: list[Bar] = []
+    bars: list[BarBox] = []
     for place, share in enumerate(heights):
         tall = min(max(share, 0.0), 1.0) * height
         tall = max(tall, 1.0) if share > 0 else 0.0

@@ -13,6 +13,8 @@ from tiny import tiny_dataset
 CONFIG = quick_config(
     gradient_accumulation_steps=2, tracker="tensorboard", max_cache_mb=1e-6, policy_input="auto"
 )
+RIVALS = ("fastbert", "berxit", "palbert", "sweet")
+"""Methods that leave parameters out of some steps, or train others than ours does."""
 ROWS = 66  # 33 to train on: batches of 16, 16 and 1, of which the second process gets none
 
 
@@ -30,6 +32,15 @@ def runs(backbone: Path, output: Path) -> None:
                 resume=resume,
                 report=said.append,
             )
+    for name in RIVALS:
+        train(
+            backbone=backbone,
+            train_data=data,
+            output_dir=output / name,
+            config=quick_config(policy_dropout=0.0),
+            method=name,
+            report=said.append,
+        )
     if said:
         with (output / "said.txt").open("a", encoding="utf-8") as stream:
             stream.write("\n".join(said) + "\n")

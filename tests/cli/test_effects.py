@@ -15,6 +15,7 @@ from consistentee.cli.options import NOT_GIVEN, SettingOptions, training_config
 from consistentee.config import ClassificationTrainingConfig, GenerationTrainingConfig
 from consistentee.data.recipes import Recipe
 from consistentee.errors import SettingError, UsageError
+from consistentee.training.methods import METHODS
 from consistentee.training.train import finetune, train
 from tiny import tiny_backbone, tiny_dataset
 
@@ -61,6 +62,23 @@ def test_are_refused(
     assert training_config(None, Recipe(settings=values), KIND_OF[config_class], command) == config_class(
         **values
     )
+
+
+@pytest.mark.parametrize(
+    "method, name, message",
+    [
+        ("sweet", "weighted_sum_share", "goes with --method consistent and has no effect here"),
+        ("deebert", "patience", "goes with --method consistent and has no effect here"),
+        ("palbert", "policy_epochs", "fits of the policy, which --method palbert does not make"),
+        ("static", "ensemble_decay", "is about exits, which --method static does not train"),
+    ],
+)
+def test_are_refused_where_the_method_leaves_them_out(method: str, name: str, message: str) -> None:
+    command = "train" if METHODS[method].exits else "finetune"
+    with pytest.raises(SettingError, match=rf"^--{name.replace('_', '-')} .*{message}"):
+        check_effects([name], Rows(), command, method)
+    check_effects(["rounds", "consistent_epochs", "warmup_epochs"], Rows(), command, method)
+    check_effects([name], Rows(), "train", "consistent")
 
 
 def test_those_that_have_one_are_not() -> None:

@@ -22,7 +22,7 @@ from consistentee.training.run import Run
 from consistentee.training.steps import Objective, OptimizerSteps
 from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.train import start_run, train
-from quick import quick_config, read_record, stop_at, weight_bytes
+from quick import quick_config, read_record, read_weights, stop_at, weight_bytes
 from tiny import tiny_backbone, tiny_dataset
 from tiny_training import quick_generation_config, tiny_decoder, tiny_instructions
 
@@ -104,6 +104,14 @@ def test_runs_on_the_papers_heads_and_resumes_to_the_same_bits(
             run_method(method, backbone, tmp_path / "parts", **changes)
     run_method(method, backbone, tmp_path / "parts", resume=True, **changes)
     assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["fastbert", "palbert", "sweet", "cosee"])
+def test_trains_in_mixed_precision(method: str, backbone: Path, tmp_path: Path) -> None:
+    folder = run_method(method, backbone, tmp_path / "m", mixed_precision="bf16")
+    weights = read_weights(folder)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
 # --- What defines each ----------------------------------------------------------------------------

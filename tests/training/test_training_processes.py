@@ -43,6 +43,8 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     one.mkdir()
     parallel_runs.runs(backbone, one)
 
+    for name in parallel_runs.RIVALS:
+        assert largest_difference(read_weights(one / name), read_weights(two / name)) < 1e-4
     for name in ("train", "finetune"):
         assert [read_whole_record(folder / name)["environment"]["processes"] for folder in (one, two)] == [
             1,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.errors import SettingError
+from consistentee.training.methods import METHODS
 
 Command = Literal["train", "finetune"]
 
@@ -71,13 +72,22 @@ _FINETUNED_GENERATORS = (
 )
 
 
-def check_effects(given: Iterable[str], config: Any, command: Command) -> None:
+_OF_CONSISTENT = "consistent_learning_rate weighted_sum_share patience"
+_POLICY_FITS = (
+    "policy_data policy_epochs policy_min_steps policy_batch_size policy_learning_rate policy_weight_decay "
+    "policy_folds entropy_bonus layer_cost_warmup estimator num_rollouts reward reward_loss hardness layer_costs "
+    "layer_cost_mode"
+)
+
+
+def check_effects(given: Iterable[str], config: Any, command: Command, method: str | None = None) -> None:
     """Refuse settings of the command line that change nothing; a recipe may hold them, as it is read by more commands.
 
     Args:
         given: names of the settings that were given.
         config: with these and all others in force.
         command: what it is for.
+        method: of training; None for the command's own.
 
     Raises:
         SettingError: one of them has no effect.
@@ -88,7 +98,16 @@ def check_effects(given: Iterable[str], config: Any, command: Command) -> None:
     for name in given:
         option = f"--{name.replace('_', '-')}"
         if command == "finetune" and name in finetuned:
-            raise SettingError(f"{option} is about exits, which finetune does not train. Leave it out.")
+            what = "finetune" if method in (None, "plain") else f"--method {method}"
+            raise SettingError(f"{option} is about exits, which {what} does not train. Leave it out.")
+        if command == "train" and method not in (None, "consistent") and name in _OF_CONSISTENT.split():
+            raise SettingError(
+                f"{option} goes with --method consistent and has no effect here. Leave it out, or give both."
+            )
+        if method is not None and METHODS[method].joint_policy and name in _POLICY_FITS.split():
+            raise SettingError(
+                f"{option} is about fits of the policy, which --method {method} does not make. Leave it out."
+            )
         for rule in rules:
             if name in rule.settings.split() and rule.idle(config):
                 raise SettingError(

@@ -195,7 +195,11 @@ else:
 
 
 def training_config(
-    settings: Any, recipe: Recipe, kind: Kind = CLASSIFIERS, command: Command = "train"
+    settings: Any,
+    recipe: Recipe,
+    kind: Kind = CLASSIFIERS,
+    command: Command = "train",
+    method: str | None = None,
 ) -> TrainingConfig:
     """The settings of a run: command line before recipe before defaults.
 
@@ -204,6 +208,7 @@ def training_config(
         recipe: the recipe file's.
         kind: of model.
         command: what it is for.
+        method: of training; None for the command's own.
 
     Raises:
         SettingError: a value is out of its range, a setting belongs to the other kind of model, or has no effect.
@@ -221,7 +226,7 @@ def training_config(
         config = kind.config_class.from_dict({**recipe.settings, **given})
     except ValueError as error:
         raise UsageError(str(error)) from error
-    check_effects(given, config, command)
+    check_effects(given, config, command, method)
     return config
 
 

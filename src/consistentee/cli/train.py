@@ -95,7 +95,7 @@ def _run(
     if backbone is None:
         raise UsageError("Give --backbone: the name of a model on the hub to start from, or a local folder.")
     kind = data.kind(recipe.task)
-    config = training_config(settings, recipe, kind, command)
+    config = training_config(settings, recipe, kind, command, method)
     usage(lambda: check_method(method, CLASSIFICATION if kind is CLASSIFIERS else GENERATION, config))
     from consistentee.training.run_folders import check_output_dir
 

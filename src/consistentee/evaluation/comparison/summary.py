@@ -156,7 +156,7 @@ def summarise(
             "methods": _methods(cells),
             "environments": _environments(cells),
             "runs": [
-                _run(place, key, seed, row, rows)
+                _run(place, key, seed, row, rows, shown)
                 for place, rows in measured.items()
                 for key, of_key in rows.items()
                 for seed, row in of_key.items()
@@ -360,10 +360,12 @@ def _mean_metrics(rows: Sequence[_Measured]) -> dict[str, float]:
     }
 
 
-def _run(place: tuple[str, str], key: Key, seed: int, row: _Measured, rows: SetRows) -> dict[str, Any]:
+def _run(
+    place: tuple[str, str], key: Key, seed: int, row: _Measured, rows: SetRows, shown: Sequence[Key]
+) -> dict[str, Any]:
     """One method, set and seed: figures of its own criterion, and of the others on its exits."""
     others = {
-        name: of_key[seed]
+        name: _run_figures(of_key[seed], with_curve=(label, name) in shown)
         for (label, name), of_key in rows.items()
         if label == key[0] and name != key[1] and seed in of_key
     }
@@ -378,11 +380,11 @@ def _run(place: tuple[str, str], key: Key, seed: int, row: _Measured, rows: SetR
         "criterion": key[1] or None,
         "plain_accuracy": row.plain_accuracy,
         **_run_figures(row),
-        "criteria": {name: _run_figures(other) for name, other in others.items()},
+        "criteria": others,
     }
 
 
-def _run_figures(row: _Measured) -> dict[str, Any]:
+def _run_figures(row: _Measured, *, with_curve: bool = True) -> dict[str, Any]:
     values = {name: _number(value) for name, value in zip(FIGURES, row.observed, strict=True)}
     curve = row.outcomes.curve()
     chosen = row.outcomes.chosen
@@ -393,7 +395,7 @@ def _run_figures(row: _Measured) -> dict[str, Any]:
         else {**curve[chosen], "metrics": dict(row.outcomes.metrics)},
         "accuracy_at_speedup": {f"{s:g}": values[f"accuracy_at_{s:g}x"] for s in SPEEDUPS},
         "layers_saved_at_loss": {f"{x:g}": values[f"layers_saved_at_{100 * x:g}"] for x in LOSSES},
-        "curve": curve,
+        **({"curve": curve} if with_curve else {}),
     }
 
 

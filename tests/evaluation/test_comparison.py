@@ -39,6 +39,7 @@ from consistentee.evaluation.comparison.summary import summarise
 from consistentee.evaluation.comparison.tables import comparison_sheets
 from consistentee.functional.curves import curve_of_thresholds, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
+from consistentee.training.methods import METHODS
 from tiny import tiny_dataset
 
 LAYERS, ROWS = 6, 90
@@ -292,7 +293,7 @@ def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Pa
     (tmp_path / "published" / "consistent_released.yaml").write_text("reward: uniform\n")
     (tmp_path / "published" / "deebert.yaml").write_text("head: shared_pooler\nensemble_decay: 0.0\n")
     methods = compared_methods(
-        ["consistent", "deebert:published", "deebert:thin", "consistent:released"],
+        ["consistent", "deebert:published", "deebert:thin", "consistent:released", "static:2"],
         {"learning_rate": 1e-4},
         {"deebert:thin": {"classifier_hidden_size": 8}, "deebert:published": {"ensemble_decay": 0.25}},
         tmp_path,
@@ -303,7 +304,9 @@ def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Pa
         "deebert:published",
         "deebert:thin",
         "consistent:released",
+        "static:2",
     ]
+    assert methods[5].settings == {"num_layers": 2}
     assert methods[4].settings == {"reward": "uniform"}
     assert methods[2].settings == {"head": "shared_pooler", "ensemble_decay": 0.25}
     data = ComparedSet("rte", tiny_dataset(20), tiny_dataset(10))
@@ -314,7 +317,7 @@ def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Pa
         "small_rte_deebert-published_3",
         "small_rte_deebert-thin_3",
     ]
-    config = cells[7].config()
+    config = cells[8].config()
     assert (config.seed, config.head, config.learning_rate) == (4, "shared_pooler", 1e-4)
 
 
@@ -324,7 +327,8 @@ def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Pa
         (["pabee2"], {}, 'pabee2: method must be one of .*, got "pabee2"'),
         (["retrofit"], {}, "retrofit: method must be one of"),
         (["deebert", "deebert"], {}, "methods must differ"),
-        (["deebert:published"], {}, 'nothing says what "deebert:published" is'),
+        (["deebert:published"], {}, "deebert:published: a variant must be described"),
+        (["static"], {}, "static: num_layers must be given for the method static"),
         (["deebert"], {"deebrt": {}}, 'Settings are given for "deebrt", which is not among the methods'),
         (["deebert"], {"deebert": {"hed": "attention"}}, 'deebert: "hed" is not a training setting'),
         (["deebert"], {"deebert": {"seed": 5}}, "deebert: seed must be the same for all"),
@@ -338,6 +342,25 @@ def test_methods_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         compared_methods(labels, {}, overrides)
+
+
+def test_recipes_of_another_method_or_from_nowhere_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "deebert_x.yaml").write_text("method: consistent\n")
+    with pytest.raises(
+        SettingError, match=r'deebert:x: recipe .* must be of the method "deebert", got "consi'
+    ):
+        compared_methods(["deebert:x"], {}, {}, tmp_path)
+    with pytest.raises(SettingError, match="deebert:x: recipes must be a folder that is there"):
+        compared_methods(["deebert:x"], {}, {}, tmp_path / "nowhere")
+
+
+def test_every_published_recipe_fits_a_comparison_of_the_defaults() -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    names = [path.stem for path in (recipes / "published").glob("*.yaml")]
+    labels = [f"{name}:published" for name in names if name in METHODS] + ["consistent:released"]
+    assert len(labels) == len(names)
+    methods = compared_methods(labels, {}, {}, recipes)
+    assert all(method.settings for method in methods if method.label != "plain")
 
 
 def test_another_split_of_the_same_budget_is_not_refused() -> None:
@@ -391,6 +414,7 @@ def test_everything_is_made_from_the_cells_alone(tmp_path: Path) -> None:
     made.append(cell_of("plain:3", layers=3))
     for number, cell in enumerate(made):
         (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(cell))
+    (tmp_path / "cells" / ".7.0123abcd.json").write_text("{")  # another process is writing it
     with pytest.raises(SettingError, match="has no cell of nsp"):
         render(tmp_path, methods=["nsp"])
     few = render(tmp_path, methods=["consistent"], resamples=5)

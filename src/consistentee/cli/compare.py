@@ -87,7 +87,7 @@ def compare_command(
     Args:
         output_dir: Where all of it goes. Several commands may fill one folder.
         methods: Training methods; `plain` is always among them. NAME:VARIANT is one with settings of its own;
-            plain:6 is the plain model of the first 6 layers.
+            static:6 is the plain model of the first 6 layers.
         backbone: Encoders to start from: names on the model hub or local folders.
         seeds: Seeds of split, order and initial weights. [default: 1]
         baseline: What differences are taken to: METHOD, with its own criterion, or METHOD/CRITERION.

@@ -125,7 +125,8 @@ def read_cells(output_dir: Path) -> list[Cell]:
     Raises:
         DataError: a file is no cell.
     """
-    return [read_cell(path) for path in sorted((output_dir / CELLS).glob("*.json"))]
+    paths = (output_dir / CELLS).glob("[!.]*.json")  # one with a dot is being written
+    return [read_cell(path) for path in sorted(paths)]
 
 
 def read_cell(path: Path) -> Cell:

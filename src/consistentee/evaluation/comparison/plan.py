@@ -13,7 +13,8 @@ from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.recipes import load_recipe
 from consistentee.data.rows import TextDataset
 from consistentee.errors import SettingError, require_seed
-from consistentee.training.methods import METHODS, method_of
+from consistentee.functional.tables import CLASSIFICATION
+from consistentee.training.methods import METHODS, check_method, method_of
 
 REFERENCE = "plain"
 """The method that all others are measured against; always among those compared."""
@@ -22,7 +23,7 @@ OUR_METHOD = "consistent"
 """The method that differences are taken to unless another is named."""
 
 DEPTH_SETTING = "num_layers"
-"""What a number behind the name of a method without exits sets: `plain:6` is the plain model of 6 layers."""
+"""What a number behind the name of a method without exits sets: `static:6` is the plain model of 6 layers."""
 
 SHARED = (
     "seed",
@@ -142,15 +143,14 @@ def _compared_method(
         method_of(name)
         settings = _variant_settings(name, variant, recipes)
         if variant and not settings and own is None:
-            raise SettingError(
-                f'methods must be described, and nothing says what "{label}" is. Give settings for it, or a recipe '
+            raise ValueError(
+                f"a variant must be described, and nothing says what this one is. Give settings for it, or a recipe "
                 f"{variant}/{name}.yaml{'' if recipes is None else f' in {recipes}'}."
             )
         settings.update(own or {})
         common = ClassificationTrainingConfig.from_dict(dict(shared))
         config = ClassificationTrainingConfig.from_dict({**shared, **settings})
-    except SettingError:
-        raise
+        check_method(name, CLASSIFICATION, config)
     except ValueError as error:
         raise SettingError(f"{label}: {error}") from error
     for setting in SHARED:
@@ -174,10 +174,15 @@ def _variant_settings(name: str, variant: str, recipes: Path | None) -> dict[str
     if recipes is None or not variant:
         return {}
     if not recipes.is_dir():
-        raise SettingError(f"recipes must be a folder that is there, got {recipes}.")
+        raise ValueError(f"recipes must be a folder that is there, got {recipes}.")
     named = sorted(recipes.rglob(f"{name}_{variant}.yaml"))
     path = next((path for path in (recipes / variant / f"{name}.yaml", *named) if path.is_file()), None)
-    return {} if path is None else dict(load_recipe(path, ClassificationTrainingConfig).settings)
+    if path is None:
+        return {}
+    recipe = load_recipe(path, ClassificationTrainingConfig)
+    if recipe.method not in (None, name):
+        raise ValueError(f'recipe {path} must be of the method "{name}", got "{recipe.method}".')
+    return dict(recipe.settings)
 
 
 def _epochs(config: Any) -> float:

@@ -56,4 +56,17 @@ for part in $parts; do
       ;;
   esac
 done
-[ -n "${DRY-}" ] || consistentee compare --render --criteria all --output-dir "$out"
+[ -z "${DRY-}" ] || exit 0
+
+# Methods as published beside ours, those that share exits included; all on our heads; then everything, last of all, as
+# compare.json is to hold it.
+show() { # NAME OPTIONS...
+  consistentee compare --render --output-dir "$out" --plot "$out/$1.pdf" "${@:2}"
+  cp "$out/compare.md" "$out/$1.md"
+}
+if [ -n "$published" ] && [ -z "${METHODS-}${VARIANTS-}" ]; then
+  of=weighted_sum:published
+  show published --methods consistent consistent:released $published --also $of/confident_patience $of/similar_patience
+  show our-heads --methods $methods --also weighted_sum/confident_patience weighted_sum/similar_patience
+fi
+consistentee compare --render --criteria all --output-dir "$out"

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from consistentee.config import ClassificationTrainingConfig
+from consistentee.config import ClassificationTrainingConfig, RetrofitConfig
 
 QUICK: dict[str, Any] = {
     "batch_size": 16,
@@ -34,6 +34,24 @@ QUICK: dict[str, Any] = {
 def quick_config(**changes: Any) -> ClassificationTrainingConfig:
     """Settings for a run of a few steps, in full precision, without dropout but in the policy."""
     return ClassificationTrainingConfig(**{**QUICK, **changes})
+
+
+def quick_retrofit(**changes: Any) -> RetrofitConfig:
+    """The same for `retrofit`, whose backbone is run once for some rows at a time."""
+    values = {
+        "passes": 2,
+        "policy_epochs": 2,
+        "policy_min_steps": 1,
+        "policy_folds": 2,
+        "classifier_hidden_size": 8,
+        "num_queries": 2,
+        "head_learning_rate": 5e-3,
+        "head_dropout": 0.0,
+        "mixed_precision": "no",
+        "max_cache_mb": 0.05,
+        **changes,
+    }
+    return RetrofitConfig(**values)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from typing_extensions import Self
 
-from consistentee.errors import require_choice, require_range, require_seed
+from consistentee.errors import checked_setting, require_choice, require_range, require_seed
 
 Head = Literal["attention", "shared_pooler"]
 Pooling = Literal["auto", "cls", "mean"]
@@ -51,6 +51,7 @@ GenerationCriterion = Literal[
 GenerationMode = Literal["early-exit", "full", "lossless"]
 SkippedStates = Literal["copy", "recompute"]
 BackboneTraining = Literal["full", "lora", "frozen"]
+TuneBackbone = Literal["none", "lora", "full"]
 RewardTarget = Literal["reference", "last_layer"]
 TokenRewardLoss = Literal["regret", "error", "cross_entropy"]
 TokenPolicyData = Literal["held_out", "filled"]
@@ -266,7 +267,19 @@ class ClassificationTrainingConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class RetrofitConfig(ClassificationTrainingConfig):
+class AdapterSettings:
+    """LoRA adapters of a backbone, for the settings of trainings that can have them."""
+
+    lora_rank: int = 16
+    """Rank of the LoRA adapters."""
+    lora_alpha: float = 32.0
+    """Scale of the LoRA adapters, divided by their rank."""
+    lora_dropout: float = 0.05
+    """Dropout before the LoRA adapters."""
+
+
+@dataclass(frozen=True)
+class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     """How a fine-tuned classifier gets exits that imitate it, without labels; an exit is right where it agrees."""
 
     max_length: int = 512
@@ -288,8 +301,11 @@ class RetrofitConfig(ClassificationTrainingConfig):
     """States that are held at once, in memory; what the policy reads goes to a memory-mapped file beyond it."""
     exits_only: bool = False
     """Save the exits alone, a few MB, to be put onto the model when they are opened; refused if that has changed."""
-    passes: int = 5
-    """Times that the exits learn every text, from states that are computed once."""
+    tune_backbone: TuneBackbone = "none"
+    """`none`: the model stays what it is. `lora`, `full`: shallow layers come to serve the exits, by adapters that are
+    merged at the end (the model's head stays) or all weights tuned; the original's answers stay the target."""
+    passes: int | None = None
+    """Times that the exits learn every text: by default 5, or 2 where the backbone is tuned and runs every time."""
     policy_texts: int = 20_000
     """Texts that the policy learns from, at most, and at most a third of them."""
     calibration_texts: int = 5_000
@@ -297,9 +313,18 @@ class RetrofitConfig(ClassificationTrainingConfig):
     report_texts: int = 5_000
     """Texts that figures are reported on, at most, and at most a tenth."""
 
+    def __post_init__(self) -> None:
+        if self.passes is None:
+            object.__setattr__(self, "passes", 5 if self.tune_backbone == "none" else 2)
+        super().__post_init__()
+        if self.exits_only and self.tune_backbone != "none":
+            raise ValueError(
+                f"exits_only must be false for tune_backbone {self.tune_backbone}, got true: it has to be saved, too."
+            )
+
 
 @dataclass(frozen=True)
-class GenerationTrainingConfig(TrainingConfig):
+class GenerationTrainingConfig(AdapterSettings, TrainingConfig):
     """How a causal language model with exits is trained."""
 
     max_length: int = 256
@@ -335,12 +360,6 @@ class GenerationTrainingConfig(TrainingConfig):
     # What is trained of the backbone
     backbone_training: BackboneTraining = "lora"
     """`full`: all weights. `lora`: adapters, merged into the weights at the end. `frozen`: exits only."""
-    lora_rank: int = 16
-    """Rank of the LoRA adapters."""
-    lora_alpha: float = 32.0
-    """Scale of the LoRA adapters, divided by their rank."""
-    lora_dropout: float = 0.05
-    """Dropout before the LoRA adapters."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass instead of keeping what is inside them: a third slower, far smaller."""
     logit_rows: int = 1024
@@ -401,35 +420,5 @@ def checked_settings(values: Mapping[str, Any], config_class: type[TrainingConfi
             near = difflib.get_close_matches(str(key), hints, n=1)
             suggestion = f' Did you mean "{near[0]}"?' if near else ""
             raise ValueError(f'"{key}" is not a training setting.{suggestion}')
-        settings[key] = _checked_value(key, value, hints[key])
+        settings[key] = checked_setting(key, value, hints[key])
     return settings
-
-
-def _checked_value(key: str, value: Any, hint: Any) -> Any:
-    if key == "layer_costs":
-        costs = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_checked_value("each of layer_costs", cost, float) for cost in costs)
-    kinds = get_args(hint) or (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    if bool in kinds:
-        if not isinstance(value, bool):
-            raise ValueError(f"{key} must be true or false, got {value!r}.")
-        return value
-    if int in kinds:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{key} must be a whole number, got {value!r}.")
-        return value
-    if float in kinds:
-        try:
-            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-                raise TypeError
-            return float(value)  # YAML reads 1e-5 as text
-        except (TypeError, ValueError):
-            raise ValueError(f"{key} must be a number, got {value!r}.") from None
-    if str in kinds:
-        if not isinstance(value, str):
-            raise ValueError(f"{key} must be text, got {value!r}.")
-        return value
-    require_choice(key, value, kinds)
-    return value

@@ -7,7 +7,7 @@ import numbers
 import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 
 class DataError(ValueError):
@@ -134,3 +134,38 @@ def require_range(name: str, value: float, low: float, high: float, open_end: bo
     """Raise ValueError unless low <= value <= high (below high with `open_end`)."""
     if not (low <= value < high if open_end else low <= value <= high):
         raise ValueError(f"{name} must be in [{low}, {high}{')' if open_end else ']'}, got {value}.")
+
+
+def checked_setting(key: str, value: Any, hint: Any) -> Any:
+    """A setting in its field's type.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    if key == "layer_costs":
+        costs = cast("list[Any]", value if isinstance(value, (list, tuple)) else [value])
+        return tuple(checked_setting("each of layer_costs", cost, float) for cost in costs)
+    kinds = get_args(hint) or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if bool in kinds:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} must be true or false, got {value!r}.")
+        return value
+    if int in kinds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{key} must be a whole number, got {value!r}.")
+        return value
+    if float in kinds:
+        try:
+            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+                raise TypeError
+            return float(value)  # YAML reads 1e-5 as text
+        except (TypeError, ValueError):
+            raise ValueError(f"{key} must be a number, got {value!r}.") from None
+    if str in kinds:
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be text, got {value!r}.")
+        return value
+    require_choice(key, value, kinds)
+    return value

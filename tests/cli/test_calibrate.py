@@ -247,10 +247,6 @@ def test_other_models_are_refused(
         ("predict model rows.txt --operating-point a --threshold 0.5", "excludes criterion and threshold"),
         ("evaluate model --texts rows.txt --operating-point a", 'no operating point "a"; it has none'),
         ("evaluate model --texts rows.txt --task sst2", "--texts has no labels, so --task goes without it"),
-        (
-            "evaluate model --texts rows.txt --reference plain",
-            "--texts has no labels, so --reference goes without",
-        ),
         ("benchmark model --data-file rows.txt --operating-point a", 'no operating point "a"; it has none'),
         (
             "benchmark model --data-file rows.txt --operating-point a --exit-distribution even",

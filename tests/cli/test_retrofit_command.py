@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from consistentee.cli.main import main
 from consistentee.functional.criteria import CRITERIA
 from consistentee.models.loaded import load_model
+from consistentee.training.train import finetune
+from quick import quick_config
 from tiny import tiny_backbone, tiny_classifier, tiny_dataset, write_csv
 
 QUICK = (
@@ -112,12 +116,80 @@ def test_too_few_texts_certify_nothing_and_it_is_said(
     assert "not certified" in out
 
 
+def test_a_tuned_backbone_is_held_to_the_original(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = finetune(
+        backbone=tiny_backbone(tmp_path / "backbone"),
+        train_data=tiny_dataset(200),
+        output_dir=tmp_path / "plain",
+        config=quick_config(warmup_epochs=6.0, learning_rate=3e-3, rounds=0),
+    )
+    folder, figures = tmp_path / "tuned", tmp_path / "figures.json"
+    command = ["retrofit", str(original), "--texts", str(texts), "--output-dir", str(folder)]
+    options = f"{QUICK} --tune-backbone full --learning-rate 0.003 --max-disagreement 0.5 --json {figures}"
+    command += options.replace("--passes 2", "--passes 1").split()
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    found: dict[str, Any] = json.loads(figures.read_text())
+    assert found["agreement_with"] == str(original)
+    assert found["full_depth_agreement"] == found["per_layer_agreement"][-1] < 1
+    assert (
+        f"At full depth the tuned model agrees with it on {100 * found['full_depth_agreement']:.2f} %." in out
+    )
+    assert f'points of disagreement with model "{original}", confidence 95 %' in out
+    assert found["certificate"]["reference"] == str(original)
+    assert f"of disagreement with `{original.name}`" in (folder / "README.md").read_text()
+
+    def evaluated(*options: str) -> dict[str, Any]:
+        file = tmp_path / "evaluation.json"
+        call = ["evaluate", str(folder), "--texts", str(texts), "--threshold", "0.9", "--json", str(file)]
+        assert main([*call, *options]) == 0
+        return json.loads(file.read_text())
+
+    rows = [text for (text,) in tiny_dataset(500, seed=5).texts]
+    model, kept = load_model(folder), load_model(original)
+    batch = kept.tokenizer(rows, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        wanted = AutoModelForSequenceClassification.from_pretrained(original)(**batch).logits.argmax(-1)
+        at_exit = model.model(**batch, threshold=0.9).logits.argmax(-1)
+        full = model.model(**batch, threshold=1.0).logits.argmax(-1)
+    with_itself = evaluated()
+    out = capsys.readouterr().out
+    assert (
+        f"Its backbone was tuned, so that is not the model that it was made of: for that give --reference {original}"
+        in (" ".join(out.split()))
+    )
+    assert with_itself["agreement"] == pytest.approx(float((at_exit == full).double().mean()))
+    with_original = evaluated("--reference", str(original))
+    out = capsys.readouterr().out
+    assert f'get the class of model "{original}".' in " ".join(out.split())
+    assert "Its backbone was tuned" not in out
+    assert with_original["agreement_with"] == str(original)
+    assert with_original["agreement"] == pytest.approx(float((at_exit == wanted).double().mean()))
+    assert with_original["per_layer_agreement"][-1] == pytest.approx(float((full == wanted).double().mean()))
+    assert with_original["agreement"] != with_itself["agreement"]
+
+    more = tmp_path / "more.txt"
+    more.write_text("".join(f"{text}\n" for (text,) in tiny_dataset(400, seed=77).texts))
+    calibrate = ["calibrate", str(folder), "--file", str(more), "--overwrite"]
+    assert main([*calibrate, "--max-disagreement", "0.6", "--reference", str(original)]) == 0
+    assert f'of disagreement with model "{original}"' in " ".join(capsys.readouterr().out.split())
+    assert main([*calibrate, "--max-disagreement", "0.02", "--reference", str(original)]) == 1
+    assert "Full depth itself gives another class than model" in capsys.readouterr().err
+    assert main([*calibrate, "--max-disagreement", "0.6"]) == 0
+    assert "Agreement is with this folder's own full depth" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--max-disagreement", "0"], "--max-disagreement must be above 0, got 0"),
         (["--max-disagreement", "1.5"], "--max-disagreement must be in [0, 1), got 1.5"),
         (["--confidence", "1"], "--confidence must be in [0, 1), got 1"),
+        (["--tune-backbone", "lora", "--exits-only"], "exits_only must be false for tune_backbone lora"),
+        (["--learning-rate", "1e-4"], "--learning-rate goes with --tune-backbone lora or full"),
+        (["--tune-backbone", "full", "--lora-rank", "4"], "--lora-rank goes with --tune-backbone lora"),
         (["--passes", "0"], "passes must be above 0, got 0"),
         (["--max-texts", "0"], "--max-texts must be at least 1, got 0"),
         (["--label-column", "label"], "--label-column goes with --text-columns."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,6 +87,42 @@ def test_accuracy_loss_counts_what_full_depth_gets_right_and_the_exit_wrong() ->
     assert lost_accuracy <= int(lost.sum()) / 3000  # what is won back is not counted
     with pytest.raises(ValueError, match="labels must be given"):
         calibrate_layers(logits, probs, goal="max_accuracy_loss", target=0.05)
+
+
+def test_a_reference_takes_the_place_of_full_depth() -> None:
+    logits, probs, labels = outputs()
+    generator = torch.Generator().manual_seed(1)
+    other = torch.where(torch.rand(3000, generator=generator) < 0.05, labels, logits[:, -1].argmax(-1))
+    predictions = logits.argmax(-1)
+    lost_at = {
+        "max_disagreement": predictions != other[:, None],
+        "max_accuracy_loss": (other == labels)[:, None] & (predictions != labels[:, None]),
+    }
+    for goal, lost in lost_at.items():
+        found = calibrate_layers(logits, probs, goal=goal, target=0.1, labels=labels, answers=other)
+        assert found.threshold is not None
+        chosen = choose_exit_layer(probs, found.threshold)[:, None] - 1
+        assert found.losses == int(lost.gather(1, chosen).sum())
+        assert found.agreement == pytest.approx(
+            float((predictions.gather(1, chosen)[:, 0] == other).double().mean())
+        )
+        assert found.full_depth_losses == int(lost[:, -1].sum()) > 0
+        refused = replace(
+            calibrate_layers(logits, probs, goal=goal, target=0.001, labels=labels, answers=other),
+            reference="user/original",
+        )
+        assert not refused.certified
+        (line,) = calibration_lines(refused)
+        assert f"on {found.full_depth_losses} of 3,000 rows, and 0.1 points at 95 % allows fewer" in line
+    itself = calibrate_layers(logits, probs, goal="max_disagreement", target=0.1)
+    same = calibrate_layers(
+        logits, probs, goal="max_disagreement", target=0.1, answers=logits[:, -1].argmax(-1)
+    )
+    assert replace(same, full_depth_losses=None) == itself
+    assert same.full_depth_losses == 0
+    agreement = agreement_of_layers(logits, probs, threshold=0.6, answers=other)
+    assert agreement.per_layer_agreement == (predictions == other[:, None]).double().mean(0).tolist()
+    assert agreement.curve[-1].agreement == pytest.approx(agreement.per_layer_agreement[-1])
 
 
 def test_a_speedup_is_chosen_on_some_rows_and_judged_on_the_others() -> None:

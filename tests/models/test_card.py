@@ -142,3 +142,36 @@ def test_exits_on_a_model_that_stays_name_it() -> None:
     assert "`user/sentiment` at revision abc123 as it was, with a classifier after every layer" in card
     assert "holds the exits alone" not in card
     assert "holds the exits alone" in model_card({**record, "config": {"exits_only": True}})
+
+
+def test_a_tuned_model_is_said_to_be_tuned_from_it() -> None:
+    original = {"name": "user/sentiment", "revision": None, "license": None, "tuned": "lora"}
+    evaluation = {
+        "agreement_with": "user/sentiment",
+        "per_layer_agreement": [0.5, 0.987],
+        "mean_exit_layer": 1.5,
+        "num_hidden_layers": 2,
+        "layer_speedup": 1.33,
+    }
+    record = {
+        "kind": "early_exit",
+        "backbone": "user/sentiment",
+        "original": original,
+        "evaluation": evaluation,
+    }
+    certificate = {
+        "goal": "max_disagreement",
+        "target": 0.02,
+        "num_rows": 500,
+        "confidence": 0.95,
+        "reference": "user/sentiment",
+    }
+    card = model_card(record, {"safe": {"criterion": "policy", "threshold": 0.5, "certificate": certificate}})
+    assert "Tuned from `user/sentiment` (LoRA adapters, merged) to give its answers early" in card
+    assert "full depth is not the original" in card
+    assert "as it was" not in card
+    assert "own logits" not in card
+    assert "| agreement of full depth | 98.7 % |" in card
+    assert "at most 2 % of disagreement with `user/sentiment` (500 rows" in card
+    all_weights = model_card({**record, "original": {**original, "tuned": "full"}})
+    assert "Tuned from `user/sentiment` (all weights)" in all_weights

@@ -10,33 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from consistentee.config import RetrofitConfig
 from consistentee.errors import DataError
 from consistentee.models.loaded import load_model
 from consistentee.training.steps import OptimizerSteps
 from consistentee.training.tasks.retrofit import part_texts
 from consistentee.training.train import finetune, retrofit, train
-from quick import quick_config, read_weights, stop_at, weight_bytes
+from quick import quick_config, quick_retrofit, read_weights, stop_at, weight_bytes
 from tiny import tiny_backbone, tiny_classifier, tiny_dataset
 
 TEXTS = tiny_dataset(400, seed=5).texts
-
-
-def quick_retrofit(**changes: Any) -> RetrofitConfig:
-    values = {
-        "passes": 2,
-        "policy_epochs": 2,
-        "policy_min_steps": 1,
-        "policy_folds": 2,
-        "classifier_hidden_size": 8,
-        "num_queries": 2,
-        "head_learning_rate": 5e-3,
-        "head_dropout": 0.0,
-        "mixed_precision": "no",
-        "max_cache_mb": 0.05,
-        **changes,
-    }
-    return RetrofitConfig(**values)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from consistentee.training.steps import (
 from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.train import start_run
 from quick import quick_config
-from tiny import tiny_backbone, tiny_dataset
+from tiny import tiny_backbone, tiny_classifier, tiny_dataset
 
 
 def new_run(backbone: Path, folder: Path, **changes: object) -> Run:
@@ -69,6 +69,23 @@ def test_parameter_groups(tmp_path: Path) -> None:
         for parameter in group["params"]:
             assert names[id(parameter)].startswith("backbone.") is group["is_backbone"]
             assert (parameter.ndim > 1) is (group["weight_decay"] > 0)
+
+
+def test_an_original_head_that_is_trained_goes_with_the_backbone(tmp_path: Path) -> None:
+    model = EarlyExitForSequenceClassification.from_classifier(tiny_classifier(tmp_path, layers=2))
+    model.policy.requires_grad_(False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def of_backbone() -> set[str]:
+        groups = [group for group in parameter_groups(model, 0.1) if group["is_backbone"]]
+        return {names[id(parameter)] for group in groups for parameter in group["params"]}
+
+    assert all(name.startswith("backbone.") for name in of_backbone())  # the head is frozen
+    before = of_backbone()
+    model.classifiers.layers[-1].requires_grad_(True)
+    head = {name for name in names.values() if name.startswith("classifiers.layers.1.")}
+    assert len(head) == 4
+    assert of_backbone() == before | head
 
 
 def test_backbone_and_heads_have_learning_rates_of_their_own(tmp_path: Path) -> None:

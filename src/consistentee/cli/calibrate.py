@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import DataOptions, Flag, check_one_or_two
-from consistentee.cli.terminal import at_least_one, say, usage
+from consistentee.cli.terminal import at_least_one, say, tuned_note, usage
 from consistentee.config import Criterion
 from consistentee.errors import UsageError
 
@@ -25,6 +25,7 @@ def calibrate(
     min_speedup: float | None = None,
     confidence: float = 0.95,
     criterion: Criterion | None = None,
+    reference: str | None = None,
     name: str = "calibrated",
     overwrite: Flag = False,
     batch_size: int | None = None,
@@ -45,6 +46,8 @@ def calibrate(
         min_speedup: Layers over mean exit layer, such as 2; the certificate says what is lost at most.
         confidence: How sure the certificate is.
         criterion: Exit rule. [default: the saved one]
+        reference: Folder or hub name of the model to be compared with in place of full depth, as it was saved: of a
+            tuned model (`retrofit --tune-backbone`) the original.
         name: Of the operating point, for --operating-point.
         overwrite: Replace an operating point of that name.
         batch_size: Inputs per step; does not change the result. [default: 64]
@@ -82,6 +85,9 @@ def calibrate(
         )
     from consistentee.evaluation.calibration import NO_PROMISE, calibrate_model, calibration_lines
 
+    compared = None if reference is None else CLASSIFIERS.load(reference)
+    if compared is None and network.config.is_tuned:
+        say(tuned_note(network.config))
     rows, source = _rows(file, data, saved, max_samples)
     found = calibrate_model(
         saved,
@@ -90,6 +96,7 @@ def calibrate(
         target=target,
         criterion=criterion,
         confidence=confidence,
+        reference=compared,
         batch_size=batch_size or 64,
         source=source,
         progress=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +65,10 @@ _GENERATORS = (
         "--backbone-training full or lora",
     ),
 )
+_RETROFIT = (
+    _Rule("learning_rate", lambda c: c.tune_backbone == "none", "--tune-backbone lora or full"),
+    _Rule("lora_rank lora_alpha lora_dropout", lambda c: c.tune_backbone != "lora", "--tune-backbone lora"),
+)
 _FINETUNED_CLASSIFIERS = f"{_POLICY} policy_input ensemble_decay consistent_learning_rate threshold_metric"
 _FINETUNED_GENERATORS = (
     f"{_POLICY} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
@@ -95,21 +99,35 @@ def check_effects(given: Iterable[str], config: Any, command: Command, method: s
     classifier = isinstance(config, ClassificationTrainingConfig)
     rules = _CLASSIFIERS if classifier else _GENERATORS
     finetuned = (_FINETUNED_CLASSIFIERS if classifier else _FINETUNED_GENERATORS).split()
+    given = list(given)
     for name in given:
-        option = f"--{name.replace('_', '-')}"
         if command == "finetune" and name in finetuned:
             what = "finetune" if method in (None, "plain") else f"--method {method}"
-            raise SettingError(f"{option} is about exits, which {what} does not train. Leave it out.")
+            raise SettingError(f"{_option(name)} is about exits, which {what} does not train. Leave it out.")
         if command == "train" and method not in (None, "consistent") and name in _OF_CONSISTENT.split():
             raise SettingError(
-                f"{option} goes with --method consistent and has no effect here. Leave it out, or give both."
+                f"{_option(name)} goes with --method consistent and has no effect here. Leave it out, or give both."
             )
         if method is not None and METHODS[method].joint_policy and name in _POLICY_FITS.split():
             raise SettingError(
-                f"{option} is about fits of the policy, which --method {method} does not make. Leave it out."
+                f"{_option(name)} is about fits of the policy, which --method {method} does not make. Leave it out."
             )
+    _check_rules(given, config, rules)
+
+
+def check_tuning(given: Iterable[str], config: Any) -> None:
+    """As `check_effects`, for the settings of `retrofit` that are about tuning the backbone."""
+    _check_rules(given, config, _RETROFIT)
+
+
+def _check_rules(given: Iterable[str], config: Any, rules: Sequence[_Rule]) -> None:
+    for name in given:
         for rule in rules:
             if name in rule.settings.split() and rule.idle(config):
                 raise SettingError(
-                    f"{option} goes with {rule.goes_with} and has no effect here. Leave it out, or give both."
+                    f"{_option(name)} goes with {rule.goes_with} and has no effect here. Leave it out, or give both."
                 )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

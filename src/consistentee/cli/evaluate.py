@@ -11,7 +11,15 @@ from cyclopts import Group, Parameter
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind, kind_of_model
 from consistentee.cli.options import DataOptions, Flag, check_one_or_two
-from consistentee.cli.terminal import at_least_one, check_plot_file, console, save_figures, usage
+from consistentee.cli.terminal import (
+    at_least_one,
+    check_plot_file,
+    console,
+    save_figures,
+    say,
+    tuned_note,
+    usage,
+)
 from consistentee.config import Criterion, GenerationCriterion, GenerationMode
 from consistentee.errors import UsageError
 
@@ -48,10 +56,10 @@ def evaluate(
             one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
         operating_point: In place of both, a name that `consistentee calibrate` gave.
-        texts: Texts without labels, in every form that predict reads; agreement with full depth takes the place of
-            accuracy. Classifiers only.
+        texts: Texts without labels, in every form that predict reads; agreement with full depth, or with the reference,
+            takes the place of accuracy. Classifiers only.
         reference: Folder of a model to compare with: the plain one from `finetune`, or any of its kind as it was
-            saved.
+            saved; of a tuned model (`retrofit --tune-backbone`) the original.
         batch_size: Inputs per step; does not change the result. [default: 64; to generate text: 8]
         max_samples: Evaluate on at most so many rows, every class with its share.
         mode: How tokens are generated. [default: the saved one]
@@ -89,7 +97,7 @@ def evaluate(
     first = criterion[0] if criterion else None
     rule, limit = usage(lambda: saved.exit_rule(first, threshold, operating_point))
     if texts is not None:
-        check_texts_alone(data or DataOptions(), reference)
+        check_texts_alone(data or DataOptions())
     evaluation, source = kind.commands["evaluate"](
         saved,
         kind,
@@ -129,17 +137,20 @@ def evaluate_classifier(
     from consistentee.evaluation.agreement import evaluate_agreement
     from consistentee.evaluation.classification import evaluate_model
 
-    if texts is not None:
-        found, source = read_all_texts(texts, data.text_columns, saved, max_samples)
-        return evaluate_agreement(saved, found, source=source, progress=True, **how), source
-    rows = evaluation_data(data, kind, saved.task, label_names=saved.label_names).max_samples(max_samples)
     compared = None if reference is None else kind.load(reference)
+    if texts is not None:
+        if compared is None and saved.model.config.is_tuned:
+            say(tuned_note(saved.model.config))
+        found, source = read_all_texts(texts, data.text_columns, saved, max_samples)
+        evaluation = evaluate_agreement(saved, found, reference=compared, source=source, progress=True, **how)
+        return evaluation, source
+    rows = evaluation_data(data, kind, saved.task, label_names=saved.label_names).max_samples(max_samples)
     evaluation = evaluate_model(saved, rows, reference=compared, progress=True, **how)
     return evaluation, rows.source
 
 
-def check_texts_alone(data: DataOptions, reference: str | None) -> None:
-    """Raise UsageError for labelled rows beside --texts, or what needs them."""
+def check_texts_alone(data: DataOptions, reference: str | None = None) -> None:
+    """Raise UsageError for labelled rows beside --texts, or what needs them: a reference, where it is given here."""
     check_one_or_two(data.text_columns)
     given = {
         "--task": data.task,

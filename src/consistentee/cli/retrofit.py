@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from rich.console import Group
 from rich.text import Text
 
+from consistentee.cli.effects import check_tuning
 from consistentee.cli.options import (
     DATA,
     NOT_GIVEN,
@@ -36,13 +37,13 @@ from consistentee.config import RetrofitConfig
 from consistentee.errors import UsageError, require_range
 
 OF_RETROFIT = (
-    "exits_only max_length parse_special_tokens num_queries classifier_hidden_size ensemble_decay head_dropout passes "
-    "batch_size "
-    "head_learning_rate weight_decay schedule warmup_ratio max_grad_norm mixed_precision policy_texts "
-    "calibration_texts report_texts policy_input policy_hidden_size policy_dropout policy_epochs policy_min_steps "
-    "policy_batch_size policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup "
-    "initial_exit_bias estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode seed "
-    "threshold_margin checkpoint_every max_cache_mb tracker"
+    "exits_only tune_backbone lora_rank lora_alpha lora_dropout max_length parse_special_tokens num_queries "
+    "classifier_hidden_size ensemble_decay head_dropout passes batch_size learning_rate head_learning_rate "
+    "weight_decay schedule warmup_ratio max_grad_norm mixed_precision policy_texts calibration_texts report_texts "
+    "policy_input policy_hidden_size policy_dropout policy_epochs policy_min_steps policy_batch_size "
+    "policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup initial_exit_bias "
+    "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode seed threshold_margin "
+    "checkpoint_every max_cache_mb tracker"
 )
 """Settings that have an effect here."""
 
@@ -93,8 +94,8 @@ def retrofit_command(
 ) -> None:
     """Give a fine-tuned classifier exits that imitate it, from texts without labels; the model stays as it is.
 
-    At full depth the new folder gives the model's own logits. Some of the texts are kept to certify how often exits
-    agree with it, and others to report on.
+    At full depth the new folder gives the model's own logits, unless --tune-backbone lets it change for the exits'
+    sake. Some of the texts are kept to certify how often exits agree with the model, and others to report on.
 
     Args:
         model: Hugging Face sequence classifier, or plain model of `consistentee finetune`: a folder, or a name on the
@@ -123,6 +124,7 @@ def retrofit_command(
     given = {} if settings is None else vars(settings)
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
     config = usage(lambda: RetrofitConfig.from_dict({**given, "max_accuracy_loss": max_disagreement}))
+    check_tuning(given, config)
     from consistentee.evaluation.retrofit import keep_threshold, report_retrofit
     from consistentee.models.loaded import LoadedClassifier, load_model
     from consistentee.models.record import record_evaluation
@@ -148,6 +150,7 @@ def retrofit_command(
         num_policy_texts=len(task.parts.policy),
         max_disagreement=max_disagreement,
         confidence=confidence,
+        original=task.original if task.is_tuned else None,
         labels=None if label_column is None else _labels(texts, text_columns, label_column, saved, reported),
         progress=True,
     )
@@ -226,18 +229,22 @@ def retrofit_lines(report: Any, folder: Path) -> Iterator[str]:
         f"\nAgrees with your model on {100 * found.agreement:.2f} % of {found.num_examples:,} unseen texts "
         f"({certified}, confidence {100 * report.confidence:g} %), {found.layer_speedup:.2f}x fewer layers{timed}."
     )
+    if found.agreement_with is not None:
+        yield f"At full depth the tuned model agrees with it on {100 * report.full_depth_agreement:.2f} %."
     if report.accuracy is not None:
+        untuned = report.original_accuracy is None
+        of_model = report.full_depth_accuracy if untuned else report.original_accuracy
         yield (
             f"Accuracy on {report.num_labelled:,} of them: {100 * report.accuracy:.2f} %, your model's "
-            f"{100 * report.full_depth_accuracy:.2f} %."
+            f"{100 * of_model:.2f} %."
         )
     yield calibration_lines(report.calibration)[0]
     if report.calibration.certified:
         yield NO_PROMISE
     else:
-        yield (
-            "A tenth of the texts are kept for that. The threshold is the one that the policy's own texts suggest."
-        )
+        few = report.calibration.num_rows < (report.calibration.rows_needed or 0)
+        kept = "A tenth of the texts are kept for that. " if few else ""
+        yield f"{kept}The threshold is the one that the policy's own texts suggest."
     if not report.is_worth_it:
         yield (
             f"Exits are hardly worth it here: at {100 * (1 - report.max_disagreement):g} % agreement they save "

@@ -124,6 +124,14 @@ def outlasting_readers() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def tuned_note(config: Any) -> str:
+    """What agreement is, where a model was tuned from another one that nobody has named."""
+    return (
+        "Agreement is with this folder's own full depth. Its backbone was tuned, so that is not the model that it was "
+        f"made of: for that give --reference {config.original['name']}"
+    )
+
+
 def console() -> Console:
     """Standard output; wide enough for our tables where it is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)

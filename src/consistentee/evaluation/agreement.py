@@ -1,4 +1,7 @@
-"""What early exits give on texts without labels: how often they agree with the last layer, and how deep they go."""
+"""What early exits give on texts without labels: how often they agree with a model, and how deep they go.
+
+The model is their own last layer, or another one: that which they were made to imitate.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consistentee.data.rows import TextDataset
-from consistentee.evaluation.classification import run_layers
+from consistentee.evaluation.classification import predict_classes, run_layers
 from consistentee.evaluation.results import (
     AgreementEvaluation,
     AgreementPoint,
@@ -33,8 +36,9 @@ def agreement_of_layers(
     threshold: float = 0.5,
     other_criteria: Mapping[str, float | None] | None = None,
     signals: Mapping[str, Tensor] | None = None,
+    answers: Tensor | None = None,
 ) -> AgreementEvaluation:
-    """Agreement of an exit criterion with the last layer, on the outputs of all layers.
+    """Agreement of an exit criterion with the last layer, or with other answers, on the outputs of all layers.
 
     Args:
         layer_logits: (rows, layers, classes), every layer's prediction as an exit there would give it.
@@ -43,6 +47,7 @@ def agreement_of_layers(
         threshold: an input exits at the first layer whose exit score exceeds it.
         other_criteria: further criteria to draw, each with its threshold or None.
         signals: `LayerStates.signals`, for the criteria that read them.
+        answers: (rows,), int64, the classes to agree with; None takes the last layer's.
 
     Raises:
         ValueError: there is no row, or a threshold does not fit its criterion.
@@ -52,7 +57,8 @@ def agreement_of_layers(
         raise ValueError("layer_logits must hold at least one row, got none.")
     threshold = check_threshold(threshold, criterion)
     predictions = layer_logits.argmax(-1)
-    agree = predictions == predictions[:, -1:]  # (rows, layers)
+    answers = predictions[:, -1] if answers is None else answers
+    agree = predictions == answers[:, None]  # (rows, layers)
     signals = signals or {}
     scores = exit_scores(criterion, layer_logits, exit_probs, **signals)
     exit_layer = choose_exit_layer(scores, threshold)  # (rows,)
@@ -93,6 +99,7 @@ def evaluate_agreement(
     criteria: Sequence[str] = (),
     threshold: float | None = None,
     operating_point: str | None = None,
+    reference: LoadedClassifier | None = None,
     source: str = "texts",
     states: tuple[LayerStates, int] | None = None,
     batch_size: int = 64,
@@ -106,25 +113,29 @@ def evaluate_agreement(
         criteria: exit criteria; the first is reported, the others are drawn beside it. None given: the saved one.
         threshold: of the first criterion; None takes the saved one.
         operating_point: in place of criterion and threshold, one that `consistentee calibrate` saved, by name.
+        reference: the model to agree with, as it was saved, such as the original of a tuned one; None takes the last
+            layer.
         source: where the texts come from, for messages.
         states: what `run_layers` gave for these texts; None runs it.
         batch_size: texts per step; does not change the result.
         progress: whether to show how far it is.
 
     Raises:
-        ValueError: the model has no exits, there are no texts, or a threshold is missing or does not fit.
+        ValueError: the model has no exits, there are no texts, a threshold is missing or does not fit, or the
+            reference has other classes.
     """
     model = saved.early_exit_model
     criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold, operating_point)
     others = {name: saved.known_threshold(name) for name in criteria[1:]}
     if not texts:
         raise ValueError("There must be at least one text to evaluate on, got none.")
+    rows = unlabelled_rows(texts, saved.label_names, source)
     outputs, num_truncated = states or run_layers(
-        saved,
-        unlabelled_rows(texts, saved.label_names, source),
-        batch_size=batch_size,
-        description="evaluating" if progress else None,
+        saved, rows, batch_size=batch_size, description="evaluating" if progress else None
     )
+    answers = None
+    if reference is not None:
+        answers = predict_classes(reference, rows, batch_size=batch_size, progress=progress)
     evaluation = agreement_of_layers(
         outputs.layer_logits,
         outputs.exit_probs,
@@ -132,9 +143,11 @@ def evaluate_agreement(
         threshold=threshold,
         other_criteria=others,
         signals=outputs.signals,
+        answers=answers,
     )
     return replace(
         evaluation,
+        agreement_with=None if reference is None else reference.name,
         num_truncated=num_truncated,
         environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
     )

@@ -5,6 +5,8 @@ loss*: how often an exit is wrong where the last layer is right. That is at leas
 less the rows that an exit gets right and the last layer wrong: what is certified is therefore more than asked for, and
 exact, as a loss is 0 or 1. *Speed-up*: a threshold for a budget of layers, and a bound of the disagreement there.
 
+A reference, such as the model that a tuned one is to imitate, may take the last layer's place in all three.
+
 For a speed-up some of the rows choose the threshold by their depth and the others judge it: a bound on rows that have
 chosen the threshold would be none.
 """
@@ -27,7 +29,7 @@ from consistentee.data.rows import TextDataset, split_rows
 from consistentee.data.sketches import seen_share
 from consistentee.errors import DataError
 from consistentee.evaluation.agreement import unlabelled_rows
-from consistentee.evaluation.classification import class_columns, run_layers
+from consistentee.evaluation.classification import class_columns, predict_classes, run_layers
 from consistentee.functional.bounds import smallest_certifiable_rows
 from consistentee.functional.certificates import Certified, bound_at, certify, threshold_for_speedup
 from consistentee.functional.criteria import exit_scores
@@ -62,6 +64,8 @@ class Calibration:
         confidence: of the certificate.
         rows_needed: the fewest rows that could certify the goal; None for a speed-up.
         mean_exit_layer, layer_speedup, agreement: of the rows that judged, at the threshold.
+        reference: name of the model in full depth's place; None for full depth.
+        full_depth_losses: rows that judged against full depth itself; None without a reference, as none does.
         accuracy, full_depth_accuracy: of the same, where labels were given.
         num_hidden_layers: of the model.
         num_truncated: rows that were cut.
@@ -88,6 +92,8 @@ class Calibration:
     mean_exit_layer: float | None
     layer_speedup: float | None
     agreement: float | None
+    reference: str | None = None
+    full_depth_losses: int | None = None
     accuracy: float | None = None
     full_depth_accuracy: float | None = None
     num_hidden_layers: int
@@ -123,6 +129,7 @@ def calibrate_layers(
     confidence: float = 0.95,
     labels: Tensor | None = None,
     signals: Mapping[str, Tensor] | None = None,
+    answers: Tensor | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Choose a threshold for a goal on the outputs of all layers, with what the rows prove about it.
@@ -136,6 +143,7 @@ def calibrate_layers(
         confidence: in (0, 1).
         labels: (rows,), int64; needed for an accuracy loss.
         signals: `LayerStates.signals`, for the criteria that read them.
+        answers: (rows,), int64, a reference's classes in place of the last layer's.
         seed: of which rows choose, for a speed-up.
 
     Raises:
@@ -145,12 +153,13 @@ def calibrate_layers(
         raise ValueError(f'goal must be one of {", ".join(GOALS)}, got "{goal}".')
     scores = exit_scores(criterion, layer_logits, exit_probs, **(signals or {}))
     predictions = layer_logits.argmax(-1)  # (rows, layers)
-    losses = (predictions != predictions[:, -1:]).float()
+    target_classes = predictions[:, -1] if answers is None else answers  # (rows,)
+    losses = (predictions != target_classes[:, None]).float()
     if goal == MAX_ACCURACY_LOSS:
         if labels is None:
             raise ValueError("labels must be given for max_accuracy_loss.")
         right = predictions == labels[:, None]
-        losses = (right[:, -1:] & ~right).float()
+        losses = ((target_classes == labels)[:, None] & ~right).float()
     judging, num_choosing = torch.arange(len(scores)), 0
     found: Certified | None
     if goal == MIN_SPEEDUP:
@@ -168,7 +177,7 @@ def calibrate_layers(
     if found is not None:
         chosen = (choose_exit_layer(scores[judging], found.threshold) - 1)[:, None]
         given = predictions[judging].gather(1, chosen).squeeze(1)
-        at["agreement"] = float((given == predictions[judging, -1]).double().mean())
+        at["agreement"] = float((given == target_classes[judging]).double().mean())
         if labels is not None:
             at["accuracy"] = float((given == labels[judging]).double().mean())
             at["full_depth_accuracy"] = float((predictions[judging, -1] == labels[judging]).double().mean())
@@ -188,6 +197,7 @@ def calibrate_layers(
         mean_exit_layer=None if found is None else found.mean_exit_layer,
         layer_speedup=None if found is None else found.layer_speedup,
         num_hidden_layers=scores.shape[1],
+        full_depth_losses=None if answers is None else int(losses[judging, -1].sum()),
         **at,
     )
 
@@ -200,6 +210,7 @@ def calibrate_model(
     target: float,
     criterion: str | None = None,
     confidence: float = 0.95,
+    reference: LoadedClassifier | None = None,
     batch_size: int = 64,
     source: str = "texts",
     progress: bool = False,
@@ -213,6 +224,7 @@ def calibrate_model(
         target: the loss allowed, or the layer speed-up asked for.
         criterion: an exit criterion; None takes the saved one.
         confidence: in (0, 1).
+        reference: the model to agree with, or to lose no accuracy against, as it was saved; None takes full depth.
         batch_size: rows per step; does not change the result.
         source: where texts without labels come from.
         progress: whether to show how far it is.
@@ -234,6 +246,9 @@ def calibrate_model(
     logits, labels = states.layer_logits, None
     if labelled:
         logits, labels = logits[..., class_columns(saved, dataset.label_names)], states.labels
+    answers = None
+    if reference is not None:
+        answers = predict_classes(reference, dataset, batch_size=batch_size, progress=progress)
     found = calibrate_layers(
         logits,
         states.exit_probs,
@@ -243,9 +258,11 @@ def calibrate_model(
         confidence=confidence,
         labels=labels,
         signals=states.signals,
+        answers=answers,
     )
     return replace(
         found,
+        reference=None if reference is None else reference.name,
         num_truncated=num_truncated,
         share_seen=seen,
         rows_fingerprint=fingerprint_of_texts(dataset.texts),
@@ -294,6 +311,14 @@ def calibration_lines(found: Calibration) -> list[str]:
 
 
 def _outcome(found: Calibration) -> list[str]:
+    target = "full depth" if found.reference is None else f'model "{found.reference}"'
+    if not found.certified and found.num_rows >= (found.rows_needed or 0) and found.full_depth_losses:
+        loses = "is wrong where" if found.goal == MAX_ACCURACY_LOSS else "gives another class than"
+        right = " is right" if found.goal == MAX_ACCURACY_LOSS else ""
+        return [
+            f"Full depth itself {loses} {target}{right} on {found.full_depth_losses:,} of {found.num_rows:,} rows, and "
+            f"{_points(found.target)} at {_share(found.confidence)} allows fewer: no threshold is certified."
+        ]
     if not found.certified or found.threshold is None or found.bound is None:
         return [
             f"{found.num_rows:,} rows can certify no {_points(found.target)} at {_share(found.confidence)}: "
@@ -303,7 +328,7 @@ def _outcome(found: Calibration) -> list[str]:
     head = f"{found.criterion} threshold {digits(found.threshold)}: {what}"
     speed = (
         f"Layer speed-up {found.layer_speedup:.2f}x: {found.mean_exit_layer:.2f} of {depth} layers on average. "
-        f"Agreement with full depth {_share(found.agreement or 0, 2)}"
+        f"Agreement with {target} {_share(found.agreement or 0, 2)}"
     )
     if found.accuracy is not None and found.full_depth_accuracy is not None:
         speed += f", accuracy {_share(found.accuracy, 2)} (full depth {_share(found.full_depth_accuracy, 2)})"
@@ -316,14 +341,10 @@ def _outcome(found: Calibration) -> list[str]:
         if (found.layer_speedup or 0) < found.target:
             lines.append(f"The rows that judged stay below the {found.target:g}x asked for, by chance.")
         return lines
-    of = (
-        "of disagreement with full depth"
-        if found.goal == MAX_DISAGREEMENT
-        else "of accuracy lost against full depth"
-    )
+    of = "of disagreement with" if found.goal == MAX_DISAGREEMENT else "of accuracy lost against"
     lines = [
         f"{head} of {found.losses_allowed:,} allowed in {found.num_rows:,} rows; certified: at most "
-        f"{_points(found.target)} {of}, confidence {_share(found.confidence)}.",
+        f"{_points(found.target)} {of} {target}, confidence {_share(found.confidence)}.",
         f"{speed}; upper bound of the losses {_share(found.bound, 2)}.",
     ]
     if found.mean_exit_layer == depth:

@@ -57,7 +57,10 @@ def evaluation_tables(evaluation: Evaluation | AgreementEvaluation | GenerationE
         return Group(*parts)
     if isinstance(evaluation, AgreementEvaluation):
         inputs = f"{evaluation.num_examples:,} inputs without labels"
-        note = f"Agreement: the share of {inputs} that get the last layer's class."
+        answers = "the last layer's class"
+        if evaluation.agreement_with is not None:
+            answers = f'the class of model "{evaluation.agreement_with}"'
+        note = f"Agreement: the share of {inputs} that get {answers}."
         return Group(
             _agreement(evaluation),
             Text(note),
@@ -166,7 +169,7 @@ def _agreement(evaluation: AgreementEvaluation) -> Table:
     depth = evaluation.num_hidden_layers
     names = ("agreement %", "standard error", "mean exit layer", "layer speed-up")
     table = _table(["", *names, "layers saved %"], left=1)
-    table.add_row(LAST_LAYER, _percent(1.0), "", *_depth(depth, depth))
+    table.add_row(LAST_LAYER, _percent(evaluation.per_layer_agreement[-1]), "", *_depth(depth, depth))
     error = _percent(evaluation.agreement_standard_error)
     title = _title(evaluation.criterion, evaluation.threshold)
     shown = (_percent(evaluation.agreement), error, *_depth(evaluation.mean_exit_layer, depth))

@@ -131,7 +131,7 @@ class AgreementPoint:
 
     Args:
         threshold: an input exits at the first layer whose exit score exceeds it.
-        agreement: share of the inputs that get the last layer's class, in [0, 1].
+        agreement: share of the inputs that get the model's class, in [0, 1].
         mean_exit_layer: mean number of layers executed.
         layer_speedup: layers over mean exit layer.
     """
@@ -153,13 +153,14 @@ class OtherAgreement:
 
 @dataclass(frozen=True, kw_only=True)
 class AgreementEvaluation(ExitEvaluation):
-    """A classifier on texts without labels, against its own last layer; see `ExitEvaluation` for the other fields.
+    """A classifier on texts without labels, against a model's answers; see `ExitEvaluation` for the other fields.
 
     Args:
-        agreement: share of the inputs that get the last layer's class at their exit.
+        agreement: share of the inputs that get the model's class at their exit.
         agreement_standard_error: of that share.
         exit_agreement: the same among the inputs that exit at each layer; None where none does.
-        per_layer_agreement: agreement if every input exited at that layer; 1 at the last.
+        per_layer_agreement: agreement if every input exited at that layer; 1 at the last where that is the model.
+        agreement_with: name of the model that it is about; None for the exits' own last layer.
     """
 
     curve: list[AgreementPoint]
@@ -168,6 +169,7 @@ class AgreementEvaluation(ExitEvaluation):
     agreement_standard_error: float
     exit_agreement: list[float | None]
     per_layer_agreement: list[float]
+    agreement_with: str | None = None
 
 
 @dataclass(frozen=True)

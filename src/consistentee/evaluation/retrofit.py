@@ -1,6 +1,7 @@
 """What exits on a fine-tuned classifier are worth: how often they agree with it, with a certificate, and how fast.
 
-The certificate rests on rows that nothing else was learnt or chosen on, the figures on further ones.
+The certificate rests on rows that nothing else was learnt or chosen on, the figures on further ones. Where the backbone
+was tuned for the exits, all of it is about the original's answers, not about the tuned model's own full depth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from consistentee.atomic_files import write_json
 from consistentee.data.spooled import SpooledRows
@@ -30,6 +32,7 @@ from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.operating_points import save_operating_point
 from consistentee.pipelines.classifier import Engine
 from consistentee.training.states import LayerStates
+from consistentee.training.teacher import teacher_logits
 
 MOST_DISAGREEMENTS = 20
 """Texts on which exits and model differ that are kept, of those the model is surest of."""
@@ -49,7 +52,7 @@ class Disagreement:
 
     Args:
         texts: one, or two of a pair.
-        label, score: the model's, at full depth.
+        label, score: the model's: at full depth, or the original's where it was tuned.
         exit_label, exit_score: of the exit.
         exit_layer: layers executed, from 1.
     """
@@ -74,8 +77,10 @@ class RetrofitReport:
         max_disagreement: what was asked for.
         calibration: what the calibration rows prove, of the threshold if anything.
         disagreements: the reported rows on which exits and model differ, those the model is surest of.
+        full_depth_agreement: of full depth on the reported rows: 1, or less where the backbone was tuned.
         accuracy, full_depth_accuracy: of the reported rows with known labels, at the exits and of the model itself;
             None where none is.
+        original_accuracy: of the same, of the model before it was tuned; None where it was not.
         num_labelled: how many these are.
         speed: competitors at batch sizes 1 and 32.
         seconds: of the training and the report.
@@ -90,8 +95,10 @@ class RetrofitReport:
     max_disagreement: float
     calibration: Calibration
     disagreements: list[Disagreement]
+    full_depth_agreement: float = 1.0
     accuracy: float | None = None
     full_depth_accuracy: float | None = None
+    original_accuracy: float | None = None
     num_labelled: int = 0
     speed: tuple[ClassificationSpeedRow, ...] = ()
     seconds: float = 0.0
@@ -119,6 +126,7 @@ def report_retrofit(
     num_policy_texts: int,
     max_disagreement: float,
     confidence: float = 0.95,
+    original: LoadedClassifier | None = None,
     labels: Mapping[tuple[str, ...], int] | None = None,
     speed_seconds: float | None = 20.0,
     progress: bool = False,
@@ -132,6 +140,8 @@ def report_retrofit(
         num_train_texts, num_policy_texts: what exits and policy learnt from, for the record.
         max_disagreement: share of texts that may get another label, in (0, 1).
         confidence: of the certificate, in (0, 1).
+        original: of a tuned model that before it: the model to agree with; None takes full depth, which is the original
+            where nothing was tuned.
         labels: class indices by text, where they are known: accuracy is reported, too.
         speed_seconds: for timing batches of 1 and 32 against the model without exits; None does not time.
         progress: whether to show how far it is.
@@ -139,6 +149,7 @@ def report_retrofit(
     start = time.perf_counter()
     criterion, threshold = saved.exit_rule()
     states = run_tokenized(saved, calibration, description="calibration" if progress else None)
+    logits = None if original is None else teacher_logits(original, calibration)
     found = calibrate_layers(
         states.layer_logits,
         states.exit_probs,
@@ -147,9 +158,11 @@ def report_retrofit(
         criterion=criterion,
         confidence=confidence,
         signals=states.signals,
+        answers=None if logits is None else logits.argmax(-1),
     )
     found = replace(
         found,
+        reference=None if original is None else original.name,
         rows_fingerprint=calibration.fingerprint(),
         rows_source=calibration.texts.source,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -158,6 +171,7 @@ def report_retrofit(
     if found.threshold is not None:
         threshold = found.threshold
     states = run_tokenized(saved, reported, description="report" if progress else None)
+    logits = states.layer_logits[:, -1] if original is None else teacher_logits(original, reported)
     others = {name: saved.known_threshold(name) for name in saved.criteria if name != criterion}
     evaluation = agreement_of_layers(
         states.layer_logits,
@@ -166,10 +180,12 @@ def report_retrofit(
         threshold=threshold,
         other_criteria=others,
         signals=states.signals,
+        answers=logits.argmax(-1),
     )
     model = saved.early_exit_model
     evaluation = replace(
         evaluation,
+        agreement_with=None if original is None else original.name,
         num_truncated=reported.num_truncated,
         environment=environment(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
     )
@@ -187,10 +203,13 @@ def report_retrofit(
         confidence=confidence,
         max_disagreement=max_disagreement,
         calibration=found,
-        disagreements=find_disagreements(saved, states, reported, criterion, threshold),
+        disagreements=find_disagreements(saved, states, reported, criterion, threshold, logits),
+        full_depth_agreement=evaluation.per_layer_agreement[-1],
         speed=speed,
         seconds=time.perf_counter() - start,
-        **accuracies(states, reported, labels or {}, criterion, threshold),
+        **accuracies(
+            states, reported, labels or {}, criterion, threshold, None if original is None else logits
+        ),
     )
 
 
@@ -200,8 +219,12 @@ def accuracies(
     labels: Mapping[tuple[str, ...], int],
     criterion: str,
     threshold: float,
+    original_logits: Tensor | None,
 ) -> dict[str, Any]:
-    """`accuracy`, `full_depth_accuracy` and `num_labelled` of the rows whose labels are known; nothing without any."""
+    """`accuracy`, `full_depth_accuracy` and `num_labelled` of the rows whose labels are known; nothing without any.
+
+    `original_accuracy` too, where (rows, classes) logits of another model than full depth are given.
+    """
     known = [(row, label) for row in range(len(rows)) if (label := labels.get(rows.text(row))) is not None]
     if not known:
         return {}
@@ -209,7 +232,11 @@ def accuracies(
     exit_layer = choose_exit_layer(states.exit_scores(criterion), threshold)
     predictions = states.layer_logits.argmax(-1)[index]
     at_exit = predictions.gather(1, exit_layer[index, None] - 1).squeeze(1)
+    other: dict[str, float] = {}
+    if original_logits is not None:
+        other["original_accuracy"] = float((original_logits.argmax(-1)[index] == truth).double().mean())
     return {
+        **other,
         "accuracy": float((at_exit == truth).double().mean()),
         "full_depth_accuracy": float((predictions[:, -1] == truth).double().mean()),
         "num_labelled": len(known),
@@ -217,13 +244,18 @@ def accuracies(
 
 
 def find_disagreements(
-    saved: LoadedClassifier, states: LayerStates, rows: SpooledRows, criterion: str, threshold: float
+    saved: LoadedClassifier,
+    states: LayerStates,
+    rows: SpooledRows,
+    criterion: str,
+    threshold: float,
+    model_logits: Tensor,
 ) -> list[Disagreement]:
-    """Texts that exits label otherwise than the model, the surest of the model first, at most so many."""
+    """Texts that exits label otherwise than the model, whose logits are (rows, classes), the surest of it first."""
     exit_layer = choose_exit_layer(states.exit_scores(criterion), threshold)
     every = torch.arange(len(states))
     probabilities = states.layer_logits.softmax(-1)
-    exits, full = probabilities[every, exit_layer - 1], probabilities[:, -1]
+    exits, full = probabilities[every, exit_layer - 1], model_logits.softmax(-1)
     differ = (exits.argmax(-1) != full.argmax(-1)).nonzero().squeeze(1)
     order = differ[full[differ].amax(-1).argsort(descending=True)][:MOST_DISAGREEMENTS]
     names = saved.label_names

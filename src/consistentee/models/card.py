@@ -67,7 +67,7 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
     thresholds: Mapping[str, float] = record.get("thresholds") or {}
     backbone = str(record.get("backbone") or ("a language model" if generates else "an encoder"))
     base_model = backbone if _is_hub_name(backbone) else None
-    backbone = base_model or Path(backbone).name or backbone
+    backbone = _short_name(backbone)
     original: Mapping[str, Any] = record.get("original") or {}
     pipeline_tag = "text-generation" if generates else "text-classification"
     metrics = {name: evaluation[name] for name in ("accuracy",) if evaluation.get(name) is not None}
@@ -155,6 +155,8 @@ def _evaluated(evaluation: Mapping[str, Any], metrics: Mapping[str, float], gene
         rows.append(("mean exit layer", f"{mean:.2f} of {depth}"))
         rows.append(("layer speed-up", f"{evaluation['layer_speedup']:.2f}x"))
         rows.append(("layers saved", _percent(1 - mean / depth)))
+    if evaluation.get("agreement_with") is not None:
+        rows.append(("agreement of full depth", _percent(evaluation["per_layer_agreement"][-1])))
     reference = evaluation.get("reference") or {}
     if "accuracy_difference" in reference:
         difference, error = 100 * reference["accuracy_difference"], 100 * reference["standard_error"]
@@ -203,10 +205,11 @@ def _section(points: Points) -> str:
 
 def _operating_point(name: str, point: Mapping[str, Any]) -> tuple[str, ...]:
     proof: Mapping[str, Any] = point.get("certificate") or {}
+    target = f"`{_short_name(str(proof['reference']))}`" if "reference" in proof else "full depth"
     of = {
-        "max_accuracy_loss": "of accuracy lost against full depth",
-        "max_disagreement": "of disagreement with full depth",
-        "min_speedup": "of disagreement with full depth",
+        "max_accuracy_loss": f"of accuracy lost against {target}",
+        "max_disagreement": f"of disagreement with {target}",
+        "min_speedup": f"of disagreement with {target}",
     }
     certified = ""
     if proof.get("goal") in of:
@@ -247,6 +250,11 @@ def _count(figures: Mapping[str, Any], of: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _short_name(name: str) -> str:
+    """A name on the hub as it is, of a folder the last part."""
+    return name if _is_hub_name(name) else Path(name).name or name
 
 
 def _is_hub_name(backbone: str) -> bool:

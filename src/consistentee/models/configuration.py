@@ -179,7 +179,8 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
             `signals` or `state+signals`.
         original_head: of a model that kept its own head on the last layer: what makes it, `model_type` and perhaps
             more (`heads.original_head`). The last layer then speaks for itself alone.
-        original: which model that was: `name`, `fingerprint`, `revision`, `license`.
+        original: which model that was: `name`, `fingerprint`, `revision`, `license`; and where its backbone was tuned
+            for the exits, so that these weights are no longer its own, how: `tuned`, `lora` or `full`.
         operating_points: criteria and thresholds by name, see `operating_points.py`; None for none.
         exits_only: whether a saved folder holds the exits alone, and is put onto the original when it is opened.
     """
@@ -202,8 +203,15 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
             raise ValueError(
                 "exits_only must be False for a model without an original to be put onto, got True."
             )
+        if self.exits_only and self.is_tuned:
+            raise ValueError("exits_only must be False for exits of a backbone that was tuned, got True.")
         if self.original_head is not None and self.head != "attention":
             raise ValueError(f'head must be attention beside an original_head, got "{self.head}".')
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the original's weights were tuned for the exits: full depth then is another model."""
+        return bool((self.original or {}).get("tuned"))
 
 
 class FullDepthConfig(EncoderClassifierConfig):

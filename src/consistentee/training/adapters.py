@@ -1,4 +1,4 @@
-"""LoRA adapters inside a causal language model's layers, and their way into its weights at the end."""
+"""LoRA adapters inside a backbone's layers, and their way into its weights at the end."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Adapters:
 
 
 def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float) -> Adapters:
-    """Put LoRA adapters beside all linear maps but the LM head, in place; everything else is frozen.
+    """Put LoRA adapters beside all linear maps but an LM head, in place; everything else is frozen.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or an encoder.
         rank: of the adapters.
         alpha: their scale, which is divided by the rank.
         dropout: before the adapters.

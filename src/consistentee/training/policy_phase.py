@@ -102,6 +102,8 @@ def run_policy_phase(
         inputs, costs = (run.model.policy.policy_input,), costs[:1]
         search = replace(search, fit=lambda policy, *_, **__: policy.eval(), layer_costs=costs)
     data = task.policy_data(run, description)
+    if data.max_loss is not None:
+        search = replace(search, max_loss=data.max_loss)
     new_networks = task.new_networks(run.model)
     choice: PolicyChoice | None = None
     if run.accelerator.is_main_process:
@@ -207,10 +209,11 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     """
     choice, config = phase.choice, run.config
     reads = choice.policy.policy_input.replace("+", " and ").replace("_", "-")
+    max_loss = config.max_accuracy_loss if phase.data.max_loss is None else phase.data.max_loss
     run.say(
         f"Chosen on validation: weights of round {run.progress['best_round']}, policy on "
         f"{reads}, layer cost {choice.layer_cost:g}, at most "
-        f"{100 * config.max_accuracy_loss:g} points below the last layer:"
+        f"{100 * max_loss:.4g} points below the last layer:"
     )
     for name, at in choice.at_thresholds.items():
         run.say(

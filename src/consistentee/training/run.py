@@ -72,6 +72,7 @@ class PolicyInstances:
         judged_groups: in cross-fitting, so many of the first groups are judged; None judges all.
         states: the pass that the judged instances come from, for the task's own figures.
         quality: what exit layers of the judged instances are worth, (instances,) -> float; None: the share right.
+        max_loss: what a threshold may lose of it against the last layer; None: what the settings say.
     """
 
     learnt: Instances
@@ -79,6 +80,7 @@ class PolicyInstances:
     judged_groups: int | None
     states: Any
     quality: Callable[[Tensor], float] | None = None
+    max_loss: float | None = None
 
     @property
     def judged_instances(self) -> Instances:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from consistentee.data.batches import LengthGroupedBatches
 from consistentee.errors import SettingError, require_extra
+from consistentee.heads.original_head import OriginalHead
 from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16
 from consistentee.progress import show_progress
 
@@ -110,11 +111,17 @@ def resolve_precision(mixed_precision: str) -> str:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Backbone and new parameters apart, each with and without weight decay; the policy is trained elsewhere."""
+    """Backbone and new parameters apart, each with and without weight decay; the policy is trained elsewhere.
+
+    An original's head that is trained goes with the backbone: it is not new.
+    """
+    heads = [module for module in model.modules() if isinstance(module, OriginalHead)]
+    not_new = {id(parameter) for head in heads for parameter in head.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
+            is_backbone = name.startswith("backbone.") or id(parameter) in not_new
+            groups.setdefault((is_backbone, parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -143,7 +150,7 @@ class OptimizerSteps:
         model: as prepared by the accelerator.
         row_weights: (rows,), what a row's loss weighs in the mean over a batch; None where all weigh the same.
         batch_size: rows per step, over all processes and parts of a batch together.
-        head_learning_rate: peak learning rate of what is not the backbone's.
+        head_learning_rate: peak learning rate of new parameters.
         warmup_ratio, schedule: how learning rates rise and fall over the whole run.
         tracked: whether figures go to an experiment tracker.
         checkpoint_every: steps between calls of `checkpoint`.

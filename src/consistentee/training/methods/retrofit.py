@@ -1,6 +1,7 @@
 """Exits for a model that is not to change, from texts alone.
 
     stage 1   the exits learn the model's own distribution from states of its layers; backbone and head are frozen
+              (or, with `tune_backbone`, learn it too: the targets are those of the model before)
     stage 2   the policy, on texts the exits did not learn from; an error is an exit that disagrees with the model
 
 Nobody needs labels, so the policy can learn from as many rows as there are.

@@ -1,4 +1,8 @@
-"""Exits for a fine-tuned classifier: its own answers are the labels, and an exit is right where it agrees."""
+"""Exits for a fine-tuned classifier: its own answers are the labels, and an exit is right where it agrees.
+
+The backbone stays what it is, or is tuned with the exits (`tune_backbone`). The answers are the original's in either
+case, and a tuned model's last layer learns them like the exits below it.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,15 @@ from consistentee.functional.losses import weighted_sum_loss
 from consistentee.models.card import license_of
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
-from consistentee.training.cached_states import CachedStates, ExitsOnStates, collate_states
+from consistentee.training.adapters import Adapters, add_adapters
+from consistentee.training.cached_states import CachedStates, ChunkedBatches, ExitsOnStates, collate_states
 from consistentee.training.instances import Instances
 from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.states import LayerStates, run_all_layers
 from consistentee.training.steps import Figures, Objective, resolve_precision
 from consistentee.training.tasks.classification import AUTO_INPUTS, ClassificationTraining, row_instances
+from consistentee.training.teacher import TaughtRows, collate_taught, teacher_logits
 
 FEWEST_TEXTS = 40
 
@@ -96,6 +102,7 @@ class RetrofitTraining(ClassificationTraining):
         self.config, self.data, self.original = config, data, original
         self.policy_inputs = AUTO_INPUTS if config.policy_input == "auto" else (config.policy_input,)
         self._policy_rows = None
+        self._adapters = Adapters(None)
         self.parts = part_texts(
             len(data),
             policy_texts=config.policy_texts,
@@ -108,6 +115,11 @@ class RetrofitTraining(ClassificationTraining):
     def held_rows(self) -> tuple[SpooledRows, SpooledRows]:
         """Rows that nothing is learnt on: those a certificate may rest on, and those to report on."""
         return SpooledRows(self.data, self.parts.calibration), SpooledRows(self.data, self.parts.report)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the backbone is trained as well: full depth is then not the original."""
+        return self.config.tune_backbone != "none"
 
     def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
         """As `TrainingTask` says."""
@@ -132,31 +144,21 @@ class RetrofitTraining(ClassificationTraining):
                 "fingerprint": backbone_fingerprint(backbone),
                 "revision": getattr(self.original.model.config, "_commit_hash", None),
                 "license": license_of(backbone),
+                **({"tuned": config.tune_backbone} if self.is_tuned else {}),
             },
         )
         for frozen in (model.backbone, model.classifiers.layers[-1], model.policy):
             frozen.requires_grad_(False)
         self._collate = partial(collate, tokenizer=tokenizer)
-        rows = CachedStates(
-            model,
-            SpooledRows(self.data, self.parts.exits),
-            collate=self._collate,
-            memory_mb=config.max_cache_mb,
-            passes=config.passes,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            precision=resolve_precision(config.mixed_precision),
-        )
+        tuned = f", backbone tuned: {config.tune_backbone}" if self.is_tuned else ""
         return Parts(
             model=model,
             tokenizer=tokenizer,
-            train_rows=rows,
             validation=SpooledRows(self.data, self.parts.policy),
-            collate=cast(Any, collate_states),
             max_length=model.config.max_length,
             row_weights=None,
             description=f"{model.num_layers} layers, {model.config.num_classes} classes, "
-            f"{len(self.parts.exits):,} texts for the exits and {len(self.parts.policy):,} for the policy",
+            f"{len(self.parts.exits):,} texts for the exits and {len(self.parts.policy):,} for the policy{tuned}",
             data={
                 "text_pairs": self.data.text_pairs,
                 "duplicates": self.data.num_duplicates,
@@ -164,15 +166,58 @@ class RetrofitTraining(ClassificationTraining):
                 "calibration_rows": len(self.parts.calibration),
                 "report_rows": len(self.parts.report),
             },
-            trained=ExitsOnStates(model),
-            batches=rows.batches,
+            **(self._rows_of_tokens(model) if self.is_tuned else self._rows_of_states(model)),
         )
+
+    def _rows_of_states(self, model: EarlyExitForSequenceClassification) -> dict[str, Any]:
+        """Of `Parts`, for a frozen backbone: steps run the exits alone, on states that are computed once."""
+        config = self.config
+        rows = CachedStates(
+            model,
+            SpooledRows(self.data, self.parts.exits),
+            collate=self._collate,
+            memory_mb=config.max_cache_mb,
+            passes=cast(int, config.passes),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            precision=resolve_precision(config.mixed_precision),
+        )
+        return {
+            "train_rows": rows,
+            "collate": collate_states,
+            "trained": ExitsOnStates(model),
+            "batches": rows.batches,
+        }
+
+    def _rows_of_tokens(self, model: EarlyExitForSequenceClassification) -> dict[str, Any]:
+        """Of `Parts`, for a tuned backbone: steps run all of the model, `passes` epochs of rows with their answers."""
+        config = self.config
+        if config.tune_backbone == "lora":
+            self._adapters = add_adapters(
+                model.backbone, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout
+            )
+        else:
+            model.backbone.requires_grad_(True)
+            model.classifiers.layers[-1].requires_grad_(True)
+        rows = SpooledRows(self.data, self.parts.exits)
+        every = np.arange(len(rows))
+        return {
+            "train_rows": TaughtRows(
+                rows, teacher_logits(self.original, rows, description="the model's answers")
+            ),
+            "collate": partial(collate_taught, tokenizer=self.original.tokenizer),
+            "batches": ChunkedBatches(
+                [every], rows.lengths, config.batch_size, passes=cast(int, config.passes), seed=config.seed
+            ),
+        }
 
     def weighted_sum(self) -> Objective:
         """Every exit learns the model's own distribution: the divergence from it, deeper layers weigh more."""
 
         def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
-            exits = model(**batch).log_softmax(-1)  # (rows, layers - 1, classes)
+            output = model(**batch)  # a tuned model's last layer learns as well
+            logits = output.classifier_logits if self.is_tuned else output
+            exits = logits.log_softmax(-1)  # (rows, layers that learn, classes)
             wanted = labels.log_softmax(-1)[:, None]
             divergence = (wanted.exp() * (wanted - exits)).sum(-1)
             agrees = exits[:, -1].argmax(-1) == labels.argmax(-1)
@@ -181,9 +226,10 @@ class RetrofitTraining(ClassificationTraining):
         return objective
 
     def fixed_parts(self, model: Any) -> None:
-        """As `TrainingTask` says; steps run nothing but the exits."""
+        """As `TrainingTask` says; steps run a backbone only to tune it."""
         model.policy.eval()
-        model.backbone.eval()
+        if not self.is_tuned:
+            model.backbone.eval()
 
     def policy_data(self, run: Run, description: str) -> PolicyInstances:
         """As `TrainingTask` says."""
@@ -193,12 +239,16 @@ class RetrofitTraining(ClassificationTraining):
         )
         measure = config.hardness if config.reward == "hardness" else "uniform"
         learnt: Instances = row_instances(states, config.reward_loss, measure)
-        return PolicyInstances(learnt, None, None, states)
+        lost = 1 - float(
+            learnt.correct[:, -1].double().mean()
+        )  # by a tuned last layer; the exits get what is left
+        max_loss = max(0.0, config.max_accuracy_loss - lost) if self.is_tuned else None
+        return PolicyInstances(learnt, None, None, states, max_loss=max_loss)
 
     def agreement_states(
         self, model: Any, rows: SpooledRows, *, run: Run, description: str, keep_pooled: bool = False
     ) -> LayerStates:
-        """All layers' outputs, with the last one's answers as labels."""
+        """All layers' outputs, with the original's answers as labels."""
         states = run_all_layers(
             model,
             cast(Any, rows),
@@ -209,7 +259,8 @@ class RetrofitTraining(ClassificationTraining):
             scratch_dir=run.scratch_dir,
             description=description,
         )
-        return replace(states, labels=states.layer_logits[:, -1].argmax(-1))
+        answers = teacher_logits(self.original, rows) if self.is_tuned else states.layer_logits[:, -1]
+        return replace(states, labels=answers.argmax(-1))
 
     def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
         """As `TrainingTask` says."""
@@ -217,6 +268,7 @@ class RetrofitTraining(ClassificationTraining):
 
     def finish(self, run: Run, choice: PolicyChoice | None, criterion: str) -> Any:
         """As `TrainingTask` says; the tokenizer is the original's, as it was."""
+        self._adapters.merge()
         if choice is not None:
             run.model.config.criterion = criterion
             run.model.config.threshold = choice.thresholds[criterion]

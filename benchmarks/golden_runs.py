@@ -58,6 +58,8 @@ EXPECTED: dict[str, str] = {
     "classifier *saved_config/exits_only": "a new field of the configuration",
     "classifier *record/config/num_layers": "a new setting",
     "*record/config/threshold_margin": "a new setting; thresholds are shyer unless it is 0",
+    "classifier *record/config/passes": "a new setting",
+    "classifier *record/config/policy_texts": "a new setting",
     "*record/config/distillation": "a setting that is gone",
     "classifier auto: *": "policies read log-odds in place of nine signals",
     "classifier *confident_patience*": MORE,

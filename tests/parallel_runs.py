@@ -22,7 +22,8 @@ def runs(backbone: Path, output: Path) -> None:
     """A training, a fine-tuning, and a resumption of what has ended, with rows for two processes."""
     data: TextDataset = tiny_dataset(ROWS)
     said: list[str] = []
-    for name, how in (("train", train), ("finetune", finetune)):
+    texts = {"unlabelled": tiny_dataset(100, seed=5).texts}
+    for name, how, more in (("train", train, {}), ("finetune", finetune, {}), ("unlabelled", train, texts)):
         for resume in (False, True):
             how(
                 backbone=backbone,
@@ -31,6 +32,7 @@ def runs(backbone: Path, output: Path) -> None:
                 config=CONFIG,
                 resume=resume,
                 report=said.append,
+                **more,
             )
     for name in RIVALS:
         train(

@@ -265,6 +265,12 @@ class ClassificationTrainingConfig(TrainingConfig):
     """Metric of the validation rows by which default thresholds are chosen. `accuracy` hardly sees a rare class;
     `macro_f1` counts every class alike, `f1` is that of the second of two classes."""
 
+    # Texts without labels, after the rounds
+    passes: int = 5
+    """Times that the exits learn every unlabelled text, from states that are computed once."""
+    policy_texts: int = 20_000
+    """Unlabelled texts that the policy learns from, at most, and at most a third of them."""
+
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -304,7 +310,7 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     tune_backbone: TuneBackbone = "none"
     """`none`: the model stays what it is. `lora`, `full`: shallow layers come to serve the exits, by adapters that are
     merged at the end (the model's head stays) or all weights tuned; the original's answers stay the target."""
-    passes: int | None = None
+    passes: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Times that the exits learn every text: by default 5, or 2 where the backbone is tuned and runs every time."""
     policy_texts: int = 20_000
     """Texts that the policy learns from, at most, and at most a third of them."""

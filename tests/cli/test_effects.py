@@ -32,6 +32,9 @@ CASES: list[tuple[type[Any], str, dict[str, Any], str, str]] = [
     (Rows, "train", {"consistent_epochs": 0.0, "rounds": 3}, "rounds", "--consistent-epochs above 0"),
     (Rows, "train", {"policy_input": "log_odds", "policy_dropout": 0.1}, "policy_dropout", "--policy-input"),
     (Rows, "train", {"policy_data": "seen", "policy_folds": 3}, "policy_folds", "--policy-data held_out"),
+    (Rows, "train", {"passes": 3}, "passes", "--unlabelled-file"),
+    (Rows, "train", {"policy_texts": 100}, "policy_texts", "--unlabelled-file"),
+    (Rows, "finetune", {"passes": 3}, "passes", "finetune does not train"),
     (Rows, "finetune", {"layer_costs": (0.1,)}, "layer_costs", "finetune does not train"),
     (Rows, "finetune", {"consistent_learning_rate": 1e-5}, "consistent_learning_rate", "finetune does not"),
     (Rows, "finetune", {"ensemble_decay": 0.1}, "ensemble_decay", "finetune does not train"),
@@ -93,6 +96,7 @@ def test_those_that_have_one_are_not() -> None:
         (GenerationTrainingConfig(hardness="uniform"), ("hardness",)),
     ):
         check_effects(given, config, "train")
+    check_effects(("passes", "policy_texts"), Rows(), "train", unlabelled=True)
     for config in (Rows(), GenerationTrainingConfig()):
         check_effects(
             ("rounds", "consistent_epochs", "warmup_epochs", "learning_rate", "seed"), config, "finetune"
@@ -143,7 +147,7 @@ QUICK: dict[str, Any] = {
     "command, values",
     [
         (train, {"head": "shared_pooler", "num_queries": 7, "classifier_hidden_size": 8}),
-        (train, {"num_rollouts": 30}),
+        (train, {"num_rollouts": 30, "passes": 2, "policy_texts": 7}),
         (train, {"reward": "uniform", "hardness": "el2n"}),
         (finetune, {"layer_costs": (0.5,), "patience": 1, "ensemble_decay": 0.9}),
         (finetune, {"consistent_learning_rate": 1.0, "policy_data": "seen", "policy_input": "state"}),

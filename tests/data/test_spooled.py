@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from consistentee.data import spooled
-from consistentee.data.spooled import SpooledRows, SpooledTexts
-from consistentee.data.tokenization import encode_texts
+from consistentee.data.spooled import JoinedRows, SpooledRows, SpooledTexts
+from consistentee.data.tokenization import encode_texts, tokenize
 from consistentee.errors import DataError
-from tiny import tiny_tokenizer
+from tiny import tiny_dataset, tiny_tokenizer
 
 TEXTS = [("a good film",), ("the plot is, dull " * 9,), ("été 日本 \U0001f600",), ("a bad\tfilm\n",), ("x",)]
 
@@ -49,6 +49,26 @@ def test_duplicates_are_dropped_and_a_limit_counts_what_is_left() -> None:
     assert [limited.text(row) for row in range(len(limited))] == TEXTS[:3]
     # The texts of a pair are not taken for another pair with the same letters.
     assert len(read([("a b", "c"), ("a", "b c")])) == 2
+
+
+def test_known_texts_are_dropped_and_counted_apart() -> None:
+    found = SpooledTexts.read(
+        [*TEXTS, TEXTS[2], TEXTS[0]], tiny_tokenizer(), 16, source="a list", known=[TEXTS[0], ("elsewhere",)]
+    )
+    assert [found.text(row) for row in range(len(found))] == TEXTS[1:]
+    assert (found.num_known, found.num_duplicates) == (2, 1)
+    with pytest.raises(DataError, match=r"a list holds no text but 5 that are known already\."):
+        SpooledTexts.read(TEXTS, tiny_tokenizer(), 16, source="a list", known=TEXTS)
+
+
+def test_labelled_rows_and_others_behind_them() -> None:
+    labelled = tokenize(tiny_dataset(4), tiny_tokenizer(), 16)
+    rows = JoinedRows(labelled, SpooledRows(read(TEXTS), [3, 1]))
+    assert len(rows) == 6
+    assert rows.lengths.tolist() == [len(rows[row]["input_ids"]) for row in range(6)]
+    assert rows.labels.tolist() == [*labelled.labels.tolist(), 0, 0]
+    assert rows[3] == labelled[3]
+    assert rows[5] == {**read(TEXTS).item(1), "labels": 0, "index": 5}
 
 
 def test_a_fingerprint_is_of_all_texts_in_their_order() -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional
 from consistentee.functional.exits import exit_distribution
 from consistentee.functional.losses import (
     consistent_loss,
+    divergence_losses,
     exact_policy_loss,
     layer_losses,
     policy_entropy,
@@ -34,6 +35,16 @@ def test_layer_losses_are_cross_entropies():
     losses = layer_losses(layer_logits, labels)
     for layer in range(3):
         expected = functional.cross_entropy(layer_logits[:, layer], labels, reduction="none")
+        torch.testing.assert_close(losses[:, layer], expected)
+
+
+def test_divergence_losses_are_of_the_layers_from_the_target():
+    layer_logits, target_logits = torch.randn(5, 3, 4), torch.randn(5, 4)
+    losses = divergence_losses(layer_logits, target_logits)
+    for layer in range(3):
+        expected = functional.kl_div(
+            layer_logits[:, layer].log_softmax(-1), target_logits.softmax(-1), reduction="none"
+        ).sum(-1)
         torch.testing.assert_close(losses[:, layer], expected)
 
 

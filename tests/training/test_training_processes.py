@@ -45,7 +45,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
 
     for name in parallel_runs.RIVALS:
         assert largest_difference(read_weights(one / name), read_weights(two / name)) < 1e-4
-    for name in ("train", "finetune"):
+    for name in ("train", "finetune", "unlabelled"):
         assert [read_whole_record(folder / name)["environment"]["processes"] for folder in (one, two)] == [
             1,
             2,

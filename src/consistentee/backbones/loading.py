@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -95,6 +95,13 @@ def load_tokenizer(name_or_path: str | Path, what: str = "Backbone") -> Any:
     """The tokenizer of a model; arguments and errors as in `load_pretrained`, weights are not asked for."""
     with _loading(name_or_path, what):
         return AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()), trust_remote_code=False)
+
+
+def load_config(name_or_path: str | Path, what: str = "Backbone") -> PreTrainedConfig:
+    """The configuration of a model; arguments and errors as in `load_pretrained`."""
+    source = model_source(name_or_path, what)
+    with _loading(name_or_path, what):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def read_config(name_or_path: str | Path, what: str = "Backbone") -> dict[str, Any]:

@@ -18,6 +18,8 @@ _POLICY = (
     "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode patience max_accuracy_loss "
     "threshold_margin weighted_sum_share max_cache_mb"
 )
+_OF_TEXTS = "passes policy_texts"
+"""Settings of what is learnt from texts without labels."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ _RETROFIT = (
     _Rule("learning_rate", lambda c: c.tune_backbone == "none", "--tune-backbone lora or full"),
     _Rule("lora_rank lora_alpha lora_dropout", lambda c: c.tune_backbone != "lora", "--tune-backbone lora"),
 )
-_FINETUNED_CLASSIFIERS = f"{_POLICY} policy_input ensemble_decay consistent_learning_rate threshold_metric"
+_FINETUNED_CLASSIFIERS = (
+    f"{_POLICY} {_OF_TEXTS} policy_input ensemble_decay consistent_learning_rate threshold_metric"
+)
 _FINETUNED_GENERATORS = (
     f"{_POLICY} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
     "reward_target min_exit_layer consistent_learning_rate"
@@ -84,7 +88,14 @@ _POLICY_FITS = (
 )
 
 
-def check_effects(given: Iterable[str], config: Any, command: Command, method: str | None = None) -> None:
+def check_effects(
+    given: Iterable[str],
+    config: Any,
+    command: Command,
+    method: str | None = None,
+    *,
+    unlabelled: bool = False,
+) -> None:
     """Refuse settings of the command line that change nothing; a recipe may hold them, as it is read by more commands.
 
     Args:
@@ -92,6 +103,7 @@ def check_effects(given: Iterable[str], config: Any, command: Command, method: s
         config: with these and all others in force.
         command: what it is for.
         method: of training; None for the command's own.
+        unlabelled: whether there are texts without labels.
 
     Raises:
         SettingError: one of them has no effect.
@@ -107,6 +119,10 @@ def check_effects(given: Iterable[str], config: Any, command: Command, method: s
         if command == "train" and method not in (None, "consistent") and name in _OF_CONSISTENT.split():
             raise SettingError(
                 f"{_option(name)} goes with --method consistent and has no effect here. Leave it out, or give both."
+            )
+        if name in _OF_TEXTS.split() and not unlabelled:
+            raise SettingError(
+                f"{_option(name)} goes with --unlabelled-file and has no effect here. Leave it out, or give both."
             )
         if method is not None and METHODS[method].joint_policy and name in _POLICY_FITS.split():
             raise SettingError(

@@ -200,6 +200,8 @@ def training_config(
     kind: Kind = CLASSIFIERS,
     command: Command = "train",
     method: str | None = None,
+    *,
+    unlabelled: bool = False,
 ) -> TrainingConfig:
     """The settings of a run: command line before recipe before defaults.
 
@@ -209,6 +211,7 @@ def training_config(
         kind: of model.
         command: what it is for.
         method: of training; None for the command's own.
+        unlabelled: whether there are texts without labels.
 
     Raises:
         SettingError: a value is out of its range, a setting belongs to the other kind of model, or has no effect.
@@ -226,7 +229,7 @@ def training_config(
         config = kind.config_class.from_dict({**recipe.settings, **given})
     except ValueError as error:
         raise UsageError(str(error)) from error
-    check_effects(given, config, command, method)
+    check_effects(given, config, command, method, unlabelled=unlabelled)
     return config
 
 

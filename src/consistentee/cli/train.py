@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from consistentee.cli.data import save_held_out, training_data
 from consistentee.cli.effects import Command
 from consistentee.cli.kinds import CLASSIFIERS, GENERATORS
 from consistentee.cli.options import (
+    DATA,
     Flag,
     SettingOptions,
     TrainingDataOptions,
     read_recipe,
     training_config,
 )
-from consistentee.cli.terminal import console, say, usage
+from consistentee.cli.terminal import console, say, say_reading, usage
 from consistentee.config import TrainingConfig
 from consistentee.errors import UsageError
 from consistentee.functional.tables import CLASSIFICATION, GENERATION
-from consistentee.training.methods import check_method, method_of
+from consistentee.training.methods import METHODS, check_method, method_of
 
 _Method = Literal[
     "consistent", "deebert", "weighted_sum", "right_tool", "fastbert", "berxit", "palbert", "sweet", "cosee", "nsp",
@@ -33,6 +37,9 @@ def train_command(
     backbone: str | None = None,
     config: Path | None = None,
     method: _Method | None = None,
+    unlabelled_file: Annotated[
+        list[str] | None, Parameter(consume_multiple=True, negative=(), group=DATA)
+    ] = None,
     resume: Flag = False,
     data: TrainingDataOptions | None = None,
     settings: SettingOptions | None = None,
@@ -49,10 +56,13 @@ def train_command(
         config: Recipe (YAML) with settings; options given here override it.
         method: How to train: by ConsistentEE, or by another one to compare with (docs/methods).
             [default: the recipe's, else consistent]
+        unlabelled_file: Texts without labels for a classifier's exits and policy, which learn to agree with its last
+            layer on them: files in every form that `predict` reads; "-" is standard input. Columns are those of
+            --text-columns, or the usual names. Duplicates and rows that are labelled or reported on are dropped.
         resume: Go on from the last checkpoint in the output folder.
         debug: Show tracebacks and the messages of other libraries.
     """
-    _run(method, output_dir, backbone, config, resume, data, settings)
+    _run(method, output_dir, backbone, config, resume, data, settings, unlabelled_file)
 
 
 def finetune_command(
@@ -85,6 +95,7 @@ def _run(
     resume: bool,
     data: TrainingDataOptions | None,
     settings: Any,
+    unlabelled_files: list[str] | None = None,
 ) -> None:
     """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
     data = data or TrainingDataOptions()
@@ -95,7 +106,12 @@ def _run(
     if backbone is None:
         raise UsageError("Give --backbone: the name of a model on the hub to start from, or a local folder.")
     kind = data.kind(recipe.task)
-    config = training_config(settings, recipe, kind, command, method)
+    if unlabelled_files is not None and kind is not CLASSIFIERS:
+        raise UsageError(f"--unlabelled-file goes with {CLASSIFIERS.rows}, and this trains {kind.model}.")
+    if unlabelled_files is not None and not METHODS[method].unlabelled:
+        able = ", ".join(name for name, row in METHODS.items() if row.unlabelled)
+        raise UsageError(f"--unlabelled-file goes with --method {able}, got {method}. Leave it out.")
+    config = training_config(settings, recipe, kind, command, method, unlabelled=unlabelled_files is not None)
     usage(lambda: check_method(method, CLASSIFICATION if kind is CLASSIFIERS else GENERATION, config))
     from consistentee.training.run_folders import check_output_dir
 
@@ -117,6 +133,9 @@ def _run(
         config=config,
         task=rows.task,
         method=method,
+        unlabelled=None
+        if unlabelled_files is None
+        else unlabelled_texts(unlabelled_files, data.text_columns, rows.train, rows.evaluation),
         resume=resume,
         report=say,
     )
@@ -131,6 +150,35 @@ def _run(
     figures = kind.commands["report"](folder, evaluation, command, config, is_main)
     if is_main:
         record_evaluation(folder, figures)
+
+
+def unlabelled_texts(
+    files: list[str], columns: list[str] | None, train: Any, evaluation: Any
+) -> Iterator[tuple[str, ...]]:
+    """Texts of several files, but for those that are reported on.
+
+    Args:
+        files: as `predict` reads them; "-" is standard input.
+        columns: of the labelled rows; plain text has none.
+        train: labelled rows, which are single texts or pairs.
+        evaluation: rows to report on.
+    """
+    from accelerate import PartialState
+
+    from consistentee.data.files import read_texts
+    from consistentee.data.hub import FORMATS, HUB_PREFIX
+
+    reported, dropped = set(evaluation.texts), 0
+    for file in files:
+        say_reading(file, "texts")
+        is_table = file.startswith(HUB_PREFIX) or Path(file).suffix.lower() in FORMATS
+        for text in read_texts(file, columns if is_table else None, pairs=len(train.texts[0]) == 2):
+            if text in reported:
+                dropped += 1
+            else:
+                yield text
+    if dropped and PartialState().is_main_process:
+        say(f"{dropped:,} unlabelled texts are among the rows to report on and are left out.")
 
 
 def report_classifier(

@@ -24,6 +24,8 @@ from consistentee.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from consistentee.data.batches import TokenizedDataset
+
 READ_AT_ONCE = 1024  # texts
 DIGEST_BYTES = 12  # of a text, to know it again: two of a million are taken for one with a chance of 1e-17
 
@@ -35,13 +37,14 @@ class SpooledTexts:
         source: where they come from, for messages and records.
         lengths: (rows,) int64, tokens of every row.
         num_duplicates: texts that were dropped because they had come before.
+        num_known: texts that were dropped because they were known already.
         cut: (rows,) bool, which were cut.
         text_pairs: whether a row is a pair.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.num_duplicates = 0
+        self.num_duplicates = self.num_known = 0
         self.text_pairs = False
         self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
         self.cut: NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -62,6 +65,7 @@ class SpooledTexts:
         *,
         source: str,
         max_texts: int | None = None,
+        known: Iterable[tuple[str, ...]] = (),
     ) -> SpooledTexts:
         """Read texts to their end, or until there are enough.
 
@@ -70,14 +74,15 @@ class SpooledTexts:
             tokenizer, max_length: as in `encode_texts`.
             source: where they come from.
             max_texts: different ones, at most.
+            known: texts that are dropped.
 
         Raises:
             DataError: there is none, or one of which no token is left.
         """
         self = cls(source)
-        known: set[bytes] = set()
+        known_digests = set(map(_text_digest, known))
         lengths, cut, token_ends, text_ends = array("q"), array("b"), array("q"), array("q")
-        for part in _parts(self._new(texts, known), max_texts):
+        for part in _parts(self._new(texts, known_digests), max_texts):
             rows, is_cut = encode_texts(part, tokenizer, max_length)
             self._has_types, self.text_pairs = "token_type_ids" in rows[0], len(part[0]) == 2
             for row, row_texts, row_cut in zip(rows, part, is_cut, strict=True):
@@ -91,7 +96,8 @@ class SpooledTexts:
                 token_ends.append((token_ends[-1] if token_ends else 0) + len(numbers))
                 text_ends.append((text_ends[-1] if text_ends else 0) + len(line))
         if not lengths:
-            raise DataError(f"{source} holds no text.", remedy="Give files with texts.")
+            beside = f" but {self.num_known:,} that are known already" if self.num_known else ""
+            raise DataError(f"{source} holds no text{beside}.", remedy="Give files with texts.")
         self.lengths, self.cut = np.array(lengths, np.int64), np.array(cut, np.bool_)
         self._token_ends, self._text_ends = np.array(token_ends, np.int64), np.array(text_ends, np.int64)
         return self
@@ -122,14 +128,16 @@ class SpooledTexts:
         return {"input_ids": numbers[:half], "token_type_ids": numbers[half:]}
 
     def _new(self, texts: Iterable[tuple[str, ...]], known: set[bytes]) -> Iterator[tuple[str, ...]]:
+        seen: set[bytes] = set()
         for row in texts:
-            content = "\x1f".join(row).encode("utf-8", "surrogatepass")
-            digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+            digest = _text_digest(row)
             if digest in known:
+                self.num_known += 1
+            elif digest in seen:
                 self.num_duplicates += 1
-                continue
-            known.add(digest)
-            yield row
+            else:
+                seen.add(digest)
+                yield row
 
 
 class SpooledRows:
@@ -162,6 +170,35 @@ class SpooledRows:
     def fingerprint(self) -> str:
         """Hash of these rows in their order."""
         return hashlib.sha256(self.texts.fingerprint().encode() + self.rows.tobytes()).hexdigest()[:16]
+
+
+class JoinedRows:
+    """Tokenized rows with labels, and behind them rows without, as one data set.
+
+    Args:
+        first, more: of the same tokenizer.
+
+    Attributes:
+        labels: (rows,) int64, 0 where there is none.
+    """
+
+    def __init__(self, first: TokenizedDataset, more: SpooledRows) -> None:
+        self._first, self._more = first, more
+        self.lengths = np.concatenate([first.lengths, more.lengths])
+        self.labels = torch.cat([first.labels, more.labels])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        behind = index - len(self._first)
+        item = self._first[index] if behind < 0 else self._more[behind]
+        return {**item, "index": int(index)}
+
+
+def _text_digest(row: tuple[str, ...]) -> bytes:
+    content = "\x1f".join(row).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _parts(texts: Iterator[tuple[str, ...]], most: int | None) -> Iterator[list[tuple[str, ...]]]:

@@ -31,6 +31,26 @@ def layer_losses(layer_logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def divergence_losses(layer_logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of every internal classifier from a distribution that it is to give.
+
+    Args:
+        layer_logits: (batch, layers, classes).
+        target_logits: (batch, classes), of the distribution.
+
+    Returns:
+        (batch, layers), in nats, 0 where both are the same.
+
+    Source: Hinton et al. (arXiv:1503.02531) at temperature 1.
+
+    Example:
+        >>> divergence_losses(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.0, 2.0]]))
+        tensor([[0.]])
+    """
+    wanted = target_logits.log_softmax(-1)[:, None]
+    return (wanted.exp() * (wanted - layer_logits.log_softmax(-1))).sum(-1)
+
+
 def weighted_sum_loss(losses: Tensor) -> Tensor:
     """Mean over the layers with weights proportional to the layer number: the warm-up's loss per instance.
 

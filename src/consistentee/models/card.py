@@ -230,6 +230,17 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{data['train_rows']:,} training rows, {data.get('validation_rows', 0):,} for selection."
         )
+    unlabelled: Mapping[str, Any] = record.get("unlabelled") or {}
+    if unlabelled:
+        lines.append(
+            f"{unlabelled['num_texts']:,} texts without labels "
+            + (
+                f"beside them: {unlabelled['num_exit_texts']:,} for the exits and {unlabelled['num_policy_texts']:,} "
+                "for the policy, by agreement with the last layer."
+                if unlabelled["kept"]
+                else "were tried beside them and not used: validation rows found exits and policy worse with them."
+            )
+        )
     names = ("consistentee", "torch", "transformers")
     versions = [f"{name} {environment[name]}" for name in names if name in environment]
     if versions:

@@ -65,6 +65,24 @@ class Instances:
 
         return Instances(**{name: cut(value) for name, value in vars(self).items()})
 
+    def and_more(self, more: Instances, states: Tensor | None) -> Instances:
+        """These instances and others behind them, in groups of their own.
+
+        Args:
+            more: of the same layers and criteria.
+            states: of all of them, as for one pass over both; None where they were not kept.
+        """
+
+        def joined(name: str) -> Any:
+            one, other = getattr(self, name), getattr(more, name)
+            if isinstance(one, Mapping):
+                return {key: torch.cat([one[key], other[key]]) for key in one}
+            return None if one is None else torch.cat([one, other])
+
+        names = ("correct", "exit_cost", "hardness", "features", "scores", "targets")
+        group = torch.cat([self.group, more.group + int(self.group[-1]) + 1])
+        return Instances(**{name: joined(name) for name in names}, group=group, states=states)
+
 
 def cross_fitting(count: int, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For each fold, the indices of what is outside it, to fit on, and of what is in it, to be judged."""

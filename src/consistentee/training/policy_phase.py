@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -126,10 +127,25 @@ def run_policy_phase(
             ]
         choice = max(choices, key=lambda choice: (not choice.report.collapsed, choice.report.score))
     choice = run.from_main_process(choice)
-    task.install(run.model, choice)
-    progress.update(layer_cost=choice.layer_cost, policy_input=choice.policy.policy_input)
+    install_choice(run, choice)
     _say_collapses(run, choice)
     return PolicyPhase(choice, data, inputs == task.policy_inputs and costs == config.layer_costs)
+
+
+def install_choice(run: Run, choice: PolicyChoice) -> None:
+    """Put what phase 2 chose into the model."""
+    run.task.install(run.model, choice)
+    run.progress.update(layer_cost=choice.layer_cost, policy_input=choice.policy.policy_input)
+
+
+def is_no_worse(choice: PolicyChoice, score: float, hits: Sequence[int]) -> bool:
+    """Whether a choice is within one standard error of a validation score, or above it.
+
+    Args:
+        choice: of phase 2.
+        score, hits: of another one on the same instances, its report's and `PolicyChoice.hits`.
+    """
+    return choice.report.score >= score - score_standard_error(choice.hits, torch.tensor(hits), choice.counts)
 
 
 def record_round(run: Run, number: int, phase: PolicyPhase) -> None:
@@ -161,9 +177,7 @@ def record_round(run: Run, number: int, phase: PolicyPhase) -> None:
     if progress["best_score"] is None or report.score > progress["best_score"]:
         progress.update(best_score=report.score, best_hits=hits, best_round=number)
         run.keep_best()
-    elif report.score >= progress["best_score"] - score_standard_error(
-        choice.hits, torch.tensor(progress["best_hits"]), choice.counts
-    ):
+    elif is_no_worse(choice, progress["best_score"], progress["best_hits"]):
         progress.update(best_round=number)
         run.keep_best()
 

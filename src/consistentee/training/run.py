@@ -195,6 +195,8 @@ class Run:
         steps: the gradient steps.
         identity: what a resumed run must share with the one it goes on with.
         progress: all there is to remember beside weights and optimizer, as plain JSON values.
+        stage: steps behind all of `steps`, on other rows and with an optimizer of their own, while they are the ones
+            that are taken.
     """
 
     kind: str
@@ -208,8 +210,12 @@ class Run:
     steps: OptimizerSteps
     identity: dict[str, Any]
     progress: dict[str, Any]
+    stage: OptimizerSteps | None = None
 
     def __post_init__(self) -> None:
+        self._left_in_stage: tuple[int, Any] | None = (
+            None  # step and optimizer of a run that is resumed in one
+        )
         parameters = self.model.named_parameters(remove_duplicate=False)
         self._frozen = {
             name
@@ -245,13 +251,23 @@ class Run:
         self, until: int, objective: Objective, *, phase: str, learning_rate: float | None = None
     ) -> None:
         """Take steps on an objective until so many are taken; by default at the configured learning rate."""
-        self.steps.run(
+        (self.stage or self.steps).run(
             until,
             objective,
             phase=phase,
             learning_rate=learning_rate or self.config.learning_rate,
             before_step=lambda: self.task.fixed_parts(self.model),
         )
+
+    def begin_stage(self, steps: OptimizerSteps) -> None:
+        """From here on take steps of a further stage; a resumed run goes on where it left it."""
+        steps.checkpoint = self.checkpoint
+        self.stage = steps
+        if self._left_in_stage is not None:
+            steps.step, optimizer = self._left_in_stage
+            self._load_optimizer(optimizer)
+            self._left_in_stage = None
+            self.say(f"Resumed at step {steps.step} of {steps.total_steps} behind the rounds.")
 
     def weights(self) -> dict[str, Tensor]:
         """All weights that training can have changed: everything but a backbone's frozen parameters."""
@@ -278,15 +294,20 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def load_best(self) -> None:
-        """Go back to the weights that were the best."""
-        self.load_weights(checkpoints.load_weights(self.best_path))
+        """Go back to the weights that were the best; the policy stays as it is, to be fitted anew."""
+        best, now = checkpoints.load_weights(self.best_path), self.model.state_dict()
+        policy = {name: value for name, value in now.items() if name.startswith("policy.")}
+        self.load_weights(
+            {name: value for name, value in best.items() if not name.startswith("policy.")} | policy
+        )
 
     def checkpoint(self) -> None:
         """Make this moment one from which `resume` can go on."""
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
+            steps = self.stage or self.steps
             optimizer = {
-                "optimizer": self.steps.optimizer.state_dict(),
+                "optimizer": steps.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             self.progress["checkpoints"] += 1
@@ -295,7 +316,12 @@ class Run:
                 self.progress["checkpoints"],
                 weights=self.weights(),
                 optimizer=optimizer,
-                progress={**self.progress, "step": self.steps.step, "identity": self.identity},
+                progress={
+                    **self.progress,
+                    "step": self.steps.step,
+                    **({} if self.stage is None else {"stage_step": self.stage.step}),
+                    "identity": self.identity,
+                },
             )
         self.accelerator.wait_for_everyone()
 
@@ -304,13 +330,20 @@ class Run:
         weights, optimizer, progress = checkpoints.load_checkpoint(folder)
         del progress["identity"]
         self.steps.step = progress.pop("step")
+        stage_step = progress.pop("stage_step", None)
         self.progress.clear()
         self.progress.update(progress)
         self.load_weights(weights)
-        self.steps.optimizer.load_state_dict(optimizer["optimizer"])
-        if self.accelerator.scaler is not None and optimizer["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(optimizer["scaler"])
+        if stage_step is not None:
+            self._left_in_stage = stage_step, optimizer  # for the stage's own steps, when they are there
+            return
+        self._load_optimizer(optimizer)
         self.say(f"Resumed at step {self.steps.step} of {self.steps.total_steps}.")
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        (self.stage or self.steps).optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
 
     def save(self, model: Any, record: dict[str, Any]) -> Path:
         """Write a finished model with its record and card, then remove the checkpoints.

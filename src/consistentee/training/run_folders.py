@@ -106,16 +106,30 @@ def open_output(
 
 
 def run_identity(
-    kind: str, method: str, backbone: str | Path, settings: Mapping[str, Any], data_fingerprint: str
+    kind: str,
+    method: str,
+    backbone: str | Path,
+    settings: Mapping[str, Any],
+    data_fingerprint: str,
+    unlabelled: str | None = None,
 ) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on with, as plain JSON values."""
+    """What a resumed run must share with the one it goes on with, as plain JSON values.
+
+    Args:
+        kind, method, backbone, settings: of the run.
+        data_fingerprint: of its data.
+        unlabelled: fingerprint of the texts without labels that it has beside them.
+    """
     return {
         "kind": kind,
         "method": method,
         "backbone": str(backbone),
         "backbone_fingerprint": backbone_fingerprint(backbone),
         "config": dict(settings),
-        "data": {"fingerprint": data_fingerprint},
+        "data": {
+            "fingerprint": data_fingerprint,
+            **({} if unlabelled is None else {"unlabelled_fingerprint": unlabelled}),
+        },
     }
 
 
@@ -137,6 +151,8 @@ def check_same_run(
             return of["backbone"] if content is None else f"{of['backbone']} (content {content[:8]})"
         if name == "data fingerprint":
             return of["data"]["fingerprint"]
+        if name == "unlabelled texts":
+            return of["data"].get("unlabelled_fingerprint", "none")
         if name == "method":  # of 0.1.0 there was one for each kind
             return of.get("method", "plain" if of["kind"].startswith("full_depth") else "consistent")
         if name == "kind":
@@ -159,6 +175,7 @@ def check_same_run(
             *(("method",) if same_kind else ()),
             "backbone",
             "data fingerprint",
+            "unlabelled texts",
             *current["config"],
         )
         if differs(name)

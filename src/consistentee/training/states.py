@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,6 +49,13 @@ class LayerStates:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, start: int, end: int) -> LayerStates:
+        """The rows from `start` to before `end`."""
+        parts: dict[str, Any] = {
+            name: None if value is None else value[start:end] for name, value in vars(self).items()
+        }
+        return LayerStates(**parts)
 
     @property
     def signals(self) -> dict[str, Tensor]:

@@ -157,6 +157,7 @@ class OptimizerSteps:
         total_steps: planned length of the whole run, which the learning rate follows.
         step: optimizer steps taken.
         given_batches: in place of shuffled ones of similar length.
+        steps_before: taken by others of the same run, behind which the tracker counts.
     """
 
     accelerator: Accelerator
@@ -180,6 +181,7 @@ class OptimizerSteps:
     checkpoint: Callable[[], None] = lambda: None
     figures: dict[str, float] = field(default_factory=dict)
     given_batches: Batches | None = None
+    steps_before: int = 0
 
     def __post_init__(self) -> None:
         self.batches: Batches = self.given_batches or LengthGroupedBatches(
@@ -218,7 +220,8 @@ class OptimizerSteps:
                     bar.update(figures=self.figures)
                     if self.tracked:
                         self.accelerator.log(
-                            {f"{phase}/{name}": v for name, v in self.figures.items()}, step=self.step
+                            {f"{phase}/{name}": v for name, v in self.figures.items()},
+                            step=self.steps_before + self.step,
                         )
                     if self.step % self.checkpoint_every == 0 and self.step < until:
                         self.checkpoint()

@@ -19,6 +19,7 @@ from consistentee.config import (
 from consistentee.data.literal import read_special_tokens
 from consistentee.data.rows import InstructionDataset, TextDataset
 from consistentee.data.spooled import SpooledTexts
+from consistentee.errors import SettingError
 from consistentee.models.keeps_original import check_single_label
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.methods import METHODS, check_method, method_of
@@ -28,6 +29,7 @@ from consistentee.training.steps import OptimizerSteps, Rows, make_accelerator, 
 from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.tasks.generation import GenerationTraining
 from consistentee.training.tasks.retrofit import RetrofitTraining
+from consistentee.training.tasks.unlabelled import UnlabelledTraining
 
 
 def train(
@@ -38,6 +40,7 @@ def train(
     config: TrainingConfig | None = None,
     task: str | None = None,
     method: str = "consistent",
+    unlabelled: Iterable[tuple[str, ...]] | None = None,
     resume: bool = False,
     report: Report = lambda message: None,
 ) -> Path:
@@ -51,6 +54,8 @@ def train(
         config: settings, `ClassificationTrainingConfig` or `GenerationTrainingConfig`; the defaults if missing.
         task: name of the task, for the record.
         method: one of `METHODS`: how to train.
+        unlabelled: texts, or pairs, without labels for a classifier's exits and policy, by agreement with its last
+            layer; they are read as they come, duplicates and texts of `train_data` are dropped. None for none.
         resume: go on from the last checkpoint in `output_dir` if there is one.
         report: is given lines of text to show.
 
@@ -61,13 +66,17 @@ def train(
     Raises:
         FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
         ImportError: LoRA without peft.
+        SettingError: `unlabelled` texts for a method or a task that does not learn from them.
         TypeError: data or settings of another task.
         ValueError: an unsupported backbone, an unknown method or one for another task, too little data, a resumed run
             with other settings, data or backbone, an `output_dir` that is the backbone's, or a `threshold_metric` that
             does not fit the classes.
     """
     row = method_of(method)
-    trained = _task_of(train_data, config)
+    if unlabelled is not None and not row.unlabelled:
+        able = ", ".join(name for name, other in METHODS.items() if other.unlabelled)
+        raise SettingError(f'Unlabelled texts go with method {able}, got "{method}". Leave them out.')
+    trained = _task_of(train_data, config, unlabelled, backbone)
     check_method(method, trained.task, trained.config)
     run = start_run(
         trained,
@@ -182,7 +191,12 @@ def start_retrofit(
     )
 
 
-def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | None) -> TrainingTask:
+def _task_of(
+    data: TextDataset | InstructionDataset,
+    config: TrainingConfig | None,
+    unlabelled: Iterable[tuple[str, ...]] | None,
+    backbone: str | Path,
+) -> TrainingTask:
     """The task of the data, with its settings."""
     rows = isinstance(data, TextDataset)
     config_class = ClassificationTrainingConfig if rows else GenerationTrainingConfig
@@ -191,6 +205,13 @@ def _task_of(data: TextDataset | InstructionDataset, config: TrainingConfig | No
         raise TypeError(
             f"config must be a {config_class.__name__} for a {type(data).__name__}, got {type(config).__name__}."
         )
+    if unlabelled is not None:
+        if not rows:
+            raise SettingError(
+                "Unlabelled texts go with rows to classify, got text to generate. Leave them out."
+            )
+        texts: Any = UnlabelledTraining.read(cast(Any, config), cast(Any, data), unlabelled, backbone)
+        return texts
     task: Any = (ClassificationTraining if rows else GenerationTraining)(cast(Any, config), cast(Any, data))
     return task
 
@@ -208,7 +229,15 @@ def start_run(
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir, config, exits = Path(output_dir), task.config, METHODS[method].exits
     kind = ("early_exit" if exits else "full_depth") + task.suffix
-    identity = run_identity(kind, method, backbone, config.to_dict(), task.data.fingerprint())
+    texts = task.unlabelled if isinstance(task, UnlabelledTraining) else None
+    identity = run_identity(
+        kind,
+        method,
+        backbone,
+        config.to_dict(),
+        task.data.fingerprint(),
+        None if texts is None else texts.fingerprint(),
+    )
     opened = open_output(
         output_dir,
         identity=identity,
@@ -292,6 +321,7 @@ def start_run(
             "policy_input": None,
             "history": [],
             "forgetting": [],
+            "unlabelled": None,
         },
     )
     run.begin(newest, resume=resume)

@@ -26,6 +26,7 @@ class Method:
         tasks: what it trains.
         joint_policy: whether steps train the policy together with everything else.
         needs: settings that it cannot do without and that have no default.
+        unlabelled: whether texts without labels can be given beside labelled rows.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Method:
     tasks: tuple[str, ...] = BOTH_TASKS
     joint_policy: bool = False
     needs: tuple[str, ...] = ()
+    unlabelled: bool = False
 
     def load(self) -> Callable[[Any], Path]:
         """The method itself."""
@@ -47,7 +49,7 @@ class Method:
 
 _ROWS = (CLASSIFICATION,)
 METHODS = {
-    "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)"),
+    "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)", unlabelled=True),
     "deebert": Method("deebert", "DeeBERT (arXiv:2004.12993)", unused_parameters=True),
     "weighted_sum": Method("weighted_sum", "PABEE (arXiv:2006.04152)"),
     "right_tool": Method("right_tool", "The Right Tool for the Job (arXiv:2004.07453)", tasks=_ROWS),

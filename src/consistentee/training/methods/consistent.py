@@ -4,6 +4,8 @@
     phase 2  policy       fitted on cached states; judged on instances nobody has trained on
     phase 3  consistent   backbone and exits on the loss at the exit layer
     phases 2 and 3 repeat; of the rounds that validation finds no worse the last is kept, then thresholds are chosen
+    unlabelled texts      where there are any: exits go on learning the last layer's answers, the policy has more rows
+                          to learn from; kept if validation finds that no worse
 
 Rows take the expected loss over the exit distribution; tokens draw their exits, since what a token leaves behind when
 it exits is what later ones attend to.
@@ -16,9 +18,18 @@ tokens also a share of its own for the last layer, a few layers a step, and any 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from consistentee.training.policy_phase import PolicyPhase, finish_run, record_round, run_policy_phase
+from consistentee.training.policy_phase import (
+    PolicyPhase,
+    finish_run,
+    install_choice,
+    is_no_worse,
+    record_round,
+    run_policy_phase,
+)
 from consistentee.training.run import Run
+from consistentee.training.tasks.unlabelled import UnlabelledTraining
 
 
 def train_consistent(run: Run) -> Path:
@@ -58,8 +69,48 @@ def train_consistent(run: Run) -> Path:
             progress.update(rounds_done=number + 1, policy_fitted=False)
             run.checkpoint()
 
-    # The kept round's weights, policy and thresholds; they are still here if it was the last.
-    if phase is None or not phase.complete or progress["best_round"] != progress["rounds_done"]:
+    if isinstance(task, UnlabelledTraining):
+        return finish_run(run, _learn_from_texts(run, task, phase))
+    return finish_run(run, _kept_round(run, phase))
+
+
+def _kept_round(run: Run, phase: PolicyPhase | None) -> PolicyPhase:
+    """The kept round's weights, policy and thresholds; they are still here if it was the last."""
+    if phase is None or not phase.complete or run.progress["best_round"] != run.progress["rounds_done"]:
         run.load_best()
         phase = run_policy_phase(run, "final policy", try_all=True)
-    return finish_run(run, phase)
+    return phase
+
+
+def _learn_from_texts(run: Run, task: UnlabelledTraining, phase: PolicyPhase | None) -> PolicyPhase:
+    """Let exits and policy learn from texts without labels; what the rounds left is kept where that is better."""
+    found: dict[str, Any] | None = run.progress["unlabelled"]
+    before: PolicyPhase | None = None
+    if found is None:  # else the run was resumed in here
+        before = _kept_round(run, phase)
+        score, hits = before.choice.report.score, before.choice.hits.tolist()
+        found = run.progress["unlabelled"] = {"score_before": score, "hits_before": hits}
+
+    steps = task.exit_steps(run)
+    run.begin_stage(steps)
+    if before is not None:
+        run.checkpoint()
+    if steps.step < steps.total_steps:
+        run.take_steps(steps.total_steps, task.agreement(), phase="exits on unlabelled texts")
+        run.checkpoint()
+    after = run_policy_phase(run, "policy with unlabelled texts", try_all=True)
+    run.stage = None
+
+    kept = is_no_worse(after.choice, found["score_before"], found["hits_before"])
+    found.update(score_after=after.choice.report.score, kept=kept)
+    run.say(
+        f"With unlabelled texts: validation score {found['score_after']:.4f}, without {found['score_before']:.4f}. "
+        + ("Kept." if kept else "Worse by more than a standard error: exits and policy stay as they were.")
+    )
+    if kept:
+        return after
+    run.load_best()
+    if before is None:
+        return run_policy_phase(run, "final policy", try_all=True)
+    install_choice(run, before.choice)
+    return before

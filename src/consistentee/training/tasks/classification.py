@@ -198,21 +198,29 @@ class ClassificationTraining:
 
     def policy_data(self, run: Run, description: str) -> PolicyInstances:
         """As `TrainingTask` says."""
-        config = self.config
-        counts = forgetting_counts(run.progress["forgetting"])
-        states = self._states(run, self._learnt_rows(run), f"{description}: states", keep_pooled=True)
-        learnt = row_instances(
-            states, config.reward_loss, config.hardness if config.reward == "hardness" else "uniform", counts
-        )
+        learnt, states = self._learnt(run, description)
         judged = None
         if self._policy_rows is not None:
             states = self._states(run, run.parts.validation, f"{description}: validation", keep_pooled=True)
-            # Forgetting is counted on the policy's rows only; the judged rows pay by their memorized layer.
-            other = "memorized_layer" if config.hardness == "forgetting_events" else config.hardness
-            judged = row_instances(
-                states, config.reward_loss, other if config.reward == "hardness" else "uniform"
-            )
+            judged = self._uncounted(states)
         return PolicyInstances(learnt, judged, None, states, self._quality(states))
+
+    def _learnt(self, run: Run, description: str) -> tuple[Instances, LayerStates]:
+        """What the policy learns from, and the pass over its labelled rows."""
+        states = self._states(run, self._learnt_rows(run), f"{description}: states", keep_pooled=True)
+        return self._counted(run, states), states
+
+    def _counted(self, run: Run, states: LayerStates) -> Instances:
+        """Rows that forgetting is counted on."""
+        measure = self.config.hardness if self.config.reward == "hardness" else "uniform"
+        counts = forgetting_counts(run.progress["forgetting"])
+        return row_instances(states, self.config.reward_loss, measure, counts)
+
+    def _uncounted(self, states: LayerStates) -> Instances:
+        """Others: they pay by their memorized layer in place of it."""
+        measure = self.config.hardness if self.config.reward == "hardness" else "uniform"
+        measure = "memorized_layer" if measure == "forgetting_events" else measure
+        return row_instances(states, self.config.reward_loss, measure)
 
     def _learnt_rows(self, run: Run) -> TokenizedDataset:
         return run.parts.validation if self._policy_rows is None else self._policy_rows

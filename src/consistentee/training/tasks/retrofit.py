@@ -21,7 +21,7 @@ from consistentee.data.batches import collate
 from consistentee.data.sketches import text_sketch
 from consistentee.data.spooled import SpooledRows, SpooledTexts
 from consistentee.errors import DataError
-from consistentee.functional.losses import weighted_sum_loss
+from consistentee.functional.losses import divergence_losses, weighted_sum_loss
 from consistentee.models.card import license_of
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
@@ -216,12 +216,9 @@ class RetrofitTraining(ClassificationTraining):
 
         def objective(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Figures]:
             output = model(**batch)  # a tuned model's last layer learns as well
-            logits = output.classifier_logits if self.is_tuned else output
-            exits = logits.log_softmax(-1)  # (rows, layers that learn, classes)
-            wanted = labels.log_softmax(-1)[:, None]
-            divergence = (wanted.exp() * (wanted - exits)).sum(-1)
+            exits = output.classifier_logits if self.is_tuned else output  # (rows, layers, classes)
             agrees = exits[:, -1].argmax(-1) == labels.argmax(-1)
-            return weighted_sum_loss(divergence), {"agreement": agrees.float()}
+            return weighted_sum_loss(divergence_losses(exits, labels)), {"agreement": agrees.float()}
 
         return objective
 

@@ -1,0 +1,93 @@
+"""`consistentee train --unlabelled-file`: which texts go in, and where it has no place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from consistentee.cli.main import main
+from consistentee.cli.train import unlabelled_texts
+from tiny import tiny_backbone, tiny_dataset, write_csv
+from tiny_training import tiny_decoder
+
+QUICK = (
+    "--warmup-epochs 1 --rounds 0 --policy-epochs 1 --policy-min-steps 1 --policy-folds 2 --passes 1 "
+    "--policy-input log_odds --mixed-precision no --text-columns text --label-column label"
+)
+TRAIN, REPORTED, OTHERS = tiny_dataset(60), tiny_dataset(30, seed=1), tiny_dataset(100, seed=2)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_csv(folder / "train.csv", TRAIN)
+    write_csv(folder / "report.csv", REPORTED)
+    write_csv(folder / "others.csv", OTHERS)
+    lines = [text for (text,) in [*REPORTED.texts[:4], *TRAIN.texts[:3], *tiny_dataset(20, seed=3).texts]]
+    (folder / "more.txt").write_text("".join(f"{line}\n" for line in lines))
+    tiny_backbone(folder / "backbone", layers=2)
+    return folder
+
+
+def command(files: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--backbone", str(files / "backbone"), "--output-dir", str(output)),
+        *("--train-file", str(files / "train.csv"), "--eval-file", str(files / "report.csv"), *QUICK.split()),
+        *more,
+    ]
+
+
+def test_a_table_and_plain_text(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ("--unlabelled-file", str(files / "others.csv"), str(files / "more.txt"))
+    assert main(command(files, tmp_path / "m", *texts)) == 0
+    out = capsys.readouterr().out
+    known = {*TRAIN.texts, *REPORTED.texts}
+    expected = set(OTHERS.texts) | set(tiny_dataset(20, seed=3).texts)
+    record = json.loads((tmp_path / "m" / "training_record.json").read_text())
+    assert record["unlabelled"]["num_texts"] == len(expected - known)
+    assert record["unlabelled"]["num_known"] == 3 + sum(text in set(TRAIN.texts) for text in expected)
+    assert "4 unlabelled texts are among the rows to report on and are left out." in out
+    assert "With unlabelled texts: validation score " in out
+    assert record["evaluation"]["num_examples"] == 30
+
+
+def test_columns_are_those_of_tables_alone(tmp_path: Path) -> None:
+    table, lines = tmp_path / "t.tsv", tmp_path / "lines.txt"
+    table.write_text("sentence\tother\none\ta\ntwo\tb\n")
+    lines.write_text("three\n")
+    found = unlabelled_texts([str(table), str(lines)], ["other"], TRAIN, REPORTED)
+    assert list(found) == [("a",), ("b",), ("three",)]
+    usual = unlabelled_texts([str(table)], None, TRAIN, REPORTED)
+    assert list(usual) == [("one",), ("two",)]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (
+            ("--method", "deebert", "--unlabelled-file", "F"),
+            "--unlabelled-file goes with --method consistent",
+        ),
+        (("--unlabelled-file", "nowhere.txt"), "There is no such file"),
+    ],
+)
+def test_what_cannot_be(
+    more: tuple[str, ...],
+    message: str,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(command(files, tmp_path / "m", *more)) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_text_generators_have_none(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts.txt").write_text("one\n\ntwo\n")
+    values = ["--backbone", str(tiny_decoder(tmp_path / "decoder")), "--output-dir", str(tmp_path / "m")]
+    values += ["--train-file", str(tmp_path / "texts.txt"), "--unlabelled-file", str(files / "more.txt")]
+    assert main(["train", *values]) == 2
+    assert "goes with rows to classify, and this trains a text generator." in capsys.readouterr().err

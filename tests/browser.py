@@ -94,7 +94,9 @@ class Browser:
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         self._ask("Emulation.setScriptExecutionDisabled", value=not script)
         self._events.clear()
-        self._ask("Page.navigate", url=page.resolve().as_uri())
+        failure = self._ask("Page.navigate", url=page.resolve().as_uri()).get("errorText")
+        if failure:
+            raise AssertionError(f"{page}: {failure}")
         self._wait_for("Page.loadEventFired")
         self.value("1")  # what the page's script did is done
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,14 +34,16 @@ def report_command(
     batch_size: int | None = None,
     debug: Flag = False,
 ) -> None:
-    """Write one HTML page on what the exits of a classifier give, to be read without network.
+    """Write one HTML page on what the exits of a classifier give, or on a comparison, to be read without network.
 
     The trade-off with operating points and intervals, where the classes exit, accuracy by exit layer (agreement with
     full depth where there are no labels), hardness against exit layer, texts that exit early and texts that need depth,
-    settings and environment. Without rows the page shows what the folder's training record holds.
+    settings and environment. Without rows the page shows what the folder's training record holds. Of a folder that
+    `consistentee compare` filled: how methods rank, all curves and all tables.
 
     Args:
-        folder: Folder of a trained or retrofitted classifier, or its name on the hub.
+        folder: Folder of a trained or retrofitted classifier, or its name on the hub; or the output folder of
+            `consistentee compare`.
         output: The page. Of files that are there only a report of ours, or an empty one, is replaced.
         texts: Texts without labels, in every form that predict reads; agreement with full depth takes the place of
             accuracy.
@@ -56,25 +59,33 @@ def report_command(
         debug: Show tracebacks and the messages of other libraries.
     """
     at_least_one(batch_size=batch_size, max_samples=max_samples)
+    data, summary = data or DataOptions(), Path(folder) / "compare.json"
+    rows_given = {"texts": texts, **dataclasses.asdict(data)}
+    needing_rows = {
+        "max_samples": max_samples,
+        "criterion": criterion,
+        "threshold": threshold,
+        "operating_point": operating_point,
+        "reference": reference,
+        "batch_size": batch_size,
+    }
     from consistentee.evaluation.html_page import check_report_file
     from consistentee.evaluation.html_report import model_page, record_page
 
     usage(lambda: check_report_file(output))
+    if summary.is_file():
+        from consistentee.evaluation.comparison.page import comparison_page
+
+        _refuse({**rows_given, **needing_rows}, f"goes with a model, and {folder} holds a comparison.")
+        return _write(output, comparison_page(summary))
     if kind_of_model(folder) is not CLASSIFIERS:
         raise UsageError(f'report goes with classifiers, and model "{folder}" is a text generator.')
-    saved, data = CLASSIFIERS.load(folder), data or DataOptions()
+    saved = CLASSIFIERS.load(folder)
     saved.exit_rule()  # which a plain model has not, and says so
     if texts is not None:
         check_texts_alone(data, reference)
-    elif not any(value is not None for value in dataclasses.astuple(data)):
-        _check_no_rows(
-            max_samples=max_samples,
-            criterion=criterion,
-            threshold=threshold,
-            operating_point=operating_point,
-            reference=reference,
-            batch_size=batch_size,
-        )
+    elif not any(value is not None for value in rows_given.values()):
+        _refuse(needing_rows, "needs rows: give --task, --eval-file or --texts.")
         return _write(output, record_page(saved))
     usage(lambda: saved.exit_rule(criterion[0] if criterion else None, threshold, operating_point))
     from consistentee.evaluation.exit_report import report_exits
@@ -95,11 +106,11 @@ def report_command(
     return _write(output, model_page(saved, found, with_texts=not no_texts))
 
 
-def _check_no_rows(**options: object) -> None:
-    """Raise UsageError for options that need rows where none are given."""
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Raise UsageError for the first option that is given."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} needs rows: give --task, --eval-file or --texts.")
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def _rows(texts: str | None, data: DataOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:

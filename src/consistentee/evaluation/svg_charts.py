@@ -141,10 +141,10 @@ def trade_off_chart(report: ExitReport, *, narrow: bool) -> Chart:
         top_label="layer speed-up",
         parts={
             "curves": [
-                (min(order, SERIES - 1), name, _path(sorted(points), x, y))
+                (min(order, SERIES - 1), name, polyline(sorted(points), x, y))
                 for order, (name, points) in enumerate(percents.items())
             ],
-            "band": _path(around, x, y) + "Z",
+            "band": polyline(around, x, y) + "Z",
             "lines": [(order, name, y(at)) for order, (name, at) in enumerate(lines)],
             "marks": list(_marks(report, list(curves), x, y)),
         },
@@ -162,8 +162,8 @@ def _marks(
             yield *at, min(criteria.index(point.criterion), SERIES - 1), sort
 
 
-def _path(points: Iterable[tuple[float, float]], x: Scale, y: Scale) -> str:
-    """Straight lines through points, as the `d` of an SVG path."""
+def polyline(points: Iterable[tuple[float, float]], x: Scale, y: Scale) -> str:
+    """Straight lines through points, the `d` of an SVG path."""
     return "M" + "L".join(f"{x(at)} {y(value)}" for at, value in points)
 
 
@@ -243,8 +243,8 @@ def layer_chart(layers: Sequence[LayerFigures], quality: str, *, narrow: bool) -
         x_label="layer",
         y_label=f"{quality} (%)",
         parts={
-            "if_all": _path(enumerate(if_all, start=1), x, y),
-            "alone": _path(enumerate(alone, start=1), x, y) if alone else "",
+            "if_all": polyline(enumerate(if_all, start=1), x, y),
+            "alone": polyline(enumerate(alone, start=1), x, y) if alone else "",
             "dots": marks,
         },
     )
@@ -292,7 +292,7 @@ def hardness_chart(table: HardnessTable, *, narrow: bool) -> Chart:
         parts={
             "cells": cells,
             "size": (cell - 1, high - 1),
-            "diagonal": _path([(0.5, 0.5), (depth + 0.5, depth + 0.5)], x, y),
+            "diagonal": polyline([(0.5, 0.5), (depth + 0.5, depth + 0.5)], x, y),
             "border": x(depth + 0.5) if has_never else None,
         },
     )

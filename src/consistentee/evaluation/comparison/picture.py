@@ -54,7 +54,7 @@ def plot_comparison(summary: Mapping[str, Any], path: str | Path, title: str | N
         MissingExtraError: matplotlib is not installed.
         ValueError: another ending.
     """
-    runs = _lines(summary)
+    runs = drawn_lines(summary)
     places = list(dict.fromkeys((run["backbone"], run["set"]) for run in runs))
     labels = list(dict.fromkeys(run["method"] for run in runs if run["method"] != summary["reference"]))
     looks = _looks(labels)
@@ -87,7 +87,7 @@ def plot_comparison(summary: Mapping[str, Any], path: str | Path, title: str | N
     return Path(path)
 
 
-def _lines(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def drawn_lines(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The runs, and others that are to be shown on their exits, called METHOD/CRITERION."""
     found: list[Mapping[str, Any]] = list(summary["runs"])
     for method, criterion in summary["also"]:
@@ -131,12 +131,12 @@ def _draw_panel(
         shown = label if criterion is None or "/" in label else f"{label} ({criterion})"
         look = looks[label]
         if criterion is None:
-            x, y = _mean_points(of_label)
+            x, y = mean_points(of_label)
             handles[shown] = axes.plot(
                 x, y, color=INK, marker="s", markersize=4, linestyle=":", linewidth=1, zorder=3
             )[0]
         else:
-            x, low, mean, high = _band(of_label)
+            x, low, mean, high = seed_band(of_label)
             handles[shown] = axes.plot(x, mean, **look)[0]
             if len(of_label) > 1:
                 alpha = 0.15 if label == OUR_METHOD or len(labels) < 4 else 0.05
@@ -149,7 +149,7 @@ def _draw_panel(
     return handles
 
 
-def _band(runs: Runs) -> tuple[Any, Any, Any, Any]:
+def seed_band(runs: Runs) -> tuple[Any, Any, Any, Any]:
     """Accuracy in percent at even steps of the logarithm of the speed-up: lowest, mean and highest of the seeds."""
     fastest = min(FASTEST, *(max(point["layer_speedup"] for point in run["curve"]) for run in runs))
     x = np.geomspace(1, max(fastest, 1.001), 120)
@@ -162,8 +162,8 @@ def _band(runs: Runs) -> tuple[Any, Any, Any, Any]:
     return x, stacked.min(0), stacked.mean(0), stacked.max(0)
 
 
-def _mean_points(runs: Runs) -> tuple[list[float], list[float]]:
-    """Points of smaller models, means over the seeds that have them."""
+def mean_points(runs: Runs) -> tuple[list[float], list[float]]:
+    """Points of smaller models, layer speed-ups and accuracies in percent, means over the seeds that have them."""
     found: dict[float, list[float]] = {}
     for run in runs:
         for point in run["curve"]:
@@ -172,16 +172,23 @@ def _mean_points(runs: Runs) -> tuple[list[float], list[float]]:
     return [speedup for speedup, _ in ordered], [float(np.mean(values)) for _, values in ordered]
 
 
-def _mark_chosen(axes: Axes, runs: Runs, colour: str) -> None:
-    """What the thresholds that validation chose give: mean exit layer and accuracy, means over seeds."""
+def chosen_point(runs: Runs) -> tuple[float, float] | None:
+    """Layer speed-up and accuracy (%) at the thresholds that validation chose, means over seeds; None without."""
     chosen = [run["at_validation_threshold"] for run in runs if run["at_validation_threshold"] is not None]
     if not chosen:
-        return
+        return None
     share = float(np.mean([1 / point["layer_speedup"] for point in chosen]))
-    height = 100 * float(np.mean([point["accuracy"] for point in chosen]))
+    return 1 / share, 100 * float(np.mean([point["accuracy"] for point in chosen]))
+
+
+def _mark_chosen(axes: Axes, runs: Runs, colour: str) -> None:
+    """The chosen point, if there is one."""
+    point = chosen_point(runs)
+    if point is None:
+        return
     axes.plot(
-        [1 / share],
-        [height],
+        [point[0]],
+        [point[1]],
         marker="o",
         markersize=7,
         markerfacecolor=colour,

@@ -104,3 +104,32 @@
   form.hidden = false;
   reset();
 })();
+
+(() => {
+  "use strict";
+  const legend = document.getElementById("legend");
+  if (!legend) return;
+  const figure = legend.closest("figure");
+  const pressed = new Set();
+  const light = (methods) => {
+    figure.classList.toggle("dimmed", methods.size > 0);
+    for (const one of figure.querySelectorAll("[data-method]")) {
+      one.classList.toggle("lit", methods.has(one.dataset.method));
+    }
+  };
+  for (const item of legend.querySelectorAll("li[data-method]")) {
+    const method = item.dataset.method;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.setAttribute("aria-pressed", "false");
+    button.append(...item.querySelector(".label").childNodes);
+    item.querySelector(".label").replaceWith(button);
+    button.addEventListener("click", () => {
+      if (!pressed.delete(method)) pressed.add(method);
+      button.setAttribute("aria-pressed", String(pressed.has(method)));
+      light(pressed);
+    });
+    item.addEventListener("pointerenter", () => light(new Set([...pressed, method])));
+    item.addEventListener("pointerleave", () => light(pressed));
+  }
+})();

@@ -1,0 +1,166 @@
+"""The page on a comparison: its figures are compare.json's, and a browser finds nothing amiss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import Browser, find_browser
+from compared_cells import cell_of
+from consistentee.cli.main import main
+from consistentee.errors import DataError
+from consistentee.evaluation.comparison.page import comparison_page
+from consistentee.evaluation.comparison.picture import chosen_point
+from consistentee.evaluation.comparison.summary import summarise
+from consistentee.evaluation.comparison.tables import comparison_sheets
+from html_pages import Element, read_page
+
+HOSTILE = "</script><b>set"
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    cells = [
+        cell_of(label, seed, name=name, layers=3 if label == "plain:3" else 6, skill=skill)
+        for label, skill in (("plain", 0.8), ("plain:3", 0.7), ("consistent", 0.8), ("deebert", 0.6))
+        for seed in (1, 2)
+        for name in ("rte", HOSTILE)
+    ]
+    return summarise(cells, resamples=50, criteria=["policy", "patience"], also=["deebert/patience"])
+
+
+@pytest.fixture(scope="module")
+def file(summary: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compared") / "compare.json"
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(file: Path) -> Element:
+    return read_page(comparison_page(file))
+
+
+def entry_of(
+    summary: dict[str, Any], method: str, criterion: str | None, place: str | None
+) -> dict[str, Any]:
+    (found,) = (
+        entry
+        for entry in summary["summary"]
+        if (entry["method"], entry["criterion"], entry["set"]) == (method, criterion, place)
+    )
+    return found
+
+
+def test_the_sentence_names_the_best_and_the_baseline(page: Element, summary: dict[str, Any]) -> None:
+    said = page.one("p", class_="lead").text
+    shown = [
+        entry for entry in summary["summary"] if entry["set"] is None and entry["shown"] and entry["is_curve"]
+    ]
+    best = max(shown, key=lambda entry: entry["area"]["mean"])
+    assert said.startswith(f"Of {len(shown)} ways to exit early, on the average of 2 sets, {best['method']}")
+    assert f"{100 * best['area']['mean']:.1f} %" in said
+    base = entry_of(summary, "consistent", "policy", None)["at_validation_threshold"]
+    assert f"consistent (policy) runs {base['layer_speedup']['mean']:.2f}× fewer layers" in said
+    assert f"{100 * base['difference_to_plain']['mean']:+.1f} points".replace("-", "−") in said
+
+
+def test_methods_are_ranked_by_area(page: Element, summary: dict[str, Any]) -> None:
+    rows = page.one("section", id="ranking").one("table").rows()[1:]
+    areas = [float(row[1].split()[0]) for row in rows]
+    assert areas == sorted(areas, reverse=True)
+    names = {row[0] for row in rows}
+    assert {"consistent (policy)", "deebert (policy)", "deebert (patience)", "plain", "static"} >= names
+    for row in rows:
+        method, _, criterion = row[0].partition(" (")
+        entry = entry_of(summary, method, criterion[:-1] or None, None)
+        low, high = entry["area"]["interval"]
+        assert row[1] == f"{100 * entry['area']['mean']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def test_all_tables_are_there(page: Element, summary: dict[str, Any]) -> None:
+    sheets = comparison_sheets(summary)
+    tables = [table.rows() for table in page.one("section", id="tables").all("table")]
+    assert len(tables) == len(sheets) == 9
+    for table, sheet in zip(tables, sheets, strict=True):
+        assert table[0] == list(sheet.columns)
+        assert [[cell.replace("\u2212", "-") for cell in row] for row in table[1:]] == [
+            list(row) for row in sheet.rows
+        ]
+
+
+def test_chosen_points_are_where_validation_put_them(page: Element, summary: dict[str, Any]) -> None:
+    chart = next(page.all("svg", class_="wide", **{"data-chart": "methods"}))
+    x, y = (list(map(float, chart.attributes[f"data-{axis}"].split())) for axis in "xy")
+    runs = [run for run in summary["runs"] if run["set"] == "rte" and run["method"] == "consistent"]
+    point = chosen_point(runs)
+    assert point is not None
+    saved = [1 - run["at_validation_threshold"]["mean_exit_layer"] / 6 for run in runs]
+    assert point[0] == pytest.approx(1 / (1 - sum(saved) / 2), rel=1e-4)
+    marks = [mark.attributes for mark in chart.all("circle", class_="s0")]
+    at = x[2] + math.log(point[0]) / x[1] * (x[3] - x[2])
+    assert at == pytest.approx(float(marks[0]["cx"]), abs=0.06)
+    height = y[2] + (point[1] - y[0]) / (y[1] - y[0]) * (y[3] - y[2])
+    assert height == pytest.approx(float(marks[0]["cy"]), abs=0.06)
+
+
+def test_names_are_nothing_but_text(page: Element) -> None:
+    assert len(list(page.all("script"))) == 1
+    assert not list(page.all("b"))
+    assert any(HOSTILE in title.text for title in page.all("h3"))
+
+
+def test_the_command_writes_it(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "report.html"
+    command = ["report", str(file.parent), "--output", str(output)]
+    assert main(command) == 0
+    assert output.read_text(encoding="utf-8") == comparison_page(file)
+    for option in (["--task", "rte"], ["--threshold", "0.5"], ["--texts", "x"]):
+        assert main([*command, *option]) == 2
+        assert (
+            f"{option[0]} goes with a model, and {file.parent} holds a comparison." in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"summary": [], "runs": []}'])
+def test_what_is_no_comparison_is_called_so(tmp_path: Path, text: str) -> None:
+    broken = tmp_path / "compare.json"
+    broken.write_text(text)
+    with pytest.raises(DataError, match=r"no summary of a comparison .* consistentee compare --render"):
+        comparison_page(broken)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = find_browser()
+    if program is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with Browser(program) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_in_a_browser(browser: Browser, file: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(comparison_page(file), encoding="utf-8")
+    browser.open(path, width=width, dark=dark)
+    for details in ("true", "false"):
+        browser.value(f"document.querySelectorAll('details').forEach(one => one.open = {details})")
+        assert browser.value("document.scrollingElement.scrollWidth <= innerWidth")
+    assert browser.requests == [path.resolve().as_uri()]
+    assert not browser.problems
+    # A method that is chosen in the legend stands out.
+    opacity = "getComputedStyle(document.querySelector('.panels path.curve.s{}')).opacity"
+    assert browser.value(opacity.format(0)) == "1"
+    browser.value("document.querySelectorAll('#legend button')[1].click()")
+    assert float(browser.value(opacity.format(0))) < 0.5
+    assert browser.value(opacity.format(1)) == "1"
+    assert (
+        browser.value("document.querySelectorAll('#legend button')[1].getAttribute('aria-pressed')") == "true"
+    )

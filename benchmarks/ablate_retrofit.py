@@ -87,7 +87,9 @@ EXITS: dict[str, dict[str, Any]] = {
     "error-weighted divergence": {"objective": "error_weighted"},
     "cross-entropy of the model's label": {"objective": "label"},
     "consistent, last 2 of 5 passes": {"objective": "consistent"},
-    **{f"{rows:,} texts for exits": {"exit_texts": rows} for rows in (2000, 5000, 10_000, 20_000, 50_000)},
+    **{f"{rows:,} texts for exits": {"exit_texts": rows} for rows in (2000, 5000, 28_000, 50_000)},
+    "38,000 texts for exits, 10,000 for the policy": {"exit_texts": 38_000, "policy_texts": 10_000},
+    "43,000 texts for exits, 5,000 for the policy": {"exit_texts": 43_000, "policy_texts": 5000},
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "policy: dropout 0.1": {"dropout": 0.1},
@@ -125,8 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--texts", nargs="+", default=[])
     parser.add_argument("--judge", nargs="*", default=[], help="files of further texts to judge on")
     parser.add_argument("--exit-texts", type=int, default=16_000)
     parser.add_argument("--policy-texts", type=int, default=20_000)
@@ -135,11 +137,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--cache", type=Path, help="folder to keep states in")
     parser.add_argument("--json", type=Path, help="figures; variants in it are not run again")
+    parser.add_argument(
+        "--render", action="store_true", help="print the table of what --json holds, and run nothing"
+    )
     options = parser.parse_args()
-    bench = Bench(options)
     found: dict[str, Any] = {}
     if options.json is not None and options.json.is_file():
         found = json.loads(options.json.read_text(encoding="utf-8"))
+    if options.render:
+        print(render(found))
+        return
+    if options.model is None or not options.texts:
+        parser.error("MODEL and --texts are needed")
+    bench = Bench(options)
     for name in options.only:
         for seed in options.seeds:
             if f"{seed}" in found.get(name, {}):
@@ -155,6 +165,25 @@ def main() -> None:
                 write_text(options.json, json.dumps(found, indent=1) + "\n")
 
 
+def render(found: dict[str, Any]) -> str:
+    """A row a variant, in the order of `VARIANTS`: the policy's figures, means over seeds; confidence's at 99 %."""
+    judged = list(next(iter(next(iter(found.values())).values())))
+    heads = ["variant", "seeds"]
+    for name in judged:
+        heads += [f"{name}: at 2x", "2.5x", "3x", "4x", "fastest at 99 %", "98 %", "confidence at 99 %"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---|" * (len(heads) - 1)]
+    for name in VARIANTS:
+        if name in found:
+            runs = list(found[name].values())
+            cells = [name, f"{len(runs)}"]
+            for judge in judged:
+                policy = np.mean([run[judge]["policy"] for run in runs], axis=0)
+                cells += [f"{value:.2f}" for value in policy[:4]] + [f"{value:.2f}x" for value in policy[4:]]
+                cells.append(f"{np.mean([run[judge]['confidence'][4] for run in runs]):.2f}x")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 class Bench:
     """States of all texts, and what is learnt on them; exits that were trained are kept for the next policy."""
 
@@ -165,7 +194,7 @@ class Bench:
         parts = task.parts
         # The texts for exits come first, then all others that nothing is reported on: more for exits, if asked for.
         self.exit_rows = np.concatenate([shuffled(parts.exits), parts.calibration, shuffled(parts.policy)])
-        self.policy_rows = shuffled(parts.policy)
+        self.all_policy_rows = shuffled(parts.policy)
         model = EarlyExitForSequenceClassification.from_classifier(options.model)
         keep = partial(
             KeptStates,
@@ -233,18 +262,18 @@ class Bench:
             exit_.requires_grad_(True)
         exits, decay = ExitsOnStates(model).train(), how["ensemble_decay"]
         rows = self.exit_rows[: how["exit_texts"]]
+        # A policy learns from texts that the exits did not: many for exits leave few for it.
+        policy_rows = self.all_policy_rows[~np.isin(self.all_policy_rows, rows)]
         loss = partial(OBJECTIVES.get(how["objective"], divergence), decay=decay)
         consistent = how["objective"] == "consistent"
         passes = how["passes"] - (2 if consistent else 0)
         self._steps(exits, rows, loss, how, range(passes), seed)
         if consistent:
-            policy = self._policy(
-                instances(self._states(exits, self.states, self.policy_rows, decay)), how, seed
-            )
+            policy = self._policy(instances(self._states(exits, self.states, policy_rows, decay)), how, seed)
             loss = partial(at_exits, decay=decay, policy=policy)
             self._steps(exits, rows, loss, how, range(passes, how["passes"]), seed)
         return {
-            "learnt": self._states(exits, self.states, self.policy_rows, decay),
+            "learnt": self._states(exits, self.states, policy_rows, decay),
             "judged": {
                 name: self._states(exits, states, rows, decay) for name, (states, rows) in self.judged.items()
             },

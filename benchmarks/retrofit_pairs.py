@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run_results import CELLS, FOLDERS, MAX_TRAIN_ROWS, WARMUP_EPOCHS
+from run_results import CELLS, FOLDERS, MAX_TRAIN_ROWS, WARMUP_EPOCHS, rounded
 
 from consistentee import ClassificationTrainingConfig, LoadedClassifier, finetune, load_model, load_task
 from consistentee.atomic_files import write_text
@@ -52,7 +52,7 @@ def main() -> None:
             folders = (options.models / backbone, options.data / FOLDERS[task], options.runs)
             cell = run_pair(*folders, task, options.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(cell, indent=1) + "\n")
+            write_text(file, json.dumps(rounded(cell)) + "\n")
     if options.render:
         for line in table(sorted(options.output.glob("*.json"))):
             print(line)

@@ -125,17 +125,17 @@ def run_cell(
     record["data"] = {name: value for name, value in saved.record["data"].items() if name != "source"}
     cell = {"backbone": backbone.name, "task": task, "method": method, "seed": seed}
     cell |= {"num_examples": len(evaluation), "config": asdict(config)}
-    return _rounded(cell | record | figures)
+    return rounded(cell | record | figures)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """The same with every fraction cut to five digits: cells are kept under version control."""
     if isinstance(value, float):
         return round(value, 5)
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return value
 
 

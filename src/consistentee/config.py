@@ -268,7 +268,7 @@ class ClassificationTrainingConfig(TrainingConfig):
     # Texts without labels, after the rounds
     passes: int = 5
     """Times that the exits learn every unlabelled text, from states that are computed once."""
-    policy_texts: int = 20_000
+    policy_texts: int = 5_000
     """Unlabelled texts that the policy learns from, at most, and at most a third of them."""
 
 

@@ -268,7 +268,7 @@ class ClassificationTrainingConfig(TrainingConfig):
     # Texts without labels, after the rounds
     passes: int = 5
     """Times that the exits learn every unlabelled text, from states that are computed once."""
-    policy_texts: int = 5_000
+    policy_texts: int = 20_000
     """Unlabelled texts that the policy learns from, at most, and at most a third of them."""
 
 
@@ -312,7 +312,7 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     merged at the end (the model's head stays) or all weights tuned; the original's answers stay the target."""
     passes: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Times that the exits learn every text: by default 5, or 2 where the backbone is tuned and runs every time."""
-    policy_texts: int = 5_000
+    policy_texts: int = 20_000
     """Texts that the policy learns from, at most, and at most a third of them."""
     calibration_texts: int = 5_000
     """Texts that the certificate rests on, at most, and at most a tenth."""

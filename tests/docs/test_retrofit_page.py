@@ -18,13 +18,24 @@ def kept(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["e5-12l_sst2_held-out_0", "e5-12l_sst2_dev_0"])
+@pytest.mark.parametrize("name", ["e5-12l_sst2_held-out", "e5-12l_sst2_dev"])
 def test_tables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     sys.modules.pop("render_retrofit", None)
     import render_retrofit  # pyright: ignore[reportMissingImports]
 
-    assert render_retrofit.render([kept(name)]) in PAGE
+    assert render_retrofit.render([kept(f"{name}_{seed}") for seed in (0, 1)]) in PAGE
+
+
+def test_choices_and_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ablate_retrofit  # pyright: ignore[reportMissingImports]
+    import retrofit_pairs  # pyright: ignore[reportMissingImports]
+
+    choices = kept("e5-12l_sst2_choices")
+    assert ablate_retrofit.render(choices) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for line in retrofit_pairs.table(sorted((RESULTS / "pairs").glob("*.json"))):
+        assert line in PAGE
 
 
 def test_sentences() -> None:

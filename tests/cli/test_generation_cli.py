@@ -288,7 +288,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ("--criterion static", 'for a classifier, got "static"'),
+            ("--criterion softmax_margin", 'for a classifier, got "softmax_margin"'),
             ("--max-new-tokens 4", "--max-new-tokens goes with a text generator"),
             ("--eval-file f --response-column a", "go with text to generate"),
         ],

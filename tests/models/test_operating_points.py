@@ -81,7 +81,10 @@ def test_names_can_be_typed(folder: Path, name: str) -> None:
         ({"a": {"criterion": "policy"}}, "operating_points.a must have a criterion and a threshold"),
         ({"a": {"criterion": "policy", "threshold": "0.5"}}, "operating_points.a.threshold must be a number"),
         ({"a": {"criterion": "policy", "threshold": 1.5}}, r"threshold must be in \[0, 1\] for policy"),
-        ({"a": {"criterion": "static", "threshold": 2}}, "criterion must be one of policy, confidence"),
+        (
+            {"a": {"criterion": "softmax_margin", "threshold": 0.5}},
+            "criterion must be one of policy, confidence",
+        ),
     ],
 )
 def test_broken_entries_are_called_so(points: Any, message: str) -> None:

@@ -393,6 +393,8 @@ TESTED_ELSEWHERE = {
     "mixed_precision",
     "patience",
     "threshold_metric",
+    "passes",  # in test_unlabelled, as the next: they need texts without labels
+    "policy_texts",
     "parse_special_tokens",  # in test_literal: it needs texts that spell them
     "num_layers",  # in test_rival_methods
     "checkpoint_every",

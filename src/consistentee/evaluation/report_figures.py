@@ -241,8 +241,9 @@ def hardness_table(right: Tensor, exit_layer: Tensor) -> HardnessTable:
 
     Example:
         >>> right = torch.tensor([[True, True], [False, True], [True, False]])
-        >>> hardness_table(right, torch.tensor([1, 2, 1]))
-        HardnessTable(counts=[[1, 0], [0, 1]], never=[1, 0], rank_correlation=1.0)
+        >>> table = hardness_table(right, torch.tensor([1, 2, 1]))
+        >>> table.counts, table.never, round(table.rank_correlation, 6)
+        ([[1, 0], [0, 1]], [1, 0], 1.0)
     """
     num_layers, known = right.shape[1], right[:, -1]
     hard, exits = memorized_layer(right)[known], exit_layer[known]

@@ -53,7 +53,7 @@ def percentile_interval(draws: Draws, confidence: float = 0.95) -> tuple[Draws, 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, the percentile interval. Difference: none.
 
     Example:
-        >>> [float(end) for end in percentile_interval(np.arange(101.0), 0.9)]
+        >>> [round(float(end), 6) for end in percentile_interval(np.arange(101.0), 0.9)]
         [5.0, 95.0]
     """
     outside = 50 * (1 - confidence)

@@ -244,7 +244,7 @@ def test_curves_agree_with_what_their_words_say(
     found = float(best_accuracy(accuracy, speedup, at))
     assert found == max(fast) if fast else math.isnan(found)
     saved = max([0.0, *(1 - 1 / s for a, s in points if a >= floor)])
-    assert float(layers_saved(accuracy, speedup, torch.tensor(floor).double())) == pytest.approx(saved)
+    assert float(layers_saved(accuracy, speedup, torch.tensor(floor, dtype=torch.float64))) == pytest.approx(saved)
 
 
 def _exits_that_lose(lost: int, won: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

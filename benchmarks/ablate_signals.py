@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +170,12 @@ def exit_probs(
 
 def rows_from(states: LayerStates, rows: slice) -> LayerStates:
     """Some rows of cached states."""
-    return LayerStates(**{field.name: getattr(states, field.name)[rows] for field in fields(states)})
+    return LayerStates(**{name: value[rows] for name, value in vars(states).items() if value is not None})
 
 
 def joined(first: LayerStates, second: LayerStates) -> LayerStates:
     """The rows of both."""
-    names = [field.name for field in fields(first)]
+    names = [name for name, value in vars(first).items() if value is not None]
     return LayerStates(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})
 
 

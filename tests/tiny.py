@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from consistentee.backbones.encoders import build_backbone, embed, num_layers, run_layer
 from consistentee.data.rows import TextDataset
+from consistentee.heads.exit_signals import LearntToExit
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
@@ -189,6 +190,28 @@ def unsettle(model: EarlyExitForSequenceClassification) -> None:
             policy.signal_output.weight.normal_(std=0.3)
         if "state" in policy.policy_input:
             policy.state_output.normal_()
+
+
+def fit_at_random(model: EarlyExitForSequenceClassification) -> None:
+    """Give a model what training fits for some criteria, of no meaning."""
+    network = LearntToExit(model.config.pooled_size)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        network.weight.normal_()
+        network.bias.normal_()
+    numbers = torch.linspace(0.5, 2.0, model.num_layers).tolist()
+    model.set_fitted(temperatures=numbers, layer_weights=numbers[::-1], learnt_to_exit=network)
+
+
+def random_signals(rows: int, layers: int, classes: int) -> dict[str, torch.Tensor]:
+    """What criteria read beside predictions and exit probabilities."""
+    return {
+        "classifier_logits": torch.randn(rows, layers, classes),
+        "temperatures": torch.linspace(0.5, 2.0, layers).expand(rows, -1),
+        "layer_weights": torch.linspace(0.9, 0.5, layers).expand(rows, -1),
+        "right_probs": torch.rand(rows, layers),
+        "null_shares": torch.rand(rows, layers),
+    }
 
 
 def tiny_full_depth_model(folder: Path, backbone: Path, **config_values: Any) -> Path:

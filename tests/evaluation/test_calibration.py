@@ -28,7 +28,7 @@ from consistentee.functional.criteria import CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
-from tiny import tiny_backbone, tiny_dataset, tiny_model
+from tiny import random_signals, tiny_backbone, tiny_dataset, tiny_model
 
 
 def outputs(
@@ -55,7 +55,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> LoadedClassifier:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_disagreement_is_counted_at_the_exits(criterion: str) -> None:
     logits, probs, _ = outputs()
-    signals = {"classifier_logits": logits}
+    signals = random_signals(*logits.shape)
+    informed = logits.softmax(-1).amax(-1)  # what foretells anything at all
+    signals |= {"classifier_logits": logits, "right_probs": informed}
     found = calibrate_layers(
         logits, probs, goal="max_disagreement", target=0.05, criterion=criterion, signals=signals
     )

@@ -325,7 +325,9 @@ def test_thresholds_of_other_criteria_come_from_the_record(saved: LoadedClassifi
     assert saved.exit_rule() == ("policy", 0.5)
     with pytest.raises(ValueError, match=r'no threshold for criterion "entropy". Give one with --threshold'):
         saved.exit_rule("entropy")
-    with pytest.raises(ValueError, match="criterion must be one of policy, confidence, entropy, patience"):
+    with pytest.raises(
+        ValueError, match="criterion must be one of policy, confidence, entropy, calibrated_confidence"
+    ):
         saved.exit_rule("mood", 0.5)
     with_record = replace(saved, record={"thresholds": {"entropy": 0.25}})
     assert with_record.exit_rule("entropy") == ("entropy", 0.25)

@@ -36,6 +36,7 @@ from consistentee.functional.signals import (
     static_scores,
 )
 from consistentee.functional.tables import GENERATION
+from tiny import random_signals
 
 
 def logits_of(*probabilities: tuple[float, ...]) -> Tensor:
@@ -77,7 +78,7 @@ def test_entropy_scores_span_zero_to_one():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scores_do_not_look_ahead(criterion: str):
     logits, exit_probs = torch.randn(5, 6, 3), torch.rand(5, 6)
-    signals = {"classifier_logits": torch.randn(5, 6, 3)}
+    signals = random_signals(5, 6, 3)
     whole = exit_scores(criterion, logits, exit_probs, **signals)
     assert whole.shape == (5, 6)
     for layers in range(1, 6):
@@ -90,7 +91,8 @@ def test_scores_do_not_look_ahead(criterion: str):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
 def test_scores_are_in_the_range_of_their_thresholds(criterion: str, scale: float):
     logits, exit_probs = scale * torch.randn(50, 24, 4), (scale * torch.randn(50, 24)).sigmoid()
-    scores = exit_scores(criterion, logits, exit_probs, classifier_logits=logits)
+    signals = random_signals(50, 24, 4) | {"classifier_logits": logits}
+    scores = exit_scores(criterion, logits, exit_probs, **signals)
     thresholds = EXIT_CRITERIA[criterion].thresholds
     assert scores.isfinite().all()
     assert float(scores.min()) >= thresholds.low - 1e-6
@@ -137,7 +139,7 @@ def test_confident_patience_counts_sure_layers(threshold: float):
 
 @pytest.mark.parametrize("threshold", [0.85, 0.95])
 def test_similar_patience_counts_layers_like_the_one_before(threshold: float):
-    """F-PABEE's counter: comparisons in a row whose divergence is small enough; the row exits at 2."""
+    """F-PABEE's counter: comparisons in a row whose divergence is small enough; the row exits at 1."""
     logits = torch.randn(60, 8, 3, generator=torch.Generator().manual_seed(2))
     probs = logits.softmax(-1).double()
     wanted: list[int | None] = []
@@ -147,7 +149,7 @@ def test_similar_patience_counts_layers_like_the_one_before(threshold: float):
             middle = (row[layer] + row[layer - 1]) / 2
             divergence = sum(float((p * (p / middle).log2()).sum()) / 2 for p in (row[layer], row[layer - 1]))
             counter = counter + 1 if 1 - divergence > threshold else 0
-            if counter == 2 and exit_layer is None:
+            if counter == 1 and exit_layer is None:
                 exit_layer = layer + 1
         wanted.append(exit_layer)
     found = choose_exit_layer(similar_patience_scores(logits), threshold)
@@ -173,12 +175,13 @@ def test_divergence_is_symmetric_and_between_0_and_1(weights: list[float], seed:
 def test_expert_sum_starts_anew_where_layers_disagree():
     logits = torch.randn(60, 7, 2, generator=torch.Generator().manual_seed(3))
     wanted = torch.zeros(60, 7, dtype=torch.float64)
+    weights = torch.rand(7, generator=torch.Generator().manual_seed(4))
     confidence, classes = logits.softmax(-1).amax(-1).double(), logits.argmax(-1)
     for layer in range(7):
-        own = 0.1 * (layer + 1) * confidence[:, layer]
+        own = weights[layer].double() * confidence[:, layer]
         agrees = classes[:, layer] == classes[:, layer - 1] if layer else torch.zeros(60, dtype=torch.bool)
         wanted[:, layer] = own + torch.where(agrees, wanted[:, layer - 1], 0)
-    scores = expert_sum_scores(logits).double()
+    scores = expert_sum_scores(logits, weights.expand(60, -1)).double()
     torch.testing.assert_close(scores / (1 - scores), wanted, atol=1e-5, rtol=1e-5)
 
 

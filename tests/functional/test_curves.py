@@ -28,6 +28,7 @@ from consistentee.functional.curves import (
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import macro_f1
 from consistentee.functional.signals import confidence_scores, static_scores
+from tiny import random_signals
 
 
 def point(threshold: float, accuracy: float, mean_exit_layer: float) -> CurvePoint:
@@ -54,7 +55,7 @@ def test_trade_off_curve_by_hand():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_trade_off_curve_agrees_with_a_loop(criterion: str):
     layer_logits, labels, exit_probs = torch.randn(30, 4, 3), torch.randint(3, (30,)), torch.rand(30, 4)
-    scores = exit_scores(criterion, layer_logits, exit_probs, classifier_logits=layer_logits)
+    scores = exit_scores(criterion, layer_logits, exit_probs, **random_signals(30, 4, 3))
     points = trade_off_curve(scores, layer_logits.argmax(-1) == labels[:, None], criterion)
     assert [p.mean_exit_layer for p in points] == sorted(p.mean_exit_layer for p in points)
     for p in points:
@@ -244,7 +245,9 @@ def test_curves_agree_with_what_their_words_say(
     found = float(best_accuracy(accuracy, speedup, at))
     assert found == max(fast) if fast else math.isnan(found)
     saved = max([0.0, *(1 - 1 / s for a, s in points if a >= floor)])
-    assert float(layers_saved(accuracy, speedup, torch.tensor(floor, dtype=torch.float64))) == pytest.approx(saved)
+    assert float(layers_saved(accuracy, speedup, torch.tensor(floor, dtype=torch.float64))) == pytest.approx(
+        saved
+    )
 
 
 def _exits_that_lose(lost: int, won: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from consistentee.models.sequence_classification import EarlyExitForSequenceClas
 from consistentee.pipelines.classifier import Engine
 from consistentee.training.train import finetune
 from quick import quick_config
-from tiny import tiny_backbone, tiny_classifier, tiny_dataset
+from tiny import fit_at_random, tiny_backbone, tiny_classifier, tiny_dataset
 
 WIDTH = 8
 TEXTS = [row[0] for row in tiny_dataset(24, seed=3).texts]
@@ -39,6 +39,7 @@ def with_exits(folder: Path, **values: Any) -> EarlyExitForSequenceClassificatio
     with torch.no_grad():
         for parameter in (*model.classifiers.layers[:-1].parameters(), *model.policy.parameters()):
             parameter.add_(0.3 * torch.randn_like(parameter))
+    fit_at_random(model)
     return model.eval()
 
 
@@ -87,7 +88,7 @@ def check_engines(original: Path, criterion: str) -> None:
     saved = LoadedClassifier(model, AutoTokenizer.from_pretrained(original), {}, "retrofitted")
     batch = batch_of(original)
     every: Any = model(**batch, all_layers=True)
-    signals = model.exit_signals(every.pooled, every.classifier_logits)
+    signals = model.exit_signals()(every.pooled, every.classifier_logits)
     every_score = exit_scores(criterion, every.layer_logits, every.exit_probs, **signals)
     layer = int((every_score.std(0) > 0).int().argmax())  # the first at which they differ
     scores = every_score[:, layer].sort().values

@@ -9,12 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from consistentee.functional.criteria import CRITERIA, exit_scores
+from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import ensemble_layers
 from consistentee.heads.policy import exit_feature_map
 from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores, gelu
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
-from tiny import tiny_backbone, unsettle
+from tiny import fit_at_random, tiny_backbone, unsettle
 
 LAYERS = 5
 
@@ -33,24 +33,29 @@ def build(backbone: Path, classes: int, **values: object) -> EarlyExitForSequenc
             model.policy.confidence_weight.fill_(0.3)
         if model.policy.reads_signals:
             model.policy.signal_output.bias.fill_(0.2)
+    fit_at_random(model)
     return model
 
 
 def scores_of(model: EarlyExitForSequenceClassification, criterion: str) -> IncrementalExitScores:
     config = model.config
     return IncrementalExitScores(
-        criterion, model.policy, num_classes=config.num_classes, ensemble_decay=config.ensemble_decay
+        criterion,
+        model.policy,
+        num_classes=config.num_classes,
+        ensemble_decay=config.ensemble_decay,
+        signals=model.exit_signals(EXIT_CRITERIA[criterion].reads),
     )
 
 
 def exit_features(
     model: EarlyExitForSequenceClassification, layer: int, pooled: torch.Tensor, logits: torch.Tensor
 ) -> NDArray[np.float32]:
-    """Given logits in place of the classifier's own, beside what the policy reads."""
+    """Given logits in place of the classifier's own, beside what the policy reads, and the states."""
     weight, bias = exit_feature_map(model.classifiers, model.policy, layer)
     found = torch.nn.functional.linear(pooled, weight, bias)
     found[:, : logits.shape[1]] = logits
-    return found.numpy()
+    return torch.cat([found, pooled], dim=1).numpy()
 
 
 @pytest.mark.parametrize("classes", [2, 7])
@@ -77,7 +82,7 @@ def test_step_by_step_as_all_at_once(
     logits[0, 2:] = logits[0, 1] * 8  # a run of one class, sure to the last digit of float32
     layer_logits = ensemble_layers(logits, decay)
     exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
-    wanted = exit_scores(criterion, layer_logits, exit_probs, **model.exit_signals(pooled, logits))
+    wanted = exit_scores(criterion, layer_logits, exit_probs, **model.exit_signals()(pooled, logits))
     scores = scores_of(model, criterion)
     history = scores.begin(rows)
     for layer in range(LAYERS):
@@ -98,7 +103,7 @@ def test_rows_that_exit_and_rows_that_join_take_their_history_along(
     pooled, logits = torch.randn(7, LAYERS, 32), 2 * torch.randn(7, LAYERS, 3)
     layer_logits = ensemble_layers(logits, 0.5)
     exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
-    signals = model.exit_signals(pooled, logits)
+    signals = model.exit_signals()(pooled, logits)
     wanted = exit_scores(criterion, layer_logits, exit_probs, **signals).numpy()
     scores = scores_of(model, criterion)
 

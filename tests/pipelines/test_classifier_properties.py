@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -28,7 +28,7 @@ from consistentee.inference.encoder.prepacked_linear import has_int8
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.encoder.torch_backend import PackedBackend
 from consistentee.pipelines.classifier import Engine
-from tiny import NEGATIVE, NEUTRAL, POSITIVE, tiny_backbone, tiny_model
+from tiny import NEGATIVE, NEUTRAL, POSITIVE, fit_at_random, tiny_backbone, tiny_model
 
 LAYERS = 4
 ROWS = 24
@@ -43,6 +43,7 @@ class Oracle:
         torch.manual_seed(4)
         path = tiny_model(folder / "model", backbone, initial_exit_bias=0.0, policy_input="state+log_odds")
         self.engine = Engine.from_pretrained(path, device="cpu")
+        fit_at_random(cast(Any, self.engine.saved.model))
         words = (*NEUTRAL, *POSITIVE, *NEGATIVE)
         texts = [
             (" ".join(words[(7 * row + i) % len(words)] for i in range(1 + row * row % 29)),)
@@ -58,7 +59,7 @@ class Oracle:
             ]
         self.layer_logits = torch.cat([output.layer_logits for output in outputs])  # (rows, layers, classes)
         self.exit_probs = torch.cat([output.exit_probs for output in outputs])
-        signals = [model.exit_signals(output.pooled, output.classifier_logits) for output in outputs]
+        signals = [model.exit_signals()(output.pooled, output.classifier_logits) for output in outputs]
         self.signals = {name: torch.cat([found[name] for found in signals]) for name in signals[0]}
 
     def scores(self, criterion: str) -> Tensor:

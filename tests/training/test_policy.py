@@ -23,10 +23,19 @@ from consistentee.functional.metrics import METRICS
 from consistentee.functional.recall import recall_by_class, recall_warnings
 from consistentee.functional.rewards import rewards
 from consistentee.heads.exit_heads import ConfidenceClassifier
+from consistentee.heads.exit_signals import LearntToExit
 from consistentee.heads.policy import PolicyNetwork
+from consistentee.training.criterion_fits import (
+    CriterionFit,
+    accuracy_weights,
+    fit_criteria,
+    foretelling,
+    temperature_calibration,
+)
 from consistentee.training.instances import Instances, group_folds
 from consistentee.training.policy import fit_foretelling, fit_policy, policy_exit_probs
-from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy
+from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy, judging_folds
+from consistentee.training.tasks.classification import FITTED
 
 LAYERS, HIDDEN = 4, 6
 FIT: dict[str, Any] = {"epochs": 10, "min_steps": 1, "batch_size": 40, "learning_rate": 3e-2}
@@ -57,10 +66,11 @@ def instances_of(
     labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(9))
     logits = logits_of(correct, labels)
     noise = 0.01 * torch.rand(correct.shape, generator=torch.Generator().manual_seed(8))
+    signals = {"classifier_logits": logits, "null_shares": torch.zeros(correct.shape)}
     known = {
-        name: exit_scores(name, logits, None, classifier_logits=logits)
+        name: exit_scores(name, logits, None, **signals)
         for name in CRITERIA
-        if not EXIT_CRITERIA[name].reads_policy
+        if not EXIT_CRITERIA[name].reads_policy and name not in FITTED
     }
     return Instances(
         correct=correct,
@@ -74,7 +84,9 @@ def instances_of(
             "softmax_margin": torch.where(correct, 0.9, 0.1) + noise,
             "state_similarity": torch.full(correct.shape, 0.9),
         },
-        targets={"confidence_classifier": correct},
+        layer_logits=logits,
+        labels=labels,
+        targets={"confidence_classifier": correct, "learnt_to_exit": correct},
     )
 
 
@@ -121,10 +133,27 @@ def search(
     )
 
 
+FITS = {
+    "learnt_to_exit": partial(LearntToExit, HIDDEN),
+    "confidence_classifier": partial(ConfidenceClassifier, LAYERS, HIDDEN),
+}
+
+
+def fits_of(how: PolicySearch) -> dict[str, CriterionFit]:
+    """What has to be fitted for the criteria of a search."""
+    networks = {name: foretelling(name, FITS[name], how.foretell) for name in FITS if name in how.criteria}
+    numbers = {"calibrated_confidence": temperature_calibration(), "expert_sum": accuracy_weights()}
+    return networks | {name: fit for name, fit in numbers.items() if name in how.criteria}
+
+
 def choose(
     instances: Instances, how: PolicySearch | None = None, judged: Instances | None = None, **options: Any
 ) -> PolicyChoice:
-    return choose_policy(instances, how or search(), new_policy=new_policy, judged=judged, **options)
+    how = how or search()
+    groups = options.get("judged_groups")
+    folds = judging_folds(instances, how, judged=judged, judged_groups=groups)
+    fits = fit_criteria(fits_of(how), instances, judged or instances, folds)
+    return choose_policy(instances, how, new_policy=new_policy, judged=judged, fits=fits, **options)
 
 
 # --- Fitting ---
@@ -475,15 +504,12 @@ def test_a_larger_allowance_never_costs_more_layers():
     assert means == sorted(means, reverse=True)
 
 
-NETWORKS = {"confidence_classifier": partial(ConfidenceClassifier, LAYERS, HIDDEN)}
-
-
 def test_thresholds_of_all_token_criteria_hold_the_floor():
     instances, first_right = telling(texts=24)
     how = search((0.01, 0.1), as_range=True, criteria=GENERATION_CRITERIA, epochs=60)
     fits: list[None] = []
-    choice = choose(instances, how, new_networks=NETWORKS, on_fit=lambda: fits.append(None))
-    assert len(fits) == how.number_of_fits(cross_fitted=True, networks=1) == 2 + 2 + 2
+    choice = choose(instances, how, on_fit=lambda: fits.append(None))
+    assert len(fits) == how.number_of_fits(cross_fitted=True) == 3
     assert list(choice.thresholds) == list(GENERATION_CRITERIA)
     assert choice.thresholds["static"] == 4
     for criterion in ("policy", "softmax_margin", "confidence_classifier"):
@@ -492,13 +518,13 @@ def test_thresholds_of_all_token_criteria_hold_the_floor():
         assert point.mean_exit_layer < float(first_right.float().mean()) + 0.2
     assert choice.hits.shape == choice.counts.shape == (24,)
     assert choice.counts.sum() == 240
-    assert choice.networks.keys() == NETWORKS.keys()
+    assert choice.fitted.keys() == {"confidence_classifier"}
 
 
 def test_nobody_exits_before_the_first_exit_layer():
     instances, first_right = telling(texts=24)
     how = search(criteria=GENERATION_CRITERIA, min_exit_layer=3, epochs=60)
-    choice = choose(instances, how, new_networks=NETWORKS)
+    choice = choose(instances, how)
     assert not choice.exit_probs[:, :2].any()
     found = choose_exit_layer(choice.exit_probs, 0.5)
     assert float((found == first_right.clamp_min(3)).float().mean()) > 0.95
@@ -512,7 +538,7 @@ def test_nobody_exits_before_the_first_exit_layer():
 def test_the_first_layer_is_no_exit_by_similarity():
     instances, _ = telling(texts=24)
     instances = replace(instances, correct=torch.ones_like(instances.correct))
-    choice = choose(instances, search(criteria=GENERATION_CRITERIA), new_networks=NETWORKS)
+    choice = choose(instances, search(criteria=GENERATION_CRITERIA))
     assert choice.at_thresholds["state_similarity"].mean_exit_layer == 2
     assert choice.at_thresholds["static"].mean_exit_layer == 1
 

@@ -31,13 +31,13 @@ RIVALS = [name for name, row in METHODS.items() if row.labels and row.exits and 
 CRITERION = {
     "deebert": "entropy",
     "weighted_sum": "patience",
-    "right_tool": "confidence",
+    "right_tool": "calibrated_confidence",
     "fastbert": "entropy",
-    "berxit": "confidence",
+    "berxit": "learnt_to_exit",
     "palbert": "quantile",
     "sweet": "confidence",
     "cosee": "energy",
-    "nsp": "confidence",
+    "nsp": "cap",
     "beem": "expert_sum",
 }
 """What a model exits by unless it is told otherwise."""

@@ -442,7 +442,7 @@ def useless_first_layer(rows: int = 120) -> LayerStates:
     right = torch.nn.functional.one_hot(labels, 2) * (4 + torch.rand(rows, 1, generator=generator))
     logits = torch.stack([torch.tensor([0.3, 0.0]).expand(rows, 2), right, right], dim=1)
     pooled = torch.randn(rows, 3, 8, generator=generator).half()
-    return LayerStates(logits, logits, torch.zeros(rows, 3), labels, pooled)
+    return LayerStates(logits, logits, torch.zeros(rows, 3), labels, pooled, torch.zeros(rows, 3))
 
 
 def choice_for(**changes: Any) -> PolicyChoice:
@@ -451,7 +451,7 @@ def choice_for(**changes: Any) -> PolicyChoice:
     measure = config.hardness if config.reward == "hardness" else "uniform"
     return choose_policy(
         row_instances(useless_first_layer(), config.reward_loss, measure),
-        policy_phase.policy_search(config, CRITERIA, layer_costs=config.layer_costs),
+        policy_phase.policy_search(config, ("policy",), layer_costs=config.layer_costs),
         new_policy=partial(
             PolicyNetwork,
             num_layers=3,

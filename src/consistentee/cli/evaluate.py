@@ -51,9 +51,9 @@ def evaluate(
     Args:
         model: Folder of a trained model, or its name on the hub.
         criterion: Exit rule; of several, the first is reported and all are drawn. Of classifiers: policy, confidence,
-            entropy, patience, confident_patience, similar_patience, expert_sum, energy, quantile, static; of text
-            generators: policy, softmax_margin, state_similarity, confidence_classifier, static. [default: the saved
-            one]
+            entropy, calibrated_confidence, patience, confident_patience, similar_patience, expert_sum, energy, cap,
+            learnt_to_exit, quantile, static; of text generators: policy, softmax_margin, state_similarity,
+            confidence_classifier, static. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
         operating_point: In place of both, a name that `consistentee calibrate` gave.
         texts: Texts without labels, in every form that predict reads; agreement with full depth, or with the reference,

@@ -8,17 +8,21 @@ line know criteria by their rows only: to add one, write its function and its ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from consistentee.functional.signals import (
     agreement_scores,
+    calibrated_confidence_scores,
+    cap_scores,
     confidence_scores,
     confident_patience_scores,
     energy_scores,
     entropy_scores,
     expert_sum_scores,
+    learnt_to_exit_scores,
     patience_scores,
     policy_scores,
     quantile_scores,
@@ -95,6 +99,10 @@ class ExitCriterion(Formula):
         `logits`: of the exit, (..., classes or vocabulary).
         `layer_logits`: of all exits from the first on, (instances, layers, classes); scores of all of them come back.
         `classifier_logits`: the exit's own, before they are mixed with those of the layers before, (..., classes).
+        `temperatures`: of the exit, (...), fitted.
+        `layer_weights`: of all exits from the first on, (instances, layers), fitted or by depth.
+        `right_probs`: that the exit is right, (...), by a fitted network.
+        `null_shares`: share of the pooled state that the exit's classifier does not see, (...).
         `before`, `after`: hidden states around the layer, (..., hidden).
         `agreement_probs`: of CALM's classifier, (...).
         `layers`: how many layers were executed, (...).
@@ -102,10 +110,13 @@ class ExitCriterion(Formula):
     Attributes:
         thresholds: what thresholds it takes.
         first_layer: the first layer, from 1, that an instance may exit at.
+        fitted: the field of a classifier's configuration that says whether there is what it reads; "" where nothing is
+            fitted for it.
     """
 
     thresholds: Thresholds = Thresholds()
     first_layer: int = 1
+    fitted: str = ""
 
     @property
     def reads_policy(self) -> bool:
@@ -144,6 +155,14 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
         source="DeeBERT (arXiv:2004.12993), FastBERT (arXiv:2004.02178)",
         relation="As `confidence`, but all classes count.",
     ),
+    "calibrated_confidence": ExitCriterion(
+        function=calibrated_confidence_scores,
+        reads=("logits", "temperatures"),
+        tasks=(CLASSIFICATION,),
+        fitted="temperatures",
+        source='"The Right Tool" (arXiv:2004.07453)',
+        relation="`confidence` that means the same at every layer.",
+    ),
     "patience": ExitCriterion(
         function=patience_scores,
         reads=("layer_logits",),
@@ -168,10 +187,10 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
     ),
     "expert_sum": ExitCriterion(
         function=expert_sum_scores,
-        reads=("layer_logits",),
+        reads=("layer_logits", "layer_weights"),
         tasks=(CLASSIFICATION,),
         source="BEEM (arXiv:2502.00745)",
-        relation="`patience` that counts a layer by its depth and `confidence`.",
+        relation="`patience` that counts a layer by its accuracy and `confidence`.",
     ),
     "energy": ExitCriterion(
         function=energy_scores,
@@ -179,6 +198,21 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
         tasks=(CLASSIFICATION,),
         source="COSEE (arXiv:2412.13236)",
         relation="The scale of the logits, which `confidence` forgets.",
+    ),
+    "cap": ExitCriterion(
+        function=cap_scores,
+        reads=("classifier_logits", "null_shares"),
+        tasks=(CLASSIFICATION,),
+        source="NSP (arXiv:2506.17249)",
+        relation="`energy`, less where much of the state is none of the classifier's business.",
+    ),
+    "learnt_to_exit": ExitCriterion(
+        function=learnt_to_exit_scores,
+        reads=("right_probs",),
+        tasks=(CLASSIFICATION,),
+        fitted="learnt_to_exit",
+        source='BERxiT (2021.eacl-main.8), "learning to exit"',
+        relation="As `policy` it reads the state, but foretells whether the exit is right, whatever a layer costs.",
     ),
     "quantile": ExitCriterion(
         function=quantile_scores,
@@ -247,7 +281,36 @@ def exit_scores(
         "layers": torch.arange(1, num_layers + 1, device=layer_logits.device).expand(batch, -1),
         **signals,
     }
+    if row.fitted and any(known.get(name) is None for name in row.reads):
+        raise ValueError(_not_fitted(criterion))
     return value_of(row, f'criterion "{criterion}"', known)
+
+
+def is_fitted(criterion: str, config: Any) -> bool:
+    """Whether a model, by its configuration, has what training fits for a criterion."""
+    field = EXIT_CRITERIA[criterion].fitted
+    return not field or bool(getattr(config, field, None))
+
+
+def check_fitted(criterion: str, config: Any) -> None:
+    """Raise unless a model has what training fits for a criterion.
+
+    Args:
+        criterion: any.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if criterion in EXIT_CRITERIA and not is_fitted(criterion, config):
+        raise ValueError(_not_fitted(criterion))
+
+
+def _not_fitted(criterion: str) -> str:
+    return (
+        f'criterion "{criterion}" needs {EXIT_CRITERIA[criterion].fitted}, which training fits and this model was '
+        "saved without. Train it again, or take another criterion."
+    )
 
 
 def check_threshold(threshold: float, criterion: str = "policy", task: str | None = None) -> float:

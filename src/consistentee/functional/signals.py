@@ -18,11 +18,14 @@ from consistentee.functional.exits import prediction_streak
 SURE_LAYERS = 2
 """Layers in a row that must be sure for `confident_patience`."""
 
-SIMILAR_LAYERS = 2
+SIMILAR_LAYERS = 1
 """Layers in a row that must be like the one before for `similar_patience`."""
 
-EXPERT_WEIGHT = 0.1
-"""What a layer's weight in `expert_sum` grows by with every layer."""
+CAP_SCALE = 0.1
+"""Of the logit that `cap` adds."""
+
+COST_WEIGHT = 0.1
+"""What a layer's weight in `expert_sum` grows by with every layer, where weights go by cost."""
 
 
 def policy_scores(exit_probs: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def confident_patience_scores(layer_logits: Tensor) -> Tensor:
 
 
 def similar_patience_scores(layer_logits: Tensor) -> Tensor:
-    """How like the layer before it the least like of this layer and the one before is; 0 where there are too few.
+    """How like the layer before it a layer is; 0 at the first.
 
     Likeness is 1 minus the Jensen-Shannon divergence of the two predicted distributions in bits. A row exits once
     `SIMILAR_LAYERS` layers in a row are more like the one before them than the threshold.
@@ -97,12 +100,13 @@ def similar_patience_scores(layer_logits: Tensor) -> Tensor:
         (batch, layers), in [0, 1].
 
     Source: F-PABEE (arXiv:2305.11916), with the divergence that they found best. Theirs has two dials, the divergence
-        and the number of layers in a row; ours keeps the number at 2, and the threshold is the other one.
+        and the number of layers in a row; ours keeps the number at 1, the best of 1 to 3 on rows that nothing is
+        reported on, and the threshold is the other one.
 
     Example:
         >>> one, other = [9.0, -9.0], [-9.0, 9.0]
         >>> similar_patience_scores(torch.tensor([[one, one, one, other]])).round()
-        tensor([[0., 0., 1., 0.]])
+        tensor([[0., 1., 1., 0.]])
     """
     log_probs = layer_logits.float().log_softmax(-1)
     likeness = 1 - jensen_shannon(log_probs[:, 1:], log_probs[:, :-1])
@@ -122,29 +126,32 @@ def jensen_shannon(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
     return (first + second).sum(-1) / (2 * math.log(2))
 
 
-def expert_sum_scores(layer_logits: Tensor) -> Tensor:
+def expert_sum_scores(layer_logits: Tensor, layer_weights: Tensor) -> Tensor:
     """Weighted sum of the confidences of the layers in a row that agree up to this one, squashed to [0, 1).
 
-    S_t = w_t c_t + (S_{t-1} if layers t - 1 and t predict the same class), with confidence c and weight
-    w_t = `EXPERT_WEIGHT` * t; the score is S / (1 + S), so that a threshold h stands for h / (1 - h) of theirs.
+    S_t = w_t c_t + (S_{t-1} if layers t - 1 and t predict the same class), with confidence c; the score is
+    S / (1 + S), so that a threshold h stands for h / (1 - h) of theirs.
 
     Args:
         layer_logits: (batch, layers, classes), from the first layer on.
+        layer_weights: (batch, layers), w: a layer's accuracy on validation rows.
 
     Returns:
         (batch, layers), in [0, 1).
 
-    Source: BEEM (arXiv:2502.00745) with weights by cost (BEEM-C). Theirs has a threshold of its own for every exit,
+    Source: BEEM (arXiv:2502.00745), weights by accuracy (BEEM-A), which did better than by cost (BEEM-C, `COST_WEIGHT`
+        times the layer), what models take that were saved without. Theirs has a threshold of its own for every exit,
         from the exits' error rates; ours has one for all, as all criteria here.
 
     Example:
         >>> sure, other = [99.0, 0.0], [0.0, 99.0]
-        >>> scores = expert_sum_scores(torch.tensor([[sure, sure, other, other]]))
+        >>> weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+        >>> scores = expert_sum_scores(torch.tensor([[sure, sure, other, other]]), weights)
         >>> scores / (1 - scores)
         tensor([[0.1000, 0.3000, 0.3000, 0.7000]])
     """
     layers = torch.arange(1, layer_logits.shape[1] + 1, device=layer_logits.device)
-    sums = (EXPERT_WEIGHT * layers * confidence_scores(layer_logits)).cumsum(1)  # of all layers
+    sums = (layer_weights * confidence_scores(layer_logits)).cumsum(1)  # of all layers
     before = layers - prediction_streak(layer_logits.argmax(-1))  # layers before those in agreement
     sums = sums - functional.pad(sums, (1, 0)).gather(1, before)
     return sums / (1 + sums)
@@ -162,6 +169,47 @@ def energy_scores(classifier_logits: Tensor) -> Tensor:
         tensor(0.7500)
     """
     return classifier_logits.float().logsumexp(-1).sigmoid()
+
+
+def calibrated_confidence_scores(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Largest class probability at a layer's own temperature: (..., classes) and (...) -> (...).
+
+    Source: "The Right Tool" (arXiv:2004.07453): a temperature a layer, of the least cross-entropy on validation rows.
+
+    Example:
+        >>> calibrated_confidence_scores(torch.tensor([4.0, 1.0]).log(), torch.tensor(2.0))
+        tensor(0.6667)
+    """
+    return confidence_scores(logits.float() / temperatures[..., None])
+
+
+def learnt_to_exit_scores(right_probs: Tensor) -> Tensor:
+    """What a linear map of the pooled state, shared by all layers, says about whether the exit is right, (...).
+
+    Source: BERxiT (2021.eacl-main.8), "learning to exit". Theirs is trained along with the exits, by squared error;
+        ours afterwards, on rows that the exits did not learn from, by cross-entropy, so that it is a probability.
+    """
+    return right_probs
+
+
+def cap_scores(classifier_logits: Tensor, null_shares: Tensor) -> Tensor:
+    """One minus the probability of one more class, whose logit grows with what the classifier does not see.
+
+    Args:
+        classifier_logits: (..., classes), a classifier's own.
+        null_shares: (...), in [0, 1], share of the state outside the space that its weights span (`exit_signals.py`).
+
+    Returns:
+        (...), in [0, 1].
+
+    Source: NSP (arXiv:2506.17249), "certainty-aware probability"; ours is 1 minus theirs, at the scale of the new logit
+        that their script has, `CAP_SCALE`.
+
+    Example:
+        >>> cap_scores(torch.tensor([1.0, 2.0]).log(), torch.tensor(0.0))
+        tensor(0.7500)
+    """
+    return (classifier_logits.float().logsumexp(-1) - CAP_SCALE * null_shares).sigmoid()
 
 
 def quantile_scores(layer_exit_probs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from consistentee.functional.criteria import check_threshold
+from consistentee.functional.criteria import check_fitted, check_threshold
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.configuration import BackboneConfig
 
@@ -82,6 +82,7 @@ class WithExits:
             ValueError: an unknown criterion, a threshold that does not fit, or none to be found.
         """
         rule: str = self.config.criterion if criterion is None else criterion
+        check_fitted(rule, self.config)
         limit = self.known_threshold(rule) if threshold is None else threshold
         if limit is None:
             check_threshold(1, rule, self.task)

@@ -183,6 +183,9 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
             for the exits, so that these weights are no longer its own, how: `tuned`, `lora` or `full`.
         operating_points: criteria and thresholds by name, see `operating_points.py`; None for none.
         exits_only: whether a saved folder holds the exits alone, and is put onto the original when it is opened.
+        temperatures: (layers,), of the criterion `calibrated_confidence`; None where none were fitted.
+        layer_weights: (layers,), of the criterion `expert_sum`; None for weights by depth.
+        learnt_to_exit: whether there is a network for the criterion of that name.
     """
 
     model_type = "consistentee"
@@ -192,6 +195,9 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
     original: dict[str, Any] | None = None
     operating_points: dict[str, Any] | None = None
     exits_only: bool = False
+    temperatures: list[float] | None = None
+    layer_weights: list[float] | None = None
+    learnt_to_exit: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -199,6 +205,18 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
         require_choice("criterion", self.criterion, get_args(Criterion))
         require_range("ensemble_decay", self.ensemble_decay, 0, 1, open_end=True)
         require_operating_points(self.operating_points)
+        for name, least in (("temperatures", "above 0"), ("layer_weights", "at least 0")):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if (
+                len(values) != self.num_hidden_layers
+                or min(values) < 0
+                or (least == "above 0" and 0 in values)
+            ):
+                raise ValueError(
+                    f"{name} must be {self.num_hidden_layers} numbers {least}, one a layer, got {values}."
+                )
         if self.exits_only and (self.original_head is None or self.original is None):
             raise ValueError(
                 "exits_only must be False for a model without an original to be put onto, got True."

@@ -87,7 +87,7 @@ class KeepsOriginal(BackboneModel):
         return [
             name
             for name in self.state_dict()
-            if name.startswith(("classifiers.", "policy.")) and not name.startswith(head)
+            if name.startswith(("classifiers.", "policy.", "learnt_to_exit.")) and not name.startswith(head)
         ]
 
     @classmethod

@@ -23,7 +23,7 @@ from consistentee.data.literal import read_special_tokens
 from consistentee.data.tasks import TASKS, GenerationTask
 from consistentee.data.templates import PromptTemplate, prompt_template
 from consistentee.errors import SettingError
-from consistentee.functional.criteria import CRITERIA, GENERATION_CRITERIA, check_threshold
+from consistentee.functional.criteria import CRITERIA, GENERATION_CRITERIA, check_fitted, check_threshold
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.models.configuration import EarlyExitCausalLMConfig, EncoderClassifierConfig
 from consistentee.models.operating_points import point_or_rule
@@ -139,6 +139,7 @@ class LoadedModel(Generic[ExitModel]):
         rule: str = config.criterion if criterion is None else criterion
         if rule not in self.criteria:
             raise ValueError(f'criterion must be one of {", ".join(self.criteria)}, got "{rule}".')
+        check_fitted(rule, config)
         limit = self.known_threshold(rule) if threshold is None else threshold
         if limit is None:
             raise ValueError(

@@ -28,6 +28,7 @@ from consistentee.functional.exits import choose_exit_layer, ensemble_layers, en
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
 from consistentee.functional.tables import CLASSIFICATION
 from consistentee.heads.classifiers import InternalClassifiers
+from consistentee.heads.exit_signals import ExitSignals, LearntToExit
 from consistentee.heads.original_head import build_original_head
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.auto_pipelines import register_pipeline
@@ -150,6 +151,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
                 config.original_head, config.backbone_config, config.num_classes, config.pooled_size
             )
         self.policy = self.new_policy()
+        self.learnt_to_exit = LearntToExit(config.pooled_size) if config.learnt_to_exit else None
         self.post_init()
 
     def forward(
@@ -208,17 +210,31 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""
         return self.policy(pooled, self.policy.features(layer_logits))
 
-    def exit_signals(self, pooled: Tensor, classifier_logits: Tensor) -> dict[str, Tensor]:
-        """What exit criteria read beside predictions and exit probabilities, by the names of `ExitCriterion`.
+    def set_fitted(
+        self,
+        *,
+        temperatures: list[float] | None,
+        layer_weights: list[float] | None,
+        learnt_to_exit: LearntToExit | None,
+    ) -> None:
+        """Put in what training fits for some criteria, or take it out; the configuration follows."""
+        self.config.temperatures, self.config.layer_weights = temperatures, layer_weights
+        self.config.learnt_to_exit = learnt_to_exit is not None
+        self.learnt_to_exit = None if learnt_to_exit is None else learnt_to_exit.to(self.device)
+
+    def exit_signals(self, reads: Sequence[str] | None = None) -> ExitSignals:
+        """What gives what exit criteria read beside predictions and exit probabilities.
 
         Args:
-            pooled: (batch, layers, width), the states.
-            classifier_logits: (batch, layers, classes), every classifier's own logits.
-
-        Returns:
-            Tensors of (batch, layers, ...).
+            reads: names of `ExitCriterion.reads`, of which those count; None: all that there is.
         """
-        return {"classifier_logits": classifier_logits}
+        return ExitSignals(
+            self.classifiers,
+            temperatures=self.config.temperatures,
+            layer_weights=self.config.layer_weights,
+            learnt_to_exit=self.learnt_to_exit,
+            reads=reads,
+        )
 
     def _run_all_layers(
         self, state: backbones.EncoderState, criterion: str, threshold: float
@@ -240,7 +256,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         with torch.set_grad_enabled(self.joint_policy and torch.is_grad_enabled()):
             exit_probs = self.exit_logits(pooled, layer_logits).sigmoid()
         with torch.no_grad():
-            signals = self.exit_signals(pooled, classifier_logits)
+            signals = self.exit_signals(EXIT_CRITERIA[criterion].reads)(pooled, classifier_logits)
             scores = exit_scores(criterion, layer_logits, exit_probs, **signals)
             exit_layer = choose_exit_layer(scores, threshold)
         chosen = (exit_layer - 1)[:, None, None].expand(-1, 1, layer_logits.shape[-1])
@@ -264,6 +280,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         passed: Tensor | None = None  # (rows, layers passed, classes), the survivors' predictions so far
         probs = torch.empty(batch, 0, device=device)  # (rows, layers passed), their exit probabilities
         reads_policy = EXIT_CRITERIA[criterion].reads_policy
+        exit_signals = self.exit_signals(EXIT_CRITERIA[criterion].reads)
         for index in range(self.num_layers):
             state = backbones.run_layer(self.backbone, index, state)
             pooled, classifier_logits = self.classifiers(index, state.hidden_states, state.attention_mask)
@@ -277,7 +294,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
                 break
             if reads_policy:
                 probs = torch.cat([probs, self._exit_probs_here(index, pooled, passed)], dim=1)
-            signals = self.exit_signals(pooled[:, None], classifier_logits[:, None])
+            signals = exit_signals(pooled[:, None], classifier_logits[:, None], index)
             exits = exit_scores(criterion, passed, probs, **signals)[:, -1] > threshold  # (rows,)
             if not bool(exits.any()):
                 continue

@@ -27,6 +27,7 @@ import torch
 
 from consistentee.data.tokenization import encode_texts
 from consistentee.errors import SettingError, require_characters
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import Answers, Backend, EncoderParts, TokenRow
 from consistentee.inference.encoder.incremental_scores import IncrementalExitScores
 from consistentee.inference.encoder.onnx_backend import onnx_backend
@@ -302,6 +303,7 @@ class Engine:
                 model.policy,
                 num_classes=model.config.num_classes,
                 ensemble_decay=model.config.ensemble_decay,
+                signals=None if criterion is None else model.exit_signals(EXIT_CRITERIA[criterion].reads),
                 alone=None if model.config.original_head is None else model.num_layers - 1,
             )
         return self._exit_scores[criterion]

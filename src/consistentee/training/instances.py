@@ -27,6 +27,8 @@ class Instances:
         states: (instances, layers, hidden), float16, what a policy reads; None where they were not kept, and on
             processes other than the main one. May be memory-mapped.
         features: (instances, layers, features), what a policy reads beside it, if it does.
+        layer_logits: (instances, layers, classes), what temperatures are fitted on; None where none are.
+        labels: (instances,), int64, likewise.
         scores: by criterion, (instances, layers), exit scores that nothing has to be fitted for.
         targets: by criterion, (instances, layers), bool, what a network of its own learns to foretell.
     """
@@ -37,6 +39,8 @@ class Instances:
     group: Tensor
     states: Tensor | None = None
     features: Tensor | None = None
+    layer_logits: Tensor | None = None
+    labels: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -79,7 +83,7 @@ class Instances:
                 return {key: torch.cat([one[key], other[key]]) for key in one}
             return None if one is None else torch.cat([one, other])
 
-        names = ("correct", "exit_cost", "hardness", "features", "scores", "targets")
+        names = set(vars(self)) - {"group", "states"}
         group = torch.cat([self.group, more.group + int(self.group[-1]) + 1])
         return Instances(**{name: joined(name) for name in names}, group=group, states=states)
 

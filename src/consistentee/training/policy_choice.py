@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,9 @@ from consistentee.functional.curves import (
 from consistentee.functional.exits import choose_exit_layer, exit_distribution
 from consistentee.functional.rewards import rewards
 from consistentee.heads.policy import PolicyNetwork
+from consistentee.training.criterion_fits import CriterionFits, Fold
 from consistentee.training.instances import Instances, group_folds
-from consistentee.training.policy import foretold_probabilities, generators_of, policy_exit_probs
+from consistentee.training.policy import generators_of, policy_exit_probs
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class PolicyChoice:
 
     Attributes:
         policy: fitted on all instances.
-        networks: by criterion, the other networks that were fitted.
+        fitted: by criterion, what else was fitted: a network, or temperatures.
         layer_cost: the policy's.
         at_thresholds: by criterion, its threshold (the fewest layers within the allowed loss) and what that gives.
         scores: by criterion, one number for the whole curve (`curves.curve_score`).
@@ -68,7 +71,7 @@ class PolicyChoice:
     """
 
     policy: PolicyNetwork
-    networks: Mapping[str, nn.Module]
+    fitted: Mapping[str, Any]
     layer_cost: float
     at_thresholds: Mapping[str, CurvePoint]
     scores: Mapping[str, float]
@@ -128,6 +131,11 @@ class PolicySearch:
     device: torch.device | str = "cpu"
 
     @property
+    def foretell(self) -> Callable[..., nn.Module]:
+        """`fit_foretelling` with all its settings but the rows."""
+        return partial(self.fit_network, seed=self.seed, device=self.device)
+
+    @property
     def layer_cost_range(self) -> tuple[float, float] | None:
         """Lowest and highest cost of one policy, or None."""
         low, high = min(self.layer_costs), max(self.layer_costs)
@@ -138,11 +146,26 @@ class PolicySearch:
         """Layer costs of which each has a policy of its own."""
         return (math.sqrt(math.prod(self.layer_cost_range)),) if self.layer_cost_range else self.layer_costs
 
-    def number_of_fits(self, *, cross_fitted: bool, networks: int = 0) -> int:
-        """How many networks `choose_policy` will fit."""
-        if not cross_fitted:
-            return len(self.fitted_costs) + networks
-        return len(self.fitted_costs) * self.folds + 1 + networks * (self.folds + 1)
+    def number_of_fits(self, *, cross_fitted: bool) -> int:
+        """How many policies `choose_policy` will fit."""
+        return len(self.fitted_costs) * self.folds + 1 if cross_fitted else len(self.fitted_costs)
+
+
+def judging_folds(
+    instances: Instances,
+    search: PolicySearch,
+    *,
+    judged: Instances | None = None,
+    judged_groups: int | None = None,
+) -> list[Fold]:
+    """Instances to fit on and to judge, in turn; arguments as of `choose_policy`.
+
+    With judged instances of their own there is one fold, and its indices to judge are theirs.
+    """
+    if judged is not None:
+        return [(None, torch.arange(len(judged)))]
+    count = None if judged_groups is None else len(instances.first_groups(judged_groups))
+    return [*group_folds(instances.group, search.folds, search.seed, count)]
 
 
 def choose_policy(
@@ -150,7 +173,7 @@ def choose_policy(
     search: PolicySearch,
     *,
     new_policy: Callable[[], PolicyNetwork],
-    new_networks: Mapping[str, Callable[[], nn.Module]] | None = None,
+    fits: CriterionFits | None = None,
     judged: Instances | None = None,
     judged_groups: int | None = None,
     quality: Callable[[Tensor], float] | None = None,
@@ -162,21 +185,17 @@ def choose_policy(
         instances: what is learnt from.
         search: what is tried.
         new_policy: makes an untrained policy network.
-        new_networks: make untrained networks of other criteria, which foretell `instances.targets`.
+        fits: what is fitted for other criteria, by `judging_folds`; None for nothing.
         judged: other instances to judge by; None cross-fits on `instances`.
         judged_groups: in cross-fitting, so many of the first groups are judged, the others are only learnt from.
         quality: what exit layers of the judged instances are worth (`curves.threshold_within`).
         on_fit: called after each fit, to move a progress bar.
     """
-    new_networks, device = new_networks or {}, search.device
-    folds: list[tuple[Tensor | None, Tensor]]
-    if judged is not None:
-        source = judged
-        folds = [(None, torch.arange(len(judged)))]
-    else:
-        source = instances
+    fits, device = fits or CriterionFits(), search.device
+    source = instances if judged is None else judged
+    folds = judging_folds(instances, search, judged=judged, judged_groups=judged_groups)
+    if judged is None:
         judged = instances if judged_groups is None else instances.first_groups(judged_groups)
-        folds = [*group_folds(instances.group, search.folds, search.seed, len(judged))]
 
     def fit(rows: Tensor | None, layer_cost: float) -> PolicyNetwork:
         with torch.random.fork_rng(devices=generators_of(device)):
@@ -195,18 +214,6 @@ def choose_policy(
         on_fit()
         return policy
 
-    def fit_network(name: str, rows: Tensor | None) -> nn.Module:
-        network = search.fit_network(
-            new_networks[name](),
-            instances.kept_states,
-            instances.targets[name],
-            seed=search.seed,
-            rows=rows,
-            device=device,
-        )
-        on_fit()
-        return network
-
     whole: dict[float, PolicyNetwork] = {}
     probs: dict[float, Tensor] = {}
     reports: list[PolicyReport] = []
@@ -222,19 +229,11 @@ def choose_policy(
     standing = [report for report in reports if not report.collapsed] or reports
     best = max(standing, key=lambda report: report.score).layer_cost
 
-    networks: dict[str, nn.Module] = {}
-    known = {**judged.scores}
+    known = {**judged.scores, **fits.scores}
     for criterion in search.criteria:
         if EXIT_CRITERIA[criterion].reads_policy:
             known[criterion] = EXIT_CRITERIA[criterion].function(probs[best])
-    for name in new_networks:
-        known[name] = torch.empty_like(judged.exit_cost)
-        for inside, outside in folds:
-            networks[name] = fit_network(name, inside)
-            known[name][outside] = foretold_probabilities(networks[name], source.kept_states, outside)
     policy = whole[best] if best in whole else fit(None, best)
-    if folds[0][0] is not None:
-        networks = {name: fit_network(name, None) for name in new_networks}
 
     at_thresholds: dict[str, CurvePoint] = {}
     scores: dict[str, float] = {}
@@ -260,7 +259,7 @@ def choose_policy(
     counts = torch.bincount(judged.group)
     hits = torch.zeros_like(counts).index_add(0, judged.group, hits)
     return PolicyChoice(
-        policy, networks, best, at_thresholds, scores, tuple(reports), hits, counts, probs[best], known
+        policy, fits.fitted, best, at_thresholds, scores, tuple(reports), hits, counts, probs[best], known
     )
 
 

@@ -14,8 +14,9 @@ from consistentee.functional.bounds import paired_interval
 from consistentee.functional.curves import score_standard_error
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.progress import show_progress
+from consistentee.training.criterion_fits import fit_criteria
 from consistentee.training.policy import fit_foretelling, fit_policy
-from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy
+from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy, judging_folds
 from consistentee.training.run import PolicyInstances, Run
 
 
@@ -105,11 +106,16 @@ def run_policy_phase(
     data = task.policy_data(run, description)
     if data.max_loss is not None:
         search = replace(search, max_loss=data.max_loss)
-    new_networks = task.new_networks(run.model)
+    how = task.criterion_fits(run.model, search)
     choice: PolicyChoice | None = None
     if run.accelerator.is_main_process:
-        fits = search.number_of_fits(cross_fitted=data.judged is None, networks=len(new_networks))
-        with show_progress(f"{description}: fits", fits * len(inputs), unit="fit") as bar:
+        folds = judging_folds(data.learnt, search, judged=data.judged, judged_groups=data.judged_groups)
+        cross_fitted = data.judged is None
+        count = search.number_of_fits(cross_fitted=cross_fitted) * len(inputs)
+        count += len(how) * (len(folds) + cross_fitted)
+        with show_progress(f"{description}: fits", count, unit="fit") as bar:
+            source = data.learnt if data.judged is None else data.judged
+            fits = fit_criteria(how, data.learnt, source, folds, bar.update)
             choices = [
                 choose_policy(
                     data.learnt,
@@ -117,7 +123,7 @@ def run_policy_phase(
                     new_policy=(lambda: run.model.policy)
                     if keep_policy
                     else partial(task.new_policy, run.model, policy_input),
-                    new_networks=new_networks,
+                    fits=fits,
                     judged=data.judged,
                     judged_groups=data.judged_groups,
                     quality=data.quality,

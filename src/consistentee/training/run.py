@@ -24,8 +24,9 @@ from consistentee.inference.timing import environment
 from consistentee.models.card import write_model_card
 from consistentee.models.record import RECORD_FILE
 from consistentee.training import checkpoints
+from consistentee.training.criterion_fits import CriterionFit
 from consistentee.training.instances import Instances
-from consistentee.training.policy_choice import PolicyChoice
+from consistentee.training.policy_choice import PolicyChoice, PolicySearch
 from consistentee.training.steps import Batches, Collate, Objective, OptimizerSteps
 
 Report = Callable[[str], None]
@@ -155,8 +156,8 @@ class TrainingTask(Protocol):
         """An untrained policy network."""
         ...
 
-    def new_networks(self, model: Any) -> Mapping[str, Callable[[], nn.Module]]:
-        """What makes untrained networks of other criteria."""
+    def criterion_fits(self, model: Any, search: PolicySearch) -> Mapping[str, CriterionFit]:
+        """What is fitted for other criteria in phase 2, by their names."""
         ...
 
     def install(self, model: Any, choice: PolicyChoice) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from consistentee.data.batches import TokenizedDataset
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.losses import layer_losses
+from consistentee.heads.exit_signals import SIGNALS
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.progress import track
 from consistentee.training.steps import Collate
@@ -39,6 +40,10 @@ class LayerStates:
         exit_probs: (rows, layers), float32, the policy's conditional exit probabilities.
         labels: (rows,), int64.
         pooled: (rows, layers, hidden), float16, the states; None where they were not kept. May be memory-mapped.
+        null_shares: (rows, layers), float32, share of a state that its layer's classifier does not see.
+        right_probs: (rows, layers), float32, of the model's `learnt_to_exit`; None where it has none.
+        layer_weights: (rows, layers), float32, the model's.
+        temperatures: (rows, layers), float32, the model's; None where it has none.
     """
 
     classifier_logits: Tensor
@@ -46,6 +51,10 @@ class LayerStates:
     exit_probs: Tensor
     labels: Tensor
     pooled: Tensor | None = None
+    null_shares: Tensor | None = None
+    right_probs: Tensor | None = None
+    layer_weights: Tensor | None = None
+    temperatures: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,7 +69,8 @@ class LayerStates:
     @property
     def signals(self) -> dict[str, Tensor]:
         """What exit criteria read beside predictions and exit probabilities (`criteria.ExitCriterion`)."""
-        return {"classifier_logits": self.classifier_logits}
+        found = {name: getattr(self, name) for name in SIGNALS}
+        return {name: value for name, value in found.items() if value is not None}
 
     def exit_scores(self, criterion: str) -> Tensor:
         """Exit scores of all rows at all layers under a criterion, (rows, layers)."""
@@ -113,17 +123,24 @@ def run_all_layers(
         "classifier_logits": torch.empty(rows, layers, classes),
         "layer_logits": torch.empty(rows, layers, classes),
         "exit_probs": torch.empty(rows, layers),
+        "null_shares": torch.empty(rows, layers),
     }
+    if model.learnt_to_exit is not None:
+        results["right_probs"] = torch.empty(rows, layers)
     if keep_pooled and accelerator.is_main_process:
         shape = (rows, layers, model.config.pooled_size)
         results["pooled"] = state_storage(shape, memory_limit_mb, scratch_dir)
     wanted = ("classifier_logits", "layer_logits", "exit_probs", *(("pooled",) if keep_pooled else ()))
+    signals = model.exit_signals(("null_shares", "right_probs"))
 
     def all_layers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         output = model(**inputs, all_layers=True)
-        return {name: output[name] for name in wanted}
+        found = signals(output.pooled, output.classifier_logits)
+        return {name: output[name] for name in wanted} | found
 
     _run_rows(model, dataset, all_layers, results, collate, batch_size, accelerator, description)
+    constant = model.exit_signals(("temperatures", "layer_weights"))
+    results |= constant(results["exit_probs"], results["classifier_logits"])
     return LayerStates(labels=dataset.labels.clone(), **results)
 
 

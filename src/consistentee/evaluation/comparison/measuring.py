@@ -18,7 +18,7 @@ from torch import Tensor
 
 from consistentee.data.rows import TextDataset
 from consistentee.evaluation.classification import class_columns, default_metrics, predict_classes, run_layers
-from consistentee.functional.criteria import CRITERIA
+from consistentee.functional.criteria import CRITERIA, is_fitted
 from consistentee.functional.curves import curve_of_thresholds, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.hardness import memorized_layer
@@ -70,6 +70,7 @@ def measure(saved: LoadedClassifier, rows: TextDataset) -> dict[str, Any]:
                 name, states.exit_scores(name), predictions, states.labels, saved, metrics
             )
             for name in CRITERIA
+            if is_fitted(name, saved.early_exit_model.config)
         },
     }
 

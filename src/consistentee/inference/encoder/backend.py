@@ -93,11 +93,17 @@ class Backend(Protocol[BatchT]):
         """The batch after the last layer, for rows that may not exit before: no need to come back in between."""
         ...
 
-    def classify(self, layer_index: int, batch: BatchT) -> Tensor:
-        """What `exit_feature_map` makes of a layer's pooled states: (rows, classes + width), float32."""
+    def classify(self, layer_index: int, batch: BatchT, *, with_pooled: bool = False) -> Tensor:
+        """What `exit_feature_map` makes of a layer's pooled states: (rows, classes + width), float32.
+
+        `with_pooled` puts these states behind it: (rows, classes + width + pooled). An original head gives its logits
+        alone in any case.
+        """
         ...
 
-    def pass_layer(self, layer_index: int, batch: BatchT) -> tuple[BatchT, Tensor]:
+    def pass_layer(
+        self, layer_index: int, batch: BatchT, *, with_pooled: bool = False
+    ) -> tuple[BatchT, Tensor]:
         """`run_layer` and `classify` in one go."""
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.heads.exit_signals import ExitSignals
 from consistentee.heads.policy import PolicyNetwork
 
 Floats = NDArray[np.float32]
@@ -80,6 +81,7 @@ class IncrementalExitScores:
     Args:
         criterion: one of `criteria.CRITERIA`; None: the running prediction alone, and scores of 0.
         policy: the policy network; copied.
+        signals: what else the criterion reads; copied. None for a criterion that reads nothing else.
         num_classes: of the model.
         ensemble_decay: share of the layers before in the running prediction, see `ensemble_step`.
         alone: 0-based layer, the last, that speaks for itself alone and has no features but logits; None: none does.
@@ -92,6 +94,7 @@ class IncrementalExitScores:
         *,
         num_classes: int,
         ensemble_decay: float,
+        signals: ExitSignals | None = None,
         alone: int | None = None,
     ) -> None:
         self._alone = alone
@@ -100,9 +103,16 @@ class IncrementalExitScores:
         self._reads = () if self._row is None else self._row.reads
         self._reads_policy = self._row is not None and self._row.reads_policy
         self._keeps_layers = "layer_logits" in self._reads or (self._reads_policy and policy.reads_signals)
+        self._signals = signals.on_host() if signals is not None and signals.reads else None
         self._policy = copy.deepcopy(policy).float().cpu().eval().requires_grad_(False)
         self._bias = _host(policy.exit_bias)
         self._output = _host(policy.state_output) if policy.reads_state else None
+        self._policy_width = 0 if self._output is None else self._output.shape[1]
+
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether a step needs the pooled states."""
+        return self._signals is not None and self._signals.reads_pooled
 
     def begin(self, rows: int) -> ExitHistory:
         """The history of rows that have passed no layer."""
@@ -113,7 +123,8 @@ class IncrementalExitScores:
 
         Args:
             history: of the rows; brought up to date.
-            exit_features: (rows, classes + width), float32: what `heads.policy.exit_feature_map` makes of this layer.
+            exit_features: (rows, classes + width), float32: what `heads.policy.exit_feature_map` makes of this layer;
+                behind it the pooled states, where `reads_pooled`.
 
         Returns:
             (rows,), the exit scores of this layer: higher means readier to exit.
@@ -131,18 +142,27 @@ class IncrementalExitScores:
         if self._row is None:
             return np.zeros(len(logits), dtype=np.float32)
         if self._reads_policy:
-            probs = self._exit_probs(history.layers - 1, exit_features[:, self._classes :], logits)
+            states = exit_features[:, self._classes : self._classes + self._policy_width]
+            probs = self._exit_probs(history.layers - 1, states, logits)
             if self._reads == ("exit_probs",):
                 return probs
             history.layer_exit_probs = np.concatenate((history.layer_exit_probs, probs[:, None]), axis=1)
-        known = {
-            "logits": logits,
-            "layer_logits": logits,
-            "classifier_logits": own_logits[:, None],
-            "layer_exit_probs": history.layer_exit_probs,
-            "layers": np.full((len(logits), 1), history.layers, dtype=np.float32),
-        }
-        return self._row.function(*(torch.from_numpy(known[name]) for name in self._reads))[:, -1].numpy()
+        signals: dict[str, Tensor] = {}
+        if self._signals is not None:
+            pooled = torch.from_numpy(exit_features[:, self._classes + self._policy_width :])[:, None]
+            signals = self._signals(pooled, torch.from_numpy(own_logits)[:, None], history.layers - 1)
+        known = (self._known(name, history, logits, signals) for name in self._reads)
+        return self._row.function(*known)[:, -1].numpy()
+
+    def _known(
+        self, name: str, history: ExitHistory, logits: Floats, signals: Mapping[str, Tensor]
+    ) -> Tensor:
+        """What a criterion reads by this name, (rows, layers, ...) of this layer or of all up to it."""
+        if name in signals:
+            return signals[name]
+        if name == "layers":
+            return torch.full((len(logits), 1), float(history.layers))
+        return torch.from_numpy(history.layer_exit_probs if name == "layer_exit_probs" else logits)
 
     def _predict(self, history: ExitHistory, logits: Floats) -> None:
         """Bring the running prediction up to date, as `exits.ensemble_step` does."""

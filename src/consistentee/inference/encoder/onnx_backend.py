@@ -28,7 +28,7 @@ from consistentee.inference.encoder.onnx_graphs import (
     TOKENS,
     TYPES,
 )
-from consistentee.inference.encoder.onnx_sessions import EXIT_FEATURES, OUTPUT, OnnxSessions
+from consistentee.inference.encoder.onnx_sessions import EXIT_FEATURES, OUTPUT, POOLED, OnnxSessions
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
 
 MAX_MERGED_PADDING = 0.15
@@ -225,23 +225,27 @@ class OnnxBackend(_PaddedRows):
             batch = self.run_layer(layer_index, batch)
         return batch
 
-    def classify(self, layer_index: int, batch: OnnxBatch) -> Tensor:
-        """Logits and what the policy reads; of an original head logits alone."""
+    def classify(self, layer_index: int, batch: OnnxBatch, *, with_pooled: bool = False) -> Tensor:
+        """Logits, what the policy reads and perhaps pooled states; of an original head logits alone."""
         head = self._sessions.original_head(layer_index)
         if head is not None:
             mask = torch.from_numpy(batch.is_token[:, 0]).long()
             return head(torch.from_numpy(batch.hidden_states), mask)[1]
         feed = {HIDDEN: batch.hidden_states, **self._pooling_feed(batch)}
-        return torch.from_numpy(self._sessions.classifier(layer_index).run(None, feed)[0])
+        wanted = [EXIT_FEATURES, POOLED] if with_pooled else [EXIT_FEATURES]
+        return _side_by_side(self._sessions.classifier(layer_index).run(wanted, feed))
 
-    def pass_layer(self, layer_index: int, batch: OnnxBatch) -> tuple[OnnxBatch, Tensor]:
+    def pass_layer(
+        self, layer_index: int, batch: OnnxBatch, *, with_pooled: bool = False
+    ) -> tuple[OnnxBatch, Tensor]:
         """`run_layer` and `classify`, in one session where layers do not share their weights."""
         if not self._sessions.fused or self._sessions.original_head(layer_index) is not None:
             batch = self.run_layer(layer_index, batch)
-            return batch, self.classify(layer_index, batch)
+            return batch, self.classify(layer_index, batch, with_pooled=with_pooled)
         feed = self._layer_feed(batch) | self._pooling_feed(batch)
-        hidden_states, exit_features = self._sessions.layers[layer_index].run(None, feed)
-        return batch.moved_to(hidden_states), torch.from_numpy(exit_features)
+        wanted = [OUTPUT, EXIT_FEATURES, POOLED] if with_pooled else [OUTPUT, EXIT_FEATURES]
+        hidden_states, *features = self._sessions.layers[layer_index].run(wanted, feed)
+        return batch.moved_to(hidden_states), _side_by_side(features)
 
     def select(self, batch: OnnxBatch, rows: Sequence[int]) -> OnnxBatch:
         """Keep some rows, and no more padding than they need."""
@@ -306,28 +310,28 @@ class BoundOnnxBackend(_PaddedRows):
             batch = self.run_layer(layer_index, batch)
         return batch
 
-    def classify(self, layer_index: int, batch: BoundBatch) -> Tensor:
-        """Logits and what the policy reads; of an original head logits alone."""
+    def classify(self, layer_index: int, batch: BoundBatch, *, with_pooled: bool = False) -> Tensor:
+        """Logits, what the policy reads and perhaps pooled states; of an original head logits alone."""
         head = self._sessions.original_head(layer_index)
         if head is not None:
             return head(batch.hidden_states, batch.is_token[:, 0].long())[1]
         session = self._sessions.classifier(layer_index)
         feed = {HIDDEN: batch.hidden_states, **self._pooling_feed(batch)}
-        return self._run(session, feed, {EXIT_FEATURES: self._exit_features_shape(session, batch)})[0]
+        found = self._run(session, feed, self._feature_shapes(batch, with_pooled))
+        return torch.cat(found, dim=1) if with_pooled else found[0]
 
-    def pass_layer(self, layer_index: int, batch: BoundBatch) -> tuple[BoundBatch, Tensor]:
+    def pass_layer(
+        self, layer_index: int, batch: BoundBatch, *, with_pooled: bool = False
+    ) -> tuple[BoundBatch, Tensor]:
         """`run_layer` and `classify`, in one session where layers do not share their weights."""
         session = self._sessions.layers[layer_index]
         if not self._sessions.fused or self._sessions.original_head(layer_index) is not None:
             batch = self._move(session, batch)
-            return batch, self.classify(layer_index, batch)
-        shapes = {
-            OUTPUT: tuple(batch.hidden_states.shape),
-            EXIT_FEATURES: self._exit_features_shape(session, batch),
-        }
+            return batch, self.classify(layer_index, batch, with_pooled=with_pooled)
+        shapes = {OUTPUT: tuple(batch.hidden_states.shape), **self._feature_shapes(batch, with_pooled)}
         feed = self._layer_feed(batch) | self._pooling_feed(batch)
-        hidden_states, exit_features = self._run(session, feed, shapes)
-        return batch.moved_to(hidden_states), exit_features
+        hidden_states, *found = self._run(session, feed, shapes)
+        return batch.moved_to(hidden_states), torch.cat(found, dim=1) if with_pooled else found[0]
 
     def select(self, batch: BoundBatch, rows: Sequence[int]) -> BoundBatch:
         """Keep some rows, and no more padding than they need."""
@@ -349,9 +353,10 @@ class BoundOnnxBackend(_PaddedRows):
         shapes = {OUTPUT: tuple(batch.hidden_states.shape)}
         return batch.moved_to(self._run(session, self._layer_feed(batch), shapes)[0])
 
-    def _exit_features_shape(self, session: Any, batch: BoundBatch) -> tuple[int, ...]:
-        width = next(output.shape[-1] for output in session.get_outputs() if output.name == EXIT_FEATURES)
-        return len(batch.lengths), width
+    def _feature_shapes(self, batch: BoundBatch, with_pooled: bool) -> dict[str, tuple[int, ...]]:
+        rows, sessions = len(batch.lengths), self._sessions
+        shapes: dict[str, tuple[int, ...]] = {EXIT_FEATURES: (rows, sessions.num_features)}
+        return shapes | {POOLED: (rows, sessions.pooled_size)} if with_pooled else shapes
 
     def _layer_feed(self, batch: BoundBatch) -> dict[str, Tensor]:
         feed = {HIDDEN: batch.hidden_states, LENGTHS: batch.row_lengths}
@@ -386,6 +391,11 @@ def embedding_feed(rows: Sequence[TokenRow], sessions: OnnxSessions) -> dict[str
     if sessions.has_types:
         feed[TYPES] = _padded([row.get("token_type_ids", ()) for row in rows], width)
     return feed
+
+
+def _side_by_side(features: Sequence[Floats]) -> Tensor:
+    """(rows, ...) of one output or of several."""
+    return torch.from_numpy(features[0] if len(features) == 1 else np.concatenate(features, axis=1))
 
 
 def _padded(values: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:

@@ -198,7 +198,7 @@ def add_classifier(
     classifiers: InternalClassifiers,
     policy: PolicyNetwork | None,
     index: int,
-) -> str:
+) -> tuple[str, str]:
     """One internal classifier, and what the policy reads there.
 
     Args:
@@ -209,7 +209,7 @@ def add_classifier(
         index: which of them.
 
     Returns:
-        What `exit_feature_map` makes of the pooled states, (rows, classes + width).
+        What `exit_feature_map` makes of the pooled states, (rows, classes + width), and these, (rows, pooled).
     """
     module: Any = classifiers.layers[index]
     if classifiers.head == "attention":
@@ -229,7 +229,7 @@ def add_classifier(
             pooled = graph.op("MatMul", TOKENS, hidden_states)
         pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
     pooled = graph.op("Tanh", _linear(graph, pooled, dense.weight, dense.bias))
-    return _linear(graph, pooled, *exit_feature_map(classifiers, policy, index))
+    return _linear(graph, pooled, *exit_feature_map(classifiers, policy, index)), pooled
 
 
 def _linear(graph: Graph, inputs: str, weight: Tensor, bias: Tensor) -> str:

@@ -33,8 +33,8 @@ from consistentee.inference.encoder.onnx_graphs import (
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PositionBias, inner_layers
 from consistentee.inference.threads import usable_threads
 
-OUTPUT, EXIT_FEATURES = "output", "exit_features"
-"""Outputs: (rows, width, hidden); (rows, classes + width of the policy)."""
+OUTPUT, EXIT_FEATURES, POOLED = "output", "exit_features", "pooled"
+"""Outputs: (rows, width, hidden); (rows, classes + width of the policy); (rows, pooled), for those who ask for it."""
 
 MAX_SEGMENT_BYTES = 1_800_000_000
 """A larger model does not fit into one protobuf message; its layers stay separate sessions."""
@@ -51,10 +51,11 @@ class OnnxSessions:
     Attributes:
         embeddings: `IDS`, `POSITIONS` and, with `has_types`, `TYPES` to `OUTPUT`.
         layers: `HIDDEN`, `LENGTHS`, with a position bias `POSITION_BIAS`, and, where `fused` and the layer has a
-            classifier, what `pooling` says, to `OUTPUT` and `EXIT_FEATURES`.
+            classifier, what `pooling` says, to `OUTPUT`, `EXIT_FEATURES` and `POOLED`.
         fused: whether layers bring their classifiers; albert's share their weights and do not.
         pooling: what the classifiers' `TOKENS` are: `bias` (0 at tokens, the lowest float at padding), `weights` (each
             token's share of the mean), or None, for classifiers that need none.
+        num_features, pooled_size: numbers of a row of `EXIT_FEATURES` and of `POOLED`.
         position_bias: mpnet's, or None.
         first_position: where positions begin to count.
     """
@@ -80,8 +81,12 @@ class OnnxSessions:
         self._groups = [
             groups[int(index / (self.num_layers / len(groups)))] for index in range(self.num_layers)
         ]
-        exit_features = exit_feature_map(classifiers, policy_of(model), 0)[1]
-        self._shapes: dict[str, Sequence[int | str]] = {EXIT_FEATURES: ("rows", len(exit_features))}
+        weight = exit_feature_map(classifiers, policy_of(model), 0)[0]
+        self.num_features, self.pooled_size = weight.shape
+        self._shapes: dict[str, Sequence[int | str]] = {
+            EXIT_FEATURES: ("rows", self.num_features),
+            POOLED: ("rows", self.pooled_size),
+        }
         self.embeddings = self._embedding_session()
         self.fused = len(groups) == self.num_layers
         if self.fused:
@@ -106,7 +111,7 @@ class OnnxSessions:
         return self._whole or None
 
     def classifier(self, layer_index: int) -> Any:
-        """A layer's classifier alone, made when asked for: `HIDDEN` and, with `pooling`, `TOKENS` to `EXIT_FEATURES`.
+        """A layer's classifier alone, made when asked for: `HIDDEN`, with `pooling` `TOKENS`, to what a layer's gives.
 
         Raises:
             ValueError: the layer has none.
@@ -150,7 +155,7 @@ class OnnxSessions:
             inputs[POSITION_BIAS] = (1, self._num_heads, "width", "width")
         outputs = {OUTPUT: value}
         if index is not None:
-            outputs[EXIT_FEATURES] = self._add_classifier(graph, value, index, inputs)
+            outputs |= self._add_classifier(graph, value, index, inputs)
         return make_session(graph.serialize(inputs, outputs, self._shapes), self._device)
 
     def _embedding_session(self) -> Any:
@@ -164,20 +169,22 @@ class OnnxSessions:
     def _classifier_session(self, index: int) -> Any:
         graph = Graph()
         inputs = self._hidden_input()
-        exit_features = self._add_classifier(graph, HIDDEN, index, inputs)
-        return make_session(
-            graph.serialize(inputs, {EXIT_FEATURES: exit_features}, self._shapes), self._device
-        )
+        outputs = self._add_classifier(graph, HIDDEN, index, inputs)
+        return make_session(graph.serialize(inputs, outputs, self._shapes), self._device)
 
     def _hidden_input(self) -> dict[str, Sequence[int | str]]:
         return {HIDDEN: ("rows", "width", self._hidden_size)}
 
     def _add_classifier(
         self, graph: Graph, hidden_states: str, index: int, inputs: dict[str, Sequence[int | str]]
-    ) -> str:
+    ) -> dict[str, str]:
         if self.pooling is not None:
             inputs[TOKENS] = ("rows", 1, "width")
-        return add_classifier(graph, hidden_states, self._model.classifiers, policy_of(self._model), index)
+        model = self._model
+        exit_features, pooled = add_classifier(
+            graph, hidden_states, model.classifiers, policy_of(model), index
+        )
+        return {EXIT_FEATURES: exit_features, POOLED: pooled}
 
 
 def make_session(model: bytes, device: torch.device) -> Any:

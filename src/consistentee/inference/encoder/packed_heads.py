@@ -44,20 +44,23 @@ class PackedClassifiers:
         self._original = _Original(last, dtype, device) if isinstance(last, OriginalHead) else None
         indices = range(len(classifiers.layers) - (self._original is not None))
         self._pooled = [kind(classifiers, index, dtype, device) for index in indices]
-        exit_features = [exit_feature_map(classifiers, policy, index) for index in indices]
-        self._exit_features = [
-            tuple(part.to(device).clone() for part in reading) for reading in exit_features
-        ]
+        maps = [exit_feature_map(classifiers, policy, index) for index in indices]
+        self._exit_features = [(weight.to(device).clone(), bias.to(device).clone()) for weight, bias in maps]
 
-    def __call__(self, index: int, batch: PackedBatch) -> Tensor:
+    def __call__(self, index: int, batch: PackedBatch, *, with_pooled: bool = False) -> Tensor:
         """What `exit_feature_map` makes of one layer's rows, (rows, classes + width), float32.
 
-        Of an original head its logits, (rows, classes).
+        `with_pooled` puts the pooled states behind it. Of an original head its logits, (rows, classes).
         """
         if self._original is not None and index == len(self._pooled):
             return self._original(batch)
-        weight, bias = self._exit_features[index]
-        return torch.nn.functional.linear(self._pooled[index](batch).float(), weight, bias)
+        return exit_features(self._pooled[index](batch).float(), *self._exit_features[index], with_pooled)
+
+
+def exit_features(pooled: Tensor, weight: Tensor, bias: Tensor, with_pooled: bool) -> Tensor:
+    """A map of `exit_feature_map` on pooled states, (rows, width), all float32, and perhaps these states behind it."""
+    features = torch.nn.functional.linear(pooled, weight, bias)
+    return torch.cat([features, pooled], dim=1) if with_pooled else features
 
 
 class _Original:

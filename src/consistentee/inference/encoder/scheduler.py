@@ -168,6 +168,7 @@ class _Run:
         self.labels, self.scores, self.exit_layers = [0] * count, [0.0] * count, [0] * count
         device = "cuda" if self.backend.device.type == "cuda" else "cpu"
         self.most_tokens, self.ahead = BATCH_TOKENS[device], AHEAD[device]
+        self.with_pooled = self.exit_scores is not None and self.exit_scores.reads_pooled
 
     def token_batches(self, order: Sequence[int]) -> list[list[int]]:
         """Rows in batches of at most `BATCH_TOKENS` tokens, or of one row."""
@@ -238,7 +239,7 @@ class _Run:
     def _submit(self, active: ActiveBatch, layer_index: int) -> tuple[ActiveBatch, HostCopy]:
         """Start one layer and its classifier; does not wait for a GPU."""
         backend = self.backend
-        batch, exit_features = backend.pass_layer(layer_index, active.batch)
+        batch, exit_features = backend.pass_layer(layer_index, active.batch, with_pooled=self.with_pooled)
         self.real_tokens += sum(backend.lengths(batch))
         self.computed_tokens += backend.computed_tokens(batch)
         return ActiveBatch(batch, active.rows, active.history), HostCopy(exit_features)

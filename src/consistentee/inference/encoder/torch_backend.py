@@ -16,7 +16,7 @@ from consistentee.errors import SettingError
 from consistentee.heads.original_head import OriginalHead
 from consistentee.heads.policy import exit_feature_map
 from consistentee.inference.encoder.backend import EncoderParts, TokenRow, classifier_indices, policy_of
-from consistentee.inference.encoder.packed_heads import PackedClassifiers
+from consistentee.inference.encoder.packed_heads import PackedClassifiers, exit_features
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PackedLayers, storage_dtype
 from consistentee.inference.encoder.packing import PackedBatch, pack
 from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16, has_int8
@@ -122,14 +122,16 @@ class PackedBackend:
             batch = self.run_layer(layer_index, batch)
         return batch
 
-    def classify(self, layer_index: int, batch: PackedBatch) -> Tensor:
-        """Logits and what the policy reads, float32."""
-        return self._classifiers(self._classifier_indices[layer_index], batch)
+    def classify(self, layer_index: int, batch: PackedBatch, *, with_pooled: bool = False) -> Tensor:
+        """Logits, what the policy reads and perhaps pooled states, float32."""
+        return self._classifiers(self._classifier_indices[layer_index], batch, with_pooled=with_pooled)
 
-    def pass_layer(self, layer_index: int, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+    def pass_layer(
+        self, layer_index: int, batch: PackedBatch, *, with_pooled: bool = False
+    ) -> tuple[PackedBatch, Tensor]:
         """`run_layer` and `classify`."""
         batch = self.run_layer(layer_index, batch)
-        return batch, self.classify(layer_index, batch)
+        return batch, self.classify(layer_index, batch, with_pooled=with_pooled)
 
     def select(self, batch: PackedBatch, rows: Sequence[int]) -> PackedBatch:
         """Keep some rows."""
@@ -201,19 +203,21 @@ class PaddedBackend:
             batch = self.run_layer(layer_index, batch)
         return batch
 
-    def classify(self, layer_index: int, batch: PaddedBatch) -> Tensor:
-        """Logits and what the policy reads, float32; of an original head logits alone."""
+    def classify(self, layer_index: int, batch: PaddedBatch, *, with_pooled: bool = False) -> Tensor:
+        """Logits, what the policy reads and perhaps pooled states, float32; of an original head logits alone."""
         index = self._classifier_indices[layer_index]
         state = batch.state
         pooled, logits = self.model.classifiers(index, state.hidden_states, state.attention_mask)
         if index == len(self._exit_feature_maps):
             return logits.float()
-        return torch.nn.functional.linear(pooled.float(), *self._exit_feature_maps[index])
+        return exit_features(pooled.float(), *self._exit_feature_maps[index], with_pooled)
 
-    def pass_layer(self, layer_index: int, batch: PaddedBatch) -> tuple[PaddedBatch, Tensor]:
+    def pass_layer(
+        self, layer_index: int, batch: PaddedBatch, *, with_pooled: bool = False
+    ) -> tuple[PaddedBatch, Tensor]:
         """`run_layer` and `classify`."""
         batch = self.run_layer(layer_index, batch)
-        return batch, self.classify(layer_index, batch)
+        return batch, self.classify(layer_index, batch, with_pooled=with_pooled)
 
     def select(self, batch: PaddedBatch, rows: Sequence[int]) -> PaddedBatch:
         """Keep some rows; their padding stays."""

@@ -3,10 +3,10 @@
     even steps   the last layer's loss
     odd steps    the sum of the losses of all exits, the last layer's among them
 
-It exits by confidence.
+It exits by what a linear map of the state, shared by all exits, says about being right ("learning to exit").
 
-Source: BERxiT (EACL 2021, aclanthology.org/2021.eacl-main.8). Differences: what its exits know of being right
-("learning to exit") is fitted on the finished exits as the policy is, where theirs is trained beside them.
+Source: BERxiT (EACL 2021, aclanthology.org/2021.eacl-main.8). Differences: that map is fitted on the finished
+exits as the policy is, where theirs is trained beside them.
 """
 
 from __future__ import annotations
@@ -28,4 +28,4 @@ def train_berxit(run: Run) -> Path:
         return losses[:, -1] if run.steps.step % 2 == 0 else losses.sum(1)
 
     run.take_steps(run.steps.total_steps, exit_objective(in_turn), phase="alternating")
-    return finish_exits(run, "confidence")
+    return finish_exits(run, "learnt_to_exit")

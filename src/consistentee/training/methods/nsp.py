@@ -20,4 +20,4 @@ def train_nsp(run: Run) -> Path:
     """Train on the mean and save."""
     objective = exit_objective(lambda losses, output, labels: losses.mean(1))
     run.take_steps(run.steps.total_steps, objective, phase="mean")
-    return finish_exits(run, "confidence")
+    return finish_exits(run, "cap")

@@ -19,4 +19,4 @@ def train_right_tool(run: Run) -> Path:
     """Train on the sum and save."""
     objective = exit_objective(lambda losses, output, labels: losses.sum(1))
     run.take_steps(run.steps.total_steps, objective, phase="sum")
-    return finish_exits(run, "confidence")
+    return finish_exits(run, "calibrated_confidence")

@@ -28,20 +28,29 @@ from consistentee.functional.metrics import METRICS, check_threshold_metric
 from consistentee.functional.recall import recall_by_class, recall_warnings
 from consistentee.functional.rewards import reward_losses
 from consistentee.functional.tables import CLASSIFICATION
+from consistentee.heads.exit_signals import LearntToExit
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
 )
+from consistentee.training.criterion_fits import (
+    CriterionFit,
+    accuracy_weights,
+    foretelling,
+    temperature_calibration,
+)
 from consistentee.training.exit_objective import exit_objective
 from consistentee.training.instances import Instances
-from consistentee.training.policy_choice import PolicyChoice
+from consistentee.training.policy_choice import PolicyChoice, PolicySearch
 from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.states import LayerStates, run_all_layers, run_full_depth
 from consistentee.training.steps import Figures, Objective
 
 AUTO_INPUTS = ("log_odds", "state+log_odds")
+FITTED = ("learnt_to_exit", "calibrated_confidence", "expert_sum")
 FORGETTING_CHECKS = 8  # looks at the policy's rows during warm-up, for the forgetting-events measure
+FORETELLING_EPOCHS, FORETELLING_RATE = 5, 1e-2  # one linear map of all layers needs no more
 MAX_SEEN_ROWS = 10_000  # of the rows the classifiers have seen, at most these teach the policy
 
 
@@ -255,9 +264,15 @@ class ClassificationTraining:
         """As `TrainingTask` says."""
         return model.new_policy(policy_input)
 
-    def new_networks(self, model: Any) -> Mapping[str, Callable[[], nn.Module]]:
+    def criterion_fits(self, model: Any, search: PolicySearch) -> Mapping[str, CriterionFit]:
         """As `TrainingTask` says."""
-        return {}
+        name, new_network = "learnt_to_exit", partial(LearntToExit, model.config.pooled_size)
+        foretell = partial(search.foretell, epochs=FORETELLING_EPOCHS, learning_rate=FORETELLING_RATE)
+        return {
+            name: foretelling(name, new_network, foretell),
+            "calibrated_confidence": temperature_calibration(),
+            "expert_sum": accuracy_weights(),
+        }
 
     def install(self, model: Any, choice: PolicyChoice) -> None:
         """As `TrainingTask` says."""
@@ -314,9 +329,18 @@ class ClassificationTraining:
         """As `TrainingTask` says."""
         run.parts.tokenizer.model_max_length = run.model.config.max_input_length
         if choice is not None:
-            run.model.config.criterion = criterion
-            run.model.config.threshold = choice.thresholds[criterion]
+            keep_choice(run.model, choice, criterion)
         return run.model
+
+
+def keep_choice(model: EarlyExitForSequenceClassification, choice: PolicyChoice, criterion: str) -> None:
+    """Put into a finished model what phase 2 chose and fitted beside the policy, which is in it."""
+    model.config.criterion, model.config.threshold = criterion, choice.thresholds[criterion]
+    model.set_fitted(
+        temperatures=choice.fitted["calibrated_confidence"].tolist(),
+        layer_weights=choice.fitted["expert_sum"].tolist(),
+        learnt_to_exit=choice.fitted["learnt_to_exit"].requires_grad_(False),
+    )
 
 
 def row_instances(
@@ -338,11 +362,14 @@ def row_instances(
         group=torch.arange(len(states)),
         states=states.pooled,
         features=log_odds(states.layer_logits)[..., None],
+        layer_logits=states.layer_logits,
+        labels=states.labels,
         scores={
             criterion: states.exit_scores(criterion)
             for criterion in CRITERIA
-            if not EXIT_CRITERIA[criterion].reads_policy
+            if not EXIT_CRITERIA[criterion].reads_policy and criterion not in FITTED
         },
+        targets={"learnt_to_exit": outcomes["right"]},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +27,9 @@ from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.adapters import Adapters, add_adapters
+from consistentee.training.criterion_fits import CriterionFit, foretelling
 from consistentee.training.instances import Instances
-from consistentee.training.policy_choice import PolicyChoice
+from consistentee.training.policy_choice import PolicyChoice, PolicySearch
 from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.steps import Figures, Objective
 from consistentee.training.tasks.token_objectives import (
@@ -197,16 +198,16 @@ class GenerationTraining:
         """As `TrainingTask` says."""
         return model.new_policy()
 
-    def new_networks(self, model: Any) -> Mapping[str, Callable[[], nn.Module]]:
+    def criterion_fits(self, model: Any, search: PolicySearch) -> Mapping[str, CriterionFit]:
         """As `TrainingTask` says."""
-        return {
-            "confidence_classifier": partial(ConfidenceClassifier, model.num_layers, model.config.hidden_size)
-        }
+        name = "confidence_classifier"
+        new_network = partial(ConfidenceClassifier, model.num_layers, model.config.hidden_size)
+        return {name: foretelling(name, new_network, search.foretell)}
 
     def install(self, model: Any, choice: PolicyChoice) -> None:
         """As `TrainingTask` says."""
         model.policy.load_state_dict(choice.policy.state_dict())
-        for name, network in choice.networks.items():
+        for name, network in choice.fitted.items():
             getattr(model, name).load_state_dict(network.state_dict())
 
     def restore_policy(self, model: Any, policy_input: str) -> None:

@@ -32,7 +32,12 @@ from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.run import Parts, PolicyInstances, Run
 from consistentee.training.states import LayerStates, run_all_layers
 from consistentee.training.steps import Figures, Objective, resolve_precision
-from consistentee.training.tasks.classification import AUTO_INPUTS, ClassificationTraining, row_instances
+from consistentee.training.tasks.classification import (
+    AUTO_INPUTS,
+    ClassificationTraining,
+    keep_choice,
+    row_instances,
+)
 from consistentee.training.teacher import TaughtRows, collate_taught, teacher_logits
 
 FEWEST_TEXTS = 40
@@ -267,6 +272,5 @@ class RetrofitTraining(ClassificationTraining):
         """As `TrainingTask` says; the tokenizer is the original's, as it was."""
         self._adapters.merge()
         if choice is not None:
-            run.model.config.criterion = criterion
-            run.model.config.threshold = choice.thresholds[criterion]
+            keep_choice(run.model, choice, criterion)
         return run.model

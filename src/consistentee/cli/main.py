@@ -26,6 +26,7 @@ from consistentee.cli.predict import predict
 from consistentee.cli.probe import probe_command
 from consistentee.cli.report import report_command
 from consistentee.cli.retrofit import retrofit_command
+from consistentee.cli.serve import serve
 from consistentee.cli.terminal import Stopped, forget, hold_standard_streams, outlasting_readers, stoppable
 from consistentee.cli.train import finetune_command, train_command
 from consistentee.errors import SettingError
@@ -57,6 +58,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "compare": compare_command,
     "report": report_command,
+    "serve": serve,
 }
 for _name, _command in COMMANDS.items():
     app.command(_command, name=_name)

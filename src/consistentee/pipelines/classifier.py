@@ -30,6 +30,7 @@ from consistentee.errors import SettingError, require_characters
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import Answers, Backend, EncoderParts, TokenRow
 from consistentee.inference.encoder.incremental_scores import IncrementalExitScores
+from consistentee.inference.encoder.layer_pool import LayerPool
 from consistentee.inference.encoder.onnx_backend import onnx_backend
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import torch_backend
@@ -273,6 +274,18 @@ class Engine:
         return run_rows(
             self.backend, rows, batch_size=batch_size, rule=rule, exit_scores=exit_scores, num_classes=classes
         )
+
+    def pool(self, **how: Any) -> LayerPool:
+        """A pool for rows that arrive one by one; keywords as of `LayerPool`. For one thread at a time."""
+        return LayerPool(self.backend, self._model.config.num_classes, **how)
+
+    def tokenize(self, texts: Iterable[Text]) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """Token ids of texts as `predict` takes them, and which of them were cut; errors as of `predict`."""
+        return self._encode(list(self._checked(texts)))
+
+    def exit_scores(self, rule: ExitRule) -> IncrementalExitScores | None:
+        """The scores of a rule's criterion, the same object for the same criterion; None: nobody exits by it."""
+        return self._scores_under(rule)
 
     def _encode(self, texts: Sequence[tuple[str, ...]]) -> tuple[list[dict[str, list[int]]], list[bool]]:
         """Token ids, and which were cut; one thread at a time, as the tokenizer is set up anew for each call."""

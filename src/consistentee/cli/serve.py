@@ -1,0 +1,121 @@
+"""The command `serve`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from consistentee.cli.kinds import GENERATORS, kind_of_model
+from consistentee.cli.options import Flag
+from consistentee.cli.terminal import at_least_one, say, usage
+from consistentee.errors import UsageError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SHORTEST_TOKEN = 8
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    operating_point: str | None = None,
+    max_queue: int = 512,
+    deadline_ms: float = 10_000,
+    token_file: Path | None = None,
+    audit: float = 0.0,
+    dtype: str = "float32",
+    device: str = "auto",
+    backend: str = "torch",
+    debug: Flag = False,
+) -> None:
+    """Serve a model over HTTP until SIGTERM or Ctrl-C; answers on their way go out first.
+
+    A classifier answers POST /predict as text-embeddings-inference does. Beside it there are
+    /health, /ready, /metrics (Prometheus) and /openapi.json.
+
+    Args:
+        model: Folder of a trained model, or its name on the hub.
+        host: Address to listen on. Others than the loopback one are for networks that you trust, or with --token-file.
+        port: To listen on; 0 takes a free one.
+        operating_point: When texts exit, by a name that `consistentee calibrate` gave, or full-depth. Requests may name
+            another. [default: the saved rule]
+        max_queue: Texts accepted and not answered yet, at most; more are refused with 429.
+        deadline_ms: A text that is not answered within this time is refused with 504.
+        token_file: File whose content every request must bear as "Authorization: Bearer ...".
+        audit: Share of the texts that are compared with full depth after their answer went out. Where that proves that
+            the certificate does not hold, the next safer operating point is taken.
+        dtype: Precision: float32, bfloat16, float16 or int8.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        backend: What runs the layers: torch or onnxruntime.
+        debug: Show tracebacks and the messages of other libraries.
+    """
+    at_least_one(max_queue=max_queue)
+    if not 0 <= port <= 65_535:
+        raise UsageError(f"--port must be in [0, 65535], got {port}.")
+    if not 0 <= audit <= 1:
+        raise UsageError(f"--audit must be a share of the texts in [0, 1], got {audit:g}.")
+    if not 0 < deadline_ms < float("inf"):
+        raise UsageError(f"--deadline-ms must be above 0, got {deadline_ms:g}.")
+    token = None if token_file is None else _token(token_file)
+    from consistentee.serving.requests import ServerLimits
+    from consistentee.serving.server import HttpServer
+
+    limits = ServerLimits(max_queue=max_queue, deadline_ms=deadline_ms)
+    if kind_of_model(model) is GENERATORS:
+        raise UsageError(f'serve goes with classifiers, and model "{model}" is a text generator.')
+    app = _classifier(model, limits, token, dtype, device, backend, operating_point, audit)
+    if host not in LOOPBACK and token is None:
+        sys.stderr.write(f"Whoever reaches {host} may ask this server, as there is no --token-file.\n")
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    server = HttpServer(app, host=host, port=port)
+    say(f"Serving {model} at {server.url}")
+    server.run()
+
+
+def _classifier(
+    model: str,
+    limits: Any,
+    token: bytes | None,
+    dtype: str,
+    device: str,
+    backend: str,
+    operating_point: str | None,
+    audit: float,
+) -> Any:
+    from consistentee.pipelines.classifier import Engine
+    from consistentee.serving.classification import ClassifierService
+    from consistentee.serving.predict_route import classifier_app
+
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype, backend=backend)
+    service = usage(
+        lambda: ClassifierService(engine, limits=limits, operating_point=operating_point, audit=audit)
+    )
+    service.warm_up()
+    point = service.auditor.point
+    if point.max_disagreement is None and audit:
+        say(
+            f'Operating point "{point.name}" has no certificate of its disagreement with full depth: the audit shows '
+            "bounds, and nothing is stepped back from. `consistentee calibrate MODEL --max-disagreement` makes one."
+        )
+    return classifier_app(service, token=token)
+
+
+def _token(path: Path) -> bytes:
+    """The token of a file, without the space around it.
+
+    Raises:
+        UsageError: there is none that could be sent, or it is too short to be a secret.
+    """
+    try:
+        token = path.read_bytes().strip()
+    except OSError as error:
+        raise UsageError(f"--token-file must be a file, got {path} ({error.strerror}).") from None
+    if len(token) < SHORTEST_TOKEN or not all(33 <= byte <= 126 for byte in token):
+        raise UsageError(
+            f"--token-file must hold at least {SHORTEST_TOKEN} printable ASCII characters without spaces: {path} "
+            "does not."
+        )
+    return token

@@ -1,0 +1,313 @@
+"""The application: routes, and what stands before all of them (bearer token, sizes, counting, errors as JSON)."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+from consistentee.errors import require_extra
+from consistentee.serving.metrics import ServerMetrics
+from consistentee.serving.openapi import openapi_description
+from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits
+
+_log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Result = TypeVar("Result")
+
+OPEN_PATHS = ("/health", "/ready")
+"""Answered without a token: what runs the server must see whether it lives."""
+
+CLIENT_GONE = 499
+"""What is counted where a client went away before its answer."""
+
+
+class Service(Protocol):
+    """A model behind an application.
+
+    Attributes:
+        kind: `classifier` or `generator`.
+        name: of the model.
+        limits: what is taken at most.
+        metrics: what is counted.
+    """
+
+    kind: str
+    name: str
+    limits: ServerLimits
+    metrics: ServerMetrics
+
+    def start(self) -> None:
+        """Begin to compute; call it on the event loop."""
+        ...
+
+    async def stop(self) -> None:
+        """End; who still waits is refused."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are computed."""
+        ...
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """What the work gives; it is cancelled where the client goes away before.
+
+    Args:
+        receive: of the request, whose body has been read.
+        work: to be done.
+
+    Raises:
+        ClientGone: it has gone.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_bytes(values: Any) -> bytes:
+    """JSON of ASCII alone: half characters that a client sent can be told back to it."""
+    return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def error_body(kind: str, error: RefusedRequest) -> dict[str, Any]:
+    """An error as clients of a kind of service expect it."""
+    if kind == "classifier":
+        return {"error": error.message, "error_type": error.kind}
+    return {"error": {"message": error.message, "type": error.kind, "code": error.status}}
+
+
+async def read_body(receive: Receive, headers: Sequence[tuple[bytes, bytes]], limits: ServerLimits) -> bytes:
+    """The body of a request.
+
+    Raises:
+        RefusedRequest: it is too large (413), too slow (408) or not called JSON (415).
+        ClientGone: it never ended.
+    """
+    named = dict(headers)
+    if named.get(b"content-type", b"").split(b";")[0].strip().lower() != JSON_TYPE.encode():
+        # A page of another site can send other types without asking first.
+        raise RefusedRequest(415, "Validation", f"The Content-Type must be {JSON_TYPE}.")
+    too_large = RefusedRequest(413, "Validation", f"The body must have at most {limits.max_bytes} bytes.")
+    length = named.get(b"content-length", b"0")
+    if length.isdigit() and int(length[:20]) > limits.max_bytes:
+        raise too_large
+
+    async def whole() -> bytes:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limits.max_bytes:
+                raise too_large
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(whole(), limits.body_seconds)
+    except asyncio.TimeoutError:
+        message = f"The body must arrive within {limits.body_seconds:g} seconds."
+        raise RefusedRequest(408, "Validation", message) from None
+
+
+class Gate:
+    """Stands before an application: the bearer token, and counting.
+
+    Args:
+        app: behind it.
+        metrics: of the service.
+        kind: of the service.
+        paths: that are counted by their names.
+        token: that requests must bear; None for none.
+    """
+
+    def __init__(
+        self, app: Any, metrics: ServerMetrics, kind: str, paths: Sequence[str], token: bytes | None
+    ) -> None:
+        self._app, self._metrics, self._kind, self._paths = app, metrics, kind, frozenset(paths)
+        self._expected = None if token is None else b"Bearer " + token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), CLIENT_GONE
+
+        async def seen(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if self._may_pass(scope):
+                await self._app(scope, receive, seen)
+            else:
+                error = RefusedRequest(401, "Unauthorized", "The Authorization header must bear the token.")
+                await send_refusal(seen, self._kind, error, [(b"www-authenticate", b"Bearer")])
+        finally:
+            route = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(time.perf_counter() - start)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        if self._expected is None or scope["path"] in OPEN_PATHS:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._expected)
+
+
+async def send_json(
+    send: Send, values: Any, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Answer with JSON."""
+    body = json_bytes(values)
+    head = [(b"content-type", JSON_TYPE.encode()), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_refusal(
+    send: Send, kind: str, error: RefusedRequest, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Answer with an error."""
+    more = [] if error.retry_after is None else [(b"retry-after", str(error.retry_after).encode())]
+    await send_json(send, error_body(kind, error), error.status, [*headers, *more])
+
+
+Handler = Callable[[bytes, Receive, Send], Awaitable[None]]
+
+
+class JsonRoute:
+    """An endpoint that takes a JSON body and answers through `send`; errors become JSON.
+
+    Args:
+        service: behind it.
+        handle: takes the body, `receive` (to see whether the client is still there) and `send`.
+    """
+
+    def __init__(self, service: Service, handle: Handler) -> None:
+        self._service, self._handle = service, handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        began = False
+
+        async def seen(message: MutableMapping[str, Any]) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            body = await read_body(receive, scope["headers"], self._service.limits)
+            await self._handle(body, receive, seen)
+        except ClientGone:
+            return
+        except RefusedRequest as error:
+            if not began:
+                await send_refusal(send, self._service.kind, error)
+        except Exception:
+            _log.exception("A request failed.")
+            if began:
+                raise
+            error = RefusedRequest(500, "Backend", "The server failed. It is written to its log.")
+            await send_refusal(send, self._service.kind, error)
+
+
+def build_app(
+    service: Service,
+    handlers: dict[str, Handler],
+    *,
+    token: bytes | None = None,
+    more_routes: Sequence[Any] = (),
+    on_start: Callable[[], object] = lambda: None,
+) -> Any:
+    """An ASGI application.
+
+    Args:
+        service: of the model; started and stopped with the application.
+        handlers: what answers a POST, by path.
+        token: that requests must bear; None for none.
+        more_routes: of Starlette, such as a page at `/`.
+        on_start: called when it is ready.
+
+    Raises:
+        MissingExtraError: starlette or prometheus-client is not installed.
+    """
+    applications: Any = require_extra("serve", "starlette.applications")
+    routing: Any = require_extra("serve", "starlette.routing")
+    responses: Any = require_extra("serve", "starlette.responses")
+    exceptions: Any = require_extra("serve", "starlette.exceptions")
+
+    def said(values: Any, status: int = 200) -> Any:
+        return responses.Response(json_bytes(values), status, media_type=JSON_TYPE)
+
+    async def health(_: Any) -> Any:
+        return said({"status": "ok"})
+
+    async def ready(_: Any) -> Any:
+        return said({"status": "ready"}) if service.is_ready else said({"status": "not ready"}, status=503)
+
+    async def metrics(_: Any) -> Any:
+        return responses.Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    description = openapi_description(service.kind, service.name, service.limits, has_token=token is not None)
+
+    async def openapi(_: Any) -> Any:
+        return said(description)
+
+    async def failed(_: Any, error: Any) -> Any:
+        body = error_body(service.kind, RefusedRequest(error.status_code, "Validation", str(error.detail)))
+        return responses.Response(
+            json_bytes(body), error.status_code, headers=error.headers, media_type=JSON_TYPE
+        )
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        service.start()
+        on_start()
+        yield
+        await service.stop()
+
+    pages = {"/health": health, "/ready": ready, "/metrics": metrics, "/openapi.json": openapi}
+    routes = [routing.Route(path, page, methods=["GET"]) for path, page in pages.items()]
+    routes += [
+        # A class: Starlette hands it the request as it is.
+        routing.Route(path, JsonRoute(service, handle), methods=["POST"])
+        for path, handle in handlers.items()
+    ]
+    app = applications.Starlette(
+        routes=[*routes, *more_routes],
+        lifespan=lifespan,
+        exception_handlers={exceptions.HTTPException: failed},
+    )
+    return Gate(app, service.metrics, service.kind, [*pages, *handlers], token)

@@ -1,0 +1,195 @@
+"""The description of the interface that `/openapi.json` gives, written by hand beside what reads the requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from consistentee.serving.requests import JSON_TYPE, ServerLimits
+
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_ERRORS = {
+    "400": "The body is no JSON.",
+    "401": "The bearer token is missing or wrong.",
+    "408": "The body did not arrive in time.",
+    "413": "The body, a text or the batch is too large.",
+    "415": "The Content-Type is not application/json.",
+    "422": "A field is wrong, or the text does not fit the model.",
+    "424": "Computing failed.",
+    "429": "The queue is full; Retry-After says when to try again.",
+    "503": "The server is shutting down.",
+    "504": "No answer within the deadline.",
+}
+
+
+def openapi_description(
+    kind: str, name: str, limits: ServerLimits, *, has_token: bool = False
+) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of a server.
+
+    Args:
+        kind: `classifier` or `generator`.
+        name: of the model.
+        limits: of the server.
+        has_token: whether requests must bear a token.
+    """
+    from consistentee import __version__
+
+    paths = {
+        "/health": {"get": _get("Whether the process lives", "200")},
+        "/ready": {"get": _get("Whether requests are answered", "200", "503")},
+        "/metrics": {"get": _get("Counters for Prometheus", "200", media="text/plain")},
+        "/openapi.json": {"get": _get("This description", "200")},
+    }
+    paths |= _classifier(limits) if kind == "classifier" else _generator(limits)
+    if has_token:
+        for path, methods in paths.items():
+            for operation in methods.values() if path not in ("/health", "/ready") else ():
+                operation["security"] = [{"token": []}]
+                operation["responses"].setdefault("401", _error("401", kind))
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"consistentee serve {name}", "version": __version__},
+        "paths": paths,
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
+        if has_token
+        else {},
+    }
+
+
+def _get(summary: str, *statuses: str, media: str = JSON_TYPE) -> dict[str, Any]:
+    schema = {"type": "string"} if media != JSON_TYPE else {"type": "object"}
+    content = {media: {"schema": schema}}
+    return {
+        "summary": summary,
+        "responses": {s: {"description": summary, "content": content} for s in statuses},
+    }
+
+
+def _error(status: str, kind: str) -> dict[str, Any]:
+    text = {"type": "string"}
+    if kind == "classifier":
+        schema = {"type": "object", "required": ["error"], "properties": {"error": text, "error_type": text}}
+    else:
+        inner = {"type": "object", "required": ["message"], "properties": {"message": text, "type": text}}
+        schema = {"type": "object", "required": ["error"], "properties": {"error": inner}}
+    return {"description": _ERRORS[status], "content": {JSON_TYPE: {"schema": schema}}}
+
+
+def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], kind: str) -> dict[str, Any]:
+    content: dict[str, Any] = {JSON_TYPE: {"schema": answer}}
+    if kind == "generator":
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    responses: dict[str, Any] = {"200": {"description": summary, "content": content}}
+    responses |= {status: _error(status, kind) for status in _ERRORS if status != "401"}
+    responses["429"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": {JSON_TYPE: {"schema": body}}},
+        "responses": responses,
+    }
+
+
+def _classifier(limits: ServerLimits) -> dict[str, Any]:
+    item: dict[str, Any] = {
+        "type": "object",
+        "required": ["score", "label", "exit_layer"],
+        "properties": {
+            "score": {"type": "number"},
+            "label": {"type": "string"},
+            "exit_layer": {"type": "integer", "minimum": 1, "description": "Layers executed."},
+            "truncated": {"type": "boolean", "description": "True where the text was too long and was cut."},
+        },
+    }
+    items = {"type": "array", "items": item}
+    texts = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 2}
+    body = {
+        "type": "object",
+        "required": ["inputs"],
+        "additionalProperties": False,
+        "properties": {
+            "inputs": {
+                "oneOf": [
+                    _TEXT,
+                    {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": limits.max_batch},
+                    {"type": "array", "items": texts, "minItems": 1, "maxItems": limits.max_batch},
+                ],
+                "description": "A text, several, or lists of one text or two (a pair). Of a model for pairs a list of "
+                "two texts is a pair.",
+            },
+            "truncate": {"type": "boolean", "default": True, "description": "Cut a text that is too long."},
+            "truncation_direction": {"type": "string", "enum": ["Right", "right"]},
+            "raw_scores": {"type": "boolean", "default": False, "description": "Logits, not probabilities."},
+            "operating_point": {"type": "string", "description": "By name, in place of the server's."},
+            "threshold": {"type": "number", "description": "Exit score above which a text exits."},
+            "parameters": {
+                "type": "object",
+                "additionalProperties": False,
+                "description": "As huggingface_hub's InferenceClient sends them; the answer is a list of lists.",
+                "properties": {
+                    "top_k": {"type": "integer", "minimum": 1},
+                    "function_to_apply": {"type": "string", "enum": ["softmax", "none"]},
+                },
+            },
+        },
+    }
+    answer = {"anyOf": [items, {"type": "array", "items": items}]}
+    return {"/predict": {"post": _post("Classify texts", body, answer, "classifier")}}
+
+
+def _generator(limits: ServerLimits) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "model": {"type": "string", "description": "Not used: one model is served."},
+        "max_tokens": {"type": "integer", "minimum": 1},
+        "temperature": {"type": "number", "minimum": 0, "maximum": 2, "description": "0 (default): greedy."},
+        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
+        "stop": {
+            "oneOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}],
+            "description": "Strings before which the text ends.",
+        },
+        "stream": {"type": "boolean", "default": False},
+        "stream_options": {
+            "type": "object",
+            "properties": {"include_usage": {"type": "boolean"}},
+            "additionalProperties": False,
+        },
+        "threshold": {"type": "number", "description": "Exit score above which a token exits."},
+        "mode": {"type": "string", "enum": ["early-exit", "full", "lossless"]},
+        "n": {"type": "integer", "enum": [1]},
+        "user": {"type": "string"},
+    }
+    message = {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
+            "content": {"type": "string"},
+        },
+    }
+    prompts = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": limits.max_batch}
+    text = {
+        "type": "object",
+        "required": ["model", "prompt"],
+        "additionalProperties": False,
+        "properties": {"prompt": {"oneOf": [_TEXT, prompts]}, **common},
+    }
+    chat = {
+        "type": "object",
+        "required": ["model", "messages"],
+        "additionalProperties": False,
+        "properties": {
+            "messages": {"type": "array", "items": message, "minItems": 1},
+            "max_completion_tokens": {"type": "integer", "minimum": 1},
+            **common,
+        },
+    }
+    answer = {
+        "type": "object",
+        "required": ["id", "object", "created", "model", "choices", "usage"],
+        "properties": {"choices": {"type": "array"}, "usage": {"type": "object"}},
+    }
+    return {
+        "/v1/models": {"get": _get("The model that is served", "200")},
+        "/v1/completions": {"post": _post("Go on with a text", text, answer, "generator")},
+        "/v1/chat/completions": {"post": _post("Answer a conversation", chat, answer, "generator")},
+    }

@@ -1,0 +1,279 @@
+"""The service without HTTP: answers of the engine, early ones first, bounds, deadlines, failures, and the audit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from consistentee.pipelines.classifier import Engine
+from consistentee.serving.audit import Auditor
+from consistentee.serving.classification import ClassifierService
+from consistentee.serving.points import safer_point, served_points
+from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits
+from served import HeldPool, failing
+from tiny import LABEL_NAMES, tiny_backbone, tiny_dataset, tiny_model
+
+TEXTS = [text for (text,) in tiny_dataset(24, seed=5).texts]
+
+
+def certificate(allowed: float, **more: Any) -> dict[str, Any]:
+    return {"goal": "max_disagreement", "target": allowed, "confidence": 0.95, **more}
+
+
+POINTS = {
+    "fast": {"criterion": "confidence", "threshold": 0.5, "certificate": certificate(0.02)},
+    "careful": {"criterion": "confidence", "threshold": 0.6, "certificate": certificate(0.01)},
+    "other": {"criterion": "policy", "threshold": 0.4, "certificate": certificate(0.5, reference="x")},
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    root = tmp_path_factory.mktemp("served")
+    torch.manual_seed(4)
+    backbone = tiny_backbone(root / "backbone", layers=4)
+    values = {"initial_exit_bias": 0.0, "operating_points": POINTS}
+    return Engine.from_pretrained(tiny_model(root / "model", backbone, **values), device="cpu")
+
+
+def run(service: ClassifierService, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        service.start()
+        try:
+            return await asyncio.wait_for(work(), 60)
+        finally:
+            await service.stop()
+
+    return asyncio.run(main())
+
+
+def ask(*texts: str, **values: Any) -> PredictRequest:
+    return PredictRequest([(text,) for text in texts], True, **values)
+
+
+def test_answers_are_the_engines(engine: Engine) -> None:
+    service = ClassifierService(engine)
+    asked = [
+        {"threshold": 0.45},
+        {"operating_point": "fast"},
+        {"operating_point": "full-depth"},
+        {},
+        {"threshold": 0.55, "raw_scores": True},
+    ]
+
+    async def work() -> list[Any]:
+        requests = [ask(*TEXTS[start : start + 3], **asked[start % 5]) for start in range(20)]
+        return await asyncio.gather(*map(service.predict, requests))
+
+    for start, answers in enumerate(run(service, work)):
+        values = {name: value for name, value in asked[start % 5].items() if name != "raw_scores"}
+        if values.get("operating_point") == "full-depth":
+            values = {"threshold": 1.0}
+        expected = engine.predict(TEXTS[start : start + 3], **values)
+        for answer, wanted in zip(answers, expected, strict=True):
+            assert answer.exit_layer == wanted.exit_layer
+            assert LABEL_NAMES[int(answer.scores.argmax())] == wanted.label
+            if "raw_scores" not in asked[start % 5]:
+                assert float(answer.scores.max()) == pytest.approx(wanted.score, abs=1e-5)
+                assert float(answer.scores.sum()) == pytest.approx(1)
+    assert service._unanswered == 0
+    assert not service._pending
+    assert b"consistentee_exit_layer_count 60.0" in service.metrics.text()
+
+
+def test_whoever_exits_early_is_answered_early(engine: Engine) -> None:
+    held = HeldPool(engine.pool())
+    service = ClassifierService(engine, pool=lambda: held)
+
+    async def work() -> None:
+        hard = asyncio.ensure_future(service.predict(ask(TEXTS[0], threshold=0.999)))
+        easy = asyncio.ensure_future(service.predict(ask(TEXTS[1], threshold=0.0)))
+        await asyncio.sleep(0.2)
+        held.go.release()
+        (answer,) = await easy
+        assert answer.exit_layer == 1
+        assert not hard.done()
+        held.let_go()
+        assert (await hard)[0].exit_layer == 4
+
+    run(service, work)
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_again(engine: Engine) -> None:
+    held = HeldPool(engine.pool())
+    service = ClassifierService(engine, limits=ServerLimits(max_queue=3), pool=lambda: held)
+
+    async def work() -> None:
+        waiting = [asyncio.ensure_future(service.predict(ask(text))) for text in TEXTS[:3]]
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedRequest, match="overloaded: 3 texts wait") as caught:
+            await service.predict(ask(TEXTS[3]))
+        assert caught.value.status == 429
+        assert caught.value.retry_after == 1
+        with pytest.raises(RefusedRequest, match="at most 3 texts") as caught:
+            await service.predict(ask(*TEXTS[:4]))
+        assert caught.value.status == 413
+        held.let_go()
+        await asyncio.gather(*waiting)
+        assert len(await service.predict(ask(*TEXTS[:3]))) == 3
+
+    run(service, work)
+
+
+def test_deadlines_and_clients_that_go_away(engine: Engine) -> None:
+    held = HeldPool(engine.pool())
+    service = ClassifierService(engine, limits=ServerLimits(deadline_ms=150), pool=lambda: held)
+
+    async def work() -> None:
+        gone = asyncio.ensure_future(service.predict(ask(TEXTS[0])))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        with pytest.raises(RefusedRequest, match="No answer within 150 ms") as caught:
+            await service.predict(ask(TEXTS[1]))
+        assert caught.value.status == 504
+        assert service._unanswered == 0
+        assert not service._pending
+        held.let_go()
+        for _ in range(100):
+            if not len(held):
+                break
+            await asyncio.sleep(0.02)
+        assert len(held) == 0  # neither was computed to its end
+        assert (await service.predict(ask(TEXTS[2])))[0].exit_layer >= 1
+
+    run(service, work)
+
+
+def test_a_batch_that_fails_is_told_and_the_next_goes_on(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = ClassifierService(engine, pool=failing(engine.pool, 1))
+
+    async def work() -> None:
+        with pytest.raises(RefusedRequest, match="Computing failed") as caught:
+            await service.predict(ask(*TEXTS[:2]))
+        assert caught.value.status == 424
+        assert len(await service.predict(ask(*TEXTS[:2]))) == 2
+
+    run(service, work)
+    assert "a layer broke" in caplog.text
+    assert b"consistentee_failures_total 1.0" in service.metrics.text()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"threshold": 7.0}, "threshold must be in"),
+        ({"operating_point": "none"}, 'has no operating point "none"; it has: .*fast'),
+        ({"operating_point": "fast", "threshold": 0.5}, "exclude each other"),
+    ],
+)
+def test_refused(engine: Engine, values: dict[str, Any], message: str) -> None:
+    service = ClassifierService(engine)
+    with pytest.raises(RefusedRequest, match=message) as caught:
+        run(service, lambda: service.predict(ask(TEXTS[0], **values)))
+    assert caught.value.status == 422
+    assert "/" not in caught.value.message  # the folder is nobody's business
+
+
+def test_tokens_and_texts_have_limits(engine: Engine) -> None:
+    service = ClassifierService(engine, limits=ServerLimits(max_tokens=20))
+
+    async def work() -> None:
+        for request, status, message in (
+            (ask("good " * 100, truncate=False), 413, "must have at most 64 tokens"),
+            (ask("good " * 100), 413, "at most 20 tokens together, got 64"),
+            (ask(" "), 422, "is empty"),
+            (ask("\ud800"), 422, "half a surrogate"),
+        ):
+            with pytest.raises(RefusedRequest, match=message) as caught:
+                await service.predict(request)
+            assert caught.value.status == status
+
+    run(service, work)
+
+
+# --- The audit --------------------------------------------------------------------------------------
+
+
+def test_points_and_which_is_safer(engine: Engine) -> None:
+    points = served_points(engine)
+    assert set(points) == {"saved", "full-depth", *POINTS}
+    assert next(iter(points)) == "saved"
+    assert points["other"].max_disagreement is None  # its certificate is about another model
+    assert safer_point(points, points["fast"]) == points["careful"]
+    assert safer_point(points, points["careful"]) == points["full-depth"]
+
+
+def test_the_audit_counts_every_text_once_after_its_answer(engine: Engine) -> None:
+    service = ClassifierService(engine, operating_point="fast", audit=1.0, seed=0)
+    service.auditor._points = {**service.points}
+
+    async def work() -> None:
+        for text in TEXTS:
+            await service.predict(ask(text))
+        await service.predict(ask(TEXTS[0], threshold=0.3))  # asks for something else: not audited
+        while service._pending:
+            await asyncio.sleep(0.01)
+
+    run(service, work)
+    left = [bounds for _, bounds in service.auditor.steps_back]
+    at_fast = left[0] if left else service.auditor.bounds
+    assert at_fast.rows > 0
+    exits, full = (
+        engine.predict(TEXTS, **rule) for rule in ({"operating_point": "fast"}, {"threshold": 1.0})
+    )
+    count = at_fast.rows if left else len(TEXTS)
+    different = [a.label != b.label for a, b in zip(exits, full, strict=True)][:count]
+    assert (at_fast.rows, at_fast.losses) == (count, sum(different))
+
+
+def test_shifted_traffic_makes_the_server_step_back(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """Texts that agree with full depth leave the point in force; texts that do not drive it back, to full depth."""
+    exits, full = (
+        engine.predict(TEXTS, **rule) for rule in ({"operating_point": "fast"}, {"threshold": 1.0})
+    )
+    differs = [text for text, a, b in zip(TEXTS, exits, full, strict=True) if a.label != b.label]
+    agrees = [text for text in TEXTS if text not in differs]
+    assert differs
+    service = ClassifierService(engine, operating_point="fast", audit=0.5, seed=1)
+
+    async def send(texts: list[str], most: int) -> int:
+        for number in range(most):
+            if service.auditor.point.name == "full-depth":
+                return number
+            await service.predict(ask(texts[number % len(texts)]))
+            while service._pending:
+                await asyncio.sleep(0)
+        return most
+
+    async def work() -> None:
+        await send(agrees, 60)
+        assert service.auditor.point.name == "fast"
+        assert b'operating_point{operating_point="fast"} 1.0' in service.metrics.text()
+        sent = await send(differs, 400)
+        assert sent < 400
+        answers = await service.predict(ask(differs[0]))  # from here on full depth answers
+        assert answers[0].exit_layer == 4
+
+    run(service, work)
+    text = service.metrics.text()
+    assert b'operating_point{operating_point="full-depth"} 1.0' in text
+    assert b'certificate_max_disagreement{operating_point="full-depth"} 0.0' in text
+    assert "Operating point fast is left for careful" in caplog.text
+    names = [point.name for point, _ in service.auditor.steps_back]
+    assert names[0] == "fast"
+    assert all(bounds.lower > (point.max_disagreement or 0) for point, bounds in service.auditor.steps_back)
+
+
+def test_draws_are_of_the_share(engine: Engine) -> None:
+    points = served_points(engine)
+    auditor = Auditor(points, points["fast"], 0.1, seed=2)
+    drawn = np.mean([auditor.draws(points["fast"]) for _ in range(4000)])
+    assert drawn == pytest.approx(0.1, abs=0.015)
+    assert not any(auditor.draws(points["careful"]) for _ in range(100))

@@ -50,10 +50,10 @@ def test_tokens_that_are_no_secrets(model: Path, tmp_path: Path, capsys: pytest.
         assert "printable ASCII" in capsys.readouterr().err
 
 
-def test_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_classifiers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = generator_folder(tmp_path / "generator")
-    assert main(["serve", str(folder), "--port", "0"]) == 2
-    assert "serve goes with classifiers" in capsys.readouterr().err
+    assert main(["serve", str(folder), "--audit", "0.1"]) == 2
+    assert "--audit goes with classifiers" in capsys.readouterr().err
 
 
 def test_sigterm_while_it_answers(model: Path) -> None:

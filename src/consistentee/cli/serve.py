@@ -33,8 +33,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C; answers on their way go out first.
 
-    A classifier answers POST /predict as text-embeddings-inference does. Beside it there are
-    /health, /ready, /metrics (Prometheus) and /openapi.json.
+    Classifiers answer POST /predict as text-embeddings-inference does, text generators /v1/completions and
+    /v1/chat/completions as OpenAI does. Beside them /health, /ready, /metrics (Prometheus) and /openapi.json.
 
     Args:
         model: Folder of a trained model, or its name on the hub.
@@ -42,14 +42,14 @@ def serve(
         port: To listen on; 0 takes a free one.
         operating_point: When texts exit, by a name that `consistentee calibrate` gave, or full-depth. Requests may name
             another. [default: the saved rule]
-        max_queue: Texts accepted and not answered yet, at most; more are refused with 429.
-        deadline_ms: A text that is not answered within this time is refused with 504.
+        max_queue: Texts (prompts) accepted and not answered yet, at most; more are refused with 429.
+        deadline_ms: A text that is not answered within this time is refused with 504. Generators: the first token.
         token_file: File whose content every request must bear as "Authorization: Bearer ...".
         audit: Share of the texts that are compared with full depth after their answer went out. Where that proves that
-            the certificate does not hold, the next safer operating point is taken.
+            the certificate does not hold, the next safer operating point is taken. Classifiers only.
         dtype: Precision: float32, bfloat16, float16 or int8.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
-        backend: What runs the layers: torch or onnxruntime.
+        backend: What runs the layers of a classifier: torch or onnxruntime.
         debug: Show tracebacks and the messages of other libraries.
     """
     at_least_one(max_queue=max_queue)
@@ -65,8 +65,16 @@ def serve(
 
     limits = ServerLimits(max_queue=max_queue, deadline_ms=deadline_ms)
     if kind_of_model(model) is GENERATORS:
-        raise UsageError(f'serve goes with classifiers, and model "{model}" is a text generator.')
-    app = _classifier(model, limits, token, dtype, device, backend, operating_point, audit)
+        for name, value, default in (
+            ("--operating-point", operating_point, None),
+            ("--audit", audit, 0.0),
+            ("--backend", backend, "torch"),
+        ):
+            if value != default:
+                raise UsageError(f'{name} goes with classifiers, and model "{model}" is a text generator.')
+        app = _generator(model, limits, token, dtype, device)
+    else:
+        app = _classifier(model, limits, token, dtype, device, backend, operating_point, audit)
     if host not in LOOPBACK and token is None:
         sys.stderr.write(f"Whoever reaches {host} may ask this server, as there is no --token-file.\n")
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -101,6 +109,15 @@ def _classifier(
             "bounds, and nothing is stepped back from. `consistentee calibrate MODEL --max-disagreement` makes one."
         )
     return classifier_app(service, token=token)
+
+
+def _generator(model: str, limits: Any, token: bytes | None, dtype: str, device: str) -> Any:
+    from consistentee.pipelines.generator import TextGenerator
+    from consistentee.serving.completions import generator_app
+    from consistentee.serving.generation import GeneratorService
+
+    saved = GENERATORS.load(model, device=None if device == "auto" else device, dtype=dtype)
+    return generator_app(GeneratorService(TextGenerator(saved), limits=limits), token=token)
 
 
 def _token(path: Path) -> bytes:

@@ -114,3 +114,10 @@ def seed_draws(options: DecodingOptions) -> None:
     """Begin the draws anew where the options have a seed for them."""
     if options.do_sample and options.seed is not None:
         torch.manual_seed(options.seed)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text: the model's, and the tokenizer's, after which training ends its responses."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(known) if isinstance(known, (list, tuple)) else {known}
+    return {int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
@@ -16,14 +17,23 @@ from typing import Any
 from transformers import StoppingCriteriaList
 
 from consistentee.data.batches import pad_left
-from consistentee.data.templates import PromptTemplate
+from consistentee.data.rows import InstructionDataset
+from consistentee.data.templates import PLAIN, PromptTemplate, Turn
 from consistentee.data.tokenization import encode_prompts
 from consistentee.errors import DataError
+from consistentee.inference.decoder.known_processors import TextCriteria
 from consistentee.inference.threads import settle_after_fork
 from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded import LoadedGenerator
-from consistentee.pipelines.decoding_options import SHAPING, DecodingOptions, merged_options, seed_draws
+from consistentee.pipelines.decoding_options import (
+    SHAPING,
+    DecodingOptions,
+    end_tokens,
+    merged_options,
+    seed_draws,
+)
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
+from consistentee.pipelines.row_streams import OnRowEnd, OnRowToken, RowLimits, RowStreams
 from consistentee.pipelines.stops import StopTexts, cut_at_stop
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
 
@@ -230,6 +240,66 @@ class TextGenerator:
             part = prompts[start : start + batch_size * WINDOW_BATCHES]
             yield from self._window([("", "")] * len(part), part, batch_size, options)
 
+    def stream_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        *,
+        on_token: OnRowToken,
+        on_end: OnRowEnd,
+        is_gone: Callable[[int], bool] = lambda row: False,
+        options: DecodingOptions,
+    ) -> None:
+        """Write several texts together, telling of every token as soon as it is certain, and of every end.
+
+        Args:
+            prompts: (rows, tokens), not padded; one alone in `lossless` mode.
+            limits: (rows,) the most tokens of each text, in place of `max_new_tokens`.
+            on_token: is told the row, the token's piece of the text and its exit layer, as in `stream`.
+            on_end: is told a row that has ended, and why.
+            is_gone: whether nobody waits for a row any more, so that it ends.
+            options: how to generate.
+
+        Raises:
+            ValueError: options that do not fit the model.
+        """
+        options = self.check(merged_options(options, {"max_new_tokens": max(limits)}))
+        seed_draws(options)
+        stops, stop_tokens = self._stops(options)
+        streams = RowStreams(
+            self._tokenizer,
+            self.saved.num_hidden_layers,
+            limits,
+            ends=end_tokens(self.saved.model, self._tokenizer),
+            stop_tokens=stop_tokens,
+            stops=stops,
+            on_token=on_token,
+            on_end=on_end,
+        )
+        bounds = RowLimits(max(map(len, prompts)), limits, is_gone)
+        self._batch([("", "")] * len(prompts), prompts, options, streams, [bounds])
+
+    def encode_conversation(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation, not cut; the last turn is a user's.
+
+        Raises:
+            DataError: the template does not take such a conversation.
+        """
+        *history, (_, instruction) = turns
+        asked = InstructionDataset([instruction], [""], [" "], "a conversation", [tuple(history)])
+        return self._uncut(asked, self.template)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text to go on with, as it is, not cut."""
+        return self._uncut([(text, "")], PLAIN)
+
+    def _uncut(
+        self, asked: InstructionDataset | Sequence[tuple[str, str]], template: PromptTemplate
+    ) -> list[int]:
+        self._go_on_after_fork()
+        with self._tokenizing:
+            return encode_prompts(asked, self._tokenizer, template, max_prompt_length=sys.maxsize)[0][0]
+
     def encode(self, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of prompts, (instruction, input) each, as `generate_texts` makes them."""
         return self._encode(prompts, DecodingOptions(), 0)[0]
@@ -285,13 +355,14 @@ class TextGenerator:
         asked: Sequence[tuple[str, str]],
         encoded: Sequence[Sequence[int]],
         options: DecodingOptions,
-        streamer: PieceStreamer | None = None,
+        streamer: PieceStreamer | RowStreams | None = None,
+        criteria: Sequence[TextCriteria] = (),
     ) -> list[GeneratedText]:
         self._go_on_after_fork()
         saved, model = self.saved, self.saved.model
         input_ids, mask = pad_left(encoded, self._tokenizer.pad_token_id)  # (rows, tokens)
         stops, stop_tokens = self._stops(options)
-        ends = _end_tokens(model, self._tokenizer) | stop_tokens
+        ends = end_tokens(model, self._tokenizer) | stop_tokens
         decoding = {
             **dict.fromkeys(SHAPING),
             "num_beams": 1,
@@ -310,8 +381,9 @@ class TextGenerator:
                 name: getattr(options, name) for name in ("mode", "criterion", "threshold", "skipped_states")
             }
         if stops:
-            criterion = StopTexts(self._tokenizer, stops, input_ids.shape[1])
-            exits["stopping_criteria"] = StoppingCriteriaList([criterion])
+            criteria = [*criteria, StopTexts(self._tokenizer, stops, input_ids.shape[1])]
+        if criteria:
+            exits["stopping_criteria"] = StoppingCriteriaList(criteria)
         start = synchronised_seconds(model.device)
         output: Any = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=input_ids.to(model.device),
@@ -371,13 +443,6 @@ class TextGenerator:
         settle_after_fork(self.saved.model.device)
         self._tokenizing = Lock()
         self._process = os.getpid()
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a text: the model's, and the tokenizer's, after which training ends its responses."""
-    known = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(known) if isinstance(known, (list, tuple)) else {known}
-    return {int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None}
 
 
 def _length(tokens: Sequence[int], ends: set[int]) -> int:

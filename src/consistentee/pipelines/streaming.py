@@ -37,6 +37,11 @@ class PieceStreamer:
         """The layers of the tokens that come next."""
         self._layers = layers.tolist()
 
+    @property
+    def holds_stop(self) -> bool:
+        """Whether a stop string is complete: the text ends before it."""
+        return find_stop("".join(piece for piece, _ in self._held), self.stops) is not None
+
     def put(self, tokens: Tensor) -> None:
         """The next tokens."""
         if not self._prompt_is_over:
@@ -47,17 +52,22 @@ class PieceStreamer:
             self._held.append((self.decoder.put(token), layer))
             self._tell()
 
-    def end(self) -> None:
-        """The text is complete: tell of what was held back, up to a stop string."""
+    def end(self) -> bool:
+        """The text is complete: tell of what was held back, up to a stop string.
+
+        Returns:
+            Whether there was one.
+        """
         if not self._held:
-            return
+            return False
         piece, layer = self._held[-1]
         self._held[-1] = (piece + self.decoder.end(), layer)
         pieces = [piece for piece, _ in self._held]
-        pieces = cut_at_stop(pieces, self.stops) or pieces
-        for piece, (_, layer) in zip(pieces, self._held, strict=True):
+        kept = cut_at_stop(pieces, self.stops)
+        for piece, (_, layer) in zip(pieces if kept is None else kept, self._held, strict=kept is None):
             self.on_token(piece, layer)
         self._held = []
+        return kept is not None
 
     def _tell(self) -> None:
         """Tell of what is certain. Held back: what may begin a stop string, and a last token that gets what is left."""

@@ -155,6 +155,7 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         },
         "threshold": {"type": "number", "description": "Exit score above which a token exits."},
         "mode": {"type": "string", "enum": ["early-exit", "full", "lossless"]},
+        "criterion": {"type": "string", "description": "Exit rule, in place of the saved one."},
         "n": {"type": "integer", "enum": [1]},
         "user": {"type": "string"},
     }

@@ -1,0 +1,258 @@
+"""Texts over HTTP, as OpenAI's client asks for them: the generator's own, streamed or whole, alone or together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from huggingface_hub import InferenceClient
+
+from consistentee.data.templates import PLAIN
+from consistentee.models.loaded import LoadedGenerator, load_model
+from consistentee.pipelines.decoding_options import DecodingOptions
+from consistentee.pipelines.generator import GeneratedText, TextGenerator
+from consistentee.serving.completions import generator_app
+from consistentee.serving.generation import GeneratorService
+from consistentee.serving.requests import RefusedRequest, ServerLimits
+from saved_generators import TEMPLATE, generator_folder, plain_folder
+from served import running
+from tiny_decoders import single_thread
+
+PROMPTS = ["do this", "très bien", "1, 2 and", "name a river or two, please"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="module", params=["exits", "plain"])
+def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextGenerator:
+    make = generator_folder if request.param == "exits" else plain_folder
+    folder = make(tmp_path_factory.mktemp("generator") / request.param)
+    return TextGenerator(load_model(folder, LoadedGenerator, device="cpu"), template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def url(generator: TextGenerator) -> Iterator[str]:
+    with running(generator_app(GeneratorService(generator))) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def written(generator: TextGenerator, prompt: str, **values: Any) -> GeneratedText:
+    """What the generator writes behind a text as it is."""
+    plain = TextGenerator(generator.saved, template=PLAIN)
+    (text,) = plain.generate_texts([(prompt, "")], batch_size=1, **values)
+    return text
+
+
+def test_texts_are_the_generators(generator: TextGenerator, client: openai.OpenAI) -> None:
+    wanted = written(generator, PROMPTS[0], max_new_tokens=12)
+    answer = client.completions.create(model="any", prompt=PROMPTS[0], max_tokens=12)
+    usage: Any = answer.usage
+    assert answer.choices[0].text == wanted.text
+    assert usage.exit_layers == wanted.exit_layers
+    assert usage.completion_tokens == len(wanted.token_ids)
+    assert usage.mean_exit_layer == pytest.approx(wanted.mean_exit_layer)
+    assert answer.choices[0].finish_reason == {"end": "stop"}.get(wanted.finish_reason, wanted.finish_reason)
+    several = client.completions.create(model="any", prompt=PROMPTS, max_tokens=9)
+    assert [choice.text for choice in several.choices] == [
+        written(generator, prompt, max_new_tokens=9).text for prompt in PROMPTS
+    ]
+
+
+def test_streams_are_the_text_piece_by_piece(generator: TextGenerator, client: openai.OpenAI) -> None:
+    wanted = written(generator, PROMPTS[1], max_new_tokens=15)
+    chunks = list(
+        client.completions.create(
+            model="any",
+            prompt=PROMPTS[1],
+            max_tokens=15,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == wanted.text
+    told: Any = [layer for chunk in chunks[:-1] for layer in chunk.choices[0].exit_layers]
+    usage: Any = chunks[-1].usage
+    assert told == usage.exit_layers == wanted.exit_layers
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-2]] == [None] * (len(chunks) - 2)
+
+
+def test_stop_strings_end_a_text_before_them(generator: TextGenerator, client: openai.OpenAI) -> None:
+    whole = written(generator, PROMPTS[2], max_new_tokens=24).text
+    stop = whole[8:10]
+    assert stop.strip()
+    wanted = written(generator, PROMPTS[2], max_new_tokens=24, stop=stop)
+    kept = client.completions.create(model="any", prompt=PROMPTS[2], max_tokens=24, stop=[stop])
+    assert kept.choices[0].text == wanted.text == whole[: whole.index(stop)]
+    assert kept.choices[0].finish_reason == "stop"
+    stream = client.completions.create(model="any", prompt=PROMPTS[2], max_tokens=24, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == wanted.text
+
+
+def test_conversations(generator: TextGenerator, client: openai.OpenAI, url: str) -> None:
+    messages: Any = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": [{"type": "text", "text": "three?"}]},
+    ]
+    turns = [("system", "Be kind."), ("user", "one?"), ("assistant", "two"), ("user", "three?")]
+    (wanted,) = generator.generate_encoded(
+        [generator.encode_conversation(turns)], options=DecodingOptions(max_new_tokens=10)
+    )
+    answer = client.chat.completions.create(model="any", messages=messages, max_completion_tokens=10)
+    assert answer.choices[0].message.content == wanted.text
+    stream = list(client.chat.completions.create(model="any", messages=messages, max_tokens=10, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.text
+    assert stream[0].choices[0].delta.role == "assistant"
+    models = client.models.list()
+    assert [model.id for model in models] == [generator.saved.name.split("/")[-1]]
+
+
+def test_the_hubs_client(generator: TextGenerator, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    hub = InferenceClient(base_url=url)
+    answer = hub.chat_completion([{"role": "user", "content": "one?"}], max_tokens=8)
+    (wanted,) = generator.generate_encoded(
+        [generator.encode_conversation([("user", "one?")])], options=DecodingOptions(max_new_tokens=8)
+    )
+    assert answer.choices[0].message.content == wanted.text
+
+
+@pytest.mark.parametrize(
+    "path, values, status, message",
+    [
+        ("completions", {"prompt": "a", "n": 2}, 422, "n is not supported"),
+        ("completions", {"prompt": "a", "best_off": 1}, 422, "best_off"),
+        ("completions", {"prompt": [1, 2]}, 422, "prompt must be a string"),
+        ("completions", {"prompt": ["a"] * 100}, 413, "at most 64 prompts"),
+        ("completions", {"prompt": "a", "max_tokens": 100_000}, 422, "must fit into 256 tokens"),
+        ("completions", {"prompt": "a" * 300}, 422, "must fit into 256 tokens"),
+        ("completions", {"prompt": ""}, 422, "no token|must"),
+        ("completions", {"prompt": "a", "top_p": 0.5}, 422, "goes with a temperature"),
+        ("completions", {"prompt": "a", "temperature": -1}, 422, "temperature must be above 0"),
+        ("completions", {"prompt": "a", "stop": [""]}, 422, "stop must hold"),
+        ("completions", {"prompt": "a", "mode": "fast"}, 422, "mode must be one of"),
+        ("chat/completions", {"messages": []}, 422, "not empty"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 422, "content of message 1"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 422, "role of message 1"),
+        ("chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, 422, "in turn"),
+    ],
+)
+def test_refused(url: str, path: str, values: dict[str, Any], status: int, message: str) -> None:
+    answer = httpx.post(f"{url}/v1/{path}", json={"model": "any", **values}, timeout=60)
+    if values.get("prompt") == "" and answer.status_code == 200:
+        return  # a tokenizer that begins every text with a token has something to go on with
+    assert answer.status_code == status, answer.text
+    assert any(part in answer.json()["error"]["message"] for part in message.split("|"))
+
+
+def test_prompts_are_written_together_and_the_short_one_ends_first(generator: TextGenerator) -> None:
+    service = GeneratorService(generator)
+    ended: list[str] = []
+
+    async def work() -> dict[str, list[Any]]:
+        service.start()
+        options = service.generator.check(DecodingOptions())
+        found: dict[str, list[Any]] = {}
+
+        async def ask(prompt: str, limit: int) -> None:
+            events = service.texts([generator.encode_text(prompt)], [limit], options)
+            found[prompt] = [event async for event in events]
+            ended.append(prompt)
+
+        with service._changed:  # all wait before the first is begun
+            tasks = [
+                asyncio.ensure_future(ask(prompt, 4 + 8 * place)) for place, prompt in enumerate(PROMPTS)
+            ]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        await service.stop()
+        return found
+
+    found = asyncio.run(work())
+    assert ended[0] == PROMPTS[0]
+    assert b"consistentee_batch_rows_count 1.0" in service.metrics.text()
+    for place, prompt in enumerate(PROMPTS):
+        wanted = written(generator, prompt, max_new_tokens=4 + 8 * place)
+        assert "".join(event.piece for event in found[prompt]) == wanted.text
+        layers = [event.exit_layer for event in found[prompt] if event.exit_layer is not None]
+        assert layers == wanted.exit_layers
+        assert found[prompt][-1].finish_reason == wanted.finish_reason
+
+
+def test_queue_deadline_and_clients_that_go_away(generator: TextGenerator) -> None:
+    service = GeneratorService(generator, limits=ServerLimits(max_queue=2, deadline_ms=100))
+    options = generator.check(DecodingOptions())
+    held = threading.Event()
+    stream_rows = generator.stream_rows
+
+    async def first(limit: int = 4) -> Any:
+        async for event in service.texts([generator.encode_text("a")], [limit], options):
+            return event
+        return None
+
+    def held_rows(*args: Any, **values: Any) -> None:
+        held.wait(30)
+        stream_rows(*args, **values)
+
+    async def work() -> None:
+        service.start()
+        service.__dict__["generator"] = _With(generator, held_rows)
+        late = asyncio.ensure_future(first())
+        gone = asyncio.ensure_future(first())
+        await asyncio.sleep(0.02)
+        with pytest.raises(RefusedRequest, match="overloaded") as caught:
+            await first()
+        assert caught.value.status == 429
+        gone.cancel()
+        with pytest.raises(RefusedRequest, match="No token within 100 ms") as caught:
+            await late
+        assert caught.value.status == 504
+        held.set()
+        service.generator = generator
+        assert service._unanswered == 0
+        assert (await first()).exit_layer >= 1
+        await service.stop()
+
+    asyncio.run(work())
+
+
+class _With:
+    def __init__(self, generator: TextGenerator, stream_rows: Any) -> None:
+        self._generator, self.stream_rows = generator, stream_rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+
+def test_lossless_and_drawn_texts(tmp_path: Path) -> None:
+    generator = TextGenerator(load_model(generator_folder(tmp_path / "exits"), LoadedGenerator, device="cpu"))
+    with running(generator_app(GeneratorService(generator))) as address:
+
+        def ask(**values: Any) -> str:
+            body = {"model": "any", "prompt": "do this", "max_tokens": 12, **values}
+            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]["text"]
+
+        full = written(generator, "do this", max_new_tokens=12, mode="full").text
+        assert ask(mode="lossless") == ask(mode="full") == full
+        drawn = {ask(temperature=1.5, seed=seed) for seed in range(4)}
+        assert len(drawn) > 1
+        assert ask(temperature=1.5, seed=3, top_p=0.9) == ask(temperature=1.5, seed=3, top_p=0.9)

@@ -16,6 +16,9 @@ NUMERIC := $(addprefix tests/,functional backbones heads inference models pipeli
   training/test_token_objectives.py evaluation/test_evaluation.py \
   evaluation/test_generation_evaluation.py)
 
+# What tests run outside Python; without npm they are skipped.
+NODE_STAMP := $(if $(shell command -v npm),tests/js/node_modules/.installed)
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-masked test-lowest check format
 
@@ -29,7 +32,7 @@ install: $(STAMP) ## make .venv with the package (editable) and all it needs
 demo: $(STAMP) ## train, evaluate and try a small model: a few minutes on 2 cores, no model hub
 	@$(VENV)/bin/python examples/demo.py
 
-test: $(STAMP) ## run the tests
+test: $(STAMP) $(NODE_STAMP) ## run the tests; those of exported graphs in Node and in a browser where these are
 	@$(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-masked: $(STAMP) ## run the numeric tests as on a processor with AVX2 and no more
@@ -46,6 +49,10 @@ check: $(STAMP) ## formatting, lint and types
 format: $(STAMP) ## format the code and fix what lint can fix
 	@$(RUN) ruff format --quiet .
 	@$(RUN) ruff check --quiet --fix .
+
+tests/js/node_modules/.installed: tests/js/package.json
+	@cd tests/js && npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts && touch node_modules/.installed || \
+	  echo 'The packages of tests/js could not be installed; tests in Node and in a browser are skipped.' >&2
 
 $(STAMP): constraints.txt
 $(LOWEST)/.installed: constraints-lowest.txt

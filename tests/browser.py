@@ -76,12 +76,12 @@ class Browser:
         self._profile.cleanup()
 
     def open(
-        self, page: Path, *, width: int, height: int = 900, dark: bool = False, script: bool = True
+        self, page: Path | str, *, width: int, height: int = 900, dark: bool = False, script: bool = True
     ) -> None:
-        """Show a file.
+        """Show a file or an address.
 
         Args:
-            page: the file.
+            page: the file, or the address.
             width, height: of the window, in pixels.
             dark: whether the reader prefers a dark page.
             script: whether scripts run.
@@ -94,7 +94,8 @@ class Browser:
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         self._ask("Emulation.setScriptExecutionDisabled", value=not script)
         self._events.clear()
-        failure = self._ask("Page.navigate", url=page.resolve().as_uri()).get("errorText")
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        failure = self._ask("Page.navigate", url=url).get("errorText")
         if failure:
             raise AssertionError(f"{page}: {failure}")
         self._wait_for("Page.loadEventFired")

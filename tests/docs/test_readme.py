@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "generate",
+    "export",
     "benchmark",
     "calibrate",
     "compare",

@@ -21,6 +21,7 @@ from consistentee.cli.benchmark import benchmark
 from consistentee.cli.calibrate import calibrate
 from consistentee.cli.compare import compare_command
 from consistentee.cli.evaluate import evaluate
+from consistentee.cli.export import export_command
 from consistentee.cli.generate import generate
 from consistentee.cli.predict import predict
 from consistentee.cli.probe import probe_command
@@ -54,6 +55,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": predict,
     "generate": generate,
+    "export": export_command,
     "benchmark": benchmark,
     "calibrate": calibrate,
     "compare": compare_command,
@@ -142,7 +144,7 @@ def _hyphen_last(arguments: list[str]) -> list[str]:
     kept = [
         argument
         for argument, previous in zip(arguments, before, strict=False)
-        if argument != "-" or previous in ("--prompt", "--input", "--file", "--texts")
+        if argument != "-" or previous in ("--prompt", "--input", "--file", "--texts", "--calibration-file")
     ]
     return arguments if "--" in arguments or len(kept) == len(arguments) else [*kept, "--", "-"]
 

@@ -109,11 +109,11 @@ class ExitSignals:
         reads: Sequence[str] | None = None,
     ) -> None:
         self.reads = SIGNALS if reads is None else tuple(name for name in SIGNALS if name in reads)
-        self._temperatures = None if temperatures is None else torch.tensor(temperatures)
+        self.temperatures = None if temperatures is None else torch.tensor(temperatures)
         depth = COST_WEIGHT * torch.arange(1, len(classifiers.layers) + 1)
-        self._layer_weights = depth if layer_weights is None else torch.tensor(layer_weights)
-        self._learnt_to_exit = learnt_to_exit
-        self._null_space = NullSpace.of(classifiers) if "null_shares" in self.reads else None
+        self.layer_weights = depth if layer_weights is None else torch.tensor(layer_weights)
+        self.learnt_to_exit = learnt_to_exit
+        self.null_space = NullSpace.of(classifiers) if "null_shares" in self.reads else None
 
     @property
     def reads_pooled(self) -> bool:
@@ -123,10 +123,10 @@ class ExitSignals:
     def on_host(self) -> ExitSignals:
         """A copy in float32 on the CPU, whose weights are its own."""
         found = copy.copy(self)
-        if self._learnt_to_exit is not None:
-            found._learnt_to_exit = copy.deepcopy(self._learnt_to_exit).float().cpu().requires_grad_(False)
-        if self._null_space is not None:
-            found._null_space = NullSpace(self._null_space.inverse.cpu(), self._null_space.bias.cpu())
+        if self.learnt_to_exit is not None:
+            found.learnt_to_exit = copy.deepcopy(self.learnt_to_exit).float().cpu().requires_grad_(False)
+        if self.null_space is not None:
+            found.null_space = NullSpace(self.null_space.inverse.cpu(), self.null_space.bias.cpu())
         return found
 
     def __call__(
@@ -144,17 +144,17 @@ class ExitSignals:
         found: dict[str, Tensor] = {}
         if "classifier_logits" in self.reads:
             found["classifier_logits"] = classifier_logits
-        if "temperatures" in self.reads and self._temperatures is not None:
-            found["temperatures"] = self._temperatures[here].to(classifier_logits.device).expand(batch, -1)
+        if "temperatures" in self.reads and self.temperatures is not None:
+            found["temperatures"] = self.temperatures[here].to(classifier_logits.device).expand(batch, -1)
         if "layer_weights" in self.reads:
-            weights = self._layer_weights[: here.stop].to(classifier_logits.device)
+            weights = self.layer_weights[: here.stop].to(classifier_logits.device)
             found["layer_weights"] = weights.expand(batch, -1)
         with torch.autocast(classifier_logits.device.type, enabled=False):
-            if "right_probs" in self.reads and self._learnt_to_exit is not None:
-                found["right_probs"] = self._learnt_to_exit(pooled).sigmoid()
-            if self._null_space is not None:
+            if "right_probs" in self.reads and self.learnt_to_exit is not None:
+                found["right_probs"] = self.learnt_to_exit(pooled).sigmoid()
+            if self.null_space is not None:
                 squared_norms = pooled.float().square().sum(-1)
-                found["null_shares"] = self._null_space.shares(
+                found["null_shares"] = self.null_space.shares(
                     classifier_logits, squared_norms, first_layer_index
                 )
         return found

@@ -106,18 +106,7 @@ class Engine:
     """
 
     def __init__(self, saved: LoadedClassifier, *, dtype: str = "float32", backend: str = "torch") -> None:
-        if not isinstance(
-            saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)
-        ):
-            raise ValueError(
-                f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
-                "Give a folder that `consistentee train` or `consistentee finetune` saved."
-            )
-        if any(hasattr(module, "base_layer") for module in saved.model.modules()):  # peft's mark of a layer
-            raise ValueError(
-                f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
-                "merge_and_unload()."
-            )
+        require_own_classifier(saved)
         self.saved = saved
         self._model = saved.model
         self._exit_scores: dict[str | None, IncrementalExitScores] = {}
@@ -344,6 +333,20 @@ class Engine:
                 [Prediction(names[label], score, layer, is_cut) for label, score, layer, is_cut in found],
             )
             size = min(2 * size, largest)
+
+
+def require_own_classifier(saved: LoadedClassifier) -> None:
+    """Raise ValueError unless a model is of this library, and its weights are all in its own layers."""
+    if not isinstance(saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)):
+        raise ValueError(
+            f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
+            "Give a folder that `consistentee train` or `consistentee finetune` saved."
+        )
+    if any(hasattr(module, "base_layer") for module in saved.model.modules()):  # peft's mark of a layer
+        raise ValueError(
+            f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
+            "merge_and_unload()."
+        )
 
 
 Predictor = Engine

@@ -1,13 +1,14 @@
-"""Encoder layers and classifiers as ONNX graphs of ONNX Runtime's fused operators, written from a model's weights.
+"""Encoder layers as ONNX graphs, written from a model's weights.
 
 What ONNX Runtime's own optimiser makes of an exported BERT (fused attention, skip connections with their norm, bias
-with GELU) is written down directly, one layer at a time, so that rows can exit between layers. The operators are in
-the domain `com.microsoft`; see ContribOperators.md of ONNX Runtime.
+with GELU) is written down directly, one layer at a time, so that rows can exit between layers. The same layers can be
+written in standard operators, and with weights of 8 bits; see `onnx_builder.GraphStyle`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -17,103 +18,62 @@ from transformers import PreTrainedModel
 
 from consistentee.backbones.encoders import embedding_projection
 from consistentee.backbones.limits import BEHIND_PADDING
-from consistentee.errors import require_extra
-from consistentee.heads.classifiers import InternalClassifiers
-from consistentee.heads.policy import PolicyNetwork, exit_feature_map
+from consistentee.errors import SettingError
+from consistentee.inference.encoder.onnx_builder import Graph
 from consistentee.inference.encoder.packed_layers import PackedLayerParts
 
-FUSED = "com.microsoft"
-OPSET, FUSED_OPSET = 17, 1
-
 HIDDEN, LENGTHS, POSITION_BIAS, TOKENS = "hidden_states", "lengths", "position_bias", "tokens"
-"""Inputs: (rows, width, hidden); (rows,) int32; (1, heads, width, width); what pooling needs to know of the tokens."""
+"""Values: (rows, width, hidden); (rows,) int32; (1, heads, width, width); what pooling needs to know of the tokens."""
 
 IDS, POSITIONS, TYPES = "input_ids", "positions", "token_type_ids"
 """Inputs of the embeddings, int64: (rows, width); (1, width); (rows, width)."""
 
 
-class Graph:
-    """A graph under construction; values are known by their names."""
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention knows of the tokens beside their states.
 
-    def __init__(self) -> None:
-        self._onnx = require_extra("onnx", "onnx")
-        self._nodes: list[Any] = []
-        self._constants: list[Any] = []
+    Args:
+        lengths: (rows,) int32, real tokens of every row.
+        position_bias: (1, heads, width, width), mpnet's; "" for none.
+        mask: (rows, 1, 1, width), 0 at tokens, the lowest float at padding; for `composed_attention`, else "".
+    """
 
-    def op(self, kind: str, *inputs: str, fused: bool = False, **attributes: Any) -> str:
-        """One operator; gives its first output. An empty input name stands for an optional one left out."""
-        name = f"v{len(self._nodes)}"
-        domain = {"domain": FUSED} if fused else {}
-        self._nodes.append(self._onnx.helper.make_node(kind, list(inputs), [name], **domain, **attributes))
-        return name
-
-    def constant(self, values: Tensor | Sequence[int]) -> str:
-        """Weights, float32, or a list of whole numbers, int64."""
-        is_tensor = isinstance(values, Tensor)
-        array = (
-            values.detach().float().cpu().contiguous().numpy()
-            if is_tensor
-            else np.array(values, dtype=np.int64)
-        )
-        name = f"c{len(self._constants)}"
-        self._constants.append(self._onnx.numpy_helper.from_array(array, name))
-        return name
-
-    def serialize(
-        self,
-        inputs: dict[str, Sequence[int | str]],
-        outputs: dict[str, str],
-        output_shapes: dict[str, Sequence[int | str]] | None = None,
-    ) -> bytes:
-        """The finished model.
-
-        Args:
-            inputs: shapes by name; `lengths` is int32, ids, positions and types are int64, everything else float32.
-            outputs: names of values by the names they get.
-            output_shapes: where they are known.
-        """
-        shapes = output_shapes or {}
-        helper, kinds = self._onnx.helper, self._onnx.TensorProto
-        whole = {LENGTHS: kinds.INT32, IDS: kinds.INT64, POSITIONS: kinds.INT64, TYPES: kinds.INT64}
-        for given, value in outputs.items():
-            self._nodes.append(helper.make_node("Identity", [value], [given]))
-        graph = helper.make_graph(
-            self._nodes,
-            "consistentee",
-            [
-                helper.make_tensor_value_info(name, whole.get(name, kinds.FLOAT), list(shape))
-                for name, shape in inputs.items()
-            ],
-            [helper.make_tensor_value_info(name, kinds.FLOAT, shapes.get(name)) for name in outputs],
-            initializer=self._constants,
-        )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, FUSED_OPSET)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    lengths: str
+    position_bias: str = ""
+    mask: str = ""
 
 
-def add_embeddings(graph: Graph, backbone: PreTrainedModel, *, with_types: bool) -> str:
+def composed_attention(graph: Graph, position_bias: bool) -> bool:
+    """Whether attention is written in parts: standard operators, or 8 bits beside a bias that QAttention lacks."""
+    return graph.style.portable or (graph.style.int8 and position_bias)
+
+
+def add_embeddings(
+    graph: Graph, backbone: PreTrainedModel, *, ids: str = IDS, positions: str = POSITIONS, types: str = ""
+) -> str:
     """Word, position and type embeddings, their norm, and the map to the hidden size where the model has one.
 
     Args:
         graph: to add to.
         backbone: of a type in `LAYER_PARTS`.
-        with_types: whether `TYPES` is an input; else every token is of type 0.
+        ids: (rows, width) int64.
+        positions: (1, width) or (width,) int64.
+        types: (rows, width) int64; "": every token is of type 0.
 
     Returns:
         (rows, width, hidden).
     """
     embeddings: Any = backbone.get_submodule("embeddings")
-    words = graph.op("Gather", graph.constant(embeddings.word_embeddings.weight), IDS)
+    words = graph.op("Gather", graph.constant(embeddings.word_embeddings.weight), ids)
     table = graph.constant(embeddings.position_embeddings.weight)
-    summed = graph.op("Add", words, graph.op("Gather", table, POSITIONS))
-    types = getattr(embeddings, "token_type_embeddings", None)
-    if types is not None and with_types:
-        summed = graph.op("Add", summed, graph.op("Gather", graph.constant(types.weight), TYPES))
-    elif types is not None:
-        summed = graph.op("Add", summed, graph.constant(types.weight[0]))
-    norm = embeddings.LayerNorm
-    constants = [graph.constant(values) for values in (norm.weight, norm.bias)]
-    hidden_states = graph.op("LayerNormalization", summed, *constants, epsilon=float(norm.eps))
+    summed = graph.op("Add", words, graph.op("Gather", table, positions))
+    of_types = getattr(embeddings, "token_type_embeddings", None)
+    if of_types is not None and types:
+        summed = graph.op("Add", summed, graph.op("Gather", graph.constant(of_types.weight), types))
+    elif of_types is not None:
+        summed = graph.op("Add", summed, graph.constant(of_types.weight[0]))
+    hidden_states = _norm(graph, summed, embeddings.LayerNorm)
     projection: Any = embedding_projection(backbone)
     if projection is None:
         return hidden_states
@@ -134,7 +94,7 @@ def add_layer(
     module: nn.Module,
     parts: PackedLayerParts,
     num_heads: int,
-    position_bias: str = "",
+    tokens: AttentionInputs,
 ) -> str:
     """One post-norm layer.
 
@@ -144,10 +104,10 @@ def add_layer(
         module: the layer; `parts` says where it keeps what.
         parts: see `packed_layers`.
         num_heads: of its attention.
-        position_bias: (1, heads, width, width), or "" where there is none.
+        tokens: what attention knows of them.
 
     Raises:
-        ValueError: an activation that is not there.
+        SettingError: an activation that is not there.
     """
 
     def part(path: str) -> Any:
@@ -155,24 +115,86 @@ def add_layer(
 
     inputs = [part(path) for path in (parts.query, parts.key, parts.value)]
     weight, bias = (torch.cat([getattr(p, name) for p in inputs]) for name in ("weight", "bias"))
-    attended = graph.op(
-        "Attention",
-        *(hidden_states, graph.constant(weight.T), graph.constant(bias), LENGTHS),
-        *(("", position_bias) if position_bias else ()),
-        fused=True,
-        num_heads=num_heads,
-    )
+    attended = _attention(graph, hidden_states, weight, bias, num_heads, tokens)
     hidden_states = _add_and_norm(
         graph, attended, hidden_states, part(parts.attention_output), part(parts.attention_norm)
     )
     up = part(parts.up)
-    raised = graph.op("MatMul", hidden_states, graph.constant(up.weight.T))
+    raised = _map(graph, hidden_states, up.weight)
     activated = _activate(graph, raised, graph.constant(up.bias), part(parts.activation))
     return _add_and_norm(graph, activated, hidden_states, part(parts.down), part(parts.output_norm))
 
 
+def _attention(
+    graph: Graph, hidden_states: str, weight: Tensor, bias: Tensor, num_heads: int, tokens: AttentionInputs
+) -> str:
+    """Self-attention without its output map, (rows, width, hidden)."""
+    if composed_attention(graph, bool(tokens.position_bias)):
+        return _attention_in_parts(graph, hidden_states, weight, bias, num_heads, tokens)
+    if graph.style.int8:
+        states, scale, zero = graph.ops("DynamicQuantizeLinear", hidden_states, outputs=3)
+        values, scales, zeros = _quantised(graph, weight)
+        inputs = (states, values, graph.constant(bias), scale, scales, tokens.lengths, zero, zeros)
+        return graph.op("QAttention", *inputs, fused=True, num_heads=num_heads)
+    inputs = (hidden_states, graph.constant(weight.T), graph.constant(bias), tokens.lengths)
+    behind = ("", tokens.position_bias) if tokens.position_bias else ()
+    return graph.op("Attention", *inputs, *behind, fused=True, num_heads=num_heads)
+
+
+def _attention_in_parts(
+    graph: Graph, hidden_states: str, weight: Tensor, bias: Tensor, num_heads: int, tokens: AttentionInputs
+) -> str:
+    size = weight.shape[1] // num_heads
+    projected = graph.op("Add", _map(graph, hidden_states, weight), graph.constant(bias))
+    shape = graph.constant([0, 0, 3, num_heads, size])
+    heads = graph.op("Transpose", graph.op("Reshape", projected, shape), perm=[2, 0, 3, 1, 4])
+    query, key, value = (
+        graph.op("Gather", heads, graph.constant(np.array(index, np.int64)), axis=0) for index in range(3)
+    )  # (rows, heads, width, size)
+    query = graph.op("Mul", query, graph.number(size**-0.5))
+    scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 1, 3, 2]))
+    for addend in (tokens.position_bias, tokens.mask):
+        scores = graph.op("Add", scores, addend) if addend else scores
+    found = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
+    found = graph.op("Transpose", found, perm=[0, 2, 1, 3])
+    return graph.op("Reshape", found, graph.constant([0, 0, num_heads * size]))
+
+
+def _map(graph: Graph, inputs: str, weight: Tensor) -> str:
+    """A linear map without its bias: (..., in) to (..., out); weight (out, in)."""
+    if not graph.style.int8:
+        return graph.op("MatMul", inputs, graph.constant(weight.T))
+    values, scales, zeros = _quantised(graph, weight)
+    if not graph.style.portable:
+        return graph.op("DynamicQuantizeMatMul", inputs, values, scales, zeros, fused=True)
+    states, scale, zero = graph.ops("DynamicQuantizeLinear", inputs, outputs=3)
+    product = graph.op("MatMulInteger", states, values, zero, zeros)
+    product = graph.op("Cast", product, to=1)
+    return graph.op("Mul", product, graph.op("Mul", scale, scales))
+
+
+def _quantised(graph: Graph, weight: Tensor) -> tuple[str, str, str]:
+    """Weights (in, out) in 8 bits, with the scale and the zero of each output.
+
+    They are unsigned: products of unsigned and signed bytes overflow on processors without VNNI.
+    """
+    array = weight.detach().float().cpu().numpy().T
+    scales = (np.maximum(np.abs(array).max(0), 1e-12) / 127).astype(np.float32)
+    values = (np.rint(array / scales).clip(-127, 127) + 128).astype(np.uint8)
+    zeros = np.full(array.shape[1], 128, np.uint8)
+    return graph.constant(values), graph.constant(scales), graph.constant(zeros)
+
+
+def _norm(graph: Graph, values: str, norm: Any) -> str:
+    constants = [graph.constant(each) for each in (norm.weight, norm.bias)]
+    return graph.op("LayerNormalization", values, *constants, epsilon=float(norm.eps))
+
+
 def _add_and_norm(graph: Graph, inputs: str, skipped: str, linear: Any, norm: Any) -> str:
-    mapped = graph.op("MatMul", inputs, graph.constant(linear.weight.T))
+    mapped = _map(graph, inputs, linear.weight)
+    if graph.style.portable:
+        mapped = graph.op("Add", mapped, graph.constant(linear.bias))
+        return _norm(graph, graph.op("Add", mapped, skipped), norm)
     constants = [graph.constant(values) for values in (norm.weight, norm.bias, linear.bias)]
     return graph.op(
         "SkipLayerNormalization", mapped, skipped, *constants, fused=True, epsilon=float(norm.eps)
@@ -181,56 +203,33 @@ def _add_and_norm(graph: Graph, inputs: str, skipped: str, linear: Any, norm: An
 
 def _activate(graph: Graph, inputs: str, bias: str, module: Any) -> str:
     kind = type(module).__name__
-    if kind == "GELUActivation":
-        return graph.op("BiasGelu", inputs, bias, fused=True)
-    if kind in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
-        return graph.op("FastGelu", inputs, bias, fused=True)
     if kind == "ReLU":
         return graph.op("Relu", graph.op("Add", inputs, bias))
-    raise ValueError(
+    if kind == "GELUActivation":
+        if not graph.style.portable:
+            return graph.op("BiasGelu", inputs, bias, fused=True)
+        return add_gelu(graph, graph.op("Add", inputs, bias))
+    if kind in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
+        if not graph.style.portable:
+            return graph.op("FastGelu", inputs, bias, fused=True)
+        return _tanh_gelu(graph, graph.op("Add", inputs, bias))
+    raise SettingError(
         f'backend "onnxruntime" knows the activations gelu, gelu_new and relu, got {kind}. Take torch.'
     )
 
 
-def add_classifier(
-    graph: Graph,
-    hidden_states: str,
-    classifiers: InternalClassifiers,
-    policy: PolicyNetwork | None,
-    index: int,
-) -> tuple[str, str]:
-    """One internal classifier, and what the policy reads there.
-
-    Args:
-        graph: to add to. Its input `tokens` is (rows, 1, width): for attention pooling 0 at real tokens and the lowest
-            float at padding, for mean pooling the weight of each token; `cls` needs none.
-        hidden_states: (rows, width, hidden).
-        classifiers, policy: the model's.
-        index: which of them.
-
-    Returns:
-        What `exit_feature_map` makes of the pooled states, (rows, classes + width), and these, (rows, pooled).
-    """
-    module: Any = classifiers.layers[index]
-    if classifiers.head == "attention":
-        norm, queries = module.pooling.norm, module.pooling.queries
-        constants = [graph.constant(values) for values in (norm.weight, norm.bias)]
-        keys = graph.op("LayerNormalization", hidden_states, *constants, epsilon=float(norm.eps))
-        scores = graph.op("MatMul", keys, graph.constant(queries.T))
-        scores = graph.op("Add", graph.op("Transpose", scores, perm=[0, 2, 1]), TOKENS)
-        pooled = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), keys)
-        pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
-        dense = module.dense
-    else:
-        dense = classifiers.pooler
-        if classifiers.pooling == "cls":
-            pooled = graph.op("Gather", hidden_states, graph.constant([0]), axis=1)
-        else:
-            pooled = graph.op("MatMul", TOKENS, hidden_states)
-        pooled = graph.op("Reshape", pooled, graph.constant([0, -1]))
-    pooled = graph.op("Tanh", _linear(graph, pooled, dense.weight, dense.bias))
-    return _linear(graph, pooled, *exit_feature_map(classifiers, policy, index)), pooled
+def add_gelu(graph: Graph, values: str) -> str:
+    """GELU by the error function, of values of any shape."""
+    if not graph.style.portable:
+        return graph.op("Gelu", values, fused=True)
+    share = graph.op("Erf", graph.op("Mul", values, graph.number(math.sqrt(0.5))))
+    share = graph.op("Add", share, graph.number(1.0))
+    return graph.op("Mul", graph.op("Mul", values, graph.number(0.5)), share)
 
 
-def _linear(graph: Graph, inputs: str, weight: Tensor, bias: Tensor) -> str:
-    return graph.op("Gemm", inputs, graph.constant(weight), graph.constant(bias), transB=1)
+def _tanh_gelu(graph: Graph, values: str) -> str:
+    cube = graph.op("Mul", graph.op("Mul", values, values), values)
+    inner = graph.op("Add", values, graph.op("Mul", cube, graph.number(0.044715)))
+    share = graph.op("Tanh", graph.op("Mul", inner, graph.number(math.sqrt(2 / math.pi))))
+    share = graph.op("Add", share, graph.number(1.0))
+    return graph.op("Mul", graph.op("Mul", values, graph.number(0.5)), share)

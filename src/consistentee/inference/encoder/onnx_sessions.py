@@ -16,6 +16,7 @@ from consistentee.errors import require_extra
 from consistentee.heads.original_head import OriginalHead
 from consistentee.heads.policy import exit_feature_map
 from consistentee.inference.encoder.backend import EncoderParts, classifier_indices, policy_of
+from consistentee.inference.encoder.onnx_builder import Graph, Shape
 from consistentee.inference.encoder.onnx_graphs import (
     HIDDEN,
     IDS,
@@ -24,14 +25,17 @@ from consistentee.inference.encoder.onnx_graphs import (
     POSITIONS,
     TOKENS,
     TYPES,
-    Graph,
-    add_classifier,
+    AttentionInputs,
     add_embeddings,
     add_layer,
     first_position,
 )
+from consistentee.inference.encoder.onnx_heads import add_classifier, pooling_of
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PositionBias, inner_layers
 from consistentee.inference.threads import usable_threads
+
+Inputs = dict[str, tuple[str, Shape]]
+"""Kind and shape by name."""
 
 OUTPUT, EXIT_FEATURES, POOLED = "output", "exit_features", "pooled"
 """Outputs: (rows, width, hidden); (rows, classes + width of the policy); (rows, pooled), for those who ask for it."""
@@ -66,8 +70,7 @@ class OnnxSessions:
         config: Any = model.backbone.config
         model_type = config.model_type
         classifiers = model.classifiers
-        means = "weights" if classifiers.pooling == "mean" else None
-        self.pooling = "bias" if classifiers.head == "attention" else means
+        self.pooling = pooling_of(classifiers)
         types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
         self.has_types = types is not None and types.num_embeddings > 1
         self.first_position = first_position(model.backbone)
@@ -83,7 +86,7 @@ class OnnxSessions:
         ]
         weight = exit_feature_map(classifiers, policy_of(model), 0)[0]
         self.num_features, self.pooled_size = weight.shape
-        self._shapes: dict[str, Sequence[int | str]] = {
+        self._shapes: dict[str, Shape] = {
             EXIT_FEATURES: ("rows", self.num_features),
             POOLED: ("rows", self.pooled_size),
         }
@@ -146,40 +149,43 @@ class OnnxSessions:
         graph = Graph()
         value = HIDDEN
         bias = "" if self.position_bias is None else POSITION_BIAS
+        tokens = AttentionInputs(LENGTHS, bias)
         for group in groups:
             for module in group:
-                value = add_layer(graph, value, module, self._parts, self._num_heads, bias)
+                value = add_layer(graph, value, module, self._parts, self._num_heads, tokens)
         inputs = self._hidden_input()
-        inputs[LENGTHS] = ("rows",)
+        inputs[LENGTHS] = ("int32", ("rows",))
         if bias:
-            inputs[POSITION_BIAS] = (1, self._num_heads, "width", "width")
+            inputs[POSITION_BIAS] = ("float", (1, self._num_heads, "width", "width"))
         outputs = {OUTPUT: value}
         if index is not None:
             outputs |= self._add_classifier(graph, value, index, inputs)
-        return make_session(graph.serialize(inputs, outputs, self._shapes), self._device)
+        return self._session(graph, inputs, outputs)
 
     def _embedding_session(self) -> Any:
         graph = Graph()
-        value = add_embeddings(graph, self._model.backbone, with_types=self.has_types)
-        inputs: dict[str, Sequence[int | str]] = {IDS: ("rows", "width"), POSITIONS: (1, "width")}
+        value = add_embeddings(graph, self._model.backbone, types=TYPES if self.has_types else "")
+        inputs: Inputs = {IDS: ("int64", ("rows", "width")), POSITIONS: ("int64", (1, "width"))}
         if self.has_types:
-            inputs[TYPES] = ("rows", "width")
-        return make_session(graph.serialize(inputs, {OUTPUT: value}), self._device)
+            inputs[TYPES] = ("int64", ("rows", "width"))
+        return self._session(graph, inputs, {OUTPUT: value})
 
     def _classifier_session(self, index: int) -> Any:
         graph = Graph()
         inputs = self._hidden_input()
         outputs = self._add_classifier(graph, HIDDEN, index, inputs)
-        return make_session(graph.serialize(inputs, outputs, self._shapes), self._device)
+        return self._session(graph, inputs, outputs)
 
-    def _hidden_input(self) -> dict[str, Sequence[int | str]]:
-        return {HIDDEN: ("rows", "width", self._hidden_size)}
+    def _hidden_input(self) -> Inputs:
+        return {HIDDEN: ("float", ("rows", "width", self._hidden_size))}
 
-    def _add_classifier(
-        self, graph: Graph, hidden_states: str, index: int, inputs: dict[str, Sequence[int | str]]
-    ) -> dict[str, str]:
+    def _session(self, graph: Graph, inputs: Inputs, outputs: dict[str, str]) -> Any:
+        found = {name: (value, "float", self._shapes.get(name)) for name, value in outputs.items()}
+        return make_session(graph.model(inputs, found).SerializeToString(), self._device)
+
+    def _add_classifier(self, graph: Graph, hidden_states: str, index: int, inputs: Inputs) -> dict[str, str]:
         if self.pooling is not None:
-            inputs[TOKENS] = ("rows", 1, "width")
+            inputs[TOKENS] = ("float", ("rows", 1, "width"))
         model = self._model
         exit_features, pooled = add_classifier(
             graph, hidden_states, model.classifiers, policy_of(model), index
@@ -187,13 +193,13 @@ class OnnxSessions:
         return {EXIT_FEATURES: exit_features, POOLED: pooled}
 
 
-def make_session(model: bytes, device: torch.device) -> Any:
+def make_session(model: bytes | str, device: torch.device) -> Any:
     """A session on CPU, with `usable_threads`, or on a GPU, in the order of torch's current stream.
 
     On CPU its threads stop to wait busily when its run ends: the next layer's session needs the processor.
 
     Args:
-        model: the serialized graph.
+        model: the serialized graph, or the name of its file.
         device: cpu or cuda.
 
     Raises:

@@ -1,0 +1,320 @@
+"""A classifier as a folder that runs without this library: an ONNX graph with exits, tokenizer, names, examples."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from consistentee import __version__
+from consistentee.atomic_files import make_folder, sync_tree
+from consistentee.data.tokenization import encode_texts
+from consistentee.errors import SettingError
+from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.inference.encoder.backend import TokenRow
+from consistentee.inference.encoder.onnx_builder import HIGHEST_OPSET, OPSET, GraphStyle, WeightFile
+from consistentee.inference.encoder.onnx_exits import MASK, ExitGraph
+from consistentee.inference.encoder.onnx_graphs import IDS, TYPES
+from consistentee.inference.encoder.onnx_scores import OnnxExitScores
+from consistentee.inference.encoder.onnx_sessions import make_session
+from consistentee.models.loaded import LoadedClassifier
+from consistentee.pipelines.classifier import Engine, require_own_classifier
+
+GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+MADE_BY = "consistentee export"
+FILES = (GRAPH_FILE, WEIGHTS_FILE, "tokenizer.json", "config.json", "README.md")
+"""All that an exported folder holds; what holds anything else is not ours to replace."""
+
+MOST_BYTES = 1_800_000_000
+"""Weights that are more go into a file beside the graph: one message may have 2 GB."""
+
+PRECISIONS = ("float32", "int8")
+COMPARED_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        folder: where.
+        criterion, threshold: when rows exit; None for a model without exits.
+        megabytes: of graph and weights.
+        compared: texts on which the graph was compared with the engine in float32; 0 for none.
+        labels_differ, exit_layers_differ: how many of them got another answer.
+    """
+
+    folder: Path
+    criterion: str | None
+    threshold: float | None
+    megabytes: float
+    compared: int = 0
+    labels_differ: int = 0
+    exit_layers_differ: int = 0
+
+
+def export_onnx(
+    saved: LoadedClassifier,
+    folder: str | Path,
+    *,
+    criterion: str | None = None,
+    threshold: float | None = None,
+    operating_point: str | None = None,
+    opset: int = OPSET,
+    precision: str = "float32",
+    portable: bool = False,
+    compare_texts: Sequence[tuple[str, ...]] = (),
+) -> Exported:
+    """Write a model as one ONNX graph, with what is needed to use it; the folder appears when it is complete.
+
+    Inputs of the graph are `input_ids`, `attention_mask` and, where the model has them, `token_type_ids`, (rows, width)
+    int64, padded on the right with zeros; and, if wanted, `threshold`, a float32 scalar. Outputs are `logits`, (rows,
+    classes) float32, and `exit_layer`, (rows,) int64, layers executed.
+
+    Args:
+        saved: a model of this library, of a type that runs packed.
+        folder: where it is to be; new, empty, or an export that is replaced.
+        criterion: one of `criteria.CRITERIA`; None takes the saved one. It is part of the graph.
+        threshold: its default in the graph; None takes the known one.
+        operating_point: in place of both, one that `consistentee calibrate` saved, by name.
+        opset: version of the standard operators.
+        precision: `float32`, or `int8`: weights of the layers in 8 bits, their inputs quantised as they come.
+        portable: standard operators only; else also ONNX Runtime's fused ones, which are faster.
+        compare_texts: on which the graph is compared with the engine.
+
+    Raises:
+        SettingError: what cannot be exported, a setting out of its range, or a folder that holds something else.
+        MissingExtraError: onnx or onnxruntime is not installed.
+    """
+    if not OPSET <= opset <= HIGHEST_OPSET:
+        raise SettingError(f"opset must be in [{OPSET}, {HIGHEST_OPSET}], got {opset}.")
+    if precision not in PRECISIONS:
+        raise SettingError(f'precision must be one of {", ".join(PRECISIONS)}, got "{precision}".')
+    require_own_classifier(saved)
+    model = cast(Any, saved.model)
+    scores, limit = None, None
+    if saved.has_exits:
+        criterion, limit = saved.exit_rule(criterion, threshold, operating_point)
+        scores = OnnxExitScores.of(model, criterion)
+    elif any(value is not None for value in (criterion, threshold, operating_point)):
+        raise SettingError(
+            f'Model "{saved.name}" has no exits: criterion, threshold and operating point must not be given.'
+        )
+    tokenizer = tokenizer_json(saved)
+    style = GraphStyle(opset, portable, precision == "int8")
+    config = _config(saved, criterion, limit, style, precision)
+    with replaced_folder(Path(folder).expanduser()) as place:
+        _write_graph(model, scores, limit, style, config, place)
+        _write(place / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
+        _write(place / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _write(place / "README.md", _readme(saved, config))
+        differ = _compare(saved, place, criterion, limit, compare_texts) if compare_texts else (0, 0)
+        size = sum((place / name).stat().st_size for name in FILES[:2] if (place / name).exists())
+    return Exported(Path(folder), criterion, limit, size / 1e6, len(compare_texts), *differ)
+
+
+def _write_graph(
+    model: Any,
+    scores: OnnxExitScores | None,
+    threshold: float | None,
+    style: GraphStyle,
+    config: Mapping[str, Any],
+    place: Path,
+) -> None:
+    """The graph, and its weights beside it where they are too many."""
+    classes = model.config.num_classes
+    is_large = 4 * sum(parameter.numel() for parameter in model.parameters()) > MOST_BYTES
+    if is_large:
+        with (place / WEIGHTS_FILE).open("wb") as stream:
+            weights = WeightFile(stream, WEIGHTS_FILE)
+            graph = ExitGraph(model, scores, num_classes=classes, style=style, weights=weights)
+            proto = graph.build(threshold or 0.0)
+    else:
+        proto = ExitGraph(model, scores, num_classes=classes, style=style).build(threshold or 0.0)
+    for key, value in config.items():
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    with (place / GRAPH_FILE).open("wb") as stream:
+        stream.write(proto.SerializeToString())
+
+
+def _config(
+    saved: LoadedClassifier, criterion: str | None, threshold: float | None, style: GraphStyle, precision: str
+) -> dict[str, Any]:
+    model = cast(Any, saved.model)
+    return {
+        "made_by": f"{MADE_BY} {__version__}",
+        "model_type": model.config.backbone_config.model_type,
+        "num_hidden_layers": model.num_layers,
+        "id2label": {str(index): name for index, name in enumerate(saved.label_names)},
+        "criterion": criterion,
+        "threshold": threshold,
+        "operating_points": {
+            name: point["threshold"]
+            for name, point in (getattr(model.config, "operating_points", None) or {}).items()
+            if point["criterion"] == criterion
+        },
+        "max_length": saved.max_length,
+        "text_pairs": saved.text_pairs,
+        "opset": style.opset,
+        "portable": style.portable,
+        "precision": precision,
+    }
+
+
+# --- Tokenizer ------------------------------------------------------------------------------------
+
+
+def tokenizer_json(saved: LoadedClassifier) -> dict[str, Any]:
+    """A tokenizer's own file, so that it does alone what the engine does: cut, pad, and read text as text.
+
+    Raises:
+        SettingError: the tokenizer has no such file.
+    """
+    backend: Any = getattr(saved.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise SettingError(
+            f'The tokenizer of "{saved.name}" has no tokenizer.json (it is no fast one), which an export needs.'
+        )
+    values: dict[str, Any] = json.loads(backend.to_str())
+    values["truncation"] = {
+        "direction": "Right",
+        "max_length": saved.max_length,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    values["padding"] = {
+        "strategy": "BatchLongest",
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": str(saved.tokenizer.convert_ids_to_tokens(0)),
+    }
+    if saved.tokenizer.split_special_tokens:
+        # Who runs the graph need not know that special tokens in a text are text: it does not look for them.
+        values["added_tokens"] = [token for token in values["added_tokens"] if not token["special"]]
+    return values
+
+
+# --- The folder -----------------------------------------------------------------------------------
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raise SettingError unless a folder is not there, empty, or an export with nothing beside it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise SettingError(f'"{folder}" is a file. Give the name of a folder.')
+    found = sorted(path.name for path in folder.iterdir())
+    if not found:
+        return
+    if set(found) <= set(FILES) and "config.json" in found:
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            values = {}
+        if isinstance(values, dict) and str(values.get("made_by", "")).startswith(MADE_BY):
+            return
+    raise SettingError(f'Folder "{folder}" is not empty ({found[0]}, ...), and no export. Give another one.')
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, beside `folder`, whose place it takes once the block ends without an error.
+
+    Raises:
+        SettingError: there is something that is not ours to replace.
+    """
+    require_replaceable(folder)
+    make_folder(folder.parent)
+    token = secrets.token_hex(6)
+    place, before = (folder.parent / f".{folder.name}.{token}.{end}" for end in ("new", "old"))
+    place.mkdir()
+    try:
+        yield place
+        sync_tree(place)
+        require_replaceable(folder)
+        if folder.exists():
+            os.rename(folder, before)
+        os.rename(place, folder)
+    finally:
+        for leftover in (place, before):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _readme(saved: LoadedClassifier, config: Mapping[str, Any]) -> str:
+    """How to run it, with the names of this model."""
+    from jinja2 import Template
+
+    text = resources.files("consistentee.pipelines").joinpath("export_readme.md.jinja").read_text("utf-8")
+    row = EXIT_CRITERIA.get(str(config["criterion"]))
+    types: Any = getattr(
+        cast(Any, saved.model).backbone.get_submodule("embeddings"), "token_type_embeddings", None
+    )
+    names = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return names.render(
+        **{**config, "labels": list(config["id2label"].values())},
+        has_types=types is not None and types.num_embeddings > 1,
+        range=""
+        if row is None
+        else row.thresholds.layers or f"{row.thresholds.low:g} to {row.thresholds.high:g}",
+        file=GRAPH_FILE,
+        weights=WEIGHTS_FILE,
+    )
+
+
+# --- Comparison -----------------------------------------------------------------------------------
+
+
+def _compare(
+    saved: LoadedClassifier,
+    place: Path,
+    criterion: str | None,
+    threshold: float | None,
+    texts: Sequence[tuple[str, ...]],
+) -> tuple[int, int]:
+    """On how many texts label and exit layer of the written graph are not the engine's."""
+    engine = Engine(saved)
+    rows, _ = encode_texts(texts, saved.tokenizer, saved.max_length)
+    wanted = engine.run(rows, batch_size=COMPARED_BATCH, rule=engine.rule(criterion, threshold))
+    session = make_session(str(place / GRAPH_FILE), torch.device("cpu"))
+    labels: list[int] = []
+    exit_layers: list[int] = []
+    for start in range(0, len(rows), COMPARED_BATCH):
+        logits, layers = session.run(None, graph_feed(rows[start : start + COMPARED_BATCH], session))
+        labels += logits.argmax(1).tolist()
+        exit_layers += layers.tolist()
+    differ = [
+        sum(one != other for one, other in zip(found, right, strict=True))
+        for found, right in ((labels, wanted.labels), (exit_layers, wanted.exit_layers))
+    ]
+    return differ[0], differ[1]
+
+
+def graph_feed(rows: Sequence[TokenRow], session: Any) -> dict[str, NDArray[np.int64]]:
+    """What a session of a graph reads: (rows, width) each, padded with zeros."""
+    width = max(len(row["input_ids"]) for row in rows)
+    feed = {name: np.zeros((len(rows), width), dtype=np.int64) for name in (IDS, MASK, TYPES)}
+    for place, row in enumerate(rows):
+        count = len(row["input_ids"])
+        feed[IDS][place, :count], feed[MASK][place, :count] = row["input_ids"], 1
+        types = row.get("token_type_ids")
+        if types is not None:
+            feed[TYPES][place, :count] = types
+    names = {given.name for given in session.get_inputs()}
+    return {name: values for name, values in feed.items() if name in names}

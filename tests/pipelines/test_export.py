@@ -1,0 +1,280 @@
+"""An exported folder: what is in it, what it never touches, and that it says elsewhere what the engine says."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from browser import Browser, find_browser
+from consistentee.cli.main import main
+from consistentee.errors import SettingError
+from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.models.operating_points import save_operating_point
+from consistentee.pipelines import export
+from consistentee.pipelines.classifier import Engine
+from consistentee.pipelines.export import export_onnx
+from saved_generators import generator_folder
+from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_model
+
+JS = Path(__file__).parents[1] / "js"
+ALONE = Path(__file__).parents[1] / "exported_alone.py"
+ROWS = 64
+AWKWARD = ["good [SEP] bad", "[CLS]", "a film [PAD] of [UNK]", "Ünïcode, FILM!", "x", "very " * 90 + "bad"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of texts and of pairs; beside each its export, with its inputs and the engine's answers."""
+    place = tmp_path_factory.mktemp("exported")
+    backbone = tiny_backbone(place / "backbone", layers=4, intermediate_size=256)
+    found: dict[str, Path] = {}
+    texts = [text for (text,) in tiny_dataset(ROWS, seed=5).texts]
+    inputs = {
+        "texts": [[text] for text in [*texts[: -len(AWKWARD)], *AWKWARD]],
+        "pairs": [list(pair) for pair in zip(texts, reversed(texts), strict=True)],
+    }
+    for kind in inputs:
+        torch.manual_seed(0)
+        model = tiny_model(
+            place / kind,
+            backbone,
+            text_pairs=kind == "pairs",
+            threshold=0.5,
+            initial_exit_bias=0.0,
+            num_queries=2,
+            classifier_hidden_size=16,
+        )
+        saved = load_model(model, LoadedClassifier, device="cpu")
+        found[kind] = place / f"{kind}-onnx"
+        export_onnx(saved, found[kind])
+        wanted = Engine(saved).predict([tuple(row) for row in inputs[kind]], batch_size=7)
+        (found[kind] / "inputs.json").write_text(json.dumps(inputs[kind]))
+        answers = [[answer.label, answer.exit_layer] for answer in wanted]
+        (found[kind] / "answers.json").write_text(json.dumps(answers))
+        assert len({layer for _, layer in answers}) > 1
+    return found
+
+
+def answers_of(folder: Path) -> Any:
+    return json.loads((folder / "answers.json").read_text())
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("kind", ["texts", "pairs"])
+def test_in_python_without_torch(folders: dict[str, Path], kind: str, batch: int) -> None:
+    folder = folders[kind]
+    found = json.loads(run(sys.executable, ALONE, folder, folder / "inputs.json", batch))
+    assert found == answers_of(folder)
+
+
+def node_modules() -> str:
+    """Node's program, or the test is skipped."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs Node.js")
+    if not (JS / "node_modules" / "onnxruntime-web").is_dir():
+        pytest.skip("needs the packages of tests/js (npm install, which `make test` does)")
+    return node
+
+
+def test_in_node(folders: dict[str, Path]) -> None:
+    found = json.loads(run(node_modules(), JS / "node.mjs", 8, *folders.values()))
+    assert found == [answers_of(folder) for folder in folders.values()]
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """Files of the tests and of the exported folders; modules by their type."""
+
+    def guess_type(self, path: Any) -> str:
+        """Browsers run modules and wasm of these types only."""
+        kinds = {".mjs": "text/javascript", ".wasm": "application/wasm"}
+        return kinds.get(Path(path).suffix) or super().guess_type(path)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+def test_in_a_browser(folders: dict[str, Path], tmp_path: Path) -> None:
+    node_modules()
+    program = find_browser()
+    if program is None:
+        pytest.skip("needs Chromium or Chrome")
+    (tmp_path / "js").symlink_to(JS)
+    for kind, folder in folders.items():
+        (tmp_path / kind).symlink_to(folder)
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, Browser(program) as browser:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        browser.open(f"{address}/js/page.html", width=800)
+        for kind, folder in folders.items():
+            assert browser.value(f"ask('/{kind}', 8)") == answers_of(folder)
+        assert {request.split("/")[2] for request in browser.requests if "://" in request} == {address[7:]}
+        server.shutdown()
+
+
+def test_what_is_in_it(folders: dict[str, Path]) -> None:
+    folder = folders["texts"]
+    assert {path.name for path in folder.iterdir()} - {"inputs.json", "answers.json"} == {
+        "model.onnx",
+        "tokenizer.json",
+        "config.json",
+        "README.md",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert (config["criterion"], config["threshold"], config["max_length"]) == ("policy", 0.5, 64)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert tokenizer.num_special_tokens_to_add() == 2
+
+
+@pytest.mark.parametrize("kind", ["texts", "pairs"])
+def test_the_examples_of_its_page_run(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    page = (folders[kind] / "README.md").read_text()
+    python, javascript = re.findall(r"```(?:python|js)\n(.*?)```", page, re.S)
+    (tmp_path / "example.py").write_text(python)
+    shutil.copytree(folders[kind], tmp_path / "folder")
+    found = run(sys.executable, tmp_path / "example.py", cwd=tmp_path / "folder")
+    assert re.fullmatch(r"\[('(posi|nega)tive'(, )?){2}\] \[\d \d\]\n", found)
+    assert max(len(python.splitlines()), len(javascript.splitlines())) < 20
+    node = node_modules()
+    (tmp_path / "folder" / "node_modules").symlink_to(JS / "node_modules")
+    (tmp_path / "folder" / "example.mjs").write_text(javascript)
+    assert "BigInt64Array" in run(node, "example.mjs", cwd=tmp_path / "folder")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"), text_pairs=False)
+    point = {"criterion": "confidence", "threshold": 0.6, "certificate": {}}
+    save_operating_point(model, "brisk", point)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text for (text,) in tiny_dataset(20).texts))
+    command = ["export", str(model), "--format", "onnx", "--output", str(tmp_path / "out")]
+    assert main([*command, "--calibration-file", str(texts)]) == 0
+    assert (
+        "Against the model in float32 on 20 texts: 0 labels and 0 exit layers differ."
+        in capsys.readouterr().out
+    )
+    options = ["--operating-point", "brisk", "--precision", "int8", "--portable", "--opset", "20"]
+    assert main([*command, *options, "--calibration-file", str(texts), "--max-samples", "9"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"int8, opset 20, confidence > 0.6\).\n.* on 9 texts: \d labels and \d exit layers", out)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["threshold"], config["operating_points"]) == (0.6, {"brisk": 0.6})
+    assert (config["opset"], config["precision"], config["portable"]) == (20, "int8", True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "model", "out", "texts.txt"]
+    for wrong, message in (
+        (["--opset", "16"], r"opset must be in \[17, 21\], got 16"),
+        (["--operating-point", "other"], 'has no operating point "other"'),
+        (["--max-samples", "3"], "--max-samples goes with --calibration-file"),
+        (["--threshold", "3"], r"threshold must be in \[0, 1\]"),
+    ):
+        assert main([*command, *wrong]) in (1, 2)
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = generator_folder(tmp_path / "generator")
+    other = tiny_classifier(tmp_path / "other")
+    backbone = tiny_backbone(tmp_path / "modernbert", "modernbert")
+    modern = tiny_model(tmp_path / "modern", backbone)
+    for model, message in (
+        (generator, "is a text generator, whose tokens exit one by one"),
+        (other, "was not saved by this library"),
+        (modern, 'got a model of type "modernbert"'),
+    ):
+        assert main(["export", str(model), "--output", str(tmp_path / "out")]) in (1, 2)
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"))
+    saved = load_model(model, LoadedClassifier, device="cpu")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(SettingError, match=r"is not empty \(README.md|is not empty \(config.json"):
+        export_onnx(saved, model)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    with pytest.raises(SettingError, match="is a file"):
+        export_onnx(saved, model / "config.json")
+    (tmp_path / "out").mkdir()
+    export_onnx(saved, tmp_path / "out")
+    first = (tmp_path / "out" / "model.onnx").read_bytes()
+    monkeypatch.setattr(export, "_readme", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_onnx(saved, tmp_path / "out", criterion="confidence", threshold=0.9)
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "model", "out"]
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(SettingError, match="and no export"):
+        export_onnx(saved, tmp_path / "out")
+
+
+def test_plain_models_and_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone")
+    texts = tiny_dataset(20).texts
+    plain = load_model(tiny_full_depth_model(tmp_path / "plain", backbone), LoadedClassifier, device="cpu")
+    found = export_onnx(plain, tmp_path / "plain-onnx", compare_texts=texts)
+    assert (found.labels_differ, found.exit_layers_differ, found.criterion) == (0, 0, None)
+    with pytest.raises(SettingError, match="has no exits: criterion, threshold"):
+        export_onnx(plain, tmp_path / "plain-onnx", threshold=0.5)
+    saved = load_model(tiny_model(tmp_path / "model", backbone), LoadedClassifier, device="cpu")
+    monkeypatch.setattr(export, "MOST_BYTES", 1)
+    found = export_onnx(saved, tmp_path / "large", compare_texts=texts)
+    assert (found.compared, found.labels_differ, found.exit_layers_differ) == (20, 0, 0)
+    assert (tmp_path / "large" / "model.onnx.data").stat().st_size > 2 * (
+        tmp_path / "large" / "model.onnx"
+    ).stat().st_size
+
+
+def test_heads_that_models_came_with(tmp_path: Path) -> None:
+    from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+
+    texts = tiny_dataset(24).texts
+    for model_type in ("bert", "roberta", "electra", "distilbert", "albert", "mpnet"):
+        original = tiny_classifier(tmp_path / model_type, model_type)
+        model: Any = EarlyExitForSequenceClassification.from_classifier(original, max_length=64)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(original)
+        saved = LoadedClassifier(model.eval(), tokenizer, {}, model_type)
+        for threshold in (0.5, 0.7):
+            found = export_onnx(
+                saved, tmp_path / "out", criterion="confidence", threshold=threshold, compare_texts=texts
+            )
+            assert (found.labels_differ, found.exit_layers_differ) == (0, 0)
+
+
+def test_500_real_texts(shared_dir: Path, tmp_path: Path) -> None:
+    path = shared_dir / "data" / "glue" / "SST-2" / "dev.tsv"
+    if not path.is_file():
+        pytest.skip("needs the data of SST-2")
+    backbone = tiny_backbone(tmp_path / "backbone", layers=4)
+    lines = path.read_text(encoding="utf-8").splitlines()[1:501]
+    saved = load_model(
+        tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0), LoadedClassifier, device="cpu"
+    )
+    found = export_onnx(saved, tmp_path / "out", compare_texts=[(line.split("\t")[0],) for line in lines])
+    assert (found.compared, found.labels_differ, found.exit_layers_differ) == (500, 0, 0)

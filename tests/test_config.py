@@ -135,7 +135,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("mixed_precision", "int8", 'mixed_precision must be one of auto, no, bf16, fp16, got "int8"'),
     ("schedule", "cosine", 'schedule must be one of linear, constant, got "cosine"'),
     ("tracker", "paper", 'tracker must be one of none, tensorboard, .*, got "paper"'),
-    ("num_rollouts", 1, "num_rollouts must be at least 2, got 1"),
+    ("num_rollouts", 0, "num_rollouts must be at least 1, got 0"),
     ("policy_folds", 1, "policy_folds must be at least 2, got 1"),
     ("layer_costs", (), r"layer_costs must hold at least one cost >= 0, got \[\]"),
     ("layer_costs", (0.1, -0.1), r"layer_costs must hold at least one cost >= 0, got \[0.1, -0.1\]"),

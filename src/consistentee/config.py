@@ -76,7 +76,7 @@ _REMOVED = {"distillation": 0.0}
 RENAMED = {"prices": "layer_cost_mode", "price_warmup": "layer_cost_warmup"}
 """Settings of earlier versions that have another name today; recipes and records may still have the old one."""
 
-_AT_LEAST = {"num_rollouts": 2, "policy_folds": 2, "min_exit_layer": 1}
+_AT_LEAST = {"num_rollouts": 1, "policy_folds": 2, "min_exit_layer": 1}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class TrainingConfig:
     estimator: Estimator = "exact"
     """Policy gradient: the exact one, or REINFORCE from `num_rollouts` samples."""
     num_rollouts: int = 8
-    """Exit layers drawn per instance by `sampled`."""
+    """Exit layers drawn per instance by `sampled`; their mean reward is the baseline, a single one has none."""
     reward: Reward = "hardness"
     """The cost per layer falls with the instance's hardness, or is `uniform`."""
     layer_costs: tuple[float, ...] = (0.002, 0.2)

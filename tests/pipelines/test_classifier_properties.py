@@ -201,9 +201,9 @@ def test_where_nobody_can_exit_only_what_counts_is_computed(
     classified: list[int] = []
     classify = PackedBackend.classify
 
-    def noted(backend: PackedBackend, layer_index: int, batch: Any) -> Tensor:
+    def noted(backend: PackedBackend, layer_index: int, batch: Any, **options: Any) -> Any:
         classified.append(layer_index)
-        return classify(backend, layer_index, batch)
+        return classify(backend, layer_index, batch, **options)
 
     known = EXIT_CRITERIA[criterion].thresholds
     threshold = {"patience": LAYERS - 1.0, "static": LAYERS - 0.5}.get(criterion, known.high)

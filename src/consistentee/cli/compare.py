@@ -115,27 +115,21 @@ def compare_command(
         "resamples": resamples,
     }
     if render:
-        _check_nothing_to_train(backbone, data)
+        check_nothing_to_train(backbone, data)
         from consistentee.evaluation.comparison.compare import render as render_cells
 
         summary = render_cells(output_dir, methods=methods or (), **reading)
     else:
         if not methods or not backbone:
             raise UsageError("Give --methods and --backbone, or --render for the cells that are there.")
-        shared = _shared_settings(settings, config)
-        from accelerate import PartialState
-
+        shared = shared_settings(settings, config)
+        check_one_process("compare")
         from consistentee.evaluation.comparison.compare import compare
 
-        if PartialState().num_processes > 1:
-            raise UsageError(
-                "compare runs in one process. Start one for each part of the cells, such as one seed; they can share "
-                "an output folder."
-            )
         summary = compare(
             methods=methods,
             backbones=backbone,
-            sets=_sets(data),
+            sets=compared_sets(data),
             output_dir=output_dir,
             seeds=seeds or (1,),
             settings=shared,
@@ -164,7 +158,19 @@ def _show(summary: Mapping[str, Any], output_dir: Path, plot: Path | None) -> No
         say(f"No picture. {error}")
 
 
-def _check_nothing_to_train(backbone: Any, data: ComparedDataOptions) -> None:
+def check_one_process(command: str) -> None:
+    """Raise UsageError where a launcher has started several."""
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        raise UsageError(
+            f"{command} runs in one process. Start one for each part of the cells, such as one seed; they can share an "
+            "output folder."
+        )
+
+
+def check_nothing_to_train(backbone: Any, data: ComparedDataOptions) -> None:
+    """Raise UsageError where what only training needs is given beside --render."""
     given = {
         "--backbone": backbone,
         "--task": data.task,
@@ -175,7 +181,7 @@ def _check_nothing_to_train(backbone: Any, data: ComparedDataOptions) -> None:
             raise UsageError(f"--render shows the cells that are there, and {name} goes without it.")
 
 
-def _shared_settings(settings: Any, recipe_file: Path | None) -> dict[str, Any]:
+def shared_settings(settings: Any, recipe_file: Path | None) -> dict[str, Any]:
     """Settings of all methods, as far as they are given."""
     given = {} if settings is None else vars(settings)
     if given.get("seed", NOT_GIVEN) is not NOT_GIVEN:
@@ -186,7 +192,7 @@ def _shared_settings(settings: Any, recipe_file: Path | None) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value != defaults[name] and name != "seed"}
 
 
-def _sets(data: ComparedDataOptions) -> list[Any]:
+def compared_sets(data: ComparedDataOptions) -> list[Any]:
     """The data sets, read.
 
     Raises:

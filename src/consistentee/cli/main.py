@@ -17,6 +17,7 @@ from contextlib import nullcontext, suppress
 from cyclopts import App, CycloptsError, Parameter
 
 from consistentee import __version__
+from consistentee.cli.ablate import ablate_command
 from consistentee.cli.benchmark import benchmark
 from consistentee.cli.calibrate import calibrate
 from consistentee.cli.compare import compare_command
@@ -32,9 +33,10 @@ from consistentee.cli.terminal import Stopped, forget, hold_standard_streams, ou
 from consistentee.cli.train import finetune_command, train_command
 from consistentee.errors import SettingError
 
-_CONTINUE: dict[str, str] = dict.fromkeys(
-    ("train", "finetune", "retrofit"), "Continue with the same command and --resume."
-) | {"compare": "Continue with the same command."}
+_CONTINUE: dict[str, str] = {
+    **dict.fromkeys(("train", "finetune", "retrofit"), "Continue with the same command and --resume."),
+    **dict.fromkeys(("compare", "ablate"), "Continue with the same command."),
+}
 
 app = App(
     name="consistentee",
@@ -59,6 +61,7 @@ COMMANDS = {
     "benchmark": benchmark,
     "calibrate": calibrate,
     "compare": compare_command,
+    "ablate": ablate_command,
     "report": report_command,
     "serve": serve,
 }

@@ -103,7 +103,8 @@ def sampled_policy_loss(
     Args:
         exit_logits: (batch, layers), logits of the conditional exit probabilities.
         layer_rewards: (batch, layers).
-        num_rollouts: K >= 2 exit layers are drawn per instance from the policy; their mean reward is the baseline.
+        num_rollouts: K exit layers are drawn per instance from the policy; their mean reward is the baseline, of a
+            single one there is none.
         generator: source of randomness.
 
     Returns:
@@ -111,17 +112,19 @@ def sampled_policy_loss(
         is shrunk by (K - 1) / K, which the factor K / (K - 1) undoes: the estimate is unbiased.
 
     Raises:
-        ValueError: if `num_rollouts` is below 2.
+        ValueError: if `num_rollouts` is below 1.
 
     Source: ConsistentEE (arXiv:2312.11882): K = 8 for classification. Difference: drawn from the policy itself, where
     the release thresholds it.
     """
-    if num_rollouts < 2:
-        raise ValueError(f"num_rollouts must be at least 2 (the baseline is their mean), got {num_rollouts}.")
+    if num_rollouts < 1:
+        raise ValueError(f"num_rollouts must be at least 1, got {num_rollouts}.")
     log_probs = log_exit_distribution(exit_logits)  # (batch, layers)
     drawn = torch.multinomial(log_probs.detach().exp(), num_rollouts, replacement=True, generator=generator)
     reward = layer_rewards.gather(1, drawn)  # (batch, rollouts)
-    advantages = (reward - reward.mean(1, keepdim=True)) * (num_rollouts / (num_rollouts - 1))
+    advantages = reward
+    if num_rollouts > 1:
+        advantages = (reward - reward.mean(1, keepdim=True)) * (num_rollouts / (num_rollouts - 1))
     return -(advantages.detach() * log_probs.gather(1, drawn)).mean(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import ne
 from typing import Any
 
 import torch
@@ -164,11 +165,19 @@ def record_round(run: Run, number: int, phase: PolicyPhase) -> None:
     report, accuracies = choice.report, phase.per_layer_accuracy
     if number == 0:
         progress["warmup"] = _first_figures(run, phase)
+    exits = choose_exit_layer(choice.exit_probs, choice.thresholds["policy"]).tolist()
+    before = (
+        progress.get("exit_layers") or []
+    )  # none in the first round, or in a run that an earlier version began
+    same_instances = len(before) == len(exits)
+    changed = sum(map(ne, exits, before)) / len(exits) if same_instances else None
+    progress["exit_layers"] = exits
     progress["history"].append(
         asdict(report)
         | {
             "round": number,
             "step": run.steps.step,
+            "changed_exits": changed,
             "per_layer_accuracy": accuracies,
             "scores": choice.scores,
             "thresholds": choice.thresholds,

@@ -316,6 +316,7 @@ def start_run(
             "training_done": False,
             "best_score": None,
             "best_hits": [],
+            "exit_layers": [],
             "best_round": 0,
             "layer_cost": None,
             "policy_input": None,

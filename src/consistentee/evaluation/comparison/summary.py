@@ -154,7 +154,7 @@ def summarise(
             "also": [list(pair) for pair in shown],
             "averaged_sets": [list(place) for place in places],
             "methods": _methods(cells),
-            "environments": _environments(cells),
+            "environments": environments(cells),
             "runs": [
                 _run(place, key, seed, row, rows, shown)
                 for place, rows in measured.items()
@@ -411,7 +411,7 @@ def _methods(cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _environments(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def environments(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Hardware and versions, each once."""
     found: list[dict[str, Any]] = []
     for cell in cells:

@@ -47,8 +47,13 @@ def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
 
 def terminal_tables(summary: Mapping[str, Any]) -> RenderableType:
     """The tables for a rich console, at most 120 columns wide where labels are short."""
+    return terminal_sheets(comparison_sheets(summary))
+
+
+def terminal_sheets(sheets: Sequence[Sheet]) -> RenderableType:
+    """Tables for a rich console."""
     parts: list[RenderableType] = []
-    for sheet in comparison_sheets(summary):
+    for sheet in sheets:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=sheet.title, title_justify="left")
         for place, name in enumerate(sheet.columns):
             table.add_column(name, justify="left" if place < sheet.num_texts else "right", no_wrap=place == 0)
@@ -71,20 +76,28 @@ def markdown_page(summary: Mapping[str, Any]) -> str:
         "and layers saved at a loss sweep the threshold on the reported rows, for all alike; *at the validation "
         "threshold* nothing was chosen on them. Losses and differences are in points of accuracy.",
     ]
-    for sheet in comparison_sheets(summary):
-        lines = [
-            f"| {' | '.join(sheet.columns)} |",
-            f"|{'|'.join(['---'] * sheet.num_texts + ['---:'] * (len(sheet.columns) - sheet.num_texts))}|",
-            *(f"| {' | '.join(row)} |" for row in sheet.rows),
-        ]
-        parts += [f"## {sheet.title}", "\n".join(lines), *([sheet.note] if sheet.note else [])]
+    parts += map(markdown_sheet, comparison_sheets(summary))
+    return "\n\n".join([*parts, made_on(summary["environments"])]) + "\n"
+
+
+def markdown_sheet(sheet: Sheet) -> str:
+    """A table under its heading, as Markdown."""
+    lines = [
+        f"| {' | '.join(sheet.columns)} |",
+        f"|{'|'.join(['---'] * sheet.num_texts + ['---:'] * (len(sheet.columns) - sheet.num_texts))}|",
+        *(f"| {' | '.join(row)} |" for row in sheet.rows),
+    ]
+    return "\n\n".join([f"## {sheet.title}", "\n".join(lines), *([sheet.note] if sheet.note else [])])
+
+
+def made_on(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Hardware and versions, a sentence."""
     made = [
         f"{value.get('hardware')} ({value.get('device')}, {value.get('threads')} threads), torch "
         f"{value.get('torch')}, transformers {value.get('transformers')}, consistentee {value.get('consistentee')}"
-        for value in summary["environments"]
+        for value in environments
     ]
-    parts.append("Made on " + "; ".join(made) + ".")
-    return "\n\n".join(parts) + "\n"
+    return "Made on " + "; ".join(made) + "."
 
 
 def _place_name(place: tuple[str | None, str | None], summary: Mapping[str, Any]) -> str:
@@ -131,7 +144,7 @@ def _threshold_sheet(name: str, entries: Sequence[Entry], summary: Mapping[str, 
             _percent(entry["at_validation_threshold"]["accuracy"]["mean"]),
             NOTHING
             if entry["method"] == summary["reference"]
-            else _signed(entry["at_validation_threshold"]["difference_to_plain"]),
+            else signed_points(entry["at_validation_threshold"]["difference_to_plain"]),
             _times(entry["at_validation_threshold"]["layer_speedup"]),
             *(_percent(entry["metrics"].get(metric)) for metric in metrics),
             *(_percent(entry["layers_saved_at_loss"][loss]["mean"], 0) for loss in losses),
@@ -183,10 +196,11 @@ def _with_interval(value: Mapping[str, Any]) -> str:
 
 
 def _difference(difference: Mapping[str, Any] | None, figure: str) -> str:
-    return NOTHING if difference is None else _signed(difference[figure])
+    return NOTHING if difference is None else signed_points(difference[figure])
 
 
-def _signed(value: Mapping[str, Any]) -> str:
+def signed_points(value: Mapping[str, Any]) -> str:
+    """A difference of shares with its interval, in points."""
     low, high = value["interval"]
     if value["mean"] is None or low is None:
         return NOTHING

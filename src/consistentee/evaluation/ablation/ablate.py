@@ -1,0 +1,189 @@
+"""Ask questions: run the cells that they need, study trained models, and answer from all that is there."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from consistentee.atomic_files import write_text
+from consistentee.errors import DataError, SettingError
+from consistentee.evaluation.ablation.answers import answer
+from consistentee.evaluation.ablation.pages import answers_page
+from consistentee.evaluation.ablation.questions import QUESTIONS, Question, question
+from consistentee.evaluation.ablation.studies import STUDIES, studied
+from consistentee.evaluation.comparison.cells import read_cells, run_folder
+from consistentee.evaluation.comparison.compare import compare
+from consistentee.evaluation.comparison.measuring import rounded
+from consistentee.evaluation.comparison.plan import (
+    OUR_METHOD,
+    ComparedSet,
+    PlannedCell,
+    compared_methods,
+    planned_cells,
+)
+from consistentee.evaluation.comparison.summary import environments
+from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.training.run import Report
+
+STUDIES_FOLDER = "studies"
+ANSWERS_FILE, ANSWERS_PAGE, ANSWERS_PICTURE = "ablate.json", "ablate.md", "ablate.png"
+
+
+def ablate(
+    *,
+    questions: Sequence[str] = QUESTIONS,
+    backbones: Sequence[str],
+    sets: Sequence[ComparedSet],
+    output_dir: str | Path,
+    seeds: Sequence[int] = (1, 2, 3),
+    settings: Mapping[str, Any] | None = None,
+    resamples: int = 1000,
+    keep_models: bool = True,
+    dry_run: bool = False,
+    report: Report = lambda message: None,
+) -> dict[str, Any]:
+    """Turn one switch at a time, and say what each gives.
+
+    Cells are those of `compare`, in the same folder and form: what is finished is left alone, an interrupted one goes
+    on.
+
+    Args:
+        questions: names, of `QUESTIONS`.
+        backbones: hub names or folders of encoders.
+        sets: data sets.
+        output_dir: gets `cells/`, `runs/`, `studies/`, ablate.json and ablate.md.
+        seeds: of split, order, initial weights.
+        settings: training settings of all methods, where they are not defaults.
+        resamples: draws of the bootstrap.
+        keep_models: whether trained models stay.
+        dry_run: say what would be run, and stop.
+        report: is given lines of text to show.
+
+    Returns:
+        What ablate.json holds; empty after a dry run.
+
+    Raises:
+        SettingError: a question that is not known, or has nothing to compare with these settings; a kept cell that was
+            made with others.
+        DataError: a kept file is broken, or a study needs a model that was discarded.
+        ValueError: a run's folder with other settings, backbone or data.
+    """
+    output_dir, shared = Path(output_dir), dict(settings or {})
+    asked = _asked(questions, shared)
+    variants = {label: own for one in asked.values() for label, own in one.settings.items()}
+    run = {
+        "backbones": backbones,
+        "sets": sets,
+        "output_dir": output_dir,
+        "seeds": seeds,
+        "settings": shared,
+        "resamples": 2,  # the comparison's own page is a by-product
+        "dry_run": dry_run,
+        "report": report,
+    }
+    first = planned_cells(backbones, sets, compared_methods([OUR_METHOD], shared, {}), seeds, shared)
+    ours = [cell for cell in first if cell.method.name == OUR_METHOD]
+    wanted = [name for name, one in asked.items() if one.further in STUDIES]
+    left = [
+        (name, cell) for name in wanted for cell in ours if not _study_path(output_dir, name, cell).is_file()
+    ]
+    if wanted:
+        report(f"{len(wanted) * len(ours)} studies, {len(wanted) * len(ours) - len(left)} of them finished.")
+    if left and not dry_run:  # they need our models, which may go afterwards
+        compare(methods=[OUR_METHOD], overrides={}, keep_models=True, **run)
+        for name, cell in left:
+            report(f"== study {name} of {cell.name}")
+            _study(asked[name], name, cell, output_dir)
+        if not keep_models:
+            for cell in first:
+                shutil.rmtree(run_folder(output_dir, cell), ignore_errors=True)
+    labels = dict.fromkeys([OUR_METHOD, *(label for one in asked.values() for label in one.labels)])
+    compare(methods=list(labels), overrides=variants, keep_models=keep_models, **run)
+    return {} if dry_run else write_answers(output_dir, asked, resamples=resamples)
+
+
+def render_answers(
+    output_dir: str | Path,
+    *,
+    questions: Sequence[str] = QUESTIONS,
+    settings: Mapping[str, Any] | None = None,
+    resamples: int = 1000,
+) -> dict[str, Any]:
+    """Write ablate.json and ablate.md from what is there, without training; arguments as of `ablate`."""
+    return write_answers(Path(output_dir), _asked(questions, dict(settings or {})), resamples=resamples)
+
+
+def write_answers(output_dir: Path, asked: Mapping[str, Question], *, resamples: int) -> dict[str, Any]:
+    """Answer from the cells and studies of a folder, and write ablate.json and ablate.md.
+
+    Args:
+        output_dir: of the ablation.
+        asked: questions by name; those that no finished cell answers are left out.
+        resamples: draws of the bootstrap.
+
+    Raises:
+        SettingError: nothing is finished that answers any of them.
+        DataError: a file is broken.
+    """
+    cells = read_cells(output_dir)
+    found: dict[str, Any] = {}
+    for name, one in asked.items():
+        value = answer(one, cells, _read_studies(output_dir, name), resamples=resamples)
+        if value["differences"] or (one.further is not None and value[one.further]):
+            found[name] = value
+    if not found:
+        raise SettingError(
+            f"{output_dir} must hold finished cells that answer {', '.join(asked)}, got none. Run ablate without "
+            "--render first."
+        )
+    summary = {"resamples": resamples, "questions": found, "environments": environments(cells)}
+    write_text(output_dir / ANSWERS_FILE, json.dumps(summary, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(output_dir / ANSWERS_PAGE, answers_page(summary))
+    return summary
+
+
+def _asked(questions: Sequence[str], shared: Mapping[str, Any]) -> dict[str, Question]:
+    if not questions or len(set(questions)) < len(questions):
+        raise SettingError(
+            f"questions must be at least one, each once, got {', '.join(questions) or 'none'}."
+        )
+    return {name: question(name, shared) for name in questions}
+
+
+def _study_path(output_dir: Path, name: str, cell: PlannedCell) -> Path:
+    return output_dir / STUDIES_FOLDER / f"{cell.name}_{name}.json"
+
+
+def _study(asked: Question, name: str, cell: PlannedCell, output_dir: Path) -> None:
+    """Study one model and keep what is found."""
+    folder = run_folder(output_dir, cell)
+    if not folder.is_dir():
+        raise DataError(
+            f'The question "{name}" needs the trained model of {cell.name}, which is no longer there.',
+            file=folder,
+            remedy="Remove its cell, so that it is trained anew, or leave the question out.",
+        )
+    rows = studied(load_model(folder, LoadedClassifier), cell.data.train, cell.data.evaluation)
+    found = rounded(
+        {"backbone": Path(cell.backbone).name, "set": cell.data.name, "seed": cell.seed}
+        | STUDIES[str(asked.further)](rows)
+    )
+    write_text(_study_path(output_dir, name, cell), json.dumps(found) + "\n")
+    del rows
+    gc.collect()
+
+
+def _read_studies(output_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [_read_study(path) for path in sorted((output_dir / STUDIES_FOLDER).glob(f"[!.]*_{name}.json"))]
+
+
+def _read_study(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        remedy = "Remove it; ablate makes it anew."
+        raise DataError(f"It is no study ({error}).", file=path, remedy=remedy) from error

@@ -1,0 +1,47 @@
+"""`consistentee ablate` from end to end on a tiny model: cells, studies, a second run, and answers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from consistentee.cli.main import main
+from quick import QUICK
+from tiny import tiny_backbone, tiny_dataset, write_csv
+
+
+def test_questions_are_asked_and_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--output-dir", str(tmp_path / "out"), "--questions", "policy_rows", "--resamples", "20"]
+    data = ["--backbone", str(tiny_backbone(tmp_path / "small", layers=3)), "--seeds", "1"]
+    data += ["--train-file", str(write_csv(tmp_path / "rows.csv", tiny_dataset(40)))]
+    data += ["--eval-file", str(write_csv(tmp_path / "eval.csv", tiny_dataset(30, seed=9)))]
+    data += ["--text-columns", "text", "--label-column", "label", "--policy-input", "state"]
+    for name, value in QUICK.items():
+        if name not in ("layer_costs", "policy_input"):
+            data += [f"--{name.replace('_', '-')}", str(value)]
+
+    assert main(["ablate", *options, *data, "--dry-run"]) == 0
+    assert "1 studies, 0 of them finished" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert main(["ablate", *options, *data, "--discard-models"]) == 0
+    names = {path.stem for path in (tmp_path / "out" / "cells").iterdir()}
+    assert names == {"small_rows_consistent_1", "small_rows_plain_1", "small_rows_consistent-seen_rows_1"}
+    assert {path.name for path in (tmp_path / "out" / "runs").iterdir()} == set()  # they were discarded
+    summary = json.loads((tmp_path / "out" / "ablate.json").read_text())["questions"]["policy_rows"]
+    (entry,) = summary["differences"]
+    assert (entry["variant"], entry["baseline"]) == ("consistent:seen_rows", "consistent")
+    assert [point["rows"] for point in summary["policy_rows"][0]["areas"]] == [5, 10, 20]
+    assert (tmp_path / "out" / "ablate.png").stat().st_size > 10_000
+
+    capsys.readouterr()
+    assert main(["ablate", *options, *data]) == 0  # all is there
+    printed = capsys.readouterr().out
+    assert "1 studies, 1 of them finished" in printed
+    assert "3 of them finished" in printed
+    (tmp_path / "out" / "studies" / "small_rows_consistent_1_policy_rows.json").unlink()
+    assert main(["ablate", *options, *data]) == 1  # its model is gone
+    assert "Remove its cell, so that it is trained anew" in capsys.readouterr().err
+    assert main(["ablate", *options, "--render"]) == 0
+    assert main(["ablate", *options, *data, "--render"]) == 2

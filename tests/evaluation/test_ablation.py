@@ -1,0 +1,243 @@
+"""Questions of an ablation, and what cells made by hand and small instances say to them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compared_cells import LAYERS, ROWS, cell_of
+from consistentee.config import ClassificationTrainingConfig
+from consistentee.errors import DataError, SettingError
+from consistentee.evaluation.ablation.ablate import render_answers
+from consistentee.evaluation.ablation.answers import answer, differences, rounds, thirds
+from consistentee.evaluation.ablation.pages import ablation_sheets
+from consistentee.evaluation.ablation.picture import plot_ablation
+from consistentee.evaluation.ablation.questions import QUESTIONS, question
+from consistentee.evaluation.ablation.studies import Studied, gradient_study, policy_rows_study, row_counts
+from consistentee.evaluation.comparison.measuring import unpack_bits, unpack_exits
+from consistentee.evaluation.comparison.plan import compared_methods
+from consistentee.functional.hardness import memorized_layer
+from consistentee.heads.policy import PolicyNetwork
+from consistentee.training.instances import Instances
+from consistentee.training.policy_phase import policy_search
+
+UNIFORM = "consistent:uniform_reward"
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("shared", [{}, {"warmup_epochs": 6.0, "rounds": 4, "consistent_epochs": 0.25}])
+def test_every_question_is_one_that_a_comparison_can_run(name: str, shared: dict[str, Any]) -> None:
+    asked = question(name, shared)
+    methods = compared_methods(
+        asked.labels, shared, {label: asked.settings[label] for label in asked.settings}
+    )
+    common = ClassificationTrainingConfig.from_dict(shared)
+    for method in methods[1:]:
+        config = ClassificationTrainingConfig.from_dict({**shared, **method.settings})
+        assert (config == common) == (method.label in ("consistent", "weighted_sum")), method.label
+
+
+def test_a_question_without_a_switch_to_turn_is_refused() -> None:
+    with pytest.raises(
+        SettingError, match='"reward" has nothing to compare: all methods have consistent:uniform'
+    ):
+        question("reward", {"reward": "uniform"})
+    with pytest.raises(
+        SettingError, match=r'"rounds" needs a consistent phase, got 0 rounds .* Give --rounds'
+    ):
+        question("rounds", {"rounds": 0})
+    with pytest.raises(SettingError, match=r'questions must be among reward, .*, got "mood"'):
+        question("mood", {})
+    assert "consistent:sampled_8" not in question("estimator", {"estimator": "sampled"}).settings
+
+
+def _cells(seeds: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:
+    return [
+        cell_of(label, seed, skill=skill, history=_history(seed))
+        for seed in seeds
+        for label, skill in (("plain", 0.8), ("consistent", 0.8), (UNIFORM, 0.7))
+    ]
+
+
+def _history(seed: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "changed_exits": None if number == 0 else 0.1 * seed,
+            "score": 0.7 + 0.01 * number,
+            "reward": -0.2 * seed,
+            "per_layer_accuracy": [0.5, 0.8],
+        }
+        for number in range(seed + 1)
+    ]
+
+
+def test_differences_are_the_variants_minus_the_others_on_the_same_rows() -> None:
+    cells = _cells()
+    found = differences(question("reward", {}), cells, resamples=50)
+    assert [(one["variant"], one["baseline"], one["criterion"]) for one in found] == [
+        (UNIFORM, "consistent", "policy")
+    ]
+
+    def at_validation(label: str) -> float:
+        accuracies = []
+        for cell in cells:
+            if cell["label"] == label:
+                figures = cell["criteria"]["policy"]
+                point = figures["at_validation_threshold"]["point"]
+                exits = unpack_exits(figures["exits"], ROWS, LAYERS, len(figures["curve"]))[:, point]
+                right = unpack_bits(cell["correct"], ROWS, LAYERS)
+                accuracies.append(right[np.arange(ROWS), exits - 1].mean())
+        return float(np.mean(accuracies))
+
+    chosen = found[0]["difference"]["at_validation_threshold"]["accuracy"]
+    assert chosen["mean"] == pytest.approx(at_validation(UNIFORM) - at_validation("consistent"), abs=1e-5)
+    assert chosen["interval"][0] <= chosen["mean"] <= chosen["interval"][1]
+    missing = [cell for cell in cells if cell["label"] != UNIFORM]
+    assert differences(question("reward", {}), missing, resamples=50) == []
+
+
+def test_thirds_are_the_same_rows_for_both_and_in_order_of_hardness() -> None:
+    cells = _cells()
+    found = thirds(question("reward", {}), cells)
+    assert [(one["method"], one["third"]) for one in found] == [
+        (label, third) for label in (UNIFORM, "consistent") for third in ("easy", "middle", "hard")
+    ]
+    exits = [cell for cell in cells if cell["label"] != "plain"]
+    rights = [torch.from_numpy(unpack_bits(cell["correct"], ROWS, LAYERS)) for cell in exits]
+    hardness = torch.stack([memorized_layer(right).double() for right in rights]).mean(0)
+    ordered = sorted(range(ROWS), key=lambda row: float(hardness[row]))
+    for place, third in enumerate(found[:3]):
+        rows = ordered[place * 30 : place * 30 + 30]
+        assert third["memorized_layer"] == pytest.approx(float(hardness[rows].mean()))
+        expected = []
+        for cell, right in zip(exits, rights, strict=True):
+            if cell["label"] == UNIFORM:
+                figures = cell["criteria"]["policy"]
+                point = figures["at_validation_threshold"]["point"]
+                layers = unpack_exits(figures["exits"], ROWS, LAYERS, len(figures["curve"]))[:, point]
+                expected.append(right.numpy()[rows, layers[rows] - 1].mean())
+        assert third["accuracy_at_validation"] == pytest.approx(float(np.mean(expected)))
+    for label in (UNIFORM, "consistent"):
+        mean = np.mean([one["exit_layer_at_2x"] for one in found if one["method"] == label])
+        assert mean <= LAYERS / 2 + 1e-9
+
+
+def test_rounds_are_means_over_the_runs_that_got_there() -> None:
+    found = rounds(question("reward", {}), _cells())
+    ours = [one for one in found if one["method"] == "consistent"]
+    assert [(one["round"], one["runs"]) for one in ours] == [(0, 2), (1, 2), (2, 1)]
+    assert [one["changed_exits"] for one in ours] == [None, pytest.approx(0.15), pytest.approx(0.2)]
+    assert ours[0]["reward"] == pytest.approx(-0.3)
+
+
+# --- Studies --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_study() -> Studied:
+    """Rows whose exits are right where their state says so, of a policy that reads it."""
+    generator = torch.Generator().manual_seed(0)
+    correct = torch.rand(400, 4, generator=generator) < torch.tensor([0.5, 0.6, 0.7, 0.9])
+    states = torch.randn(400, 4, 8, generator=generator)
+    states[..., 0] = 2.0 * correct - 1
+    rows = Instances(
+        correct=correct,
+        exit_cost=(~correct).float(),
+        hardness=torch.zeros(400),
+        group=torch.arange(400),
+        states=states.half(),
+    )
+
+    class Model:
+        def __init__(self) -> None:
+            self.policy = self.new_policy("state")
+
+        def new_policy(self, policy_input: str) -> PolicyNetwork:
+            return PolicyNetwork(
+                num_layers=4,
+                hidden_size=8,
+                policy_input=policy_input,
+                policy_hidden_size=8,
+                dropout=0.0,
+                initial_exit_bias=-1.0,
+            )
+
+    config = ClassificationTrainingConfig(policy_epochs=10, policy_min_steps=60, policy_learning_rate=1e-2)
+    search = policy_search(config, (), layer_costs=config.layer_costs)
+    return Studied(Model(), search, 0, 128, rows, rows, confidence_area=0.5)
+
+
+def test_a_sampled_gradient_has_less_noise_the_more_rollouts(small_study: Studied) -> None:
+    found = gradient_study(small_study)
+    for stage in ("untrained", "fitted"):
+        noise = found["noise"][stage]["sampling_noise"]
+        assert noise["1"] > noise["8"] > noise["32"] > 0
+        # The variance of a mean of K rollouts falls as 1 / K, with and without a baseline.
+        assert noise["8"] / noise["32"] == pytest.approx(4, rel=0.5)
+    assert set(found["fits"]) == {"exact", "1", "8", "32"}
+    assert found["fits"]["exact"]["area"] > 0.75
+    assert all(fit["seconds"] > 0 for fit in found["fits"].values())
+
+
+def test_a_policy_gains_with_the_rows_it_learns_from(small_study: Studied) -> None:
+    found = policy_rows_study(small_study)
+    assert [point["rows"] for point in found["areas"]] == [100, 200, 400]
+    whole = small_study.area(small_study.fitted(rows=torch.arange(400)))
+    assert found["areas"][-1]["area"] == pytest.approx(whole)
+    assert found["confidence_area"] == 0.5
+
+
+def test_numbers_of_rows_double_up_to_all() -> None:
+    assert row_counts(4_300) == [500, 1000, 2000, 4000, 4300]
+    assert row_counts(1_000) == [500, 1000]
+    assert row_counts(244) == [61, 122, 244]
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "cells").mkdir()
+    for cell in _cells():
+        name = f"small_rte_{cell['label'].replace(':', '-')}_{cell['seed']}"
+        (tmp_path / "cells" / f"{name}.json").write_text(json.dumps(cell))
+    return tmp_path
+
+
+def test_answers_are_written_as_tables_json_and_a_picture(folder: Path, small_study: Studied) -> None:
+    (folder / "studies").mkdir()
+    for name, study in (("estimator", gradient_study), ("policy_rows", policy_rows_study)):
+        value = {"backbone": "small", "set": "rte", "seed": 1} | study(small_study)
+        (folder / "studies" / f"small_rte_consistent_1_{name}.json").write_text(json.dumps(value))
+    summary = render_answers(folder, resamples=20)
+    assert list(summary["questions"]) == ["reward", "rounds", "estimator", "policy_rows"]  # what is there
+    assert json.loads((folder / "ablate.json").read_text()) == summary
+    page = (folder / "ablate.md").read_text()
+    for sheet in ablation_sheets(summary):
+        assert f"## {sheet.title}" in page
+        assert all(len(row) == len(sheet.columns) for row in sheet.rows)
+    assert "| 32 |" in page
+    assert plot_ablation(summary, folder / "picture.svg").read_text().count("consistent:uniform_reward") == 1
+
+
+def test_broken_or_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "studies").mkdir()
+    (folder / "studies" / "small_rte_consistent_1_estimator.json").write_text("{")
+    with pytest.raises(DataError, match=r"It is no study .*\n?.*Remove it; ablate makes it anew"):
+        render_answers(folder)
+    with pytest.raises(SettingError, match="must hold finished cells that answer objective, got none"):
+        render_answers(folder, questions=["objective"])
+    with pytest.raises(SettingError, match="questions must be at least one, each once, got reward, reward"):
+        render_answers(folder, questions=["reward", "reward"])
+
+
+def test_a_question_leaves_out_cells_of_others() -> None:
+    cells = [*_cells(), cell_of("deebert", 1)]
+    asked = question("reward", {})
+    assert answer(asked, cells, [], resamples=20) == answer(asked, _cells(), [], resamples=20)

@@ -24,7 +24,7 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     sys.modules.pop("render_retrofit", None)
     import render_retrofit  # pyright: ignore[reportMissingImports]
 
-    assert render_retrofit.render([kept(f"{name}_{seed}") for seed in (0, 1)]) in PAGE
+    assert render_retrofit.render([kept(f"{name}_{seed}") for seed in (0, 1, 2)]) in PAGE
 
 
 def test_choices_and_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ class RowStreams:
             self._on_end(row, reason)
 
     def end(self) -> None:
-        """Nothing comes any more: rows that still run were ended by `generate`, or by broken characters of a stop string."""
+        """Nothing comes any more: what still runs was ended by `generate`, or by broken characters of a stop string."""
         for row in sorted(self._running):
             self._on_end(row, "stop" if self._streams[row].end() else "length")
         self._running.clear()

@@ -129,20 +129,21 @@ def test_shapes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_the_report_belong_together(report: SpeedResults[ClassificationSpeedRow]) -> None:
     names = ["engine", "engine-full-depth", "engine-nobody-leaves", "transformers"]
     if find_spec("onnxruntime") is not None:
-        names.append("onnxruntime")
+        names += ["onnxruntime", "onnx-graph"]
     assert [(row.name, row.batch_size) for row in report.rows] == [
-        (name, size) for size in (1, 8, None) for name in names
+        (name, size) for size in (1, 8, None) for name in names if (name, size) != ("onnx-graph", None)
     ]
+    with_exits = ("engine", "onnx-graph")
     for row in report.rows:
         assert row.mode == ("throughput" if row.batch_size is None else "latency")
         assert (row.latency_ms_p50 is None) == (row.mode == "throughput")
         if row.latency_ms_p50 is not None and row.latency_ms_p95 is not None:
             assert 0 < row.latency_ms_p50 <= row.latency_ms_p95
         assert row.layer_speedup == pytest.approx(LAYERS / row.mean_exit_layer)
-        assert row.mean_exit_layer == pytest.approx(2.5 if row.name == "engine" else LAYERS, abs=0.05)
+        assert row.mean_exit_layer == pytest.approx(2.5 if row.name in with_exits else LAYERS, abs=0.05)
         low, high = row.wall_clock_speedup_quartiles
         assert low <= row.wall_clock_speedup <= high
-        assert (row.efficiency is None) == (row.name != "engine")
+        assert (row.efficiency is None) == (row.name not in with_exits)
         assert 0 <= row.padding_share < 1
         assert row.peak_memory_mb is None
         assert row.instances_per_second > 0

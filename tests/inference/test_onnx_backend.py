@@ -17,7 +17,7 @@ from consistentee.inference.encoder import onnx_backend, onnx_sessions
 from consistentee.inference.encoder.onnx_backend import BoundOnnxBackend, OnnxBackend
 from consistentee.inference.encoder.onnx_sessions import full_model_session
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
-from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.inference.encoder.scheduler import ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import PackedBackend
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
@@ -123,6 +123,31 @@ def test_engine_on_it(tmp_path: Path) -> None:
     assert ("onnxruntime", "float32") in candidates(engine.saved.model, "auto", "auto")
     assert candidates(engine.saved.model, "float32", "onnxruntime") == (("onnxruntime", "float32"),)
     assert engine.run([], batch_size=1, rule=ExitRule.full_depth()).labels == []
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_latency_mode_is_one_graph(tmp_path: Path, model_type: str) -> None:
+    backbone = tiny_backbone(tmp_path / "backbone", model_type)
+    folder = tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0)
+    engine = Engine.from_pretrained(folder, device="cpu", backend="onnxruntime")
+    rows = token_rows(engine.saved.model)
+    for rule in (ExitRule("policy", 0.5), ExitRule("policy", 0.0), ExitRule.fixed([1, 3, 2, 1, 3, 2])):
+        for batch_size in (1, 4, 6):
+            found = engine.run(rows, batch_size=batch_size, rule=rule)
+            wanted = run_rows(
+                engine.backend,
+                rows,
+                batch_size=batch_size,
+                rule=rule,
+                exit_scores=engine._scores_under(rule),
+                num_classes=2,
+            )
+            for name in ("labels", "exit_layers", "real_tokens", "computed_tokens"):
+                assert getattr(found, name) == getattr(wanted, name), name
+            assert found.scores == pytest.approx(wanted.scores, abs=1e-5)
+    assert set(engine._runners) == {("policy", False), ("policy", True)}
+    with pytest.raises(ValueError, match="exit_layers must be one for each of 6 rows"):
+        engine.run(rows, batch_size=2, rule=ExitRule.fixed([1]))
 
 
 def test_what_it_does_not_run(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ PICTURE_FORMATS = (".png", ".pdf", ".svg")
 SPEED_LOOKS = {
     "transformers": ("transformers, all layers", "#999999"),
     "onnxruntime": ("ONNX Runtime, all layers", "#CCBB44"),
+    "onnx-graph": ("ONNX graph, with exits", "#66CCEE"),
     "engine-full-depth": ("engine, all layers", SKY),
     "engine-lossless": ("engine, lossless", GREEN),
     "engine": ("engine with exits", BLUE),

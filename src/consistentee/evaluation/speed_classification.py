@@ -41,6 +41,7 @@ from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.inference.encoder.backend import Answers, TokenRow
 from consistentee.inference.encoder.incremental_scores import log_softmax
 from consistentee.inference.encoder.onnx_backend import has_onnxruntime
+from consistentee.inference.encoder.onnx_runner import OnnxExitRunner, has_graph
 from consistentee.inference.encoder.onnx_sessions import full_model_session
 from consistentee.inference.encoder.packed_layers import storage_dtype
 from consistentee.inference.encoder.scheduler import ExitRule
@@ -76,7 +77,8 @@ class ClassificationSpeedRow(SpeedRow):
     """One competitor in one mode.
 
     Args:
-        name: one of those of `speed`, or `onnxruntime`.
+        name: one of those of `speed`, or `onnxruntime` (its own whole model) or `onnx-graph` (ours, with its exits,
+            as `consistentee export` writes it).
         mode: `latency` or `throughput`.
         backend: what ran the layers.
         latency_ms_p50, latency_ms_p95: of one batch; None in throughput mode.
@@ -234,6 +236,7 @@ def measure_speed(
         )
     session = _full_session(engine) if with_onnxruntime else None
     own = rule or engine.rule()
+    graphs = _graph_runner(engine, own, shares is not None) if with_onnxruntime else None
     amounts: dict[int | None, Amount] = {}
     for size in [*batch_sizes, *([None] if throughput else [])]:
         most = min(len(rows), len(rows) if size is None else max(16 * size, 32))
@@ -242,7 +245,7 @@ def measure_speed(
 
     def competitors(size: int | None, count: int) -> Competitors[ClassificationSpeedRow]:
         exits = None if shares is None else fixed_exit_layers(shares, count, seed)
-        return _Batches(engine, rows[:count], size).competitors(own, exits, session)
+        return _Batches(engine, rows[:count], size).competitors(own, exits, session, graphs)
 
     with torch.inference_mode():
         found, planned = measure_in_turn(
@@ -273,9 +276,9 @@ class _Batches:
         self.backend, self.model = engine.backend, cast(Any, engine.saved.model)
 
     def competitors(
-        self, rule: ExitRule, exits: Sequence[int] | None, session: Any
+        self, rule: ExitRule, exits: Sequence[int] | None, session: Any, runner: OnnxExitRunner | None
     ) -> Competitors[ClassificationSpeedRow]:
-        """All of them: exits by a rule, or fixed; `session` is ONNX Runtime's whole model, if there is one."""
+        """All of them: exits by a rule, or fixed; ONNX Runtime's whole model and our graph, if there are such."""
         work: dict[str, Steps] = {"engine-full-depth": self._engine(ExitRule.full_depth(), None)}
         if isinstance(self.model, EarlyExitForSequenceClassification):
             last = [self.backend.num_layers] * len(self.rows)
@@ -284,6 +287,8 @@ class _Batches:
         work["transformers"] = self._transformers()
         if session is not None:
             work["onnxruntime"] = self._onnxruntime(session)
+        if runner is not None and self.batch_size is not None:
+            work["onnx-graph"] = self._onnx_graph(runner, rule, exits)
         return Competitors(self.backend.device, work, self._row)
 
     def _parts(self, size: int | None) -> list[Sequence[TokenRow]]:
@@ -340,6 +345,22 @@ class _Batches:
 
         return self._padded(predict)
 
+    def _onnx_graph(self, runner: OnnxExitRunner, rule: ExitRule, exits: Sequence[int] | None) -> Steps:
+        """The whole model with its exits as one graph, alone; scores, labels and exit layers."""
+
+        def step(start: int, rows: Sequence[TokenRow]) -> Callable[[], object]:
+            here = None if exits is None else exits[start : start + len(rows)]
+
+            def predict() -> tuple[list[Any], ...]:
+                logits, layers = runner.run(rows, rule.threshold, here)
+                scores = np.exp(log_softmax(logits))
+                return scores.max(1).tolist(), scores.argmax(1).tolist(), layers.tolist()
+
+            return predict
+
+        size = self.batch_size or len(self.rows)
+        return [step(place * size, part) for place, part in enumerate(self._parts(size))]
+
     def _row(
         self, name: str, outputs: list[Any], seconds: Seconds, memory: float | None
     ) -> ClassificationSpeedRow:
@@ -350,6 +371,9 @@ class _Batches:
             backend, dtype = self.backend.name, self.backend.dtype
             mean_exit_layer = statistics.mean(layer for answer in outputs for layer in answer.exit_layers)
             padding = 1 - sum(a.real_tokens for a in outputs) / sum(a.computed_tokens for a in outputs)
+        if name == "onnx-graph":
+            backend, dtype = "onnxruntime", "float32"
+            mean_exit_layer = statistics.mean(layer for *_, layers in outputs for layer in layers)
         batches = [1000 * value for repetition in seconds[name] for value in repetition]
         return ClassificationSpeedRow(
             **shared_metrics(name, mean_exit_layer, self.backend.num_layers, seconds, memory),
@@ -379,6 +403,15 @@ def _full_session(engine: Engine) -> Any:
     if engine.backend.dtype != "float32" or not has_onnxruntime(model) or find_spec("onnxscript") is None:
         return None
     return full_model_session(model)
+
+
+def _graph_runner(engine: Engine, rule: ExitRule, fixed: bool) -> OnnxExitRunner | None:
+    """Our graph beside a float32 engine on CPU; None where there is none."""
+    model: Any = engine.saved.model
+    if engine.backend.dtype != "float32" or engine.backend.device.type != "cpu" or not has_onnxruntime(model):
+        return None
+    rule = ExitRule(rule.criterion, rule.threshold, (model.num_layers,) if fixed else None)
+    return OnnxExitRunner(model, rule) if has_graph(model, rule) else None
 
 
 def _has_token_types(backbone: Any) -> bool:

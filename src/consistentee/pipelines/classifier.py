@@ -4,7 +4,7 @@ After a layer, rows that leave go out and the rest close up, so that every later
 classifiers and policy look at each layer only as far as the exit rule needs them. Two modes:
 
 - *latency* (a `batch_size`): one batch after another goes straight through, its rows sorted by length among their
-  neighbours.
+  neighbours. On ONNX Runtime on CPU it does so in one graph, which decides by itself who exits.
 - *throughput* (no `batch_size`): a window of inputs moves through the model layer by layer, and the survivors of all
   its batches are pooled, so that the batches of deep layers are as full as those of the first. Batches are sized by
   tokens, not by rows. Memory is bounded by the window: at most `WINDOW_ROWS` inputs and their hidden states.
@@ -31,7 +31,8 @@ from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import Answers, Backend, EncoderParts, TokenRow
 from consistentee.inference.encoder.incremental_scores import IncrementalExitScores
 from consistentee.inference.encoder.layer_pool import LayerPool
-from consistentee.inference.encoder.onnx_backend import onnx_backend
+from consistentee.inference.encoder.onnx_backend import OnnxBackend, onnx_backend
+from consistentee.inference.encoder.onnx_runner import OnnxExitRunner, has_graph, run_graph
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import torch_backend
 from consistentee.inference.threads import settle_after_fork
@@ -110,6 +111,8 @@ class Engine:
         self.saved = saved
         self._model = saved.model
         self._exit_scores: dict[str | None, IncrementalExitScores] = {}
+        self._runners: dict[tuple[str | None, bool], OnnxExitRunner | None] = {}
+        self._making = Lock()
         self.backend: Backend[Any] = make_backend(cast(Any, saved.model), dtype, backend)
         # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
         self._tokenizer = copy.deepcopy(saved.tokenizer)
@@ -260,6 +263,10 @@ class Engine:
         self._go_on_after_fork()
         exit_scores = self._scores_under(rule)
         classes = self._model.config.num_classes
+        runner = None if batch_size is None or exit_scores is None or not rows else self._runner(rule)
+        if runner is not None and batch_size is not None:
+            layers = self.backend.num_layers
+            return run_graph(runner, rows, batch_size=batch_size, rule=rule, num_layers=layers)
         return run_rows(
             self.backend, rows, batch_size=batch_size, rule=rule, exit_scores=exit_scores, num_classes=classes
         )
@@ -309,6 +316,17 @@ class Engine:
                 alone=None if model.config.original_head is None else model.num_layers - 1,
             )
         return self._exit_scores[criterion]
+
+    def _runner(self, rule: ExitRule) -> OnnxExitRunner | None:
+        """On ONNX Runtime on CPU: the model with its exits as one graph, made once for a criterion; None elsewhere."""
+        if not isinstance(self.backend, OnnxBackend) or rule.never_exits(self.backend.num_layers):
+            return None
+        key = (rule.criterion, rule.exit_layers is not None)
+        with self._making:
+            if key not in self._runners:
+                model = cast(Any, self._model)
+                self._runners[key] = OnnxExitRunner(model, rule) if has_graph(model, rule) else None
+            return self._runners[key]
 
     def _checked(self, texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
         """Tuples of texts, each known to be there, and as many as the model takes."""

@@ -13,19 +13,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from consistentee import __version__
 from consistentee.atomic_files import make_folder, sync_tree
 from consistentee.data.tokenization import encode_texts
 from consistentee.errors import SettingError
 from consistentee.functional.criteria import EXIT_CRITERIA
-from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.onnx_builder import HIGHEST_OPSET, OPSET, GraphStyle, WeightFile
-from consistentee.inference.encoder.onnx_exits import MASK, ExitGraph
-from consistentee.inference.encoder.onnx_graphs import IDS, TYPES
+from consistentee.inference.encoder.onnx_exits import ExitGraph
+from consistentee.inference.encoder.onnx_runner import graph_feed
 from consistentee.inference.encoder.onnx_scores import OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import make_session
 from consistentee.models.loaded import LoadedClassifier
@@ -293,10 +290,11 @@ def _compare(
     rows, _ = encode_texts(texts, saved.tokenizer, saved.max_length)
     wanted = engine.run(rows, batch_size=COMPARED_BATCH, rule=engine.rule(criterion, threshold))
     session = make_session(str(place / GRAPH_FILE), torch.device("cpu"))
+    names = {given.name for given in session.get_inputs()}
     labels: list[int] = []
     exit_layers: list[int] = []
     for start in range(0, len(rows), COMPARED_BATCH):
-        logits, layers = session.run(None, graph_feed(rows[start : start + COMPARED_BATCH], session))
+        logits, layers = session.run(None, graph_feed(rows[start : start + COMPARED_BATCH], names))
         labels += logits.argmax(1).tolist()
         exit_layers += layers.tolist()
     differ = [
@@ -304,17 +302,3 @@ def _compare(
         for found, right in ((labels, wanted.labels), (exit_layers, wanted.exit_layers))
     ]
     return differ[0], differ[1]
-
-
-def graph_feed(rows: Sequence[TokenRow], session: Any) -> dict[str, NDArray[np.int64]]:
-    """What a session of a graph reads: (rows, width) each, padded with zeros."""
-    width = max(len(row["input_ids"]) for row in rows)
-    feed = {name: np.zeros((len(rows), width), dtype=np.int64) for name in (IDS, MASK, TYPES)}
-    for place, row in enumerate(rows):
-        count = len(row["input_ids"])
-        feed[IDS][place, :count], feed[MASK][place, :count] = row["input_ids"], 1
-        types = row.get("token_type_ids")
-        if types is not None:
-            feed[TYPES][place, :count] = types
-    names = {given.name for given in session.get_inputs()}
-    return {name: values for name, values in feed.items() if name in names}

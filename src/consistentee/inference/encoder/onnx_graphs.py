@@ -202,17 +202,27 @@ def _add_and_norm(graph: Graph, inputs: str, skipped: str, linear: Any, norm: An
 
 
 def _activate(graph: Graph, inputs: str, bias: str, module: Any) -> str:
-    kind = type(module).__name__
+    kind = _activation_kind(module)
     if kind == "ReLU":
         return graph.op("Relu", graph.op("Add", inputs, bias))
     if kind == "GELUActivation":
         if not graph.style.portable:
             return graph.op("BiasGelu", inputs, bias, fused=True)
         return add_gelu(graph, graph.op("Add", inputs, bias))
-    if kind in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
-        if not graph.style.portable:
-            return graph.op("FastGelu", inputs, bias, fused=True)
-        return _tanh_gelu(graph, graph.op("Add", inputs, bias))
+    if not graph.style.portable:
+        return graph.op("FastGelu", inputs, bias, fused=True)
+    return _tanh_gelu(graph, graph.op("Add", inputs, bias))
+
+
+def check_layer(module: nn.Module, parts: PackedLayerParts) -> None:
+    """Raise SettingError for a layer that has no graph, by its activation."""
+    _activation_kind(module.get_submodule(parts.activation))
+
+
+def _activation_kind(module: Any) -> str:
+    kind = type(module).__name__
+    if kind in ("ReLU", "GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh"):
+        return kind
     raise SettingError(
         f'backend "onnxruntime" knows the activations gelu, gelu_new and relu, got {kind}. Take torch.'
     )

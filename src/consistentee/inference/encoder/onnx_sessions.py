@@ -28,6 +28,7 @@ from consistentee.inference.encoder.onnx_graphs import (
     AttentionInputs,
     add_embeddings,
     add_layer,
+    check_layer,
     first_position,
 )
 from consistentee.inference.encoder.onnx_heads import add_classifier, pooling_of
@@ -84,6 +85,8 @@ class OnnxSessions:
         self._groups = [
             groups[int(index / (self.num_layers / len(groups)))] for index in range(self.num_layers)
         ]
+        for module in (module for group in groups for module in group):
+            check_layer(module, self._parts)
         weight = exit_feature_map(classifiers, policy_of(model), 0)[0]
         self.num_features, self.pooled_size = weight.shape
         self._shapes: dict[str, Shape] = {
@@ -92,14 +95,26 @@ class OnnxSessions:
         }
         self.embeddings = self._embedding_session()
         self.fused = len(groups) == self.num_layers
-        if self.fused:
-            self.layers = [self._segment([group], self._index(layer)) for layer, group in enumerate(groups)]
-        else:
-            built = {id(group): self._segment([group]) for group in groups}
-            self.layers = [built[id(group)] for group in self._groups]
+        self._layers: list[Any] | None = None
         self._classifiers: dict[int, Any] = {}
         self._whole: Any = None
         self._making = Lock()
+
+    @property
+    def layers(self) -> list[Any]:
+        """One session a layer, made when first asked for."""
+        if self._layers is None:
+            with self._making:
+                if self._layers is None:
+                    self._layers = self._layer_sessions()
+        return self._layers
+
+    def _layer_sessions(self) -> list[Any]:
+        if self.fused:
+            return [self._segment([group], self._index(layer)) for layer, group in enumerate(self._groups)]
+        built = {id(group): group for group in self._groups}
+        sessions = {key: self._segment([group]) for key, group in built.items()}
+        return [sessions[id(group)] for group in self._groups]
 
     def whole(self) -> Any:
         """All layers as one session, made when first asked for; None for a model that is too large."""

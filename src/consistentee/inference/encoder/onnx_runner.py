@@ -1,0 +1,118 @@
+"""A whole model with its exits as one session of ONNX Runtime: who exits is decided in the graph, not on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from consistentee.inference.encoder.backend import Answers, EncoderParts, TokenRow
+from consistentee.inference.encoder.incremental_scores import Floats, log_softmax
+from consistentee.inference.encoder.onnx_exits import EXIT_LAYERS, MASK, MOST_LAYERS, THRESHOLD, ExitGraph
+from consistentee.inference.encoder.onnx_graphs import IDS, TYPES
+from consistentee.inference.encoder.onnx_scores import OnnxExitScores
+from consistentee.inference.encoder.onnx_sessions import MAX_SEGMENT_BYTES, make_session
+from consistentee.inference.encoder.scheduler import ExitRule
+
+
+def has_graph(model: EncoderParts, rule: ExitRule) -> bool:
+    """Whether a model's exits under a rule can be one graph that is held in memory."""
+    policy: Any = getattr(model, "policy", None)
+    if policy is None or rule.criterion is None or model.num_layers > MOST_LAYERS:
+        return False
+    if rule.criterion in ("policy", "quantile") and policy.reads_signals:
+        return False
+    parameters = (p for part in (model.backbone, model.classifiers) for p in part.parameters())
+    return 4 * sum(p.numel() for p in parameters) < MAX_SEGMENT_BYTES
+
+
+class OnnxExitRunner:
+    """The session of a model under one criterion, on CPU, with as many threads as torch has when it is made.
+
+    Args:
+        model: with exits, see `has_graph`; its weights are copied.
+        rule: whose criterion counts, and whether its exit layers are fixed.
+    """
+
+    def __init__(self, model: Any, rule: ExitRule) -> None:
+        scores = OnnxExitScores.of(model, str(rule.criterion))
+        fixed = rule.exit_layers is not None
+        graph = ExitGraph(model, scores, num_classes=model.config.num_classes, fixed_exits=fixed)
+        self._session = make_session(graph.build().SerializeToString(), torch.device("cpu"))
+        self._names = {given.name for given in self._session.get_inputs()}
+
+    def run(
+        self, rows: Sequence[TokenRow], threshold: float, exit_layers: Sequence[int] | None = None
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Logits (rows, classes) and exit layers (rows,) of rows that go together.
+
+        Args:
+            rows: at least one.
+            threshold: a row exits at the first layer whose score exceeds it.
+            exit_layers: of the rows, where these are fixed.
+        """
+        feed: dict[str, Any] = graph_feed(rows, self._names)
+        if EXIT_LAYERS in self._names:
+            feed[EXIT_LAYERS] = np.array(exit_layers, dtype=np.int64)
+        else:
+            feed[THRESHOLD] = np.array(threshold, dtype=np.float32)
+        logits, layers = self._session.run(None, feed)
+        return logits, layers
+
+
+def graph_feed(rows: Sequence[TokenRow], names: set[str]) -> dict[str, NDArray[np.int64]]:
+    """What a session of a graph reads of rows: (rows, width) each, padded with zeros.
+
+    Args:
+        rows: at least one.
+        names: of the session's inputs.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    feed = {
+        name: np.zeros((len(rows), width), dtype=np.int64) for name in (IDS, MASK, TYPES) if name in names
+    }
+    for place, row in enumerate(rows):
+        count = len(row["input_ids"])
+        feed[IDS][place, :count], feed[MASK][place, :count] = row["input_ids"], 1
+        types = row.get("token_type_ids")
+        if types is not None and TYPES in feed:
+            feed[TYPES][place, :count] = types
+    return feed
+
+
+def run_graph(
+    runner: OnnxExitRunner, rows: Sequence[TokenRow], *, batch_size: int, rule: ExitRule, num_layers: int
+) -> Answers:
+    """Answers for tokenized rows, batch by batch of neighbours by length, as `scheduler.run_rows` gives them.
+
+    Args:
+        runner: of the rule's criterion.
+        rows: what `encode_texts` gives.
+        batch_size: rows that go together.
+        rule: when they exit.
+        num_layers: of the model.
+
+    Raises:
+        ValueError: fixed exit layers that do not fit.
+    """
+    rule.check(len(rows), num_layers)
+    count = len(rows)
+    labels, scores, exits = np.zeros(count, np.int64), np.zeros(count, np.float32), np.zeros(count, np.int64)
+    lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+    computed = 0
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, count, batch_size):
+        part = order[start : start + batch_size]
+        fixed = None if rule.exit_layers is None else [rule.exit_layers[row] for row in part]
+        logits, layers = runner.run([rows[row] for row in part], rule.threshold, fixed)
+        found = logits.argmax(1)
+        labels[part], exits[part] = found, layers
+        scores[part] = np.exp(log_softmax(logits)[np.arange(len(part)), found])
+        for layer in range(1, int(layers.max()) + 1):
+            still = lengths[part][layers >= layer]
+            computed += len(still) * int(still.max())
+    real = int((lengths * exits).sum())
+    return Answers(labels.tolist(), scores.tolist(), exits.tolist(), real, computed)

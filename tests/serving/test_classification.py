@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -121,6 +122,24 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(engine: Engine) -> Non
         held.let_go()
         await asyncio.gather(*waiting)
         assert len(await service.predict(ask(*TEXTS[:3]))) == 3
+
+    run(service, work)
+
+
+def test_what_would_be_too_late_is_refused_at_once(engine: Engine) -> None:
+    held = HeldPool(engine.pool())
+    service = ClassifierService(engine, limits=ServerLimits(deadline_ms=5000), pool=lambda: held)
+
+    async def work() -> None:
+        waiting = asyncio.ensure_future(service.predict(ask(TEXTS[0])))
+        await asyncio.sleep(0)
+        service._answered_at.extend([time.perf_counter() - 640] * 64)  # ten seconds a text
+        with pytest.raises(RefusedRequest, match="more than it answers in time") as caught:
+            await service.predict(ask(TEXTS[1]))
+        assert (caught.value.status, caught.value.retry_after) == (429, 11)
+        held.let_go()
+        await waiting
+        assert len(await service.predict(ask(TEXTS[1]))) == 1  # nobody waits: the pace begins anew
 
     run(service, work)
 

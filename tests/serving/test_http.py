@@ -228,6 +228,18 @@ def test_many_at_once_get_their_own_answers(engine: Engine, url: str, service: C
             assert (found["label"], found["exit_layer"]) == expected(engine, TEXTS[number % 24], **rule)
 
 
+def test_a_slow_reader_does_not_hold_up_the_others(url: str, client: httpx.Client) -> None:
+    place = urlsplit(url)
+    body = json.dumps({"inputs": TEXTS[:4]}).encode()
+    head = "POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((place.hostname, place.port)) as link:
+        for _ in range(50):  # asks and asks, and reads nothing
+            link.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        for text in TEXTS[:5]:
+            assert client.post("/predict", json={"inputs": text}).status_code in (200, 429)
+        until(lambda: client.post("/predict", json={"inputs": "a"}).status_code == 200)
+
+
 @pytest.mark.usefixtures("_loopback_is_no_hub")
 def test_the_bearer_token(engine: Engine) -> None:
     with (

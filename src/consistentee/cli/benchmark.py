@@ -46,6 +46,8 @@ class BenchmarkOptions:
         batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128; generators 1,8,32]
         throughput: Throughput mode alone, or beside the --batch-sizes given; classifiers only. [default: both]
         lossless: Measure lossless decoding too; trained generators only.
+        serve: Measure the model behind its server under load, beside full depth and plain transformers behind the same:
+            latencies and goodput at several request rates, and an overload. Classifiers with exits only.
         num_rows: Rows to take. [default: at most 512, or enough for four batches, as --seconds allows; generators: the
             largest batch]
         repeats: Timed repetitions, after one that is not. [default: 5, or fewer as --seconds allows]
@@ -77,6 +79,7 @@ class BenchmarkOptions:
     batch_sizes: str | None = None
     throughput: Flag = False
     lossless: Flag = False
+    serve: Flag = False
     num_rows: int | None = None
     repeats: int | None = None
     seconds: float | None = None
@@ -101,6 +104,7 @@ class BenchmarkOptions:
 
 
 OF_CLASSIFIERS = (
+    "serve",
     "throughput",
     "labels",
     "classifier_hidden_size",
@@ -149,6 +153,11 @@ def benchmark(
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.serve:
+        from consistentee.cli.benchmark_serve import benchmark_serving
+
+        benchmark_serving(model, options, _texts(model, options) if model is not None else ())
+        return
     kind.commands["benchmark"](model, options, sizes, budget)
 
 

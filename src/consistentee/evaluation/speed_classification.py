@@ -319,7 +319,7 @@ class _Batches:
         """The backbone as Hugging Face runs it, and the last classifier."""
         dtype = storage_dtype(self.backend.dtype)
         model = self.model if self.model.dtype == dtype else copy.deepcopy(self.model).to(dtype)
-        last, with_types = len(model.classifiers.layers) - 1, _has_token_types(model.backbone)
+        last, with_types = len(model.classifiers.layers) - 1, has_token_types(model.backbone)
 
         def predict(rows: Sequence[TokenRow], width: int) -> tuple[Any, Any]:
             ids, mask, *types = token_tensors(rows, width, model.backbone, self.backend.device)
@@ -414,6 +414,7 @@ def _graph_runner(engine: Engine, rule: ExitRule, fixed: bool) -> OnnxExitRunner
     return OnnxExitRunner(model, rule) if has_graph(model, rule) else None
 
 
-def _has_token_types(backbone: Any) -> bool:
+def has_token_types(backbone: Any) -> bool:
+    """Whether a backbone tells token types apart."""
     table = getattr(backbone.get_submodule("embeddings"), "token_type_embeddings", None)
     return table is not None and table.num_embeddings > 1

@@ -35,8 +35,8 @@ _log = logging.getLogger(__name__)
 LONG_TEXTS = 4_000
 """Characters from which texts are tokenized beside the event loop, not on it."""
 
-RECENT = 256
-"""Answers by which the pace is told, for Retry-After."""
+RECENT, PACE_ANSWERS = 256, 64
+"""The last answers, by which the pace is told; fewer than the second number tell none."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,13 @@ class ClassifierService:
                 f"The server is overloaded: {self._unanswered} texts wait, of at most {self.limits.max_queue}.",
                 self._retry_after(),
             )
+        if self._expected_seconds(number) > self.limits.deadline_ms / 1000:
+            raise RefusedRequest(
+                429,
+                "Overloaded",
+                f"The server is overloaded: {self._unanswered} texts wait, more than it answers in time.",
+                self._retry_after(),
+            )
         accepted = time.perf_counter()
         self._unanswered += number
         keys: list[int] = []
@@ -175,10 +182,15 @@ class ClassifierService:
                     f"No answer within {self.limits.deadline_ms:g} ms. Send fewer requests at a time.",
                     self._retry_after(),
                 )
+            failed = [error for future in futures if (error := future.exception()) is not None]
+            if failed:
+                raise failed[0]
             answers = [future.result() for future in futures]
         finally:
             self._unanswered -= number
             self._drop(keys)
+            if not self._unanswered:  # the pace is that of a busy server
+                self._answered_at.clear()
         return [
             ScoredText(_scores(answer.logits, request.raw_scores), answer.exit_layer, is_cut)
             for answer, is_cut in zip(answers, cut, strict=True)
@@ -302,12 +314,16 @@ class ClassifierService:
             self.metrics.lower.labels(name).set(bounds.lower)
             self.metrics.upper.labels(name).set(bounds.upper)
 
+    def _expected_seconds(self, more: int = 0) -> float:
+        """Until what waits, and so many texts more, is answered at the pace of the last ones; 0 where none is known."""
+        count = len(self._answered_at)
+        if count < PACE_ANSWERS:
+            return 0.0
+        return (self._unanswered + more) * (time.perf_counter() - self._answered_at[0]) / count
+
     def _retry_after(self) -> int:
-        """Seconds until what waits now is answered, at the pace of the last answers; at least 1."""
-        if len(self._answered_at) < 2:
-            return 1
-        seconds = time.perf_counter() - self._answered_at[0]
-        return max(1, min(60, math.ceil(self._unanswered * seconds / len(self._answered_at))))
+        """Whole seconds until what waits now is answered, from 1 to 60."""
+        return max(1, min(60, math.ceil(self._expected_seconds())))
 
     def _fail(self, error: RefusedRequest) -> None:
         """Refuse all that are on their way."""

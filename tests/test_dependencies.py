@@ -69,7 +69,7 @@ def private_names(tree: ast.AST) -> Iterator[str]:
 def own_names(tree: ast.AST) -> Iterator[str]:
     """Names that a module gives to its functions, classes, fields and attributes."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id

@@ -128,3 +128,27 @@ def test_the_command(
     assert len(report["loads"]) == 7
     assert report["overload"]["during"]["wrong"] == 0
     assert report["slo_ms"] == 2 * report["unloaded"]["full depth"]["p95_ms"]
+
+
+def test_a_connection_that_the_server_has_closed_is_replaced() -> None:
+    """Each connection answers once and is closed then, without a word in its answer."""
+    content = b'[{"label": "a"}]'
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0]))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        await writer.drain()
+        writer.close()
+
+    async def work() -> list[tuple[int, bytes]]:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        client = LoadClient(f"http://127.0.0.1:{port}")
+        found = [await client.ask(b"{}") for _ in range(5)]
+        await client.close()
+        server.close()
+        await server.wait_closed()
+        return found
+
+    assert asyncio.run(work()) == [(200, content)] * 5

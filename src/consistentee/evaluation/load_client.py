@@ -101,13 +101,23 @@ class LoadClient:
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, body: bytes) -> tuple[int, bytes]:
-        """Status and body of an answer; `LOST` where the connection broke."""
+        """Status and body of an answer; `LOST` where there is none, also not on a new connection."""
+        while self._free:  # the server closes connections that were idle for long
+            reader, writer = self._free.pop()
+            if not reader.at_eof() and not writer.is_closing():
+                found = await self._exchange(reader, writer, body)
+                if found is not None:
+                    return found
         try:
-            reader, writer = (
-                self._free.pop() if self._free else await asyncio.open_connection(self._host, self._port)
-            )
+            reader, writer = await asyncio.open_connection(self._host, self._port)
         except OSError:
             return LOST, b""
+        return await self._exchange(reader, writer, body) or (LOST, b"")
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+    ) -> tuple[int, bytes] | None:
+        """Status and body; None where the connection broke before there was an answer."""
         try:
             head = f"POST /predict HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
             writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -118,7 +128,7 @@ class LoadClient:
             content = await reader.readexactly(length)
         except (OSError, asyncio.IncompleteReadError, ValueError):
             writer.close()
-            return LOST, b""
+            return None
         if len(self._free) < CONNECTIONS and b"connection: close" not in lines:
             self._free.append((reader, writer))
         else:

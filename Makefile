@@ -20,7 +20,7 @@ NUMERIC := $(addprefix tests/,functional backbones heads inference models pipeli
 NODE_STAMP := $(if $(shell command -v npm),tests/js/node_modules/.installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-masked test-lowest check format
+.PHONY: help install demo test test-masked test-lowest check format dist
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,12 @@ check: $(STAMP) ## formatting, lint and types
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) ruff check --quiet .
 	@$(RUN) pyright
+
+dist: $(STAMP) ## build wheel and sdist, and use the wheel in an empty environment
+	@$(RUN) pip install --quiet --disable-pip-version-check 'build>=1.2.1' 'twine>=6.1'
+	@$(RUN) build --outdir dist .
+	@$(RUN) twine check --strict dist/*
+	@$(VENV)/bin/python .ci/try_wheel.py dist
 
 format: $(STAMP) ## format the code and fix what lint can fix
 	@$(RUN) ruff format --quiet .

@@ -6,8 +6,6 @@ everything, and a Content-Security-Policy lets nothing be loaded and nothing run
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from consistentee import __version__
 from consistentee.evaluation.calibration import digits
 from consistentee.evaluation.svg_charts import BarBox, mini_bars
+from consistentee.serving.html_theme import content_policy, with_theme
 
 GENERATOR = "consistentee report"
 """How a page of ours begins to name what made it; only such a file is overwritten."""
@@ -47,17 +46,6 @@ def check_report_file(path: Path) -> None:
         )
 
 
-def content_policy(style: str, script: str) -> str:
-    """A Content-Security-Policy under which nothing is loaded, and nothing but this style and this script is used."""
-    style_hash, script_hash = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
-    )
-    return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
 def render_page(template: str, **values: Any) -> str:
     """A page of `page/`, with style, script and policy in place.
 
@@ -74,6 +62,7 @@ def render_page(template: str, **values: Any) -> str:
     )
     environment.filters |= FILTERS
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    style = with_theme(style)
     return environment.get_template(template).render(
         style=style,
         script=script,

@@ -121,7 +121,15 @@ def test_state_counters_and_description(client: httpx.Client) -> None:
     ):
         assert f"consistentee_{name}" in text
     description = client.get("/openapi.json").json()
-    assert set(description["paths"]) == {"/health", "/ready", "/metrics", "/openapi.json", "/predict"}
+    assert set(description["paths"]) == {
+        "/",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/openapi.json",
+        "/predict",
+        "/layers",
+    }
     assert description["paths"]["/predict"]["post"]["responses"].keys() >= {"200", "413", "422", "429", "504"}
 
 

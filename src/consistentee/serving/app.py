@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from consistentee.errors import require_extra
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.openapi import openapi_description
+from consistentee.serving.playground import playground_page
 from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits
 
 _log = logging.getLogger(__name__)
@@ -23,8 +24,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Result = TypeVar("Result")
 
-OPEN_PATHS = ("/health", "/ready")
-"""Answered without a token: what runs the server must see whether it lives."""
+OPEN_PATHS = ("/", "/health", "/ready")
+"""Answered without a token: what runs the server must see whether it lives, and the playground, which holds nothing of
+the model, asks for the token."""
 
 CLIENT_GONE = 499
 """What is counted where a client went away before its answer."""
@@ -298,7 +300,17 @@ def build_app(
         yield
         await service.stop()
 
-    pages = {"/health": health, "/ready": ready, "/metrics": metrics, "/openapi.json": openapi}
+    async def front(_: Any) -> Any:
+        return responses.Response(playground, media_type="text/html", headers=playground_headers)
+
+    playground, playground_headers = playground_page(service.kind)
+    pages = {
+        "/": front,
+        "/health": health,
+        "/ready": ready,
+        "/metrics": metrics,
+        "/openapi.json": openapi,
+    }
     routes = [routing.Route(path, page, methods=["GET"]) for path, page in pages.items()]
     routes += [
         # A class: Starlette hands it the request as it is.

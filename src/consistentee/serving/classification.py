@@ -17,11 +17,12 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.incremental_scores import IncrementalExitScores, log_softmax
 from consistentee.inference.encoder.layer_pool import Pool, PoolAnswer, PoolRow
 from consistentee.pipelines.classifier import Engine
@@ -32,8 +33,12 @@ from consistentee.serving.requests import PredictRequest, RefusedRequest, Server
 
 _log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 LONG_TEXTS = 4_000
 """Characters from which texts are tokenized beside the event loop, not on it."""
+
+COMPUTING_FAILED = "Computing failed. Try again."
 
 RECENT, PACE_ANSWERS = 256, 64
 """The last answers, by which the pace is told; fewer than the second number tell none."""
@@ -58,7 +63,7 @@ class ScoredText:
 class _Pending:
     """A text on its way."""
 
-    future: asyncio.Future[PoolAnswer]
+    future: asyncio.Future[Any]
     point: ServedPoint
     accepted: float
     is_audited: bool
@@ -150,51 +155,89 @@ class ClassifierService:
                 a text does not fit (422), there are too many tokens (413), or computing failed (424).
         """
         number = len(request.texts)
-        if number > self.limits.max_queue:
-            refuse(f"inputs must hold at most {self.limits.max_queue} texts, got {number}.", 413)
-        if self._unanswered + number > self.limits.max_queue:
-            raise RefusedRequest(
-                429,
-                "Overloaded",
-                f"The server is overloaded: {self._unanswered} texts wait, of at most {self.limits.max_queue}.",
-                self._retry_after(),
-            )
-        if self._expected_seconds(number) > self.limits.deadline_ms / 1000:
-            raise RefusedRequest(
-                429,
-                "Overloaded",
-                f"The server is overloaded: {self._unanswered} texts wait, more than it answers in time.",
-                self._retry_after(),
-            )
+        self._take_place(number)
         accepted = time.perf_counter()
-        self._unanswered += number
         keys: list[int] = []
         try:
             point = self._point(request)
             rows, cut = await self._tokenized(request)
             keys, futures = self._submit(rows, point, accepted)
-            left = self.limits.deadline_ms / 1000 - (time.perf_counter() - accepted)
-            _, late = await asyncio.wait(futures, timeout=max(0.0, left))
-            if late:
-                raise RefusedRequest(
-                    504,
-                    "Overloaded",
-                    f"No answer within {self.limits.deadline_ms:g} ms. Send fewer requests at a time.",
-                    self._retry_after(),
-                )
-            failed = [error for future in futures if (error := future.exception()) is not None]
-            if failed:
-                raise failed[0]
-            answers = [future.result() for future in futures]
+            answers = await self._in_time(futures, accepted)
         finally:
-            self._unanswered -= number
-            self._drop(keys)
-            if not self._unanswered:  # the pace is that of a busy server
-                self._answered_at.clear()
+            self._free_place(number, keys)
         return [
             ScoredText(_scores(answer.logits, request.raw_scores), answer.exit_layer, is_cut)
             for answer, is_cut in zip(answers, cut, strict=True)
         ]
+
+    async def look_at(
+        self, request: PredictRequest, view: Callable[[TokenRow, ServedPoint], Result]
+    ) -> tuple[Result, bool]:
+        """What a function gives for the one text of a request, between two steps of the pool, and whether it was cut.
+
+        The text counts as one that waits, and for no metric of answers.
+
+        Args:
+            request: of one text.
+            view: takes its token ids and operating point; called on the thread that computes.
+
+        Raises:
+            RefusedRequest: as of `predict`.
+        """
+        self._take_place(1)
+        accepted, key = time.perf_counter(), next(self._keys)
+        try:
+            point = self._point(request)
+            (row,), (is_cut,) = await self._tokenized(request)
+            if self._loop is None or not self.is_ready:
+                raise RefusedRequest(503, "Unhealthy", "The server is not ready.")
+            loop, future = self._loop, self._loop.create_future()
+            self._pending[key] = _Pending(future, point, accepted, is_audited=False)
+
+            def work() -> None:
+                if not future.done():
+                    loop.call_soon_threadsafe(_settle, future, self._attempt(lambda: view(row, point)))
+
+            self._inbox.put(("work", work))
+            (result,) = await self._in_time([future], accepted)
+            return result, is_cut
+        finally:
+            self._free_place(1, [key])
+            self._pending.pop(key, None)
+
+    def _take_place(self, number: int) -> None:
+        """Count texts as unanswered, or refuse them where the queue is full."""
+        if number > self.limits.max_queue:
+            refuse(f"inputs must hold at most {self.limits.max_queue} texts, got {number}.", 413)
+        is_full = self._unanswered + number > self.limits.max_queue
+        if is_full or self._expected_seconds(number) > self.limits.deadline_ms / 1000:
+            most = f"of at most {self.limits.max_queue}" if is_full else "more than it answers in time"
+            message = f"The server is overloaded: {self._unanswered} texts wait, {most}."
+            raise RefusedRequest(429, "Overloaded", message, self._retry_after())
+        self._unanswered += number
+
+    async def _in_time(self, futures: Sequence[asyncio.Future[Result]], accepted: float) -> list[Result]:
+        """What the futures give, or 504 at the deadline."""
+        left = self.limits.deadline_ms / 1000 - (time.perf_counter() - accepted)
+        _, late = await asyncio.wait(futures, timeout=max(0.0, left))
+        if late:
+            raise RefusedRequest(
+                504,
+                "Overloaded",
+                f"No answer within {self.limits.deadline_ms:g} ms. Send fewer requests at a time.",
+                self._retry_after(),
+            )
+        failed = [error for future in futures if (error := future.exception()) is not None]
+        if failed:
+            raise failed[0]
+        return [future.result() for future in futures]
+
+    def _free_place(self, number: int, keys: Sequence[int]) -> None:
+        """The end of `_take_place`, whether the texts were answered or not."""
+        self._unanswered -= number
+        self._drop(keys)
+        if not self._unanswered:  # the pace is that of a busy server
+            self._answered_at.clear()
 
     def _point(self, request: PredictRequest) -> ServedPoint:
         """The operating point of a request."""
@@ -334,9 +377,18 @@ class ClassifierService:
 
     def _failed(self) -> None:
         self.metrics.failures.inc()
-        self._fail(RefusedRequest(424, "Backend", "Computing failed. Try again."))
+        self._fail(RefusedRequest(424, "Backend", COMPUTING_FAILED))
 
     # --- On the thread ----------------------------------------------------------------------------
+
+    def _attempt(self, work: Callable[[], Result]) -> Result | RefusedRequest:
+        """What a function gives, or the error that its request is told."""
+        try:
+            return work()
+        except Exception:
+            _log.exception("Looking at a text failed.")
+            self.metrics.failures.inc()
+            return RefusedRequest(424, "Backend", COMPUTING_FAILED)
 
     def _compute(self) -> None:
         """Take in what arrives, and compute as long as there is something to do."""
@@ -363,12 +415,25 @@ class ClassifierService:
                 loop.call_soon_threadsafe(self._deliver, answers, [rows])
 
 
+def _settle(future: asyncio.Future[Any], result: Any) -> None:
+    """Hand a result or a refusal to who waits for it."""
+    if future.done():
+        return
+    if isinstance(result, RefusedRequest):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
 def _take_in(pool: Pool, message: tuple[str, Any] | None) -> None:
     if message is None:
         return
     what, value = message
     if what == "drop":
         pool.drop(value)
+        return
+    if what == "work":
+        value()
         return
     rows: list[PoolRow]
     exit_scores: IncrementalExitScores | None

@@ -35,6 +35,7 @@ def openapi_description(
     from consistentee import __version__
 
     paths = {
+        "/": {"get": _get("The playground, a page", "200", media="text/html")},
         "/health": {"get": _get("Whether the process lives", "200")},
         "/ready": {"get": _get("Whether requests are answered", "200", "503")},
         "/metrics": {"get": _get("Counters for Prometheus", "200", media="text/plain")},
@@ -43,7 +44,7 @@ def openapi_description(
     paths |= _classifier(limits) if kind == "classifier" else _generator(limits)
     if has_token:
         for path, methods in paths.items():
-            for operation in methods.values() if path not in ("/health", "/ready") else ():
+            for operation in methods.values() if path not in ("/", "/health", "/ready") else ():
                 operation["security"] = [{"token": []}]
                 operation["responses"].setdefault("401", _error("401", kind))
     return {
@@ -133,7 +134,60 @@ def _classifier(limits: ServerLimits) -> dict[str, Any]:
         },
     }
     answer = {"anyOf": [items, {"type": "array", "items": items}]}
-    return {"/predict": {"post": _post("Classify texts", body, answer, "classifier")}}
+    return {
+        "/predict": {"post": _post("Classify texts", body, answer, "classifier")},
+        "/layers": {
+            "get": _get("Labels, layers and operating points of the model", "200"),
+            "post": _post("One text at every layer", _layers_body(body), _layers_answer(), "classifier"),
+        },
+    }
+
+
+def _layers_body(predict: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `/predict` that `/layers` takes, for one text or one pair."""
+    known: dict[str, Any] = predict["properties"]
+    pair = {"type": "array", "items": _TEXT, "minItems": 2, "maxItems": 2}
+    fields = {name: known[name] for name in ("truncate", "operating_point", "threshold")}
+    return {
+        "type": "object",
+        "required": ["inputs"],
+        "additionalProperties": False,
+        "properties": {"inputs": {"oneOf": [_TEXT, pair], "description": "A text, or two."}, **fields},
+    }
+
+
+def _layers_answer() -> dict[str, Any]:
+    number, text, maybe = {"type": "number"}, {"type": "string"}, {"type": ["number", "null"]}
+    layer = {
+        "layer": {"type": "integer", "minimum": 1},
+        "label": text,
+        "score": {**number, "description": "Of the label, a probability."},
+        "scores": {
+            "type": "array",
+            "items": number,
+            "description": "Of all labels, as GET /layers names them.",
+        },
+        "exit_score": {
+            **maybe,
+            "description": "The text exits at the first layer where it exceeds the threshold.",
+        },
+        "exit_prob": {**maybe, "description": "The policy's exit probability."},
+        "elapsed_ms": {**number, "description": "Time from the first layer to here."},
+    }
+    fields = {
+        "label": text,
+        "score": number,
+        "exit_layer": {"type": "integer", "minimum": 1},
+        "criterion": {"type": ["string", "null"], "description": "Null: the model has no exits."},
+        "threshold": maybe,
+        "layers": {
+            "type": "array",
+            "items": {"type": "object", "required": list(layer), "properties": layer},
+            "description": "All of them; of a model without exits the last.",
+        },
+    }
+    properties = {**fields, "truncated": {"type": "boolean"}}
+    return {"type": "object", "required": list(fields), "properties": properties}
 
 
 def _generator(limits: ServerLimits) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from consistentee.serving.app import Handler, Receive, Send, build_app, send_json, unless_gone
 from consistentee.serving.classification import ClassifierService, ScoredText
+from consistentee.serving.layers_route import layers_handler, layers_page
 from consistentee.serving.requests import PredictRequest, read_json, read_predict
 
 
@@ -33,6 +35,7 @@ def _items(text: ScoredText, labels: tuple[str, ...], request: PredictRequest) -
     ]
 
 
-def classifier_app(service: ClassifierService, **how: Any) -> Any:
+def classifier_app(service: ClassifierService, *, more_routes: Sequence[Any] = (), **how: Any) -> Any:
     """An ASGI application for a classifier; keywords as of `build_app`."""
-    return build_app(service, {"/predict": predict_handler(service)}, **how)
+    handlers = {"/predict": predict_handler(service), "/layers": layers_handler(service)}
+    return build_app(service, handlers, more_routes=[layers_page(service), *more_routes], **how)

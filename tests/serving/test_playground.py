@@ -1,0 +1,187 @@
+"""The playground in a browser: it shows what the engine says; by mouse, by keyboard, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from browser import Browser, find_browser
+from consistentee.pipelines.classifier import Engine
+from consistentee.serving.classification import ClassifierService
+from consistentee.serving.predict_route import classifier_app
+from served import running
+from tiny import tiny_backbone, tiny_dataset, tiny_model
+
+TEXTS = [text for (text,) in tiny_dataset(24, seed=5).texts]
+HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+TOKEN = "a-token-of-some-length"
+POINTS: dict[str, Any] = {
+    "calm": {"criterion": "patience", "threshold": 1.5},
+    "never": {"criterion": "policy", "threshold": 0.99},
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    root = tmp_path_factory.mktemp("playground")
+    torch.manual_seed(5)
+    backbone = tiny_backbone(root / "backbone", layers=4)
+    names = (HOSTILE, "positive")
+    values = {
+        "initial_exit_bias": 0.0,
+        "threshold": 0.6,
+        "operating_points": POINTS,
+        "label_names": names,
+        "text_pairs": False,
+    }
+    return Engine.from_pretrained(tiny_model(root / "model", backbone, **values), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine) -> Iterator[str]:
+    with running(classifier_app(ClassifierService(engine))) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = find_browser()
+    if program is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with Browser(program) as opened:
+        yield opened
+
+
+def wait(browser: Browser, condition: str) -> None:
+    end = time.monotonic() + 20
+    while not browser.value(condition):
+        assert time.monotonic() < end, (condition, browser.problems)
+        time.sleep(0.02)
+
+
+def text_of(browser: Browser, name: str) -> str:
+    return " ".join(browser.value(f"document.getElementById('{name}').textContent").split())
+
+
+def ask(browser: Browser, text: str, how: str = "document.getElementById('run').click()") -> None:
+    """Put a text in and run it."""
+    browser.value(
+        f"document.getElementById('text').value = {text!r}; document.getElementById('lead').textContent = ''"
+    )
+    browser.value(how)
+    wait(browser, "document.getElementById('lead').textContent !== ''")
+
+
+def choose(browser: Browser, point: str) -> None:
+    """Choose an operating point, as a click on it does."""
+    one = "document.getElementById('point')"
+    browser.value(f"{one}.value = {point!r}; {one}.dispatchEvent(new Event('change'))")
+
+
+def exits(browser: Browser) -> int:
+    return browser.value("Number.parseInt(document.querySelector('tr.exit th').textContent)")
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (360, True)])
+def test_a_text_climbs_the_layers(browser: Browser, engine: Engine, url: str, width: int, dark: bool) -> None:
+    browser.open(f"{url}/", width=width, dark=dark)
+    wait(browser, "!document.getElementById('all').hidden")
+    seen = set()
+    for text in TEXTS[:4]:
+        ask(browser, text)
+        (wanted,) = engine.predict([text])
+        (full,) = engine.predict([text], threshold=1.0)
+        said = text_of(browser, "lead")
+        assert said.startswith(f"{wanted.label} ({100 * wanted.score:.1f} %)"), said
+        assert exits(browser) == wanted.exit_layer
+        if wanted.exit_layer < 4:
+            says = "the same" if full.label == wanted.label else full.label
+            assert f"Full depth says {says} ({100 * full.score:.1f} %)." in said
+        assert browser.value("document.querySelectorAll('#layers tr').length") == 4
+        assert browser.value("document.querySelectorAll('tr.beyond').length") == 4 - wanted.exit_layer
+        seen.add(wanted.exit_layer)
+    assert len(seen) > 1
+    assert browser.value("document.title") == "Playground: consistentee serve"
+    assert browser.value("document.scrollingElement.scrollWidth <= innerWidth")
+    paper = browser.value("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", paper))) < 60) == dark
+    assert set(browser.requests) == {f"{url}/", f"{url}/layers"}
+    assert not browser.problems
+
+
+def test_by_keyboard_alone(browser: Browser, engine: Engine, url: str) -> None:
+    browser.open(f"{url}/", width=1280)
+    wait(browser, "!document.getElementById('all').hidden")
+    seen = []
+    while not seen or seen[-1] != "text":
+        browser.press("Tab", 9)
+        seen.append(browser.value("document.activeElement.id || document.activeElement.className"))
+        assert len(seen) < 10
+        assert browser.value("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    assert seen[0] == "skip"
+    text = next(text for text in TEXTS if engine.predict([text])[0].exit_layer in (2, 3))
+    browser.value(f"document.activeElement.value = {text!r}")
+    browser.press("Enter", 13, modifiers=2)
+    wait(browser, "document.getElementById('lead').textContent !== ''")
+    order = []
+    for _ in range(4):
+        browser.press("Tab", 9)
+        order.append(browser.value("document.activeElement.id || document.activeElement.className"))
+    assert order == ["run", "point", "threshold", "scroll"]
+    browser.press("Tab", 9, modifiers=8)
+    depths = {}
+    for key, code in (("Home", 36), ("ArrowRight", 39), ("End", 35)):
+        browser.press(key, code)
+        threshold = float(text_of(browser, "threshold-value"))
+        depths[key] = exits(browser)
+        assert depths[key] == engine.predict([text], threshold=threshold)[0].exit_layer
+        spoken = browser.value("document.activeElement.getAttribute('aria-valuetext')")
+        assert spoken.startswith(f"{threshold:g}: ")
+    assert (depths["Home"], depths["End"]) == (1, 4)
+    wait(browser, "document.getElementById('said').textContent.includes('after all 4 layers')")
+    assert not browser.problems
+
+
+def test_points_by_name(browser: Browser, engine: Engine, url: str) -> None:
+    browser.open(f"{url}/", width=360)
+    wait(browser, "!document.getElementById('all').hidden")
+    text = next(text for text in TEXTS if engine.predict([text])[0].exit_layer == 2)
+    ask(browser, text)
+    choose(browser, "never")
+    assert exits(browser) == 4
+    choose(browser, "calm")
+    wait(browser, "document.getElementById('score-head').textContent === 'Exit score (patience)'")
+    assert exits(browser) == engine.predict([text], operating_point="calm")[0].exit_layer
+    assert browser.value("document.scrollingElement.scrollWidth <= innerWidth")
+    choose(browser, "full-depth")
+    wait(browser, "document.getElementById('score-head').textContent === 'Exit probability'")
+    assert exits(browser) == 4
+    fields = "[...document.querySelectorAll('input, textarea, select')]"
+    assert browser.value(f"{fields}.every(one => one.labels.length === 1)")
+    assert not browser.problems
+
+
+def test_the_token_stays_in_the_page(browser: Browser, engine: Engine) -> None:
+    with running(classifier_app(ClassifierService(engine), token=TOKEN.encode())) as address:
+        browser.open(f"{address}/", width=360)
+        wait(browser, "!document.getElementById('token-form').hidden")
+        assert browser.value("document.getElementById('all').hidden")
+        give = "document.getElementById('token').value = '{}'; document.querySelector('#token-form button').click()"
+        browser.value(give.format("wrong"))
+        wait(browser, "document.getElementById('error').textContent.includes('does not take')")
+        browser.value(give.format(TOKEN))
+        wait(browser, "!document.getElementById('all').hidden")
+        ask(browser, TEXTS[0])
+        assert exits(browser) == engine.predict([TEXTS[0]])[0].exit_layer
+        kept = "JSON.stringify([location.href, localStorage, sessionStorage, document.cookie])"
+        assert browser.value("document.getElementById('token').value") == ""
+        assert TOKEN not in browser.value(kept)
+        assert all(TOKEN not in request for request in browser.requests)
+        assert all(
+            "401" in problem for problem in browser.problems
+        )  # the browser's own line about each of them

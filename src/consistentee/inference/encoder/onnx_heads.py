@@ -62,8 +62,12 @@ def _pooled(graph: Graph, states: str, classifiers: InternalClassifiers, index: 
         norm, queries = module.pooling.norm, module.pooling.queries
         constants = [graph.constant(values) for values in (norm.weight, norm.bias)]
         keys = graph.op("LayerNormalization", states, *constants, epsilon=float(norm.eps))
-        scores = graph.op("MatMul", keys, graph.constant(queries.T))
-        scores = graph.op("Add", graph.op("Transpose", scores, perm=[0, 2, 1]), tokens)
+        if graph.style.portable:
+            scores = graph.op("MatMul", keys, graph.constant(queries.T))
+            scores = graph.op("Transpose", scores, perm=[0, 2, 1])
+        else:
+            scores = graph.op("FusedMatMul", graph.constant(queries), keys, fused=True, transB=1)
+        scores = graph.op("Add", scores, tokens)  # (rows, queries, width)
         found = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), keys)
         dense = module.dense
     else:

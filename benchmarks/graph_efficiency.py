@@ -1,9 +1,9 @@
-"""What exits inside one ONNX graph cost and save: processor time of one thread, so that others on the machine disturb little.
+"""What exits inside one ONNX graph cost and save, by the processor time of one thread: others disturb that little.
 
     python benchmarks/graph_efficiency.py --config-name minilm-12l-shape --batch-sizes 1 8 32 --repeats 10
 
-In turn, in one process: all layers as one graph of ours, ONNX Runtime's own whole model, our graph with exits that nobody
-takes, and with exits evenly over the layers. Medians of the ratios of each repetition.
+In turn, in one process: all layers as one graph of ours, ONNX Runtime's own whole model, our graph with exits that
+nobody takes, and with exits evenly over the layers. Medians of the ratios of each repetition. Random weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,9 @@ def session(proto: Any) -> Any:
     return onnxruntime.InferenceSession(proto.SerializeToString(), options)
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def seconds(runs: Any, feed: dict[str, Any]) -> float:
     start = time.thread_time()
-    call()
+    runs.run(None, feed)
     return time.thread_time() - start
 
 
@@ -59,41 +58,41 @@ def main() -> None:
         scores = OnnxExitScores.of(model, "policy") if with_exits else None
         return session(ExitGraph(model, scores, num_classes=2, **how).build(1.0))
 
-    ours, exits, fixed = graph(False), graph(), graph(fixed_exits=True)
-    whole = full_model_session(model)
-    rng = np.random.default_rng(0)
+    sessions = {"ours": graph(False), "whole": full_model_session(model), "nobody": graph()}
+    sessions["exits"] = graph(fixed_exits=True)
     for size in given.batch_sizes:
-        ids = rng.integers(10, 30000, (size, given.width))
-        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        known = {each.name for each in whole.get_inputs()}
-        theirs = {name: values for name, values in feed.items() if name in known}
-        taken: dict[str, list[float]] = {name: [] for name in ("ours", "whole", "nobody", "exits")}
-        speedup = layers / np.resize(np.arange(1, layers + 1), layers * size if size == 1 else size).mean()
-        for repeat in range(given.repeats + 1):
-            where = [np.full(1, layer) for layer in range(1, layers + 1)]
-            if size > 1:
-                where = [rng.permutation(np.resize(np.arange(1, layers + 1), size))]
-            one = {
-                "ours": seconds(lambda: ours.run(None, feed)),
-                "whole": seconds(lambda: whole.run(None, theirs)),
-                "nobody": seconds(lambda: exits.run(None, feed)),
-                "exits": statistics.mean(
-                    seconds(lambda at=at: fixed.run(None, {**feed, "exit_layers": at})) for at in where
-                ),
-            }
-            for name in taken if repeat else ():
-                taken[name].append(one[name])
+        measure(given.config_name, sessions, size, given.width, layers, given.repeats)
 
-        def ratio(above: str, below: str) -> float:
-            return statistics.median(a / b for a, b in zip(taken[above], taken[below], strict=True))
 
-        milliseconds = {name: round(1000 * statistics.median(values), 1) for name, values in taken.items()}
-        print(
-            f"{given.config_name}, batch {size}: {milliseconds} ms; layers {speedup:.2f}x; efficiency over ONNX Runtime's "
-            f"whole model {ratio('whole', 'exits') / speedup:.2f}, over ours {ratio('ours', 'exits') / speedup:.2f}; "
-            f"nobody exits {ratio('whole', 'nobody'):.2f}x and {ratio('ours', 'nobody'):.2f}x",
-            flush=True,
-        )
+def measure(name: str, sessions: dict[str, Any], size: int, width: int, layers: int, repeats: int) -> None:
+    """Time all of them at one batch size, and print what was found."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(10, 30000, (size, width))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    known = {each.name for each in sessions["whole"].get_inputs()}
+    feeds = {"ours": feed, "nobody": feed, "whole": {key: feed[key] for key in feed if key in known}}
+    taken: dict[str, list[float]] = {each: [] for each in sessions}
+    for _ in range(repeats + 1):
+        for each, values in feeds.items():
+            taken[each].append(seconds(sessions[each], values))
+        places = [np.full(1, layer) for layer in range(1, layers + 1)]
+        if size > 1:
+            places = [rng.permutation(np.resize(np.arange(1, layers + 1), size))]
+        passes = [seconds(sessions["exits"], {**feed, "exit_layers": place}) for place in places]
+        taken["exits"].append(statistics.mean(passes))
+    taken = {each: values[1:] for each, values in taken.items()}  # the first pass warms up
+    speedup = layers / np.resize(np.arange(1, layers + 1), layers if size == 1 else size).mean()
+
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(a / b for a, b in zip(taken[above], taken[below], strict=True))
+
+    milliseconds = {each: round(1000 * statistics.median(values), 1) for each, values in taken.items()}
+    print(
+        f"{name}, batch {size}: {milliseconds} ms; layers {speedup:.2f}x; efficiency over ONNX Runtime's whole model "
+        f"{ratio('whole', 'exits') / speedup:.2f}, over ours {ratio('ours', 'exits') / speedup:.2f}; "
+        f"nobody exits {ratio('whole', 'nobody'):.2f}x and {ratio('ours', 'nobody'):.2f}x",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from consistentee.errors import SettingError
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.original_head import OURS, OriginalHead
 from consistentee.heads.policy import PolicyNetwork, exit_feature_map
@@ -105,6 +106,11 @@ def add_original_head(
         pooling = pooling_of(classifiers)
         there = "" if pooling is None else tokens(pooling)
         return add_classifier(graph, hidden_states, classifiers, None, 0, there)[0]
+    if head.model_type not in _OF_FIRST_TOKEN:
+        raise SettingError(
+            f"The head that a model came with has a graph for {', '.join(_OF_FIRST_TOKEN)}, got one of "
+            f'"{head.model_type}".'
+        )
     first = graph.op("Gather", hidden_states, graph.constant([0]), axis=1)
     first = graph.op("Squeeze", first, graph.constant([1]))
     dense, activate, output = _OF_FIRST_TOKEN[head.model_type](parts)

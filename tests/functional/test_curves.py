@@ -244,10 +244,13 @@ def test_curves_agree_with_what_their_words_say(
     fast = [a for a, s in points if s >= at]
     found = float(best_accuracy(accuracy, speedup, at))
     assert found == max(fast) if fast else math.isnan(found)
-    saved = max([0.0, *(1 - 1 / s for a, s in points if a >= floor)])
-    assert float(layers_saved(accuracy, speedup, torch.tensor(floor, dtype=torch.float64))) == pytest.approx(
-        saved
-    )
+    found = float(layers_saved(accuracy, speedup, torch.tensor(floor, dtype=torch.float64)))
+
+    def saved(least: float) -> float:
+        return max([0.0, *(1 - 1 / s for a, s in points if a >= least)])
+
+    # An accuracy that misses the floor by rounding alone may count as one that reaches it.
+    assert saved(floor) - 1e-12 <= found <= saved(floor - 1e-6) + 1e-12
 
 
 def _exits_that_lose(lost: int, won: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

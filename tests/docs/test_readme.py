@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 import consistentee
-from consistentee.cli.main import app, main
+from consistentee.cli.main import COMMANDS, app, main
 from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_model
 from tiny_training import tiny_decoder, tiny_instructions
 
@@ -21,20 +21,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md")
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMANDS = (
-    "train",
-    "finetune",
-    "evaluate",
-    "predict",
-    "generate",
-    "export",
-    "benchmark",
-    "calibrate",
-    "compare",
-    "probe",
-    "retrofit",
-    "report",
-)
 
 
 def typed(page: str) -> list[list[str]]:

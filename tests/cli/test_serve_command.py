@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from consistentee.cli.main import main
+from consistentee.errors import SettingError
+from consistentee.serving.server import HttpServer
 from saved_generators import generator_folder
 from tiny import tiny_backbone, tiny_model
 
@@ -83,3 +86,18 @@ def test_sigterm_while_it_answers(model: Path) -> None:
     assert 200 in found
     assert "Traceback" not in errors
     assert "nothing is stepped back from" in "".join(lines)
+
+
+def test_handlers_of_this_process_stay_open() -> None:
+    closed: list[bool] = []
+
+    class Noted(logging.Handler):
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    handler = Noted()
+    with pytest.raises(SettingError, match="host and port must be free"):
+        HttpServer(None, host="256.0.0.1", port=0)
+    assert closed == []
+    handler.close()

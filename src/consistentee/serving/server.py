@@ -39,6 +39,7 @@ class HttpServer:
         uvicorn: Any = require_extra("serve", "uvicorn")
         config = uvicorn.Config(
             app,
+            log_config=None,  # its own would shut down whatever handlers this process has
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -20,7 +20,7 @@ NUMERIC := $(addprefix tests/,functional backbones heads inference models pipeli
 NODE_STAMP := $(if $(shell command -v npm),tests/js/node_modules/.installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-masked test-lowest check format dist
+.PHONY: help install demo test test-masked test-lowest check format dist docs
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,10 @@ dist: $(STAMP) ## build wheel and sdist, and use the wheel in an empty environme
 	@$(RUN) twine check --strict dist/*
 	@$(VENV)/bin/python .ci/try_wheel.py dist
 
+docs: $(VENV)/.installed-docs ## build the site of the documentation in site/ and follow its links
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict --clean
+	@$(VENV)/bin/python .ci/check_links.py site
+
 format: $(STAMP) ## format the code and fix what lint can fix
 	@$(RUN) ruff format --quiet .
 	@$(RUN) ruff check --quiet --fix .
@@ -59,6 +63,10 @@ format: $(STAMP) ## format the code and fix what lint can fix
 tests/js/node_modules/.installed: tests/js/package.json
 	@cd tests/js && npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts && touch node_modules/.installed || \
 	  echo 'The packages of tests/js could not be installed; tests in Node and in a browser are skipped.' >&2
+
+$(VENV)/.installed-docs: $(STAMP)
+	@$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 $(STAMP): constraints.txt
 $(LOWEST)/.installed: constraints-lowest.txt

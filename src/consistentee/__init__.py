@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from consistentee.pipelines.classifier import Engine, ExitRule, Prediction, Predictor
     from consistentee.pipelines.generator import GeneratedText, TextGenerator
+    from consistentee.pipelines.ray_data import RayPredictor
     from consistentee.training.train import finetune, retrofit, train
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "MissingExtraError",
     "Prediction",
     "Predictor",
+    "RayPredictor",
     "RetrofitConfig",
     "TextDataset",
     "TextGenerator",
@@ -91,6 +93,7 @@ _HOMES = {
     "functional.curves": ("CurvePoint",),
     "data.classification": ("load_files", "load_task"),
     "pipelines.classifier": ("Engine", "ExitRule", "Prediction", "Predictor"),
+    "pipelines.ray_data": ("RayPredictor",),
     "errors": ("DataError", "MissingExtraError"),
     "evaluation.classification": ("evaluate_layers", "evaluate_model"),
     "data.generation": ("load_generation_files", "load_generation_task"),

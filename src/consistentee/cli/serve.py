@@ -13,7 +13,6 @@ from consistentee.cli.terminal import at_least_one, say, usage
 from consistentee.errors import UsageError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-SHORTEST_TOKEN = 8
 
 
 def serve(
@@ -59,10 +58,11 @@ def serve(
         raise UsageError(f"--audit must be a share of the texts in [0, 1], got {audit:g}.")
     if not 0 < deadline_ms < float("inf"):
         raise UsageError(f"--deadline-ms must be above 0, got {deadline_ms:g}.")
-    token = None if token_file is None else _token(token_file)
+    from consistentee.serving.app import read_token
     from consistentee.serving.requests import ServerLimits
     from consistentee.serving.server import HttpServer
 
+    token = None if token_file is None else read_token(token_file, "--token-file")
     limits = ServerLimits(max_queue=max_queue, deadline_ms=deadline_ms)
     if kind_of_model(model) is GENERATORS:
         for name, value, default in (
@@ -118,21 +118,3 @@ def _generator(model: str, limits: Any, token: bytes | None, dtype: str, device:
 
     saved = GENERATORS.load(model, device=None if device == "auto" else device, dtype=dtype)
     return generator_app(GeneratorService(TextGenerator(saved), limits=limits), token=token)
-
-
-def _token(path: Path) -> bytes:
-    """The token of a file, without the space around it.
-
-    Raises:
-        UsageError: there is none that could be sent, or it is too short to be a secret.
-    """
-    try:
-        token = path.read_bytes().strip()
-    except OSError as error:
-        raise UsageError(f"--token-file must be a file, got {path} ({error.strerror}).") from None
-    if len(token) < SHORTEST_TOKEN or not all(33 <= byte <= 126 for byte in token):
-        raise UsageError(
-            f"--token-file must hold at least {SHORTEST_TOKEN} printable ASCII characters without spaces: {path} "
-            "does not."
-        )
-    return token

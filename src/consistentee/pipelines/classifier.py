@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,17 @@ class Prediction:
     score: float
     exit_layer: int
     truncated: bool = False
+
+    def line(self, texts: tuple[str, ...]) -> str:
+        """The line of JSON that `consistentee predict` writes for the texts of an input."""
+        values = {
+            "text": texts[0] if len(texts) == 1 else list(texts),
+            "label": self.label,
+            "score": round(self.score, 6),
+            "exit_layer": self.exit_layer,
+            "truncated": self.truncated,
+        }
+        return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 class Engine:
@@ -227,8 +239,24 @@ class Engine:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         return self._windows(
-            self._checked(texts), batch_size, self.rule(criterion, threshold, operating_point)
+            self.checked(texts), batch_size, self.rule(criterion, threshold, operating_point)
         )
+
+    def predict_window(
+        self, texts: Sequence[Text], *, batch_size: int | None, rule: ExitRule
+    ) -> list[Prediction]:
+        """Predictions for texts that are all one window; arguments and errors as of `predict` and `run`."""
+        window = list(self.checked(texts))
+        return self._window(window, batch_size, rule) if window else []
+
+    def _window(
+        self, window: Sequence[tuple[str, ...]], batch_size: int | None, rule: ExitRule
+    ) -> list[Prediction]:
+        names = self.saved.label_names
+        rows, cut = self._encode(window)
+        answers = self.run(rows, batch_size=batch_size, rule=rule)
+        found = zip(answers.labels, answers.scores, answers.exit_layers, cut, strict=True)
+        return [Prediction(names[label], score, layer, is_cut) for label, score, layer, is_cut in found]
 
     def rule(
         self,
@@ -277,7 +305,7 @@ class Engine:
 
     def tokenize(self, texts: Iterable[Text]) -> tuple[list[dict[str, list[int]]], list[bool]]:
         """Token ids of texts as `predict` takes them, and which of them were cut; errors as of `predict`."""
-        return self._encode(list(self._checked(texts)))
+        return self._encode(list(self.checked(texts)))
 
     def exit_scores(self, rule: ExitRule) -> IncrementalExitScores | None:
         """The scores of a rule's criterion, the same object for the same criterion; None: nobody exits by it."""
@@ -328,8 +356,8 @@ class Engine:
                 self._runners[key] = OnnxExitRunner(model, rule) if has_graph(model, rule) else None
             return self._runners[key]
 
-    def _checked(self, texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
-        """Tuples of texts, each known to be there, and as many as the model takes."""
+    def checked(self, texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
+        """Texts as tuples, each known to be there, and as many as the model takes; errors as of `predict`."""
         for position, parts in enumerate(_checked(texts), start=1):
             self.saved.check_texts(len(parts), f"text {position}")
             yield parts
@@ -337,20 +365,22 @@ class Engine:
     def _windows(
         self, texts: Iterator[tuple[str, ...]], batch_size: int | None, rule: ExitRule
     ) -> Iterator[tuple[list[tuple[str, ...]], list[Prediction]]]:
-        size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
-        largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
-        if batch_size == 1:  # no neighbours to gain from: an input is answered before the next is read
-            largest = 1
-        names = self.saved.label_names
-        while window := list(itertools.islice(texts, size)):
-            rows, cut = self._encode(window)
-            answers = self.run(rows, batch_size=batch_size, rule=rule)
-            found = zip(answers.labels, answers.scores, answers.exit_layers, cut, strict=True)
-            yield (
-                window,
-                [Prediction(names[label], score, layer, is_cut) for label, score, layer, is_cut in found],
-            )
-            size = min(2 * size, largest)
+        for size in window_sizes(batch_size):
+            window = list(itertools.islice(texts, size))
+            if not window:
+                return
+            yield window, self._window(window, batch_size, rule)
+
+
+def window_sizes(batch_size: int | None) -> Iterator[int]:
+    """Inputs of one window after another, without an end; arguments as of `Engine.windows`."""
+    size = FIRST_WINDOW_ROWS if batch_size is None else batch_size
+    largest = WINDOW_ROWS if batch_size is None else BATCHES_PER_WINDOW * batch_size
+    if batch_size == 1:  # no neighbours to gain from: an input is answered before the next is read
+        largest = 1
+    while True:
+        yield size
+        size = min(2 * size, largest)
 
 
 def require_own_classifier(saved: LoadedClassifier) -> None:

@@ -9,9 +9,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from consistentee.errors import require_extra
+from consistentee.errors import SettingError, require_extra
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.openapi import openapi_description
 from consistentee.serving.playground import playground_page
@@ -30,6 +31,10 @@ the model, asks for the token."""
 
 CLIENT_GONE = 499
 """What is counted where a client went away before its answer."""
+
+
+SHORTEST_TOKEN = 8
+"""Characters of a bearer token; a shorter one is no secret."""
 
 
 class Service(Protocol):
@@ -138,6 +143,27 @@ async def read_body(receive: Receive, headers: Sequence[tuple[bytes, bytes]], li
     except asyncio.TimeoutError:
         message = f"The body must arrive within {limits.body_seconds:g} seconds."
         raise RefusedRequest(408, "Validation", message) from None
+
+
+def read_token(path: Path, name: str) -> bytes:
+    """The bearer token of a file, without the space around it.
+
+    Args:
+        path: of the file.
+        name: of the option that names it, for messages.
+
+    Raises:
+        SettingError: there is none that could be sent, or it is too short to be a secret.
+    """
+    try:
+        token = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingError(f"{name} must be a file, got {path} ({error.strerror}).") from None
+    if len(token) < SHORTEST_TOKEN or not all(33 <= byte <= 126 for byte in token):
+        raise SettingError(
+            f"{name} must hold at least {SHORTEST_TOKEN} printable ASCII characters without spaces: {path} does not."
+        )
+    return token
 
 
 class Gate:

@@ -27,6 +27,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker: threads of sev
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from browser import Browser, find_browser  # noqa: E402
+
 # The same examples everywhere, no deadlines: these machines are slow at times.
 settings.register_profile(
     "consistentee",
@@ -83,3 +85,13 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the data folder {path.name}/ beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium; tests without one are skipped."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with Browser(program) as opened:
+        yield opened

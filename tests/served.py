@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -28,6 +31,28 @@ def running(app: Any, **how: Any) -> Iterator[str]:
         server.stop()
         thread.join(30)
         assert not thread.is_alive()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """Files; modules by their type."""
+
+    def guess_type(self, path: Any) -> str:
+        """Browsers run modules and wasm of these types only."""
+        kinds = {".mjs": "text/javascript", ".wasm": "application/wasm"}
+        return kinds.get(Path(path).suffix) or super().guess_type(path)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving_files(folder: Path) -> Iterator[str]:
+    """The URL of a plain file server, as `python -m http.server` is one."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 class HeldPool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser import Browser, find_browser
+from browser import Browser
 from compared_cells import cell_of
 from consistentee.cli.main import main
 from consistentee.errors import DataError
@@ -133,15 +132,6 @@ def test_what_is_no_comparison_is_called_so(tmp_path: Path, text: str) -> None:
     broken.write_text(text)
     with pytest.raises(DataError, match=r"no summary of a comparison .* consistentee compare --render"):
         comparison_page(broken)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    with Browser(program) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("width", [1280, 360])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from browser import Browser, find_browser
+from browser import Browser
 from consistentee.data.rows import TextDataset
 from consistentee.evaluation.exit_report import ExitReport, report_exits
 from consistentee.evaluation.html_page import EMPTY, LONGEST_SHOWN, check_report_file, shown
@@ -69,15 +68,6 @@ def file(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("file") / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    with Browser(program) as opened:
-        yield opened
 
 
 # --- What it says ---------------------------------------------------------------------------------

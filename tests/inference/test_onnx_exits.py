@@ -56,14 +56,17 @@ def oracle(model: Any, feed: dict[str, np.ndarray], criterion: str, threshold: f
 
 def median_score(model: Any, feed: dict[str, np.ndarray], criterion: str) -> float:
     """A threshold between scores, so that some rows exit early and some do not."""
-    layers = oracle(model, feed, "static", 99.0)
+    found = all_scores(model, oracle(model, feed, "static", 99.0), criterion).unique()
+    return float(found[len(found) // 2 - 1 : len(found) // 2 + 1].mean())
+
+
+@torch.no_grad()
+def all_scores(model: Any, layers: Any, criterion: str) -> torch.Tensor:
+    """Exit scores of all layers, (rows, layers)."""
     from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
 
-    with torch.no_grad():
-        signals = model.exit_signals(EXIT_CRITERIA[criterion].reads)(layers.pooled, layers.classifier_logits)
-        scores = exit_scores(criterion, layers.layer_logits, layers.exit_probs, **signals).flatten()
-    found = scores.unique()
-    return float(found[len(found) // 2 - 1 : len(found) // 2 + 1].mean())
+    signals = model.exit_signals(EXIT_CRITERIA[criterion].reads)(layers.pooled, layers.classifier_logits)
+    return exit_scores(criterion, layers.layer_logits, layers.exit_probs, **signals)
 
 
 def session_of(proto: Any) -> InferenceSession:
@@ -72,7 +75,7 @@ def session_of(proto: Any) -> InferenceSession:
     return InferenceSession(proto.SerializeToString(), options)
 
 
-def graph_of(model: Any, criterion: str, threshold: float = 0.5, **how: Any) -> Any:
+def graph_of(model: Any, criterion: str, threshold: float | None = 0.5, **how: Any) -> Any:
     scores = OnnxExitScores.of(model, criterion)
     return ExitGraph(model, scores, num_classes=CLASSES, **how).build(threshold)
 
@@ -113,6 +116,52 @@ def test_every_criterion(tmp_path: Path, criterion: str, decay: float) -> None:
     for style in (GraphStyle(), PORTABLE):
         found = session_of(graph_of(model, criterion, threshold, style=style)).run(None, feed)
         assert_same(found, oracle(model, feed, criterion, threshold))
+
+
+@pytest.mark.parametrize("criterion", ["policy", "confidence", "patience"])
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_what_the_layers_say(tmp_path: Path, model_type: str, criterion: str) -> None:
+    model = build(tmp_path, model_type)
+    feed = feed_of(model, 16)
+    threshold = 1.5 if criterion == "patience" else median_score(model, feed, criterion)
+    session = session_of(graph_of(model, criterion, None, shows_layers=True))
+    assert [given.name for given in session.get_inputs()][-1] == "threshold"
+    assert not session.get_overridable_initializers()  # JavaScript could not give one
+    names = ["logits", "exit_layer", "layer_logits", "exit_scores", "exit_probs"]
+    for limit in (
+        threshold,
+        9.0 if criterion == "patience" else 1.0,
+    ):  # the second: nobody exits before the last layer
+        wanted = oracle(model, feed, criterion, limit)
+        logits, exits, layer_logits, scores, probs = session.run(
+            names, {**feed, "threshold": np.array(limit, np.float32)}
+        )
+        assert_same((logits, exits), wanted)
+        reached = np.arange(4) < np.asarray(exits)[:, None]
+        own = all_scores(model, wanted, criterion).numpy()
+        for found, right in ((layer_logits, wanted.layer_logits), (scores, own), (probs, wanted.exit_probs)):
+            right = np.asarray(right)
+            there = reached if right.ndim == 2 else reached[..., None]
+            np.testing.assert_allclose(np.asarray(found), np.where(there, right, 0), atol=2e-4, rtol=1e-3)
+
+
+def test_what_the_layers_below_an_original_head_say(tmp_path: Path) -> None:
+    from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+    from tiny import tiny_classifier
+
+    original = tiny_classifier(tmp_path, "bert")
+    model: Any = EarlyExitForSequenceClassification.from_classifier(original, max_length=64).eval()
+    feed = feed_of(model, 8)
+    scores = OnnxExitScores.of(model, "confidence")
+    classes, layers = model.config.num_classes, model.num_layers
+    proto = ExitGraph(model, scores, num_classes=classes, shows_layers=True).build(2.0)
+    _, _, logits, exit_scores, exit_probs = session_of(proto).run(None, feed)
+    wanted = oracle(model, feed, "confidence", 1.0)
+    np.testing.assert_allclose(np.asarray(logits), wanted.layer_logits.numpy(), atol=2e-4, rtol=1e-3)
+    assert np.asarray(exit_scores).shape == (8, layers)
+    assert not np.asarray(exit_scores)[:, -1].any()
+    assert not np.asarray(exit_probs)[:, -1].any()
+    assert np.asarray(exit_probs)[:, :-1].all()
 
 
 @pytest.mark.parametrize("policy_input", ["state", "log_odds", "state+log_odds"])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ pytest.importorskip("onnxruntime")
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from browser import Browser, find_browser
+from browser import Browser
 from consistentee.cli.main import main
 from consistentee.errors import SettingError
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -29,10 +26,11 @@ from consistentee.models.operating_points import save_operating_point
 from consistentee.pipelines import export
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.export import export_onnx
+from npm_packages import JS, node, npm_folder
 from saved_generators import generator_folder
+from served import serving_files
 from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_model
 
-JS = Path(__file__).parents[1] / "js"
 ALONE = Path(__file__).parents[1] / "exported_alone.py"
 ROWS = 64
 AWKWARD = ["good [SEP] bad", "[CLS]", "a film [PAD] of [UNK]", "Ünïcode, FILM!", "x", "very " * 90 + "bad"]
@@ -91,50 +89,21 @@ def test_in_python_without_torch(folders: dict[str, Path], kind: str, batch: int
     assert found == answers_of(folder)
 
 
-def node_modules() -> str:
-    """Node's program, or the test is skipped."""
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("needs Node.js")
-    if not (JS / "node_modules" / "onnxruntime-web").is_dir():
-        pytest.skip("needs the packages of tests/js (npm install, which `make test` does)")
-    return node
-
-
 def test_in_node(folders: dict[str, Path]) -> None:
-    found = json.loads(run(node_modules(), JS / "node.mjs", 8, *folders.values()))
+    found = json.loads(run(node(), JS / "node.mjs", 8, *folders.values()))
     assert found == [answers_of(folder) for folder in folders.values()]
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    """Files of the tests and of the exported folders; modules by their type."""
-
-    def guess_type(self, path: Any) -> str:
-        """Browsers run modules and wasm of these types only."""
-        kinds = {".mjs": "text/javascript", ".wasm": "application/wasm"}
-        return kinds.get(Path(path).suffix) or super().guess_type(path)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
-def test_in_a_browser(folders: dict[str, Path], tmp_path: Path) -> None:
-    node_modules()
-    program = find_browser()
-    if program is None:
-        pytest.skip("needs Chromium or Chrome")
+def test_in_a_browser(folders: dict[str, Path], tmp_path: Path, browser: Browser) -> None:
+    npm_folder("onnxruntime-web")
     (tmp_path / "js").symlink_to(JS)
     for kind, folder in folders.items():
         (tmp_path / kind).symlink_to(folder)
-    handler = functools.partial(_Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, Browser(program) as browser:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with serving_files(tmp_path) as address:
         browser.open(f"{address}/js/page.html", width=800)
         for kind, folder in folders.items():
             assert browser.value(f"ask('/{kind}', 8)") == answers_of(folder)
         assert {request.split("/")[2] for request in browser.requests if "://" in request} == {address[7:]}
-        server.shutdown()
 
 
 def test_what_is_in_it(folders: dict[str, Path]) -> None:
@@ -161,10 +130,10 @@ def test_the_examples_of_its_page_run(folders: dict[str, Path], kind: str, tmp_p
     found = run(sys.executable, tmp_path / "example.py", cwd=tmp_path / "folder")
     assert re.fullmatch(r"\[('(posi|nega)tive'(, )?){2}\] \[\d \d\]\n", found)
     assert max(len(python.splitlines()), len(javascript.splitlines())) < 20
-    node = node_modules()
+    program = node()
     (tmp_path / "folder" / "node_modules").symlink_to(JS / "node_modules")
     (tmp_path / "folder" / "example.mjs").write_text(javascript)
-    assert "BigInt64Array" in run(node, "example.mjs", cwd=tmp_path / "folder")
+    assert "BigInt64Array" in run(program, "example.mjs", cwd=tmp_path / "folder")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from browser import Browser, find_browser
+from accessibility import barriers
+from browser import Browser
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.predict_route import classifier_app
+from playground_clicks import ask, ask_as_engine, choose, exits, text_of, wait
 from served import running
 from tiny import tiny_backbone, tiny_dataset, tiny_model
 
@@ -48,69 +49,23 @@ def url(engine: Engine) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    with Browser(program) as opened:
-        yield opened
-
-
-def wait(browser: Browser, condition: str) -> None:
-    end = time.monotonic() + 20
-    while not browser.value(condition):
-        assert time.monotonic() < end, (condition, browser.problems)
-        time.sleep(0.02)
-
-
-def text_of(browser: Browser, name: str) -> str:
-    return " ".join(browser.value(f"document.getElementById('{name}').textContent").split())
-
-
-def ask(browser: Browser, text: str, how: str = "document.getElementById('run').click()") -> None:
-    """Put a text in and run it."""
-    browser.value(
-        f"document.getElementById('text').value = {text!r}; document.getElementById('lead').textContent = ''"
-    )
-    browser.value(how)
-    wait(browser, "document.getElementById('lead').textContent !== ''")
-
-
-def choose(browser: Browser, point: str) -> None:
-    """Choose an operating point, as a click on it does."""
-    one = "document.getElementById('point')"
-    browser.value(f"{one}.value = {point!r}; {one}.dispatchEvent(new Event('change'))")
-
-
-def exits(browser: Browser) -> int:
-    return browser.value("Number.parseInt(document.querySelector('tr.exit th').textContent)")
-
-
 @pytest.mark.parametrize("width, dark", [(1280, False), (360, True)])
 def test_a_text_climbs_the_layers(browser: Browser, engine: Engine, url: str, width: int, dark: bool) -> None:
     browser.open(f"{url}/", width=width, dark=dark)
     wait(browser, "!document.getElementById('all').hidden")
     seen = set()
     for text in TEXTS[:4]:
-        ask(browser, text)
-        (wanted,) = engine.predict([text])
-        (full,) = engine.predict([text], threshold=1.0)
-        said = text_of(browser, "lead")
-        assert said.startswith(f"{wanted.label} ({100 * wanted.score:.1f} %)"), said
-        assert exits(browser) == wanted.exit_layer
-        if wanted.exit_layer < 4:
-            says = "the same" if full.label == wanted.label else full.label
-            assert f"Full depth says {says} ({100 * full.score:.1f} %)." in said
+        _, exit_layer = ask_as_engine(browser, engine, text)
         assert browser.value("document.querySelectorAll('#layers tr').length") == 4
-        assert browser.value("document.querySelectorAll('tr.beyond').length") == 4 - wanted.exit_layer
-        seen.add(wanted.exit_layer)
+        assert browser.value("document.querySelectorAll('tr.beyond').length") == 4 - exit_layer
+        seen.add(exit_layer)
     assert len(seen) > 1
     assert browser.value("document.title") == "Playground: consistentee serve"
     assert browser.value("document.scrollingElement.scrollWidth <= innerWidth")
     paper = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", paper))) < 60) == dark
     assert set(browser.requests) == {f"{url}/", f"{url}/layers"}
+    assert barriers(browser) == []
     assert not browser.problems
 
 

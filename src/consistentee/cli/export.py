@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +20,7 @@ def export_command(
     model: str,
     *,
     output: Path,
-    file_format: Annotated[Literal["onnx"], Parameter(name="--format")] = "onnx",
+    file_format: Annotated[Literal["onnx", "web"], Parameter(name="--format")] = "onnx",
     criterion: Criterion | None = None,
     threshold: float | None = None,
     operating_point: str | None = None,
@@ -28,17 +30,19 @@ def export_command(
     calibration_file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     text_columns: Columns = None,
     max_samples: int | None = None,
+    npm: Path | None = None,
     debug: Flag = False,
 ) -> None:
     """Write a classifier as one ONNX file that decides by itself who exits, to run without this library.
 
     The folder holds model.onnx, tokenizer.json, config.json with the names of the classes, and README.md with examples
-    for Python, JavaScript and others. The threshold stays an input of the graph, the exit rule is part of it.
+    for Python, JavaScript and others. The threshold stays an input of the graph, the exit rule is part of it. With
+    --format web it also holds the playground, which runs the file in a browser: any file server shows it.
 
     Args:
         model: Folder of a trained model, or its name on the hub.
         output: Folder to write; new, empty, or an earlier export.
-        file_format: What to write.
+        file_format: What to write: onnx, or web: with a page and all that it needs.
         criterion: Exit rule. [default: the saved one]
         threshold: Exit at the first layer whose exit score exceeds it, unless the caller says otherwise. [default: the
             one chosen in training]
@@ -50,6 +54,7 @@ def export_command(
             many labels and exit layers differ.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
         max_samples: Compare on at most so many texts, drawn at random.
+        npm: Of web: folder in which `npm install` put the page's packages. [default: npm fetches them]
         debug: Show tracebacks and the messages of other libraries.
     """
     check_one_or_two(text_columns)
@@ -57,7 +62,10 @@ def export_command(
     if calibration_file is None and (text_columns or max_samples is not None):
         given = "--text-columns" if text_columns else "--max-samples"
         raise UsageError(f"{given} goes with --calibration-file.")
+    if npm is not None and file_format != "web":
+        raise UsageError("--npm goes with --format web.")
     from consistentee.pipelines.export import export_onnx, require_replaceable
+    from consistentee.serving.web_folder import export_web
 
     require_replaceable(output.expanduser())
     if kind_of_model(model) is not CLASSIFIERS:
@@ -70,7 +78,8 @@ def export_command(
     texts: list[tuple[str, ...]] = []
     if calibration_file is not None:
         texts, _ = read_all_texts(calibration_file, text_columns, saved, max_samples)
-    found = export_onnx(
+    write = export_onnx if file_format == "onnx" else partial(export_web, npm=npm)
+    found = write(
         saved,
         output,
         criterion=criterion,
@@ -90,3 +99,5 @@ def export_command(
         )
     elif precision != "float32":
         say("How many labels the 8 bits change is not known: give --calibration-file.")
+    if file_format == "web":
+        say(f"To see it: python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(output))}")

@@ -6,13 +6,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from consistentee import __version__
@@ -21,7 +22,7 @@ from consistentee.data.tokenization import encode_texts
 from consistentee.errors import SettingError
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.onnx_builder import HIGHEST_OPSET, OPSET, GraphStyle, WeightFile
-from consistentee.inference.encoder.onnx_exits import ExitGraph
+from consistentee.inference.encoder.onnx_exits import EXIT_LAYER, LOGITS, THRESHOLD, ExitGraph
 from consistentee.inference.encoder.onnx_runner import graph_feed
 from consistentee.inference.encoder.onnx_scores import OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import make_session
@@ -31,7 +32,20 @@ from consistentee.pipelines.classifier import Engine, require_own_classifier
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 MADE_BY = "consistentee export"
 FILES = (GRAPH_FILE, WEIGHTS_FILE, "tokenizer.json", "config.json", "README.md")
-"""All that an exported folder holds; what holds anything else is not ours to replace."""
+WEB_FILES = (
+    "index.html",
+    "playground.json",
+    "onnxruntime-web.js",
+    "onnxruntime-web.wasm",
+    "onnxruntime-web.LICENSE.txt",
+    "onnxruntime-web.ThirdPartyNotices.txt",
+    "tokenizers.js",
+    "tokenizers.LICENSE.txt",
+)
+"""What a folder with a page holds beside them, see `serving/web_folder.py`."""
+
+EXPORTED_FILES = frozenset((*FILES, *WEB_FILES))
+"""All that an exported folder can hold; what holds anything else is not ours to replace."""
 
 MOST_BYTES = 1_800_000_000
 """Weights that are more go into a file beside the graph: one message may have 2 GB."""
@@ -72,6 +86,8 @@ def export_onnx(
     precision: str = "float32",
     portable: bool = False,
     compare_texts: Sequence[tuple[str, ...]] = (),
+    shows_layers: bool = False,
+    add_files: Callable[[Path, Mapping[str, Any]], None] | None = None,
 ) -> Exported:
     """Write a model as one ONNX graph, with what is needed to use it; the folder appears when it is complete.
 
@@ -89,6 +105,10 @@ def export_onnx(
         precision: `float32`, or `int8`: weights of the layers in 8 bits, their inputs quantised as they come.
         portable: standard operators only; else also ONNX Runtime's fused ones, which are faster.
         compare_texts: on which the graph is compared with the engine.
+        shows_layers: the graph also gives `layer_logits`, (rows, layers, classes), `exit_scores` and `exit_probs`,
+            (rows, layers), 0 at layers that a row did not reach, and `threshold` must be given; without exits there are
+            none of them.
+        add_files: writes more of `EXPORTED_FILES` into the folder; takes the folder and what `config.json` says.
 
     Raises:
         SettingError: what cannot be exported, a setting out of its range, or a folder that holds something else.
@@ -111,11 +131,15 @@ def export_onnx(
     tokenizer = tokenizer_json(saved)
     style = GraphStyle(opset, portable, precision == "int8")
     config = _config(saved, criterion, limit, style, precision)
+    if shows_layers and scores is not None:
+        config["shows_layers"] = True
     with replaced_folder(Path(folder).expanduser()) as place:
         _write_graph(model, scores, limit, style, config, place)
         _write(place / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
         _write(place / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        _write(place / "README.md", _readme(saved, config))
+        _write(place / "README.md", _readme(saved, {**config, "has_page": add_files is not None}))
+        if add_files is not None:
+            add_files(place, config)
         differ = _compare(saved, place, criterion, limit, compare_texts) if compare_texts else (0, 0)
         size = sum((place / name).stat().st_size for name in FILES[:2] if (place / name).exists())
     return Exported(Path(folder), criterion, limit, size / 1e6, len(compare_texts), *differ)
@@ -130,15 +154,20 @@ def _write_graph(
     place: Path,
 ) -> None:
     """The graph, and its weights beside it where they are too many."""
-    classes = model.config.num_classes
+    shows_layers = bool(config.get("shows_layers"))
+    how: dict[str, Any] = {
+        "num_classes": model.config.num_classes,
+        "style": style,
+        "shows_layers": shows_layers,
+    }
+    default = None if shows_layers else threshold or 0.0
     is_large = 4 * sum(parameter.numel() for parameter in model.parameters()) > MOST_BYTES
     if is_large:
         with (place / WEIGHTS_FILE).open("wb") as stream:
             weights = WeightFile(stream, WEIGHTS_FILE)
-            graph = ExitGraph(model, scores, num_classes=classes, style=style, weights=weights)
-            proto = graph.build(threshold or 0.0)
+            proto = ExitGraph(model, scores, weights=weights, **how).build(default)
     else:
-        proto = ExitGraph(model, scores, num_classes=classes, style=style).build(threshold or 0.0)
+        proto = ExitGraph(model, scores, **how).build(default)
     for key, value in config.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     with (place / GRAPH_FILE).open("wb") as stream:
@@ -216,7 +245,7 @@ def require_replaceable(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir())
     if not found:
         return
-    if set(found) <= set(FILES) and "config.json" in found:
+    if set(found) <= EXPORTED_FILES and "config.json" in found:
         try:
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -294,7 +323,10 @@ def _compare(
     labels: list[int] = []
     exit_layers: list[int] = []
     for start in range(0, len(rows), COMPARED_BATCH):
-        logits, layers = session.run(None, graph_feed(rows[start : start + COMPARED_BATCH], names))
+        feed: dict[str, Any] = graph_feed(rows[start : start + COMPARED_BATCH], names)
+        if THRESHOLD in names:
+            feed[THRESHOLD] = np.array(threshold, np.float32)
+        logits, layers = session.run([LOGITS, EXIT_LAYER], feed)
         labels += logits.argmax(1).tolist()
         exit_layers += layers.tolist()
     differ = [

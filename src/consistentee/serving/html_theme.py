@@ -17,18 +17,20 @@ def with_theme(style: str) -> str:
     return (PAGE_FILES / "theme.css").read_text(encoding="utf-8") + style
 
 
-def content_policy(style: str, script: str, *, more: str = "") -> str:
+def content_policy(style: str, script: str, *, scripts: str = "", more: str = "") -> str:
     """A Content-Security-Policy under which nothing is loaded, and nothing but this style and this script is used.
 
     Args:
         style, script: what stands in the page.
+        scripts: what else may run, such as "'self'".
         more: further directives.
     """
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
     )
+    also = f" {scripts}" if scripts else ""
     policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'{also}; "
         "base-uri 'none'; form-action 'none'"
     )
     return f"{policy}; {more}" if more else policy

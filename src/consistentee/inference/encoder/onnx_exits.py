@@ -38,9 +38,13 @@ LOGITS, EXIT_LAYER = "logits", "exit_layer"
 """Inputs: (rows, width) int64; a scalar; (rows,) int64, of a graph whose exits are fixed. Outputs: (rows, classes) and
 (rows,) int64."""
 
-ORDER, FOUND, FIXED = "order", "found", "fixed"
+LAYER_LOGITS, EXIT_SCORES, EXIT_PROBS = "layer_logits", "exit_scores", "exit_probs"
+"""Further outputs of a graph that shows its layers: (rows, layers, classes); (rows, layers), of the criterion and of
+the policy, both 0 at the last layer of an original head. All are 0 at layers that a row did not reach."""
+
+ORDER, FOUND, FIXED, SEEN = "order", "found", "fixed", "seen"
 """What rows bring along: their places in the input, (rows, 1) int64; what was found so far for all rows of the input,
-(rows, classes + 1); and where they are to exit, (rows, 1)."""
+(rows, classes + 1); where they are to exit, (rows, 1); and what was seen at each layer, (rows, layers, classes + 2)."""
 
 FLOAT, INT32, INT64 = 1, 6, 7
 """Kinds of values by their numbers in ONNX."""
@@ -72,6 +76,7 @@ class ExitGraph:
         style: how it is written.
         weights: where the weights go; None keeps them in the graph.
         fixed_exits: whether rows exit where `EXIT_LAYERS` says, to study speed; the scores are computed all the same.
+        shows_layers: whether what each layer says is given as well; needs scores.
 
     Raises:
         SettingError: a model of another type, or of too many layers.
@@ -86,6 +91,7 @@ class ExitGraph:
         style: GraphStyle | None = None,
         weights: WeightFile | None = None,
         fixed_exits: bool = False,
+        shows_layers: bool = False,
     ) -> None:
         config: Any = model.backbone.config
         if config.model_type not in LAYER_PARTS:
@@ -97,6 +103,7 @@ class ExitGraph:
                 f"An ONNX graph with exits can have {MOST_LAYERS} layers, one inside another, got {model.num_layers}."
             )
         self._model, self._scores, self._fixed = model, scores, fixed_exits
+        self._shows_layers = shows_layers and scores is not None
         self._num_classes = num_classes
         self._graph = Graph(style, weights)
         self._num_heads = int(getattr(config, "num_attention_heads", None) or config.n_heads)
@@ -110,11 +117,12 @@ class ExitGraph:
         types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
         self._has_types = types is not None and types.num_embeddings > 1
 
-    def build(self, threshold: float = 0.0) -> Any:
+    def build(self, threshold: float | None = 0.0) -> Any:
         """The graph, a protobuf message.
 
         Args:
-            threshold: what `THRESHOLD` is where the caller gives none.
+            threshold: what `THRESHOLD` is where the caller gives none; None: the caller must, and in JavaScript only
+                then can.
         """
         graph, shape = self._graph, ("rows", "width")
         inputs: dict[str, tuple[str, Sequence[int | str]]] = {IDS: ("int64", shape), MASK: ("int64", shape)}
@@ -124,23 +132,51 @@ class ExitGraph:
             inputs[EXIT_LAYERS] = ("int64", ("rows",))
         elif self._scores is not None:
             inputs[THRESHOLD] = ("float", ())
-            graph.constant(np.array(threshold, np.float32), name=THRESHOLD)
+            if threshold is not None:
+                graph.constant(np.array(threshold, np.float32), name=THRESHOLD)
         rows = graph.op("Slice", graph.op("Shape", IDS), graph.constant([0]), graph.constant([1]))
         carried = self._begin(rows)
+        seen: dict[str, tuple[str, str, Sequence[int | str]]] = {}
         if self._scores is None:
             logits, layer = self._all_layers(rows, carried)
         else:
-            shape_found = graph.op("Concat", rows, graph.constant([self._num_classes + 1]), axis=0)
-            zero = self._graph.tensor(np.zeros(1, np.float32))
-            carried[FOUND] = _Carried(graph.op("ConstantOfShape", shape_found, value=zero), has_rows=False)
+            carried[FOUND] = self._zeros(rows, self._num_classes + 1)
+            if self._shows_layers:
+                carried[SEEN] = self._zeros(rows, self._model.num_layers, self._num_classes + 2)
             found = self._layers(self._scores, carried)
             sizes = graph.constant([self._num_classes, 1])
-            logits, layer = graph.ops("Split", found, sizes, outputs=2, axis=1)
+            logits, layer = graph.ops("Split", found[FOUND], sizes, outputs=2, axis=1)
             layer = graph.op("Reshape", graph.op("Cast", layer, to=INT64), graph.constant([-1]))
+            if self._shows_layers:
+                seen = self._seen(self._scores, found[SEEN])
         return graph.model(
             inputs,
-            {LOGITS: (logits, "float", ("rows", self._num_classes)), EXIT_LAYER: (layer, "int64", ("rows",))},
+            {
+                LOGITS: (logits, "float", ("rows", self._num_classes)),
+                EXIT_LAYER: (layer, "int64", ("rows",)),
+                **seen,
+            },
         )
+
+    def _zeros(self, rows: str, *shape: int) -> _Carried:
+        """(rows, ...), of all rows of the input, to be written to."""
+        graph = self._graph
+        whole = graph.op("Concat", rows, graph.constant(list(shape)), axis=0)
+        zero = graph.tensor(np.zeros(1, np.float32))
+        return _Carried(graph.op("ConstantOfShape", whole, value=zero), has_rows=False)
+
+    def _seen(self, scores: OnnxExitScores, seen: str) -> dict[str, tuple[str, str, Sequence[int | str]]]:
+        """The outputs that show the layers."""
+        graph, layers, classes = self._graph, self._model.num_layers, self._num_classes
+        logits, *of_exit = graph.ops("Split", seen, graph.constant([classes, 1, 1]), outputs=3, axis=2)
+        found: dict[str, tuple[str, str, Sequence[int | str]]] = {
+            LAYER_LOGITS: (logits, "float", ("rows", layers, classes))
+        }
+        names = (EXIT_SCORES, EXIT_PROBS) if scores.has_exit_probs else (EXIT_SCORES,)
+        for name, value in zip(names, of_exit, strict=False):
+            value = graph.op("Squeeze", value, graph.constant([2]))
+            found[name] = (value, "float", ("rows", layers))
+        return found
 
     def _begin(self, rows: str) -> dict[str, _Carried]:
         """Embed the rows, without padding that none of them needs; what they bring along to the first layer."""
@@ -252,24 +288,26 @@ class ExitGraph:
         layer = graph.op("ConstantOfShape", rows, value=graph.tensor(np.array([last + 1], np.int64)))
         return features, layer
 
-    def _layers(self, scores: OnnxExitScores, carried: dict[str, _Carried]) -> str:
-        """All layers with their exits; what was found, (rows, classes + 1): logits and exit layer."""
+    def _layers(self, scores: OnnxExitScores, carried: dict[str, _Carried]) -> dict[str, str]:
+        """All layers with their exits; what was found, (rows, classes + 1): logits and exit layer; and `SEEN`."""
         graph, history = self._graph, History()
-        ended: list[tuple[Graph, str]] = []
-        for index in range(self._model.num_layers):
+        last = self._model.num_layers - 1
+        ended: list[tuple[Graph, dict[str, str]]] = []
+        for index in range(last + 1):
             states = self._layer(graph, index, carried)
             features, pooled = self._classify(graph, index, states, carried)
             carried["hidden"] = replace(carried["hidden"], value=states)
-            if index == self._model.num_layers - 1 and self._original is not None:
-                number = graph.constant(np.array([[index + 1]], np.float32))
-                number = graph.op("Expand", number, graph.op("Shape", carried[ORDER].value))
-                answers, score = graph.op("Concat", features, number, axis=1), ""
+            if index == last and self._original is not None:
+                at = scores.alone(graph, index, features, carried[ORDER].value)
             else:
-                answers, score = scores.step(graph, index, features, pooled, history)
-            if index == self._model.num_layers - 1:
-                ended.append((graph, _write(graph, answers, carried)))
+                at = scores.step(graph, index, features, pooled, history)
+            answers = {FOUND: at.answers}
+            if self._shows_layers:
+                answers[SEEN] = scores.shown(graph, at)
+            if index == last:
+                ended.append((graph, _write(graph, index, answers, carried)))
                 break
-            limit = THRESHOLD
+            score, limit = at.score, THRESHOLD
             if self._fixed:
                 score = graph.op("Sub", score, carried[FIXED].value)
                 limit = graph.number(-APART * (index + 1.5))
@@ -277,15 +315,16 @@ class ExitGraph:
                 carried[name] = _Carried(value, history.kinds[name])
             least = graph.reduce("ReduceMin", score, None, keepdims=False)
             goes_on = graph.op("LessOrEqual", least, limit)
-            (result,), inner, outer = graph.choose(goes_on, 1)
-            outer.give([_write(outer, answers, carried)], ["float"])
-            ended.append((graph, result))
-            carried = self._close_up(inner, score, limit, answers, carried)
+            results, inner, outer = graph.choose(goes_on, len(answers))
+            _give(outer, _write(outer, index, answers, carried))
+            ended.append((graph, dict(zip(answers, results, strict=True))))
+            written = _write(inner, index, answers, carried)
+            carried = self._close_up(inner, score, limit, written, carried)
             for name in history.values:
                 history.values[name] = carried[name].value
             graph = inner
-        for graph, value in ended[1:]:
-            graph.give([value], ["float"])
+        for graph, values in ended[1:]:
+            _give(graph, values)
         return ended[0][1]
 
     def _close_up(
@@ -293,18 +332,18 @@ class ExitGraph:
         graph: Graph,
         score: str,
         limit: str,
-        answers: str,
+        written: Mapping[str, str],
         carried: Mapping[str, _Carried],
     ) -> dict[str, _Carried]:
-        """Write down the answers so far, and keep the rows that go on and the width that these need."""
+        """With what is written down so far, keep the rows that go on and the width that these need."""
         stays = graph.op("Reshape", graph.op("LessOrEqual", score, limit), graph.constant([-1]))
         lengths = graph.op("Compress", carried["lengths"].value, stays, axis=0)
         width = graph.op("Cast", graph.reduce("ReduceMax", lengths, 0), to=INT64)
         kept: dict[str, _Carried] = {}
         for name, each in carried.items():
             value = lengths if name == "lengths" else each.value
-            if name == FOUND:
-                value = _write(graph, answers, carried)
+            if name in written:
+                value = written[name]
             elif each.has_rows and name != "lengths":
                 value = graph.op("Compress", value, stays, axis=0)
             value = _first(graph, value, width, each.width_axes) if each.width_axes else value
@@ -318,6 +357,21 @@ def _first(graph: Graph, value: str, count: str, axes: Sequence[int]) -> str:
     return graph.op("Slice", value, graph.constant([0] * len(axes)), ends, graph.constant(list(axes)))
 
 
-def _write(graph: Graph, answers: str, carried: Mapping[str, _Carried]) -> str:
-    """What was found, with the answers of the rows that are here at their places."""
-    return graph.op("ScatterND", carried[FOUND].value, carried[ORDER].value, answers)
+def _write(
+    graph: Graph, index: int, answers: Mapping[str, str], carried: Mapping[str, _Carried]
+) -> dict[str, str]:
+    """What was found, with the answers of the rows that are here at their places; `SEEN` at this layer, from 0."""
+    places = {FOUND: carried[ORDER].value}
+    if SEEN in answers:
+        layer = graph.op("Mul", carried[ORDER].value, graph.constant(np.array(0, np.int64)))
+        layer = graph.op("Add", layer, graph.constant(np.array(index, np.int64)))
+        places[SEEN] = graph.op("Concat", carried[ORDER].value, layer, axis=1)
+    return {
+        name: graph.op("ScatterND", carried[name].value, places[name], value)
+        for name, value in answers.items()
+    }
+
+
+def _give(graph: Graph, values: Mapping[str, str]) -> None:
+    """End a branch with what was found."""
+    graph.give(list(values.values()), ["float"] * len(values))

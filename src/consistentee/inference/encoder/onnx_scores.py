@@ -49,6 +49,23 @@ class _Exit:
     history: History
 
 
+@dataclass(frozen=True)
+class LayerExit:
+    """What a layer says.
+
+    Args:
+        prediction: (rows, classes).
+        answers: (rows, classes + 1): prediction and number of the layer.
+        score: (rows, 1), exit scores; "" where nothing decides.
+        at: what they were made of.
+    """
+
+    prediction: str
+    answers: str
+    score: str = ""
+    at: _Exit | None = None
+
+
 class OnnxExitScores:
     """Exit scores of one layer after another under one criterion; see `incremental_scores`.
 
@@ -93,9 +110,7 @@ class OnnxExitScores:
             ensemble_decay=model.config.ensemble_decay,
         )
 
-    def step(
-        self, graph: Graph, index: int, exit_features: str, pooled: str, history: History
-    ) -> tuple[str, str]:
+    def step(self, graph: Graph, index: int, exit_features: str, pooled: str, history: History) -> LayerExit:
         """Take the rows past one more layer.
 
         Args:
@@ -104,9 +119,6 @@ class OnnxExitScores:
             exit_features: (rows, classes + width + 1), what `exit_feature_map` makes of the layer, and its number.
             pooled: (rows, pooled).
             history: of the rows; brought up to date.
-
-        Returns:
-            The answers, (rows, classes + 1): prediction and number of the layer; and the exit scores, (rows, 1).
         """
         sizes = [self._classes, self._width, 1] if self._width else [self._classes, 1]
         own, *states, number = graph.ops(
@@ -114,7 +126,42 @@ class OnnxExitScores:
         )
         prediction = self._predict(graph, own, history)
         at = _Exit(index, own, prediction, states[0] if states else "", pooled, history)
-        return graph.op("Concat", prediction, number, axis=1), self._score(self, graph, at)
+        answers = graph.op("Concat", prediction, number, axis=1)
+        return LayerExit(prediction, answers, self._score(self, graph, at), at)
+
+    def alone(self, graph: Graph, index: int, logits: str, order: str) -> LayerExit:
+        """A layer whose head speaks for itself alone.
+
+        Args:
+            graph: to add to.
+            index: of the layer, from 0.
+            logits: (rows, classes).
+            order: (rows, 1), one entry a row.
+        """
+        number = graph.constant(np.array([[index + 1]], np.float32))
+        number = graph.op("Expand", number, graph.op("Shape", order))
+        return LayerExit(logits, graph.op("Concat", logits, number, axis=1))
+
+    def shown(self, graph: Graph, found: LayerExit) -> str:
+        """What a layer says as one row: prediction, exit score and the policy's exit probability, (rows, classes + 2).
+
+        The last is 0 where a policy has no graph, and both are where nothing decides.
+        """
+        if found.at is None:
+            nothing = graph.op("Expand", graph.number(0.0), graph.op("Shape", found.prediction))
+            two = graph.op("Slice", nothing, *(graph.constant([place]) for place in (0, 1, 1)))
+            return graph.op("Concat", found.prediction, two, two, axis=1)
+        probs = found.score
+        if not self.has_exit_probs:
+            probs = graph.op("Mul", found.score, graph.number(0.0))
+        elif self._score is not _policy:
+            probs = self.exit_probs(graph, found.at)
+        return graph.op("Concat", found.prediction, found.score, probs, axis=1)
+
+    @property
+    def has_exit_probs(self) -> bool:
+        """Whether the policy's exit probability can be computed: not of one of 0.1.0 that reads several signals."""
+        return not self._policy.reads_signals
 
     def _predict(self, graph: Graph, own: str, history: History) -> str:
         """The running prediction, as `exits.ensemble_step` gives it."""

@@ -1,0 +1,101 @@
+"""What the playground's pages say of a model: its layers, labels and operating points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+from consistentee.pipelines.classifier import Engine
+from consistentee.serving.points import FULL_DEPTH_POINT, ServedPoint
+
+STEPS = 100
+"""Of a threshold between its least and its highest value."""
+
+
+def visible_rule(engine: Engine, point: ServedPoint, criterion: str | None = None) -> ExitRule:
+    """The rule of a point, with a criterion whose scores can be shown.
+
+    At full depth it is `criterion` (None: the saved one), at a threshold that no score exceeds. A model without exits
+    has none.
+    """
+    if not isinstance(engine.saved.model, EarlyExitForSequenceClassification):
+        return ExitRule.full_depth()
+    if point.name != FULL_DEPTH_POINT and point.rule.criterion is not None:
+        return point.rule
+    criterion = criterion or str(engine.rule().criterion)
+    return ExitRule(criterion, EXIT_CRITERIA[criterion].thresholds.highest(engine.backend.num_layers))
+
+
+def describe_classifier(
+    engine: Engine, points: Mapping[str, ServedPoint], *, name: str, first: str, criterion: str | None = None
+) -> dict[str, Any]:
+    """Labels, layers, and the operating points with what is known about them: what the playground's page reads.
+
+    Args:
+        engine: of the model.
+        points: by name.
+        name: of the model.
+        first: name of the point that the page begins with.
+        criterion: points of others are left out; None takes all.
+    """
+    saved, num_layers = engine.saved, engine.backend.num_layers
+    rules = {point: visible_rule(engine, points[point], criterion) for point in points}
+    if criterion is not None:
+        rules = {point: rule for point, rule in rules.items() if rule.criterion == criterion}
+    criteria = sorted({str(rule.criterion) for rule in rules.values() if rule.criterion is not None})
+    return {
+        "model": name,
+        "labels": list(saved.label_names),
+        "num_layers": num_layers,
+        "text_pairs": saved.text_pairs,
+        "max_length": saved.max_length,
+        "operating_point": first,
+        "operating_points": [
+            {
+                "name": point,
+                "criterion": rule.criterion,
+                "threshold": rule.threshold,
+                "max_disagreement": points[point].max_disagreement,
+                "confidence": points[point].confidence,
+                "validation": _validation(saved.record, rule),
+            }
+            for point, rule in rules.items()
+        ],
+        "criteria": {
+            each: _steps(each, num_layers, [rule for rule in rules.values() if rule.criterion == each])
+            for each in criteria
+        },
+    }
+
+
+def _steps(criterion: str, num_layers: int, rules: list[ExitRule]) -> dict[str, Any]:
+    """Thresholds to choose from, ascending, those of the points among them."""
+    thresholds = EXIT_CRITERIA[criterion].thresholds
+    if thresholds.layers:
+        steps = thresholds.whole(num_layers)
+    else:
+        steps = np.linspace(thresholds.low, thresholds.high, STEPS + 1).round(6).tolist()
+    highest = thresholds.highest(num_layers)
+    known = [rule.threshold for rule in rules if rule.threshold <= highest]
+    return {"low": thresholds.low, "high": highest, "thresholds": sorted({*steps, *known})}
+
+
+def _validation(record: Mapping[str, Any], rule: ExitRule) -> dict[str, Any] | None:
+    """What training measured at a rule's threshold on its validation rows; None where it did not."""
+    validation: Mapping[str, Any] = record.get("validation") or {}
+    criteria: Mapping[str, Mapping[str, Any]] = validation.get("criteria") or {}
+    measured = criteria.get(str(rule.criterion))
+    if measured is None or not math.isclose(float(measured["threshold"]), rule.threshold, rel_tol=1e-6):
+        return None
+    return {
+        "num_examples": validation.get("num_examples"),
+        "accuracy": measured.get("accuracy"),
+        "full_depth_accuracy": validation.get("full_depth_accuracy"),
+        "mean_exit_layer": measured.get("mean_exit_layer"),
+    }

@@ -258,14 +258,22 @@ GENERATION_CRITERIA = names_of(EXIT_CRITERIA, GENERATION)
 
 
 def exit_scores(
-    criterion: str, layer_logits: Tensor, exit_probs: Tensor | None, **signals: Tensor | None
+    criterion: str,
+    layer_logits: Tensor,
+    exit_probs: Tensor | None,
+    *,
+    has_exit: Tensor | None = None,
+    **signals: Tensor | None,
 ) -> Tensor:
     """Exit score of every layer of a classifier under a criterion, (batch, layers).
+
+    A layer without an exit counts for nothing, such as a layer of a run; its own score is below every threshold.
 
     Args:
         criterion: one of `CRITERIA`.
         layer_logits: (batch, layers, classes), or a prefix of the layers.
         exit_probs: (batch, layers), needed by `policy` and `quantile` only.
+        has_exit: (batch, layers), bool, the same in every row: which layers have an exit; None: all.
         **signals: what else the criterion reads, by the names of `ExitCriterion`, for the same layers.
 
     Raises:
@@ -283,7 +291,16 @@ def exit_scores(
     }
     if row.fitted and any(known.get(name) is None for name in row.reads):
         raise ValueError(_not_fitted(criterion))
-    return value_of(row, f'criterion "{criterion}"', known)
+    if has_exit is None or bool(has_exit.all()):
+        return value_of(row, f'criterion "{criterion}"', known)
+    columns = has_exit[0].nonzero().squeeze(1)
+    of_exits = {
+        name: value if value is None or value.shape[1] != num_layers else value[:, columns]
+        for name, value in known.items()
+    }
+    scores = value_of(row, f'criterion "{criterion}"', of_exits)
+    below = scores.new_full((batch, num_layers), row.thresholds.low - 1)
+    return below.index_copy(1, columns, scores)
 
 
 def is_fitted(criterion: str, config: Any) -> bool:

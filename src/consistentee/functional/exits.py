@@ -7,6 +7,8 @@ layer its score is in `criteria.py`. Exit layers are 1-based: the exit layer is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -196,17 +198,28 @@ def ensemble_step(running: Tensor | None, classifier_logits: Tensor, decay: floa
     return log_probs if running is None else decay * running + (1 - decay) * log_probs
 
 
-def ensemble_layers(classifier_logits: Tensor, decay: float, *, last_alone: bool = False) -> Tensor:
+def ensemble_layers(
+    classifier_logits: Tensor,
+    decay: float,
+    *,
+    last_alone: bool = False,
+    has_exit: Sequence[bool] | None = None,
+) -> Tensor:
     """`ensemble_step` over all layers: (batch, layers, classes) -> (batch, layers, classes).
 
     Args:
         classifier_logits: each layer's own.
         decay: of `ensemble_step`.
         last_alone: the last layer speaks for itself alone, its logits as they are.
+        has_exit: (layers,), which layers have an exit; None: all. A layer without one says what was said before it,
+            and its own logits where nothing was.
     """
     running: Tensor | None = None
     columns: list[Tensor] = []
-    for logits in classifier_logits.unbind(1):
+    for index, logits in enumerate(classifier_logits.unbind(1)):
+        if has_exit is not None and not has_exit[index]:
+            columns.append(logits.float() if running is None else running)
+            continue
         running = ensemble_step(running, logits, decay)
         columns.append(running)
     if last_alone:

@@ -84,8 +84,8 @@ class NullSpace:
         return (1 - (seen * logits).sum(-1) / shifted.clamp_min(1e-12)).clamp(0, 1).sqrt()
 
 
-SIGNALS = ("classifier_logits", "temperatures", "layer_weights", "right_probs", "null_shares")
-"""What there may be, by the names of `criteria.ExitCriterion`."""
+SIGNALS = ("classifier_logits", "temperatures", "layer_weights", "right_probs", "null_shares", "has_exit")
+"""What there may be, by the names of `criteria.ExitCriterion` and `criteria.exit_scores`."""
 
 
 class ExitSignals:
@@ -96,6 +96,7 @@ class ExitSignals:
         temperatures: (layers,), of the calibrated confidence; None where there are none.
         layer_weights: (layers,), of the experts' sum; None takes `COST_WEIGHT` times the layer.
         learnt_to_exit: the network of that name; None where there is none.
+        has_exit: (layers,), which layers have an exit; None: all. The others have no weight among `layer_weights`.
         reads: which of `SIGNALS` are asked for; None: all that there are.
     """
 
@@ -106,6 +107,7 @@ class ExitSignals:
         temperatures: Sequence[float] | None,
         layer_weights: Sequence[float] | None,
         learnt_to_exit: LearntToExit | None,
+        has_exit: Sequence[bool] | None = None,
         reads: Sequence[str] | None = None,
     ) -> None:
         self.reads = SIGNALS if reads is None else tuple(name for name in SIGNALS if name in reads)
@@ -113,6 +115,7 @@ class ExitSignals:
         depth = COST_WEIGHT * torch.arange(1, len(classifiers.layers) + 1)
         self.layer_weights = depth if layer_weights is None else torch.tensor(layer_weights)
         self.learnt_to_exit = learnt_to_exit
+        self.has_exit = torch.tensor([True] * len(depth) if has_exit is None else list(has_exit))
         self.null_space = NullSpace.of(classifiers) if "null_shares" in self.reads else None
 
     @property
@@ -132,7 +135,9 @@ class ExitSignals:
     def __call__(
         self, pooled: Tensor, classifier_logits: Tensor, first_layer_index: int = 0
     ) -> dict[str, Tensor]:
-        """What is asked for and there, for consecutive layers (`layer_weights`: from the first), (batch, layers, ...).
+        """What is asked for and there, for consecutive layers, (batch, layers, ...).
+
+        `layer_weights` are those of all exits from the first; `has_exit` is there where a layer has none.
 
         Args:
             pooled: (batch, layers, width), the states; not looked at unless `reads_pooled`.
@@ -147,8 +152,10 @@ class ExitSignals:
         if "temperatures" in self.reads and self.temperatures is not None:
             found["temperatures"] = self.temperatures[here].to(classifier_logits.device).expand(batch, -1)
         if "layer_weights" in self.reads:
-            weights = self.layer_weights[: here.stop].to(classifier_logits.device)
-            found["layer_weights"] = weights.expand(batch, -1)
+            weights = self.layer_weights[: here.stop][self.has_exit[: here.stop]]
+            found["layer_weights"] = weights.to(classifier_logits.device).expand(batch, -1)
+        if "has_exit" in self.reads and not self.has_exit.all():
+            found["has_exit"] = self.has_exit[here].to(classifier_logits.device).expand(batch, -1)
         with torch.autocast(classifier_logits.device.type, enabled=False):
             if "right_probs" in self.reads and self.learnt_to_exit is not None:
                 found["right_probs"] = self.learnt_to_exit(pooled).sigmoid()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -186,6 +188,8 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
         temperatures: (layers,), of the criterion `calibrated_confidence`; None where none were fitted.
         layer_weights: (layers,), of the criterion `expert_sum`; None for weights by depth.
         learnt_to_exit: whether there is a network for the criterion of that name.
+        exit_layers: the layers that have an exit, from 1, rising, the last among them; None: all. What the others would
+            cost, their classifier and the decision, is not spent.
     """
 
     model_type = "consistentee"
@@ -198,9 +202,12 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
     temperatures: list[float] | None = None
     layer_weights: list[float] | None = None
     learnt_to_exit: bool = False
+    exit_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.exit_layers is not None:
+            check_exit_layers(self.exit_layers, self.num_hidden_layers)
         require_choice("policy_input", self.policy_input, (*get_args(PolicyInput), *OLD_POLICY_INPUTS))
         require_choice("criterion", self.criterion, get_args(Criterion))
         require_range("ensemble_decay", self.ensemble_decay, 0, 1, open_end=True)
@@ -227,9 +234,25 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
             raise ValueError(f'head must be attention beside an original_head, got "{self.head}".')
 
     @property
+    def has_exit(self) -> list[bool]:
+        """Which layers have an exit, (layers,)."""
+        every = range(1, self.num_hidden_layers + 1)
+        return [self.exit_layers is None or layer in self.exit_layers for layer in every]
+
+    @property
     def is_tuned(self) -> bool:
         """Whether the original's weights were tuned for the exits: full depth then is another model."""
         return bool((self.original or {}).get("tuned"))
+
+
+def check_exit_layers(layers: Sequence[int], num_layers: int) -> None:
+    """Raise ValueError unless these are layers of a model, from 1, rising, the last among them."""
+    rising = all(one < other for one, other in itertools.pairwise(layers))
+    if not layers or not rising or layers[0] < 1 or layers[-1] != num_layers:
+        raise ValueError(
+            f"exit_layers must be rising numbers of layers from 1 on, {num_layers}, the last, among them, "
+            f"got {list(layers)}."
+        )
 
 
 class FullDepthConfig(EncoderClassifierConfig):

@@ -210,6 +210,40 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""
         return self.policy(pooled, self.policy.features(layer_logits))
 
+    def layer_predictions(self, classifier_logits: Tensor, has_exit: Sequence[bool] | None = None) -> Tensor:
+        """What an exit at each layer would predict, (batch, layers, classes).
+
+        Args:
+            classifier_logits: (batch, layers, classes), each classifier's own.
+            has_exit: (layers,), which layers have an exit; None takes the configuration's.
+        """
+        return ensemble_layers(
+            classifier_logits,
+            self.config.ensemble_decay,
+            last_alone=self.config.original_head is not None,
+            has_exit=self.config.has_exit if has_exit is None else has_exit,
+        )
+
+    def layer_exit_probs(
+        self, pooled: Tensor, layer_logits: Tensor, has_exit: Sequence[bool] | None = None
+    ) -> Tensor:
+        """The policy's exit probabilities, (batch, layers); 0 at layers without an exit.
+
+        Args:
+            pooled: (batch, layers, width), the states.
+            layer_logits: (batch, layers, classes), of `layer_predictions` with the same `has_exit`.
+            has_exit: (layers,); None takes the configuration's.
+        """
+        has_exit = self.config.has_exit if has_exit is None else has_exit
+        if all(has_exit):
+            return self.exit_logits(pooled, layer_logits).sigmoid()
+        kept = torch.tensor(has_exit, device=pooled.device)
+        features = self.policy.features(layer_logits[:, kept])
+        if features is not None:
+            everywhere = features.new_zeros(*layer_logits.shape[:2], features.shape[2])
+            features = everywhere.index_copy(1, kept.nonzero().squeeze(1), features)
+        return self.policy(pooled, features).sigmoid() * kept
+
     def set_fitted(
         self,
         *,
@@ -233,6 +267,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             temperatures=self.config.temperatures,
             layer_weights=self.config.layer_weights,
             learnt_to_exit=self.learnt_to_exit,
+            has_exit=self.config.has_exit,
             reads=reads,
         )
 
@@ -250,13 +285,13 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             logits_layers.append(logits)
         pooled = torch.stack(pooled_layers, dim=1)  # (batch, layers, hidden)
         classifier_logits = torch.stack(logits_layers, dim=1).float()  # (batch, layers, classes)
-        layer_logits = ensemble_layers(
-            classifier_logits, self.config.ensemble_decay, last_alone=self.config.original_head is not None
-        )
+        layer_logits = self.layer_predictions(classifier_logits)
         with torch.set_grad_enabled(self.joint_policy and torch.is_grad_enabled()):
-            exit_probs = self.exit_logits(pooled, layer_logits).sigmoid()
+            exit_probs = self.layer_exit_probs(pooled, layer_logits)
         with torch.no_grad():
-            signals = self.exit_signals(EXIT_CRITERIA[criterion].reads)(pooled, classifier_logits)
+            signals = self.exit_signals((*EXIT_CRITERIA[criterion].reads, "has_exit"))(
+                pooled, classifier_logits
+            )
             scores = exit_scores(criterion, layer_logits, exit_probs, **signals)
             exit_layer = choose_exit_layer(scores, threshold)
         chosen = (exit_layer - 1)[:, None, None].expand(-1, 1, layer_logits.shape[-1])
@@ -281,8 +316,10 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         probs = torch.empty(batch, 0, device=device)  # (rows, layers passed), their exit probabilities
         reads_policy = EXIT_CRITERIA[criterion].reads_policy
         exit_signals = self.exit_signals(EXIT_CRITERIA[criterion].reads)
-        for index in range(self.num_layers):
+        for index, has_exit in enumerate(self.config.has_exit):
             state = backbones.run_layer(self.backbone, index, state)
+            if not has_exit:
+                continue
             pooled, classifier_logits = self.classifiers(index, state.hidden_states, state.attention_mask)
             is_last = index == self.num_layers - 1
             before = None if passed is None else passed[:, -1]
@@ -295,6 +332,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             if reads_policy:
                 probs = torch.cat([probs, self._exit_probs_here(index, pooled, passed)], dim=1)
             signals = exit_signals(pooled[:, None], classifier_logits[:, None], index)
+            signals["layers"] = torch.full((len(rows), 1), index + 1, device=device)
             exits = exit_scores(criterion, passed, probs, **signals)[:, -1] > threshold  # (rows,)
             if not bool(exits.any()):
                 continue

@@ -286,9 +286,10 @@ class Engine:
             rule: when they exit.
 
         Raises:
-            ValueError: fixed exit layers that are not one for each row, or not among the layers.
+            ValueError: fixed exit layers that are not one for each row, or not among the layers that have an exit.
         """
         self._go_on_after_fork()
+        self._check_fixed(rule)
         exit_scores = self._scores_under(rule)
         classes = self._model.config.num_classes
         runner = None if batch_size is None or exit_scores is None or not rows else self._runner(rule)
@@ -298,6 +299,14 @@ class Engine:
         return run_rows(
             self.backend, rows, batch_size=batch_size, rule=rule, exit_scores=exit_scores, num_classes=classes
         )
+
+    def _check_fixed(self, rule: ExitRule) -> None:
+        """Raise ValueError where rows are to exit at a layer that has no exit."""
+        layers: list[int] | None = getattr(self._model.config, "exit_layers", None)
+        if layers is None or rule.exit_layers is None or set(rule.exit_layers) <= set(layers):
+            return
+        wrong = next(layer for layer in rule.exit_layers if layer not in layers)
+        raise ValueError(f"exit_layers must be among {layers}, which have an exit, got {wrong}.")
 
     def pool(self, **how: Any) -> LayerPool:
         """A pool for rows that arrive one by one; keywords as of `LayerPool`. For one thread at a time."""
@@ -342,6 +351,7 @@ class Engine:
                 ensemble_decay=model.config.ensemble_decay,
                 signals=None if criterion is None else model.exit_signals(EXIT_CRITERIA[criterion].reads),
                 alone=None if model.config.original_head is None else model.num_layers - 1,
+                has_exit=model.config.has_exit,
             )
         return self._exit_scores[criterion]
 

@@ -39,7 +39,7 @@ class LayerView:
 
 @torch.inference_mode()
 def view_layers(engine: Engine, row: TokenRow, criterion: str) -> list[LayerView]:
-    """A text at every layer that has a classifier: all of a model with exits, else the last.
+    """A text at every layer that has an exit, and at the last one.
 
     Predictions and scores are those of `Engine.predict` with a batch of one, which stops at the exit; here the text
     goes on to the end, and the criterion's scores and the policy's are both computed at each layer.
@@ -63,7 +63,12 @@ def view_layers(engine: Engine, row: TokenRow, criterion: str) -> list[LayerView
     known = [(reader, reader.begin(1)) for reader in readers if reader is not None]
     is_silent_at = last if model.config.original_head is not None else None
     views: list[LayerView] = []
-    for layer_index in range(last + 1):
+    for layer_index, has_exit in enumerate(model.config.has_exit):
+        if not has_exit:
+            batch = backend.run_layer(layer_index, batch)
+            for reader, history in known:
+                reader.skip(history)
+            continue
         with_pooled = any(reader.reads_pooled for reader, _ in known)
         batch, features = backend.pass_layer(layer_index, batch, with_pooled=with_pooled)
         seen = features.cpu().numpy()

@@ -44,6 +44,7 @@ class LayerStates:
         right_probs: (rows, layers), float32, of the model's `learnt_to_exit`; None where it has none.
         layer_weights: (rows, layers), float32, the model's.
         temperatures: (rows, layers), float32, the model's; None where it has none.
+        has_exit: (rows, layers), bool, which layers have an exit; None where all have.
     """
 
     classifier_logits: Tensor
@@ -55,6 +56,7 @@ class LayerStates:
     right_probs: Tensor | None = None
     layer_weights: Tensor | None = None
     temperatures: Tensor | None = None
+    has_exit: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -139,7 +141,7 @@ def run_all_layers(
         return {name: output[name] for name in wanted} | found
 
     _run_rows(model, dataset, all_layers, results, collate, batch_size, accelerator, description)
-    constant = model.exit_signals(("temperatures", "layer_weights"))
+    constant = model.exit_signals(("temperatures", "layer_weights", "has_exit"))
     results |= constant(results["exit_probs"], results["classifier_logits"])
     return LayerStates(labels=dataset.labels.clone(), **results)
 

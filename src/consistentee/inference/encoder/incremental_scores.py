@@ -35,9 +35,9 @@ class ExitHistory:
     """What rows bring along from the layers they have passed.
 
     Args:
-        layers: how many layers that is.
+        layers: how many layers that is, those without an exit among them.
         prediction_logits: (rows, classes), the running prediction.
-        layer_logits: (rows, layers, classes), those of all layers, for what reads them; else of none.
+        layer_logits: (rows, layers, classes), those of all exits, for what reads them; else of none.
         layer_exit_probs: (rows, layers), the policy's, likewise.
     """
 
@@ -45,6 +45,7 @@ class ExitHistory:
     prediction_logits: Floats
     layer_logits: Floats
     layer_exit_probs: Floats
+    has_prediction: bool = False
 
     @classmethod
     def none_passed(cls, rows: int, classes: int) -> ExitHistory:
@@ -59,7 +60,11 @@ class ExitHistory:
     def select(self, rows: Sequence[int]) -> ExitHistory:
         """The history of some rows."""
         return ExitHistory(
-            self.layers, self.prediction_logits[rows], self.layer_logits[rows], self.layer_exit_probs[rows]
+            self.layers,
+            self.prediction_logits[rows],
+            self.layer_logits[rows],
+            self.layer_exit_probs[rows],
+            self.has_prediction,
         )
 
     @staticmethod
@@ -72,6 +77,7 @@ class ExitHistory:
             np.concatenate([part.prediction_logits for part in parts]),
             np.concatenate([part.layer_logits for part in parts]),
             np.concatenate([part.layer_exit_probs for part in parts]),
+            parts[0].has_prediction,
         )
 
 
@@ -85,6 +91,7 @@ class IncrementalExitScores:
         num_classes: of the model.
         ensemble_decay: share of the layers before in the running prediction, see `ensemble_step`.
         alone: 0-based layer, the last, that speaks for itself alone and has no features but logits; None: none does.
+        has_exit: (layers,), which layers have an exit; None: all.
     """
 
     def __init__(
@@ -96,8 +103,9 @@ class IncrementalExitScores:
         ensemble_decay: float,
         signals: ExitSignals | None = None,
         alone: int | None = None,
+        has_exit: Sequence[bool] | None = None,
     ) -> None:
-        self._alone = alone
+        self._alone, self._has_exit = alone, has_exit
         self._row = None if criterion is None else EXIT_CRITERIA[criterion]
         self._classes, self._decay = num_classes, float(ensemble_decay)
         self._reads = () if self._row is None else self._row.reads
@@ -113,6 +121,15 @@ class IncrementalExitScores:
     def reads_pooled(self) -> bool:
         """Whether a step needs the pooled states."""
         return self._signals is not None and self._signals.reads_pooled
+
+    def has_exit(self, layer_index: int) -> bool:
+        """Whether a layer, from 0, has an exit; else nothing is asked of it, and rows `skip` it."""
+        return self._has_exit is None or self._has_exit[layer_index]
+
+    @staticmethod
+    def skip(history: ExitHistory) -> None:
+        """Take the rows past a layer that has no exit."""
+        history.layers += 1
 
     def begin(self, rows: int) -> ExitHistory:
         """The history of rows that have passed no layer."""
@@ -168,10 +185,10 @@ class IncrementalExitScores:
         """Bring the running prediction up to date, as `exits.ensemble_step` does."""
         if self._decay:
             logits = log_softmax(logits)
-            if history.layers:
+            if history.has_prediction:
                 logits *= np.float32(1 - self._decay)
                 logits += np.float32(self._decay) * history.prediction_logits
-        history.prediction_logits = logits
+        history.prediction_logits, history.has_prediction = logits, True
 
     def _exit_probs(self, index: int, states: Floats, logits: Floats) -> Floats:
         """The policy's, (rows,).

@@ -282,6 +282,9 @@ class LayerPool:
             active.batch = backend.run_layer(layer_index, active.batch)
             if is_last:
                 logits = backend.classify(layer_index, active.batch)[:, : self._classes].cpu().numpy()
+        elif not line.exit_scores.has_exit(layer_index):
+            active.batch = backend.run_layer(layer_index, active.batch)
+            line.exit_scores.skip(active.history)
         else:
             active.batch, features = backend.pass_layer(
                 layer_index, active.batch, with_pooled=line.exit_scores.reads_pooled

@@ -295,8 +295,10 @@ class ExitGraph:
         ended: list[tuple[Graph, dict[str, str]]] = []
         for index in range(last + 1):
             states = self._layer(graph, index, carried)
-            features, pooled = self._classify(graph, index, states, carried)
             carried["hidden"] = replace(carried["hidden"], value=states)
+            if not scores.has_exit(index):
+                continue
+            features, pooled = self._classify(graph, index, states, carried)
             if index == last and self._original is not None:
                 at = scores.alone(graph, index, features, carried[ORDER].value)
             else:

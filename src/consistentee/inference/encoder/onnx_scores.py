@@ -6,7 +6,7 @@ Each criterion's rows carry on what it must know of the layers before, their *hi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +39,10 @@ class History:
 
 @dataclass(frozen=True)
 class _Exit:
-    """One layer's values: its number from 0, own logits and prediction (rows, classes), policy's inputs, pooled."""
+    """One layer: its number from 0, exits before it, own logits, prediction (rows, classes), policy's input, pooled."""
 
     index: int
+    place: int
     own: str
     prediction: str
     states: str
@@ -75,6 +76,7 @@ class OnnxExitScores:
         signals: what else the criterion reads.
         num_classes: of the model.
         ensemble_decay: share of the layers before in the running prediction.
+        has_exit: (layers,), which layers have an exit; None: all.
 
     Raises:
         SettingError: a policy of 0.1.0 that reads several signals.
@@ -88,8 +90,10 @@ class OnnxExitScores:
         *,
         num_classes: int,
         ensemble_decay: float,
+        has_exit: Sequence[bool] | None = None,
     ) -> None:
         self.criterion, self._policy, self._signals = criterion, policy, signals
+        self._has_exit = has_exit
         self._classes, self._decay = num_classes, float(ensemble_decay)
         self._width = policy.state_output.shape[1] if policy.reads_state else 0
         self._score = _SCORES[criterion]
@@ -108,7 +112,12 @@ class OnnxExitScores:
             model.exit_signals(EXIT_CRITERIA[criterion].reads),
             num_classes=model.config.num_classes,
             ensemble_decay=model.config.ensemble_decay,
+            has_exit=model.config.has_exit,
         )
+
+    def has_exit(self, index: int) -> bool:
+        """Whether a layer, from 0, has an exit; else there is no step for it."""
+        return self._has_exit is None or self._has_exit[index]
 
     def step(self, graph: Graph, index: int, exit_features: str, pooled: str, history: History) -> LayerExit:
         """Take the rows past one more layer.
@@ -125,7 +134,8 @@ class OnnxExitScores:
             "Split", exit_features, graph.constant(sizes), outputs=len(sizes), axis=1
         )
         prediction = self._predict(graph, own, history)
-        at = _Exit(index, own, prediction, states[0] if states else "", pooled, history)
+        place = sum(self.has_exit(before) for before in range(index))
+        at = _Exit(index, place, own, prediction, states[0] if states else "", pooled, history)
         answers = graph.op("Concat", prediction, number, axis=1)
         return LayerExit(prediction, answers, self._score(self, graph, at), at)
 
@@ -235,7 +245,7 @@ def _policy(scores: OnnxExitScores, graph: Graph, at: _Exit) -> str:
 
 def _quantile(scores: OnnxExitScores, graph: Graph, at: _Exit) -> str:
     stayed = graph.op("Sub", graph.number(1.0), scores.exit_probs(graph, at))
-    if at.index:
+    if at.place:
         stayed = graph.op("Mul", at.history.values["stayed"], stayed)
     at.history.keep("stayed", stayed)
     return graph.op("Sub", graph.number(1.0), stayed)
@@ -266,7 +276,7 @@ def _least_of(graph: Graph, at: _Exit, score: str, layers: int) -> str:
     before = [at.history.values[name] for name in names if name in at.history.values]
     for name, value in zip(names, [score, *before], strict=False):
         at.history.keep(name, value)
-    if at.index + 1 < layers:
+    if at.place + 1 < layers:
         return graph.op("Mul", score, graph.number(0.0))
     return graph.op("Min", score, *before) if before else score
 

@@ -215,6 +215,9 @@ class _Run:
     ) -> Iterator[ActiveBatch]:
         """Take batches past one layer; gives those of which rows are left, in their order."""
         submitted: deque[tuple[ActiveBatch, HostCopy]] = deque()
+        if not exit_scores.has_exit(layer_index):
+            yield from (self._skip(active, layer_index, exit_scores) for active in batches)
+            return
         for active in self._join(batches) if pooled else batches:
             submitted.append(self._submit(active, layer_index))
             if len(submitted) > self.ahead:
@@ -236,12 +239,22 @@ class _Run:
         batch = self.backend.start([self.inputs[row] for row in part])
         return ActiveBatch(batch, part, exit_scores.begin(len(part)))
 
+    def _skip(self, active: ActiveBatch, layer_index: int, exit_scores: IncrementalExitScores) -> ActiveBatch:
+        """Take a batch past a layer that has no exit."""
+        batch = self.backend.run_layer(layer_index, active.batch)
+        self._count(batch)
+        exit_scores.skip(active.history)
+        return ActiveBatch(batch, active.rows, active.history)
+
+    def _count(self, batch: Any) -> None:
+        self.real_tokens += sum(self.backend.lengths(batch))
+        self.computed_tokens += self.backend.computed_tokens(batch)
+
     def _submit(self, active: ActiveBatch, layer_index: int) -> tuple[ActiveBatch, HostCopy]:
         """Start one layer and its classifier; does not wait for a GPU."""
         backend = self.backend
         batch, exit_features = backend.pass_layer(layer_index, active.batch, with_pooled=self.with_pooled)
-        self.real_tokens += sum(backend.lengths(batch))
-        self.computed_tokens += backend.computed_tokens(batch)
+        self._count(batch)
         return ActiveBatch(batch, active.rows, active.history), HostCopy(exit_features)
 
     def _collect(

@@ -66,6 +66,19 @@ def test_a_state_that_the_weights_span_has_nothing_outside(backbone: Path) -> No
 
 
 @torch.no_grad()
+def test_layers_without_an_exit_are_told_and_have_no_weight(backbone: Path) -> None:
+    model = build(backbone, 2)
+    model.config.exit_layers = [2, 3]
+    pooled, logits = torch.randn(4, LAYERS, 32), torch.randn(4, LAYERS, 2)
+    found = model.exit_signals()(pooled, logits)
+    assert found["has_exit"].tolist() == [[False, True, True]] * 4
+    torch.testing.assert_close(found["layer_weights"], torch.tensor([[0.2, 0.3]]).expand(4, -1))
+    one = model.exit_signals(("has_exit", "layer_weights"))(pooled[:, 1:2], logits[:, 1:2], 1)
+    assert one["has_exit"].tolist() == [[True]] * 4
+    torch.testing.assert_close(one["layer_weights"], torch.tensor([[0.2]]).expand(4, -1))
+
+
+@torch.no_grad()
 def test_only_what_is_asked_for_and_there_is_given(backbone: Path) -> None:
     model = build(backbone, 2)
     pooled, logits = torch.randn(4, LAYERS, 32), torch.randn(4, LAYERS, 2)
@@ -74,8 +87,8 @@ def test_only_what_is_asked_for_and_there_is_given(backbone: Path) -> None:
     torch.testing.assert_close(unfitted["layer_weights"], torch.tensor([[0.1, 0.2, 0.3]]).expand(4, -1))
     fit_at_random(model)
     everything = model.exit_signals()(pooled, logits)
-    assert tuple(everything) == SIGNALS
-    for name in SIGNALS:
+    assert tuple(everything) == tuple(name for name in SIGNALS if name != "has_exit")
+    for name in everything:
         signals = model.exit_signals(("logits", name))
         assert signals.reads == (name,)
         assert signals.reads_pooled == (name in ("right_probs", "null_shares"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -13,6 +13,9 @@ from consistentee.cli.options import DataOptions, Flag, check_one_or_two
 from consistentee.cli.terminal import at_least_one, say, tuned_note, usage
 from consistentee.config import Criterion
 from consistentee.errors import UsageError
+
+EXITS_CHOSEN_BY = 0.5
+"""Of the rows, where exits are chosen: these choose, the others judge."""
 
 
 def calibrate(
@@ -28,6 +31,10 @@ def calibrate(
     reference: str | None = None,
     name: str = "calibrated",
     overwrite: Flag = False,
+    exit_layers: str | None = None,
+    output_dir: Path | None = None,
+    clock_batch_size: int = 1,
+    backend: str = "torch",
     batch_size: int | None = None,
     max_samples: int | None = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
@@ -50,6 +57,12 @@ def calibrate(
             tuned model (`retrofit --tune-backbone`) the original.
         name: Of the operating point, for --operating-point.
         overwrite: Replace an operating point of that name.
+        exit_layers: Layers that keep an exit, such as 3,5,12, or auto: half of the rows choose them, by the time that
+            layers and exits take here, and the other half certifies. A copy of the model with these exits alone goes to
+            --output-dir; the model itself stays as it is.
+        output_dir: New folder for that copy.
+        clock_batch_size: Inputs that start together, for which --exit-layers auto is to be fast.
+        backend: Engine that --exit-layers auto times: torch or onnxruntime.
         batch_size: Inputs per step; does not change the result. [default: 64]
         max_samples: Take at most so many rows, drawn at random.
         json_file: Write all figures to this file.
@@ -75,7 +88,9 @@ def calibrate(
     network, folder = saved.early_exit_model, Path(model).expanduser()
     if not folder.is_dir():
         raise UsageError(f'Model "{model}" is not a folder here, so that it cannot keep an operating point.')
-    if name in read_operating_points(folder) and not overwrite:
+    subset = _exit_layers(exit_layers, output_dir, goal, network.num_layers)
+    at_least_one(clock_batch_size=clock_batch_size)
+    if subset is None and name in read_operating_points(folder) and not overwrite:
         raise UsageError(
             f'Model "{model}" has an operating point "{name}". Give another --name, or --overwrite to replace it.'
         )
@@ -89,8 +104,17 @@ def calibrate(
     if compared is None and network.config.is_tuned:
         say(tuned_note(network.config))
     rows, source = _rows(file, data, saved, max_samples)
+    judged, choice = saved, None
+    if subset is not None:
+        from consistentee.models.exit_subsets import at_full_depth
+
+        judged, rows, choice = _with_subset(
+            saved, rows, source, subset, goal, target, criterion, confidence, clock_batch_size, backend
+        )
+        if network.config.original_head is None and compared is None:
+            compared = at_full_depth(saved)  # what the last layer says leans on the exits before it
     found = calibrate_model(
-        saved,
+        judged,
         rows,
         goal=goal,
         target=target,
@@ -104,17 +128,102 @@ def calibrate(
     if json_file is not None:
         from consistentee.atomic_files import write_json
 
-        write_json(json_file, {**found.to_dict(), "name": name})
+        chosen = {} if choice is None else {"exit_choice": choice.to_dict()}
+        write_json(json_file, {**found.to_dict(), "name": name, **chosen})
     lines = calibration_lines(found)
     if not found.certified:
         raise ValueError(lines[0])
-    save_operating_point(folder, name, found.operating_point(), overwrite=overwrite)
+    if subset is not None and output_dir is not None:
+        from consistentee.models.exit_subsets import save_with_exit_layers
+
+        layers = judged.early_exit_model.config.exit_layers
+        save_with_exit_layers(folder, output_dir, layers, name, found.operating_point())
+        model, folder = str(output_dir), output_dir
+    else:
+        save_operating_point(folder, name, found.operating_point(), overwrite=overwrite)
     for line in (*lines, NO_PROMISE):
         say(line)
     from consistentee.models.card import enter_operating_points
 
     enter_operating_points(folder)
     say(f'Kept as operating point "{name}": consistentee predict {model} --operating-point {name}')
+
+
+def _exit_layers(
+    text: str | None, output_dir: Path | None, goal: str, num_layers: int
+) -> list[int] | Literal["auto"] | None:
+    """The layers that are to keep an exit.
+
+    Raises:
+        UsageError: they are none, or go with no folder or another goal.
+    """
+    if (text is None) != (output_dir is None):
+        raise UsageError(
+            "--exit-layers and --output-dir go together: the copy with these exits needs a folder."
+        )
+    if text is None or output_dir is None:
+        return None
+    from consistentee.models.exit_subsets import require_new_folder
+
+    usage(lambda: require_new_folder(output_dir))
+    if text == "auto":
+        if goal == "min_speedup":
+            raise UsageError(
+                "--exit-layers auto looks for the fastest exits at a loss allowed, and goes with --max-disagreement or "
+                "--max-accuracy-loss; with --min-speedup name the layers."
+            )
+        return "auto"
+    from consistentee.models.configuration import check_exit_layers
+
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f'--exit-layers must be auto or layers such as 3,5,12, got "{text}".') from None
+    usage(lambda: check_exit_layers(layers, num_layers))
+    return layers
+
+
+def _with_subset(
+    saved: Any,
+    rows: Any,
+    source: str,
+    subset: list[int] | Literal["auto"],
+    goal: str,
+    target: float,
+    criterion: Criterion | None,
+    confidence: float,
+    batch_size: int,
+    backend: str,
+) -> tuple[Any, Any, Any]:
+    """The model with exits on some layers, the rows that may judge it, and how the layers were chosen."""
+    from consistentee.models.exit_subsets import with_exit_layers
+
+    if subset != "auto":
+        return with_exit_layers(saved, subset), rows, None
+    from consistentee.data.rows import TextDataset, split_rows
+    from consistentee.evaluation.agreement import unlabelled_rows
+    from consistentee.evaluation.exit_choice import choice_lines, choose_exit_layers, time_choice
+
+    labelled = isinstance(rows, TextDataset)
+    dataset = rows if isinstance(rows, TextDataset) else unlabelled_rows(rows, saved.label_names, source)
+    judging, choosing = split_rows(len(dataset), EXITS_CHOSEN_BY, seed=0)
+    judges = dataset.select(judging)
+    timing: dict[str, Any] = {"criterion": criterion, "backend": backend, "progress": True}
+    choice = choose_exit_layers(
+        saved,
+        dataset.select(choosing),
+        goal=goal,
+        target=target,
+        confidence=confidence,
+        batch_size=batch_size,
+        **timing,
+    )
+    choice = time_choice(
+        saved, choice, judges, batch_sizes=sorted({1, 32, batch_size}), labelled=labelled, **timing
+    )
+    for line in choice_lines(choice):
+        say(line)
+    return with_exit_layers(saved, choice.exit_layers), judges if labelled else judges.texts, choice
 
 
 def _goal(

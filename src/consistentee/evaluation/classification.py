@@ -183,7 +183,12 @@ def evaluate_model(
 
 
 def run_layers(
-    saved: LoadedClassifier, dataset: TextDataset, *, batch_size: int = 64, description: str | None = None
+    saved: LoadedClassifier,
+    dataset: TextDataset,
+    *,
+    batch_size: int = 64,
+    description: str | None = None,
+    keep_pooled: bool = False,
 ) -> tuple[LayerStates, int]:
     """Every layer's outputs for every row, in full precision whatever a training in this process used.
 
@@ -192,6 +197,7 @@ def run_layers(
         dataset: rows; their labels are not read.
         batch_size: rows per step; does not change the result.
         description: label of the progress bar; none without it.
+        keep_pooled: whether to keep the states, in memory.
 
     Returns:
         The outputs, and how many rows were cut; that is said as well.
@@ -201,11 +207,19 @@ def run_layers(
     """
     saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
     rows = _tokenized(saved, dataset)
-    return run_tokenized(saved, rows, batch_size=batch_size, description=description), rows.num_truncated
+    states = run_tokenized(
+        saved, rows, batch_size=batch_size, description=description, keep_pooled=keep_pooled
+    )
+    return states, rows.num_truncated
 
 
 def run_tokenized(
-    saved: LoadedClassifier, rows: Any, *, batch_size: int = 64, description: str | None = None
+    saved: LoadedClassifier,
+    rows: Any,
+    *,
+    batch_size: int = 64,
+    description: str | None = None,
+    keep_pooled: bool = False,
 ) -> LayerStates:
     """As `run_layers`, of rows that are tokenized: a `TokenizedDataset` or `SpooledRows`."""
     model = saved.early_exit_model
@@ -216,6 +230,7 @@ def run_tokenized(
         collate=partial(collate, tokenizer=saved.tokenizer),
         batch_size=batch_size,
         accelerator=accelerator,
+        keep_pooled=keep_pooled,
         description=description,
     )
 

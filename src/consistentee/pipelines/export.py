@@ -182,6 +182,7 @@ def _config(
         "made_by": f"{MADE_BY} {__version__}",
         "model_type": model.config.backbone_config.model_type,
         "num_hidden_layers": model.num_layers,
+        "exit_layers": getattr(model.config, "exit_layers", None),
         "id2label": {str(index): name for index, name in enumerate(saved.label_names)},
         "criterion": criterion,
         "threshold": threshold,

@@ -1,0 +1,253 @@
+"""Which layers keep an exit: what they cost decides, and what is left behaves as was promised."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from consistentee.cli.main import main
+from consistentee.data.rows import TextDataset
+from consistentee.errors import SettingError
+from consistentee.evaluation import exit_choice, layer_times
+from consistentee.evaluation.classification import run_layers
+from consistentee.evaluation.exit_choice import choose_exit_layers, time_choice
+from consistentee.evaluation.layer_times import LayerTimes, measure_layer_times
+from consistentee.models.exit_subsets import save_with_exit_layers, with_exit_layers
+from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.pipelines.classifier import Engine
+from tiny import save, tiny_backbone, tiny_dataset, tiny_model
+
+GOAL: dict[str, Any] = {"goal": "max_disagreement", "target": 0.2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("exits")
+    torch.manual_seed(3)
+    backbone = tiny_backbone(root / "backbone", layers=4)
+    path = tiny_model(root / "model", backbone, initial_exit_bias=0.0, ensemble_decay=0.0)
+    opened = load_model(path, LoadedClassifier)
+    model: Any = opened.model
+    with torch.no_grad():  # both classes at every layer, which disagree with the last one ever less
+        states, _ = run_layers(opened, tiny_dataset(200, seed=5))
+        for index, layer in enumerate(model.classifiers.layers):
+            layer.output.weight.mul_(30)
+            own = states.classifier_logits[:, index] - layer.output.bias
+            layer.output.bias.copy_(-30 * own.mean(0))
+    save(model, opened.tokenizer, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> LoadedClassifier:
+    return load_model(folder, LoadedClassifier)
+
+
+@pytest.fixture(scope="module")
+def rows() -> TextDataset:
+    return tiny_dataset(200, seed=5)
+
+
+def with_times(monkeypatch: pytest.MonkeyPatch, *, layer_ms: float, exit_ms: float) -> LayerTimes:
+    times = LayerTimes(1, 0.5, layer_ms, exit_ms, 4)
+    monkeypatch.setattr(exit_choice, "measure_layer_times", lambda *_, **__: times)
+    return times
+
+
+def test_what_an_input_costs() -> None:
+    times = LayerTimes(1, 0.5, 2.0, 0.25, 4)
+    assert times.at_layers().tolist() == [2.75, 5.0, 7.25, 9.5]
+    assert times.at_layers([False, True, False, True]).tolist() == [2.5, 4.75, 6.75, 9.0]
+    assert times.full_depth_ms == 8.75
+    assert times.to_dict()["full_depth_ms"] == 8.75
+
+
+def test_costs_follow_from_three_runs(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by what was computed: 3 a layer, 1 an exit, 5 for a call."""
+    engine = Engine(saved)
+    now = [0.0]
+
+    def run(batch: Any, *, batch_size: int, rule: Any) -> None:
+        assert len(batch) == batch_size
+        depth = 4 if rule.exit_layers is None else rule.exit_layers[0]
+        exits = 1 if rule.exit_layers is None else depth
+        now[0] += len(batch) * (5 + 3 * depth + exits)
+
+    def in_turn(work: Any, device: Any, repeats: int, tick: Any) -> Any:
+        found: dict[str, Any] = {}
+        for name, steps in work.items():
+            found[name] = []
+            for _ in range(repeats):
+                before = now[0]
+                for step in steps:
+                    step()
+                found[name].append([(now[0] - before) / 1000])
+        return found
+
+    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(layer_times, "time_in_turn", in_turn)
+    encoded, _ = engine.tokenize(rows.texts[:10])
+    times = measure_layer_times(engine, encoded, batch_size=4, repeats=2)
+    assert (times.layer_ms, times.exit_ms, times.start_ms) == pytest.approx((3, 1, 5))
+    with pytest.raises(
+        ValueError, match="at least one batch of 32 rows and two layers to measure, got 10 rows"
+    ):
+        measure_layer_times(engine, encoded, batch_size=32)
+
+
+def test_real_times(saved: LoadedClassifier, rows: TextDataset) -> None:
+    engine = Engine(saved)
+    times = measure_layer_times(engine, engine.tokenize(rows.texts[:4])[0], batch_size=2, repeats=1)
+    assert times.layer_ms >= 0
+    assert times.exit_ms >= 0
+    assert times.full_depth_ms > 0
+
+
+def test_exits_that_cost_nothing_stay(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_times(monkeypatch, layer_ms=2.0, exit_ms=0.0)
+    choice = choose_exit_layers(saved, rows, **GOAL)
+    assert choice.steps[0].exit_layers == (1, 2, 3, 4)
+    assert choice.steps[0].milliseconds == pytest.approx(0.5 + 2 * choice.steps[0].mean_exit_layer)
+    gains = [one.milliseconds - other.milliseconds for one, other in itertools.pairwise(choice.steps)]
+    assert all(gain > 0 for gain in gains)
+
+
+def test_exits_that_cost_more_than_they_save_go(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = with_times(monkeypatch, layer_ms=1.0, exit_ms=50.0)
+    choice = choose_exit_layers(saved, rows, **GOAL)
+    assert choice.exit_layers == [4]
+    assert choice.steps[-1].milliseconds == pytest.approx(times.full_depth_ms)
+    assert [len(step.exit_layers) for step in choice.steps] == [4, 3, 2, 1]
+
+
+def test_every_step_is_the_best_of_its_kind(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's figures are what a model with these exits gives, and no other removal would be faster."""
+    times = with_times(monkeypatch, layer_ms=1.0, exit_ms=1.5)
+    saved = with_exit_layers(saved, None)
+    saved.early_exit_model.config.ensemble_decay = 0.3
+    choice = choose_exit_layers(saved, rows, criterion="confidence", **GOAL)
+    assert len(choice.steps) > 1
+    for point in choice.steps:
+        engine = Engine(with_exit_layers(saved, point.exit_layers))
+        full = Engine(saved).predict(rows.texts, criterion="confidence", threshold=1.0)
+        assert point.threshold is not None
+        found = engine.predict(rows.texts, criterion="confidence", threshold=point.threshold)
+        layers = [prediction.exit_layer for prediction in found]
+        assert sum(layers) / len(layers) == pytest.approx(point.mean_exit_layer)
+        assert sum(a.label != b.label for a, b in zip(found, full, strict=True)) == point.losses
+        has_exit = [layer in point.exit_layers for layer in range(1, 5)]
+        spent = times.at_layers(has_exit)
+        assert float(spent[[layer - 1 for layer in layers]].mean()) == pytest.approx(point.milliseconds)
+
+
+def test_timed_on_other_rows(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_times(monkeypatch, layer_ms=1.0, exit_ms=0.4)
+    choice = choose_exit_layers(saved, rows, criterion="confidence", **GOAL)
+    judges = tiny_dataset(60, seed=9)
+    timed = time_choice(
+        saved, choice, judges, criterion="confidence", batch_sizes=(1, 8), labelled=True, repeats=1
+    ).timed
+    assert [(point.name, point.batch_size) for point in timed] == list(
+        itertools.product(["full depth", "all exits", "chosen exits"], [1])
+    ) + list(itertools.product(["full depth", "all exits", "chosen exits"], [8]))
+    assert timed[0].agreement == 1.0
+    assert timed[0].mean_exit_layer == 4
+    engine = Engine(with_exit_layers(saved, choice.exit_layers))
+    found = engine.predict(judges.texts, criterion="confidence", threshold=choice.steps[-1].threshold)
+    right = [p.label == judges.label_names[label] for p, label in zip(found, judges.labels, strict=True)]
+    assert timed[2].accuracy == pytest.approx(sum(right) / 60)
+    assert all(point.milliseconds > 0 for point in timed)
+
+
+def test_exits_that_the_last_layer_needs_stay(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last layer's answer leans on the exits before it, no set is chosen that changes it too often."""
+    with_times(monkeypatch, layer_ms=1.0, exit_ms=50.0)
+    leaning = with_exit_layers(saved, None)
+    leaning.early_exit_model.config.ensemble_decay = 0.9
+    choice = choose_exit_layers(leaning, rows, **GOAL)
+    assert len(choice.exit_layers) > 1
+    alone = Engine(with_exit_layers(leaning, [4])).predict(rows.texts)
+    full = Engine(leaning).predict(rows.texts, threshold=1.0)
+    assert sum(one.label != other.label for one, other in zip(alone, full, strict=True)) > 0.2 * len(rows)
+
+
+def test_goals_without_a_loss_allowed(saved: LoadedClassifier, rows: TextDataset) -> None:
+    with pytest.raises(
+        ValueError, match="goal must be max_disagreement or max_accuracy_loss to choose exits"
+    ):
+        choose_exit_layers(saved, rows, goal="min_speedup", target=2.0)
+
+
+def test_the_folder_of_a_subset(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folder, tmp_path / "source")
+    (source / "consistentee-checkpoints").mkdir()
+    point = {"criterion": "confidence", "threshold": 0.6, "certificate": {}}
+    copied = tmp_path / "copy"
+    save_with_exit_layers(source, copied, [2, 4], "fast", point)
+    opened = load_model(copied, LoadedClassifier)
+    assert opened.early_exit_model.config.exit_layers == [2, 4]
+    assert opened.exit_rule() == opened.exit_rule(operating_point="fast") == ("confidence", 0.6)
+    assert not (copied / "consistentee-checkpoints").exists()
+    layers = {prediction.exit_layer for prediction in Engine(opened).predict(tiny_dataset(30).texts)}
+    assert layers <= {2, 4}
+    with pytest.raises(SettingError, match="must be new or empty"):
+        save_with_exit_layers(source, copied, [4], "fast", point)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exit_choice, "TIMED_ROWS", 8)
+    model = shutil.copytree(folder, tmp_path / "model")
+    before = (model / "config.json").read_text(encoding="utf-8")
+    texts = tmp_path / "rows.txt"
+    texts.write_text("".join(f"{parts[0]}\n" for parts in tiny_dataset(120, seed=2).texts), encoding="utf-8")
+    common = ["calibrate", str(model), "--file", str(texts), "--max-disagreement", "0.3"]
+    file = tmp_path / "found.json"
+    fast = tmp_path / "fast"
+    code = main([*common, "--exit-layers", "auto", "--output-dir", str(fast), "--json", str(file)])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    found = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads((fast / "config.json").read_text(encoding="utf-8"))
+    assert config["exit_layers"] == found["exit_choice"]["exit_layers"]
+    assert config["threshold"] == found["threshold"]
+    assert found["num_rows"] == found["exit_choice"]["num_rows"] == 60
+    assert {point["batch_size"] for point in found["exit_choice"]["timed"]} == {1, 32}
+    assert "Layers that keep an exit:" in said.out
+    assert "| chosen exits | 32 |" in said.out
+    assert (model / "config.json").read_text(encoding="utf-8") == before
+
+    assert main([*common, "--exit-layers", "2,4", "--output-dir", str(tmp_path / "named")]) == 0
+    named = json.loads((tmp_path / "named" / "config.json").read_text(encoding="utf-8"))
+    assert named["exit_layers"] == [2, 4]
+    capsys.readouterr()
+
+    for extra, message in (
+        (["--exit-layers", "auto"], "--exit-layers and --output-dir go together"),
+        (["--exit-layers", "2,3", "--output-dir", str(tmp_path / "x")], "exit_layers must be rising numbers"),
+        (["--exit-layers", "some", "--output-dir", str(tmp_path / "x")], "must be auto or layers such as"),
+        (["--exit-layers", "auto", "--output-dir", str(fast)], "must be new or empty"),
+    ):
+        assert main([*common, *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

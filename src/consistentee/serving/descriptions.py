@@ -53,6 +53,7 @@ def describe_classifier(
         "model": name,
         "labels": list(saved.label_names),
         "num_layers": num_layers,
+        "exit_layers": getattr(saved.model.config, "exit_layers", None),
         "text_pairs": saved.text_pairs,
         "max_length": saved.max_length,
         "operating_point": first,

@@ -120,7 +120,7 @@ const source = (() => {
         exit_prob: found.exit_probs ? found.exit_probs.data[index] : null,
         elapsed_ms: null, // a first run takes longer than the next ones
       };
-    });
+    }).filter(({ layer }) => !shown || (about.exit_layers ?? [layer]).includes(layer));
   };
 
   return {

@@ -35,6 +35,7 @@ INTRO = """# Generation: what token-level exits give
 SmolLM2-135M (30 layers of 576, vocabulary 49,152, weights that were once in 4 bits), every token leaving at its own
 layer. Made by
 
+<!-- needs: time -->
 ```
 python benchmarks/run_generation.py --backbone DIR/smollm2-30l --data DIR --runs runs/generation --tasks alpaca xsum \\
     --measure dolly=alpaca cnndm=xsum

@@ -41,7 +41,7 @@ def page(cells: Sequence[Cell]) -> str:
     parts = [
         "# Results",
         "Made by",
-        "\n".join(["```", *commands(cells), "```"]),
+        "\n".join(["<!-- needs: time -->", "```", *commands(cells), "```"]),
         f"{_environment(cells)} Figures are means over the seeds named in each row (± their standard deviation). "
         "Accuracy is on the official dev rows (test rows for M-CID and StackOverflow), which nothing was chosen on. "
         "SST-2 uses 10,000 training rows, StackOverflow 5,000, a fifth of them for validation.",

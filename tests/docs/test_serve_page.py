@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-from consistentee.cli.main import app
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.requests import PREDICT_FIELDS, ServerLimits
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
-
-
-def test_commands_exist() -> None:
-    typed = re.findall(r"^(consistentee [^\[\n#]*)", PAGE, re.MULTILINE)
-    assert len(typed) >= 2
-    for line in typed:
-        app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
 
 
 def test_fields_limits_and_counters_are_named() -> None:

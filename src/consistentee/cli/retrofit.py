@@ -255,3 +255,4 @@ def retrofit_lines(report: Any, folder: Path) -> Iterator[str]:
     yield f"The model lies in {folder}. What to type next:"
     yield f'  echo "A text." | consistentee predict {folder}'
     yield f"  consistentee benchmark {folder} --data-file YOUR_TEXTS"
+    yield f"  consistentee serve {folder}"

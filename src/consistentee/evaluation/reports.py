@@ -150,18 +150,18 @@ def agreement_tables(evaluation: AgreementEvaluation) -> list[RenderableType]:
     curves = {evaluation.criterion: evaluation.curve} | {
         name: other.curve for name, other in evaluation.other_criteria.items()
     }
-    names = [f"layer speed-up by {name}" for name in curves]
-    table = _table(["agreement % at least", *names], left=0)
-    for agreement in AGREEMENTS:
+    names = [f"at {100 * agreement:g} %" for agreement in AGREEMENTS]
+    table = _table(["layer speed-up by", *names], left=1)
+    for name, curve in curves.items():
         fastest = [
             max((point.layer_speedup for point in curve if point.agreement >= agreement), default=None)
-            for curve in curves.values()
+            for agreement in AGREEMENTS
         ]
-        shown = ["" if speedup is None else f"{speedup:.2f}x" for speedup in fastest]
-        table.add_row(f"{100 * agreement:g}", *shown)
+        table.add_row(name, *("" if speedup is None else f"{speedup:.2f}x" for speedup in fastest))
     layers = _agreement_by_layer(evaluation, evaluation.exit_agreement, evaluation.per_layer_agreement)
     title = _title(evaluation.criterion, evaluation.threshold)
-    return [table, Text(""), Text(f"{title}:"), layers]
+    note = "At so much agreement with the model, or more, on these texts."
+    return [table, Text(note), Text(""), Text(f"{title}:"), layers]
 
 
 def _agreement(evaluation: AgreementEvaluation) -> Table:

@@ -19,6 +19,9 @@ NUMERIC := $(addprefix tests/,functional backbones heads inference models pipeli
 # What tests run outside Python; without npm they are skipped.
 NODE_STAMP := $(if $(shell command -v npm),tests/js/node_modules/.installed)
 
+# The requirements of the extra `docs`, by themselves: to build this package once more for them takes longer than the site.
+DOCS = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-masked test-lowest check format dist docs
 
@@ -65,7 +68,7 @@ tests/js/node_modules/.installed: tests/js/package.json
 	  echo 'The packages of tests/js could not be installed; tests in Node and in a browser are skipped.' >&2
 
 $(VENV)/.installed-docs: $(STAMP)
-	@$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt $(DOCS)
 	@touch $@
 
 $(STAMP): constraints.txt

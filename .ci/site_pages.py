@@ -61,6 +61,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(rewritten, markdown)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Wide tables can be scrolled by keyboard (the theme sees to blocks of code), and the search has a name."""
+    output = re.sub(r"<table>(?=\n<thead>\n<tr>\n(?:<th[^\n]*\n){5})", '<table tabindex="0">', output)
+    search = 'data-md-component="search" role="dialog"'
+    return output.replace(search, f'{search} aria-label="Search"')
+
+
 def repository_path(src_uri: str, link: str) -> str:
     """Where a link of a page points to, from the root of the repository."""
     of_root = {place: name for name, place in ROOT_PAGES.items()}

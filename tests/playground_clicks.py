@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from typing import Any
 
 from browser import Browser
 from consistentee.pipelines.classifier import Engine
@@ -13,6 +15,36 @@ def wait(browser: Browser, condition: str) -> None:
     while not browser.value(condition):
         assert time.monotonic() < end, (condition, browser.problems)
         time.sleep(0.02)
+
+
+def start(browser: Browser, url: str, **how: Any) -> None:
+    """Open a playground and wait for what its page reads first."""
+    browser.open(url, **{"width": 1280, **how})
+    wait(browser, "!document.getElementById('all').hidden")
+
+
+def give_token(browser: Browser, token: str) -> None:
+    """Put a bearer token in."""
+    browser.value(
+        f"document.getElementById('token').value = {token!r}; document.querySelector('#token-form button').click()"
+    )
+
+
+def tab_to(browser: Browser, name: str) -> list[str]:
+    """Press Tab until an element is in focus; the names of those that were, each with a ring around it."""
+    seen: list[str] = []
+    while not seen or seen[-1] != name:
+        browser.press("Tab", 9)
+        seen.append(browser.value("document.activeElement.id || document.activeElement.className"))
+        assert len(seen) < 20, seen
+        assert browser.value("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    return seen
+
+
+def is_dark(browser: Browser) -> bool:
+    """Whether the page's ground is."""
+    paper = browser.value("getComputedStyle(document.body).backgroundColor")
+    return max(map(int, re.findall(r"\d+", paper))) < 60
 
 
 def text_of(browser: Browser, name: str) -> str:

@@ -16,7 +16,6 @@ import torch
 from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.classification import ClassifierService
-from consistentee.serving.playground import playground_page
 from consistentee.serving.predict_route import classifier_app
 from consistentee.serving.requests import RefusedRequest, ServerLimits, read_json
 from served import HeldPool, running
@@ -226,10 +225,3 @@ def test_the_page_runs_nothing_but_its_own(client: httpx.Client) -> None:
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert not re.search(r"\son\w+=|\sstyle=|https?://", found.text)
     assert "innerHTML" not in found.text
-
-
-def test_generators_are_told_that_it_is_not_for_them() -> None:
-    page, headers = playground_page("generator")
-    assert b"This playground is for classifiers" in page
-    assert b'href="openapi.json"' in page
-    assert headers["content-security-policy"].startswith("default-src 'none'; ")

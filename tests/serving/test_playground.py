@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,18 @@ from browser import Browser
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.predict_route import classifier_app
-from playground_clicks import ask, ask_as_engine, choose, exits, text_of, wait
+from playground_clicks import (
+    ask,
+    ask_as_engine,
+    choose,
+    exits,
+    give_token,
+    is_dark,
+    start,
+    tab_to,
+    text_of,
+    wait,
+)
 from served import running
 from tiny import tiny_backbone, tiny_dataset, tiny_model
 
@@ -51,8 +61,7 @@ def url(engine: Engine) -> Iterator[str]:
 
 @pytest.mark.parametrize("width, dark", [(1280, False), (360, True)])
 def test_a_text_climbs_the_layers(browser: Browser, engine: Engine, url: str, width: int, dark: bool) -> None:
-    browser.open(f"{url}/", width=width, dark=dark)
-    wait(browser, "!document.getElementById('all').hidden")
+    start(browser, f"{url}/", width=width, dark=dark)
     seen = set()
     for text in TEXTS[:4]:
         _, exit_layer = ask_as_engine(browser, engine, text)
@@ -62,22 +71,15 @@ def test_a_text_climbs_the_layers(browser: Browser, engine: Engine, url: str, wi
     assert len(seen) > 1
     assert browser.value("document.title") == "Playground: consistentee serve"
     assert browser.value("document.scrollingElement.scrollWidth <= innerWidth")
-    paper = browser.value("getComputedStyle(document.body).backgroundColor")
-    assert (max(map(int, re.findall(r"\d+", paper))) < 60) == dark
+    assert is_dark(browser) == dark
     assert set(browser.requests) == {f"{url}/", f"{url}/layers"}
     assert barriers(browser) == []
     assert not browser.problems
 
 
 def test_by_keyboard_alone(browser: Browser, engine: Engine, url: str) -> None:
-    browser.open(f"{url}/", width=1280)
-    wait(browser, "!document.getElementById('all').hidden")
-    seen = []
-    while not seen or seen[-1] != "text":
-        browser.press("Tab", 9)
-        seen.append(browser.value("document.activeElement.id || document.activeElement.className"))
-        assert len(seen) < 10
-        assert browser.value("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    start(browser, f"{url}/", width=1280)
+    seen = tab_to(browser, "text")
     assert seen[0] == "skip"
     text = next(text for text in TEXTS if engine.predict([text])[0].exit_layer in (2, 3))
     browser.value(f"document.activeElement.value = {text!r}")
@@ -103,8 +105,7 @@ def test_by_keyboard_alone(browser: Browser, engine: Engine, url: str) -> None:
 
 
 def test_points_by_name(browser: Browser, engine: Engine, url: str) -> None:
-    browser.open(f"{url}/", width=360)
-    wait(browser, "!document.getElementById('all').hidden")
+    start(browser, f"{url}/", width=360)
     text = next(text for text in TEXTS if engine.predict([text])[0].exit_layer == 2)
     ask(browser, text)
     choose(browser, "never")
@@ -126,10 +127,9 @@ def test_the_token_stays_in_the_page(browser: Browser, engine: Engine) -> None:
         browser.open(f"{address}/", width=360)
         wait(browser, "!document.getElementById('token-form').hidden")
         assert browser.value("document.getElementById('all').hidden")
-        give = "document.getElementById('token').value = '{}'; document.querySelector('#token-form button').click()"
-        browser.value(give.format("wrong"))
+        give_token(browser, "wrong")
         wait(browser, "document.getElementById('error').textContent.includes('does not take')")
-        browser.value(give.format(TOKEN))
+        give_token(browser, TOKEN)
         wait(browser, "!document.getElementById('all').hidden")
         ask(browser, TEXTS[0])
         assert exits(browser) == engine.predict([TEXTS[0]])[0].exit_layer

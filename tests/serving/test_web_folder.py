@@ -24,7 +24,7 @@ from consistentee.pipelines.export import FILES, WEB_FILES, WEIGHTS_FILE, export
 from consistentee.serving import web_folder
 from consistentee.serving.web_folder import PACKAGES, export_web
 from npm_packages import JS, npm_folder
-from playground_clicks import ask, ask_as_engine, choose, exits, text_of, wait
+from playground_clicks import ask, ask_as_engine, choose, exits, start, text_of, wait
 from served import serving_files
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model
 
@@ -78,17 +78,12 @@ def url(root: Path) -> Iterator[str]:
         yield address
 
 
-def start(browser: Browser, address: str, **how: Any) -> None:
-    browser.open(f"{address}/", **{"width": 1280, **how})
-    wait(browser, "!document.getElementById('all').hidden")
-
-
 @pytest.mark.parametrize("width, dark", [(1280, False), (360, True)])
 def test_it_says_what_the_engine_says(
     browser: Browser, saved: dict[str, LoadedClassifier], url: str, width: int, dark: bool
 ) -> None:
     engine = Engine(saved["texts"])
-    start(browser, f"{url}/texts", width=width, dark=dark)
+    start(browser, f"{url}/texts/", width=width, dark=dark)
     seen = set()
     for text in TEXTS if dark else TEXTS[:4]:
         said, exit_layer = ask_as_engine(browser, engine, text)
@@ -96,7 +91,7 @@ def test_it_says_what_the_engine_says(
         assert browser.value("document.querySelectorAll('#layers tr').length") == 4
         seen.add(exit_layer)
     assert len(seen) > 1
-    wait(browser, "document.getElementById('figure-exit').textContent.endsWith('ms')")
+    wait(browser, "document.getElementById('figure-exit').textContent !== '\u2026'")
     assert browser.value("document.scrollingElement.scrollWidth <= innerWidth")
     assert barriers(browser) == []
     assert {request.split("/")[2] for request in browser.requests if not request.startswith("data:")} == {
@@ -107,7 +102,7 @@ def test_it_says_what_the_engine_says(
 
 def test_dial_and_points(browser: Browser, saved: dict[str, LoadedClassifier], url: str) -> None:
     engine = Engine(saved["texts"])
-    start(browser, f"{url}/texts")
+    start(browser, f"{url}/texts/")
     ask(browser, TEXTS[0])
     options = "[...document.querySelectorAll('#point option')].map((one) => one.value)"
     assert browser.value(options) == ["saved", "full-depth", "calm", ""]  # not the other criterion's
@@ -130,20 +125,20 @@ def test_pairs_plain_models_and_8_bits(
     browser: Browser, saved: dict[str, LoadedClassifier], url: str
 ) -> None:
     engine = Engine(saved["pairs"])
-    start(browser, f"{url}/pairs", width=360)
+    start(browser, f"{url}/pairs/", width=360)
     for pair in ((TEXTS[0], TEXTS[1]), (LONG, TEXTS[1]), (TEXTS[0], LONG), (LONG, LONG)):
         browser.value(f"document.getElementById('pair').value = {pair[1]!r}")
         ask(browser, pair[0])
         (wanted,) = engine.predict([pair])
         assert text_of(browser, "lead").startswith(f"{wanted.label} ({100 * wanted.score:.1f} %)")
         assert exits(browser) == wanted.exit_layer
-    start(browser, f"{url}/plain")
+    start(browser, f"{url}/plain/")
     ask(browser, TEXTS[0])
     (wanted,) = Engine(saved["plain"]).predict([TEXTS[0]])
     assert text_of(browser, "lead").startswith(
         f"{wanted.label} ({100 * wanted.score:.1f} %), after all 4 layers"
     )
-    start(browser, f"{url}/int8")
+    start(browser, f"{url}/int8/")
     ask(browser, TEXTS[0])
     assert text_of(browser, "score-head") == "Exit score (confidence)"
     assert text_of(browser, "lead").split()[0] in saved["texts"].label_names

@@ -15,7 +15,17 @@ from typing import Any, cast
 
 from consistentee.data.templates import Turn
 from consistentee.pipelines.decoding_options import DecodingOptions
-from consistentee.serving.app import Handler, Receive, Send, build_app, json_bytes, send_json, unless_gone
+from consistentee.serving.app import (
+    Handler,
+    Receive,
+    Send,
+    build_app,
+    json_bytes,
+    json_page,
+    send_json,
+    unless_gone,
+)
+from consistentee.serving.descriptions import describe_generator
 from consistentee.serving.generation import GeneratorService, TokenEvent
 from consistentee.serving.requests import (
     RefusedRequest,
@@ -336,17 +346,15 @@ def _choice(index: int, said: dict[str, Any], layers: Sequence[int], reason: str
 
 def generator_app(service: GeneratorService, *, more_routes: Sequence[Any] = (), **how: Any) -> Any:
     """An ASGI application for a text generator; keywords as of `build_app`."""
-    from starlette.responses import Response
-    from starlette.routing import Route
-
     listed = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "consistentee"}
-
-    async def models(_: Any) -> Response:
-        return Response(json_bytes({"object": "list", "data": [listed]}), media_type="application/json")
-
+    about = describe_generator(service.generator, name=service.name)
     handlers = {
         "/v1/completions": text_handler(service, is_chat=False),
         "/v1/chat/completions": text_handler(service, is_chat=True),
     }
-    routes = [Route("/v1/models", models, methods=["GET"]), *more_routes]
+    routes = [
+        json_page("/v1/models", lambda: {"object": "list", "data": [listed]}),
+        json_page("/layers", lambda: about),
+        *more_routes,
+    ]
     return build_app(service, handlers, more_routes=routes, **how)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from consistentee.config import GenerationMode
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
+from consistentee.pipelines.decoding_options import DecodingOptions
+from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving.points import FULL_DEPTH_POINT, ServedPoint
 
 STEPS = 100
@@ -73,6 +76,35 @@ def describe_classifier(
             for each in criteria
         },
     }
+
+
+def describe_generator(generator: TextGenerator, *, name: str) -> dict[str, Any]:
+    """Layers, modes and the dial of a text generator: what the playground's page reads.
+
+    Args:
+        generator: of the model.
+        name: of the model.
+    """
+    saved, options = generator.saved, generator.check(DecodingOptions())
+    about: dict[str, Any] = {
+        "model": name,
+        "num_layers": saved.num_hidden_layers,
+        "max_tokens": options.max_new_tokens,
+        "context_length": saved.context_length,
+        "has_template": saved.saved_template is not None
+        or bool(getattr(saved.tokenizer, "chat_template", None)),
+        "modes": ["full"],
+        "mode": "full",
+        "criterion": None,
+        "threshold": None,
+        "thresholds": [],
+    }
+    if not saved.has_exits:
+        return about
+    criterion, threshold = saved.exit_rule()
+    steps = _steps(criterion, saved.num_hidden_layers, [ExitRule(criterion, threshold)])
+    rule = {"criterion": criterion, "threshold": threshold, "thresholds": steps["thresholds"]}
+    return {**about, **rule, "modes": list(get_args(GenerationMode)), "mode": options.mode}
 
 
 def _steps(criterion: str, num_layers: int, rules: list[ExitRule]) -> dict[str, Any]:

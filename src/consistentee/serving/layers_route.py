@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from consistentee.errors import require_extra
 from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.pipelines.layer_views import LayerView, view_layers
-from consistentee.serving.app import Handler, Receive, Send, json_bytes, send_json, unless_gone
+from consistentee.serving.app import Handler, Receive, Send, json_page, send_json, unless_gone
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.descriptions import describe_classifier, visible_rule
 from consistentee.serving.points import ServedPoint
 from consistentee.serving.requests import (
-    JSON_TYPE,
     PredictRequest,
     check_names,
     read_json,
@@ -100,10 +98,4 @@ def layers_description(service: ClassifierService) -> dict[str, Any]:
 
 def layers_page(service: ClassifierService) -> Any:
     """The route of `GET /layers`."""
-    responses: Any = require_extra("serve", "starlette.responses")
-    routing: Any = require_extra("serve", "starlette.routing")
-
-    async def described(_: Any) -> Any:
-        return responses.Response(json_bytes(layers_description(service)), media_type=JSON_TYPE)
-
-    return routing.Route("/layers", described, methods=["GET"])
+    return json_page("/layers", lambda: layers_description(service))

@@ -245,6 +245,7 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
     }
     return {
         "/v1/models": {"get": _get("The model that is served", "200")},
+        "/layers": {"get": _get("Layers, modes and thresholds of the model", "200")},
         "/v1/completions": {"post": _post("Go on with a text", text, answer, "generator")},
         "/v1/chat/completions": {"post": _post("Answer a conversation", chat, answer, "generator")},
     }

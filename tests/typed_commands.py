@@ -22,6 +22,7 @@ NEEDS = {
     "GPU": "a CUDA device",
     "time": "minutes to days on real models; other tests run the command on tiny ones, shortened",
     "docker": "a container engine",
+    "machines": "several GPUs or machines; tests of their own start two processes",
     "ray": "a Ray cluster, which tests of their own start",
     "npm": "packages of npm, which tests of their own take from `tests/js`",
     "demo": "what `make demo` leaves",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from cyclopts import CycloptsError
 
 import consistentee
@@ -64,6 +65,11 @@ def check(words: tuple[str, ...]) -> None:
             pass
         case ["python", "-m", module, *_]:
             assert module == "http.server"
+        case ["accelerate", "launch", *options]:
+            known = {name for action in launch_command_parser()._actions for name in action.option_strings}
+            program = options.index("consistentee")
+            assert {word for word in options[:program] if word.startswith("-")} <= known
+            parse(tuple(options[program + 1 :]))
         case ["serve", "run", builder, *_]:
             module, _, name = builder.partition(":")
             source = (ROOT / "src" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
@@ -147,7 +153,9 @@ def test_options_in_the_text_exist(page: str) -> None:
     known = set().union(*map(options_of, COMMANDS)) | {"--help", "--version"}
     said = re.findall(r"`([^`\n]+)`", prose(page))
     ours = " ".join(
-        words for words in said if not re.match(r"python |docker |accelerate |--build-arg|--cpu", words)
+        words
+        for words in said
+        if not re.match(r"python |docker |accelerate |torchrun |--build-arg|--cpu", words)
     )  # others have options of their own
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", ours)) <= known
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from consistentee.cli.main import main
 from consistentee.errors import DataError, SettingError
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine, window_sizes
@@ -97,6 +98,14 @@ def test_another_model_of_the_same_name(model: Path, engine: Engine, tmp_path: P
     assert model_fingerprint(load_model(other, LoadedClassifier)) != fingerprint
     with pytest.raises(SettingError, match="must be the same on all nodes"):
         BlockPredictor(str(other), fingerprint=fingerprint)
+
+
+@pytest.mark.parametrize(
+    "options", [["--ray-workers", "2"], ["--ray-address", "auto"], ["--ray-blocks", "b"]]
+)
+def test_options_of_ray(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "model", "texts.txt", *options]) == 2
+    assert f"{options[0]} goes with --ray." in capsys.readouterr().err
 
 
 # --- Rows and blocks ------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ import itertools
 import json
 import logging
 import os
+import signal
 import tempfile
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -393,7 +395,10 @@ def ray_session(address: str | None = None, workers: int | None = None) -> Itera
     if address == "local":
         cpus = max(os.cpu_count() or 1, workers or 1)
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cpus}
+    ends = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends)  # Ray takes the signal for itself
     try:
         yield ray
     finally:

@@ -77,11 +77,18 @@ def make_accelerator(
     Raises:
         ImportError: the tracker is not installed.
         ValueError: fp16 without a GPU.
+        SettingError: the launcher asks for weights that are spread over processes, which is not implemented.
     """
     if tracker == "tensorboard":
         require_extra("tensorboard", "tensorboard")
     elif tracker in ("wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
         raise ImportError(f"tracker {tracker} is not installed. Install it with: pip install {tracker}")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise SettingError(
+                f"Processes of a training must share rows, not weights, and ACCELERATE_USE_{name} is set. Launch it "
+                "with --multi_gpu; docs/several-nodes.md says what else there is for a model that is too large."
+            )
     # A run before this one in the same process may have had another precision, to which accelerate would hold this one.
     AcceleratorState._reset_state()
     return Accelerator(

@@ -48,10 +48,16 @@ def best_split(
     slo_ms: float,
     transfer: Transfer | None,
     depths: Sequence[int] = DEPTHS,
+    fullest_first: bool = False,
 ) -> dict[str, Any]:
     """The depth and the cores that take the most."""
     found = [
-        (goodput(design, times, histogram, slo_ms, transfer=transfer), design)
+        (
+            goodput(
+                replace(design, fullest_first=fullest_first), times, histogram, slo_ms, transfer=transfer
+            ),
+            design,
+        )
         for depth in depths
         for design in split_designs(cores, depth, histogram, times)
     ]
@@ -93,6 +99,10 @@ def under_slo(times: StepTimes, histogram: Sequence[int], num_bytes: float, slo_
         "slo_ms": slo_ms,
         "whole": {str(cores): whole(cores, histogram) for cores in (1, *CORES)},
         "one_queue": whole(most, histogram, central=True),
+        "fullest_first": {
+            "whole": whole(most, histogram, fullest_first=True),
+            "split": best_split(most, times, histogram, slo_ms, link, [depth], fullest_first=True),
+        },
         "full_depth": {str(cores): whole(cores, full) for cores in (1, *CORES)},
         "split": {str(cores): split(cores, link) for cores in CORES},
         "by_link": at_most,

@@ -28,6 +28,9 @@ from consistentee.inference.timing import environment
 from consistentee.pipelines import classifier, ray_blocks
 from consistentee.pipelines.classifier import Engine
 
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # Ray's own is 15; on a busy machine the engine alone would win by that
 WINDOW_ROWS = 128
 WAYS: dict[str, int] = {"engine": 0, "ray, 1 worker": 1, "ray, 2 workers": 2}
 

@@ -93,6 +93,28 @@ def flat_table(by_slo: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def order_table(by_slo: list[dict[str, Any]]) -> str:
+    """Whole and split by which layer of a server goes next, and one queue for whole servers."""
+    heads = [f"within {found['slo_ms']:.0f} ms: whole, split" for found in by_slo]
+    lines = [f"| goes next | {' | '.join(heads)} |", "|---|" + "---|" * len(by_slo)]
+    shallowest: list[str] = []
+    fullest: list[str] = []
+    queue: list[str] = []
+    for found in by_slo:
+        whole, split = list(found["whole"].values())[-1], list(found["split"].values())[-1]
+        shallowest.append(f"{whole['per_core']:.0f}, {split['per_core']:.0f}")
+        pair = found["fullest_first"]
+        fullest.append(f"{pair['whole']['per_core']:.0f}, {pair['split']['per_core']:.0f}")
+        queue.append(f"{found['one_queue']['per_core']:.0f}")
+    for name, cells in (
+        ("the shallowest layer, as in `LayerPool`", shallowest),
+        ("the layer with the most rows", fullest),
+        ("the shallowest, whole replicas on one queue", queue),
+    ):
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def million_table(million: dict[str, Any]) -> str:
     """Latencies at a million requests a minute."""
     lines = ["| fleet | cores | busy | p50 / p95 / p99 ms | rows a step |", "|---|---|---|---|---|"]
@@ -160,6 +182,7 @@ def main() -> None:
     print(times_table(figures["measured"]), end="\n\n")
     for found in figures["by_slo"]:
         print(goodput_table(found), end="\n\n")
+    print(order_table(figures["by_slo"]), end="\n\n")
     print(transfer_table(figures["by_slo"]), flat_table(figures["by_slo"]), sep="\n\n", end="\n\n")
     print(million_table(figures["million"]), scaling_table(figures["autoscaled"]), sep="\n\n", end="\n\n")
     if RAY.exists():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +102,7 @@ class Stage:
         step_ms: milliseconds of a step by layer and rows.
         most_rows: of a batch.
         on_exit, on_end: are told of a request that exits, and of one that is through without.
+        fullest_first: whether the layer with the most rows goes next, in place of the shallowest.
     """
 
     def __init__(
@@ -114,7 +115,9 @@ class Stage:
         most_rows: int,
         on_exit: Callable[[Request], object],
         on_end: Callable[[Request], object],
+        fullest_first: bool = False,
     ) -> None:
+        self._fullest_first = fullest_first
         self.env, self.first, self.last = env, first, last
         self.queue: deque[Request] = deque()
         self.load = 0  # in the queue and inside
@@ -140,7 +143,7 @@ class Stage:
             self._running.add(number)
             self.env.process(self._serve(number))
 
-    def _serve(self, number: int) -> Iterator[Any]:
+    def _serve(self, number: int) -> Generator[Any, Any, None]:
         inside: list[deque[Request]] = [deque() for _ in range(self.last - self.first)]
         count = step = 0
         while True:
@@ -181,18 +184,15 @@ class Stage:
                 told(request)
 
     def _choose(self, inside: list[deque[Request]], waiting: Sequence[Request], step: int) -> int:
-        """The layer whose rows go next: the shallowest, unless a row has been inside for too long."""
-        shallowest, oldest = -1, step
-        overdue = -1
-        if waiting:
-            shallowest = 0
-        for index in range(1, len(inside)):
-            if inside[index]:
-                if shallowest < 0:
-                    shallowest = index
-                if inside[index][0].since < oldest:
-                    oldest, overdue = inside[index][0].since, index
-        return overdue if step - oldest > PATIENCE * len(inside) else shallowest
+        """The layer whose rows go next: by the rule, unless a row has been inside for too long."""
+        counts = [len(waiting), *(len(rows) for rows in inside[1:])]
+        index = max(range(len(counts)), key=lambda layer: (counts[layer], -layer))
+        if not self._fullest_first:
+            index = next(layer for layer, count in enumerate(counts) if count)
+        since, overdue = min(
+            ((rows[0].since, layer) for layer, rows in enumerate(inside) if rows), default=(step, 0)
+        )
+        return overdue if step - since > PATIENCE * len(inside) else index
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,14 @@ class Design:
         depth: layers of the shallow ones; None where every server has all.
         deep_cores: servers behind them.
         central: whether all whole servers take from one queue, in place of a balancer.
+        fullest_first: as of `Stage`.
     """
 
     cores: int
     depth: int | None = None
     deep_cores: int = 0
     central: bool = False
+    fullest_first: bool = False
 
     @property
     def all_cores(self) -> int:
@@ -280,19 +282,18 @@ def simulate(
     def hand_over(request: Request) -> None:
         env.process(_sent(env, request, deep[0], transfer))
 
+    most, order = times.most_rows, design.fullest_first
     if depth is not None:
-        deep.append(
-            Stage(env, design.deep_cores, depth, num_layers, step, times.most_rows, answered, answered)
-        )
+        deep.append(Stage(env, design.deep_cores, depth, num_layers, step, most, answered, answered, order))
     last = num_layers if depth is None else depth
     on_end = answered if depth is None else hand_over
     if design.central:
-        fleet = [Stage(env, design.cores, 0, last, step, times.most_rows, answered, on_end)]
+        fleet = [Stage(env, design.cores, 0, last, step, most, answered, on_end, order)]
     else:
-        fleet = [Stage(env, 1, 0, last, step, times.most_rows, answered, on_end) for _ in range(design.cores)]
+        fleet = [Stage(env, 1, 0, last, step, most, answered, on_end, order) for _ in range(design.cores)]
     requests = [Request(at, layer) for at, layer in zip(arrivals.tolist(), exit_layers.tolist(), strict=True)]
 
-    def arrive() -> Iterator[Any]:
+    def arrive() -> Generator[Any, Any, None]:
         pairs = rng.integers(len(fleet), size=(len(requests), 2)).tolist()
         for request, (one, other) in zip(requests, pairs, strict=True):
             if request.arrival > env.now:
@@ -311,7 +312,9 @@ def simulate(
     return Outcome(np.array([latency[id(one)] for one in counted]), busy, mean_rows, env.now / 1000)
 
 
-def _sent(env: simpy.Environment, request: Request, to: Stage, transfer: Transfer | None) -> Iterator[Any]:
+def _sent(
+    env: simpy.Environment, request: Request, to: Stage, transfer: Transfer | None
+) -> Generator[Any, Any, None]:
     if transfer is not None:
         yield env.timeout(transfer.wire_ms + transfer.work_ms)
     to.put(request)

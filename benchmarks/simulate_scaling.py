@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,18 +70,18 @@ def autoscaled(
     positions.update((id(request), position) for position, request in enumerate(requests))
     used: list[int] = []
 
-    def arrive() -> Iterator[Any]:
+    def arrive() -> Generator[Any, Any, None]:
         nonlocal arrived
         for request in requests:
             yield env.timeout(max(0.0, request.arrival - env.now))
             arrived += 1
             fleet.put(request)
 
-    def later(count: int) -> Iterator[Any]:
+    def later(count: int) -> Generator[Any, Any, None]:
         yield env.timeout(1000 * start_s)
         fleet.scale_to(max(count, fleet.wanted))
 
-    def control() -> Iterator[Any]:
+    def control() -> Generator[Any, Any, None]:
         nonlocal arrived
         while env.now < 1000 * seconds:
             yield env.timeout(1000 * window_s)

@@ -30,6 +30,9 @@ os.environ.update(  # read when Ray is imported
     RAY_BACKEND_LOG_LEVEL="fatal",
     RAY_raylet_start_wait_time_s="120",
     RAY_SERVE_LOG_TO_STDERR="0",
+    RAY_worker_niceness="0",
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",  # these machines are slow at times
+    RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60",
 )
 ray: Any = pytest.importorskip("ray", reason="needs the extra `ray`")
 

@@ -61,3 +61,21 @@ def test_ratios() -> None:
         f"{FIGURES['bytes_per_request']:,} bytes a text",
     )
     assert missing(PAGE, *said) == []
+
+
+def test_the_check_on_ray() -> None:
+    found = read("serving", "ray-e5-12l_m-cid.json")
+    assert rendered.ray_table(found) in TEXT
+    alone, one, two = (found["median"][way] for way in ("engine", "ray, 1 worker", "ray, 2 workers"))
+    rounds = [
+        f"{each['ray, 2 workers']['texts_per_second'] / each['ray, 1 worker']['texts_per_second']:.2f}x"
+        for each in found["rounds"]
+    ]
+    costs = [f"{each['cpu_ms_per_text']:.2f}" for each in (alone, one, two)]
+    said = (
+        f"{costs[0]} ms alone and {costs[1]} and {costs[2]} ms in a worker",
+        f"says {rendered.predicted_ms(FIGURES['measured']):.2f} ms",
+        f"seen {two['texts_per_second'] / one['texts_per_second']:.2f}x in the median ({' and '.join(rounds)} in",
+        f"{min(found['load_average']):.0f} to {max(found['load_average']):.0f} processes ready to run",
+    )
+    assert missing(PAGE, *said) == []

@@ -68,8 +68,10 @@ def place(tmp_path: Path) -> Path:
     tiny_decoder(folder / "HuggingFaceTB" / "SmolLM2-135M", max_position_embeddings=640)
     tiny_model(folder / "exits-of-rows", backbone)
     tiny_classifier(folder / "CLASSIFIER", layers=3)
-    for number, name in enumerate(("traffic.txt", "more.txt", "texts.txt"), start=1):
-        rows = tiny_dataset(400, seed=number).texts
+    for number, (name, count) in enumerate(
+        {"traffic.txt": 400, "more.txt": 400, "texts.txt": 800}.items(), 1
+    ):
+        rows = tiny_dataset(count, seed=number).texts
         (folder / name).write_text("".join(f"{text}\n" for (text,) in rows), encoding="utf-8")
     write_csv(folder / "rows.csv", tiny_dataset(400, seed=5))
     prompts = '{"prompt": "say a:"}\n{"prompt": "say b:"}\n'

@@ -124,7 +124,11 @@ def test_what_the_layers_say(tmp_path: Path, model_type: str, criterion: str) ->
     model = build(tmp_path, model_type)
     feed = feed_of(model, 16)
     threshold = 1.5 if criterion == "patience" else median_score(model, feed, criterion)
-    session = session_of(graph_of(model, criterion, None, shows_layers=True))
+    style = GraphStyle(weights_outside=criterion != "policy")
+    proto = graph_of(model, criterion, None, shows_layers=True, style=style)
+    outside = sum(len(each.raw_data) for each in proto.graph.initializer)
+    assert (outside > 0.7 * proto.ByteSize()) == style.weights_outside
+    session = session_of(proto)
     assert [given.name for given in session.get_inputs()][-1] == "threshold"
     assert not session.get_overridable_initializers()  # JavaScript could not give one
     names = ["logits", "exit_layer", "layer_logits", "exit_scores", "exit_probs"]

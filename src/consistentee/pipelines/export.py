@@ -107,7 +107,7 @@ def export_onnx(
         compare_texts: on which the graph is compared with the engine.
         shows_layers: the graph also gives `layer_logits`, (rows, layers, classes), `exit_scores` and `exit_probs`,
             (rows, layers), 0 at layers that a row did not reach, and `threshold` must be given; without exits there are
-            none of them.
+            none of them. Weights stand where they load fastest.
         add_files: writes more of `EXPORTED_FILES` into the folder; takes the folder and what `config.json` says.
 
     Raises:
@@ -129,7 +129,8 @@ def export_onnx(
             f'Model "{saved.name}" has no exits: criterion, threshold and operating point must not be given.'
         )
     tokenizer = tokenizer_json(saved)
-    style = GraphStyle(opset, portable, precision == "int8")
+    # Who shows its layers waits for the page to load.
+    style = GraphStyle(opset, portable, precision == "int8", weights_outside=shows_layers)
     config = _config(saved, criterion, limit, style, precision)
     if shows_layers and scores is not None:
         config["shows_layers"] = True

@@ -23,7 +23,7 @@ OPSET, HIGHEST_OPSET = 17, 21
 """The first version of the standard operators with LayerNormalization, and the last one that was tried."""
 
 EXTERNAL_BYTES = 1024
-"""Smaller constants stay in the graph itself where weights go into a file of their own."""
+"""Smaller constants stay where they are needed: no weights, for a file of their own or the outermost graph."""
 
 Shape = Sequence[int | str]
 
@@ -36,11 +36,14 @@ class GraphStyle:
         opset: version of the standard operators.
         portable: standard operators only; else also ONNX Runtime's fused ones, see its ContribOperators.md.
         int8: the weights of the layers in 8 bits, their inputs quantised as they come.
+        weights_outside: weights stand in the outermost graph. A runtime copies what is inside a branch once for each
+            level, so that it loads faster; it lays out none of these for the processor, so that it runs slower.
     """
 
     opset: int = OPSET
     portable: bool = False
     int8: bool = False
+    weights_outside: bool = False
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Graph:
         self._proto.name = "consistentee"
         self._whole = _Whole(style or GraphStyle(), weights)
         self._constants = _Constants(None)
+        self._outermost: Graph = self
 
     @property
     def style(self) -> GraphStyle:
@@ -139,7 +143,7 @@ class Graph:
         for name in ("then_branch", "else_branch"):
             attribute = node.attribute.add(name=name, type=self._onnx.AttributeProto.GRAPH)
             branch = object.__new__(Graph)
-            branch._onnx, branch._whole = self._onnx, self._whole
+            branch._onnx, branch._whole, branch._outermost = self._onnx, self._whole, self._outermost
             branch._proto, branch._constants = attribute.g, _Constants(self._constants)
             attribute.g.name = f"{name}_{self._whole.count}"
             branches.append(branch)
@@ -165,16 +169,17 @@ class Graph:
             return known
         found = name or f"c{self._count()}"
         weights = self._whole.weights
+        home = self._outermost if self.style.weights_outside and array.nbytes >= EXTERNAL_BYTES else self
         if weights is None or array.nbytes < EXTERNAL_BYTES:
-            self._proto.initializer.append(self._onnx.numpy_helper.from_array(array, found))
+            home._proto.initializer.append(self._onnx.numpy_helper.from_array(array, found))
         else:
             kinds = self._onnx.TensorProto
-            tensor = self._proto.initializer.add(name=found, dims=array.shape, data_location=kinds.EXTERNAL)
+            tensor = home._proto.initializer.add(name=found, dims=array.shape, data_location=kinds.EXTERNAL)
             tensor.data_type = self._onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             for entry, value in weights.write(array).items():
                 tensor.external_data.add(key=entry, value=value)
         if name is None:
-            self._constants.names[key] = found
+            home._constants.names[key] = found
         return found
 
     def number(self, value: float) -> str:

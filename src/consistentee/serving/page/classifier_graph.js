@@ -3,6 +3,7 @@ const source = (() => {
   const RUNTIME = new URL("onnxruntime-web.js", location.href).href;
   const TOKENIZERS = new URL("tokenizers.js", location.href).href;
   const SMALLEST = "CAk6NwoQCgFhEgFiIghJZGVudGl0eRIBZ1oPCgFhEgoKCAgBEgQKAggBYg8KAWISCgoICAESBAoCCAFCBAoAEBE="; // a graph of one operator
+  const ROUNDS = 3;
   let about = null;
   let opened = null; // a promise: { ort, session, tokenizer }
   let turn = Promise.resolve();
@@ -124,7 +125,7 @@ const source = (() => {
   };
 
   return {
-    times: "Times are of runs that end there, in this browser.",
+    times: "Times are the least of three runs that end there, in this browser.",
     about: async () => {
       about = await (await got("playground.json")).json();
       opened = open();
@@ -140,7 +141,17 @@ const source = (() => {
       const { found } = await run(parts, row, null, criterion);
       return { criterion, threshold, layers: layersOf(found), row, tokenizing_ms: tokenizing, truncated: row.isCut };
     },
-    timeOf: async (answer, threshold) => (await run(await opened, answer.row, threshold, answer.criterion)).time,
+    /** Times of layers, those that are not known measured in turn; each with a threshold by which the text exits there. */
+    timesOf: async (answer, wanted) => {
+      const times = wanted.map(([{ elapsed_ms }]) => [elapsed_ms ?? Infinity]);
+      for (let round = 0; round < ROUNDS; round += 1) {
+        for (const [which, [layer, threshold]] of wanted.entries()) {
+          if (layer.elapsed_ms !== null) continue;
+          times[which].push((await run(await opened, answer.row, threshold, answer.criterion)).time);
+        }
+      }
+      return times.map((each) => Math.min(...each));
+    },
     begin: async (begin) => {
       try {
         await begin();

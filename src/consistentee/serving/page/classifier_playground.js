@@ -57,7 +57,7 @@ const drawRows = () => {
       );
       if (!isPolicy) row.append(isLast || one.exit_prob === null ? none() : make("td", {}, short(one.exit_prob), bar(one.exit_prob)));
     }
-    if (!source.timeOf) row.append(make("td", { className: "n" }, ms(one.elapsed_ms)));
+    if (!source.timesOf) row.append(make("td", { className: "n" }, ms(one.elapsed_ms)));
     row.style.setProperty("--i", index);
     return row;
   });
@@ -117,8 +117,7 @@ const measure = () => {
   timing = setTimeout(async () => {
     const { found, full } = said();
     try {
-      full.elapsed_ms ??= await source.timeOf(of, null);
-      found.elapsed_ms ??= await source.timeOf(of, chosen.threshold);
+      [full.elapsed_ms, found.elapsed_ms] = await source.timesOf(of, [[full, null], [found, chosen.threshold]]);
       if (answer === of) show();
     } catch (error) {
       complain(error.message);

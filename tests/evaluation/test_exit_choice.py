@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from consistentee.cli.main import main
 from consistentee.data.rows import TextDataset
 from consistentee.errors import SettingError
 from consistentee.evaluation import exit_choice, layer_times
-from consistentee.evaluation.classification import run_layers
+from consistentee.evaluation.calibration import calibrate_layers
+from consistentee.evaluation.classification import evaluate_model, run_layers
 from consistentee.evaluation.exit_choice import choose_exit_layers, time_choice
-from consistentee.evaluation.layer_times import LayerTimes, measure_layer_times
+from consistentee.evaluation.layer_times import LayerTimes, clock_of, measure_layer_times
 from consistentee.models.exit_subsets import save_with_exit_layers, with_exit_layers
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
@@ -56,7 +58,7 @@ def rows() -> TextDataset:
 
 def with_times(monkeypatch: pytest.MonkeyPatch, *, layer_ms: float, exit_ms: float) -> LayerTimes:
     times = LayerTimes(1, 0.5, layer_ms, exit_ms, 4)
-    monkeypatch.setattr(exit_choice, "measure_layer_times", lambda *_, **__: times)
+    monkeypatch.setattr(exit_choice, "times_on", lambda *_, **__: times)
     return times
 
 
@@ -189,6 +191,83 @@ def test_exits_that_the_last_layer_needs_stay(
     assert sum(one.label != other.label for one, other in zip(alone, full, strict=True)) > 0.2 * len(rows)
 
 
+def test_an_evaluation_on_the_clock(saved: LoadedClassifier, rows: TextDataset) -> None:
+    """Milliseconds of a point are those of the layers that its rows exit at."""
+    times = LayerTimes(1, 0.5, 2.0, 0.25, 4)
+    for layers in (None, [2, 4]):
+        model = with_exit_layers(saved, layers)
+        states = run_layers(model, rows)
+        has_exit = model.early_exit_model.config.has_exit
+        evaluation = evaluate_model(
+            model, rows, criteria=["confidence", "patience"], threshold=0.8, states=states
+        )
+        clock = clock_of(evaluation, times, states[0].exit_scores, has_exit)
+        found = Engine(model).predict(rows.texts, criterion="confidence", threshold=0.8)
+        expected = [float(times.at_layers(has_exit)[prediction.exit_layer - 1]) for prediction in found]
+        assert clock.milliseconds == pytest.approx(sum(expected) / len(expected))
+        assert len(clock.curves["confidence"]) == len(evaluation.curve)
+        assert clock.curves["confidence"][0] == pytest.approx(
+            float(times.at_layers(has_exit)[0 if layers is None else 1])
+        )
+        assert clock.curves["confidence"][-1] == pytest.approx(float(times.at_layers(has_exit)[-1]))
+        assert len(clock.curves["patience"]) == len(evaluation.other_criteria["patience"].curve)
+        assert "clock" not in evaluation.to_dict()
+        assert replace(evaluation, clock=clock).to_dict()["clock"]["full_depth_ms"] == times.full_depth_ms
+
+
+def test_evaluate_in_time(
+    folder: Path,
+    rows: TextDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_times, "TIMED_ROWS", 8)
+    texts = tmp_path / "rows.txt"
+    texts.write_text("".join(f"{parts[0]}\n" for parts in rows.texts[:60]), encoding="utf-8")
+    file, plot = tmp_path / "found.json", tmp_path / "found.svg"
+    common = [
+        "evaluate",
+        str(folder),
+        "--texts",
+        str(texts),
+        "--criterion",
+        "confidence",
+        "--threshold",
+        "0.8",
+    ]
+    assert main([*common, "--clock", "2", "--json", str(file), "--plot", str(plot)]) == 0
+    clock = json.loads(file.read_text(encoding="utf-8"))["clock"]
+    assert clock["batch_size"] == 2
+    assert clock["full_depth_ms"] > 0
+    out = capsys.readouterr().out
+    assert f"{clock['milliseconds']:.3f}" in out
+    assert "On this machine, batches of 2:" in out
+    assert plot.stat().st_size
+
+
+def test_a_budget_in_time(saved: LoadedClassifier, rows: TextDataset) -> None:
+    """An exit that costs as much as a layer: twice the layers saved are needed for the same time."""
+    states, _ = run_layers(saved, rows)
+    free, dear = LayerTimes(1, 0.0, 1.0, 0.0, 4), LayerTimes(1, 0.0, 1.0, 1.0, 4)
+    common: dict[str, Any] = {"goal": "min_speedup", "target": 1.5, "criterion": "confidence"}
+    found = [
+        calibrate_layers(
+            states.layer_logits, states.exit_probs, signals=states.signals, times=times, **common
+        )
+        for times in (None, free, dear)
+    ]
+    assert found[0].clock is None
+    assert found[0].threshold == found[1].threshold
+    assert found[1].clock is not None
+    assert found[1].clock["speedup"] == pytest.approx(found[1].layer_speedup)
+    assert found[2].clock is not None
+    assert found[2].mean_exit_layer is not None
+    assert found[2].clock["milliseconds"] == pytest.approx(2 * found[2].mean_exit_layer)
+    assert found[2].clock["full_depth_ms"] == 5
+    assert (found[2].threshold or 1) < (found[0].threshold or 0)
+
+
 def test_goals_without_a_loss_allowed(saved: LoadedClassifier, rows: TextDataset) -> None:
     with pytest.raises(
         ValueError, match="goal must be max_disagreement or max_accuracy_loss to choose exits"
@@ -216,7 +295,8 @@ def test_the_folder_of_a_subset(folder: Path, tmp_path: Path) -> None:
 def test_the_command(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exit_choice, "TIMED_ROWS", 8)
+    for module in (exit_choice, layer_times):
+        monkeypatch.setattr(module, "TIMED_ROWS", 8)
     model = shutil.copytree(folder, tmp_path / "model")
     before = (model / "config.json").read_text(encoding="utf-8")
     texts = tmp_path / "rows.txt"
@@ -247,6 +327,7 @@ def test_the_command(
         (["--exit-layers", "2,3", "--output-dir", str(tmp_path / "x")], "exit_layers must be rising numbers"),
         (["--exit-layers", "some", "--output-dir", str(tmp_path / "x")], "must be auto or layers such as"),
         (["--exit-layers", "auto", "--output-dir", str(fast)], "must be new or empty"),
+        (["--clock", "1"], "--clock goes with --min-speedup or --exit-layers auto"),
     ):
         assert main([*common, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -154,9 +154,6 @@ class TestPieces:
             expected = losses.gather(1, chosen[:, None] - 1).sum()
             assert pieces.losses[piece] == pytest.approx(float(expected))
             assert pieces.mean_exit_layer(piece) == pytest.approx(float(chosen.double().mean()))
-            assert pieces.layers_deviation(piece) == pytest.approx(
-                float(chosen.double().std(correction=0)), abs=1e-6
-            )
         assert [pieces.piece_of(threshold) for threshold in inside] == list(range(len(pieces)))
 
     def test_neighbouring_floats_have_thresholds_of_their_own(self) -> None:

@@ -33,7 +33,7 @@ def calibrate(
     overwrite: Flag = False,
     exit_layers: str | None = None,
     output_dir: Path | None = None,
-    clock_batch_size: int = 1,
+    clock: int | None = None,
     backend: str = "torch",
     batch_size: int | None = None,
     max_samples: int | None = None,
@@ -50,7 +50,8 @@ def calibrate(
         file: Texts without labels, in every form that predict reads; "-" is standard input.
         max_disagreement: Share of inputs, such as 0.01, that may get another class than at full depth. Needs no labels.
         max_accuracy_loss: Share of inputs that may be wrong where full depth is right. Needs labels.
-        min_speedup: Layers over mean exit layer, such as 2; the certificate says what is lost at most.
+        min_speedup: Layers over mean exit layer, such as 2, or with --clock time; the certificate says what is lost at
+            most.
         confidence: How sure the certificate is.
         criterion: Exit rule. [default: the saved one]
         reference: Folder or hub name of the model to be compared with in place of full depth, as it was saved: of a
@@ -61,7 +62,8 @@ def calibrate(
             layers and exits take here, and the other half certifies. A copy of the model with these exits alone goes to
             --output-dir; the model itself stays as it is.
         output_dir: New folder for that copy.
-        clock_batch_size: Inputs that start together, for which --exit-layers auto is to be fast.
+        clock: Inputs that start together: --min-speedup is then one in time on this machine, and --exit-layers auto is
+            to be fast for so many. [default: layers count; 1]
         backend: Engine that --exit-layers auto times: torch or onnxruntime.
         batch_size: Inputs per step; does not change the result. [default: 64]
         max_samples: Take at most so many rows, drawn at random.
@@ -89,7 +91,11 @@ def calibrate(
     if not folder.is_dir():
         raise UsageError(f'Model "{model}" is not a folder here, so that it cannot keep an operating point.')
     subset = _exit_layers(exit_layers, output_dir, goal, network.num_layers)
-    at_least_one(clock_batch_size=clock_batch_size)
+    at_least_one(clock=clock)
+    if clock is not None and min_speedup is None and subset != "auto":
+        raise UsageError(
+            "--clock goes with --min-speedup or --exit-layers auto: nothing else is told in time."
+        )
     if subset is None and name in read_operating_points(folder) and not overwrite:
         raise UsageError(
             f'Model "{model}" has an operating point "{name}". Give another --name, or --overwrite to replace it.'
@@ -109,7 +115,7 @@ def calibrate(
         from consistentee.models.exit_subsets import at_full_depth
 
         judged, rows, choice = _with_subset(
-            saved, rows, source, subset, goal, target, criterion, confidence, clock_batch_size, backend
+            saved, rows, source, subset, goal, target, criterion, confidence, clock or 1, backend
         )
         if network.config.original_head is None and compared is None:
             compared = at_full_depth(saved)  # what the last layer says leans on the exits before it
@@ -121,6 +127,7 @@ def calibrate(
         criterion=criterion,
         confidence=confidence,
         reference=compared,
+        clock_batch_size=clock if goal == "min_speedup" else None,
         batch_size=batch_size or 64,
         source=source,
         progress=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,7 @@ def evaluate(
     operating_point: str | None = None,
     texts: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     reference: str | None = None,
+    clock: int | None = None,
     batch_size: int | None = None,
     max_samples: int | None = None,
     mode: Annotated[GenerationMode | None, Parameter(group=TO_GENERATE)] = None,
@@ -60,6 +62,8 @@ def evaluate(
             takes the place of accuracy. Classifiers only.
         reference: Folder of a model to compare with: the plain one from `finetune`, or any of its kind as it was
             saved; of a tuned model (`retrofit --tune-backbone`) the original.
+        clock: Tell curves and picture in time of this machine, for so many inputs that start together, such as 1: a
+            layer and an exit are timed. Classifiers only.
         batch_size: Inputs per step; does not change the result. [default: 64; to generate text: 8]
         max_samples: Evaluate on at most so many rows, every class with its share.
         mode: How tokens are generated. [default: the saved one]
@@ -70,7 +74,7 @@ def evaluate(
         plot: Draw trade-off curves and exit histogram into this PNG, PDF or SVG file.
         debug: Show tracebacks and the messages of other libraries.
     """
-    at_least_one(batch_size=batch_size, max_samples=max_samples, max_new_tokens=max_new_tokens)
+    at_least_one(batch_size=batch_size, max_samples=max_samples, max_new_tokens=max_new_tokens, clock=clock)
     check_plot_file(plot)
     kind = kind_of_model(model)
     saved = kind.load(model)  # first of all, so that a broken folder is called one
@@ -85,7 +89,7 @@ def evaluate(
             raise UsageError(
                 f'--{name.replace("_", "-")} goes with a text generator, and model "{model}" is none.'
             )
-    for name, value in {"operating_point": operating_point, "texts": texts}.items():
+    for name, value in {"operating_point": operating_point, "texts": texts, "clock": clock}.items():
         if value is not None and kind is GENERATORS:
             raise UsageError(
                 f'--{name.replace("_", "-")} goes with a classifier, and model "{model}" is none.'
@@ -103,7 +107,7 @@ def evaluate(
         kind,
         data or DataOptions(),
         max_samples,
-        **(of_generators if kind is GENERATORS else {"texts": texts}),
+        **(of_generators if kind is GENERATORS else {"texts": texts, "clock": clock}),
         criteria=[rule, *(criterion or [])[1:]],
         threshold=limit,
         reference=reference,
@@ -127,6 +131,7 @@ def evaluate_classifier(
     *,
     reference: str | None,
     texts: str | None = None,
+    clock: int | None = None,
     **how: Any,
 ) -> tuple[Any, str]:
     """Measure a classifier, on texts without labels where these are given; the last arguments are those of either.
@@ -134,18 +139,30 @@ def evaluate_classifier(
     Returns:
         The evaluation, and where its rows come from.
     """
-    from consistentee.evaluation.agreement import evaluate_agreement
-    from consistentee.evaluation.classification import evaluate_model
+    from consistentee.evaluation.agreement import evaluate_agreement, unlabelled_rows
+    from consistentee.evaluation.classification import evaluate_model, run_layers
 
     compared = None if reference is None else kind.load(reference)
     if texts is not None:
         if compared is None and saved.model.config.is_tuned:
             say(tuned_note(saved.model.config))
         found, source = read_all_texts(texts, data.text_columns, saved, max_samples)
-        evaluation = evaluate_agreement(saved, found, reference=compared, source=source, progress=True, **how)
-        return evaluation, source
-    rows = evaluation_data(data, kind, saved.task, label_names=saved.label_names).max_samples(max_samples)
-    evaluation = evaluate_model(saved, rows, reference=compared, progress=True, **how)
+        rows = unlabelled_rows(found, saved.label_names, source)
+        states = run_layers(saved, rows, batch_size=how["batch_size"], description="evaluating")
+        evaluation: Any = evaluate_agreement(
+            saved, found, reference=compared, source=source, states=states, progress=True, **how
+        )
+    else:
+        rows = evaluation_data(data, kind, saved.task, label_names=saved.label_names).max_samples(max_samples)
+        states = run_layers(saved, rows, batch_size=how["batch_size"], description="evaluating")
+        evaluation = evaluate_model(saved, rows, reference=compared, states=states, progress=True, **how)
+    if clock is not None:
+        from consistentee.evaluation.layer_times import clock_of, times_on
+
+        times = times_on(saved, rows.texts, batch_size=clock, progress=True)
+        has_exit = saved.model.config.has_exit
+        timed = clock_of(evaluation, times, states[0].exit_scores, has_exit)
+        evaluation = replace(evaluation, clock=timed)
     return evaluation, rows.source
 
 

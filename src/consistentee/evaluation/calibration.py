@@ -30,6 +30,7 @@ from consistentee.data.sketches import seen_share
 from consistentee.errors import DataError
 from consistentee.evaluation.agreement import unlabelled_rows
 from consistentee.evaluation.classification import class_columns, predict_classes, run_layers
+from consistentee.evaluation.layer_times import LayerTimes, times_on
 from consistentee.functional.bounds import smallest_certifiable_rows
 from consistentee.functional.certificates import Certified, bound_at, certify, threshold_for_speedup
 from consistentee.functional.criteria import exit_scores
@@ -73,6 +74,8 @@ class Calibration:
         rows_fingerprint: hash of all rows' texts.
         rows_source: name of the file or task that they come from.
         date: UTC, of the calibration.
+        clock: where a speed-up on the clock was asked for: what an input, a layer and an exit cost here, milliseconds,
+            and the `speedup` of the rows that judged.
         environment: hardware and versions.
         seconds: what it took.
     """
@@ -102,6 +105,7 @@ class Calibration:
     rows_fingerprint: str = ""
     rows_source: str = ""
     date: str = ""
+    clock: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
     seconds: float = 0.0
 
@@ -130,6 +134,8 @@ def calibrate_layers(
     labels: Tensor | None = None,
     signals: Mapping[str, Tensor] | None = None,
     answers: Tensor | None = None,
+    times: LayerTimes | None = None,
+    has_exit: Sequence[bool] | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Choose a threshold for a goal on the outputs of all layers, with what the rows prove about it.
@@ -144,6 +150,8 @@ def calibrate_layers(
         labels: (rows,), int64; needed for an accuracy loss.
         signals: `LayerStates.signals`, for the criteria that read them.
         answers: (rows,), int64, a reference's classes in place of the last layer's.
+        times: what layers and exits cost: a speed-up is then one on the clock, against no early exits.
+        has_exit: (layers,), which layers have an exit; None: all. Only their times need it.
         seed: of which rows choose, for a speed-up.
 
     Raises:
@@ -161,12 +169,18 @@ def calibrate_layers(
         right = predictions == labels[:, None]
         losses = ((target_classes == labels)[:, None] & ~right).float()
     judging, num_choosing = torch.arange(len(scores)), 0
+    costs = None if times is None else times.at_layers(has_exit)
     found: Certified | None
     if goal == MIN_SPEEDUP:
         judged, choosing = split_rows(len(scores), CHOOSING_SHARE, seed)
         judging, num_choosing = torch.tensor(judged), len(choosing)
         threshold = threshold_for_speedup(
-            scores[choosing], target, criterion=criterion, judged_rows=len(judged)
+            scores[choosing],
+            target,
+            criterion=criterion,
+            judged_rows=len(judged),
+            costs=costs,
+            full_cost=None if times is None else times.full_depth_ms,
         )
         found = bound_at(
             scores[judging], losses[judging], threshold, confidence=confidence, criterion=criterion
@@ -177,6 +191,9 @@ def calibrate_layers(
     if found is not None:
         chosen = (choose_exit_layer(scores[judging], found.threshold) - 1)[:, None]
         given = predictions[judging].gather(1, chosen).squeeze(1)
+        if times is not None and costs is not None:
+            spent = float(costs[chosen].mean())
+            at["clock"] = times.to_dict() | {"milliseconds": spent, "speedup": times.full_depth_ms / spent}
         at["agreement"] = float((given == target_classes[judging]).double().mean())
         if labels is not None:
             at["accuracy"] = float((given == labels[judging]).double().mean())
@@ -211,6 +228,7 @@ def calibrate_model(
     criterion: str | None = None,
     confidence: float = 0.95,
     reference: LoadedClassifier | None = None,
+    clock_batch_size: int | None = None,
     batch_size: int = 64,
     source: str = "texts",
     progress: bool = False,
@@ -225,6 +243,8 @@ def calibrate_model(
         criterion: an exit criterion; None takes the saved one.
         confidence: in (0, 1).
         reference: the model to agree with, or to lose no accuracy against, as it was saved; None takes full depth.
+        clock_batch_size: a speed-up is one on the clock of this machine, for so many inputs that start together; None:
+            of layers.
         batch_size: rows per step; does not change the result.
         source: where texts without labels come from.
         progress: whether to show how far it is.
@@ -259,6 +279,10 @@ def calibrate_model(
         labels=labels,
         signals=states.signals,
         answers=answers,
+        times=None
+        if clock_batch_size is None
+        else times_on(saved, dataset.texts, batch_size=clock_batch_size, progress=progress),
+        has_exit=model.config.has_exit,
     )
     return replace(
         found,
@@ -338,7 +362,13 @@ def _outcome(found: Calibration) -> list[str]:
             f"{_share(found.confidence)}; {found.num_choosing_rows:,} other rows chose the threshold.",
             f"{speed}.",
         ]
-        if (found.layer_speedup or 0) < found.target:
+        if found.clock is not None:
+            lines.append(
+                f"{found.clock['speedup']:.2f}x on the clock at batches of {found.clock['batch_size']}: "
+                f"{found.clock['milliseconds']:.3f} ms an input, {found.clock['full_depth_ms']:.3f} ms without exits."
+            )
+        reached = found.layer_speedup if found.clock is None else found.clock["speedup"]
+        if (reached or 0) < found.target:
             lines.append(f"The rows that judged stay below the {found.target:g}x asked for, by chance.")
         return lines
     of = "of disagreement with" if found.goal == MAX_DISAGREEMENT else "of accuracy lost against"

@@ -21,7 +21,7 @@ from consistentee.data.rows import TextDataset
 from consistentee.data.tokenization import encode_texts
 from consistentee.evaluation.calibration import MAX_ACCURACY_LOSS, MAX_DISAGREEMENT
 from consistentee.evaluation.classification import class_columns, run_layers
-from consistentee.evaluation.layer_times import TIMED_REPEATS, LayerTimes, measure_layer_times
+from consistentee.evaluation.layer_times import TIMED_REPEATS, TIMED_ROWS, LayerTimes, times_on
 from consistentee.evaluation.speed import median_seconds
 from consistentee.functional.certificates import certify
 from consistentee.functional.criteria import exit_scores
@@ -33,9 +33,6 @@ from consistentee.models.loaded import LoadedClassifier
 from consistentee.pipelines.classifier import Engine
 from consistentee.progress import show_progress
 from consistentee.training.states import LayerStates
-
-TIMED_ROWS = 128
-"""Rows at most on which layers and exits are timed."""
 
 LEAST_GAIN = 0.002
 """An exit goes only if inputs become faster by more than this share: less is noise."""
@@ -140,13 +137,7 @@ def choose_exit_layers(
         )
     whole = with_exit_layers(saved, None)
     rule = criterion or whole.early_exit_model.config.criterion
-    encoded, _ = encode_texts(rows.texts[:TIMED_ROWS], whole.tokenizer, whole.max_length)
-    with show_progress(
-        "timing layers and exits", 3 * (TIMED_REPEATS + 1), unit="pass", shown=progress
-    ) as shower:
-        times = measure_layer_times(
-            Engine(whole, backend=backend), encoded, batch_size=batch_size, tick=shower.update
-        )
+    times = times_on(saved, rows.texts, batch_size=batch_size, backend=backend, progress=progress)
     states, _ = run_layers(whole, rows, keep_pooled=True, description="choosing exits" if progress else None)
     subsets = _Subsets(
         whole, states, rule, goal, target, confidence, times, class_columns(whole, rows.label_names)
@@ -271,7 +262,7 @@ def time_choice(
             for name, (engine, how) in runs.items()
         }
         with show_progress(
-            f"timing batches of {size}", 3 * (repeats + 1), unit="pass", shown=progress
+            f"timing batches of {size}", 3 * (repeats + 1), unit="run", shown=progress
         ) as shower:
             seconds = time_in_turn(work, engines[0].backend.device, repeats, shower.update)
         for name, given in answers.items():

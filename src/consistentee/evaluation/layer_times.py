@@ -10,13 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistentee.data.tokenization import encode_texts
+from consistentee.evaluation.results import AgreementEvaluation, Clock, Evaluation
 from consistentee.evaluation.speed import median_seconds
+from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.timing import time_in_turn
+from consistentee.models.exit_subsets import with_exit_layers
+from consistentee.models.loaded import LoadedClassifier
 from consistentee.pipelines.classifier import Engine
+from consistentee.progress import show_progress
 
 TIMED_REPEATS = 5
+
+TIMED_ROWS = 128
+"""Rows at most on which layers and exits are timed."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +114,70 @@ def measure_layer_times(
     both = max(0.0, last - first) / (depth - 1)
     exit_ms = min(both, max(0.0, last - without) / (depth - 1))
     return LayerTimes(batch_size, max(0.0, first - both), both - exit_ms, exit_ms, depth)
+
+
+def times_on(
+    saved: LoadedClassifier,
+    texts: Sequence[tuple[str, ...]],
+    *,
+    batch_size: int,
+    backend: str = "torch",
+    progress: bool = False,
+) -> LayerTimes:
+    """What a layer and an exit of a model cost here, timed on the first of some texts.
+
+    Args:
+        saved: a model with exits, on all layers or on some.
+        texts: `TIMED_ROWS` of them, or one batch where that is more.
+        batch_size: inputs that start together.
+        backend: of the engine.
+        progress: whether to show how far it is.
+
+    Raises:
+        ValueError: as of `measure_layer_times`.
+    """
+    whole = with_exit_layers(saved, None)
+    encoded, _ = encode_texts(texts[: max(TIMED_ROWS, batch_size)], whole.tokenizer, whole.max_length)
+    title, passes = "timing layers and exits", 3 * (TIMED_REPEATS + 1)
+    with show_progress(title, passes, unit="run", shown=progress) as shower:
+        return measure_layer_times(
+            Engine(whole, backend=backend), encoded, batch_size=batch_size, tick=shower.update
+        )
+
+
+def clock_of(
+    evaluation: Evaluation | AgreementEvaluation,
+    times: LayerTimes,
+    exit_scores: Callable[[str], Tensor],
+    has_exit: Sequence[bool],
+) -> Clock:
+    """An evaluation's points in milliseconds.
+
+    Args:
+        evaluation: of a classifier.
+        times: what layers and exits cost.
+        exit_scores: gives the scores, (rows, layers), of a criterion on the rows that were evaluated.
+        has_exit: (layers,), which layers of the model have an exit.
+    """
+    at_layers = times.at_layers(has_exit)
+    curves = {evaluation.criterion: evaluation.curve}
+    curves |= {name: other.curve for name, other in evaluation.other_criteria.items()}
+    scores = {name: exit_scores(name) for name in curves}
+
+    def spent(name: str, threshold: float) -> float:
+        return float(at_layers[choose_exit_layer(scores[name], threshold) - 1].mean())
+
+    return Clock(
+        times.batch_size,
+        times.start_ms,
+        times.layer_ms,
+        times.exit_ms,
+        times.full_depth_ms,
+        spent(evaluation.criterion, evaluation.threshold),
+        {
+            name: spent(name, other.threshold)
+            for name, other in evaluation.other_criteria.items()
+            if other.threshold is not None
+        },
+        {name: [spent(name, point.threshold) for point in curve] for name, curve in curves.items()},
+    )

@@ -166,23 +166,35 @@ def _points(
     """Every criterion's curve, the reported one first."""
     curves = {evaluation.criterion: evaluation.curve}
     curves |= {name: other.curve for name, other in evaluation.other_criteria.items()}
+    clock = evaluation.clock
     return {
-        name: [(point.layer_speedup, 100 * getattr(point, quality)) for point in curve]
+        name: [
+            (
+                point.layer_speedup if clock is None else clock.full_depth_ms / clock.curves[name][place],
+                100 * getattr(point, quality),
+            )
+            for place, point in enumerate(curve)
+        ]
         for name, curve in curves.items()
     }
 
 
 def _draw_quality(axes: Axes, evaluation: Evaluation | AgreementEvaluation, quality: str) -> None:
-    """Accuracy or agreement against depth; hollow points are the chosen thresholds of the other criteria."""
-    points = _points(evaluation, quality)
+    """Accuracy or agreement against depth, or time; hollow points are the other criteria's chosen thresholds."""
+    points, clock = _points(evaluation, quality), evaluation.clock
     for name, other in evaluation.other_criteria.items():
         if other.point is not None:
-            _mark(axes, (other.point.layer_speedup, 100 * getattr(other.point, quality)), name, filled=False)
+            x = other.point.layer_speedup if clock is None else clock.full_depth_ms / clock.others[name]
+            _mark(axes, (x, 100 * getattr(other.point, quality)), name, filled=False)
     reference: Reference | None = getattr(evaluation, "reference", None)
     lines = {} if reference is None else {_reference_label(reference): 100 * reference.accuracy}
-    own = (evaluation.layer_speedup, 100 * getattr(evaluation, quality))
-    _draw_curves(axes, points, lines, own, " %")
-    _frame(axes, SPEEDUP, f"{quality} (%)", f"{quality.capitalize()} against depth")
+    x = evaluation.layer_speedup if clock is None else clock.full_depth_ms / clock.milliseconds
+    _draw_curves(axes, points, lines, (x, 100 * getattr(evaluation, quality)), " %")
+    if clock is None:
+        _frame(axes, SPEEDUP, f"{quality} (%)", f"{quality.capitalize()} against depth")
+        return
+    label = f"speed-up ({clock.full_depth_ms:.3g} ms without exits / ms of an input, batches of {clock.batch_size})"
+    _frame(axes, label, f"{quality} (%)", f"{quality.capitalize()} against time")
 
 
 def _reference_label(reference: Reference) -> str:

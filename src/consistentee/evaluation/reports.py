@@ -64,6 +64,7 @@ def evaluation_tables(evaluation: Evaluation | AgreementEvaluation | GenerationE
         return Group(
             _agreement(evaluation),
             Text(note),
+            *clock_table(evaluation),
             Text(""),
             _agreement_by_layer(evaluation, evaluation.exit_agreement, evaluation.per_layer_agreement),
         )
@@ -77,7 +78,7 @@ def evaluation_tables(evaluation: Evaluation | AgreementEvaluation | GenerationE
                 f"(standard error {100 * reference.standard_error:.2f})."
             )
         )
-    parts += [Text(""), _layers(evaluation), Text(""), _classes(evaluation)]
+    parts += [*clock_table(evaluation), Text(""), _layers(evaluation), Text(""), _classes(evaluation)]
     metric = "macro_f1" if "macro_f1" in evaluation.metrics else "accuracy"
     warnings = recall_warnings(evaluation.class_recall, evaluation.threshold, threshold_metric=metric)
     parts += [Text(f"Warning: {line}", style="bold") for line in warnings]
@@ -140,6 +141,29 @@ def _models(evaluation: Evaluation) -> Table:
             point = other.point
             row(_title(name, point.threshold), point.accuracy, None, point.mean_exit_layer)
     return table
+
+
+def clock_table(evaluation: Evaluation | AgreementEvaluation) -> list[RenderableType]:
+    """What inputs cost on the clock; nothing where it was not asked for."""
+    clock = evaluation.clock
+    if clock is None:
+        return []
+    table = _table(["", "ms an input", "speed-up"], left=1)
+    table.add_row("without early exits", f"{clock.full_depth_ms:.3f}", "1.00x")
+    own = _title(evaluation.criterion, evaluation.threshold)
+    speedup = f"{clock.full_depth_ms / clock.milliseconds:.2f}x"
+    table.add_row(own, f"{clock.milliseconds:.3f}", speedup, style="bold")
+    for name, other in evaluation.other_criteria.items():
+        if other.threshold is not None and name in clock.others:
+            spent = clock.others[name]
+            table.add_row(
+                _title(name, other.threshold), f"{spent:.3f}", f"{clock.full_depth_ms / spent:.2f}x"
+            )
+    note = (
+        f"On this machine, batches of {clock.batch_size}: {clock.layer_ms:.3f} ms a layer, {clock.exit_ms:.3f} ms an "
+        f"exit, {clock.start_ms:.3f} ms beside them."
+    )
+    return [Text(""), table, Text(note)]
 
 
 AGREEMENTS = (0.999, 0.995, 0.99, 0.98, 0.95)

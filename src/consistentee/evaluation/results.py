@@ -18,6 +18,29 @@ BASELINE, LAST_LAYER = "plain model", "last layer, no exits"
 """What tables and pictures call a reference without exits, and the model itself with every exit at the last layer."""
 
 
+@dataclass(frozen=True)
+class Clock:
+    """An evaluation's points on the clock of one machine, milliseconds of an input among others of its batch.
+
+    Args:
+        batch_size: inputs that start together.
+        start_ms, layer_ms, exit_ms: before the first layer and after the last; of a layer; of an exit.
+        full_depth_ms: of an input of the model without early exits.
+        milliseconds: at the reported threshold.
+        others: at the other criteria's own thresholds, where these are known.
+        curves: of every criterion's curve, a number a point.
+    """
+
+    batch_size: int
+    start_ms: float
+    layer_ms: float
+    exit_ms: float
+    full_depth_ms: float
+    milliseconds: float
+    others: dict[str, float]
+    curves: dict[str, list[float]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExitEvaluation:
     """What both kinds of evaluation hold, at one criterion and threshold.
@@ -36,9 +59,10 @@ class ExitEvaluation:
         other_criteria: other exit criteria on the same model, by name.
         environment: hardware and versions, and what else the values depend on.
         num_truncated: rows or prompts that were longer than the model takes, and were cut.
+        clock: the points of a classifier in milliseconds, where that was asked for.
     """
 
-    LONG: ClassVar[tuple[str, ...]] = ("curve", "other_criteria", "generated", "examples")
+    LONG: ClassVar[tuple[str, ...]] = ("curve", "other_criteria", "generated", "examples", "clock")
     """What a training record leaves out."""
 
     num_hidden_layers: int
@@ -54,10 +78,11 @@ class ExitEvaluation:
     other_criteria: Mapping[str, Any] = field(default_factory=dict[str, Any])
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
     num_truncated: int = 0
+    clock: Clock | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, ready for JSON."""
-        return asdict(self)
+        """All of it as plain values, ready for JSON; `clock` only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "clock" or value is not None}
 
     def summary(self) -> dict[str, Any]:
         """All of it but curves, further texts and examples, for a training record."""

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -59,7 +60,6 @@ class ThresholdPieces:
         low: (pieces,) float64, the threshold at which a piece begins, descending; the piece ends below the one before.
         losses: (pieces,) float64, the rows' summed losses.
         layers: (pieces,) float64, the rows' summed exit layers.
-        squared_layers: (pieces,) float64, of the squares of these.
         num_rows, num_layers: of the scores.
         criterion: whose thresholds these are.
     """
@@ -67,7 +67,6 @@ class ThresholdPieces:
     low: Array
     losses: Array
     layers: Array
-    squared_layers: Array
     num_rows: int
     num_layers: int
     criterion: str
@@ -96,11 +95,6 @@ class ThresholdPieces:
         """The rows' mean exit layer."""
         return float(self.layers[piece]) / self.num_rows
 
-    def layers_deviation(self, piece: int) -> float:
-        """Standard deviation of the rows' exit layers, at least 0."""
-        mean = self.mean_exit_layer(piece)
-        return math.sqrt(max(0.0, float(self.squared_layers[piece]) / self.num_rows - mean * mean))
-
 
 def threshold_pieces(scores: Tensor, losses: Tensor, criterion: str = "policy") -> ThresholdPieces:
     """Losses and exit layers at every threshold of a criterion's range.
@@ -127,10 +121,10 @@ def threshold_pieces(scores: Tensor, losses: Tensor, criterion: str = "policy") 
         raise ValueError("scores and losses must be finite numbers, got one that is not.")
     rows, num_layers = values.shape
     known = EXIT_CRITERIA[criterion].thresholds
-    totals = [costs[:, -1].sum(), float(rows * num_layers), float(rows * num_layers**2)]
+    totals = [costs[:, -1].sum(), float(rows * num_layers)]
     if num_layers < 2:
-        first, second, third = (np.array([total]) for total in totals)
-        return ThresholdPieces(np.array([known.low]), first, second, third, rows, num_layers, criterion)
+        first, second = (np.array([total]) for total in totals)
+        return ThresholdPieces(np.array([known.low]), first, second, rows, num_layers, criterion)
     highest = np.maximum.accumulate(values[:, :-1], axis=1)  # (rows, layers - 1)
     is_new = np.ones_like(highest, dtype=bool)
     is_new[:, 1:] = highest[:, 1:] > highest[:, :-1]
@@ -149,14 +143,13 @@ def threshold_pieces(scores: Tensor, losses: Tensor, criterion: str = "policy") 
     changes = (
         costs[row, layer] - costs[row, next_layer],
         (layer - next_layer).astype(np.float64),
-        ((layer + 1) ** 2 - (next_layer + 1) ** 2).astype(np.float64),
     )
     sums = [
         np.concatenate([[total], total + np.cumsum(change)[last_of_tie]])
         for total, change in zip(totals, changes, strict=True)
     ]
     low = np.append(moved_at[last_of_tie], known.low)
-    return ThresholdPieces(low, sums[0], sums[1], sums[2], rows, num_layers, criterion)
+    return ThresholdPieces(low, sums[0], sums[1], rows, num_layers, criterion)
 
 
 @dataclass(frozen=True)
@@ -270,9 +263,15 @@ def bound_at(
 
 
 def threshold_for_speedup(
-    scores: Tensor, min_speedup: float, *, criterion: str = "policy", judged_rows: int | None = None
+    scores: Tensor,
+    min_speedup: float,
+    *,
+    criterion: str = "policy",
+    judged_rows: int | None = None,
+    costs: Tensor | None = None,
+    full_cost: float | None = None,
 ) -> float:
-    """The safest threshold with which layers over mean exit layer are at least so many.
+    """The safest threshold with which layers over mean exit layer, or other costs likewise, are at least so many.
 
     Args:
         scores: (rows, layers), exit scores of rows that only choose.
@@ -280,6 +279,8 @@ def threshold_for_speedup(
         criterion: whose scores they are.
         judged_rows: where so many other rows are to keep to it as well: the mean exit layer then has a margin of 1.645
             standard errors of the difference between both, so that about 95 in 100 draws of them do.
+        costs: (layers,), what an exit at each layer costs; None: as many as there are layers up to it.
+        full_cost: what the speed-up is against; None takes the last layer's.
 
     Raises:
         ValueError: a speed-up out of its range.
@@ -287,12 +288,15 @@ def threshold_for_speedup(
     num_rows, num_layers = scores.shape
     if not 1 <= min_speedup <= num_layers:
         raise ValueError(f"min_speedup must be in [1, {num_layers}] (layers), got {min_speedup:g}.")
-    pieces = threshold_pieces(scores, scores.new_zeros(scores.shape), criterion)
+    spent = torch.arange(1, num_layers + 1) if costs is None else costs
+    spent = spent.double().expand(num_rows, -1)
+    pieces, squares = (threshold_pieces(scores, values, criterion) for values in (spent, spent.square()))
     share = 0.0 if judged_rows is None else math.sqrt(1 / num_rows + 1 / judged_rows)
-    aim = num_layers / min_speedup
+    aim = (float(spent[0, -1]) if full_cost is None else full_cost) / min_speedup
     for piece in range(len(pieces)):
-        margin = 1.645 * share * pieces.layers_deviation(piece)
-        if pieces.mean_exit_layer(piece) + margin <= aim + 1e-9:
+        mean = float(pieces.losses[piece]) / num_rows
+        deviation = math.sqrt(max(0.0, float(squares.losses[piece]) / num_rows - mean * mean))
+        if mean + 1.645 * share * deviation <= aim + 1e-9:
             return pieces.threshold(piece)
     return pieces.threshold(len(pieces) - 1)
 

@@ -145,14 +145,20 @@ def test_a_speedup_is_chosen_on_some_rows_and_judged_on_the_others() -> None:
 def test_bounds_at_a_chosen_speedup_hold() -> None:
     """On 200 draws of rows the bound is below the table's truth no more often than stated."""
     logits, probs, _ = outputs(20_000, seed=1)
+    predictions = logits.argmax(-1)
+
+    def differs(threshold: float) -> float:
+        given = predictions.gather(1, choose_exit_layer(probs, threshold)[:, None] - 1).squeeze(1)
+        return float((given != predictions[:, -1]).double().mean())
+
+    assert differs(0.5) == pytest.approx(1 - agreement_of_layers(logits, probs, threshold=0.5).agreement)
     broken = 0
     for seed in range(200):
         drawn = torch.randint(20_000, (400,), generator=torch.Generator().manual_seed(seed))
         found = calibrate_layers(logits[drawn], probs[drawn], goal="min_speedup", target=2.0)
         assert found.bound is not None
         assert found.threshold is not None
-        truth = agreement_of_layers(logits, probs, threshold=found.threshold).agreement
-        broken += 1 - truth > found.bound
+        broken += differs(found.threshold) > found.bound
     assert stats.binomtest(broken, 200, 0.05, alternative="greater").pvalue > 0.02
 
 

@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     go_on = _CONTINUE.get(given[0] if given else "", "")
+    if "--ray-blocks" in given:
+        go_on = "The same command goes on from the finished blocks."
     with suppress(AttributeError):  # a stream that a test put in place, or none
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:

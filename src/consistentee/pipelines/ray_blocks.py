@@ -391,7 +391,7 @@ def ray_session(address: str | None = None, workers: int | None = None) -> Itera
     if ray.is_initialized():
         yield ray
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
         cpus = max(os.cpu_count() or 1, workers or 1)
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cpus}

@@ -668,3 +668,18 @@ def test_importing_the_package_is_enough_for_the_auto_classes(files: Files) -> N
     command = [sys.executable, "-c", code, str(files.model)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert result.stdout.split()[0] == "EarlyExitForSequenceClassification"
+
+
+def test_options_where_pydantic_is_loaded() -> None:
+    """Defaults are then held to the types of their options: a setting that is not given has none."""
+    pytest.importorskip("pydantic")
+    code = (
+        "import pydantic\n"
+        "from consistentee.cli.main import main\n"
+        "for command in ('train --batch-size 8', 'finetune --seed 3', 'retrofit x --texts y --passes 2', 'ablate',\n"
+        "                'compare --methods plain --max-length 9 --mixed-precision no'):\n"
+        "    main([*command.split(), '--backbone', 'b', '--output-dir', 'o', '--no-such-option'])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "validation error" not in found.stderr
+    assert found.stderr.count("Unknown option") == 5, found.stderr

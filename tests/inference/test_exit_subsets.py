@@ -133,7 +133,7 @@ def test_the_graph_agrees(model: Any, criterion: str) -> None:
         threshold, layers, logits = expected(model, rows, criterion, subset, fixed)
         model.config.exit_layers = subset
         proto = graph_of(model, criterion, threshold)
-        found, exits = session_of(proto).run(None, feed)
+        found, exits = (np.asarray(value) for value in session_of(proto).run(None, feed))
         assert exits.tolist() == layers
         np.testing.assert_allclose(found, logits.numpy(), atol=2e-4, rtol=1e-3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,16 @@ SETTINGS_OF_KINDS = (
 Columns = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 NOT_GIVEN: Any = object()  # not None: "none" is a value that some settings have
 Flag = Annotated[bool, Parameter(negative=())]
+
+
+class Unchecked:
+    """Of an option's type: pydantic, where it is loaded, takes every value, as `NOT_GIVEN` is of no type.
+
+    cyclopts holds defaults to their types by it. What is given on the command line cyclopts converts by itself.
+    """
+
+    def __get_pydantic_core_schema__(self, *_: Any) -> Any:
+        return importlib.import_module("pydantic_core.core_schema").any_schema()
 
 
 @Parameter(name="*", group=DATA)
@@ -164,7 +175,7 @@ def _setting_options() -> type:
             negative=None if hint is bool else (),
             consume_multiple=isinstance(defaults[of[0]][name], tuple),
         )
-        fields.append((name, Annotated[hint, parameter], NOT_GIVEN))
+        fields.append((name, Annotated[hint, Unchecked(), parameter], NOT_GIVEN))
     options = dataclasses.make_dataclass(
         "SettingOptions", fields, frozen=True, namespace={"__module__": __name__}
     )

@@ -19,6 +19,7 @@ from consistentee.cli.options import (
     SETTINGS,
     Columns,
     Flag,
+    Unchecked,
     check_column_count,
     check_one_or_two,
     field_docs,
@@ -62,7 +63,7 @@ def _retrofit_options() -> type:
             negative=None if hints[name] is bool else (),
             consume_multiple=isinstance(defaults[name], tuple),
         )
-        fields.append((name, Annotated[hints[name], parameter], NOT_GIVEN))
+        fields.append((name, Annotated[hints[name], Unchecked(), parameter], NOT_GIVEN))
     options = dataclasses.make_dataclass(
         "RetrofitOptions", fields, frozen=True, namespace={"__module__": __name__}
     )

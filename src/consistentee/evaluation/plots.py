@@ -166,7 +166,7 @@ def _points(
     """Every criterion's curve, the reported one first."""
     curves = {evaluation.criterion: evaluation.curve}
     curves |= {name: other.curve for name, other in evaluation.other_criteria.items()}
-    clock = evaluation.clock
+    clock = getattr(evaluation, "clock", None)
     return {
         name: [
             (

@@ -59,7 +59,6 @@ class ExitEvaluation:
         other_criteria: other exit criteria on the same model, by name.
         environment: hardware and versions, and what else the values depend on.
         num_truncated: rows or prompts that were longer than the model takes, and were cut.
-        clock: the points of a classifier in milliseconds, where that was asked for.
     """
 
     LONG: ClassVar[tuple[str, ...]] = ("curve", "other_criteria", "generated", "examples", "clock")
@@ -78,7 +77,6 @@ class ExitEvaluation:
     other_criteria: Mapping[str, Any] = field(default_factory=dict[str, Any])
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
     num_truncated: int = 0
-    clock: Clock | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, ready for JSON; `clock` only where there is one."""
@@ -138,6 +136,7 @@ class Evaluation(ExitEvaluation):
         classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before.
         class_recall: recall of every class at the exits and at full depth.
         reference: another model on the same rows, if one was given.
+        clock: the points in milliseconds, where that was asked for.
     """
 
     curve: list[CurvePoint]
@@ -148,6 +147,7 @@ class Evaluation(ExitEvaluation):
     classifier_accuracy: list[float]
     class_recall: list[ClassRecall]
     reference: Reference | None = None
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class AgreementEvaluation(ExitEvaluation):
         exit_agreement: the same among the inputs that exit at each layer; None where none does.
         per_layer_agreement: agreement if every input exited at that layer; 1 at the last where that is the model.
         agreement_with: name of the model that it is about; None for the exits' own last layer.
+        clock: the points in milliseconds, where that was asked for.
     """
 
     curve: list[AgreementPoint]
@@ -195,6 +196,7 @@ class AgreementEvaluation(ExitEvaluation):
     exit_agreement: list[float | None]
     per_layer_agreement: list[float]
     agreement_with: str | None = None
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)

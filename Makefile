@@ -9,6 +9,7 @@ RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
 # A processor without AVX-512, VNNI and AMX, for torch, oneDNN, FBGEMM and MKL; tests/inference/test_mask.py holds them to it.
+# ONNX Runtime heeds none of it, so its own tests are left out.
 MASK := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 \
   FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 NUMERIC := $(addprefix tests/,functional backbones heads inference models pipelines/test_classifier.py \
@@ -39,7 +40,7 @@ test: $(STAMP) $(NODE_STAMP) ## run the tests; those of exported graphs in Node 
 	@$(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-masked: $(STAMP) ## run the numeric tests as on a processor with AVX2 and no more
-	@$(MASK) $(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS) $(NUMERIC)
+	@$(MASK) $(RUN) pytest -q -n $(WORKERS) --dist worksteal --ignore-glob='tests/inference/test_onnx*' $(ARGS) $(NUMERIC)
 
 test-lowest: $(LOWEST)/.installed ## run the quick tests with the lowest versions of all dependencies (Python 3.10 to 3.12)
 	@$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow and not network' $(ARGS)

@@ -332,7 +332,10 @@ class Bench:
         layer_logits = ensemble_layers(classifier_logits, decay, last_alone=True)
         answers = layer_logits[:, -1].argmax(-1)
         zeros = torch.zeros(layer_logits.shape[:2])
-        return LayerStates(classifier_logits, layer_logits, zeros, answers, torch.stack(pooled))
+        # No variant exits by what a classifier does not see of a state.
+        return LayerStates(
+            classifier_logits, layer_logits, zeros, answers, torch.stack(pooled), null_shares=zeros
+        )
 
 
 RULES = ("confidence", "patience")

@@ -268,6 +268,24 @@ def test_a_budget_in_time(saved: LoadedClassifier, rows: TextDataset) -> None:
     assert (found[2].threshold or 1) < (found[0].threshold or 0)
 
 
+def test_agreement_is_with_what_full_depth_says(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model whose last prediction leans on the exits before it that is not its last classifier alone."""
+    with_times(monkeypatch, layer_ms=1.0, exit_ms=0.0)
+    leaning = with_exit_layers(saved, None)
+    leaning.early_exit_model.config.ensemble_decay = 0.9
+    choice = choose_exit_layers(leaning, rows, criterion="confidence", **GOAL)
+    timed = time_choice(leaning, choice, rows, criterion="confidence", batch_sizes=(8,), repeats=1).timed
+    engine = Engine(leaning)
+    full = [found.label for found in engine.predict(rows.texts, criterion="confidence", threshold=1.0)]
+    early = engine.predict(rows.texts, criterion="confidence", threshold=choice.steps[0].threshold)
+    same = [found.label == label for found, label in zip(early, full, strict=True)]
+    assert timed[1].agreement == pytest.approx(sum(same) / len(same))
+    alone = Engine(with_exit_layers(leaning, [4])).predict(rows.texts)
+    assert [found.label for found in alone] != full
+
+
 def test_goals_without_a_loss_allowed(saved: LoadedClassifier, rows: TextDataset) -> None:
     with pytest.raises(
         ValueError, match="goal must be max_disagreement or max_accuracy_loss to choose exits"
@@ -328,6 +346,11 @@ def test_the_command(
         (["--exit-layers", "some", "--output-dir", str(tmp_path / "x")], "must be auto or layers such as"),
         (["--exit-layers", "auto", "--output-dir", str(fast)], "must be new or empty"),
         (["--clock", "1"], "--clock goes with --min-speedup or --exit-layers auto"),
+        (["--backend", "onnxruntime"], "--backend goes with --clock or --exit-layers auto"),
+        (
+            ["--overwrite", "--exit-layers", "4", "--output-dir", str(tmp_path / "x")],
+            "--overwrite goes without",
+        ),
     ):
         assert main([*common, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -64,7 +64,7 @@ def calibrate(
         output_dir: New folder for that copy.
         clock: Inputs that start together: --min-speedup is then one in time on this machine, and --exit-layers auto is
             to be fast for so many. [default: layers count; 1]
-        backend: Engine that --exit-layers auto times: torch or onnxruntime.
+        backend: Engine that --clock and --exit-layers auto time: torch or onnxruntime.
         batch_size: Inputs per step; does not change the result. [default: 64]
         max_samples: Take at most so many rows, drawn at random.
         json_file: Write all figures to this file.
@@ -96,6 +96,10 @@ def calibrate(
         raise UsageError(
             "--clock goes with --min-speedup or --exit-layers auto: nothing else is told in time."
         )
+    if backend != "torch" and clock is None and subset != "auto":
+        raise UsageError("--backend goes with --clock or --exit-layers auto: nothing else is timed.")
+    if overwrite and subset is not None:
+        raise UsageError("--overwrite goes without --exit-layers, whose --output-dir is new.")
     if subset is None and name in read_operating_points(folder) and not overwrite:
         raise UsageError(
             f'Model "{model}" has an operating point "{name}". Give another --name, or --overwrite to replace it.'
@@ -128,6 +132,7 @@ def calibrate(
         confidence=confidence,
         reference=compared,
         clock_batch_size=clock if goal == "min_speedup" else None,
+        backend=backend,
         batch_size=batch_size or 64,
         source=source,
         progress=True,

@@ -229,6 +229,7 @@ def calibrate_model(
     confidence: float = 0.95,
     reference: LoadedClassifier | None = None,
     clock_batch_size: int | None = None,
+    backend: str = "torch",
     batch_size: int = 64,
     source: str = "texts",
     progress: bool = False,
@@ -245,6 +246,7 @@ def calibrate_model(
         reference: the model to agree with, or to lose no accuracy against, as it was saved; None takes full depth.
         clock_batch_size: a speed-up is one on the clock of this machine, for so many inputs that start together; None:
             of layers.
+        backend: of the engine that is timed for it.
         batch_size: rows per step; does not change the result.
         source: where texts without labels come from.
         progress: whether to show how far it is.
@@ -281,7 +283,7 @@ def calibrate_model(
         answers=answers,
         times=None
         if clock_batch_size is None
-        else times_on(saved, dataset.texts, batch_size=clock_batch_size, progress=progress),
+        else times_on(saved, dataset.texts, batch_size=clock_batch_size, backend=backend, progress=progress),
         has_exit=model.config.has_exit,
     )
     return replace(

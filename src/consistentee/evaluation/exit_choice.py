@@ -34,6 +34,9 @@ from consistentee.pipelines.classifier import Engine
 from consistentee.progress import show_progress
 from consistentee.training.states import LayerStates
 
+NOBODY_EXITS = ExitRule("confidence", 1.0)
+"""Full depth as the model gives it: the last layer's prediction, ensembled with those before it where the model is."""
+
 LEAST_GAIN = 0.002
 """An exit goes only if inputs become faster by more than this share: less is noise."""
 
@@ -247,7 +250,7 @@ def time_choice(
         Engine(with_exit_layers(saved, layers), backend=backend) for layers in (None, choice.exit_layers)
     ]
     runs = {
-        "full depth": (engines[0], ExitRule.full_depth()),
+        "full depth": (engines[0], NOBODY_EXITS),
         "all exits": (engines[0], _rule_at(choice.steps[0], rule)),
         "chosen exits": (engines[1], _rule_at(choice.steps[-1], rule)),
     }
@@ -283,7 +286,7 @@ def time_choice(
 def _rule_at(point: SubsetPoint, criterion: str) -> ExitRule:
     """The rule of some exits; where no threshold keeps the goal, all layers."""
     if point.threshold is None:
-        return ExitRule.full_depth()
+        return NOBODY_EXITS
     return ExitRule(criterion, point.threshold)
 
 

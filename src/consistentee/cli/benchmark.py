@@ -32,6 +32,7 @@ class BenchmarkOptions:
         task: Evaluation rows of a task by name.
         data_dir: The task's local folder; without it the task comes from the model hub.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
+        label_column: With --against: the column of the label in --data-file.
         config_name: In place of a model: random weights of a shape, such as bert-base, minilm-12l-shape or
             smollm2-135m-shape.
         sequence_length: Tokens of the random rows that go with --config-name. [default: 128; prompts 32]
@@ -48,6 +49,10 @@ class BenchmarkOptions:
         lossless: Measure lossless decoding too; trained generators only.
         serve: Measure the model behind its server under load, beside full depth and plain transformers behind the same:
             latencies and goodput at several request rates, and an overload. Classifiers with exits only.
+        against: What one would take instead, beside the model in float32 and int8, with and without exits, in one table
+            of accuracy and milliseconds: plain transformers, ONNX Runtime and its int8 always; and folders of other
+            classifiers, such as a smaller one of `consistentee train --method static`. "usual": no others. Classifiers
+            with exits only.
         num_rows: Rows to take. [default: at most 512, or enough for four batches, as --seconds allows; generators: the
             largest batch]
         repeats: Timed repetitions, after one that is not. [default: 5, or fewer as --seconds allows]
@@ -67,6 +72,7 @@ class BenchmarkOptions:
     task: str | None = None
     data_dir: Path | None = None
     text_columns: Columns = None
+    label_column: str | None = None
     config_name: str | None = None
     sequence_length: int | None = None
     new_tokens: int | None = None
@@ -80,6 +86,7 @@ class BenchmarkOptions:
     throughput: Flag = False
     lossless: Flag = False
     serve: Flag = False
+    against: Columns = None
     num_rows: int | None = None
     repeats: int | None = None
     seconds: float | None = None
@@ -105,6 +112,8 @@ class BenchmarkOptions:
 
 OF_CLASSIFIERS = (
     "serve",
+    "against",
+    "label_column",
     "throughput",
     "labels",
     "classifier_hidden_size",
@@ -157,6 +166,15 @@ def benchmark(
         from consistentee.cli.benchmark_serve import benchmark_serving
 
         benchmark_serving(model, options, _texts(model, options) if model is not None else ())
+        return
+    if options.against:
+        from consistentee.cli.benchmark_against import benchmark_against
+
+        texts = (
+            list(_texts(model, options)) if model and options.data_file and not options.label_column else []
+        )
+        sizes = [] if options.batch_sizes is None else sizes
+        benchmark_against(model, options, sizes, options.repeats or REPEATS, budget, texts)
         return
     kind.commands["benchmark"](model, options, sizes, budget)
 
@@ -282,6 +300,10 @@ def _check(options: BenchmarkOptions, kind: Kind, model: str | None) -> list[int
             raise UsageError("--data-dir goes with --task, not with --data-file.")
         if options.data_file is None and options.text_columns:
             raise UsageError("--text-columns goes with --data-file; a task knows its own.")
+    if options.label_column is not None and not (
+        options.against and options.data_file and options.text_columns
+    ):
+        raise UsageError("--label-column goes with --against, --data-file and --text-columns.")
     if options.lossless and options.criterion not in (None, "policy"):
         raise UsageError("--criterion goes without --lossless: what drafts is always the policy.")
     for name in ("threshold", "operating_point"):

@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
-from typing import Any, cast
 
 import torch
 
-from consistentee.evaluation.speed_classification import ARRIVAL_BATCH, has_token_types
+from consistentee.evaluation.speed_classification import ARRIVAL_BATCH
+from consistentee.evaluation.whole_models import transformers_model
 from consistentee.inference.encoder.incremental_scores import IncrementalExitScores
 from consistentee.inference.encoder.layer_pool import PoolAnswer, PoolRow
-from consistentee.inference.encoder.torch_backend import token_tensors
 from consistentee.inference.threads import limit_threads
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.classification import ClassifierService
@@ -32,9 +31,7 @@ class PaddedPool:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._model, self._device = cast(Any, engine.saved.model), engine.backend.device
-        self._last, self._num_layers = len(self._model.classifiers.layers) - 1, engine.backend.num_layers
-        self._with_types = has_token_types(self._model.backbone)
+        self._predict, self._num_layers = transformers_model(engine.saved.model), engine.backend.num_layers
         self._waiting: deque[PoolRow] = deque()
 
     def __len__(self) -> int:
@@ -55,13 +52,7 @@ class PaddedPool:
         rows = [self._waiting.popleft() for _ in range(min(ARRIVAL_BATCH, len(self._waiting)))]
         if not rows:
             return [], 0
-        width = max(len(row.tokens["input_ids"]) for row in rows)
-        ids, mask, *types = token_tensors(
-            [row.tokens for row in rows], width, self._model.backbone, self._device
-        )
-        inputs = {"token_type_ids": types[0]} if types and self._with_types else {}
-        states = self._model.backbone(input_ids=ids, attention_mask=mask, **inputs).last_hidden_state
-        logits = self._model.classifiers(self._last, states, mask)[1].float().cpu().numpy()
+        logits = self._predict([row.tokens for row in rows])
         answers = [
             PoolAnswer(row.key, logit, self._num_layers) for row, logit in zip(rows, logits, strict=True)
         ]

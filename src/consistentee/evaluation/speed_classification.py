@@ -6,7 +6,6 @@ on CPU and with the extra `onnx` also ONNX Runtime's optimised whole model.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import random
 import statistics
@@ -38,6 +37,7 @@ from consistentee.evaluation.speed import (
     short_name,
 )
 from consistentee.evaluation.time_budget import TimeBudget
+from consistentee.evaluation.whole_models import WholeModel, onnxruntime_model, transformers_model
 from consistentee.inference.encoder.backend import Answers, TokenRow
 from consistentee.inference.encoder.incremental_scores import log_softmax
 from consistentee.inference.encoder.onnx_backend import has_onnxruntime
@@ -45,7 +45,6 @@ from consistentee.inference.encoder.onnx_runner import OnnxExitRunner, has_graph
 from consistentee.inference.encoder.onnx_sessions import full_model_session
 from consistentee.inference.encoder.packed_layers import storage_dtype
 from consistentee.inference.encoder.scheduler import ExitRule
-from consistentee.inference.encoder.torch_backend import token_tensors
 from consistentee.inference.timing import environment
 from consistentee.models.configuration import EarlyExitConfig
 from consistentee.models.loaded import LoadedClassifier, usable_device
@@ -284,9 +283,9 @@ class _Batches:
             last = [self.backend.num_layers] * len(self.rows)
             work = {"engine": self._engine(rule, exits), **work}
             work["engine-nobody-leaves"] = self._engine(rule, last)
-        work["transformers"] = self._transformers()
+        work["transformers"] = self._padded(transformers_model(self.model, storage_dtype(self.backend.dtype)))
         if session is not None:
-            work["onnxruntime"] = self._onnxruntime(session)
+            work["onnxruntime"] = self._padded(onnxruntime_model(session, self.model))
         if runner is not None and self.batch_size is not None:
             work["onnx-graph"] = self._onnx_graph(runner, rule, exits)
         return Competitors(self.backend.device, work, self._row)
@@ -306,44 +305,17 @@ class _Batches:
         size = self.batch_size or len(self.rows)
         return [step(place * size, part) for place, part in enumerate(self._parts(size))]
 
-    def _padded(self, predict: Callable[[Sequence[TokenRow], int], tuple[Any, Any]]) -> Steps:
+    def _padded(self, whole: WholeModel) -> Steps:
         """Batches in the order of arrival, padded to their longest row; scores and labels as lists."""
 
         def step(rows: Sequence[TokenRow]) -> Callable[[], object]:
-            width = max(len(row["input_ids"]) for row in rows)
-            return lambda: tuple(values.tolist() for values in predict(rows, width))
+            def predict() -> tuple[list[float], list[int]]:
+                scores = np.exp(log_softmax(whole(rows)))
+                return scores.max(1).tolist(), scores.argmax(1).tolist()
+
+            return predict
 
         return [step(part) for part in self._parts(self.batch_size or ARRIVAL_BATCH)]
-
-    def _transformers(self) -> Steps:
-        """The backbone as Hugging Face runs it, and the last classifier."""
-        dtype = storage_dtype(self.backend.dtype)
-        model = self.model if self.model.dtype == dtype else copy.deepcopy(self.model).to(dtype)
-        last, with_types = len(model.classifiers.layers) - 1, has_token_types(model.backbone)
-
-        def predict(rows: Sequence[TokenRow], width: int) -> tuple[Any, Any]:
-            ids, mask, *types = token_tensors(rows, width, model.backbone, self.backend.device)
-            inputs = {"token_type_ids": types[0]} if types and with_types else {}
-            states = model.backbone(input_ids=ids, attention_mask=mask, **inputs).last_hidden_state
-            top = model.classifiers(last, states, mask)[1].float().softmax(-1).max(-1)
-            return top.values, top.indices
-
-        return self._padded(predict)
-
-    def _onnxruntime(self, session: Any) -> Steps:
-        """The whole model as ONNX Runtime optimises it."""
-        names = [given.name for given in session.get_inputs()]
-
-        def predict(rows: Sequence[TokenRow], width: int) -> tuple[Any, Any]:
-            tensors = token_tensors(rows, width, self.model.backbone, torch.device("cpu"))
-            values = [tensor.numpy() for tensor in tensors]
-            if len(values) < len(names):
-                values.append(np.zeros_like(values[0]))
-            logits = session.run(None, dict(zip(names, values, strict=False)))[0]
-            scores = np.exp(log_softmax(logits))
-            return scores.max(1), scores.argmax(1)
-
-        return self._padded(predict)
 
     def _onnx_graph(self, runner: OnnxExitRunner, rule: ExitRule, exits: Sequence[int] | None) -> Steps:
         """The whole model with its exits as one graph, alone; scores, labels and exit layers."""
@@ -412,9 +384,3 @@ def _graph_runner(engine: Engine, rule: ExitRule, fixed: bool) -> OnnxExitRunner
         return None
     rule = ExitRule(rule.criterion, rule.threshold, (model.num_layers,) if fixed else None)
     return OnnxExitRunner(model, rule) if has_graph(model, rule) else None
-
-
-def has_token_types(backbone: Any) -> bool:
-    """Whether a backbone tells token types apart."""
-    table = getattr(backbone.get_submodule("embeddings"), "token_type_embeddings", None)
-    return table is not None and table.num_embeddings > 1

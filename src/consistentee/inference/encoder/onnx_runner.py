@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from consistentee.inference.encoder.backend import Answers, EncoderParts, TokenRow
 from consistentee.inference.encoder.incremental_scores import Floats, log_softmax
+from consistentee.inference.encoder.onnx_builder import GraphStyle
 from consistentee.inference.encoder.onnx_exits import EXIT_LAYERS, MASK, MOST_LAYERS, THRESHOLD, ExitGraph
 from consistentee.inference.encoder.onnx_graphs import IDS, TYPES
 from consistentee.inference.encoder.onnx_scores import OnnxExitScores
@@ -35,12 +36,13 @@ class OnnxExitRunner:
     Args:
         model: with exits, see `has_graph`; its weights are copied.
         rule: whose criterion counts, and whether its exit layers are fixed.
+        style: how the graph is written; None for ONNX Runtime, in float32.
     """
 
-    def __init__(self, model: Any, rule: ExitRule) -> None:
+    def __init__(self, model: Any, rule: ExitRule, style: GraphStyle | None = None) -> None:
         scores = OnnxExitScores.of(model, str(rule.criterion))
         fixed = rule.exit_layers is not None
-        graph = ExitGraph(model, scores, num_classes=model.config.num_classes, fixed_exits=fixed)
+        graph = ExitGraph(model, scores, num_classes=model.config.num_classes, style=style, fixed_exits=fixed)
         self._session = make_session(graph.build().SerializeToString(), torch.device("cpu"))
         self._names = {given.name for given in self._session.get_inputs()}
 

@@ -239,10 +239,15 @@ def make_session(model: bytes | str, device: torch.device) -> Any:
 
 
 def full_model_session(model: EncoderParts) -> Any:
-    """What people compare with: `torch.onnx.export` of the whole model, optimised by ONNX Runtime.
+    """What people compare with: `full_model_graph`, optimised by ONNX Runtime."""
+    return make_session(full_model_graph(model), torch.device("cpu"))
+
+
+def full_model_graph(model: EncoderParts) -> bytes:
+    """`torch.onnx.export` of the whole model, serialized.
 
     Args:
-        model: on CPU. Inputs of the session: `input_ids` and `attention_mask`, (rows, width) int64, and
+        model: on CPU. Inputs of the graph: `input_ids` and `attention_mask`, (rows, width) int64, and
             `token_type_ids` where the model tells types apart; output: the last classifier's logits.
 
     Raises:
@@ -274,7 +279,7 @@ def full_model_session(model: EncoderParts) -> Any:
             )
     finally:
         exporter_log.setLevel(level)
-    return make_session(program.model_proto.SerializeToString(), torch.device("cpu"))
+    return program.model_proto.SerializeToString()
 
 
 class _FullDepth(torch.nn.Module):

@@ -18,8 +18,10 @@ pytest.importorskip("onnxruntime")
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from benchmark_scripts import ROOT
 from browser import Browser
 from consistentee.cli.main import main
+from consistentee.data.classification import load_task
 from consistentee.errors import SettingError
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.operating_points import save_operating_point
@@ -32,23 +34,35 @@ from served import serving_files
 from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_model
 
 ALONE = Path(__file__).parents[1] / "exported_alone.py"
-ROWS = 64
+ROWS, REAL_ROWS, LONGEST = 64, 500, 512
 AWKWARD = ["good [SEP] bad", "[CLS]", "a film [PAD] of [UNK]", "Ünïcode, FILM!", "x", "very " * 90 + "bad"]
+
+
+def inputs_by_kind() -> dict[str, list[list[str]]]:
+    """500 inputs of real tasks where they are at hand, of SST-2 and of MRPC; else made-up ones; and awkward texts."""
+    glue = ROOT.parent / "shared" / "data" / "glue"
+    if (glue / "SST-2" / "dev.tsv").is_file():
+        rows = {task: load_task(task, glue) for task in ("sst2", "mrpc")}
+        texts = [list(parts) for parts in rows["sst2"][1].texts[:REAL_ROWS]]
+        pairs = [list(parts) for part in rows["mrpc"][::-1] if part is not None for parts in part.texts]
+        return {"texts": [*texts, *([text] for text in AWKWARD)], "pairs": pairs[:REAL_ROWS]}
+    some = [text for (text,) in tiny_dataset(ROWS, seed=5).texts]
+    return {
+        "texts": [[text] for text in [*some[: -len(AWKWARD)], *AWKWARD]],
+        "pairs": [list(pair) for pair in zip(some, reversed(some), strict=True)],
+    }
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models of texts and of pairs; beside each its export, with its inputs and the engine's answers."""
     place = tmp_path_factory.mktemp("exported")
-    backbone = tiny_backbone(place / "backbone", layers=4, intermediate_size=256)
+    shape = {"intermediate_size": 256, "max_position_embeddings": LONGEST}
+    backbone = tiny_backbone(place / "backbone", layers=4, **shape)
     found: dict[str, Path] = {}
-    texts = [text for (text,) in tiny_dataset(ROWS, seed=5).texts]
-    inputs = {
-        "texts": [[text] for text in [*texts[: -len(AWKWARD)], *AWKWARD]],
-        "pairs": [list(pair) for pair in zip(texts, reversed(texts), strict=True)],
-    }
+    inputs = inputs_by_kind()
     for kind in inputs:
-        torch.manual_seed(0)
+        torch.manual_seed(3)
         model = tiny_model(
             place / kind,
             backbone,
@@ -57,6 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             initial_exit_bias=0.0,
             num_queries=2,
             classifier_hidden_size=16,
+            max_length=LONGEST if kind == "pairs" else 64,  # the tokenizer of JavaScript does not cut pairs
         )
         saved = load_model(model, LoadedClassifier, device="cpu")
         found[kind] = place / f"{kind}-onnx"
@@ -234,16 +249,3 @@ def test_heads_that_models_came_with(tmp_path: Path) -> None:
                 saved, tmp_path / "out", criterion="confidence", threshold=threshold, compare_texts=texts
             )
             assert (found.labels_differ, found.exit_layers_differ) == (0, 0)
-
-
-def test_500_real_texts(shared_dir: Path, tmp_path: Path) -> None:
-    path = shared_dir / "data" / "glue" / "SST-2" / "dev.tsv"
-    if not path.is_file():
-        pytest.skip("needs the data of SST-2")
-    backbone = tiny_backbone(tmp_path / "backbone", layers=4)
-    lines = path.read_text(encoding="utf-8").splitlines()[1:501]
-    saved = load_model(
-        tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0), LoadedClassifier, device="cpu"
-    )
-    found = export_onnx(saved, tmp_path / "out", compare_texts=[(line.split("\t")[0],) for line in lines])
-    assert (found.compared, found.labels_differ, found.exit_layers_differ) == (500, 0, 0)

@@ -14,7 +14,7 @@ from consistentee.errors import UsageError
 USUAL = "usual"
 """The word that stands for the ways there always are, where no other model is named."""
 
-USUAL_SIZES = (1, 32)
+AGAINST_SIZES = (1, 32)
 HAS_NO_EFFECT = (
     "config_name",
     "sequence_length",
@@ -70,7 +70,7 @@ def benchmark_against(
             None if labels is None else [labels[row] for row in order],
             others=others,
             rule=rule,
-            batch_sizes=sizes or USUAL_SIZES,
+            batch_sizes=sizes or AGAINST_SIZES,
             repeats=repeats,
             seed=options.seed,
             budget=budget,

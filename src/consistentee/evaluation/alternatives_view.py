@@ -15,7 +15,7 @@ from consistentee.evaluation.looks import BLUE, GREY, INK, ORANGE
 from consistentee.evaluation.plots import LOW, picture
 from consistentee.evaluation.speed import SpeedResults
 
-WORTH = 1.05
+WORTH_RATIO = 1.05
 """Times that exits must be faster than what one would take instead: less is noise."""
 
 TITLES = {
@@ -92,7 +92,9 @@ def verdicts(results: SpeedResults[AlternativeRow]) -> list[str]:
             continue
         ratio = plain.milliseconds / exits.milliseconds
         worth = (
-            f"exits are worth {ratio:.2f}x" if ratio >= WORTH else f"exits are not worth it ({ratio:.2f}x)"
+            f"exits are worth {ratio:.2f}x"
+            if ratio >= WORTH_RATIO
+            else f"exits are not worth it ({ratio:.2f}x)"
         )
         lines.append(
             f"Batch {size}: {without}; with exits: {way_title(exits.name)}, {exits.milliseconds:.2f} ms. Here {worth}."

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -33,6 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--port", "70000"], "--port must be in [0, 65535]"),
         (["--audit", "2"], "--audit must be a share"),
         (["--max-queue", "0"], "--max-queue must be at least 1"),
+        (["--workers", "0"], "--workers must be at least 1"),
         (["--deadline-ms", "0"], "--deadline-ms must be above 0"),
         (["--token-file", "missing"], "--token-file must be a file"),
         (["--operating-point", "none"], 'has no operating point "none"'),
@@ -55,18 +59,29 @@ def test_tokens_that_are_no_secrets(model: Path, tmp_path: Path, capsys: pytest.
 
 def test_options_of_classifiers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = generator_folder(tmp_path / "generator")
-    assert main(["serve", str(folder), "--audit", "0.1"]) == 2
-    assert "--audit goes with classifiers" in capsys.readouterr().err
+    for name, value in (("--audit", "0.1"), ("--workers", "2")):
+        assert main(["serve", str(folder), name, value]) == 2
+        assert f"{name} goes with classifiers" in capsys.readouterr().err
+
+
+def started(model: Path, *options: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """A server in a group of processes of its own, and the lines it said, the last with its URL at the end."""
+    command = [sys.executable, "-m", "consistentee", "serve", str(model), "--port", "0", *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    lines = [process.stdout.readline()]
+    while lines[-1] and not lines[-1].startswith("Serving"):
+        lines.append(process.stdout.readline())
+    return process, lines
 
 
 def test_sigterm_while_it_answers(model: Path) -> None:
-    command = [sys.executable, "-m", "consistentee", "serve", str(model), "--port", "0", "--audit", "0.5"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline()]
-        while not lines[-1].startswith("Serving"):
-            lines.append(process.stdout.readline())
-        url = lines[-1].split()[-1]
+    """Service managers send it to all processes of a group, the worker among them."""
+    process, lines = started(model, "--audit", "0.5", "--workers", "1")
+    with process:
+        url, children = lines[-1].split()[-1], psutil.Process(process.pid).children(recursive=True)
 
         def ask(number: int) -> int:
             body = {"inputs": ["good film " * (1 + number % 5)] * 40}
@@ -78,7 +93,7 @@ def test_sigterm_while_it_answers(model: Path) -> None:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             first = [pool.submit(ask, number) for number in range(8)]
             concurrent.futures.wait(first, return_when=concurrent.futures.FIRST_COMPLETED)
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
             found = [answer.result() for answer in first]
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -86,6 +101,38 @@ def test_sigterm_while_it_answers(model: Path) -> None:
     assert 200 in found
     assert "Traceback" not in errors
     assert "nothing is stepped back from" in "".join(lines)
+    assert len(children) == 2  # the worker, and multiprocessing's own
+    assert_gone(children)
+
+
+def test_workers_end_with_a_server_that_is_killed(model: Path) -> None:
+    process, lines = started(model, "--workers", "1")
+    with process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        for child in children:  # the server's signals are none of theirs
+            child.send_signal(signal.SIGINT)
+            child.send_signal(signal.SIGTERM)
+        asked = httpx.post(f"{lines[-1].split()[-1]}/predict", json={"inputs": "a"}, timeout=60)
+        process.kill()
+    assert asked.status_code == 200
+    assert len(children) == 2
+    assert_gone(children)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Wait until none of them runs; one that nobody waits for may stay as a zombie."""
+
+    def is_gone(process: psutil.Process) -> bool:
+        try:
+            return process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    for _ in range(1500):
+        if all(map(is_gone, processes)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(processes)
 
 
 def test_handlers_of_this_process_stay_open() -> None:

@@ -28,6 +28,7 @@ def serve(
     dtype: str = "float32",
     device: str = "auto",
     backend: str = "torch",
+    workers: int | None = None,
     debug: Flag = False,
 ) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C; answers on their way go out first.
@@ -49,9 +50,11 @@ def serve(
         dtype: Precision: float32, bfloat16, float16 or int8.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         backend: What runs the layers of a classifier: torch or onnxruntime.
+        workers: Processes that compute, each with a copy of the model and its share of the threads; one that dies is
+            replaced, and its texts are computed anew. Classifiers only. [default: none, this process computes]
         debug: Show tracebacks and the messages of other libraries.
     """
-    at_least_one(max_queue=max_queue)
+    at_least_one(max_queue=max_queue, workers=workers)
     if not 0 <= port <= 65_535:
         raise UsageError(f"--port must be in [0, 65535], got {port}.")
     if not 0 <= audit <= 1:
@@ -69,12 +72,21 @@ def serve(
             ("--operating-point", operating_point, None),
             ("--audit", audit, 0.0),
             ("--backend", backend, "torch"),
+            ("--workers", workers, None),
         ):
             if value != default:
                 raise UsageError(f'{name} goes with classifiers, and model "{model}" is a text generator.')
         app = _generator(model, limits, token, dtype, device)
     else:
-        app = _classifier(model, limits, token, dtype, device, backend, operating_point, audit)
+        app = _classifier(
+            model,
+            {"device": device, "dtype": dtype, "backend": backend},
+            workers,
+            token=token,
+            limits=limits,
+            operating_point=operating_point,
+            audit=audit,
+        )
     if host not in LOOPBACK and token is None:
         sys.stderr.write(f"Whoever reaches {host} may ask this server, as there is no --token-file.\n")
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -84,26 +96,23 @@ def serve(
 
 
 def _classifier(
-    model: str,
-    limits: Any,
-    token: bytes | None,
-    dtype: str,
-    device: str,
-    backend: str,
-    operating_point: str | None,
-    audit: float,
+    model: str, opened: dict[str, Any], workers: int | None, *, token: bytes | None, **how: Any
 ) -> Any:
+    """Its application; keywords as of `ClassifierService`."""
     from consistentee.pipelines.classifier import Engine
     from consistentee.serving.classification import ClassifierService
     from consistentee.serving.predict_route import classifier_app
+    from consistentee.serving.workers import ProcessComputing, WorkerModel
 
-    engine = Engine.from_pretrained(model, device=device, dtype=dtype, backend=backend)
-    service = usage(
-        lambda: ClassifierService(engine, limits=limits, operating_point=operating_point, audit=audit)
-    )
+    if workers is None:
+        engine, computing = Engine.from_pretrained(model, **opened), None
+    else:  # this process tokenizes, and needs no weights
+        engine = Engine.from_pretrained(model, device="meta")
+        computing = ProcessComputing(WorkerModel(model, **opened), workers)
+    service = usage(lambda: ClassifierService(engine, computing=computing, **how))
     service.warm_up()
     point = service.auditor.point
-    if point.max_disagreement is None and audit:
+    if point.max_disagreement is None and service.auditor.share:
         say(
             f'Operating point "{point.name}" has no certificate of its disagreement with full depth: the audit shows '
             "bounds, and nothing is stepped back from. `consistentee calibrate MODEL --max-disagreement` makes one."

@@ -31,6 +31,11 @@ def usable_threads() -> int:
     return min(threads, usable_processors())
 
 
+def threads_of_each(processes: int) -> int:
+    """Threads of each of some processes that compute side by side: their share of `usable_threads`, at least 1."""
+    return max(1, usable_threads() // processes)
+
+
 def settle_after_fork(device: torch.device, backend: str = "torch") -> None:
     """Let torch compute in a forked process: alone, as the threads it had stayed behind and would be waited for.
 

@@ -1,8 +1,6 @@
-"""Texts that arrive one by one, through one model: accepted on the event loop, computed on a thread of their own.
+"""Texts that arrive one by one, through one model: accepted on the event loop, computed elsewhere (`Computing`).
 
-The thread owns a pool (`LayerPool`). After every step it hands over who exited, so that an answer goes out while its
-neighbours are still on their way, and takes in who has arrived. The event loop keeps the queue's bound, the deadlines
-and the audit.
+The event loop keeps the queue's bound, the deadlines and the audit.
 """
 
 from __future__ import annotations
@@ -10,30 +8,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from consistentee.inference.encoder.backend import TokenRow
-from consistentee.inference.encoder.incremental_scores import IncrementalExitScores, log_softmax
+from consistentee.inference.encoder.incremental_scores import log_softmax
 from consistentee.inference.encoder.layer_pool import Pool, PoolAnswer, PoolRow
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import Auditor
+from consistentee.serving.computing import (
+    AddTexts,
+    Computing,
+    DropTexts,
+    LookAtText,
+    Outcome,
+    TextsAnswered,
+    TextSeen,
+    TextsFailed,
+    ThreadComputing,
+    View,
+    WorkerRestarted,
+)
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.points import FULL_DEPTH_POINT, ServedPoint, named_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse
 
 _log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 LONG_TEXTS = 4_000
 """Characters from which texts are tokenized beside the event loop, not on it."""
@@ -74,12 +80,13 @@ class ClassifierService:
     """Answers requests to classify.
 
     Args:
-        engine: of the model.
+        engine: of the model; where it does not compute, one on torch's device `meta` will do.
         limits: what is taken at most.
         operating_point: the point in force to begin with; None for the saved rule.
         audit: share of the texts that are compared with full depth.
         seed: of the draws of the audit; None for one that nobody knows.
-        pool: makes the pool; None for the engine's.
+        computing: runs the layers; None for a thread of this process.
+        pool: makes the pool of that thread; None for the engine's.
 
     Attributes:
         points: operating points by name.
@@ -100,6 +107,7 @@ class ClassifierService:
         operating_point: str | None = None,
         audit: float = 0.0,
         seed: int | None = None,
+        computing: Computing | None = None,
         pool: Callable[[], Pool] | None = None,
     ) -> None:
         self.engine, self.limits = engine, limits or ServerLimits()
@@ -109,43 +117,34 @@ class ClassifierService:
         point = named_point(self.points, operating_point, self._folder)
         self.auditor = Auditor(self.points, point, audit, seed=seed)
         self.metrics = ServerMetrics(engine.backend.num_layers, self.name)
+        self._computing: Computing = computing or ThreadComputing(engine, pool)
         self.metrics.follow_queue(lambda: self._unanswered)
+        self.metrics.follow_workers(lambda: self._computing.workers)
         self._show_point()
-        self._make_pool: Callable[[], Pool] = pool or engine.pool
         self._keys = count()
         self._pending: dict[Hashable, _Pending] = {}
         self._unanswered = 0
         self._answered_at: deque[float] = deque(maxlen=RECENT)
-        self._inbox: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    # --- On the event loop ------------------------------------------------------------------------
+    def warm_up(self) -> None:
+        """Answer a text or two, so that the first request does not wait for what is made once."""
+        self._computing.warm_up((self.points[FULL_DEPTH_POINT].rule, self.auditor.point.rule))
 
     def start(self) -> None:
         """Begin to compute; call it on the event loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._compute, name="consistentee-layers", daemon=True)
-        self._thread.start()
-
-    def warm_up(self) -> None:
-        """Answer a text or two, so that the first request does not wait for what is made once."""
-        parts = ("a",) if not self.engine.saved.text_pairs else ("a", "a")
-        rows, _ = self.engine.tokenize([parts])
-        for point in (self.points[FULL_DEPTH_POINT], self.auditor.point):
-            self.engine.run(rows, batch_size=1, rule=point.rule)
+        self._computing.start(self._take)
 
     async def stop(self) -> None:
-        """End the thread; who still waits is refused."""
-        self._inbox.put(None)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        self._fail(RefusedRequest(503, "Unhealthy", "The server is shutting down."))
+        """End; who still waits is refused."""
+        await self._computing.stop()
+        self._refuse(tuple(self._pending), RefusedRequest(503, "Unhealthy", "The server is shutting down."))
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are computed."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._computing.is_ready
 
     async def predict(self, request: PredictRequest) -> list[ScoredText]:
         """Answers for the texts of a request, in their order.
@@ -170,16 +169,14 @@ class ClassifierService:
             for answer, is_cut in zip(answers, cut, strict=True)
         ]
 
-    async def look_at(
-        self, request: PredictRequest, view: Callable[[TokenRow, ServedPoint], Result]
-    ) -> tuple[Result, bool]:
+    async def look_at(self, request: PredictRequest, view: View) -> tuple[Any, bool]:
         """What a function gives for the one text of a request, between two steps of the pool, and whether it was cut.
 
         The text counts as one that waits, and for no metric of answers.
 
         Args:
             request: of one text.
-            view: takes its token ids and operating point; called on the thread that computes.
+            view: called where the layers are computed.
 
         Raises:
             RefusedRequest: as of `predict`.
@@ -189,21 +186,12 @@ class ClassifierService:
         try:
             point = self._point(request)
             (row,), (is_cut,) = await self._tokenized(request)
-            if self._loop is None or not self.is_ready:
-                raise RefusedRequest(503, "Unhealthy", "The server is not ready.")
-            loop, future = self._loop, self._loop.create_future()
-            self._pending[key] = _Pending(future, point, accepted, is_audited=False)
-
-            def work() -> None:
-                if not future.done():
-                    loop.call_soon_threadsafe(_settle, future, self._attempt(lambda: view(row, point)))
-
-            self._inbox.put(("work", work))
-            (result,) = await self._in_time([future], accepted)
-            return result, is_cut
+            future = self._wait_for(key, point, accepted)
+            self._computing.send(LookAtText(key, row, point, view))
+            (seen,) = await self._in_time([future], accepted)
+            return seen, is_cut
         finally:
             self._free_place(1, [key])
-            self._pending.pop(key, None)
 
     def _take_place(self, number: int) -> None:
         """Count texts as unanswered, or refuse them where the queue is full."""
@@ -216,7 +204,7 @@ class ClassifierService:
             raise RefusedRequest(429, "Overloaded", message, self._retry_after())
         self._unanswered += number
 
-    async def _in_time(self, futures: Sequence[asyncio.Future[Result]], accepted: float) -> list[Result]:
+    async def _in_time(self, futures: Sequence[asyncio.Future[Any]], accepted: float) -> list[Any]:
         """What the futures give, or 504 at the deadline."""
         left = self.limits.deadline_ms / 1000 - (time.perf_counter() - accepted)
         _, late = await asyncio.wait(futures, timeout=max(0.0, left))
@@ -281,20 +269,26 @@ class ClassifierService:
 
     def _submit(
         self, rows: Sequence[dict[str, list[int]]], point: ServedPoint, accepted: float
-    ) -> tuple[list[int], list[asyncio.Future[PoolAnswer]]]:
-        if self._loop is None or not self.is_ready:
-            raise RefusedRequest(503, "Unhealthy", "The server is not ready.")
+    ) -> tuple[list[int], list[asyncio.Future[Any]]]:
         keys = [next(self._keys) for _ in rows]
-        futures: list[asyncio.Future[PoolAnswer]] = []
+        futures: list[asyncio.Future[Any]] = []
         entered: list[PoolRow] = []
         for key, row in zip(keys, rows, strict=True):
             is_audited = self.auditor.draws(point)
-            future: asyncio.Future[PoolAnswer] = self._loop.create_future()
-            self._pending[key] = _Pending(future, point, accepted, is_audited)
-            futures.append(future)
+            futures.append(self._wait_for(key, point, accepted, is_audited=is_audited))
             entered.append(PoolRow(key, row, point.rule.threshold, is_audited))
-        self._inbox.put(("add", (entered, self.engine.exit_scores(point.rule))))
+        self._computing.send(AddTexts(entered, point.rule))
         return keys, futures
+
+    def _wait_for(
+        self, key: int, point: ServedPoint, accepted: float, *, is_audited: bool = False
+    ) -> asyncio.Future[Any]:
+        """What will be handed over for a text; 503 where nothing computes."""
+        if self._loop is None or not self.is_ready:
+            raise RefusedRequest(503, "Unhealthy", "The server is not ready.")
+        future = self._loop.create_future()
+        self._pending[key] = _Pending(future, point, accepted, is_audited)
+        return future
 
     def _drop(self, keys: Sequence[int]) -> None:
         """Forget texts that nobody waits for any more; who was answered and is looked at again goes on."""
@@ -302,13 +296,27 @@ class ClassifierService:
         for key in gone:
             self._pending.pop(key).future.cancel()
         if gone:
-            self._inbox.put(("drop", gone))
+            self._computing.send(DropTexts(gone))
 
-    def _deliver(self, answers: Sequence[PoolAnswer], passed: Sequence[int]) -> None:
+    def _take(self, outcome: Outcome) -> None:
+        """What was computed, to whom it concerns."""
+        match outcome:
+            case TextsAnswered(answers, rows):
+                self.metrics.batch_rows.observe(rows)
+                self._deliver(answers)
+            case TextSeen(key, view):
+                pending = self._pending.pop(key, None)
+                if pending is not None and not pending.future.done():
+                    pending.future.set_result(view)
+            case TextsFailed(keys):
+                self.metrics.failures.inc()
+                self._refuse(keys, RefusedRequest(424, "Backend", COMPUTING_FAILED))
+            case WorkerRestarted():
+                self.metrics.worker_restarts.inc()
+
+    def _deliver(self, answers: Sequence[PoolAnswer]) -> None:
         """Hand answers to who waits for them, and audited ones to the audit."""
         now = time.perf_counter()
-        for rows in passed:
-            self.metrics.batch_rows.observe(rows)
         for answer in answers:
             pending = self._pending.get(answer.key)
             if pending is None:
@@ -368,77 +376,12 @@ class ClassifierService:
         """Whole seconds until what waits now is answered, from 1 to 60."""
         return max(1, min(60, math.ceil(self._expected_seconds())))
 
-    def _fail(self, error: RefusedRequest) -> None:
-        """Refuse all that are on their way."""
-        pending, self._pending = self._pending, {}
-        for waiting in pending.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(error)
-
-    def _failed(self) -> None:
-        self.metrics.failures.inc()
-        self._fail(RefusedRequest(424, "Backend", COMPUTING_FAILED))
-
-    # --- On the thread ----------------------------------------------------------------------------
-
-    def _attempt(self, work: Callable[[], Result]) -> Result | RefusedRequest:
-        """What a function gives, or the error that its request is told."""
-        try:
-            return work()
-        except Exception:
-            _log.exception("Looking at a text failed.")
-            self.metrics.failures.inc()
-            return RefusedRequest(424, "Backend", COMPUTING_FAILED)
-
-    def _compute(self) -> None:
-        """Take in what arrives, and compute as long as there is something to do."""
-        loop = self._loop
-        if loop is None:
-            return
-        pool = self._make_pool()
-        while True:
-            arrived = [self._inbox.get()] if not len(pool) else []
-            while not self._inbox.empty():
-                arrived.append(self._inbox.get())
-            if None in arrived:
-                return
-            try:
-                for message in arrived:
-                    _take_in(pool, message)
-                answers, rows = pool.step()
-            except Exception:  # whatever it was: those who were on their way are told, and a new pool begins
-                _log.exception("A batch failed.")
-                pool = self._make_pool()
-                loop.call_soon_threadsafe(self._failed)
-                continue
-            if rows:
-                loop.call_soon_threadsafe(self._deliver, answers, [rows])
-
-
-def _settle(future: asyncio.Future[Any], result: Any) -> None:
-    """Hand a result or a refusal to who waits for it."""
-    if future.done():
-        return
-    if isinstance(result, RefusedRequest):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
-
-
-def _take_in(pool: Pool, message: tuple[str, Any] | None) -> None:
-    if message is None:
-        return
-    what, value = message
-    if what == "drop":
-        pool.drop(value)
-        return
-    if what == "work":
-        value()
-        return
-    rows: list[PoolRow]
-    exit_scores: IncrementalExitScores | None
-    rows, exit_scores = value
-    pool.add(rows, exit_scores)
+    def _refuse(self, keys: Collection[Hashable], error: RefusedRequest) -> None:
+        """Tell who waits for texts that no answer comes; who was answered is forgotten."""
+        for key in keys:
+            pending = self._pending.pop(key, None)
+            if pending is not None and not pending.future.done():
+                pending.future.set_exception(error)
 
 
 def _scores(logits: NDArray[np.float32], raw: bool) -> NDArray[np.float32]:

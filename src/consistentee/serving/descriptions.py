@@ -10,11 +10,13 @@ import numpy as np
 
 from consistentee.config import GenerationMode
 from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
+from consistentee.pipelines.layer_views import LayerView, view_layers
 from consistentee.serving.points import FULL_DEPTH_POINT, ServedPoint
 
 STEPS = 100
@@ -33,6 +35,12 @@ def visible_rule(engine: Engine, point: ServedPoint, criterion: str | None = Non
         return point.rule
     criterion = criterion or str(engine.rule().criterion)
     return ExitRule(criterion, EXIT_CRITERIA[criterion].thresholds.highest(engine.backend.num_layers))
+
+
+def view_at_point(engine: Engine, row: TokenRow, point: ServedPoint) -> tuple[ExitRule, list[LayerView]]:
+    """A text at every layer, with the rule whose scores those are."""
+    rule = visible_rule(engine, point)
+    return rule, view_layers(engine, row, rule.criterion or "")
 
 
 def describe_classifier(

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.scheduler import ExitRule
-from consistentee.pipelines.layer_views import LayerView, view_layers
+from consistentee.pipelines.layer_views import LayerView
 from consistentee.serving.app import Handler, Receive, Send, json_page, send_json, unless_gone
 from consistentee.serving.classification import ClassifierService
-from consistentee.serving.descriptions import describe_classifier, visible_rule
-from consistentee.serving.points import ServedPoint
+from consistentee.serving.descriptions import describe_classifier, view_at_point
 from consistentee.serving.requests import (
     PredictRequest,
     check_names,
@@ -45,12 +43,7 @@ def layers_handler(service: ClassifierService) -> Handler:
 
     async def handle(body: bytes, receive: Receive, send: Send) -> None:
         request = read_layers(read_json(body))
-
-        def view(row: TokenRow, point: ServedPoint) -> tuple[ExitRule, list[LayerView]]:
-            rule = visible_rule(service.engine, point)
-            return rule, view_layers(service.engine, row, rule.criterion or "")
-
-        (rule, views), is_cut = await unless_gone(receive, service.look_at(request, view))
+        (rule, views), is_cut = await unless_gone(receive, service.look_at(request, view_at_point))
         await send_json(send, _answer(labels, rule, views, is_cut))
 
     return handle

@@ -82,6 +82,10 @@ class ServerMetrics:
             client.Counter, "audit_steps_back", "Operating points left because their bound was broken."
         )
         self.failures = self._make(client.Counter, "failures", "Batches that failed.")
+        self.workers = self._make(client.Gauge, "workers", "Worker processes that are ready.")
+        self.worker_restarts = self._make(
+            client.Counter, "worker_restarts", "Worker processes begun in place of one that died."
+        )
 
     def _make(
         self,
@@ -97,6 +101,10 @@ class ServerMetrics:
     def follow_queue(self, count: Callable[[], float]) -> None:
         """Ask this for the queue's length whenever somebody reads it."""
         self.in_queue.set_function(count)
+
+    def follow_workers(self, count: Callable[[], float]) -> None:
+        """Ask this for the number of worker processes whenever somebody reads it."""
+        self.workers.set_function(count)
 
     def set_point(self, name: str, max_disagreement: float | None, confidence: float | None) -> None:
         """Another operating point is in force."""

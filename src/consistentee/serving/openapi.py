@@ -16,7 +16,7 @@ _ERRORS = {
     "422": "A field is wrong, or the text does not fit the model.",
     "424": "Computing failed.",
     "429": "The queue is full; Retry-After says when to try again.",
-    "503": "The server is shutting down.",
+    "503": "The server is shutting down, or nothing computes just now.",
     "504": "No answer within the deadline.",
 }
 

@@ -232,6 +232,27 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             dtype=self.backbone.dtype,
         )
 
+    def generation_options(self, **given: Any) -> GenerationOptions:
+        """How `generate` goes about: its own arguments by name, the saved values for those that are None or missing.
+
+        Raises:
+            ValueError: a value that makes no sense.
+        """
+        names = (
+            "mode",
+            "criterion",
+            "skipped_states",
+            "full_depth_first_token",
+            "min_exit_layer",
+            "draft_tokens",
+            "draft_threshold",
+        )
+        values = {name: getattr(self.config, name) for name in names}
+        values |= {"threshold": None, "adaptive_drafts": True, "fixed_exit_layers": None}
+        return GenerationOptions(
+            **values | {name: value for name, value in given.items() if value is not None}
+        )
+
     def exit_weights(self) -> ExitWeights:
         """The weights laid out for decoding; made anew where they have changed, in whatever way."""
         if self._weights is None or self._weights_signature != self._weights.signature():
@@ -283,18 +304,15 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             ValueError: beams, assistants and other ways to search that exits cannot serve; sampling in `lossless` mode;
                 options that make no sense.
         """
-        config = self.config
-        options = GenerationOptions(
-            mode=mode or config.mode,
-            criterion=criterion or config.criterion,
+        options = self.generation_options(
+            mode=mode,
+            criterion=criterion,
             threshold=threshold,
-            skipped_states=skipped_states or config.skipped_states,
-            full_depth_first_token=(
-                config.full_depth_first_token if full_depth_first_token is None else full_depth_first_token
-            ),
-            min_exit_layer=config.min_exit_layer if min_exit_layer is None else min_exit_layer,
-            draft_tokens=config.draft_tokens if draft_tokens is None else draft_tokens,
-            draft_threshold=config.draft_threshold if draft_threshold is None else draft_threshold,
+            skipped_states=skipped_states,
+            full_depth_first_token=full_depth_first_token,
+            min_exit_layer=min_exit_layer,
+            draft_tokens=draft_tokens,
+            draft_threshold=draft_threshold,
             adaptive_drafts=adaptive_drafts,
             fixed_exit_layers=fixed_exit_layers,
         )

@@ -154,7 +154,8 @@ def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> Draft
     return weights.draft_clocks.setdefault(way, DraftClock())
 
 
-def _rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> TokenExitRule:
+def decoding_rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> TokenExitRule:
+    """When tokens exit: of an `EarlyExitForCausalLM`, and where they are `drafts` of the lossless mode."""
     if options.mode == "full" or (options.mode == "lossless" and not drafts):
         return NeverExit()
     threshold = options.threshold
@@ -184,7 +185,7 @@ def _token_loop(
     recompute = options.skipped_states == "recompute" and options.mode == "early-exit"
     decoding = (RecomputeDecoding if recompute else Decoding)(
         weights,
-        _rule(model, options),
+        decoding_rule(model, options),
         attention_mask,
         _capacity(input_ids, config),
         full_depth_first_token=options.full_depth_first_token or options.mode != "early-exit",
@@ -212,10 +213,7 @@ def _token_loop(
             logits = logits_processor(input_ids, logits)
             if config.output_scores and keeps:
                 scores.append(logits)
-            if config.do_sample:
-                tokens = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
-            else:
-                tokens = logits.argmax(-1)
+            tokens = tokens_from(logits, do_sample=config.do_sample)
             tokens = tokens if rows is None else tokens[rows]
         if rows is not None:
             tokens = torch.full((batch,), pad, device=device).index_copy_(0, rows, tokens)
@@ -243,6 +241,13 @@ def _token_loop(
         exit_layers=torch.stack(layers, dim=1),
         **drafts,
     )
+
+
+def tokens_from(logits: Tensor, *, do_sample: bool) -> Tensor:
+    """The likeliest token of each row, or one that is drawn: (rows, words) -> (rows,)."""
+    if do_sample:
+        return torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
+    return logits.argmax(-1)
 
 
 def _lossless_loop(
@@ -280,7 +285,7 @@ def _lossless_loop(
     positions = _Positions(model, attention_mask)
     exact = RecomputeDecoding(
         weights,
-        _rule(model, options, drafts=True),
+        decoding_rule(model, options, drafts=True),
         attention_mask,
         _capacity(input_ids, config),
         full_depth_first_token=True,

@@ -6,6 +6,7 @@ Hugging Face's.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -226,6 +227,20 @@ class LoadedGenerator(LoadedModel[EarlyExitForCausalLM]):
                     "in its tokenizer_config.json."
                 )
             self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @functools.cached_property
+    def continuous_model(self) -> EarlyExitForCausalLM | None:
+        """What decodes rows that come and go: the model, or a plain one with exits that nobody takes.
+
+        None for a plain model of a type that exits do not know.
+        """
+        if self.has_exits:
+            return self.early_exit_model
+        try:
+            model: Any = EarlyExitForCausalLM.from_backbone(self.model).eval()
+        except ValueError:
+            return None
+        return model.to(self.model.device)
 
     @property
     def context_length(self) -> int:

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice, require_seed
@@ -114,6 +120,18 @@ def seed_draws(options: DecodingOptions) -> None:
     """Begin the draws anew where the options have a seed for them."""
     if options.do_sample and options.seed is not None:
         torch.manual_seed(options.seed)
+
+
+def warpers(options: DecodingOptions) -> LogitsProcessorList:
+    """What shapes the probabilities from which tokens are drawn, in the order in which `generate` has it."""
+    found = LogitsProcessorList()
+    if options.temperature not in (None, 1.0):
+        found.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k is not None:
+        found.append(TopKLogitsWarper(options.top_k))
+    if options.top_p is not None and options.top_p < 1:
+        found.append(TopPLogitsWarper(options.top_p))
+    return found
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

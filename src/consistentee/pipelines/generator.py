@@ -25,6 +25,7 @@ from consistentee.inference.decoder.known_processors import TextCriteria
 from consistentee.inference.threads import settle_after_fork
 from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded import LoadedGenerator
+from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import (
     SHAPING,
     DecodingOptions,
@@ -33,8 +34,8 @@ from consistentee.pipelines.decoding_options import (
     seed_draws,
 )
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
-from consistentee.pipelines.row_streams import OnRowEnd, OnRowToken, RowLimits, RowStreams
-from consistentee.pipelines.stops import StopTexts, cut_at_stop
+from consistentee.pipelines.row_streams import OnRowEnd, OnRowToken, RowLimits, RowStreams, TextEnds
+from consistentee.pipelines.stops import StopTexts, cut_at_stop, split_stops
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
 
 WINDOW_BATCHES = 8
@@ -218,7 +219,7 @@ class TextGenerator:
         options = self.check(merged_options(options, values))
         seed_draws(options)
         encoded, cut = self._encode([(instruction, input)], options, before=0)
-        stops, _ = self._stops(options)
+        stops, _ = split_stops(self._tokenizer, options.stop)
         decoder = PieceDecoder(self._tokenizer)
         streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, stops)
         (text,) = self._batch([(instruction, input)], encoded, options, streamer)
@@ -265,19 +266,22 @@ class TextGenerator:
         """
         options = self.check(merged_options(options, {"max_new_tokens": max(limits)}))
         seed_draws(options)
-        stops, stop_tokens = self._stops(options)
+        stops, stop_tokens = split_stops(self._tokenizer, options.stop)
+        ends = TextEnds(end_tokens(self.saved.model, self._tokenizer), stop_tokens, stops)
         streams = RowStreams(
-            self._tokenizer,
-            self.saved.num_hidden_layers,
-            limits,
-            ends=end_tokens(self.saved.model, self._tokenizer),
-            stop_tokens=stop_tokens,
-            stops=stops,
-            on_token=on_token,
-            on_end=on_end,
+            self._tokenizer, self.saved.num_hidden_layers, limits, ends, on_token=on_token, on_end=on_end
         )
         bounds = RowLimits(max(map(len, prompts)), limits, is_gone)
         self._batch([("", "")] * len(prompts), prompts, options, streams, [bounds])
+
+    def continuous_texts(self, options: DecodingOptions) -> ContinuousTexts:
+        """Texts that are written together in one way, and that others join between two tokens.
+
+        Raises:
+            ValueError: options that do not fit the model, or of texts that none can join: see `ContinuousTexts`.
+        """
+        self._go_on_after_fork()
+        return ContinuousTexts(self.saved, self._tokenizer, self.check(options))
 
     def encode_conversation(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of a conversation, not cut; the last turn is a user's.
@@ -361,7 +365,7 @@ class TextGenerator:
         self._go_on_after_fork()
         saved, model = self.saved, self.saved.model
         input_ids, mask = pad_left(encoded, self._tokenizer.pad_token_id)  # (rows, tokens)
-        stops, stop_tokens = self._stops(options)
+        stops, stop_tokens = split_stops(self._tokenizer, options.stop)
         ends = end_tokens(model, self._tokenizer) | stop_tokens
         decoding = {
             **dict.fromkeys(SHAPING),
@@ -428,13 +432,6 @@ class TextGenerator:
                 )
             )
         return texts
-
-    def _stops(self, options: DecodingOptions) -> tuple[list[str], set[int]]:
-        """Stop strings, and special tokens among them."""
-        tokenizer = self._tokenizer
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        stops = [stop for stop in options.stop if stop not in special]
-        return stops, {special[stop] for stop in options.stop if stop in special}
 
     def _go_on_after_fork(self) -> None:
         """In a forked process: leave what other threads held."""

@@ -35,9 +35,13 @@ class PieceDecoder:
         self._start, self._read = self._read, len(self._ids)
         return piece
 
+    def begun(self) -> str:
+        """What a character that has not come to its end looks like so far."""
+        return self._rest() if self._read < len(self._ids) else ""
+
     def end(self) -> str:
         """What is left over: the beginning of a character that never came to its end."""
-        piece = self._rest() if self._read < len(self._ids) else ""
+        piece = self.begun()
         self._start, self._read = self._read, len(self._ids)
         return piece
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,75 @@ from torch import Tensor
 
 from consistentee.inference.decoder.known_processors import TextCriteria
 from consistentee.pipelines.pieces import PieceDecoder
-from consistentee.pipelines.streaming import PieceStreamer
+from consistentee.pipelines.streaming import OnToken, PieceStreamer
 
 OnRowToken = Callable[[int, str, int], object]
 """Is told a row, the next piece of its text, and the layer at which that token exited."""
 
 OnRowEnd = Callable[[int, str], object]
 """Is told that a row has ended, and why: `stop`, `end` or `length`, see `GeneratedText`."""
+
+
+@dataclass(frozen=True)
+class TextEnds:
+    """What ends a text beside its limit.
+
+    Args:
+        ends, stop_tokens: token ids: the end of text, and stop strings that are special tokens.
+        stops: other stop strings.
+    """
+
+    ends: Collection[int]
+    stop_tokens: Collection[int]
+    stops: Sequence[str]
+
+
+class RowStream:
+    """One text as it is written.
+
+    Args:
+        tokenizer: of the text.
+        num_layers: the layer of tokens of a model without exits.
+        limit: the most tokens.
+        text_ends: what else ends it.
+        on_token: is told every token.
+        on_end: is told why it has ended.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        num_layers: int,
+        limit: int,
+        text_ends: TextEnds,
+        on_token: OnToken,
+        on_end: Callable[[str], object],
+    ) -> None:
+        self._limit, self._text_ends, self._on_end = limit, text_ends, on_end
+        self._stream = PieceStreamer(PieceDecoder(tokenizer), on_token, num_layers, text_ends.stops)
+        self._stream.put(torch.empty(0))  # the prompt, of which nothing is told
+        self._count = 0
+
+    def put(self, token: int, layer: int) -> bool:
+        """The next token, and its layer; whether the text goes on behind it."""
+        self._stream.put_exit_layers(torch.tensor([layer]))
+        self._stream.put(torch.tensor([token]))
+        self._count += 1
+        reason = None
+        if self._stream.holds_stop or token in self._text_ends.stop_tokens:
+            reason = "stop"
+        elif token in self._text_ends.ends:
+            reason = "end"
+        elif self._count >= self._limit:
+            reason = "length"
+        if reason is not None:
+            self._stream.end()
+            self._on_end(reason)
+        return reason is None
+
+    def cut(self) -> None:
+        """Nothing comes any more."""
+        self._on_end("stop" if self._stream.end() else "length")
 
 
 class RowStreams:
@@ -26,8 +89,7 @@ class RowStreams:
         tokenizer: of the texts.
         num_layers: the layer of tokens of a model without exits.
         limits: (rows,) the most tokens of each.
-        ends, stop_tokens: token ids that end a text: the end of text, and stop strings that are special tokens.
-        stops: other stop strings.
+        text_ends: what else ends them.
         on_token, on_end: are told.
     """
 
@@ -36,26 +98,22 @@ class RowStreams:
         tokenizer: Any,
         num_layers: int,
         limits: Sequence[int],
+        text_ends: TextEnds,
         *,
-        ends: Collection[int],
-        stop_tokens: Collection[int],
-        stops: Sequence[str],
         on_token: OnRowToken,
         on_end: OnRowEnd,
     ) -> None:
-        self._ends, self._stop_tokens, self._limits = ends, stop_tokens, limits
-        self._on_end = on_end
-        self._streams = [
-            PieceStreamer(
-                PieceDecoder(tokenizer),
-                lambda piece, layer, row=row: on_token(row, piece, layer),
+        self._streams = {
+            row: RowStream(
+                tokenizer,
                 num_layers,
-                stops,
+                limit,
+                text_ends,
+                lambda piece, layer, row=row: on_token(row, piece, layer),
+                lambda reason, row=row: on_end(row, reason),
             )
-            for row in range(len(limits))
-        ]
-        self._counts = [0] * len(limits)
-        self._running = set(range(len(limits)))
+            for row, limit in enumerate(limits)
+        }
         self._layers: list[int] = []
         self._prompts_are_over = False
         self._num_layers = num_layers
@@ -68,35 +126,17 @@ class RowStreams:
         """(rows,) the next token of each; of rows that have ended it is padding."""
         if not self._prompts_are_over:
             self._prompts_are_over = True
-            for stream in self._streams:
-                stream.put(tokens)
             return
         for row, token in enumerate(tokens.flatten().tolist()):
-            if row in self._running:
-                self._put(row, token, self._layers[row] if self._layers else self._num_layers)
-
-    def _put(self, row: int, token: int, layer: int) -> None:
-        stream = self._streams[row]
-        stream.put_exit_layers(torch.tensor([layer]))
-        stream.put(torch.tensor([token]))
-        self._counts[row] += 1
-        reason = None
-        if stream.holds_stop or token in self._stop_tokens:
-            reason = "stop"
-        elif token in self._ends:
-            reason = "end"
-        elif self._counts[row] >= self._limits[row]:
-            reason = "length"
-        if reason is not None:
-            self._running.discard(row)
-            stream.end()
-            self._on_end(row, reason)
+            layer = self._layers[row] if self._layers else self._num_layers
+            if row in self._streams and not self._streams[row].put(token, layer):
+                del self._streams[row]
 
     def end(self) -> None:
-        """Nothing comes any more: what still runs was ended by `generate`, or by broken characters of a stop string."""
-        for row in sorted(self._running):
-            self._on_end(row, "stop" if self._streams[row].end() else "length")
-        self._running.clear()
+        """Nothing comes any more: what still runs was ended by `generate`."""
+        for stream in self._streams.values():
+            stream.cut()
+        self._streams.clear()
 
 
 class RowLimits(TextCriteria):

@@ -19,6 +19,12 @@ WIDER = 16
 """Tokens that are looked at beside those that a stop string can take: a text's first ones may decode to less."""
 
 
+def split_stops(tokenizer: Any, stop: Sequence[str]) -> tuple[list[str], set[int]]:
+    """Stop strings, and the special tokens whose names are among them."""
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return [text for text in stop if text not in special], {special[text] for text in stop if text in special}
+
+
 def find_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
     r"""Where the stop string begins and ends that comes to its end first; of several, the longest. None without one.
 

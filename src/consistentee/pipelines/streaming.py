@@ -40,7 +40,10 @@ class PieceStreamer:
     @property
     def holds_stop(self) -> bool:
         """Whether a stop string is complete: the text ends before it."""
-        return find_stop("".join(piece for piece, _ in self._held), self.stops) is not None
+        if not self.stops:
+            return False
+        text = "".join(piece for piece, _ in self._held) + self.decoder.begun()
+        return find_stop(text, self.stops) is not None
 
     def put(self, tokens: Tensor) -> None:
         """The next tokens."""

@@ -1,7 +1,9 @@
 """Prompts that arrive one by one, through one model: written on a thread of its own, told token by token.
 
-Prompts that wait and are to be written in the same way are written together, up to `MOST_ROWS`. A row that ends is
-answered at once and makes room for the others; prompts that arrive meanwhile wait until the batch is through.
+Prompts that are to be written in the same way are written together, up to `MOST_ROWS`. A text that ends is answered at
+once, and between two tokens the next prompts take its place: they are read in a pass of their own, for which the others
+wait. Prompts join in the order in which they came; where the next one is to be written in another way, none joins until
+the batch is through, so that it gets its turn.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt, can_join
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving.metrics import ServerMetrics
@@ -23,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 MOST_ROWS = 8
 """Texts that are written together."""
+
+MOST_JOINING_TOKENS = 256
+"""Tokens of prompts (with padding) that are read between two tokens of the other texts, unless one prompt has more."""
 
 
 @dataclass(frozen=True)
@@ -172,59 +178,143 @@ class GeneratorService:
                     self._changed.wait()
                 if self._ends:
                     return
-                jobs = self._taken()
-            if not jobs:
+                options = self._next_options()
+            if options is None:
                 continue
-            try:
-                self._write_together(jobs)
-            except Exception as error:
-                _log.exception("A batch failed.")
-                self.metrics.failures.inc()
-                for job in jobs:
-                    # An option that does not fit the model is told; what else went wrong is for the log.
-                    told = str(error) if isinstance(error, ValueError) else "Computing failed. Try again."
-                    status = 422 if isinstance(error, ValueError) else 424
-                    self._tell(job, error=RefusedRequest(status, "Backend", told))
-
-    def _taken(self) -> list[_Job]:
-        """The prompt that has waited longest, and those that can be written with it."""
-        jobs: list[_Job] = []
-        left: deque[_Job] = deque()
-        while self._waiting:
-            job = self._waiting.popleft()
-            if job.is_gone:
-                continue
-            if not jobs or (len(jobs) < MOST_ROWS and self._go_together([*jobs, job])):
-                jobs.append(job)
+            if can_join(self.generator.saved, options):
+                self._write_continuously(options)
             else:
-                left.append(job)
-        self._waiting = left
+                self._write_batch(options)
+
+    def _next_options(self) -> DecodingOptions | None:
+        """Those of the prompt that has waited longest; some that are alike come forward behind it."""
+        waiting = [job for job in self._waiting if not job.is_gone]
+        alike = [job for job in waiting if job.options == waiting[0].options]
+        alike = alike[: _most_rows(waiting[0].options)] if waiting else []
+        self._waiting = deque([*alike, *(job for job in waiting if job not in alike)])
+        return alike[0].options if alike else None
+
+    def _taken(
+        self, options: DecodingOptions, room: int, fit: Callable[[Sequence[_Job]], bool]
+    ) -> list[_Job]:
+        """Prompts from the head of the queue that can be written with those options; nobody overtakes one that cannot.
+
+        Args:
+            options: of the texts that are written.
+            room: for so many more.
+            fit: whether several can be read together.
+        """
+        jobs: list[_Job] = []
+        with self._changed:
+            while self._waiting and len(jobs) < room:
+                job = self._waiting[0]
+                if not job.is_gone:
+                    if job.options != options or (jobs and not fit([*jobs, job])):
+                        break
+                    jobs.append(job)
+                self._waiting.popleft()
         return jobs
 
-    def _go_together(self, jobs: Sequence[_Job]) -> bool:
-        """Whether prompts are to be written in the same way, and fit beside each other with their padding."""
-        first = jobs[0].options
-        alone = self.generator.check(first).mode == "lossless" or (first.do_sample and first.seed is not None)
-        longest, most = max(len(job.token_ids) for job in jobs), max(job.limit for job in jobs)
-        fits = longest + most <= self.generator.saved.context_length
-        return not alone and fits and all(job.options == first for job in jobs)
+    def _write_continuously(self, options: DecodingOptions) -> None:
+        """Write the prompts at the head of the queue, and those that join them, until no text is left."""
+        written: set[_Job] = set()
+        most = _most_rows(options)
+        try:
+            texts = self.generator.continuous_texts(replace(options, max_new_tokens=None))
+            self._join(texts, self._newcomers(options, most), written)
+            while len(texts) and not self._ends:
+                self.metrics.batch_rows.observe(len(texts))
+                texts.step()
+                written.difference_update([job for job in written if job.is_gone])
+                if len(texts):  # else the next ones begin anew: their draws, and a cache of their size
+                    self._join(texts, self._newcomers(options, most - len(texts)), written)
+            texts.cut()
+        except Exception as error:
+            self._fail(written or self._newcomers(options, most), error)
 
-    def _write_together(self, jobs: Sequence[_Job]) -> None:
+    def _newcomers(self, options: DecodingOptions, room: int) -> list[_Job]:
+        """Prompts that join texts that are being written."""
+
+        def fit(jobs: Sequence[_Job]) -> bool:
+            return len(jobs) * max(len(job.token_ids) for job in jobs) <= MOST_JOINING_TOKENS
+
+        return self._taken(options, room, fit)
+
+    def _join(self, texts: ContinuousTexts, jobs: Sequence[_Job], written: set[_Job]) -> None:
+        if not jobs:
+            return
         self.metrics.batch_rows.observe(len(jobs))
+        written.update(jobs)
+        try:
+            texts.join([self._prompt(job, written) for job in jobs])
+        except Exception as error:
+            written.difference_update(jobs)
+            if len(jobs) == 1:
+                self._fail(jobs, error)
+            else:  # whoever did not cause it is written
+                for job in jobs:
+                    self._join(texts, [job], written)
 
-        def on_token(row: int, piece: str, layer: int) -> None:
-            job = jobs[row]
-            if not job.is_told:
-                job.is_told = True
-                self.metrics.waited.observe(time.perf_counter() - job.accepted)
-            self.metrics.exit_layers.observe(layer)
-            self._tell(job, piece=piece, exit_layer=layer)
+    def _prompt(self, job: _Job, written: set[_Job]) -> JoiningPrompt:
+        def on_end(reason: str) -> None:
+            written.discard(job)
+            self._tell(job, finish_reason=reason)
 
-        self.generator.stream_rows(
-            [job.token_ids for job in jobs],
-            [job.limit for job in jobs],
-            on_token=on_token,
-            on_end=lambda row, reason: self._tell(jobs[row], finish_reason=reason),
-            is_gone=lambda row: jobs[row].is_gone or self._ends,
-            options=replace(jobs[0].options, max_new_tokens=None),
+        def on_error(error: Exception) -> None:
+            written.discard(job)
+            self._fail([job], error)
+
+        return JoiningPrompt(
+            job.token_ids,
+            job.limit,
+            on_token=lambda piece, layer: self._tell_token(job, piece, layer),
+            on_end=on_end,
+            on_error=on_error,
+            is_gone=lambda: job.is_gone,
         )
+
+    def _write_batch(self, options: DecodingOptions) -> None:
+        """Write the prompts at the head of the queue in one batch, which none can join."""
+
+        def fit(jobs: Sequence[_Job]) -> bool:
+            longest, most = max(len(job.token_ids) for job in jobs), max(job.limit for job in jobs)
+            return longest + most <= self.generator.saved.context_length
+
+        jobs = self._taken(options, _most_rows(options), fit)
+        if not jobs:
+            return
+        self.metrics.batch_rows.observe(len(jobs))
+        try:
+            self.generator.stream_rows(
+                [job.token_ids for job in jobs],
+                [job.limit for job in jobs],
+                on_token=lambda row, piece, layer: self._tell_token(jobs[row], piece, layer),
+                on_end=lambda row, reason: self._tell(jobs[row], finish_reason=reason),
+                is_gone=lambda row: jobs[row].is_gone or self._ends,
+                options=replace(options, max_new_tokens=None),
+            )
+        except Exception as error:
+            self._fail(jobs, error)
+
+    def _tell_token(self, job: _Job, piece: str, layer: int) -> None:
+        if not job.is_told:
+            job.is_told = True
+            self.metrics.waited.observe(time.perf_counter() - job.accepted)
+        self.metrics.exit_layers.observe(layer)
+        self._tell(job, piece=piece, exit_layer=layer)
+
+    def _fail(self, jobs: Collection[_Job], error: Exception) -> None:
+        """Tell prompts that they have failed; call it where the error is caught."""
+        _log.error("Writing failed.", exc_info=error)
+        self.metrics.failures.inc()
+        # An option that does not fit the model is told; what else went wrong is for the log.
+        told = str(error) if isinstance(error, ValueError) else "Computing failed. Try again."
+        status = 422 if isinstance(error, ValueError) else 424
+        for job in jobs:
+            self._tell(job, error=RefusedRequest(status, "Backend", told))
+
+
+def _most_rows(options: DecodingOptions) -> int:
+    """Texts that are written together: draws with a seed are reproducible alone, and drafts are verified alone."""
+    alone = options.mode == "lossless" or (options.do_sample and options.seed is not None)
+    return 1 if alone else MOST_ROWS

@@ -44,7 +44,7 @@ class ServerMetrics:
         self.batch_rows = self._make(
             client.Histogram,
             "batch_rows",
-            "Rows that passed a layer (generators: prompts) together.",
+            "Rows that passed a layer (generators: all layers) together.",
             (),
             ROW_BUCKETS,
         )

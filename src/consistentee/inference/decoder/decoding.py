@@ -8,6 +8,7 @@ through the LM head together, and the keys and values of all layers that were sk
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,19 @@ from torch import Tensor
 from consistentee.backbones.decoders import SLIDING
 from consistentee.inference.decoder.exit_rules import FixedExitRule, TokenExitRule
 from consistentee.inference.decoder.exit_weights import ExitWeights
-from consistentee.inference.decoder.functional_decoder import Layer, Rotary
+from consistentee.inference.decoder.functional_decoder import Layer, Rotary, Step
 from consistentee.inference.decoder.kv_cache import DecoderCache
 
 COMPACT_BELOW = 0.75
 """The cache is copied once no more than this share of its rows still runs."""
+
+
+class ShrinkingStep(Step, Protocol):
+    """Attention of one token per row, of which fewer and fewer go on."""
+
+    def keep(self, inside: Sequence[int], kept: Tensor) -> None:
+        """Go on with these tokens of the step, which are the `kept` ones among those before."""
+        ...
 
 
 class PromptStep:
@@ -111,20 +120,20 @@ class TokenStep:
         window: int | None,
     ) -> None:
         self._cache, self._slot, self._window = cache, slot, window
-        self._rotary, self._whole_bias = rotary, bias
-        self.keep(rows, None)
+        self._rotary, self._whole_bias, self._all_rows = rotary, bias, rows
+        self._take(rows)
 
-    def keep(self, rows: Tensor | None, kept: Tensor | None) -> None:
-        """Go on with these rows of the cache, the `kept` ones among those before; None for all."""
+    def keep(self, inside: Sequence[int], kept: Tensor) -> None:
+        """Go on with these tokens of the step, which are the `kept` ones among those before."""
+        rows = torch.tensor(list(inside), device=kept.device)
+        self._take(rows if self._all_rows is None else self._all_rows[rows])
+        self._rotary = kept_rotary(self._rotary, kept)
+
+    def _take(self, rows: Tensor | None) -> None:
         self._rows = rows
         self._row = int(rows[0]) if rows is not None and len(rows) == 1 else None
         bias = self._whole_bias
         self._bias = bias if bias is None or rows is None else bias[rows]
-        if kept is not None:
-            self._rotary = {
-                layer_type: table if table is None or len(table[0]) == 1 else (table[0][kept], table[1][kept])
-                for layer_type, table in self._rotary.items()
-            }
 
     def rotary(self, layer_type: str) -> Rotary | None:
         """Angles of the tokens that have not exited."""
@@ -183,7 +192,7 @@ class Decoding:
         self._slot = 0
         self._generated = 0
         padding = attention_mask == 0
-        self._least_padding = int(padding.sum(1).min())
+        self._least_padding = int(padding.sum(1).min()) if len(padding) else 0
         self._padding_counts = padding.sum(1) if bool(padding.any()) else None  # (rows of the cache,)
         self._prompt_padding = padding if self._padding_counts is not None else None
 
@@ -251,48 +260,8 @@ class Decoding:
         self.cache.reserve(slot + 1)
         positions, rotary, bias = self._positions(slot, count, self._cache_rows)
         step = TokenStep(self.cache, slot, self._cache_rows, rotary, bias, decoder.sliding_window)
-        projections = weights.projections(rule)
-        before = hidden = decoder.embed(tokens, positions)
-        inside = list(range(count))  # positions among the tokens
-        exit_layers = [self.num_layers] * count
-        exited: list[tuple[list[int], Tensor, Tensor]] = []  # tokens, hidden and normed states
-        for index, layer in enumerate(decoder.layers):
-            unit = decoder.unit_norm(hidden)
-            asks = index > 0 and rule.may_exit(index - 1)
-            reads = asks and rule.feature_map(index - 1) is not None
-            exits: list[bool] = []
-            qkv: Tensor | None = None
-            if reads:
-                qkv = projections[index](unit)
-                exits = rule.decide(index - 1, qkv[:, layer.qkv_width :])
-            elif asks:
-                normed = weights.normed(index - 1, unit) if rule.needs_normed else None
-                exits = rule.exits(index - 1, before, hidden, normed)
-            if True in exits:
-                exiting = [token for token, exits_here in enumerate(exits) if exits_here]
-                for token in exiting:
-                    exit_layers[inside[token]] = index
-                if len(exiting) == len(inside):
-                    exited.append((inside, hidden, weights.normed(index - 1, unit)))
-                    inside = []
-                    break
-                index_of = torch.tensor(exiting, device=hidden.device)
-                normed = weights.normed(index - 1, unit[index_of])
-                exited.append(([inside[token] for token in exiting], hidden[index_of], normed))
-                stay = [token for token, exits_here in enumerate(exits) if not exits_here]
-                inside = [inside[token] for token in stay]
-                staying = torch.tensor(stay, device=hidden.device)
-                hidden, unit = hidden[staying], unit[staying]
-                qkv = None if qkv is None else qkv[staying]
-                rows = torch.tensor(inside, device=hidden.device)
-                step.keep(rows if self._cache_rows is None else self._cache_rows[rows], staying)
-            if qkv is None:
-                qkv = projections[index](unit)
-            before, hidden = hidden, layer.finish(hidden, qkv[:, : layer.qkv_width], step)
-        if inside:
-            exited.append((inside, hidden, weights.normed(self.num_layers - 1, decoder.unit_norm(hidden))))
+        states, normed, exit_layers = run_with_exits(weights, rule, decoder.embed(tokens, positions), step)
         self._slot, self._generated = slot + 1, self._generated + 1
-        states, normed = _in_order(exited, count)
         self._propagate_states(states, exit_layers, slot, rotary)
         return normed, exit_layers
 
@@ -358,6 +327,72 @@ class Decoding:
             slots=torch.full((count,), slot, device=device),
             rotary=rotary,
         )
+
+
+def run_with_exits(
+    weights: ExitWeights, rule: TokenExitRule, embedded: Tensor, step: ShrinkingStep
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Run tokens through the layers until each has exited.
+
+    Args:
+        weights: of the model.
+        rule: when they exit.
+        embedded: (tokens, hidden), before the first layer.
+        step: what they attend to; it is told who goes on.
+
+    Returns:
+        Hidden states at the exits, (tokens, hidden); the same behind the exits' norms; and the layers, 1-based.
+    """
+    decoder, last, count = weights.decoder, weights.num_layers, len(embedded)
+    projections = weights.projections(rule)
+    before = hidden = embedded
+    inside = list(range(count))  # positions among the tokens
+    exit_layers = [last] * count
+    exited: list[tuple[list[int], Tensor, Tensor]] = []  # tokens, hidden and normed states
+    for index, layer in enumerate(decoder.layers):
+        unit = decoder.unit_norm(hidden)
+        asks = index > 0 and rule.may_exit(index - 1)
+        reads = asks and rule.feature_map(index - 1) is not None
+        exits: list[bool] = []
+        qkv: Tensor | None = None
+        if reads:
+            qkv = projections[index](unit)
+            exits = rule.decide(index - 1, qkv[:, layer.qkv_width :])
+        elif asks:
+            normed = weights.normed(index - 1, unit) if rule.needs_normed else None
+            exits = rule.exits(index - 1, before, hidden, normed)
+        if True in exits:
+            exiting = [token for token, exits_here in enumerate(exits) if exits_here]
+            for token in exiting:
+                exit_layers[inside[token]] = index
+            if len(exiting) == len(inside):
+                exited.append((inside, hidden, weights.normed(index - 1, unit)))
+                inside = []
+                break
+            index_of = torch.tensor(exiting, device=hidden.device)
+            normed = weights.normed(index - 1, unit[index_of])
+            exited.append(([inside[token] for token in exiting], hidden[index_of], normed))
+            stay = [token for token, exits_here in enumerate(exits) if not exits_here]
+            inside = [inside[token] for token in stay]
+            staying = torch.tensor(stay, device=hidden.device)
+            hidden, unit = hidden[staying], unit[staying]
+            qkv = None if qkv is None else qkv[staying]
+            step.keep(inside, staying)
+        if qkv is None:
+            qkv = projections[index](unit)
+        before, hidden = hidden, layer.finish(hidden, qkv[:, : layer.qkv_width], step)
+    if inside:
+        exited.append((inside, hidden, weights.normed(last - 1, decoder.unit_norm(hidden))))
+    states, normed = _in_order(exited, count)
+    return states, normed, exit_layers
+
+
+def kept_rotary(rotary: dict[str, Rotary | None], kept: Tensor) -> dict[str, Rotary | None]:
+    """The angles of the kept tokens; a table of one entry is for all."""
+    return {
+        layer_type: table if table is None or len(table[0]) == 1 else (table[0][kept], table[1][kept])
+        for layer_type, table in rotary.items()
+    }
 
 
 def _in_order(exited: list[tuple[list[int], Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

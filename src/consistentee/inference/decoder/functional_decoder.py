@@ -268,6 +268,11 @@ class FunctionalDecoder:
             else None
         )
 
+    @property
+    def rotary_depends_on_length(self) -> bool:
+        """Whether the angles of a token depend on how long its text is."""
+        return self._length_rotary is not None
+
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """(tokens,) ids and positions -> (tokens, hidden)."""
         if self._plain_embedding is not None:

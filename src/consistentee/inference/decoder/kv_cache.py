@@ -1,8 +1,8 @@
 """Keys and values of every layer, row and slot of a generation, in one tensor.
 
 A slot is a column of the batch: prompts are padded on the left, so that all rows write to the same slot, until a
-verification gives rows different lengths. One tensor for all layers lets the keys and values of many skipped layers be
-written at once.
+verification gives rows different lengths. Where rows come and go (`continuous`), each begins at slot 0. One tensor for
+all layers lets the keys and values of many skipped layers be written at once.
 """
 
 from __future__ import annotations
@@ -42,20 +42,33 @@ class DecoderCache:
         )
 
     @property
+    def rows(self) -> int:
+        """Rows that there is room for."""
+        return self.storage.shape[2]
+
+    @property
     def capacity(self) -> int:
         """Slots."""
         return self.storage.shape[4]
 
-    def reserve(self, slots: int) -> None:
-        """Make room for so many slots; grows by half at least, so that growing is rare."""
-        if slots <= self.capacity:
+    def reserve(self, slots: int, rows: int = 0) -> None:
+        """Make room for so many slots, and rows; grows by half at least (rows double), so that growing is rare."""
+        old, capacity = self.storage, self.capacity
+        if slots <= capacity and rows <= self.rows:
             return
-        old = self.storage
         shape = list(old.shape)
-        shape[4] = max(slots, self.capacity + self.capacity // 2)
+        if slots > capacity:
+            shape[4] = max(slots, capacity + capacity // 2)
+        if rows > self.rows:
+            shape[2] = max(rows, 2 * self.rows)
         grown = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        grown[..., : self.capacity, :] = old
+        grown[:, :, : self.rows, :, :capacity] = old
         self._use(grown)
+
+    def copy_row(self, row: int, source: DecoderCache, source_row: int, first: int, tokens: int) -> None:
+        """Take over so many slots of a row of this cache or another one, from the `first` on; they begin at 0 here."""
+        kept = source.storage[:, :, source_row, :, first : first + tokens]
+        self.storage[:, :, row, :, :tokens] = kept
 
     def keep(self, rows: Tensor) -> None:
         """Keep these rows only, (kept,) int64, in this order."""

@@ -103,7 +103,7 @@ class FlatStep:
         in_line = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         self._span = (slots[0], len(slots)) if self._single is not None and in_line else None
         self._distinct = torch.tensor(distinct, device=device)
-        self._is_whole = distinct == list(range(decoding.cache.storage.shape[2]))
+        self._are_first = distinct == list(range(len(distinct)))
         # (rows, most tokens of a row): which token stands there; rows with fewer repeat their last one
         grid = [
             members[cache_row] + members[cache_row][-1:] * (self._most - len(members[cache_row]))
@@ -136,7 +136,9 @@ class FlatStep:
         sliding = self._window is not None and layer.layer_type == SLIDING
         if self._single is not None:
             keys, values = keys.narrow(0, self._single, 1), values.narrow(0, self._single, 1)
-        elif not self._is_whole:
+        elif self._are_first:
+            keys, values = keys.narrow(0, 0, len(self._distinct)), values.narrow(0, 0, len(self._distinct))
+        else:
             keys, values = keys.index_select(0, self._distinct), values.index_select(0, self._distinct)
         keys, values = keys.narrow(2, 0, self._seen), values.narrow(2, 0, self._seen)
         if sliding not in self._biases:
@@ -180,7 +182,7 @@ class RecomputeDecoding:
         self._prompts = Decoding(weights, NeverExit(), attention_mask, capacity, full_depth_first_token=True)
         self.cache = self._prompts.cache
         paddings: list[int] = (attention_mask == 0).sum(1).tolist()
-        self.least_padding = min(paddings)
+        self.least_padding = min(paddings, default=0)
         self.rows = [RowState(row, padding, 0) for row, padding in enumerate(paddings)]
         self._numbers = list(range(len(paddings)))
         self._generated = 0

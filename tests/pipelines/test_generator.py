@@ -217,6 +217,7 @@ class TestGenerateTexts:
             ({"criterion": "softmax_margin"}, 'has no threshold for criterion "softmax_margin"'),
             ({"temperature": 0.5}, "temperature goes with do_sample"),
             ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
+            ({"do_sample": True, "temperature": 1e-45}, "temperature must be at least 1e-05, got 1"),
             ({"top_k": 3}, "top_k goes with do_sample"),
             ({"do_sample": True, "top_k": 0}, "top_k must be at least 1, got 0"),
             ({"do_sample": True, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),

@@ -17,6 +17,7 @@ from huggingface_hub import InferenceClient
 
 from consistentee.data.templates import PLAIN
 from consistentee.models.loaded import LoadedGenerator, load_model
+from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import GeneratedText, TextGenerator
 from consistentee.serving.completions import generator_app
@@ -100,6 +101,26 @@ def test_streams_are_the_text_piece_by_piece(generator: TextGenerator, client: h
     told = [layer for choice in choices for layer in choice["exit_layers"]]
     assert told == chunks[-1]["usage"]["exit_layers"] == wanted.exit_layers
     assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
+
+
+def test_the_description_of_a_stream_is_of_its_events(client: httpx.Client) -> None:
+    """As schemathesis reads it: every event is an object with a text `data`."""
+    described = httpx.get(str(client.base_url).replace("/v1/", "/openapi.json"), timeout=60).json()
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        content = described["paths"][path]["post"]["responses"]["200"]["content"]
+        schema = content["text/event-stream"]["schema"]
+        assert (schema["type"], schema["required"]) == ("object", ["data"])
+        assert schema["properties"]["data"]["type"] == "string"
+
+
+def test_whole_numbers_may_be_written_with_a_point(client: httpx.Client) -> None:
+    """JSON Schema has it so, and the description says `integer`."""
+    assert (
+        ask(client, prompt="do", max_tokens=3.0, seed=7.0)["usage"]
+        == ask(client, prompt="do", max_tokens=3)["usage"]
+    )
+    answer = client.post("completions", json={"model": "any", "prompt": "do", "max_tokens": 3.5})
+    assert answer.status_code == 422
 
 
 def test_stop_strings_end_a_text_before_them(generator: TextGenerator, client: httpx.Client) -> None:
@@ -234,7 +255,15 @@ def test_prompts_are_written_together_and_the_short_one_ends_first(generator: Te
 
     found = asyncio.run(work())
     assert ended[0] == PROMPTS[0]
-    assert b"consistentee_batch_rows_count 1.0" in service.metrics.text()
+    lengths = [
+        len(written(generator, prompt, max_new_tokens=4 + 8 * place).token_ids)
+        for place, prompt in enumerate(PROMPTS)
+    ]
+    counted = (
+        service.metrics.text().decode()
+    )  # one pass of the prompts, and one for every token behind the first
+    assert f"consistentee_batch_rows_count {float(max(lengths))}" in counted
+    assert f"consistentee_batch_rows_sum {float(sum(lengths))}" in counted
     for place, prompt in enumerate(PROMPTS):
         wanted = written(generator, prompt, max_new_tokens=4 + 8 * place)
         assert "".join(event.piece for event in found[prompt]) == wanted.text
@@ -247,20 +276,19 @@ def test_queue_deadline_and_clients_that_go_away(generator: TextGenerator) -> No
     service = GeneratorService(generator, limits=ServerLimits(max_queue=2, deadline_ms=100))
     options = generator.check(DecodingOptions())
     held = threading.Event()
-    stream_rows = generator.stream_rows
 
     async def first(limit: int = 4) -> Any:
         async for event in service.texts([generator.encode_text("a")], [limit], options):
             return event
         return None
 
-    def held_rows(*args: Any, **values: Any) -> None:
+    def held_texts(options: DecodingOptions) -> ContinuousTexts:
         held.wait(30)
-        stream_rows(*args, **values)
+        return generator.continuous_texts(options)
 
     async def work() -> None:
         service.start()
-        service.__dict__["generator"] = _With(generator, held_rows)
+        service.__dict__["generator"] = _With(generator, held_texts)
         late = asyncio.ensure_future(first())
         gone = asyncio.ensure_future(first())
         await asyncio.sleep(0.02)
@@ -281,8 +309,8 @@ def test_queue_deadline_and_clients_that_go_away(generator: TextGenerator) -> No
 
 
 class _With:
-    def __init__(self, generator: TextGenerator, stream_rows: Any) -> None:
-        self._generator, self.stream_rows = generator, stream_rows
+    def __init__(self, generator: TextGenerator, continuous_texts: Any) -> None:
+        self._generator, self.continuous_texts = generator, continuous_texts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
@@ -300,6 +328,7 @@ def test_lossless_and_drawn_texts(tmp_path: Path) -> None:
 
         full = written(generator, "do this", max_new_tokens=12, mode="full").text
         assert text_of(mode="lossless") == text_of(mode="full") == full
+        assert text_of(temperature=1e-45, top_p=0.5) == text_of()  # its logits would be no numbers
         drawn = {text_of(temperature=1.5, seed=seed) for seed in range(4)}
         assert len(drawn) > 1
         assert text_of(temperature=1.5, seed=3, top_p=0.9) == text_of(temperature=1.5, seed=3, top_p=0.9)

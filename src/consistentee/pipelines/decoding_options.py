@@ -50,6 +50,9 @@ SHAPING = (
 """Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
 own `generation_config` says, and so is transformers' default of the 50 likeliest."""
 
+LEAST_TEMPERATURE = 1e-5
+"""The lowest temperature; what is drawn at it is as good as always the likeliest token."""
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -63,7 +66,7 @@ class DecodingOptions:
         max_new_tokens: longest text; None takes what suits the model's task.
         max_prompt_length: longest prompt, in tokens; None takes what the model has room for beside the text.
         do_sample: whether to draw tokens; otherwise the likeliest is taken.
-        temperature: above 0, divides the logits before drawing; None is 1.
+        temperature: at least 1e-5, divides the logits before drawing; None is 1.
         top_k: at least 1, tokens are drawn from so many of the likeliest; None is all of them.
         top_p: in (0, 1], share of the probability from which tokens are drawn; None is all of it.
         seed: of the draws; None goes on with torch's generator as it is.
@@ -101,6 +104,11 @@ class DecodingOptions:
                 raise ValueError(f"{name} goes with do_sample, got {getattr(self, name)} without it.")
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if self.temperature is not None and self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be at least {LEAST_TEMPERATURE:g}, got {self.temperature}: logits divided by less "
+                "may be no numbers any more. Leave out do_sample for the likeliest token."
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.seed is not None:

@@ -1,7 +1,8 @@
 """OpenAI's `/v1/completions` and `/v1/chat/completions`: what is read of a request, and its answers, streamed or whole.
 
 `exit_layers` beside a choice's text (in a stream: beside each piece) are the layers at which its tokens exited, and
-`usage` has their mean. Greedy unless `temperature` is above 0. `threshold` and `mode` are ours.
+`usage` has their mean. Greedy unless `temperature` is above 0 (below 1e-5 that is the same). `threshold` and
+`mode` are ours.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from consistentee.data.templates import Turn
-from consistentee.pipelines.decoding_options import DecodingOptions
+from consistentee.pipelines.decoding_options import LEAST_TEMPERATURE, DecodingOptions
 from consistentee.serving.app import (
     Handler,
     Receive,
@@ -164,8 +165,9 @@ def _options(values: Mapping[str, Any]) -> DecodingOptions:
     stops = [stop] if isinstance(stop, str) else stop
     if len(stops) > MOST_STOPS or not all(isinstance(text, str) and text for text in stops):
         refuse(f"stop must hold at most {MOST_STOPS} strings of at least one character.")
-    draws = bool(temperature)
-    if not draws and (top_p or 1) != 1:
+    temperature = 0.0 if temperature is None else temperature
+    draws = not 0 <= temperature < LEAST_TEMPERATURE
+    if not temperature and (top_p or 1) != 1:
         refuse("top_p goes with a temperature above 0: without one the likeliest token is taken.")
     try:
         return DecodingOptions(
@@ -174,7 +176,7 @@ def _options(values: Mapping[str, Any]) -> DecodingOptions:
             threshold=None if threshold is None else float(threshold),
             do_sample=draws,
             temperature=float(temperature) if draws else None,
-            top_p=None if top_p in (None, 1) else float(top_p),
+            top_p=None if not draws or top_p is None or top_p == 1 else float(top_p),
             seed=seed if draws else None,
             stop=stops,
         )

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.serving.requests import JSON_TYPE, ServerLimits
 
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {"type": "string", "description": "A piece of the answer as JSON; [DONE] at the end."}
+    },
+    "description": "One event of the stream (`stream`: true).",
+}
 _ERRORS = {
     "400": "The body is no JSON.",
     "401": "The bearer token is missing or wrong.",
@@ -79,7 +88,7 @@ def _error(status: str, kind: str) -> dict[str, Any]:
 def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], kind: str) -> dict[str, Any]:
     content: dict[str, Any] = {JSON_TYPE: {"schema": answer}}
     if kind == "generator":
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     responses: dict[str, Any] = {"200": {"description": summary, "content": content}}
     responses |= {status: _error(status, kind) for status in _ERRORS if status != "401"}
     responses["429"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
@@ -209,16 +218,22 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         },
         "threshold": {"type": "number", "description": "Exit score above which a token exits."},
         "mode": {"type": "string", "enum": ["early-exit", "full", "lossless"]},
-        "criterion": {"type": "string", "description": "Exit rule, in place of the saved one."},
+        "criterion": {
+            "type": "string",
+            "enum": list(GENERATION_CRITERIA),
+            "description": "Exit rule, in place of the saved one.",
+        },
         "n": {"type": "integer", "enum": [1]},
         "user": {"type": "string"},
     }
     message = {
         "type": "object",
         "required": ["role", "content"],
+        "additionalProperties": False,
         "properties": {
             "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
             "content": {"type": "string"},
+            "name": {"type": "string", "description": "Not used."},
         },
     }
     prompts = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": limits.max_batch}

@@ -87,7 +87,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 def take(
     values: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], what: str, default: Any
 ) -> Any:
-    """A field of its type, or its default where it is missing or null.
+    """A field of its type, or its default where it is missing or null; 3.0 is a whole number, as in JSON Schema.
 
     Raises:
         RefusedRequest: it is of another type.
@@ -96,6 +96,8 @@ def take(
     if value is None:
         return default
     wanted = kinds if isinstance(kinds, tuple) else (kinds,)
+    if kinds is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         refuse(f"{name} must be {what}, got {_shown(value)}.")
     return value

@@ -36,6 +36,7 @@ from consistentee.inference.encoder.onnx_backend import OnnxBackend, onnx_backen
 from consistentee.inference.encoder.onnx_runner import OnnxExitRunner, has_graph, run_graph
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import torch_backend
+from consistentee.inference.memory import give_back_memory
 from consistentee.inference.threads import settle_after_fork
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import (
@@ -380,6 +381,8 @@ class Engine:
             if not window:
                 return
             yield window, self._window(window, batch_size, rule)
+            if size >= WINDOW_ROWS:
+                give_back_memory()
 
 
 def window_sizes(batch_size: int | None) -> Iterator[int]:

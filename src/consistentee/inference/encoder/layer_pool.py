@@ -26,9 +26,13 @@ from numpy.typing import NDArray
 from consistentee.inference.encoder.backend import Backend, TokenRow
 from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores
 from consistentee.inference.encoder.scheduler import BATCH_TOKENS
+from consistentee.inference.memory import give_back_memory
 
 PATIENCE = 4
 """Steps a row waits at most before it goes first, in times the number of layers."""
+
+GIVE_BACK_STEPS = 64
+"""After so many steps free memory goes back to the system: a request that comes alone does not wait for that."""
 
 BATCHES_INSIDE = 8
 """Rows of so many whole batches are between layers at most; the others wait as token ids."""
@@ -173,6 +177,8 @@ class LayerPool:
         line, layer_index = chosen
         active = self._take(line, layer_index)
         self._steps += 1
+        if self._steps % GIVE_BACK_STEPS == 0:
+            give_back_memory()
         if active is None:
             return [], 0
         return self._pass(line, layer_index, active), len(active.rows)

@@ -301,3 +301,15 @@ def reachable(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_the_log_says_it_once(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    with running(classifier_app(ClassifierService(engine))) as address:
+        place = urlsplit(address)
+        for _ in range(5):
+            with socket.create_connection((place.hostname, place.port), timeout=5) as broken:
+                broken.sendall(b"no request\r\n\r\n")
+                assert broken.recv(100).startswith(b"HTTP/1.1 400")
+    assert [record.message for record in caplog.records if record.name == "uvicorn.error"] == [
+        "Invalid HTTP request received."
+    ]

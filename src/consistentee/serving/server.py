@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,9 @@ from consistentee.errors import SettingError, require_extra
 
 DRAIN_SECONDS = 30
 """Time that answers on their way have after SIGTERM."""
+
+QUIET_SECONDS = 60.0
+"""Between two lines of the log that say the same of some connection or other."""
 
 MAX_CONNECTIONS = 4096
 BACKLOG = 2048
@@ -58,17 +63,33 @@ class HttpServer:
             ) from None
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self._said: dict[str, float] = {}
         self._server = uvicorn.Server(config)
         self._server.capture_signals = self._signals
 
     def run(self) -> None:
         """Answer until `stop` or, in the main thread, SIGTERM or SIGINT."""
-        self._server.run(sockets=[self._socket])
+        log = logging.getLogger("uvicorn.error")
+        log.addFilter(self._is_news)
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            log.removeFilter(self._is_news)
 
     def stop(self, *_: Any) -> None:
         """End once who waits is answered; the second time at once."""
         self._server.force_exit = self._server.should_exit
         self._server.should_exit = True
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Whether a warning was not just logged: under overload each refused connection and broken request has one."""
+        if record.levelno > logging.WARNING:
+            return True
+        now, text = time.monotonic(), str(record.msg)
+        is_news = now - self._said.get(text, -QUIET_SECONDS) >= QUIET_SECONDS
+        if is_news:
+            self._said[text] = now
+        return is_news
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmark_scripts import read, script
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.requests import PREDICT_FIELDS, ServerLimits
@@ -56,3 +57,12 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     during = report["overload"]["during"]
     assert during["wrong"] == 0
     assert f"{during['statuses']['200']:,} answers, none wrong" in PAGE
+
+
+def test_figures_of_prompts_that_join() -> None:
+    report = read("serving", "joining-smollm2-30l.json")
+    assert script("joining_prompts").render(report) in PAGE
+    one_a_second, beyond = report["loads"]
+    for load in (one_a_second, beyond):
+        assert load["joining"]["texts"] == load["waiting"]["texts"]
+        assert load["joining"]["first_token_p95_ms"] < load["waiting"]["first_token_p95_ms"]

@@ -107,7 +107,7 @@ def order_table(by_slo: list[dict[str, Any]]) -> str:
         fullest.append(f"{pair['whole']['per_core']:.0f}, {pair['split']['per_core']:.0f}")
         queue.append(f"{found['one_queue']['per_core']:.0f}")
     for name, cells in (
-        ("the shallowest layer, as in `LayerPool`", shallowest),
+        ("the shallowest layer", shallowest),
         ("the layer with the most rows", fullest),
         ("the shallowest, whole replicas on one queue", queue),
     ):

@@ -1,8 +1,9 @@
 """A fleet of engines, simulated: whole replicas, autoscaled, against replicas that are split by depth.
 
 Requests come at random (Poisson). Each has an exit layer, drawn from a measured histogram. A server is one core with
-one engine; as `LayerPool` does, a step takes the rows before the shallowest layer, as many as fit, past that layer, and
-a row that has been inside for too many steps goes first. A step takes as long as measured for its number of rows.
+one engine; a step takes the rows before the shallowest layer (or, as `LayerPool` does, the one with the most),
+as many as fit, past that layer, and a row that has been inside for too many steps goes first. A step takes as long as
+measured for its number of rows.
 
 - *whole*: every server has all layers; a balancer gives a request to the emptier of two servers drawn at random.
 - *split* at depth d: some servers have the layers up to d, the others those behind. Survivors wait in one queue for all

@@ -98,6 +98,27 @@ def test_who_exits_first_is_answered_first_and_newcomers_catch_up(engine: Engine
     assert {answer.key for answer in drained(pool)} == {"hard", "new"}
 
 
+def test_the_fullest_layer_goes_first(engine: Engine) -> None:
+    rows, scores = rows_of(engine), engine.exit_scores(ExitRule("policy", 0.5))
+    pool = engine.pool()
+    pool.add([PoolRow(number, rows[1], 1.0) for number in range(2)], scores)
+    assert pool.step()[1] == 2
+    pool.add([PoolRow("new", rows[1], 1.0)], scores)
+    assert pool.step()[1] == 2  # the two go on, and one that comes waits ...
+    pool.add([PoolRow("newer", rows[1], 1.0), PoolRow("newest", rows[1], 1.0)], scores)
+    assert pool.step()[1] == 3  # ... until as many have come
+    assert len(drained(pool)) == 5
+
+
+def test_answered_rows_make_no_layer_full(engine: Engine) -> None:
+    rows, scores = rows_of(engine), engine.exit_scores(ExitRule("policy", 0.5))
+    pool = engine.pool()
+    pool.add([PoolRow(number, rows[1], 0.0, to_the_end=True) for number in range(3)], scores)
+    assert len(pool.step()[0]) == 3
+    pool.add([PoolRow("new", rows[1], 0.0)], scores)
+    assert [answer.key for answer in pool.step()[0]] == ["new"]
+
+
 def test_nobody_waits_for_ever(engine: Engine) -> None:
     rows, scores = rows_of(engine), engine.exit_scores(ExitRule("policy", 0.5))
     pool = engine.pool(patience=6)

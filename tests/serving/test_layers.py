@@ -207,7 +207,8 @@ def test_failures_and_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch)
             ),
         ]
         await service.stop()
-        return [value.status if isinstance(value, RefusedRequest) else value[0] for value in found]
+        answers: list[Any] = found
+        return [value.status if isinstance(value, RefusedRequest) else value[0] for value in answers]
 
     assert asyncio.run(main()) == [424, 7, 7, 429]
     assert (service._unanswered, service._pending) == (0, {})

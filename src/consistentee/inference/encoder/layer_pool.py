@@ -5,9 +5,10 @@ exits is answered at once, the rest wait for the next layer, where later arrival
 exits early is answered early, batches of deep layers are filled with what is left of many requests, and a new row need
 not wait until those before it are through.
 
-**Which layer.** The shallowest that has rows: its rows are likely to exit soon (Gittins' index of a job whose end
-becomes less likely the longer it takes), and those that wait deeper are joined by more. So that none waits for ever, a
-row that has been in the pool for `patience` steps goes first, with all that stand beside it.
+**Which layer.** The one with the most rows that fit into a batch; of equals the shallowest. A step costs much before it
+has any rows, so newcomers wait at the first layer until they are many or nothing else is left to do. Under
+load more rows pass a step, and the last ones come sooner than with the shallowest layer first. So that none waits for
+ever, a row that has been in the pool for `patience` steps goes first, with all that stand beside it.
 
 A row may go on after it is answered (`to_the_end`), to learn what full depth says; nobody waits for it.
 """
@@ -15,7 +16,7 @@ A row may go on after it is answered (`to_the_end`), to learn what full depth sa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -185,34 +186,54 @@ class LayerPool:
 
     def _choose(self) -> tuple[_Line, int] | None:
         """The line and layer whose rows go next."""
-        shallowest: tuple[int, int, _Line] | None = None
+        fullest: tuple[tuple[int, int, int], _Line] | None = None
         oldest: tuple[int, int, _Line] | None = None
         room = self._tokens_inside < BATCHES_INSIDE * self._most_tokens
         for line in self._lines.values():
-            for layer_index, since in self._waiting(line, room):
-                if shallowest is None or (layer_index, since) < shallowest[:2]:
-                    shallowest = layer_index, since, line
+            for layer_index, count, since in self._waiting(line, room):
+                order = -count, layer_index, since
+                if fullest is None or order < fullest[0]:
+                    fullest = order, line
                 if oldest is None or (since, -layer_index) < (oldest[0], -oldest[1]):
                     oldest = since, layer_index, line
-        if shallowest is None:
+        if fullest is None:
             return None
         if oldest is not None and self._steps - oldest[0] > self._patience:
             return oldest[2], oldest[1]
-        return shallowest[2], shallowest[0]
+        return fullest[1], fullest[0][1]
 
-    def _waiting(self, line: _Line, room: bool) -> Iterator[tuple[int, int]]:
-        """Layers before which rows of a line stand, with the step since which the oldest of them has been here."""
+    def _waiting(self, line: _Line, room: bool) -> Iterator[tuple[int, int, int]]:
+        """Layers before which rows of a line stand: how many fit into a batch, and since which step the oldest is here.
+
+        Nobody waits for rows that are answered: they count for nothing and are as young as can be.
+        """
         if line.waiting and room:
-            yield 0, line.waiting[0][1]
+            lengths = (len(row.tokens["input_ids"]) for row, _ in line.waiting)
+            yield 0, self._fitting(lengths), line.waiting[0][1]
         for layer_index, batches in enumerate(line.inside):
             if batches:
-                # Nobody waits for rows that are answered: they are as young as can be.
-                yield (
-                    layer_index,
-                    min(
-                        int(np.where(active.answered, self._steps, active.since).min()) for active in batches
-                    ),
+                lengths = (
+                    length
+                    for active in batches
+                    for length, is_answered in zip(
+                        self._backend.lengths(active.batch), active.answered.tolist(), strict=True
+                    )
+                    if not is_answered
                 )
+                since = min(
+                    int(np.where(active.answered, self._steps, active.since).min()) for active in batches
+                )
+                yield layer_index, self._fitting(lengths), since
+
+    def _fitting(self, lengths: Iterable[int]) -> int:
+        """How many of the first rows fit into a batch."""
+        tokens = count = 0
+        for length in lengths:
+            tokens += length
+            if count and tokens > self._most_tokens:
+                break
+            count += 1
+        return count
 
     def _take(self, line: _Line, layer_index: int) -> _Inside | None:
         """The rows that pass a layer together, as many as fit; None where all of them were dropped."""

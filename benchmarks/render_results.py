@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from consistentee.atomic_files import write_text
+from consistentee.training.methods import METHODS as TRAINING_METHODS
 
 Cell = dict[str, Any]
 TASKS = ("sst2", "mrpc", "rte", "m-cid", "stackoverflow")
@@ -76,8 +77,17 @@ def page(cells: Sequence[Cell]) -> str:
         "## Convergence of the iteration",
         "Validation rows, cross-fitted policy; the score is the mean accuracy at six layer speed-ups from 1.25 to 4.",
         _round_table(cells),
+        "## Other methods",
+        f"The rivals ({_rivals()}), as published and on equal exits, beside ours: "
+        "[results-methods.md](results-methods.md).",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rivals() -> str:
+    """The methods of others with their pages; criteria that need no training of their own among them."""
+    names = [name for name, row in TRAINING_METHODS.items() if row.labels and name != "consistent"]
+    return ", ".join(f"[{name}](methods/{name}.md)" for name in [*names, "pcee", "f_pabee"])
 
 
 def layers_saved_at(cell: Cell, criterion: str, accuracy_floor: float) -> float:

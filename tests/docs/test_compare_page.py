@@ -14,9 +14,7 @@ from consistentee.training.methods import METHODS
 
 FILES = sorted((RESULTS / "compare").glob("*.json"))
 PAGE = (ROOT / "docs" / "results-methods.md").read_text(encoding="utf-8")
-SHEET = re.compile(
-    r"^## (\S+), (\S+): accuracy along the curve, %\n\n.*?\n((?:\|.*\n)+)", re.MULTILINE | re.DOTALL
-)
+SHEET = re.compile(r"^## (\S+), (\S+): accuracy along the curve, %\n\n((?:\|.*\n)+)", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

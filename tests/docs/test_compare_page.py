@@ -34,7 +34,7 @@ def test_cells_are_what_their_names_say(cells: list[dict[str, Any]]) -> None:
 def test_areas_are_those_of_the_cells(cells: list[dict[str, Any]]) -> None:
     found = summarise(cells, resamples=2)["summary"]
     areas = {
-        (entry["set"], entry["backbone"], entry["method"], entry["criterion"]): entry["area"]["mean"]
+        (entry["set"], entry["backbone"], entry["method"], entry["criterion"] or "-"): entry["area"]["mean"]
         for entry in found
         if entry["set"] and entry["is_curve"]
     }

@@ -29,10 +29,15 @@ methods=${METHODS-$(python -c 'from consistentee.training.methods import METHODS
 print(*(name for name, row in METHODS.items() if row.labels and not getattr(row, "needs", ())))')}
 # As published: every recipe of recipes/published. And the plain model of fewer layers.
 published=$(cd "$recipes/published" 2> /dev/null && ls | grep -v -e static -e released | sed 's/\.yaml$/:published/' || true)
-variants=${VARIANTS-static:2 static:3 static:4 static:6 static:8 consistent:released $published}
+# The same with the mean of the tokens in place of [CLS], which says little on backbones that are pooled so.
+pooled=$(sed -n 's/^\([a-z_]*:mean-pooled\):.*/\1/p' "$recipes/../benchmarks/mean_pooled.yaml")
+settings=(--settings "$recipes/../benchmarks/mean_pooled.yaml")
+[ -z "${VARIANTS+given}" ] || settings=()
+variants=${VARIANTS-static:2 static:3 static:4 static:6 static:8 consistent:released $published $pooled}
 
 compare() { # BACKBONE SEED WARM-UP_EPOCHS DATA TASK OPTIONS...
-  consistentee compare --methods $methods $variants --recipes "$recipes" --backbone "$models/$1" --seeds "$2" \
+  consistentee compare --methods $methods $variants --recipes "$recipes" ${settings[@]+"${settings[@]}"} \
+    --backbone "$models/$1" --seeds "$2" \
     --warmup-epochs "$3" --data-dir "$4" --task "$5" "${@:6}" --output-dir "$out" --discard-models --resamples 2 ${DRY-}
 }
 

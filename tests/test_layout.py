@@ -229,6 +229,12 @@ def test_configs_stay_above() -> None:
     assert config_takers(MODULES) == CONFIG_TAKERS
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by name alone, and refuses the second of two in one run."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if "node_modules" not in path.parts]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_no_module_for_anything() -> None:
     assert [name for name in MODULES if name.split(".")[-1] in ("utils", "base")] == []
 

@@ -230,7 +230,7 @@ def test_configs_stay_above() -> None:
 
 
 def test_files_of_tests_have_names_of_their_own() -> None:
-    """pytest imports them by name alone, and refuses the second of two in one run."""
+    """Pytest imports them by name alone, and refuses the second of two in one run."""
     names = [path.name for path in Path(__file__).parent.rglob("*.py") if "node_modules" not in path.parts]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 

@@ -20,8 +20,9 @@ from consistentee.inference.encoder.packed_layers import LAYER_PARTS
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import PackedBackend
 from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
-from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model
+from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_model
 
 CASES = [(model_type, {}, {}) for model_type in LAYER_PARTS]
 CASES += [
@@ -198,10 +199,16 @@ def test_engine_on_bound_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert [(p.label, p.exit_layer) for p in found] == [(p.label, p.exit_layer) for p in wanted]
 
 
-@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def original(folder: Path) -> Any:
+    classifier = tiny_classifier(folder / "original")
+    return EarlyExitForSequenceClassification.from_classifier(classifier, max_length=64).eval()
+
+
+@pytest.mark.parametrize("model_type", ["original", "mpnet"])
 @torch.no_grad()
 def test_the_rival_is_the_same_model(tmp_path: Path, model_type: str) -> None:
-    model = build(tmp_path, model_type)
+    """Of a model with exits, and of one that kept the head that it came with, at any number of rows."""
+    model: Any = build(tmp_path, model_type) if model_type == "mpnet" else original(tmp_path)
     session = full_model_session(model)
     names = [given.name for given in session.get_inputs()]
     assert names[:2] == ["input_ids", "attention_mask"]
@@ -212,6 +219,8 @@ def test_the_rival_is_the_same_model(tmp_path: Path, model_type: str) -> None:
             "attention_mask": torch.ones_like(ids),
             "token_type_ids": torch.zeros_like(ids),
         }
-        wanted = model(**{name: values[name] for name in names}, all_layers=True).classifier_logits[:, -1]
+        wanted = model(**{name: values[name] for name in names}, all_layers=True).layer_logits[:, -1]
+        if model_type == "mpnet":
+            wanted = model(**{name: values[name] for name in names}, all_layers=True).classifier_logits[:, -1]
         found = session.run(None, {name: values[name].numpy() for name in names})[0]
         torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-3)

@@ -60,7 +60,7 @@ class OriginalHead(nn.Module):
             attention_mask: (batch, tokens), 1 for real tokens.
         """
         logits = HEADS[self.model_type].forward(self.parts, hidden_states, attention_mask, self._config)
-        return hidden_states.new_zeros(len(hidden_states), self.width), logits
+        return hidden_states.new_zeros(hidden_states.shape[0], self.width), logits
 
     def train(self, mode: bool = True) -> OriginalHead:
         """Stay in evaluation mode, whatever the model around does."""

@@ -103,3 +103,20 @@ def test_what_the_engine_gives_without_exits() -> None:
         )
         == []
     )
+
+
+def test_what_one_would_take_instead() -> None:
+    report = read("against", "e5-12l_m-cid.json")
+    assert missing(PAGE, script("render_against").table(report)) == []
+    good = [row for row in report["rows"] if row["accuracy_difference"] >= -0.0101]
+    said: list[str] = []
+    for size in (1, 32):
+        best = [
+            min(
+                row["milliseconds"] for row in good if row["batch_size"] == size and row["has_exits"] is exits
+            )
+            for exits in (False, True)
+        ]
+        said.append(f"{best[0]:.2f} and {best[1]:.2f} ms at batch {size}, {best[0] / best[1]:.2f}x")
+    assert missing(PAGE, *said) == []
+    assert sorted({row["rows"] for row in report["rows"]}) == [17, 32]

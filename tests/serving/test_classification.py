@@ -133,6 +133,12 @@ def test_what_would_be_too_late_is_refused_at_once(engine: Engine) -> None:
     async def work() -> None:
         waiting = asyncio.ensure_future(service.predict(ask(TEXTS[0])))
         await asyncio.sleep(0)
+        service._answered_at.extend(
+            [time.perf_counter() - 128] * 64
+        )  # two seconds a text: four for two, of five
+        with pytest.raises(RefusedRequest, match="more than it answers in time"):
+            await service.predict(ask(TEXTS[1]))
+        service._answered_at.clear()
         service._answered_at.extend([time.perf_counter() - 640] * 64)  # ten seconds a text
         with pytest.raises(RefusedRequest, match="more than it answers in time") as caught:
             await service.predict(ask(TEXTS[1]))

@@ -46,6 +46,9 @@ LONG_TEXTS = 4_000
 
 COMPUTING_FAILED = "Computing failed. Try again."
 
+WITHIN_DEADLINE = 0.75
+"""Share of the deadline within which a text must be expected to be answered to be taken: the pace varies."""
+
 RECENT, PACE_ANSWERS = 256, 64
 """The last answers, by which the pace is told; fewer than the second number tell none."""
 
@@ -198,7 +201,7 @@ class ClassifierService:
         if number > self.limits.max_queue:
             refuse(f"inputs must hold at most {self.limits.max_queue} texts, got {number}.", 413)
         is_full = self._unanswered + number > self.limits.max_queue
-        if is_full or self._expected_seconds(number) > self.limits.deadline_ms / 1000:
+        if is_full or self._expected_seconds(number) > WITHIN_DEADLINE * self.limits.deadline_ms / 1000:
             most = f"of at most {self.limits.max_queue}" if is_full else "more than it answers in time"
             message = f"The server is overloaded: {self._unanswered} texts wait, {most}."
             raise RefusedRequest(429, "Overloaded", message, self._retry_after())

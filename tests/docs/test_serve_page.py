@@ -66,3 +66,9 @@ def test_figures_of_prompts_that_join() -> None:
     for load in (one_a_second, beyond):
         assert load["joining"]["texts"] == load["waiting"]["texts"]
         assert load["joining"]["first_token_p95_ms"] < load["waiting"]["first_token_p95_ms"]
+
+
+def test_figures_of_workers() -> None:
+    rows = read("serving", "workers-e5-12l_sst2.json")["rows"]
+    assert "\n".join(script("serving_workers").table(rows)) in PAGE
+    assert all((row["wrong"], row["statuses"]) == (0, ["200"]) for row in rows)

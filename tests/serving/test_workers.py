@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from multiprocessing import Pipe
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -22,10 +23,12 @@ from consistentee.inference.encoder.layer_pool import PoolAnswer, PoolRow
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.threads import threads_of_each
 from consistentee.pipelines.classifier import Engine
+from consistentee.serving import workers
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.computing import (
     AddTexts,
     DropTexts,
+    Heartbeat,
     Outcome,
     TextsAnswered,
     TextsFailed,
@@ -208,6 +211,30 @@ def test_a_text_that_kills_is_refused(service: ClassifierService, engine: Engine
     assert (answer[0]["label"], answer[0]["exit_layer"]) == (wanted.label, wanted.exit_layer)
 
 
+@pytest.mark.usefixtures("url")
+def test_a_worker_that_stands_still_is_replaced(
+    service: ClassifierService,
+    computing: ProcessComputing,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    until(lambda: counted(service, "workers") == 2)
+    before, restarts = counted(service, "exit_layer_count"), counted(service, "worker_restarts_total")
+    monkeypatch.setattr(workers, "STALLED_SECONDS", 6.0)
+    victim = computing._started[0].process.pid
+    os.kill(victim, signal.SIGSTOP)
+    same(
+        on_loop(service, all_answers(service, 40, 40)),
+        run_inside(engine, lambda own: all_answers(own, 40, 40)),
+    )
+    until(lambda: counted(service, "workers") == 2)
+    assert counted(service, "exit_layer_count") == before + 40  # each once
+    assert counted(service, "worker_restarts_total") == restarts + 1
+    assert computing._started[0].process.pid != victim
+    assert f"(process {victim}) has handed nothing over" in caplog.text
+
+
 # --- Without processes ------------------------------------------------------------------------------
 
 
@@ -257,6 +284,29 @@ def test_who_gets_what_and_what_becomes_of_it() -> None:
     assert told(three) == [[6]]
     computing._on_outcome(three, TextsFailed([6]))
     assert not three.texts
+
+
+def test_who_gives_no_sign_of_life_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    computing, killed = ProcessComputing(WorkerModel("none"), 2), list[str]()
+    monkeypatch.setattr(computing, "_beat_later", lambda: None)
+    one, two = (
+        _Worker(
+            cast(Any, SimpleNamespace(pid=name, kill=lambda name=name: killed.append(name))), cast(Any, None)
+        )
+        for name in ("one", "two")
+    )
+    computing._ready = [one, two]
+    for _ in range(workers.BEATS):
+        computing._beat()
+        assert told(two) == [Heartbeat()]
+        computing._on_outcome(two, Heartbeat())  # and nobody else is told
+    assert (told(one), killed) == ([Heartbeat()], [])  # it is asked once
+    computing._on_outcome(one, answer(1))
+    for _ in range(workers.BEATS):
+        computing._beat()
+    assert not killed
+    computing._beat()
+    assert killed == ["one", "two"]
 
 
 def test_a_worker_that_dies_at_its_start_is_started_again_after_growing_pauses(

@@ -66,6 +66,11 @@ class LookAtText:
 
 
 @dataclass(frozen=True)
+class Heartbeat:
+    """A sign of life: asked for by a message, and given between two steps by the same."""
+
+
+@dataclass(frozen=True)
 class TextsAnswered:
     """A step of a pool: who was answered, and how many rows passed a layer together."""
 
@@ -93,8 +98,8 @@ class WorkerRestarted:
     """A process has died, and the next one begins in its place."""
 
 
-Message = AddTexts | DropTexts | LookAtText
-Outcome = TextsAnswered | TextSeen | TextsFailed | WorkerRestarted
+Message = AddTexts | DropTexts | LookAtText | Heartbeat
+Outcome = TextsAnswered | TextSeen | TextsFailed | WorkerRestarted | Heartbeat
 
 
 class Computing(Protocol):
@@ -226,6 +231,8 @@ def compute_texts(
                             inside.pop(key, None)
                     case LookAtText(key) as asked if key not in gone:
                         hand_over(_view(engine, asked))
+                    case Heartbeat() as sign:
+                        hand_over(sign)
                     case _:
                         pass
             answers, rows = pool.step()

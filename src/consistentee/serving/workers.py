@@ -2,8 +2,9 @@
 
 This process keeps what each worker has been given until the answer is there. A worker that dies (killed, out of memory,
 crashed) is noticed when its pipe closes: what it had not answered goes to others, or waits for the next one, and a new
-worker is started. A text that was inside when two workers died is refused. The pipes hold pickles of this library's own
-values; a worker ends by itself when this process is gone.
+worker is started. One that is alive but hands nothing over for a minute, though asked, is killed, and is one that died.
+A text that was inside when two workers died is refused. The pipes hold pickles of this library's own values; a worker
+ends by itself when this process is gone.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from consistentee.inference.threads import threads_of_each
 from consistentee.serving.computing import (
     AddTexts,
     DropTexts,
+    Heartbeat,
     LookAtText,
     Message,
     Outcome,
@@ -48,6 +50,12 @@ MOST_DEATHS = 2
 LONGEST_PAUSE = 30.0
 """Seconds between two starts, at most, where a worker dies at its start again and again: 1, 2, 4, ..."""
 
+STALLED_SECONDS = 60.0
+"""Time after which a worker that hands nothing over, though asked, is killed; a step, a layer, takes far less."""
+
+BEATS = 12
+"""How often it is looked at meanwhile. Beats are counted, not seconds: when this process stands still, so do they."""
+
 END_SECONDS = 5.0
 """Time that a worker has to end by itself."""
 
@@ -63,12 +71,13 @@ class _Given:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, its pipe, what waits to be written to it, and the texts that it has, by key."""
+    """A process, its pipe, what waits to be written to it, its texts by key, and beats since it was heard last."""
 
     process: Any
     pipe: Connection
     outbox: queue.SimpleQueue[Message | None] = field(default_factory=queue.SimpleQueue)
     texts: dict[Hashable, _Given] = field(default_factory=dict)
+    silent_beats: int = 0
 
 
 class ProcessComputing:
@@ -101,6 +110,7 @@ class ProcessComputing:
         # On the event loop alone:
         self._hand_over: Callable[[Outcome], None] = lambda outcome: None
         self._ready: list[_Worker] = []
+        self._next_beat: asyncio.TimerHandle | None = None
         self._held: dict[Hashable, _Given] = {}
 
     # --- On the event loop, or before there is one ---------------------------------------------------
@@ -130,6 +140,7 @@ class ProcessComputing:
         for call, values in posted:
             call(*values)
         self._begin()
+        self._beat_later()
 
     def send(self, message: Message) -> None:
         """Give texts to the workers with the fewest texts on their way; see `Computing`."""
@@ -145,9 +156,13 @@ class ProcessComputing:
                     gone = [key for key in keys if worker.texts.pop(key, None) is not None]
                     if gone:
                         worker.outbox.put(DropTexts(gone))
+            case Heartbeat():  # is sent from here alone
+                pass
 
     async def stop(self) -> None:
         """See `Computing`."""
+        if self._next_beat is not None:
+            self._next_beat.cancel()
         await asyncio.to_thread(self._end)
 
     @property
@@ -182,8 +197,28 @@ class ProcessComputing:
         held, self._held = self._held, {}
         self._give(held.items())
 
+    def _beat_later(self) -> None:
+        self._next_beat = asyncio.get_running_loop().call_later(STALLED_SECONDS / BEATS, self._beat)
+
+    def _beat(self) -> None:
+        """Ask every worker for a sign of life, and kill those that have given none for so many beats."""
+        for worker in self._ready:
+            if worker.silent_beats == 0:
+                worker.outbox.put(Heartbeat())
+            worker.silent_beats += 1
+            if worker.silent_beats > BEATS:
+                _log.error(
+                    "A worker (process %s) has handed nothing over for %g s: it is killed.",
+                    worker.process.pid,
+                    STALLED_SECONDS,
+                )
+                worker.process.kill()  # the thread that follows it sees its end
+                worker.silent_beats = 0
+        self._beat_later()
+
     def _on_outcome(self, worker: _Worker, outcome: Outcome) -> None:
         """A worker hands something over."""
+        worker.silent_beats = 0
         match outcome:
             case TextsAnswered(answers):
                 for answer in answers:
@@ -198,6 +233,8 @@ class ProcessComputing:
                     worker.texts.pop(key, None)
             case TextSeen(key):
                 worker.texts.pop(key, None)
+            case Heartbeat():
+                return
             case WorkerRestarted():
                 pass
         self._hand_over(outcome)

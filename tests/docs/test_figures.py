@@ -250,3 +250,11 @@ def test_the_table_of_the_readme() -> None:
         assert rest == (
             f"{plain} % | {exits} %, {saved}{percent} | {free} ({free_confidence}); {point} ({point_confidence})"
         )
+
+
+def test_the_graph_against_the_whole_model() -> None:
+    reports = [read("graph", f"minilm-onnxruntime-{run}.json") for run in (1, 2)]
+    assert missing("docs/export.md", script("render_graph").render(reports)) == []
+    rows = {(row["batch_size"], row["name"]): row for row in reports[1]["rows"]}
+    found = [rows[size, "engine"]["efficiency"] for size in (1, 8, 32, 128, None)]
+    assert min(found) >= 0.89  # docs/performance.md

@@ -15,9 +15,10 @@ from test_packed_layers import LAYERS, LENGTHS, alone, build, token_rows
 from consistentee.evaluation.precision import candidates
 from consistentee.inference.encoder import onnx_backend, onnx_sessions
 from consistentee.inference.encoder.onnx_backend import BoundOnnxBackend, OnnxBackend
+from consistentee.inference.encoder.onnx_runner import OnnxExitRunner
 from consistentee.inference.encoder.onnx_sessions import full_model_session
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
-from consistentee.inference.encoder.scheduler import ExitRule, run_rows
+from consistentee.inference.encoder.scheduler import BATCH_TOKENS, ExitRule, run_rows
 from consistentee.inference.encoder.torch_backend import PackedBackend
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
@@ -127,13 +128,27 @@ def test_engine_on_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])
-def test_latency_mode_is_one_graph(tmp_path: Path, model_type: str) -> None:
+def test_both_modes_are_one_graph(tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone(tmp_path / "backbone", model_type)
     folder = tiny_model(tmp_path / "model", backbone, initial_exit_bias=0.0)
     engine = Engine.from_pretrained(folder, device="cpu", backend="onnxruntime")
     rows = token_rows(engine.saved.model)
+    lengths = sorted(len(row["input_ids"]) for row in rows)
+    monkeypatch.setitem(
+        BATCH_TOKENS, "cpu", 2 * lengths[1]
+    )  # some batches of several rows, the longest alone
+    shapes = list[int]()
+    run = OnnxExitRunner.run
+    monkeypatch.setattr(
+        OnnxExitRunner, "run", lambda self, part, *how: shapes.append(len(part)) or run(self, part, *how)
+    )
+    engine.run(rows, batch_size=None, rule=ExitRule("policy", 0.5))
+    assert sum(shapes) == len(rows)
+    assert 1 in shapes
+    assert max(shapes) > 1
+    assert (engine.backend._sessions._embeddings, engine.backend._sessions._layers) == (None, None)
     for rule in (ExitRule("policy", 0.5), ExitRule("policy", 0.0), ExitRule.fixed([1, 3, 2, 1, 3, 2])):
-        for batch_size in (1, 4, 6):
+        for batch_size in (None, 1, 4, 6):
             found = engine.run(rows, batch_size=batch_size, rule=rule)
             wanted = run_rows(
                 engine.backend,
@@ -143,7 +158,8 @@ def test_latency_mode_is_one_graph(tmp_path: Path, model_type: str) -> None:
                 exit_scores=engine._scores_under(rule),
                 num_classes=2,
             )
-            for name in ("labels", "exit_layers", "real_tokens", "computed_tokens"):
+            pooled = () if batch_size is None else ("computed_tokens",)  # batches are joined by layers alone
+            for name in ("labels", "exit_layers", "real_tokens", *pooled):
                 assert getattr(found, name) == getattr(wanted, name), name
             assert found.scores == pytest.approx(wanted.scores, abs=1e-5)
     assert set(engine._runners) == {("policy", False), ("policy", True)}

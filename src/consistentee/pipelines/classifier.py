@@ -3,11 +3,12 @@
 After a layer, rows that leave go out and the rest close up, so that every later layer costs what its survivors cost;
 classifiers and policy look at each layer only as far as the exit rule needs them. Two modes:
 
-- *latency* (a `batch_size`): one batch after another goes straight through, its rows sorted by length among their
-  neighbours. On ONNX Runtime on CPU it does so in one graph, which decides by itself who exits.
+- *latency* (a `batch_size`): one batch after another goes straight through, rows sorted by length among neighbours.
 - *throughput* (no `batch_size`): a window of inputs moves through the model layer by layer, and the survivors of all
   its batches are pooled, so that the batches of deep layers are as full as those of the first. Batches are sized by
   tokens, not by rows. Memory is bounded by the window: at most `WINDOW_ROWS` inputs and their hidden states.
+
+On ONNX Runtime on CPU one graph decides by itself who exits, in both; batches of throughput mode are not pooled there.
 
 What comes out is what running all layers and choosing afterwards gives, in the order of the input.
 """
@@ -293,10 +294,9 @@ class Engine:
         self._check_fixed(rule)
         exit_scores = self._scores_under(rule)
         classes = self._model.config.num_classes
-        runner = None if batch_size is None or exit_scores is None or not rows else self._runner(rule)
-        if runner is not None and batch_size is not None:
-            layers = self.backend.num_layers
-            return run_graph(runner, rows, batch_size=batch_size, rule=rule, num_layers=layers)
+        runner = None if exit_scores is None or not rows else self._runner(rule)
+        if runner is not None:
+            return run_graph(runner, rows, batch_size, rule, self.backend.num_layers)
         return run_rows(
             self.backend, rows, batch_size=batch_size, rule=rule, exit_scores=exit_scores, num_classes=classes
         )

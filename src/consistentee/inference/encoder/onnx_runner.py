@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from consistentee.inference.encoder.onnx_exits import EXIT_LAYERS, MASK, MOST_LA
 from consistentee.inference.encoder.onnx_graphs import IDS, TYPES
 from consistentee.inference.encoder.onnx_scores import OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import MAX_SEGMENT_BYTES, make_session
-from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.inference.encoder.scheduler import BATCH_TOKENS, ExitRule
 
 
 def has_graph(model: EncoderParts, rule: ExitRule) -> bool:
@@ -86,14 +86,18 @@ def graph_feed(rows: Sequence[TokenRow], names: set[str]) -> dict[str, NDArray[n
 
 
 def run_graph(
-    runner: OnnxExitRunner, rows: Sequence[TokenRow], *, batch_size: int, rule: ExitRule, num_layers: int
+    runner: OnnxExitRunner,
+    rows: Sequence[TokenRow],
+    batch_size: int | None,
+    rule: ExitRule,
+    num_layers: int,
 ) -> Answers:
     """Answers for tokenized rows, batch by batch of neighbours by length, as `scheduler.run_rows` gives them.
 
     Args:
         runner: of the rule's criterion.
         rows: what `encode_texts` gives.
-        batch_size: rows that go together.
+        batch_size: rows that go together; None: throughput mode, as many as hold `scheduler.BATCH_TOKENS`.
         rule: when they exit.
         num_layers: of the model.
 
@@ -106,8 +110,7 @@ def run_graph(
     lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     computed = 0
     order = np.argsort(lengths, kind="stable")
-    for start in range(0, count, batch_size):
-        part = order[start : start + batch_size]
+    for part in _batches(order, lengths, batch_size):
         fixed = None if rule.exit_layers is None else [rule.exit_layers[row] for row in part]
         logits, layers = runner.run([rows[row] for row in part], rule.threshold, fixed)
         found = logits.argmax(1)
@@ -118,3 +121,17 @@ def run_graph(
             computed += len(still) * int(still.max())
     real = int((lengths * exits).sum())
     return Answers(labels.tolist(), scores.tolist(), exits.tolist(), real, computed)
+
+
+def _batches(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int | None
+) -> Iterator[NDArray[np.int64]]:
+    """Rows in their order, so many at a time, or as many as hold so many tokens; lengths grow along the order."""
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if size is None:
+            rest = lengths[order[start : start + BATCH_TOKENS["cpu"]]]
+            size = max(1, int((rest * np.arange(1, len(rest) + 1) <= BATCH_TOKENS["cpu"]).sum()))
+        yield order[start : start + size]
+        start += size

@@ -93,12 +93,24 @@ class OnnxSessions:
             EXIT_FEATURES: ("rows", self.num_features),
             POOLED: ("rows", self.pooled_size),
         }
-        self.embeddings = self._embedding_session()
+        self._embeddings: Any = None
         self.fused = len(groups) == self.num_layers
+        require_extra("onnx", "onnx")
         self._layers: list[Any] | None = None
         self._classifiers: dict[int, Any] = {}
         self._whole: Any = None
         self._making = Lock()
+        if device.type != "cpu":  # say at once what is missing
+            _ = self.embeddings
+
+    @property
+    def embeddings(self) -> Any:
+        """The session of the embeddings, made when first asked for."""
+        if self._embeddings is None:
+            with self._making:
+                if self._embeddings is None:
+                    self._embeddings = self._embedding_session()
+        return self._embeddings
 
     @property
     def layers(self) -> list[Any]:

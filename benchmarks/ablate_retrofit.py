@@ -41,7 +41,7 @@ from consistentee.functional.exits import (
 from consistentee.functional.losses import weighted_sum_loss
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
-from consistentee.training.cached_states import CachedStates, ExitsOnStates, collate_states
+from consistentee.training.cached_states import CachedStates, ExitsOnStates, StatesInMemory, collate_states
 from consistentee.training.instances import Instances
 from consistentee.training.policy import fit_policy, policy_exit_probs
 from consistentee.training.states import LayerStates
@@ -113,12 +113,13 @@ class KeptStates(CachedStates):
 
     def __init__(self, file: Path | None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, memory_mb=1e9, passes=1, batch_size=1, seed=0)
+        store = self._store = StatesInMemory(self._shape)
         if file is not None and file.is_file():
-            self._states, self._logits = torch.load(file, mmap=True)
+            store.states, self._logits = torch.load(file, mmap=True)
         else:
-            self._load(0)
+            self._load(0, shown=True)
             if file is not None:
-                torch.save((self._states, self._logits), file)
+                torch.save((store.states, self._logits), file)
         self._loaded = 0
 
 

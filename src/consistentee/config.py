@@ -68,7 +68,9 @@ _ABOVE_ZERO = (
     "policy_batch_size policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
     "passes policy_texts calibration_texts report_texts"
 )
-_NOT_NEGATIVE = "weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus threshold_margin"
+_NOT_NEGATIVE = (
+    "max_disk_mb weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus threshold_margin"
+)
 _SHARES = "weighted_sum_share max_accuracy_loss last_layer_share"
 _SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio layer_cost_warmup"
 _REMOVED = {"distillation": 0.0}
@@ -273,6 +275,9 @@ class ClassificationTrainingConfig(TrainingConfig):
     """Times that the exits learn every unlabelled text, from states that are computed once."""
     policy_texts: int = 20_000
     """Unlabelled texts that the policy learns from, at most, and at most a third of them."""
+    max_disk_mb: float = 8192.0
+    """The layers' states, which the exits learn from, go to a file of at most this size meanwhile, so that each pass is
+    over all texts; of more texts a part at a time. 0: as many at a time as `max_cache_mb` holds in memory."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +312,7 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     max_accuracy_loss: float = 0.01
     """The default threshold may disagree with the model on this share of the texts (0.01 = one in a hundred)."""
     max_cache_mb: float = 256.0
-    """States that are held at once, in memory; what the policy reads goes to a memory-mapped file beyond it."""
+    """States that are held in memory; beyond it they go to files (`max_disk_mb`)."""
     exits_only: bool = False
     """Save the exits alone, a few MB, to be put onto the model when they are opened; refused if that has changed."""
     tune_backbone: TuneBackbone = "none"

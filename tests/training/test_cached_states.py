@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import math
+import os
+import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,7 +19,14 @@ import torch
 from consistentee.data.batches import collate
 from consistentee.data.spooled import SpooledRows, SpooledTexts
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
-from consistentee.training.cached_states import CachedStates, ChunkedBatches, chunks_of, collate_states
+from consistentee.training.cached_states import (
+    CachedStates,
+    ChunkedBatches,
+    StatesInFile,
+    StatesInMemory,
+    chunks_of,
+    collate_states,
+)
 from tiny import all_hidden_states, tiny_classifier, tiny_dataset, tiny_tokenizer
 
 ROWS = 50
@@ -73,12 +85,85 @@ def test_each_chunk_runs_once_in_all_its_passes(
     assert loads == Counter(range(len(cached.chunks)))
 
 
+def test_states_that_are_given_back_come_again(model: EarlyExitForSequenceClassification) -> None:
+    for disk_mb in (0.0, 100.0):
+        cached = cache(model, disk_mb=disk_mb)
+        before = cached[7]["states"].clone()
+        store = weakref.ref(cached._store)
+        cached.release()
+        assert cached._loaded is None
+        assert store() is None  # nothing holds them any more
+        assert torch.equal(cached[7]["states"], before)
+
+
+def test_a_file_takes_what_memory_cannot(
+    model: EarlyExitForSequenceClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory, in_file, alone = cache(model), cache(model, disk_mb=100.0), cache(model, 100.0, disk_mb=200.0)
+    in_file.folder = tmp_path / "new"
+    assert len(in_memory.chunks) > 2
+    assert len(in_file.chunks) == 1  # so that a pass is over all rows
+    for row in (7, 0, 31, 7):
+        for name in ("states", "labels"):
+            assert torch.equal(in_file[row][name], alone[row][name])
+    assert isinstance(in_file._store, StatesInFile)
+    assert isinstance(alone._store, StatesInMemory)  # all rows fit
+    assert isinstance(in_memory._store or in_memory._room(), StatesInMemory)
+    assert list(in_file.folder.iterdir()) == []  # it has no name
+    wanted = in_file[3]["states"].clone()
+    in_file[3]["states"].zero_()  # a copy
+    assert torch.equal(in_file[3]["states"], wanted)
+    small = cache(model, memory_mb=0.001, disk_mb=0.02)
+    assert len(small.chunks) > 1
+    tokens, exits, hidden = small._shape
+    assert 2 * tokens * exits * hidden <= 0.02 * 1e6
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"states take 0 MB in .*, where .* MB are free. .* lower max_disk_mb"):
+        cache(model, disk_mb=100.0)[0]
+
+
+def test_a_file_that_takes_and_gives_a_part_at_a_time() -> None:
+    class Reluctant(io.BytesIO):
+        def write(self, values: Any) -> int:
+            return super().write(values[:7])
+
+        def readinto(self, room: Any) -> int:
+            return super().readinto(room[:5])
+
+    file = StatesInFile((6, 2, 3), None)
+    file._file = Reluctant()
+    states = torch.arange(36, dtype=torch.float16).reshape(6, 2, 3)
+    file.write(2, states[2:])
+    file.write(0, states[:2])
+    assert torch.equal(file.read(0, 6), states)
+    assert torch.equal(file.read(3, 2), states[3:5])
+    with pytest.raises(EOFError, match="shorter than"):
+        file.read(5, 2)
+
+
+def test_a_chunk_is_loaded_ahead(
+    model: EarlyExitForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = cache(model)
+    places = [cached._chunk_of[batch[0]] for batch in cached.batches]
+    for batch in (0, len(places) - 1, places.index(1)):
+        cached.load_for(batch, shown=True)
+        assert cached._loaded == places[batch]
+    monkeypatch.setattr(CachedStates, "_load", lambda *_: pytest.fail("it is there"))
+    cached.batches.set_epoch(0, places.index(1))
+    assert cached[next(iter(cached.batches))[0]]["index"] >= 0
+
+
 def test_memory_is_bounded_by_what_was_allowed(model: EarlyExitForSequenceClassification) -> None:
     whole = cache(model, memory_mb=100.0)
     assert len(whole.chunks) == 1
     for memory_mb in (0.02, 0.05):
         cached = cache(model, memory_mb=memory_mb)
-        assert cached._states.numel() * cached._states.element_size() <= memory_mb * 1e6
+        assert 2 * math.prod(cached._shape) <= memory_mb * 1e6
         assert sorted(np.concatenate(cached.chunks).tolist()) == list(range(len(cached)))
 
 

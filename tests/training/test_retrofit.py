@@ -12,7 +12,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from consistentee.errors import DataError
 from consistentee.models.loaded import load_model
+from consistentee.training.cached_states import CachedStates
+from consistentee.training.states import run_all_layers
 from consistentee.training.steps import OptimizerSteps
+from consistentee.training.tasks import retrofit as retrofit_task
 from consistentee.training.tasks.retrofit import part_texts
 from consistentee.training.train import finetune, retrofit, train
 from quick import quick_config, quick_retrofit, read_weights, stop_at, weight_bytes
@@ -88,6 +91,27 @@ def test_a_run_that_stops_goes_on_to_the_same_end(
     with pytest.raises(ValueError, match="has data fingerprint"):
         retrofit(**{**values, "texts": TEXTS[:-1]}, config=config, resume=True)
     assert weight_bytes(retrofit(**values, config=config, resume=True)) == weight_bytes(retrofitted)
+
+
+def test_the_policys_states_do_not_lie_beside_those_of_the_exits(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, held = list[CachedStates](), list[int | None]()
+
+    class Followed(CachedStates):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        held.extend(rows._loaded for rows in made)
+        return run_all_layers(*args, **kwargs)
+
+    monkeypatch.setattr(retrofit_task, "CachedStates", Followed)
+    monkeypatch.setattr(retrofit_task, "run_all_layers", run)
+    retrofit(model=plain, texts=TEXTS[:100], output_dir=tmp_path / "m", config=quick_retrofit())
+    assert held
+    assert not any(number is not None for number in held)
 
 
 def test_no_text_is_for_two_things() -> None:

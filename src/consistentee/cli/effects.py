@@ -18,7 +18,7 @@ _POLICY = (
     "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode patience max_accuracy_loss "
     "threshold_margin weighted_sum_share max_cache_mb"
 )
-_OF_TEXTS = "passes policy_texts"
+_OF_TEXTS = "passes policy_texts max_disk_mb"
 """Settings of what is learnt from texts without labels."""
 
 

@@ -44,7 +44,7 @@ OF_RETROFIT = (
     "policy_input policy_hidden_size policy_dropout policy_epochs policy_min_steps policy_batch_size "
     "policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup initial_exit_bias "
     "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode seed threshold_margin "
-    "checkpoint_every max_cache_mb tracker"
+    "checkpoint_every max_cache_mb max_disk_mb tracker"
 )
 """Settings that have an effect here."""
 

@@ -1,15 +1,23 @@
-"""Rows whose layers are run once: states of a frozen backbone, a chunk of rows at a time in memory.
+"""Rows whose layers are run once: states of a frozen backbone, a chunk of rows at a time in memory or in a file.
 
 Rows are shuffled and cut into chunks whose states fit. A chunk is run through the backbone, learnt from several times
-over, and forgotten; the next one takes its memory. So memory does not grow with the rows, and the backbone runs once
-for each, or twice for a chunk that an interruption fell into.
+over, and forgotten; the next one takes its place. So neither memory nor the disk grows with the rows, and the backbone
+runs once for each, or twice for a chunk that an interruption fell into. What is learnt from all rows several times over
+is better than what is learnt from one small chunk after another, hence the file: it is read row by row, not mapped, so
+that it never counts as memory of the process.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +29,91 @@ from consistentee.backbones import encoders
 from consistentee.data.batches import LengthGroupedBatches
 from consistentee.data.spooled import SpooledRows
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+from consistentee.progress import show_progress
 
 RUN_AT_ONCE = 64  # rows
 HIGHEST = 65504.0  # of float16
+
+
+class StateStore(Protocol):
+    """Room for the states of tokens, (tokens, layers - 1, hidden) float16."""
+
+    def write(self, first: int, states: Tensor) -> None:
+        """Keep states from a token on."""
+        ...
+
+    def read(self, first: int, count: int) -> Tensor:
+        """The states of so many tokens, which are not written to."""
+        ...
+
+
+class StatesInMemory:
+    """A tensor that takes memory where it is written to.
+
+    Args:
+        shape: tokens, layers - 1, hidden.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.states = torch.empty(shape, dtype=torch.float16)
+
+    def write(self, first: int, states: Tensor) -> None:
+        """See `StateStore`."""
+        self.states[first : first + len(states)] = states
+
+    def read(self, first: int, count: int) -> Tensor:
+        """See `StateStore`."""
+        return self.states[first : first + count]
+
+
+class StatesInFile:
+    """A file without a name, which goes with this object or with the process.
+
+    Args:
+        shape: tokens, layers - 1, hidden.
+        folder: where it is made; None: Python's folder of temporary files.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], folder: Path | None) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._shape, self._token_bytes = shape[1:], 2 * math.prod(shape[1:])
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  lives as long as this
+        weakref.finalize(self, self._file.close)
+        size, where = shape[0] * self._token_bytes, folder or Path(tempfile.gettempdir())
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not in the middle
+                os.posix_fallocate(self._file.fileno(), 0, size)
+        except OSError as error:
+            self._file.close()
+            free = shutil.disk_usage(where).free
+            raise OSError(
+                error.errno,
+                f"The layers' states take {size / 1e6:,.0f} MB in {where}, where {free / 1e6:,.0f} MB are free. Make "
+                "room, or give a lower max_disk_mb (0: no file, a chunk of max_cache_mb in memory at a time).",
+            ) from error
+
+    def write(self, first: int, states: Tensor) -> None:
+        """See `StateStore`."""
+        rest = states.contiguous().numpy().reshape(-1).view(np.uint8).data
+        self._file.seek(first * self._token_bytes)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def read(self, first: int, count: int) -> Tensor:
+        """See `StateStore`."""
+        found = torch.empty(count, *self._shape, dtype=torch.float16)
+        rest = found.numpy().reshape(-1).view(np.uint8).data
+        self._file.seek(first * self._token_bytes)
+        while rest:
+            read = self._file.readinto(rest)  # pyright: ignore[reportAttributeAccessIssue]
+            if not read:
+                raise EOFError("A file of states is shorter than what was written to it.")
+            rest = rest[read:]
+        return found
 
 
 class CachedStates:
@@ -33,10 +123,14 @@ class CachedStates:
         model: with a frozen backbone and its own head.
         rows: tokenized.
         collate: makes a padded batch of tokenized items.
-        memory_mb: what a chunk's states may take.
+        memory_mb: what a chunk's states may take in memory.
+        disk_mb: what they may take in a file, where that is more and all rows need more than `memory_mb`.
         passes: how often a chunk is learnt from.
         batch_size, seed: of the batches.
         precision: `bf16` runs the backbone so; else as its weights are.
+
+    Attributes:
+        folder: where the file is made; None: Python's folder of temporary files.
 
     An item is a dict of `states` (tokens, layers - 1, hidden) float16, `labels` (classes,) float32, the model's own
     logits, and `index`.
@@ -49,6 +143,7 @@ class CachedStates:
         *,
         collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
         memory_mb: float,
+        disk_mb: float = 0.0,
         passes: int,
         batch_size: int,
         seed: int,
@@ -57,11 +152,14 @@ class CachedStates:
         self._model, self._rows, self._collate, self._precision = model, rows, collate, precision
         self.lengths, self.num_truncated = rows.lengths, rows.num_truncated
         exits, hidden = model.num_layers - 1, model.config.hidden_size
-        most = max(int(memory_mb * 1e6 / (2 * exits * hidden)), int(self.lengths.max()))  # tokens
+        self.folder: Path | None = None
+        self._in_file = disk_mb > memory_mb and 2 * exits * hidden * int(self.lengths.sum()) > memory_mb * 1e6
+        allowed = disk_mb if self._in_file else memory_mb
+        most = max(int(allowed * 1e6 / (2 * exits * hidden)), int(self.lengths.max()))  # tokens
         order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
         self.chunks = chunks_of(order, self.lengths, most)
-        largest = max(int(self.lengths[chunk].sum()) for chunk in self.chunks)
-        self._states = torch.empty(largest, exits, hidden, dtype=torch.float16)
+        self._shape = (max(int(self.lengths[chunk].sum()) for chunk in self.chunks), exits, hidden)
+        self.release()
         self._logits = torch.empty(max(map(len, self.chunks)), model.config.num_classes)
         self._chunk_of = np.empty(len(rows), np.int64)
         self._place = np.empty(len(rows), np.int64)  # in its chunk
@@ -69,47 +167,71 @@ class CachedStates:
         for number, chunk in enumerate(self.chunks):
             self._chunk_of[chunk], self._place[chunk] = number, np.arange(len(chunk))
             self._start[chunk] = np.cumsum(self.lengths[chunk]) - self.lengths[chunk]
-        self._loaded: int | None = None
         self.batches = ChunkedBatches(self.chunks, self.lengths, batch_size, passes=passes, seed=seed)
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def release(self) -> None:
+        """Give the room of the states back; who asks for a row again gets its chunk anew."""
+        self._store: StateStore | None = None
+        self._loaded: int | None = None
+
+    def load_for(self, batch: int, *, shown: bool) -> None:
+        """Run the chunk of a batch through the backbone, which may take minutes, before somebody asks for it.
+
+        Args:
+            batch: number of the batch.
+            shown: whether to show how far it is.
+        """
+        self.batches.set_epoch(0, batch)
+        for rows in itertools.islice(self.batches, 1):
+            self._load(int(self._chunk_of[rows[0]]), shown=shown)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._loaded != self._chunk_of[index]:
+        if self._store is None or self._loaded != self._chunk_of[index]:
             self._load(int(self._chunk_of[index]))
-        start = int(self._start[index])
+        store: StateStore = self._store  # pyright: ignore[reportAssignmentType]
         return {
-            "states": self._states[start : start + int(self.lengths[index])],
+            "states": store.read(int(self._start[index]), int(self.lengths[index])),
             "labels": self._logits[int(self._place[index])],
             "index": index,
         }
 
+    def _room(self) -> StateStore:
+        """For the largest chunk."""
+        if self._in_file:
+            return StatesInFile(self._shape, self.folder)
+        return StatesInMemory(self._shape)
+
     @torch.no_grad()
-    def _load(self, number: int) -> None:
+    def _load(self, number: int, *, shown: bool = False) -> None:
         """Run a chunk through the backbone, rows of similar length together."""
+        store = self._store = self._store or self._room()
         model, device = self._model, self._model.device
         was_training = model.training
         model.eval()
         chunk = self.chunks[number]
         chunk = chunk[np.argsort(-self.lengths[chunk], kind="stable")]
-        for start in range(0, len(chunk), RUN_AT_ONCE):
-            part = chunk[start : start + RUN_AT_ONCE].tolist()
-            batch = self._collate([self._rows[row] for row in part])
-            inputs = [batch[name].to(device) for name in INPUTS if name in batch]
-            kept: list[Tensor] = []
-            with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-                state = encoders.embed(model.backbone, *inputs)
-                for index in range(model.num_layers):
-                    state = encoders.run_layer(model.backbone, index, state)
-                    kept.append(state.hidden_states)
-                logits = model.classifiers(model.num_layers - 1, kept.pop(), state.attention_mask)[1]
-            states = torch.stack(kept, dim=2)  # (rows, tokens, layers - 1, hidden)
-            states = states.clamp(-HIGHEST, HIGHEST).to(self._states.dtype).cpu()
-            self._logits[self._place[part]] = logits.float().cpu()
-            for place, row in enumerate(part):
-                length, first = int(self.lengths[row]), int(self._start[row])
-                self._states[first : first + length] = states[place, :length]
+        with show_progress("states of the layers", len(chunk), unit="text", shown=shown) as bar:
+            for start in range(0, len(chunk), RUN_AT_ONCE):
+                part = chunk[start : start + RUN_AT_ONCE].tolist()
+                batch = self._collate([self._rows[row] for row in part])
+                inputs = [batch[name].to(device) for name in INPUTS if name in batch]
+                kept: list[Tensor] = []
+                with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+                    state = encoders.embed(model.backbone, *inputs)
+                    for index in range(model.num_layers):
+                        state = encoders.run_layer(model.backbone, index, state)
+                        kept.append(state.hidden_states)
+                    logits = model.classifiers(model.num_layers - 1, kept.pop(), state.attention_mask)[1]
+                states = torch.stack(kept, dim=2)  # (rows, tokens, layers - 1, hidden)
+                states = states.clamp(-HIGHEST, HIGHEST).to(torch.float16).cpu()
+                self._logits[self._place[part]] = logits.float().cpu()
+                for place, row in enumerate(part):
+                    length, first = int(self.lengths[row]), int(self._start[row])
+                    store.write(first, states[place, :length])
+                bar.update(len(part))
         self._loaded = number
         model.train(was_training)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from consistentee.training.cached_states import CachedStates
 from consistentee.training.policy_phase import (
     PolicyPhase,
     finish_run,
@@ -96,6 +97,8 @@ def _learn_from_texts(run: Run, task: UnlabelledTraining, phase: PolicyPhase | N
     if before is not None:
         run.checkpoint()
     if steps.step < steps.total_steps:
+        if isinstance(rows := steps.rows, CachedStates):
+            rows.load_for(steps.step, shown=run.accelerator.is_main_process)
         run.take_steps(steps.total_steps, task.agreement(), phase="exits on unlabelled texts")
         run.checkpoint()
     after = run_policy_phase(run, "policy with unlabelled texts", try_all=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from consistentee.training.cached_states import CachedStates
 from consistentee.training.policy_phase import finish_run, record_round, run_policy_phase
 from consistentee.training.run import Run
 
@@ -21,6 +22,9 @@ from consistentee.training.run import Run
 def train_retrofit(run: Run) -> Path:
     """Train by both stages and save."""
     if run.steps.step < run.steps.total_steps:
+        if isinstance(rows := run.parts.train_rows, CachedStates):
+            rows.folder = run.scratch_dir
+            rows.load_for(run.steps.step, shown=run.accelerator.is_main_process)
         run.take_steps(run.steps.total_steps, run.task.weighted_sum(), phase="exits")
         run.checkpoint()
     phase = run_policy_phase(run, "policy", try_all=True)

@@ -182,6 +182,7 @@ class RetrofitTraining(ClassificationTraining):
             SpooledRows(self.data, self.parts.exits),
             collate=self._collate,
             memory_mb=config.max_cache_mb,
+            disk_mb=config.max_disk_mb,
             passes=cast(int, config.passes),
             batch_size=config.batch_size,
             seed=config.seed,
@@ -236,6 +237,8 @@ class RetrofitTraining(ClassificationTraining):
     def policy_data(self, run: Run, description: str) -> PolicyInstances:
         """As `TrainingTask` says."""
         config = self.config
+        if isinstance(rows := run.parts.train_rows, CachedStates):
+            rows.release()  # the exits have learnt from them
         states = self.agreement_states(
             run.model, run.parts.validation, run=run, description=f"{description}: states", keep_pooled=True
         )

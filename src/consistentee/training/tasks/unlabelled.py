@@ -126,11 +126,13 @@ class UnlabelledTraining(ClassificationTraining):
             SpooledRows(self.unlabelled, self.parts.exits),
             collate=run.parts.collate,
             memory_mb=config.max_cache_mb,
+            disk_mb=config.max_disk_mb,
             passes=config.passes,
             batch_size=config.batch_size,
             seed=config.seed,
             precision=str(accelerator.mixed_precision),
         )
+        rows.folder = run.scratch_dir
         exits = ExitsOnStates(model)
         optimizer = torch.optim.AdamW(
             parameter_groups(exits, config.weight_decay), lr=config.head_learning_rate, fused=True
@@ -173,6 +175,8 @@ class UnlabelledTraining(ClassificationTraining):
     def _learnt(self, run: Run, description: str) -> tuple[Instances, LayerStates]:
         if run.stage is None:
             return super()._learnt(run, description)
+        if isinstance(learnt := run.stage.rows, CachedStates):
+            learnt.release()
         labelled = self._learnt_rows(run)
         rows = JoinedRows(labelled, SpooledRows(self.unlabelled, self.parts.policy))
         both = self._states(run, cast(Any, rows), f"{description}: states", keep_pooled=True)

@@ -258,3 +258,11 @@ def test_the_graph_against_the_whole_model() -> None:
     rows = {(row["batch_size"], row["name"]): row for row in reports[1]["rows"]}
     found = [rows[size, "engine"]["efficiency"] for size in (1, 8, 32, 128, None)]
     assert min(found) >= 0.89  # docs/performance.md
+
+
+def test_the_graph_answers_as_the_engine() -> None:
+    for task, rows in (("sst2", 872), ("mrpc", 408)):
+        found = read("graph", f"answers-{task}.json")["found"]
+        assert [(each["batch_size"], each["rows"]) for each in found] == [(1, rows), (7, rows), (64, rows)]
+        assert all((each["other_labels"], each["other_exit_layers"]) == (0, 0) for each in found)
+        assert missing("docs/export.md", f"all {rows} ") == []

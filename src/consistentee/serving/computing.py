@@ -11,6 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,16 @@ from typing import Any, Protocol
 
 from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.layer_pool import Pool, PoolAnswer, PoolRow
+from consistentee.inference.encoder.packing import padded_count
+from consistentee.inference.encoder.prepacked_linear import PREPACKED_ROWS
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.points import ServedPoint
 
 _log = logging.getLogger(__name__)
+
+KERNEL_SECONDS = 5.0
+"""Of a start, for kernels; larger models make theirs when they are met."""
 
 View = Callable[[Engine, TokenRow, ServedPoint], Any]
 """What is computed of one text at an operating point; a function of a module, so that other processes find it."""
@@ -186,10 +192,23 @@ class ThreadComputing:
 
 
 def answer_once(engine: Engine, rules: Sequence[ExitRule]) -> None:
-    """Answer a text under each rule, so that the first request does not wait for what is made once."""
+    """Make what is made once, so that no request waits for it and memory does not grow by it later.
+
+    A text is answered under each rule. On CPU, where a kernel is made for each new number of tokens and kept, texts of
+    so many tokens go through all layers as well, for `KERNEL_SECONDS` at most.
+    """
     rows, _ = engine.tokenize([("a", "a") if engine.saved.text_pairs else ("a",)])
     for rule in rules:
         engine.run(rows, batch_size=1, rule=rule)
+    if engine.backend.name != "torch" or engine.backend.device.type != "cpu":
+        return
+    begun, longest, depth = time.perf_counter(), engine.saved.max_length, engine.backend.num_layers
+    for tokens in sorted({padded_count(number) for number in range(1, PREPACKED_ROWS + 1)}):
+        if time.perf_counter() - begun > KERNEL_SECONDS:
+            return
+        lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+        part = [{name: (values * length)[:length] for name, values in rows[0].items()} for length in lengths]
+        engine.run(part, batch_size=len(part), rule=ExitRule.fixed([depth] * len(part)))
 
 
 def compute_texts(

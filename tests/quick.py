@@ -49,6 +49,7 @@ def quick_retrofit(**changes: Any) -> RetrofitConfig:
         "head_dropout": 0.0,
         "mixed_precision": "no",
         "max_cache_mb": 0.05,
+        "max_disk_mb": 0.0,
         **changes,
     }
     return RetrofitConfig(**values)

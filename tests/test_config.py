@@ -185,6 +185,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
             "consistent_epochs",
             "policy_weight_decay",
             "entropy_bonus",
+            "max_disk_mb",
         )
         for value in (-1, math.nan)
     ],

@@ -93,6 +93,22 @@ def test_a_run_that_stops_goes_on_to_the_same_end(
     assert weight_bytes(retrofit(**values, config=config, resume=True)) == weight_bytes(retrofitted)
 
 
+def test_a_file_is_as_good_as_memory_for_all_texts(
+    plain: Path, retrofitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory = retrofit(
+        model=plain, texts=TEXTS, output_dir=tmp_path / "memory", config=quick_retrofit(max_cache_mb=100.0)
+    )
+    values = {"model": plain, "texts": TEXTS, "output_dir": tmp_path / "file"}
+    config = quick_retrofit(max_disk_mb=100.0, checkpoint_every=2)
+    stop_at(monkeypatch, OptimizerSteps, "_step", 7)
+    with pytest.raises(KeyboardInterrupt):
+        retrofit(**values, config=config)
+    monkeypatch.undo()
+    assert weight_bytes(retrofit(**values, config=config, resume=True)) == weight_bytes(in_memory)
+    assert weight_bytes(in_memory) != weight_bytes(retrofitted)  # of some texts at a time
+
+
 def test_the_policys_states_do_not_lie_beside_those_of_the_exits(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

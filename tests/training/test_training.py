@@ -395,6 +395,7 @@ TESTED_ELSEWHERE = {
     "threshold_metric",
     "passes",  # in test_unlabelled, as the next: they need texts without labels
     "policy_texts",
+    "max_disk_mb",
     "parse_special_tokens",  # in test_literal: it needs texts that spell them
     "num_layers",  # in test_rival_methods
     "checkpoint_every",

@@ -61,6 +61,17 @@ def with_texts(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train(backbone=backbone, train_data=ROWS, output_dir=folder, config=config(), unlabelled=TEXTS)
 
 
+def test_some_texts_at_a_time_give_other_exits(backbone: Path, with_texts: Path, tmp_path: Path) -> None:
+    folder = train(
+        backbone=backbone,
+        train_data=ROWS,
+        output_dir=tmp_path / "m",
+        config=config(max_disk_mb=0.0),
+        unlabelled=TEXTS,
+    )
+    assert read_record(folder) != read_record(with_texts)  # whose states were all in a file
+
+
 def test_backbone_and_last_layer_stay_and_the_exits_below_move(without: Path, with_texts: Path) -> None:
     assert read_record(with_texts)["unlabelled"]["kept"]
     before, after = read_weights(without), read_weights(with_texts)

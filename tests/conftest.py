@@ -95,3 +95,12 @@ def browser() -> Iterator[Browser]:
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
     with Browser(program) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of text generators, whose tokens must not depend on how sums are split among threads."""
+    from tiny_decoders import single_thread
+
+    with single_thread():
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,9 @@ from consistentee.backbones.decoders import (
     sliding_window,
     soften_logits,
 )
-from tiny_decoders import EVERY_TYPE, LAYERS, left_padded_batch, prompt, single_thread, tiny_decoder
+from tiny_decoders import EVERY_TYPE, LAYERS, left_padded_batch, prompt, tiny_decoder
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- The table ------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,13 @@ from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.training.train import finetune, train
 from saved_generators import BYTES, TEMPLATE, tiny_rows
-from tiny_decoders import single_thread, tiny_decoder, tiny_exit_model
+from tiny_decoders import tiny_decoder, tiny_exit_model
 from tiny_tokenizers import byte_tokenizer
 from tiny_training import quick_generation_config
 
 POSITIONS = 40
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("mode", ["early-exit", "full"])

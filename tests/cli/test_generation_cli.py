@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from consistentee.errors import UsageError
 from consistentee.models.record import RECORD_FILE
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
 from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
-from tiny_decoders import single_thread
 
 KEYS = {"rouge1", "rouge2", "rougeL", "bleu", "perplexity"}
 
@@ -47,11 +46,7 @@ class Outcome:
 
 Call = Callable[..., Outcome]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

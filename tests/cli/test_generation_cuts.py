@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,11 @@ from consistentee.models.record import read_record
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.training.train import finetune, train
 from saved_generators import BYTES, TEMPLATE, generator_folder, plain_folder, tiny_rows
-from tiny_decoders import single_thread, tiny_decoder
+from tiny_decoders import tiny_decoder
 from tiny_tokenizers import byte_tokenizer
 from tiny_training import quick_generation_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def with_long_rows(count: int, long: int) -> InstructionDataset:

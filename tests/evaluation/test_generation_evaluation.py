@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from consistentee.inference.decoder.lossless import DraftClock
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import TextGenerator
 from saved_generators import BYTES, TEMPLATE, generator_folder, plain_folder, tiny_rows
-from tiny_decoders import single_thread, tiny_decoder
+from tiny_decoders import tiny_decoder
 from tiny_tokenizers import byte_tokenizer
 
 THRESHOLDS = {
@@ -44,11 +43,7 @@ THRESHOLDS = {
     "static": 2.0,
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

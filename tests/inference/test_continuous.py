@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,6 @@ from tiny_decoders import (
     layer_calls,
     new_tokens_of,
     prompt,
-    single_thread,
     tiny_exit_model,
 )
 
@@ -37,11 +36,7 @@ LIMITS = (9, 14, 3, 8, 1)
 JOINS = {0: [0, 1], 2: [2], 3: [3, 4]}
 """By step: the prompts that join before it."""
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

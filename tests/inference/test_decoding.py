@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,7 +25,6 @@ from tiny_decoders import (
     naive_generate,
     new_tokens_of,
     prompt,
-    single_thread,
     tiny_exit_model,
 )
 
@@ -39,11 +38,7 @@ CRITERIA = {
     "static": 2,
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,7 @@ from consistentee.inference.decoder.exit_rules import (
     TokenExitRule,
     exit_rule,
 )
-from tiny_decoders import LAYERS, naive_decide, single_thread, tiny_exit_model
+from tiny_decoders import LAYERS, naive_decide, tiny_exit_model
 
 NOTHING = torch.zeros(3, 2)
 GELU_OF_1 = 0.8413447  # 1 x the normal distribution's share below 1
@@ -37,10 +36,7 @@ def similarity_rule(threshold: float) -> TokenExitRule:
     return exit_rule("state_similarity", threshold, min_exit_layer=1, dtype=torch.float32, **parts)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def policy_by_hand() -> Any:

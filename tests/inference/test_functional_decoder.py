@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from tiny_decoders import (
     naive_generate,
     new_tokens_of,
     prompt,
-    single_thread,
     tiny_decoder,
     tiny_exit_model,
 )
@@ -44,11 +43,7 @@ BATCHES = {
     "longer than every window": (14, 9),
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -34,18 +34,13 @@ from tiny_decoders import (
     layer_calls,
     new_tokens_of,
     prompt,
-    single_thread,
     tiny_exit_model,
 )
 
 NEW = 14
 LENGTHS = (6, 2, 9, 1, 4)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompts_of(lengths: Sequence[int]) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,16 +13,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, WatermarkingConfig
 
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from tiny_decoders import LAYERS, generate, prompt, single_thread, tiny_decoder, tiny_exit_model
+from tiny_decoders import LAYERS, generate, prompt, tiny_decoder, tiny_exit_model
 
 BATCHES = ((5,), (9,), (3, 7, 5), (7, 1, 7, 4))
 DRAFTING = {"adaptive_drafts": False, "draft_tokens": 5}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompts_of(lengths: Sequence[int]) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from tiny_decoders import VOCABULARY, single_thread, tiny_exit_model
+from tiny_decoders import VOCABULARY, tiny_exit_model
 
 ROWS = [
     {"input_ids": ids, "attention_mask": [1] * 6, "labels": ids}
@@ -21,11 +20,7 @@ ROWS = [
 ]
 """Counting from 2 to 6, over and over."""
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def token_accuracy(prediction: Any) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +13,12 @@ from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt, ca
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from saved_generators import generator_folder, plain_folder
-from tiny_decoders import prompt, single_thread
+from tiny_decoders import prompt
 
 NEW = 24
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((6, 3, 9, 1, 5, 4))]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["exits", "plain"])

@@ -16,16 +16,11 @@ from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
-from tiny_decoders import single_thread
 from tiny_tokenizers import byte_tokenizer
 
 PROMPTS = list(zip(tiny_rows(11).instructions, tiny_rows(11).inputs, strict=True))
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

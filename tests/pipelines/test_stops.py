@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,16 +23,11 @@ from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
 from consistentee.pipelines.stops import StopTexts, cut_at_stop, find_stop, possible_stop
 from consistentee.pipelines.streaming import PieceStreamer
 from saved_generators import BYTES, generator_folder, plain_folder, tiny_rows
-from tiny_decoders import single_thread
 
 PROMPTS = list(zip(tiny_rows(7).instructions, tiny_rows(7).inputs, strict=True))
 NEW = 24
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def chunk_tokenizer() -> PreTrainedTokenizerFast:

@@ -25,15 +25,10 @@ from consistentee.serving.generation import GeneratorService
 from consistentee.serving.requests import RefusedRequest, ServerLimits
 from saved_generators import TEMPLATE, generator_folder, plain_folder
 from served import running
-from tiny_decoders import single_thread
 
 PROMPTS = ["do this", "très bien", "1, 2 and", "name a river or two, please"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["exits", "plain"])

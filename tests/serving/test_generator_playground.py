@@ -19,16 +19,11 @@ from consistentee.serving.generation import GeneratorService
 from playground_clicks import give_token, is_dark, start, tab_to, text_of, wait
 from saved_generators import TEMPLATE, generator_folder, plain_folder
 from served import running
-from tiny_decoders import single_thread
 
 PROMPT = "1, 2 and"
 TOKEN = "a-token-of-some-length"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

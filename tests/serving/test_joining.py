@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,13 +17,9 @@ from consistentee.serving import generation
 from consistentee.serving.generation import GeneratorService, TokenEvent
 from consistentee.serving.requests import RefusedRequest
 from saved_generators import generator_folder
-from tiny_decoders import prompt, single_thread
+from tiny_decoders import prompt
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -189,9 +189,9 @@ class CachedStates:
             self._load(int(self._chunk_of[rows[0]]), shown=shown)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._store is None or self._loaded != self._chunk_of[index]:
-            self._load(int(self._chunk_of[index]))
-        store: StateStore = self._store  # pyright: ignore[reportAssignmentType]
+        store = self._store
+        if store is None or self._loaded != self._chunk_of[index]:
+            store = self._load(int(self._chunk_of[index]))
         return {
             "states": store.read(int(self._start[index]), int(self.lengths[index])),
             "labels": self._logits[int(self._place[index])],
@@ -205,8 +205,8 @@ class CachedStates:
         return StatesInMemory(self._shape)
 
     @torch.no_grad()
-    def _load(self, number: int, *, shown: bool = False) -> None:
-        """Run a chunk through the backbone, rows of similar length together."""
+    def _load(self, number: int, *, shown: bool = False) -> StateStore:
+        """Run a chunk through the backbone, rows of similar length together; where its states are."""
         store = self._store = self._store or self._room()
         model, device = self._model, self._model.device
         was_training = model.training
@@ -234,6 +234,7 @@ class CachedStates:
                 bar.update(len(part))
         self._loaded = number
         model.train(was_training)
+        return store
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

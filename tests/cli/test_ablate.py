@@ -29,6 +29,19 @@ def test_questions_are_asked_and_answered(tmp_path: Path, capsys: pytest.Capture
     names = {path.stem for path in (tmp_path / "out" / "cells").iterdir()}
     assert names == {"small_rows_consistent_1", "small_rows_plain_1", "small_rows_consistent-seen_rows_1"}
     assert {path.name for path in (tmp_path / "out" / "runs").iterdir()} == set()  # they were discarded
+    assert not (tmp_path / "out" / "warm-ups").exists()
+    warmed_up = capsys.readouterr().out.count("The warm-up is that of a training that began alike")
+    assert warmed_up == 1  # `consistent` warms up for both
+    alone = ["--methods", "consistent:seen_rows", "--settings", str(tmp_path / "seen.yaml")]
+    (tmp_path / "seen.yaml").write_text("consistent:seen_rows: {policy_data: seen}\n")
+    assert main(["compare", *alone, *data, "--output-dir", str(tmp_path / "alone")]) == 0
+    cells = [
+        json.loads((tmp_path / out / "cells" / "small_rows_consistent-seen_rows_1.json").read_text())
+        for out in ("out", "alone")
+    ]
+    for cell in cells:
+        assert cell.pop("seconds") > 0
+    assert cells[0] == cells[1]
     summary = json.loads((tmp_path / "out" / "ablate.json").read_text())["questions"]["policy_rows"]
     (entry,) = summary["differences"]
     assert (entry["variant"], entry["baseline"]) == ("consistent:seen_rows", "consistent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from consistentee.evaluation.comparison.plan import (
     PlannedCell,
     compared_methods,
     planned_cells,
+    sharing_cells,
+    work_left,
 )
 from consistentee.evaluation.comparison.summary import summarise
 from consistentee.evaluation.comparison.tables import comparison_sheets
@@ -332,6 +335,30 @@ def test_the_time_left_comes_from_cells_of_the_same_backbone_and_method() -> Non
     done.append(cell_of("deebert", seconds=20.0, work=100.0))
     assert seconds_left(left, done) == pytest.approx(120 * (0.05 + 0.2))
     assert seconds_left([], []) == 0
+
+
+def test_cells_that_begin_alike_warm_up_once() -> None:
+    data = ComparedSet("rte", tiny_dataset(50), tiny_dataset(10))
+    settings: dict[str, dict[str, Any]] = {
+        "consistent": {},
+        "consistent:uniform": {"reward": "uniform"},
+        "consistent:mean": {"head": "shared_pooler"},
+        "consistent:forgetting": {"hardness": "forgetting_events"},
+        "weighted_sum": {},
+    }
+    cells = [
+        PlannedCell(
+            "models/small", data, ComparedMethod(label, label.partition(":")[0], own), 9, {"seed": 9, **own}
+        )
+        for label, own in settings.items()
+    ]
+    assert [cell.method.label for cell in sharing_cells(cells)] == ["consistent", "consistent:uniform"]
+    whole, warm_up = 50 * 0.8 * 3, 50 * 0.8 * 2
+    assert work_left(cells) == pytest.approx([whole, whole - warm_up, whole, whole, whole])
+    assert sharing_cells([cells[0], dataclasses.replace(cells[1], seed=8)]) == []
+    done = [cell_of("plain", seconds=5.0, work=100.0)]
+    assert seconds_left(cells[1:2], done) == pytest.approx(whole * 0.05)
+    assert seconds_left(cells[1:2], done, cells[:1]) == pytest.approx((whole - warm_up) * 0.05)
 
 
 # --- Files, tables, picture ------------------------------------------------------------------------

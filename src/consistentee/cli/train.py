@@ -40,6 +40,7 @@ def train_command(
     unlabelled_file: Annotated[
         list[str] | None, Parameter(consume_multiple=True, negative=(), group=DATA)
     ] = None,
+    warm_up_dir: Path | None = None,
     resume: Flag = False,
     data: TrainingDataOptions | None = None,
     settings: SettingOptions | None = None,
@@ -59,10 +60,12 @@ def train_command(
         unlabelled_file: Texts without labels for a classifier's exits and policy, which learn to agree with its last
             layer on them: files in every form that `predict` reads; "-" is standard input. Columns are those of
             --text-columns, or the usual names. Duplicates and rows that are labelled or reported on are dropped.
+        warm_up_dir: Folder of warm-ups that trainings share: settings of policy, reward and rounds are tried without
+            warming up again. The first training leaves its warm-up there, others that begin alike go on from it.
         resume: Go on from the last checkpoint in the output folder.
         debug: Show tracebacks and the messages of other libraries.
     """
-    _run(method, output_dir, backbone, config, resume, data, settings, unlabelled_file)
+    _run(method, output_dir, backbone, config, resume, data, settings, unlabelled_file, warm_up_dir)
 
 
 def finetune_command(
@@ -96,6 +99,7 @@ def _run(
     data: TrainingDataOptions | None,
     settings: Any,
     unlabelled_files: list[str] | None = None,
+    warm_up_dir: Path | None = None,
 ) -> None:
     """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
     data = data or TrainingDataOptions()
@@ -111,6 +115,9 @@ def _run(
     if unlabelled_files is not None and not METHODS[method].unlabelled:
         able = ", ".join(name for name, row in METHODS.items() if row.unlabelled)
         raise UsageError(f"--unlabelled-file goes with --method {able}, got {method}. Leave it out.")
+    if warm_up_dir is not None and not METHODS[method].warms_up:
+        able = ", ".join(name for name, row in METHODS.items() if row.warms_up)
+        raise UsageError(f"--warm-up-dir goes with --method {able}, got {method}. Leave it out.")
     config = training_config(settings, recipe, kind, command, method, unlabelled=unlabelled_files is not None)
     usage(lambda: check_method(method, CLASSIFICATION if kind is CLASSIFIERS else GENERATION, config))
     from consistentee.training.run_folders import check_output_dir
@@ -136,6 +143,7 @@ def _run(
         unlabelled=None
         if unlabelled_files is None
         else unlabelled_texts(unlabelled_files, data.text_columns, rows.train, rows.evaluation),
+        warm_up_dir=warm_up_dir,
         resume=resume,
         report=say,
     )

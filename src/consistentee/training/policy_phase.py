@@ -273,6 +273,8 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
         "validation": validation,
         **extra,
     }
+    if taken_over := run.progress.get("taken_over"):
+        record["shared_warm_up"] = taken_over
     return run.save(model, record)
 
 

@@ -196,6 +196,7 @@ class Run:
         steps: the gradient steps.
         identity: what a resumed run must share with the one it goes on with.
         progress: all there is to remember beside weights and optimizer, as plain JSON values.
+        warm_up_dir: where warm-ups are kept for trainings that begin alike; None where this one shares none.
         stage: steps behind all of `steps`, on other rows and with an optimizer of their own, while they are the ones
             that are taken.
     """
@@ -211,6 +212,7 @@ class Run:
     steps: OptimizerSteps
     identity: dict[str, Any]
     progress: dict[str, Any]
+    warm_up_dir: Path | None = None
     stage: OptimizerSteps | None = None
 
     def __post_init__(self) -> None:
@@ -296,39 +298,57 @@ class Run:
 
     def load_best(self) -> None:
         """Go back to the weights that were the best; the policy stays as it is, to be fitted anew."""
-        best, now = checkpoints.load_weights(self.best_path), self.model.state_dict()
-        policy = {name: value for name, value in now.items() if name.startswith("policy.")}
-        self.load_weights(
-            {name: value for name, value in best.items() if not name.startswith("policy.")} | policy
-        )
+        self.load_weights(self._with_own_policy(checkpoints.load_weights(self.best_path)))
+
+    def _with_own_policy(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights, but for the policy's: those are the model's at present."""
+        policy = {
+            name: value for name, value in self.model.state_dict().items() if name.startswith("policy.")
+        }
+        return {name: value for name, value in weights.items() if not name.startswith("policy.")} | policy
 
     def checkpoint(self) -> None:
         """Make this moment one from which `resume` can go on."""
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            steps = self.stage or self.steps
-            optimizer = {
-                "optimizer": steps.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            }
             self.progress["checkpoints"] += 1
-            checkpoints.save_checkpoint(
-                self.output_dir,
-                self.progress["checkpoints"],
-                weights=self.weights(),
-                optimizer=optimizer,
-                progress={
-                    **self.progress,
-                    "step": self.steps.step,
-                    **({} if self.stage is None else {"stage_step": self.stage.step}),
-                    "identity": self.identity,
-                },
-            )
+            self.write_checkpoint(self.output_dir, self.identity)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, folder: Path) -> None:
-        """Go back to a checkpoint's moment, of this very run."""
+    def write_checkpoint(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Write this moment down; the main process does.
+
+        Args:
+            folder: whose checkpoints it joins.
+            identity: kept beside it.
+        """
+        scaler = self.accelerator.scaler
+        steps = self.stage or self.steps
+        optimizer = {
+            "optimizer": steps.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        checkpoints.save_checkpoint(
+            folder,
+            self.progress["checkpoints"],
+            weights=self.weights(),
+            optimizer=optimizer,
+            progress={
+                **self.progress,
+                "step": self.steps.step,
+                **({} if self.stage is None else {"stage_step": self.stage.step}),
+                "identity": identity,
+            },
+        )
+
+    def restore(self, folder: Path, *, own_policy: bool = False) -> None:
+        """Go back to a checkpoint's moment.
+
+        Args:
+            folder: the checkpoint's, of this very run, or of one that has had the same steps so far.
+            own_policy: whether the policy, which steps do not train, stays this run's.
+        """
         weights, optimizer, progress = checkpoints.load_checkpoint(folder)
+        weights = self._with_own_policy(weights) if own_policy else weights
         del progress["identity"]
         self.steps.step = progress.pop("step")
         stage_step = progress.pop("stage_step", None)

@@ -41,6 +41,7 @@ def train(
     task: str | None = None,
     method: str = "consistent",
     unlabelled: Iterable[tuple[str, ...]] | None = None,
+    warm_up_dir: str | Path | None = None,
     resume: bool = False,
     report: Report = lambda message: None,
 ) -> Path:
@@ -56,6 +57,9 @@ def train(
         method: one of `METHODS`: how to train.
         unlabelled: texts, or pairs, without labels for a classifier's exits and policy, by agreement with its last
             layer; they are read as they come, duplicates and texts of `train_data` are dropped. None for none.
+        warm_up_dir: folder of warm-ups that trainings share: one that differs from another only in what comes after
+            the warm-up (policy, reward, rounds of the same epochs in all) goes on from its, and ends as it would alone.
+            The first leaves it there: weights and optimizer, three times the trained weights' size. None for none.
         resume: go on from the last checkpoint in `output_dir` if there is one.
         report: is given lines of text to show.
 
@@ -66,7 +70,8 @@ def train(
     Raises:
         FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
         ImportError: LoRA without peft.
-        SettingError: `unlabelled` texts for a method or a task that does not learn from them.
+        SettingError: `unlabelled` texts for a method or a task that does not learn from them; `warm_up_dir` for a
+            method without a warm-up.
         TypeError: data or settings of another task.
         ValueError: an unsupported backbone, an unknown method or one for another task, too little data, a resumed run
             with other settings, data or backbone, an `output_dir` that is the backbone's, or a `threshold_metric` that
@@ -76,6 +81,9 @@ def train(
     if unlabelled is not None and not row.unlabelled:
         able = ", ".join(name for name, other in METHODS.items() if other.unlabelled)
         raise SettingError(f'Unlabelled texts go with method {able}, got "{method}". Leave them out.')
+    if warm_up_dir is not None and not row.warms_up:
+        able = ", ".join(name for name, other in METHODS.items() if other.warms_up)
+        raise SettingError(f'A folder of warm-ups goes with method {able}, got "{method}". Leave it out.')
     trained = _task_of(train_data, config, unlabelled, backbone)
     check_method(method, trained.task, trained.config)
     run = start_run(
@@ -86,6 +94,7 @@ def train(
         task_name=task,
         resume=resume,
         report=report,
+        warm_up_dir=None if warm_up_dir is None else Path(warm_up_dir),
     )
     return Path(output_dir) if run is None else row.load()(run)
 
@@ -225,6 +234,7 @@ def start_run(
     task_name: str | None,
     resume: bool,
     report: Report,
+    warm_up_dir: Path | None = None,
 ) -> Run | None:
     """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
     output_dir, config, exits = Path(output_dir), task.config, METHODS[method].exits
@@ -323,7 +333,9 @@ def start_run(
             "history": [],
             "forgetting": [],
             "unlabelled": None,
+            "taken_over": None,
         },
+        warm_up_dir=warm_up_dir,
     )
     run.begin(newest, resume=resume)
     return run

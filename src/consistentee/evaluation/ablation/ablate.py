@@ -94,7 +94,7 @@ def ablate(
     if wanted:
         report(f"{len(wanted) * len(ours)} studies, {len(wanted) * len(ours) - len(left)} of them finished.")
     if left and not dry_run:  # they need our models, which may go afterwards
-        compare(methods=[OUR_METHOD], overrides={}, keep_models=True, **run)
+        compare(methods=[OUR_METHOD], overrides={}, keep_models=True, keep_warm_ups=True, **run)
         for name, cell in left:
             report(f"== study {name} of {cell.name}")
             _study(asked[name], name, cell, output_dir)

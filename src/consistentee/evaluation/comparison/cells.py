@@ -41,13 +41,21 @@ def run_folder(output_dir: Path, cell: PlannedCell) -> Path:
     return output_dir / RUNS / cell.name
 
 
-def run_cell(cell: PlannedCell, output_dir: Path, *, keep_model: bool = True, report: Report) -> Cell:
+def run_cell(
+    cell: PlannedCell,
+    output_dir: Path,
+    *,
+    keep_model: bool = True,
+    warm_up_dir: Path | None = None,
+    report: Report,
+) -> Cell:
     """Train what is not trained yet, go on with what was interrupted, measure, and keep the cell.
 
     Args:
         cell: what to run.
         output_dir: of the comparison.
         keep_model: whether the run's folder stays.
+        warm_up_dir: where its warm-up is shared, see `train`; None where it is not.
         report: is given lines of text to show.
 
     Raises:
@@ -62,12 +70,14 @@ def run_cell(cell: PlannedCell, output_dir: Path, *, keep_model: bool = True, re
         config=cell.config(),
         task=cell.data.task,
         method=cell.method.name,
+        warm_up_dir=warm_up_dir,
         resume=resumed,
         report=report,
     )
     gc.collect()  # the optimizer's states, before the model is opened again
     saved = load_model(folder, LoadedClassifier)
     figures = measure(saved, cell.data.evaluation)
+    shared = saved.record.get("shared_warm_up", {"seconds": 0.0})
     kept: Cell = rounded(
         {
             "form": FORM,
@@ -78,7 +88,7 @@ def run_cell(cell: PlannedCell, output_dir: Path, *, keep_model: bool = True, re
             "seed": cell.seed,
             "own_settings": dict(cell.method.settings),
             "work": cell.work,
-            "seconds": time.monotonic() - started,
+            "seconds": time.monotonic() - started + shared["seconds"],
             "resumed": resumed,
             **_of_record(saved.record),
             **figures,

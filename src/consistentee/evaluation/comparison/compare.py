@@ -24,13 +24,17 @@ from consistentee.evaluation.comparison.plan import (
     backbone_name,
     compared_methods,
     planned_cells,
+    sharing_cells,
+    work_left,
 )
 from consistentee.evaluation.comparison.summary import summarise
 from consistentee.evaluation.comparison.tables import markdown_page
 from consistentee.progress import duration
 from consistentee.training.run import Report
+from consistentee.training.warm_ups import discard
 
 SUMMARY_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.png"
+WARM_UPS = "warm-ups"
 
 
 def compare(
@@ -48,19 +52,21 @@ def compare(
     also: Sequence[str] = (),
     resamples: int = 1000,
     keep_models: bool = True,
+    keep_warm_ups: bool = False,
     dry_run: bool = False,
     report: Report = lambda message: None,
 ) -> dict[str, Any]:
     """Train and measure every method on every backbone, set and seed, with what is there left alone, and sum it up.
 
-    A cell that was interrupted goes on from its run's folder. Several processes may share an output folder where each
-    has cells of its own, such as one seed each.
+    A cell that was interrupted goes on from its run's folder. Cells that begin alike warm up once (`train`'s
+    `warm_up_dir`); the seconds of each are those that it would take alone. Several processes may share an output folder
+    where each has cells of its own, such as one seed each.
 
     Args:
         methods: `NAME` of a training method that learns from labels, or `NAME:VARIANT`; `plain` is always among them.
         backbones: hub names or folders of encoders.
         sets: data sets.
-        output_dir: gets `cells/`, `runs/`, compare.json and compare.md.
+        output_dir: gets `cells/`, `runs/`, `warm-ups/` where some are shared, compare.json and compare.md.
         seeds: of split, order, initial weights.
         settings: training settings of all methods, where they are not defaults.
         overrides: settings of single methods, by label; rows, split, budget and validation are shared by all.
@@ -71,7 +77,9 @@ def compare(
         also: further rows of the first tables and lines of the picture, `METHOD/CRITERION`: methods whose exits are
             another's.
         resamples: draws of the bootstrap.
-        keep_models: whether trained models stay; a cell has what tables and pictures need.
+        keep_models: whether trained models stay, and warm-ups that were shared; a cell has what tables and pictures
+            need.
+        keep_warm_ups: whether warm-ups that no other cell of the plan shares are kept as well, for further plans.
         dry_run: say what would be run, and stop.
         report: is given lines of text to show.
 
@@ -94,10 +102,16 @@ def compare(
         for cell in cells:
             report(f"  {cell.name}: {_state(cell, finished[cell.name], output_dir)}")
         return {}
+    warm_up_dir = output_dir / WARM_UPS
+    shares = keep_warm_ups or warm_up_dir.is_dir()
+    sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.warm_up is not None}
     for place, cell in enumerate(left):
         report(f"== {cell.name} ({len(cells) - len(left) + place + 1} of {len(cells)})")
-        done.append(run_cell(cell, output_dir, keep_model=keep_models, report=report))
-        report(f"{done[-1]['seconds']:.0f} s. {_left_line(left[place + 1 :], done)}")
+        shared = warm_up_dir if cell.name in sharing else None
+        done.append(run_cell(cell, output_dir, keep_model=keep_models, warm_up_dir=shared, report=report))
+        report(f"{done[-1]['seconds']:.0f} s. {_left_line(left[place + 1 :], done, left[: place + 1])}")
+    if not keep_models:
+        discard(warm_up_dir)
     return render(output_dir, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
 
 
@@ -136,23 +150,30 @@ def render(
     return summary
 
 
-def seconds_left(left: Sequence[PlannedCell], done: Sequence[Cell]) -> float | None:
+def seconds_left(
+    left: Sequence[PlannedCell], done: Sequence[Cell], before: Sequence[PlannedCell] = ()
+) -> float | None:
     """How long cells will take, from finished ones of the same backbone, and the same method where there are any.
 
-    A cell's time is taken to be proportional to the rows that its training goes through. Those that were interrupted
-    say nothing, as they were timed from their last start.
+    A cell's time is taken to be proportional to the rows that its training goes through, less the warm-up where another
+    has done it. Those that were interrupted say nothing, as they were timed from their last start.
+
+    Args:
+        left: the cells, in their order.
+        done: finished ones.
+        before: those of the same plan that have run before.
 
     Returns:
         Seconds; None where nothing is finished that would tell.
     """
     timed = [cell for cell in done if not cell["resumed"]]
     total = 0.0
-    for cell in left:
+    for cell, work in zip(left, work_left([*before, *left])[len(before) :], strict=True):
         alike = [one for one in timed if one["backbone"] == backbone_name(cell.backbone)]
         alike = [one for one in alike if one["label"] == cell.method.label] or alike
         if not alike:
             return None
-        total += cell.work * sum(one["seconds"] for one in alike) / sum(one["work"] for one in alike)
+        total += work * sum(one["seconds"] for one in alike) / sum(one["work"] for one in alike)
     return total
 
 
@@ -160,10 +181,10 @@ def _plan_line(count: int, left: Sequence[PlannedCell], done: Sequence[Cell]) ->
     return f"{count} cells, {len(done)} of them finished. {_left_line(left, done)}"
 
 
-def _left_line(left: Sequence[PlannedCell], done: Sequence[Cell]) -> str:
+def _left_line(left: Sequence[PlannedCell], done: Sequence[Cell], before: Sequence[PlannedCell] = ()) -> str:
     if not left:
         return "None left."
-    seconds = seconds_left(left, done)
+    seconds = seconds_left(left, done, before)
     time = "nobody knows how long until one of each backbone is finished"
     return f"{len(left)} left, {time if seconds is None else f'about {duration(seconds)}'}."
 

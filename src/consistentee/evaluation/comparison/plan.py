@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from consistentee.data.rows import TextDataset
 from consistentee.errors import SettingError, require_seed
 from consistentee.functional.tables import CLASSIFICATION
 from consistentee.training.methods import METHODS, check_method, method_of
+from consistentee.training.warm_ups import warm_up_settings
 
 REFERENCE = "plain"
 """The method that all others are measured against; always among those compared."""
@@ -91,8 +94,20 @@ class PlannedCell:
     @property
     def work(self) -> float:
         """Rows that training goes through, over all epochs: what its time is proportional to."""
+        return self._work_of(_epochs(self.config()))
+
+    @property
+    def warm_up(self) -> tuple[str, float] | None:
+        """What cells have in common that may share a warm-up, and how much of their work that is; None for no other."""
         config = self.config()
-        return len(self.data.train) * (1 - config.validation_fraction) * _epochs(config)
+        settings = warm_up_settings(config.to_dict()) if METHODS[self.method.name].warms_up else None
+        if settings is None or not config.warmup_epochs:
+            return None
+        alike = [self.backbone, self.data.name, self.seed, settings]
+        return json.dumps(alike, sort_keys=True), self._work_of(config.warmup_epochs)
+
+    def _work_of(self, epochs: float) -> float:
+        return len(self.data.train) * (1 - self.config().validation_fraction) * epochs
 
 
 def backbone_name(backbone: str) -> str:
@@ -222,6 +237,23 @@ def planned_cells(
         for data in sets
         for method in methods
     ]
+
+
+def sharing_cells(cells: Sequence[PlannedCell]) -> list[PlannedCell]:
+    """Those of the cells whose warm-up another of them needs, too."""
+    counts = Counter(cell.warm_up[0] for cell in cells if cell.warm_up is not None)
+    return [cell for cell in cells if cell.warm_up is not None and counts[cell.warm_up[0]] > 1]
+
+
+def work_left(cells: Sequence[PlannedCell]) -> list[float]:
+    """The work of each of the cells in turn: of those that share a warm-up the first does it."""
+    done: set[str] = set()
+    work: list[float] = []
+    for cell in cells:
+        name, shared = cell.warm_up or ("", 0.0)
+        work.append(cell.work - (shared if name in done else 0.0))
+        done.add(name)
+    return work
 
 
 def has_exits(method: str) -> bool:

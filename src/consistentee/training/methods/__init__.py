@@ -27,6 +27,7 @@ class Method:
         joint_policy: whether steps train the policy together with everything else.
         needs: settings that it cannot do without and that have no default.
         unlabelled: whether texts without labels can be given beside labelled rows.
+        warms_up: whether it begins with a phase that trainings can share (`warm_ups.py`).
     """
 
     module: str
@@ -38,6 +39,7 @@ class Method:
     joint_policy: bool = False
     needs: tuple[str, ...] = ()
     unlabelled: bool = False
+    warms_up: bool = False
 
     def load(self) -> Callable[[Any], Path]:
         """The method itself."""
@@ -49,7 +51,7 @@ class Method:
 
 _ROWS = (CLASSIFICATION,)
 METHODS = {
-    "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)", unlabelled=True),
+    "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)", unlabelled=True, warms_up=True),
     "deebert": Method("deebert", "DeeBERT (arXiv:2004.12993)", unused_parameters=True),
     "weighted_sum": Method("weighted_sum", "PABEE (arXiv:2006.04152)"),
     "right_tool": Method("right_tool", "The Right Tool for the Job (arXiv:2004.07453)", tasks=_ROWS),

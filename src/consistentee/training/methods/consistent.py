@@ -17,9 +17,11 @@ tokens also a share of its own for the last layer, a few layers a step, and any 
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+from consistentee.training import warm_ups
 from consistentee.training.cached_states import CachedStates
 from consistentee.training.policy_phase import (
     PolicyPhase,
@@ -39,11 +41,15 @@ def train_consistent(run: Run) -> Path:
     warm_up_steps, round_steps = run.steps_of(config.warmup_epochs), run.steps_of(config.consistent_epochs)
 
     # Phase 1: every exit learns every instance, deeper layers weigh more.
+    warm_ups.take_over(run)
+    started, fresh = time.monotonic(), run.steps.step == 0
     for stop in task.warm_up_stops(run, warm_up_steps):
         if run.steps.step < stop:
             run.take_steps(stop, task.weighted_sum(), phase="warm-up")
             task.observe(run)
             run.checkpoint()
+    if fresh:
+        warm_ups.keep(run, time.monotonic() - started)
 
     # Phases 2 and 3, in turn.
     phase: PolicyPhase | None = None

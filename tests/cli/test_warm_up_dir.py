@@ -1,0 +1,40 @@
+"""`train --warm-up-dir`: the second training goes on from the first one's warm-up; and where it has no place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from consistentee.cli.main import main
+from tiny import tiny_backbone, tiny_dataset, write_csv
+
+QUICK = (
+    "--warmup-epochs 1 --rounds 1 --consistent-epochs 1 --policy-epochs 1 --policy-min-steps 1 --policy-folds 2 "
+    "--policy-input log_odds --mixed-precision no --text-columns text --label-column label"
+)
+
+
+def command(folder: Path, output: str, *more: str) -> list[str]:
+    return [
+        *("train", "--output-dir", str(folder / output), "--train-file", str(folder / "train.csv")),
+        *("--backbone", str(folder / "backbone"), "--warm-up-dir", str(folder / "warm-ups"), *QUICK.split()),
+        *more,
+    ]
+
+
+def test_settings_of_the_reward_are_tried_on_one_warm_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_backbone(tmp_path / "backbone", layers=2)
+    write_csv(tmp_path / "train.csv", tiny_dataset(60))
+    assert main(command(tmp_path, "first")) == 0
+    assert "began alike" not in capsys.readouterr().out
+    assert main(command(tmp_path, "second", "--reward", "uniform")) == 0
+    assert "The warm-up is that of a training that began alike" in capsys.readouterr().out
+
+
+def test_a_method_without_a_warm_up_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path, "model", "--method", "sweet")) == 2
+    assert "--warm-up-dir goes with --method consistent, got sweet" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

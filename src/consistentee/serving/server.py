@@ -48,6 +48,7 @@ class HttpServer:
             log_level="warning",
             access_log=False,
             server_header=False,
+            ws="none",  # it has none, and old uvicorns import a deprecated part of websockets for it
             lifespan="on",
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=drain_seconds,

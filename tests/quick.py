@@ -40,6 +40,7 @@ def quick_retrofit(**changes: Any) -> RetrofitConfig:
     """The same for `retrofit`, whose backbone is run once for some rows at a time."""
     values = {
         "passes": 2,
+        "exit_min_steps": 1,
         "policy_epochs": 2,
         "policy_min_steps": 1,
         "policy_folds": 2,

@@ -65,7 +65,7 @@ _ABOVE_ZERO = (
     "max_length num_layers num_queries classifier_hidden_size policy_hidden_size max_prompt_length exit_head_rank "
     "lora_rank lora_alpha batch_size gradient_accumulation_steps learning_rate consistent_learning_rate "
     "head_learning_rate max_grad_norm warmup_epochs layers_per_step policy_tokens policy_epochs policy_min_steps "
-    "policy_batch_size policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
+    "exit_min_steps policy_batch_size policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
     "passes policy_texts calibration_texts report_texts"
 )
 _NOT_NEGATIVE = (
@@ -272,7 +272,10 @@ class ClassificationTrainingConfig(TrainingConfig):
 
     # Texts without labels, after the rounds
     passes: int = 5
-    """Times that the exits learn every unlabelled text, from states that are computed once."""
+    """Times that the exits learn every unlabelled text, from states that are computed once, or more where the steps are
+    fewer than `exit_min_steps`."""
+    exit_min_steps: int = 250
+    """Least number of steps of exits on states that are computed once: few texts need more passes."""
     policy_texts: int = 20_000
     """Unlabelled texts that the policy learns from, at most, and at most a third of them."""
     max_disk_mb: float = 8192.0
@@ -319,7 +322,8 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     """`none`: the model stays what it is. `lora`, `full`: shallow layers come to serve the exits, by adapters that are
     merged at the end (the model's head stays) or all weights tuned; the original's answers stay the target."""
     passes: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Times that the exits learn every text: by default 5, or 2 where the backbone is tuned and runs every time."""
+    """Times that the exits learn every text: by default 5 (more where the steps are fewer than `exit_min_steps`), or 2
+    where the backbone is tuned and runs every time."""
     policy_texts: int = 20_000
     """Texts that the policy learns from, at most, and at most a third of them."""
     calibration_texts: int = 5_000

@@ -18,8 +18,8 @@ from quick import quick_config
 from tiny import tiny_backbone, tiny_classifier, tiny_dataset, write_csv
 
 QUICK = (
-    "--passes 2 --policy-epochs 2 --policy-min-steps 1 --policy-folds 2 --classifier-hidden-size 8 --num-queries 2 "
-    "--head-learning-rate 0.005 --mixed-precision no"
+    "--passes 2 --exit-min-steps 1 --policy-epochs 2 --policy-min-steps 1 --policy-folds 2 --classifier-hidden-size 8 "
+    "--num-queries 2 --head-learning-rate 0.005 --mixed-precision no"
 )
 KEYS = {
     "num_hidden_layers",
@@ -128,7 +128,7 @@ def test_a_tuned_backbone_is_held_to_the_original(
     folder, figures = tmp_path / "tuned", tmp_path / "figures.json"
     command = ["retrofit", str(original), "--texts", str(texts), "--output-dir", str(folder)]
     options = f"{QUICK} --tune-backbone full --learning-rate 0.003 --max-disagreement 0.5 --json {figures}"
-    command += options.replace("--passes 2", "--passes 1").split()
+    command += options.replace("--passes 2 --exit-min-steps 1", "--passes 1").split()
     assert main(command) == 0
     out = capsys.readouterr().out
     found: dict[str, Any] = json.loads(figures.read_text())

@@ -14,7 +14,7 @@ from tiny_training import tiny_decoder
 
 QUICK = (
     "--warmup-epochs 1 --rounds 0 --policy-epochs 1 --policy-min-steps 1 --policy-folds 2 --passes 1 "
-    "--policy-input log_odds --mixed-precision no --text-columns text --label-column label"
+    "--exit-min-steps 1 --policy-input log_odds --mixed-precision no --text-columns text --label-column label"
 )
 TRAIN, REPORTED, OTHERS = tiny_dataset(60), tiny_dataset(30, seed=1), tiny_dataset(100, seed=2)
 

@@ -181,6 +181,15 @@ def test_batches_go_on_where_they_stopped(done: int) -> None:
     assert list(rest) == list(every)[done:]
 
 
+@pytest.mark.parametrize("min_steps,steps", [(0, 10), (10, 10), (11, 15), (38, 40)])
+def test_few_steps_become_more_passes(min_steps: int, steps: int) -> None:
+    chunks, lengths = [np.arange(20), np.arange(20, 32)], np.full(32, 3)
+    batches = ChunkedBatches(chunks, lengths, 8, passes=2, min_steps=min_steps, seed=0)  # 5 steps a pass
+    assert len(batches) == len(list(batches)) == steps
+    counts = np.bincount([row for batch in batches for row in batch])
+    assert counts.tolist() == [steps // 5] * 32
+
+
 def test_passes_over_a_chunk_have_orders_of_their_own() -> None:
     lengths = np.full(32, 4)
     found = list(ChunkedBatches([np.arange(32)], lengths, 8, passes=2, seed=0))

@@ -139,6 +139,13 @@ def test_no_text_is_for_two_things() -> None:
     assert set(other.report) != set(parts.report)
 
 
+def test_few_texts_are_learnt_more_often(plain: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    config = quick_retrofit(exit_min_steps=50, max_cache_mb=256.0)
+    retrofit(model=plain, texts=TEXTS, output_dir=tmp_path / "m", config=config, report=said.append)
+    assert ", 54 steps, " in said[0]  # 187 texts in batches of 32: 6 a pass, 9 passes in place of 2
+
+
 def test_what_cannot_be_retrofitted_says_so(plain: Path, retrofitted: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must be at least 40, got 39"):
         retrofit(model=plain, texts=TEXTS[:39], output_dir=tmp_path / "few")

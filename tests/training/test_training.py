@@ -394,6 +394,7 @@ TESTED_ELSEWHERE = {
     "patience",
     "threshold_metric",
     "passes",  # in test_unlabelled, as the next: they need texts without labels
+    "exit_min_steps",
     "policy_texts",
     "max_disk_mb",
     "parse_special_tokens",  # in test_literal: it needs texts that spell them

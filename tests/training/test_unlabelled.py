@@ -37,6 +37,7 @@ def config(**changes: Any) -> ClassificationTrainingConfig:
         "reward_loss": "error",
         "head_learning_rate": 5e-3,
         "passes": 2,
+        "exit_min_steps": 1,
         "max_cache_mb": 0.05,
         "policy_input": "auto",
         **changes,

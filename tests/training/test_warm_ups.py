@@ -53,6 +53,7 @@ OTHER_ROWS: dict[str, Any] = {
     "threshold_metric": "f1",
     "ensemble_decay": 0.0,
     "passes": 2,
+    "exit_min_steps": 7,
     "policy_texts": 100,
     "max_disk_mb": 1.0,
     "checkpoint_every": 1,

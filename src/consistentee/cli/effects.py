@@ -18,7 +18,7 @@ _POLICY = (
     "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode patience max_accuracy_loss "
     "threshold_margin weighted_sum_share max_cache_mb"
 )
-_OF_TEXTS = "passes policy_texts max_disk_mb"
+_OF_TEXTS = "passes exit_min_steps policy_texts max_disk_mb"
 """Settings of what is learnt from texts without labels."""
 
 
@@ -70,6 +70,7 @@ _GENERATORS = (
 _RETROFIT = (
     _Rule("learning_rate", lambda c: c.tune_backbone == "none", "--tune-backbone lora or full"),
     _Rule("lora_rank lora_alpha lora_dropout", lambda c: c.tune_backbone != "lora", "--tune-backbone lora"),
+    _Rule("exit_min_steps", lambda c: c.tune_backbone != "none", "--tune-backbone none"),
 )
 _FINETUNED_CLASSIFIERS = (
     f"{_POLICY} {_OF_TEXTS} policy_input ensemble_decay consistent_learning_rate threshold_metric"

@@ -39,12 +39,12 @@ from consistentee.errors import UsageError, require_range
 
 OF_RETROFIT = (
     "exits_only tune_backbone lora_rank lora_alpha lora_dropout max_length parse_special_tokens num_queries "
-    "classifier_hidden_size ensemble_decay head_dropout passes batch_size learning_rate head_learning_rate "
-    "weight_decay schedule warmup_ratio max_grad_norm mixed_precision policy_texts calibration_texts report_texts "
-    "policy_input policy_hidden_size policy_dropout policy_epochs policy_min_steps policy_batch_size "
-    "policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup initial_exit_bias "
-    "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode seed threshold_margin "
-    "checkpoint_every max_cache_mb max_disk_mb tracker"
+    "classifier_hidden_size ensemble_decay head_dropout passes exit_min_steps batch_size learning_rate "
+    "head_learning_rate weight_decay schedule warmup_ratio max_grad_norm mixed_precision policy_texts "
+    "calibration_texts report_texts policy_input policy_hidden_size policy_dropout policy_epochs policy_min_steps "
+    "policy_batch_size policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup "
+    "initial_exit_bias estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode seed "
+    "threshold_margin checkpoint_every max_cache_mb max_disk_mb tracker"
 )
 """Settings that have an effect here."""
 

@@ -105,7 +105,9 @@ def probe(
         DataError, ValueError, OSError: as of `train.retrofit`.
     """
     start = time.perf_counter()
-    config = RetrofitConfig(seed=seed, policy_epochs=20, policy_folds=3, max_cache_mb=512.0, batch_size=16)
+    config = RetrofitConfig(
+        seed=seed, policy_epochs=20, policy_folds=3, max_cache_mb=512.0, batch_size=16, exit_min_steps=100
+    )
     original = load_model(model, LoadedClassifier)
     rows = iter(texts)
     first = list(itertools.islice(rows, 4 * WARM_UP))

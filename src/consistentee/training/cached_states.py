@@ -126,6 +126,7 @@ class CachedStates:
         memory_mb: what a chunk's states may take in memory.
         disk_mb: what they may take in a file, where that is more and all rows need more than `memory_mb`.
         passes: how often a chunk is learnt from.
+        min_steps: in all passes together; fewer become more passes.
         batch_size, seed: of the batches.
         precision: `bf16` runs the backbone so; else as its weights are.
 
@@ -145,6 +146,7 @@ class CachedStates:
         memory_mb: float,
         disk_mb: float = 0.0,
         passes: int,
+        min_steps: int = 0,
         batch_size: int,
         seed: int,
         precision: str = "no",
@@ -167,7 +169,9 @@ class CachedStates:
         for number, chunk in enumerate(self.chunks):
             self._chunk_of[chunk], self._place[chunk] = number, np.arange(len(chunk))
             self._start[chunk] = np.cumsum(self.lengths[chunk]) - self.lengths[chunk]
-        self.batches = ChunkedBatches(self.chunks, self.lengths, batch_size, passes=passes, seed=seed)
+        self.batches = ChunkedBatches(
+            self.chunks, self.lengths, batch_size, passes=passes, min_steps=min_steps, seed=seed
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -283,6 +287,7 @@ class ChunkedBatches:
         lengths: (rows,) tokens.
         batch_size: rows of a batch.
         passes: over each chunk, each with its own order.
+        min_steps: batches in all; fewer become more passes.
         seed: of the orders.
     """
 
@@ -293,10 +298,12 @@ class ChunkedBatches:
         batch_size: int,
         *,
         passes: int,
+        min_steps: int = 0,
         seed: int,
     ) -> None:
-        self._chunks, self._passes = chunks, passes
+        self._chunks = chunks
         self._batches = [LengthGroupedBatches(lengths[chunk], batch_size, seed=seed) for chunk in chunks]
+        self._passes = max(passes, math.ceil(min_steps / sum(map(len, self._batches))))
         self._start = 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:

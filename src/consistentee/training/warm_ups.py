@@ -23,7 +23,8 @@ _LATER = (
     "reward_target hardness layer_costs layer_cost_mode policy_input policy_data policy_tokens policy_hidden_size "
     "policy_dropout policy_epochs policy_min_steps policy_batch_size policy_learning_rate policy_weight_decay "
     "policy_folds entropy_bonus layer_cost_warmup initial_exit_bias patience max_accuracy_loss threshold_margin "
-    "threshold_metric ensemble_decay passes policy_texts max_disk_mb checkpoint_every max_cache_mb tracker"
+    "threshold_metric ensemble_decay passes exit_min_steps policy_texts max_disk_mb checkpoint_every "
+    "max_cache_mb tracker"
 )
 LATER = frozenset(_LATER.split())
 """Settings that nothing reads before the end of the warm-up, but for how many steps there will be in all."""

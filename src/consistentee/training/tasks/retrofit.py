@@ -184,6 +184,7 @@ class RetrofitTraining(ClassificationTraining):
             memory_mb=config.max_cache_mb,
             disk_mb=config.max_disk_mb,
             passes=cast(int, config.passes),
+            min_steps=config.exit_min_steps,
             batch_size=config.batch_size,
             seed=config.seed,
             precision=resolve_precision(config.mixed_precision),

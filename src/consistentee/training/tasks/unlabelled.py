@@ -128,6 +128,7 @@ class UnlabelledTraining(ClassificationTraining):
             memory_mb=config.max_cache_mb,
             disk_mb=config.max_disk_mb,
             passes=config.passes,
+            min_steps=config.exit_min_steps,
             batch_size=config.batch_size,
             seed=config.seed,
             precision=str(accelerator.mixed_precision),

@@ -48,6 +48,18 @@ def test_areas_are_those_of_the_cells(cells: list[dict[str, Any]]) -> None:
         assert written[key] == pytest.approx(100 * area, abs=0.051), key
 
 
+def test_what_a_tolerance_buys_is_read_off_a_cell(cells: list[dict[str, Any]]) -> None:
+    tolerance = script("threshold_tolerance")
+    cell = next(cell for cell in cells if cell["label"] == "consistent" and tolerance.usable(cell))
+    found = tolerance.outcomes_of_rules(cell, 250, 20, 0)
+    shares = [found[loss, 0.5][3] for loss in (0.0, 0.0025, 0.005, 0.01)]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[-1] < shares[0] < 1
+    losses = [found[0.0, margin][0] for margin in (0.0, 0.5)]
+    assert losses[1] <= losses[0]
+    assert not tolerance.usable(next(cell for cell in cells if cell["label"] == "plain"))
+
+
 def test_every_method_is_named() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for name, method in METHODS.items():

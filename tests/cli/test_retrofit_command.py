@@ -190,6 +190,10 @@ def test_a_tuned_backbone_is_held_to_the_original(
         (["--tune-backbone", "lora", "--exits-only"], "exits_only must be false for tune_backbone lora"),
         (["--learning-rate", "1e-4"], "--learning-rate goes with --tune-backbone lora or full"),
         (["--tune-backbone", "full", "--lora-rank", "4"], "--lora-rank goes with --tune-backbone lora"),
+        (
+            ["--tune-backbone", "full", "--exit-min-steps", "9"],
+            "--exit-min-steps goes with --tune-backbone none",
+        ),
         (["--passes", "0"], "passes must be above 0, got 0"),
         (["--max-texts", "0"], "--max-texts must be at least 1, got 0"),
         (["--label-column", "label"], "--label-column goes with --text-columns."),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from consistentee.cli.main import main
+from consistentee.errors import UsageError
 from consistentee.evaluation.comparison import compare as comparing
 from consistentee.training.steps import OptimizerSteps
 from quick import QUICK, stop_at
@@ -191,7 +192,24 @@ def test_settings_of_single_methods_come_from_a_file_and_from_options(tmp_path: 
 
     path = tmp_path / "settings.yaml"
     path.write_text("deebert: {head: shared_pooler, ensemble_decay: 0.0}\n")
-    assert _overrides(path, ["deebert.ensemble_decay=0.25", "plain:half.num_layers=6"]) == {
+    lines = ["deebert.ensemble_decay=0.25", "plain:half.num_layers=6"]
+    assert _overrides(path, lines, ["deebert", "plain:half"]) == {
         "deebert": {"head": "shared_pooler", "ensemble_decay": 0.25},
         "plain:half": {"num_layers": 6},
     }
+
+
+def test_one_file_of_settings_serves_comparisons_of_other_methods_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from consistentee.cli.compare import _overrides
+
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "plain: {dropout: 0.2}\ndeebert:small: {ensemble_decay: 0.0}\nsweet: {ensemble_decay: 0.0}\n"
+    )
+    assert _overrides(path, [], ["sweet"]) == {"plain": {"dropout": 0.2}, "sweet": {"ensemble_decay": 0.0}}
+    assert "settings of deebert:small left aside, not compared here" in capsys.readouterr().out
+    path.write_text("deebrt: {ensemble_decay: 0.0}\n")
+    with pytest.raises(UsageError, match='which has deebrt: method must be one of .* got "deebrt"'):
+        _overrides(path, [], ["deebert"])

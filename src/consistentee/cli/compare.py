@@ -95,7 +95,8 @@ def compare_command(
         also: METHOD/CRITERION: further rows of the first tables and lines of the picture, such as methods that share
             another's exits.
         config: Recipe (YAML) with settings of all methods; options given here override it.
-        method_settings: YAML file of settings by method: `deebert: {head: shared_pooler}`.
+        method_settings: YAML file of settings by method: `deebert: {head: shared_pooler}`. One file may serve several
+            commands: what it says of methods that are not compared is left aside.
         set_: One setting of one method each: METHOD.key=value.
         recipes: Folder where NAME:VARIANT is looked for, as VARIANT/NAME.yaml or NAME_VARIANT.yaml.
         resamples: Draws of the bootstrap.
@@ -133,7 +134,7 @@ def compare_command(
             output_dir=output_dir,
             seeds=seeds or (1,),
             settings=shared,
-            overrides=_overrides(method_settings, set_ or ()),
+            overrides=_overrides(method_settings, set_ or (), methods),
             recipes=recipes,
             keep_models=not discard_models,
             dry_run=dry_run,
@@ -221,18 +222,30 @@ def compared_sets(data: ComparedDataOptions) -> list[Any]:
     return found
 
 
-def _overrides(path: Path | None, lines: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Settings by method: those of the file, then METHOD.key=value.
+def _overrides(path: Path | None, lines: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Settings by method: those of the file for these methods, then METHOD.key=value.
 
     Raises:
-        UsageError: one of them is not of this form.
+        UsageError: one of them is not of this form, or the file has settings of what is no method.
     """
+    from consistentee.evaluation.comparison.plan import REFERENCE
+    from consistentee.training.methods import method_of
+
+    compared = {REFERENCE, *methods}
     found: dict[str, dict[str, Any]] = {}
     if path is not None:
         values = _yaml(path.read_text(encoding="utf-8"), f"--settings {path}")
         if not isinstance(values, dict) or not all(isinstance(inner, dict) for inner in values.values()):
             raise UsageError(f"--settings {path} must map methods to their settings, each a mapping.")
-        found = {str(method): dict(inner) for method, inner in values.items()}
+        labels = [str(label) for label in values]
+        try:
+            for label in labels:
+                method_of(label.partition(":")[0])
+        except ValueError as error:
+            raise UsageError(f"--settings {path}, which has {', '.join(labels)}: {error}") from error
+        found = {str(label): dict(inner) for label, inner in values.items() if label in compared}
+        if aside := [label for label in labels if label not in compared]:
+            say(f"--settings {path}: settings of {', '.join(aside)} left aside, not compared here.")
     for line in lines:
         match = re.fullmatch(r"([^=]+)\.(\w+)=(.*)", line, re.DOTALL)
         if match is None:

@@ -104,6 +104,7 @@ def run_pair(backbone: Path, data_dir: Path, runs: Path, task: str, seed: int) -
         "seed": seed,
         "num_examples": len(evaluation),
         "num_texts": record["data"]["train_rows"] + record["data"]["validation_rows"],
+        "policy_input": record["policy"]["policy_input"],
         "plain_accuracy": float(right[:, -1].double().mean()),
         "at_default_threshold": {
             "threshold": saved.model.config.threshold,

@@ -307,7 +307,6 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     consistent_epochs: float = 0.0
     num_queries: int = 4
     classifier_hidden_size: int | None = 64
-    policy_input: PolicyInputChoice = "state+log_odds"
     policy_hidden_size: int = 64
     policy_dropout: float = 0.0
     policy_epochs: int = 20

@@ -77,6 +77,21 @@ def test_the_record_and_the_card_name_the_original(plain: Path, retrofitted: Pat
     assert config["original_head"]["model_type"] == "consistentee_full_depth"
 
 
+def test_validation_decides_whether_the_policy_reads_the_state(plain: Path, tmp_path: Path) -> None:
+    scores: dict[str, float] = {}
+    for name, given in (
+        ("default", {}),
+        ("alone", {"policy_input": "log_odds"}),
+        ("both", {"policy_input": "state+log_odds"}),
+    ):
+        config = quick_retrofit(policy_learning_rate=0.05, policy_epochs=10, **given)
+        folder = retrofit(model=plain, texts=TEXTS, output_dir=tmp_path / name, config=config)
+        record = json.loads((folder / "training_record.json").read_text())
+        scores[name] = record["history"][-1]["score"]
+    assert scores["alone"] != scores["both"]
+    assert scores["default"] == max(scores["alone"], scores["both"])
+
+
 def test_a_run_that_stops_goes_on_to_the_same_end(
     plain: Path, retrofitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,5 +211,5 @@ def test_one_file_of_settings_serves_comparisons_of_other_methods_too(
     assert _overrides(path, [], ["sweet"]) == {"plain": {"dropout": 0.2}, "sweet": {"ensemble_decay": 0.0}}
     assert "settings of deebert:small left aside, not compared here" in capsys.readouterr().out
     path.write_text("deebrt: {ensemble_decay: 0.0}\n")
-    with pytest.raises(UsageError, match='which has deebrt: method must be one of .* got "deebrt"'):
+    with pytest.raises(UsageError, match=r'which has deebrt: method must be one of .* got "deebrt"'):
         _overrides(path, [], ["deebert"])

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from consistentee.errors import MissingExtraError
 from consistentee.evaluation.classification import evaluate_layers
+from consistentee.evaluation.looks import LOOKS
 from consistentee.evaluation.plots import layer_ticks, plot_evaluation
 from consistentee.evaluation.results import (
     Evaluation,
@@ -24,6 +25,7 @@ from consistentee.evaluation.results import (
     GenerationPoint,
     OtherGenerationCriterion,
 )
+from consistentee.functional.criteria import CRITERIA, GENERATION_CRITERIA
 
 ROWS, LAYERS, DEPTH = 60, 4, 30
 
@@ -154,6 +156,11 @@ def test_no_panel_of_text_without_two_points(tmp_path: Path, figures: list[Figur
         replace(GENERATION, generated=[], other_criteria={"confidence": other}), tmp_path / "plot.png"
     )
     assert len(figures[1].axes) == 4
+
+
+@pytest.mark.parametrize("criteria", [CRITERIA, GENERATION_CRITERIA])
+def test_no_two_criteria_of_a_task_share_a_colour(criteria: tuple[str, ...]) -> None:
+    assert len({LOOKS[criterion][0] for criterion in criteria}) == len(criteria)
 
 
 def test_bare_evaluation(tmp_path: Path) -> None:

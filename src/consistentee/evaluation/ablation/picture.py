@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consistentee.evaluation.plots import GREY, INK, picture
+from consistentee.evaluation.looks import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY
+from consistentee.evaluation.plots import picture
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 LINE_HEIGHT, PANEL_ROOM, FOREST_WIDTH = 0.3, 1.1, 9.5  # inches
 
 

@@ -10,26 +10,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from consistentee.evaluation.comparison.plan import OUR_METHOD
-from consistentee.evaluation.plots import DASHES, GREY, GRID, INK, picture
+from consistentee.evaluation.looks import (
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    INDIGO,
+    INK,
+    OLIVE,
+    ORANGE,
+    PINK,
+    PURPLE,
+    RED,
+    SKY,
+    TEAL,
+    WINE,
+)
+from consistentee.evaluation.plots import DASHES, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, then Tol's; neighbours differ in line style too. Ours is thick and blue.
-COLOUR_METHOD = (
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#882255",
-    "#44AA99",
-    "#999933",
-    "#AA4499",
-    "#332288",
-)
+# Neighbours differ in line style too. Ours is thick and blue.
+COLOUR_METHOD = (RED, GREEN, PINK, ORANGE, SKY, WINE, TEAL, OLIVE, PURPLE, INDIGO)
 STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-OUR_COLOUR = "#0072B2"
+OUR_COLOUR = BLUE
 TICKS = (1.0, 1.5, 2.0, 3.0, 4.0)
 FASTEST = 4.6  # end of the axis
 SHOWN_BELOW = 12.0  # points below the best that a panel shows

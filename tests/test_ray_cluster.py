@@ -56,9 +56,15 @@ def cluster() -> Iterator[Any]:
 
     small = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
     few = {"no_monitor": True, "include_log_monitor": False}
-    with tempfile.TemporaryDirectory(
-        prefix="ray", dir="/tmp", ignore_cleanup_errors=True
-    ) as folder:  # a short path
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="ray", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder,  # a short path
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        # Where Ray notes the cluster to connect to: not in the user's own folder, which may not be there either.
+        environment.setenv("RAY_TMPDIR", folder)
+        Path(folder, "ray").mkdir()
         made = Cluster(
             initialize_head=True,
             head_node_args={**small, **few, "temp_dir": folder, "_system_config": QUICK_TO_NOTICE},

@@ -20,8 +20,10 @@ def standard_error(values: Tensor, counts: Tensor | None = None) -> float:
 
     Example:
         >>> import torch
-        >>> standard_error(torch.tensor([1.0, -1.0])), standard_error(torch.tensor([2.0, -2.0]), torch.tensor([2, 2]))
-        (1.0, 0.7071067811865476)
+        >>> standard_error(torch.tensor([1.0, -1.0]))
+        1.0
+        >>> round(standard_error(torch.tensor([2.0, -2.0]), torch.tensor([2, 2])), 6)
+        0.707107
     """
     values = values.double()
     if counts is None:

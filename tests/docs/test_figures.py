@@ -123,8 +123,31 @@ MARKS = {
 def test_tables_of_speed() -> None:
     render = script("render_speed").render
     tables = [render(read("speed", path.name)) for path in sorted((RESULTS / "speed").glob("*.json"))]
-    assert len(tables) == 11
+    assert len(tables) == 12
     assert missing("docs/performance.md", *tables) == []
+
+
+def test_sentences_about_a_gpu() -> None:
+    rows = read("speed", "gpu-bert-base-bfloat16-even.json")["rows"]
+    sizes = (1, 8, 32, 128, None)
+
+    def of(row: str, key: str) -> list[float]:
+        return [next(r[key] for r in rows if (r["batch_size"], r["name"]) == (size, row)) for size in sizes]
+
+    exits, effect = of("engine", "wall_clock_speedup"), of("engine", "efficiency")
+    full = of("engine-full-depth", "speedup_over_transformers")
+    page = "docs/performance.md"
+    words = "{:.2f}x at batch 1, {:.2f}x at 8, {:.2f}x at 32, {:.2f}x at 128 and {:.2f}x in"
+    assert missing(page, words.format(*exits)) == []
+    assert missing(page, "{:.2f}x, {:.2f}x, {:.2f}x, {:.2f}x and {:.2f}x as fast".format(*full)) == []
+    words = "efficiency {:.2f}, {:.2f}, {:.2f}, {:.2f} at batch 1, 8, 32, 128; {:.2f} in throughput mode"
+    assert missing(page, words.format(*effect)) == []
+    one, few, many = of("engine-full-depth", "latency_ms_p50")[:3]
+    slower = [
+        a - b for a, b in zip(of("engine-nobody-leaves", "latency_ms_p50"), (one, few, many), strict=False)
+    ]
+    assert (f"{one:.1f}", f"{many:.1f}") == ("3.4", "3.3")
+    assert {f"{value / 12:.1f}" for value in slower} == {"0.6"}
 
 
 def of_mode(name: str, size: int | None, row: str, key: str) -> float:

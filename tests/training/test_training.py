@@ -28,7 +28,7 @@ from consistentee.models.sequence_classification import (
     FullDepthForSequenceClassification,
 )
 from consistentee.training import checkpoints, policy_phase
-from consistentee.training.methods import consistent
+from consistentee.training.methods import METHODS, consistent
 from consistentee.training.policy_choice import PolicyChoice, choose_policy
 from consistentee.training.run import Run
 from consistentee.training.states import LayerStates
@@ -64,7 +64,9 @@ def quick_train(backbone: Path, data: TextDataset, tmp_path: Path) -> Callable[.
     """Train for a few steps with these settings into a folder of its own."""
     count = 0
 
-    def run(report: Callable[[str], None] = lambda message: None, **changes: Any) -> Path:
+    def run(
+        report: Callable[[str], None] = lambda message: None, method: str = "consistent", **changes: Any
+    ) -> Path:
         nonlocal count
         count += 1
         folder = tmp_path / f"run-{count}"
@@ -73,6 +75,7 @@ def quick_train(backbone: Path, data: TextDataset, tmp_path: Path) -> Callable[.
             train_data=data,
             output_dir=folder,
             config=quick_config(**changes),
+            method=method,
             report=report,
         )
 
@@ -528,6 +531,14 @@ def test_bfloat16_after_full_precision_in_one_process(quick_train: Callable[...,
 @pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
 def test_mixed_precision_on_a_gpu(quick_train: Callable[..., Path], mixed_precision: str) -> None:
     folder = quick_train(mixed_precision=mixed_precision, checkpoint_every=1)
+    assert all(bool(tensor.isfinite().all()) for tensor in read_weights(folder).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.labels and not row.needs])
+def test_every_method_trains_on_a_gpu(quick_train: Callable[..., Path], method: str) -> None:
+    folder = quick_train(method=method)
+    assert saved.read_record(folder)["environment"]["device"].startswith("cuda")
     assert all(bool(tensor.isfinite().all()) for tensor in read_weights(folder).values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import ne
@@ -103,7 +104,10 @@ def run_policy_phase(
     )
     if keep_policy:
         inputs, costs = (run.model.policy.policy_input,), costs[:1]
-        search = replace(search, fit=lambda policy, *_, **__: policy.eval(), layer_costs=costs)
+        # A copy where the instances are, as a fit would give: the model's own may be on a GPU.
+        search = replace(
+            search, fit=lambda policy, *_, **__: deepcopy(policy).cpu().eval(), layer_costs=costs
+        )
     data = task.policy_data(run, description)
     if data.max_loss is not None:
         search = replace(search, max_loss=data.max_loss)

@@ -17,6 +17,7 @@ from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
 )
+from consistentee.progress import show_progress
 from consistentee.training.run import Run
 from consistentee.training.steps import (
     make_accelerator,
@@ -121,6 +122,20 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
         learning_rate=1e-5,
     )
     assert at == [2, 4]  # the end of a phase has one of its own
+
+
+def test_progress_counts_towards_the_end_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, int]] = []
+
+    def noted(phase: str, total: int, **how: Any) -> Any:
+        shown.append((phase, total))
+        return show_progress(phase, total, **how)
+
+    monkeypatch.setattr("consistentee.training.steps.show_progress", noted)
+    run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "run")
+    run.take_steps(1, run.task.weighted_sum(), phase="first")
+    assert run.steps.total_steps > 1
+    assert shown == [("first", run.steps.total_steps)]
 
 
 def test_every_step_and_process_has_a_seed_of_its_own() -> None:

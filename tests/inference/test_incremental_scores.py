@@ -9,10 +9,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from consistentee.functional import exits
 from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import ensemble_layers
 from consistentee.heads.policy import exit_feature_map
-from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores, gelu
+from consistentee.inference.encoder.incremental_scores import (
+    ExitHistory,
+    IncrementalExitScores,
+    gelu,
+    log_odds,
+)
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from tiny import fit_at_random, tiny_backbone, unsettle
 
@@ -139,3 +145,21 @@ def test_gelu_is_torchs() -> None:
     found = gelu(values.numpy())
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, torch.nn.functional.gelu(values.double()).numpy(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 20])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 12.0, 500.0])
+def test_log_odds_are_those_that_the_policy_learnt_from(classes: int, scale: float) -> None:
+    logits = scale * torch.randn(2000, classes)
+    expected = exits.log_odds(logits)
+    probability = logits.double().softmax(-1).amax(-1)
+    # Of a probability next to 1 float32 has a few digits left of what is missing, here as there.
+    allowed = 1e-4 + 4 * torch.finfo(torch.float32).eps / (1 - probability).clamp_min(1e-7)
+    found = torch.from_numpy(log_odds(logits.numpy()))
+    assert found.dtype == torch.float32
+    assert bool(((found - expected).abs() <= allowed).all())
+
+
+def test_log_odds_of_equal_and_of_hopeless_classes() -> None:
+    logits = np.array([[0.0, 0.0], [1e30, -1e30], [-80.0, 0.0], [5.0, 5.0]], dtype=np.float32)
+    assert log_odds(logits).tolist() == [0.0, 10.0, 10.0, 0.0]

@@ -1,7 +1,8 @@
 """Exit scores at inference: what `criteria.py` says about all layers at once, layer by layer.
 
 It happens on the host: the host must know who exits anyway. What every layer of every model needs is written in numpy
-and stays on the calling thread; what a criterion or the policy's log-odds need are the functions that training uses.
+and stays on the calling thread; what a criterion or the signals of old policies need are the functions that training
+uses.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ backend's for the processor (12 layers of 384, batches of 128 on 2 cores: every 
 
 ERF_VALUES = 2048
 """Up to so many values torch's error function stays on the calling thread; its threads would do the same."""
+
+SMALLEST = np.float32(1e-7)
+"""Below it the share of all other classes does not count: float32 tells none from this next to 1."""
 
 
 @dataclass
@@ -116,6 +120,9 @@ class IncrementalExitScores:
         self._bias = _host(policy.exit_bias)
         self._output = _host(policy.state_output) if policy.reads_state else None
         self._policy_width = 0 if self._output is None else self._output.shape[1]
+        # One weight for all layers; policies that read nine signals have functions of their own for them.
+        no_signals = policy.reads_log_odds and not policy.reads_signals
+        self._confidence = np.float32(policy.confidence_weight.item()) if no_signals else None
 
     @property
     def reads_pooled(self) -> bool:
@@ -201,8 +208,9 @@ class IncrementalExitScores:
         exit_logits = self._bias[index]
         if self._output is not None:
             exit_logits = exit_logits + _product(gelu(states), self._output[index])
-        features = self._policy.features(torch.from_numpy(logits))
-        if features is not None:
+        if self._confidence is not None:
+            exit_logits = exit_logits + self._confidence * log_odds(logits[:, -1])
+        elif (features := self._policy.features(torch.from_numpy(logits))) is not None:
             exit_logits = exit_logits + self._policy.feature_logits(features[:, -1:])[:, 0].numpy()
         # Beyond +-80 it is 0 or 1 in float32 all the same, and exp does not overflow.
         return np.reciprocal(1 + np.exp(-exit_logits.clip(-80, 80)), dtype=np.float32)
@@ -235,6 +243,13 @@ def log_softmax(logits: Floats) -> Floats:
     """(rows, classes) to (rows, classes)."""
     shifted = logits - logits.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def log_odds(logits: Floats) -> Floats:
+    """Log-odds of the predicted class as `exits.log_odds` has them, (rows, classes) to (rows,)."""
+    probability = np.reciprocal(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
+    rest = np.maximum(1 - probability, SMALLEST)
+    return np.log(probability / rest).clip(-10, 10)  # a probability is at least 1 / classes
 
 
 def _host(parameter: Tensor) -> Floats:

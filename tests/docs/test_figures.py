@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -105,6 +106,31 @@ def test_no_policy_collapsed_and_the_default_threshold_is_bold() -> None:
     ]
     first, *others = (f"{100 * accuracy:.1f} % with {100 * saved:.0f} % saved" for accuracy, saved in figures)
     assert missing("docs/experiments.md", ", ".join([first, *others])) == []
+
+
+def test_noise_of_gradients_and_what_it_costs() -> None:
+    folder = RESULTS / "ablate" / "studies"
+    studies = [json.loads(path.read_text()) for path in sorted(folder.glob("e5-12l_rte_*_estimator.json"))]
+    assert len(studies) == 3
+    rows: list[str] = []
+    for stage in ("untrained", "fitted"):
+        noise = [study["noise"][stage] for study in studies]
+        ratios = [
+            statistics.mean(one["sampling_noise"][k] / one["batch_noise"] for one in noise)
+            for k in ("1", "8", "32")
+        ]
+        rows.append("| noise, {} policy | {:.1f} | {:.2f} | {:.2f} | 0 |".format(stage, *ratios))
+    areas = [100 * statistics.mean(s["fits"][k]["area"] for s in studies) for k in ("1", "8", "32", "exact")]
+    rows.append("| area of a policy fitted by it, % | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(*areas))
+    confidence = 100 * statistics.mean(study["confidence_area"] for study in studies)
+    counts = [
+        json.loads(path.read_text())["areas"] for path in sorted(folder.glob("*_rte_*_policy_rows.json"))
+    ]
+    fewer = [100 * statistics.mean(one[place]["area"] for one in counts) for place in range(3)]
+    rows.append(f"Confidence has an area of {confidence:.1f} there")
+    rows.append("124, 249 and all 498 rows {:.1f}, {:.1f} and {:.1f}:".format(*fewer))
+    assert [place["rows"] for place in counts[0]] == [124, 249, 498]
+    assert missing("docs/experiments.md", *rows) == []
 
 
 # Speed of classifiers: docs/performance.md.

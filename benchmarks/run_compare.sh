@@ -11,7 +11,9 @@
 #     large                e5-12l on the samples of QNLI, QQP and MNLI, one seed
 #     mpnet                mpnet-12l on the five sets, one seed
 #
-# By default all, one after another. On one GPU three parts at a time fill it.
+# By default all, one after another. One training leaves a GPU idle most of the time: start this many times at once with the
+# same OUT, and each takes cells that no other works on; under NVIDIA's MPS (nvidia-cuda-mps-control -d), without which they
+# wait for each other. 15 at a time on an H200: 37 to 53 s for a cell of RTE, 90 s for one of consistent.
 #
 #     METHODS="deebert consistent" VARIANTS= benchmarks/run_compare.sh ...    # some methods, without variants
 #     DRY=--dry-run benchmarks/run_compare.sh ...                             # list the cells only

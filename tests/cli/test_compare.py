@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from consistentee.cli.main import main
 from consistentee.errors import UsageError
@@ -213,3 +214,42 @@ def test_one_file_of_settings_serves_comparisons_of_other_methods_too(
     path.write_text("deebrt: {ensemble_decay: 0.0}\n")
     with pytest.raises(UsageError, match=r'which has deebrt: method must be one of .* got "deebrt"'):
         _overrides(path, [], ["deebert"])
+
+
+def test_cells_that_another_command_makes_come_last_and_are_taken_over(
+    place: Place, interrupted: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place.root / "shared"
+    (out / ".locks").mkdir(parents=True)
+    (out / "cells").mkdir()
+    other = FileLock(out / ".locks" / "small_rows_plain_1.lock")
+    other.acquire()
+    made = place.root / "out" / "cells" / "small_rows_plain_1.json"
+
+    def let_go(seconds: float) -> None:  # while this command waits, the other one finishes its cell
+        assert (out / "cells" / "small_rows_deebert_1.json").is_file()
+        assert not (out / "runs" / "small_rows_plain_1").exists()
+        shutil.copy(made, out / "cells")
+        other.release()
+
+    monkeypatch.setattr(comparing.time, "sleep", let_go)
+    assert run(place, "--seeds", "1", out="shared") == 0
+    said = capsys.readouterr().out
+    assert "== small_rows_deebert_1 (1 of 2)" in said
+    assert "Waiting for other commands, which make small_rows_plain_1." in said
+    assert "== small_rows_plain_1 (2 of 2) is finished, by another command." in said
+    assert not (out / "runs" / "small_rows_plain_1").exists()
+    assert place.cells("shared").keys() == {"small_rows_plain_1", "small_rows_deebert_1"}
+
+
+def test_a_cell_that_another_command_gave_up_is_made(
+    place: Place, interrupted: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place.root / "given-up"
+    (out / ".locks").mkdir(parents=True)
+    other = FileLock(out / ".locks" / "small_rows_deebert_1.lock")
+    other.acquire()
+    monkeypatch.setattr(comparing.time, "sleep", lambda seconds: other.release())
+    assert run(place, "--seeds", "1", out="given-up") == 0
+    assert "== small_rows_deebert_1 (2 of 2)\n" in capsys.readouterr().out
+    assert place.cells("given-up").keys() == {"small_rows_plain_1", "small_rows_deebert_1"}

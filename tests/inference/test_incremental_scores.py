@@ -17,7 +17,7 @@ from consistentee.inference.encoder.incremental_scores import (
     ExitHistory,
     IncrementalExitScores,
     gelu,
-    log_odds,
+    host_log_odds,
 )
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from tiny import fit_at_random, tiny_backbone, unsettle
@@ -155,11 +155,11 @@ def test_log_odds_are_those_that_the_policy_learnt_from(classes: int, scale: flo
     probability = logits.double().softmax(-1).amax(-1)
     # Of a probability next to 1 float32 has a few digits left of what is missing, here as there.
     allowed = 1e-4 + 4 * torch.finfo(torch.float32).eps / (1 - probability).clamp_min(1e-7)
-    found = torch.from_numpy(log_odds(logits.numpy()))
+    found = torch.from_numpy(host_log_odds(logits.numpy()))
     assert found.dtype == torch.float32
     assert bool(((found - expected).abs() <= allowed).all())
 
 
 def test_log_odds_of_equal_and_of_hopeless_classes() -> None:
     logits = np.array([[0.0, 0.0], [1e30, -1e30], [-80.0, 0.0], [5.0, 5.0]], dtype=np.float32)
-    assert log_odds(logits).tolist() == [0.0, 10.0, 10.0, 0.0]
+    assert host_log_odds(logits).tolist() == [0.0, 10.0, 10.0, 0.0]

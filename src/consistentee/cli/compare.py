@@ -85,7 +85,8 @@ def compare_command(
     compare.png.
 
     Args:
-        output_dir: Where all of it goes. Several commands may fill one folder.
+        output_dir: Where all of it goes. Several commands may fill one folder at the same time, also the same one: each
+            takes cells that no other works on.
         methods: Training methods; `plain` is always among them. NAME:VARIANT is one with settings of its own;
             static:6 is the plain model of the first 6 layers.
         backbone: Encoders to start from: names on the model hub or local folders.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from consistentee.errors import SettingError
 from consistentee.evaluation.comparison.cells import (
     CELLS,
     Cell,
+    claimed,
     finished_cell,
+    is_claimed_by_others,
     read_cells,
     run_cell,
     run_folder,
@@ -35,6 +38,8 @@ from consistentee.training.warm_ups import discard
 
 SUMMARY_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.png"
 WARM_UPS = "warm-ups"
+POLL_SECONDS = 5.0
+"""How often it is asked whether other commands have finished their cells."""
 
 
 def compare(
@@ -60,7 +65,7 @@ def compare(
 
     A cell that was interrupted goes on from its run's folder. Cells that begin alike warm up once (`train`'s
     `warm_up_dir`); the seconds of each are those that it would take alone. Several processes may share an output folder
-    where each has cells of its own, such as one seed each.
+    and even a plan: each takes cells that no other works on, and at last waits for those that others do.
 
     Args:
         methods: `NAME` of a training method that learns from labels, or `NAME:VARIANT`; `plain` is always among them.
@@ -105,12 +110,34 @@ def compare(
     warm_up_dir = output_dir / WARM_UPS
     shares = keep_warm_ups or warm_up_dir.is_dir()
     sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.warm_up is not None}
-    for place, cell in enumerate(left):
-        report(f"== {cell.name} ({len(cells) - len(left) + place + 1} of {len(cells)})")
-        shared = warm_up_dir if cell.name in sharing else None
-        done.append(run_cell(cell, output_dir, keep_model=keep_models, warm_up_dir=shared, report=report))
-        report(f"{done[-1]['seconds']:.0f} s. {_left_line(left[place + 1 :], done, left[: place + 1])}")
-    if not keep_models:
+    before: list[PlannedCell] = []
+    waiting, told = left, False
+    while waiting:
+        of_others: list[PlannedCell] = []
+        for cell in waiting:
+            with claimed(cell, output_dir) as mine:
+                if not mine:
+                    of_others.append(cell)
+                    continue
+                title = f"== {cell.name} ({len(done) + 1} of {len(cells)})"
+                kept = finished_cell(cell, output_dir)
+                report(title if kept is None else f"{title} is finished, by another command.")
+                if kept is None:
+                    shared = warm_up_dir if cell.name in sharing else None
+                    kept = run_cell(
+                        cell, output_dir, keep_model=keep_models, warm_up_dir=shared, report=report
+                    )
+            done.append(kept)
+            before.append(cell)
+            behind = [other for other in left if other not in before]
+            report(f"{kept['seconds']:.0f} s. {_left_line(behind, done, before)}")
+        if len(of_others) == len(waiting):
+            if not told:
+                report(f"Waiting for other commands, which make {', '.join(cell.name for cell in waiting)}.")
+                told = True
+            time.sleep(POLL_SECONDS)
+        waiting = of_others
+    if not keep_models and not is_claimed_by_others(output_dir):
         discard(warm_up_dir)
     return render(output_dir, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
 

@@ -209,7 +209,7 @@ class IncrementalExitScores:
         if self._output is not None:
             exit_logits = exit_logits + _product(gelu(states), self._output[index])
         if self._confidence is not None:
-            exit_logits = exit_logits + self._confidence * log_odds(logits[:, -1])
+            exit_logits = exit_logits + self._confidence * host_log_odds(logits[:, -1])
         elif (features := self._policy.features(torch.from_numpy(logits))) is not None:
             exit_logits = exit_logits + self._policy.feature_logits(features[:, -1:])[:, 0].numpy()
         # Beyond +-80 it is 0 or 1 in float32 all the same, and exp does not overflow.
@@ -245,7 +245,7 @@ def log_softmax(logits: Floats) -> Floats:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def log_odds(logits: Floats) -> Floats:
+def host_log_odds(logits: Floats) -> Floats:
     """Log-odds of the predicted class as `exits.log_odds` has them, (rows, classes) to (rows,)."""
     probability = np.reciprocal(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
     rest = np.maximum(1 - probability, SMALLEST)

@@ -218,8 +218,8 @@ class OptimizerSteps:
         """
         self.figures.clear()
         shown = self.accelerator.is_main_process
-        every = max(until, self.total_steps)  # the time left is the whole run's, not this phase's
-        with show_progress(phase, every, unit="step", initial=self.step, shown=shown) as bar:
+        end = max(until, self.total_steps)  # the time left is the whole run's, not this phase's
+        with show_progress(phase, end, unit="step", initial=self.step, shown=shown) as bar:
             while self.step < until:
                 epoch, offset = divmod(self.step, len(self.batches))
                 self.batches.set_epoch(epoch, offset)

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from consistentee.cli.main import main
+from consistentee.evaluation.comparison import claims
 from quick import QUICK
 from tiny import tiny_backbone, tiny_dataset, write_csv
 
 
-def test_questions_are_asked_and_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_are_asked_and_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--output-dir", str(tmp_path / "out"), "--questions", "policy_rows", "--resamples", "20"]
     data = ["--backbone", str(tiny_backbone(tmp_path / "small", layers=3)), "--seeds", "1"]
     data += ["--train-file", str(write_csv(tmp_path / "rows.csv", tiny_dataset(40)))]
@@ -53,7 +57,24 @@ def test_questions_are_asked_and_answered(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "1 studies, 1 of them finished" in printed
     assert "3 of them finished" in printed
-    (tmp_path / "out" / "studies" / "small_rows_consistent_1_policy_rows.json").unlink()
+
+    study = tmp_path / "out" / "studies" / "small_rows_consistent_1_policy_rows.json"
+    found = study.read_text()
+    study.unlink()
+    other = FileLock(tmp_path / "out" / ".locks" / f"{study.stem}.lock")  # another command makes it
+    other.acquire()
+
+    def finish(seconds: float) -> None:
+        study.write_text(found)
+        other.release()
+
+    monkeypatch.setattr(claims.time, "sleep", finish)
+    assert main(["ablate", *options, *data]) == 0
+    printed = capsys.readouterr().out
+    assert "Waiting for other commands, which make small_rows_consistent_1_policy_rows." in printed
+    assert "== study" not in printed
+
+    study.unlink()
     assert main(["ablate", *options, *data]) == 1  # its model is gone
     assert "Remove its cell, so that it is trained anew" in capsys.readouterr().err
     assert main(["ablate", *options, "--render"]) == 0

@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from consistentee.cli.main import main
 from consistentee.errors import UsageError
+from consistentee.evaluation.comparison import claims
 from consistentee.evaluation.comparison import compare as comparing
 from consistentee.training.steps import OptimizerSteps
 from quick import QUICK, stop_at
@@ -232,7 +233,7 @@ def test_cells_that_another_command_makes_come_last_and_are_taken_over(
         shutil.copy(made, out / "cells")
         other.release()
 
-    monkeypatch.setattr(comparing.time, "sleep", let_go)
+    monkeypatch.setattr(claims.time, "sleep", let_go)
     assert run(place, "--seeds", "1", out="shared") == 0
     said = capsys.readouterr().out
     assert "== small_rows_deebert_1 (1 of 2)" in said
@@ -249,7 +250,7 @@ def test_a_cell_that_another_command_gave_up_is_made(
     (out / ".locks").mkdir(parents=True)
     other = FileLock(out / ".locks" / "small_rows_deebert_1.lock")
     other.acquire()
-    monkeypatch.setattr(comparing.time, "sleep", lambda seconds: other.release())
+    monkeypatch.setattr(claims.time, "sleep", lambda seconds: other.release())
     assert run(place, "--seeds", "1", out="given-up") == 0
     assert "== small_rows_deebert_1 (2 of 2)\n" in capsys.readouterr().out
     assert place.cells("given-up").keys() == {"small_rows_plain_1", "small_rows_deebert_1"}

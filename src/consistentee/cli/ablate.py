@@ -44,7 +44,8 @@ def ablate_command(
     ablate.json, ablate.md and ablate.png.
 
     Args:
-        output_dir: Where all of it goes.
+        output_dir: Where all of it goes. Several commands may fill one folder at the same time, also the same one: each
+            takes cells and studies that no other works on.
         questions: reward (with and without hardness, easy, middle and hard rows apart), hardness (measures of it),
             rounds (convergence; one round, twice as many), estimator (exact or sampled gradients), policy_rows
             (held-out or seen, how many), objective (consistent or weighted sum, strong and weak exits). [default: all]

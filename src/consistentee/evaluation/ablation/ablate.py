@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from consistentee.evaluation.ablation.pages import answers_page
 from consistentee.evaluation.ablation.questions import QUESTIONS, Question, question
 from consistentee.evaluation.ablation.studies import STUDIES, studied
 from consistentee.evaluation.comparison.cells import read_cells, run_folder
+from consistentee.evaluation.comparison.claims import is_shared_now, taken_in_turns
 from consistentee.evaluation.comparison.compare import compare
 from consistentee.evaluation.comparison.measuring import rounded
 from consistentee.evaluation.comparison.plan import (
@@ -49,7 +51,8 @@ def ablate(
     """Turn one switch at a time, and say what each gives.
 
     Cells are those of `compare`, in the same folder and form: what is finished is left alone, an interrupted one goes
-    on.
+    on. Several processes may share an output folder and even the questions: each takes cells and studies that no other
+    works on.
 
     Args:
         questions: names, of `QUESTIONS`.
@@ -88,17 +91,22 @@ def ablate(
     first = planned_cells(backbones, sets, compared_methods([OUR_METHOD], shared, {}), seeds, shared)
     ours = [cell for cell in first if cell.method.name == OUR_METHOD]
     wanted = [name for name, one in asked.items() if one.further in STUDIES]
-    left = [
-        (name, cell) for name in wanted for cell in ours if not _study_path(output_dir, name, cell).is_file()
-    ]
+    left = {
+        f"{cell.name}_{name}": (name, cell)
+        for name in wanted
+        for cell in ours
+        if not _study_path(output_dir, name, cell).is_file()
+    }
     if wanted:
         report(f"{len(wanted) * len(ours)} studies, {len(wanted) * len(ours) - len(left)} of them finished.")
     if left and not dry_run:  # they need our models, which may go afterwards
         compare(methods=[OUR_METHOD], overrides={}, keep_models=True, keep_warm_ups=True, **run)
-        for name, cell in left:
-            report(f"== study {name} of {cell.name}")
-            _study(asked[name], name, cell, output_dir)
-        if not keep_models:
+        with closing(taken_in_turns(left, output_dir, report)) as turns:
+            for _, (name, cell) in turns:
+                if not _study_path(output_dir, name, cell).is_file():  # nor made by another command
+                    report(f"== study {name} of {cell.name}")
+                    _study(asked[name], name, cell, output_dir)
+        if not keep_models and not is_shared_now(output_dir):
             for cell in first:
                 shutil.rmtree(run_folder(output_dir, cell), ignore_errors=True)
     labels = dict.fromkeys([OUR_METHOD, *(label for one in asked.values() for label in one.labels)])

@@ -7,14 +7,11 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
-
-from consistentee.atomic_files import make_folder, write_text
+from consistentee.atomic_files import write_text
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.errors import DataError, SettingError
@@ -25,7 +22,7 @@ from consistentee.training.run import Report
 from consistentee.training.run_folders import check_same_run
 from consistentee.training.train import train
 
-CELLS, RUNS, LOCKS = "cells", "runs", ".locks"
+CELLS, RUNS = "cells", "runs"
 FORM = 1
 """Version of a cell's form."""
 
@@ -42,42 +39,6 @@ def cell_path(output_dir: Path, cell: PlannedCell) -> Path:
 def run_folder(output_dir: Path, cell: PlannedCell) -> Path:
     """Where a cell is trained."""
     return output_dir / RUNS / cell.name
-
-
-@contextmanager
-def claimed(cell: PlannedCell, output_dir: Path) -> Iterator[bool]:
-    """Keep a cell to this process while the block runs; gives False where another one has it.
-
-    The system holds the lock on an empty file, and lets go of it when the process ends, however it does.
-    """
-    folder = output_dir / LOCKS
-    make_folder(folder)
-    lock = _try_lock(folder / f"{cell.name}.lock")
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            lock.release()
-
-
-def is_claimed_by_others(output_dir: Path) -> bool:
-    """Whether other processes work on cells of a folder."""
-    for path in (output_dir / LOCKS).glob("*.lock"):
-        lock = _try_lock(path)
-        if lock is None:
-            return True
-        lock.release()
-    return False
-
-
-def _try_lock(path: Path) -> BaseFileLock | None:
-    """A lock that is held now; None where another holds it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    return lock
 
 
 def run_cell(

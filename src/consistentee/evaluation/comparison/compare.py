@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from consistentee.errors import SettingError
 from consistentee.evaluation.comparison.cells import (
     CELLS,
     Cell,
-    claimed,
     finished_cell,
-    is_claimed_by_others,
     read_cells,
     run_cell,
     run_folder,
 )
+from consistentee.evaluation.comparison.claims import is_shared_now, taken_in_turns
 from consistentee.evaluation.comparison.plan import (
     OUR_METHOD,
     ComparedSet,
@@ -38,8 +37,6 @@ from consistentee.training.warm_ups import discard
 
 SUMMARY_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.png"
 WARM_UPS = "warm-ups"
-POLL_SECONDS = 5.0
-"""How often it is asked whether other commands have finished their cells."""
 
 
 def compare(
@@ -111,33 +108,19 @@ def compare(
     shares = keep_warm_ups or warm_up_dir.is_dir()
     sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.warm_up is not None}
     before: list[PlannedCell] = []
-    waiting, told = left, False
-    while waiting:
-        of_others: list[PlannedCell] = []
-        for cell in waiting:
-            with claimed(cell, output_dir) as mine:
-                if not mine:
-                    of_others.append(cell)
-                    continue
-                title = f"== {cell.name} ({len(done) + 1} of {len(cells)})"
-                kept = finished_cell(cell, output_dir)
-                report(title if kept is None else f"{title} is finished, by another command.")
-                if kept is None:
-                    shared = warm_up_dir if cell.name in sharing else None
-                    kept = run_cell(
-                        cell, output_dir, keep_model=keep_models, warm_up_dir=shared, report=report
-                    )
+    with closing(taken_in_turns({cell.name: cell for cell in left}, output_dir, report)) as turns:
+        for name, cell in turns:
+            title = f"== {name} ({len(done) + 1} of {len(cells)})"
+            kept = finished_cell(cell, output_dir)
+            report(title if kept is None else f"{title} is finished, by another command.")
+            if kept is None:
+                shared = warm_up_dir if name in sharing else None
+                kept = run_cell(cell, output_dir, keep_model=keep_models, warm_up_dir=shared, report=report)
             done.append(kept)
             before.append(cell)
             behind = [other for other in left if other not in before]
             report(f"{kept['seconds']:.0f} s. {_left_line(behind, done, before)}")
-        if len(of_others) == len(waiting):
-            if not told:
-                report(f"Waiting for other commands, which make {', '.join(cell.name for cell in waiting)}.")
-                told = True
-            time.sleep(POLL_SECONDS)
-        waiting = of_others
-    if not keep_models and not is_claimed_by_others(output_dir):
+    if not keep_models and not is_shared_now(output_dir):
         discard(warm_up_dir)
     return render(output_dir, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
 

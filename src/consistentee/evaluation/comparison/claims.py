@@ -1,0 +1,74 @@
+"""Work that several processes share out among them: each takes what no other has, and waits for the rest at last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from consistentee.atomic_files import make_folder
+from consistentee.training.run import Report
+
+LOCKS = ".locks"
+POLL_SECONDS = 5.0
+"""How often it is asked whether other processes have finished what they took."""
+
+T = TypeVar("T")
+
+
+def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> Generator[tuple[str, T]]:
+    """One piece of work after another, each kept to this process until the next one is asked for.
+
+    What another process has comes last, when that one lets go of it: it may be finished by then, so look before you do
+    it. The system holds the locks, on empty files, and lets go of them when a process ends, however it does. Close the
+    iterator (`contextlib.closing`) to let go of a piece that failed.
+
+    Args:
+        work: by a name that is the same in all processes, and a file's.
+        output_dir: the folder that they share.
+        report: is told when nothing is left but to wait.
+    """
+    folder = output_dir / LOCKS
+    if work:
+        make_folder(folder)
+    waiting, told = dict(work), False
+    while waiting:
+        of_others: dict[str, T] = {}
+        for name, piece in waiting.items():
+            lock = _try_lock(folder / f"{name}.lock")
+            if lock is None:
+                of_others[name] = piece
+                continue
+            try:
+                yield name, piece
+            finally:
+                lock.release()
+        if len(of_others) == len(waiting):
+            if not told:
+                report(f"Waiting for other commands, which make {', '.join(waiting)}.")
+                told = True
+            time.sleep(POLL_SECONDS)
+        waiting = of_others
+
+
+def is_shared_now(output_dir: Path) -> bool:
+    """Whether other processes work on something in a folder."""
+    for path in (output_dir / LOCKS).glob("*.lock"):
+        lock = _try_lock(path)
+        if lock is None:
+            return True
+        lock.release()
+    return False
+
+
+def _try_lock(path: Path) -> BaseFileLock | None:
+    """A lock that is held now; None where another holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock

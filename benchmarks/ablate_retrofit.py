@@ -218,7 +218,9 @@ class Bench:
 
     def run(self, how: dict[str, Any], seed: int) -> dict[str, dict[str, list[float]]]:
         """Figures by judged rows and rule."""
-        of_exits = {name: how[name] for name in (*list(DEFAULTS)[:8], "exit_texts")} | {"seed": seed}
+        of_exits = {name: how.get(name) for name in (*list(DEFAULTS)[:8], "exits", "exit_texts")} | {
+            "seed": seed
+        }
         key = json.dumps(of_exits)
         if self._trained.get("key") != key:
             self._trained = {"key": key} | self._train_exits(how, seed)
@@ -252,6 +254,10 @@ class Bench:
             rows=torch.arange(min(how["policy_texts"], len(rows))),
         )
 
+    def new_exits(self, model: EarlyExitForSequenceClassification) -> Any:
+        """Untrained exits."""
+        return ExitsOnStates(model)
+
     def _train_exits(self, how: dict[str, Any], seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         names = ("num_queries", "classifier_hidden_size", "head_dropout", "ensemble_decay")
@@ -261,7 +267,7 @@ class Bench:
         model.requires_grad_(False)
         for exit_ in model.classifiers.layers[:-1]:
             exit_.requires_grad_(True)
-        exits, decay = ExitsOnStates(model).train(), how["ensemble_decay"]
+        exits, decay = self.new_exits(model).train(), how["ensemble_decay"]
         rows = self.exit_rows[: how["exit_texts"]]
         # A policy learns from texts that the exits did not: many for exits leave few for it.
         policy_rows = self.all_policy_rows[~np.isin(self.all_policy_rows, rows)]
@@ -282,7 +288,7 @@ class Bench:
 
     def _steps(
         self,
-        exits: ExitsOnStates,
+        exits: Any,
         rows: NDArray[np.int64],
         loss: Callable[..., Tensor],
         how: dict[str, Any],
@@ -308,9 +314,7 @@ class Bench:
                 step += 1
 
     @torch.no_grad()
-    def _states(
-        self, exits: ExitsOnStates, states: Any, rows: NDArray[np.int64], decay: float
-    ) -> LayerStates:
+    def _states(self, exits: Any, states: Any, rows: NDArray[np.int64], decay: float) -> LayerStates:
         """What exits say about rows; the last layer's pooled state is not read by anything."""
         exits.eval()
         order = np.argsort(states.lengths[rows], kind="stable")

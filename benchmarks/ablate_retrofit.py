@@ -218,9 +218,7 @@ class Bench:
 
     def run(self, how: dict[str, Any], seed: int) -> dict[str, dict[str, list[float]]]:
         """Figures by judged rows and rule."""
-        of_exits = {name: how.get(name) for name in (*list(DEFAULTS)[:8], "exits", "exit_texts")} | {
-            "seed": seed
-        }
+        of_exits = {name: how[name] for name in (*list(DEFAULTS)[:8], "exit_texts")} | {"seed": seed}
         key = json.dumps(of_exits)
         if self._trained.get("key") != key:
             self._trained = {"key": key} | self._train_exits(how, seed)

@@ -94,6 +94,10 @@ class SideBench(Bench):
 
     kind = "default"
 
+    def use(self, kind: str) -> None:
+        """Train exits of this kind from now on."""
+        self.kind, self._trained = kind, {}
+
     def new_exits(self, model: EarlyExitForSequenceClassification) -> Any:
         """Untrained exits."""
         if self.kind == "default":
@@ -118,10 +122,11 @@ def main() -> None:
     options = parser.parse_args()
     bench = SideBench(options)
     print("| exits | judged on | rule | at 2x | 2.5x | 3x | 4x | fastest at 99 % | 98 % |")
+    print("|---" * 9 + "|")
     for kind in options.only:
         start = time.perf_counter()
-        bench.kind = kind
-        for judged, rules in bench.run({**vars(options), **DEFAULTS, "exits": kind}, options.seed).items():
+        bench.use(kind)
+        for judged, rules in bench.run({**vars(options), **DEFAULTS}, options.seed).items():
             for rule in ("policy", "confidence"):
                 figures = " | ".join(f"{value:.2f}" for value in rules[rule])
                 print(f"| {kind} | {judged} | {rule} | {figures} |", flush=True)

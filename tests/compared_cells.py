@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from consistentee.evaluation.comparison.measuring import pack_bits, pack_exits
-from consistentee.functional.curves import trade_off_curve
+from consistentee.functional.curves import TOLERANCES, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 
 LAYERS, ROWS = 6, 90
@@ -71,6 +71,9 @@ def cell_of(
                 "point": len(thresholds) // 2,
                 "threshold": thresholds[len(thresholds) // 2],
                 "metrics": {"accuracy": 0.5, "f1": 0.4},
+            },
+            "at_tolerances": {
+                f"{loss:g}": len(thresholds) // 2 - place for place, loss in enumerate(TOLERANCES)
             },
         }
     return cell | changes

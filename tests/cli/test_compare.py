@@ -106,6 +106,8 @@ def test_a_killed_comparison_goes_on_where_it_was(
             for point in found.get("curve", ())
         ]
         assert not unpacked or unpacked == [pytest.approx(point, abs=2e-5) for point in kept]
+        for loss, at in found["at_tolerance"].items():
+            assert at["threshold"] == pytest.approx(kept[figures[name]["at_tolerances"][loss]][0], rel=1e-5)
         chosen = figures[name]["at_validation_threshold"]
         assert found["at_validation_threshold"]["threshold"] == chosen["threshold"]
         assert found["at_validation_threshold"]["accuracy"] == pytest.approx(
@@ -117,6 +119,10 @@ def test_a_killed_comparison_goes_on_where_it_was(
     assert record["thresholds"]["entropy"] == pytest.approx(
         run_of["at_validation_threshold"]["threshold"], rel=1e-5
     )
+    assert {name: points[0]["threshold"] for name, points in record["validation"]["tolerances"].items()} == (
+        record["thresholds"]  # a loss of 0, which is the default
+    )
+    assert len(run_of["at_tolerance"]) == 5
     assert "tiny" not in json.dumps(cells)  # no texts, no paths
     assert str(place.root) not in json.dumps(cells)
 

@@ -41,7 +41,7 @@ from consistentee.evaluation.comparison.plan import (
 )
 from consistentee.evaluation.comparison.summary import summarise
 from consistentee.evaluation.comparison.tables import comparison_sheets
-from consistentee.functional.curves import curve_of_thresholds
+from consistentee.functional.curves import TOLERANCES, curve_of_thresholds
 from consistentee.training.methods import METHODS
 from tiny import tiny_dataset
 
@@ -96,14 +96,23 @@ def test_figures_of_a_draw_are_those_of_its_rows(criterion: str) -> None:
                 expected = max(p.accuracy for p in points if p.layer_speedup >= at - 1e-6)
             elif name.startswith("layers_saved_at"):
                 least = floor - float(name.removeprefix("layers_saved_at_")) / 100
-                saved = [1 - p.mean_exit_layer / LAYERS for p in points if p.accuracy >= least - 1e-6]
-                expected = max([0.0, *saved])
+                fast = [1 - p.mean_exit_layer / LAYERS for p in points if p.accuracy >= least - 1e-6]
+                expected = max([0.0, *fast])
             elif name == "validation_accuracy":
                 expected = points[outcomes.chosen or 0].accuracy
             elif name == "validation_layers_saved":
                 expected = 1 - points[outcomes.chosen or 0].mean_exit_layer / LAYERS
             elif name == "validation_gain":
                 expected = points[outcomes.chosen or 0].accuracy - floor
+            elif "_within_" in name:
+                of, _, loss = name.partition("_within_")
+                point = points[outcomes.within[TOLERANCES.index(float(loss) / 100)]]
+                saved = 1 - point.mean_exit_layer / LAYERS
+                expected = {
+                    "accuracy": point.accuracy,
+                    "gain": point.accuracy - floor,
+                    "layers_saved": saved,
+                }[of]
             else:
                 continue  # the area has a test of its own
             assert figures[place] == pytest.approx(expected, abs=1e-6), name
@@ -169,6 +178,26 @@ def test_a_summary_holds_one_run_a_method_set_and_seed_and_pairs_what_both_have(
     assert average["area"]["mean"] == pytest.approx(np.mean(parts), abs=1e-5)
     at = average["at_validation_threshold"]
     assert at["layer_speedup"]["mean"] == pytest.approx(1 / (1 - at["layers_saved"]["mean"]), abs=1e-4)
+
+
+def test_thresholds_that_validation_chose_within_a_loss_have_a_table() -> None:
+    smaller = [cell_of("plain:2", layers=2, skill=0.742), cell_of("plain:4", layers=4, skill=0.77)]
+    cells = [cell_of("plain", skill=0.75), *smaller, cell_of("consistent")]
+    summary = summarise(cells, resamples=20)
+    [run] = [run for run in summary["runs"] if run["method"] == "consistent"]
+    assert run["at_tolerance"]["0"]["threshold"] == run["at_validation_threshold"]["threshold"]
+    speedups = [run["at_tolerance"][f"{loss:g}"]["layer_speedup"] for loss in TOLERANCES]
+    assert speedups == sorted(speedups)
+    [sheet] = [sheet for sheet in comparison_sheets(summary) if "validation allows" in sheet.title]
+    [static, ours] = sheet.rows
+    assert [text.rpartition(" ")[2] for text in static[2:]] == ["1.50x", "1.50x", "1.50x", "3.00x", "3.00x"]
+    gain = run["at_tolerance"]["0.005"]["accuracy"] - run["plain_accuracy"]
+    assert ours[4] == f"{100 * gain:+.1f} at {run['at_tolerance']['0.005']['layer_speedup']:.2f}x"
+
+    for figures in cells[-1]["criteria"].values():  # as cells were before
+        del figures["at_tolerances"]
+    summary = summarise(cells, resamples=20)
+    assert not any("validation allows" in sheet.title for sheet in comparison_sheets(summary))
 
 
 def test_a_method_that_does_the_same_differs_by_nothing() -> None:

@@ -23,6 +23,7 @@ from consistentee.functional.curves import (
     layers_saved,
     score_standard_error,
     threshold_within,
+    thresholds_within,
     trade_off_curve,
 )
 from consistentee.functional.exits import choose_exit_layer
@@ -286,6 +287,19 @@ def test_a_margin_takes_the_loss_to_be_higher_by_its_standard_errors(lost, won, 
     )
     assert with_metric == chosen
     assert threshold_within(points, scores, correct, "policy", max_loss=0.0) == (0.0 if won >= lost else 1.0)
+
+
+def test_several_losses_are_each_what_one_alone_is():
+    generator = torch.Generator().manual_seed(3)
+    scores, correct = torch.rand(200, 5, generator=generator), torch.rand(200, 5, generator=generator) < 0.7
+    points = trade_off_curve(scores, correct, "confidence")
+    losses = (0.0, 0.02, 0.3)
+    found = thresholds_within(points, scores, correct, "confidence", max_losses=losses, margin=0.5)
+    alone = [
+        threshold_within(points, scores, correct, "confidence", max_loss=loss, margin=0.5) for loss in losses
+    ]
+    assert found == alone
+    assert len(set(found)) > 1
 
 
 def test_a_margin_matters_less_with_more_rows():

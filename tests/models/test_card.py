@@ -92,6 +92,26 @@ def test_without_an_evaluation_validation_figures_are_called_so() -> None:
     assert "| layer speed-up | 2.00x |" in card
 
 
+def test_thresholds_by_the_loss_that_is_allowed() -> None:
+    points = [
+        {"max_loss": 0.0, "threshold": 0.91, "accuracy": 0.91, "mean_exit_layer": 8.0, "layer_speedup": 1.5},
+        {
+            "max_loss": 0.005,
+            "threshold": 0.72,
+            "accuracy": 0.907,
+            "mean_exit_layer": 5.0,
+            "layer_speedup": 2.4,
+        },
+    ]
+    validation: dict[str, Any] = {"num_examples": 1000, "accuracy": 0.91, "full_depth_accuracy": 0.91}
+    validation["tolerances"] = {"policy": points[:1], "confidence": points}
+    assert "| 0 | 0.91 | 0.00 | 1.50x |" in model_card({**RECORD, "validation": validation})
+    validation["loss"] = {"criterion": "confidence"}
+    card = model_card({**RECORD, "validation": validation, "evaluation": evaluation()})
+    assert "| 0.5 | 0.72 | 0.30 | 2.40x |" in card
+    assert "loss allowed" not in model_card(RECORD)
+
+
 def test_plain_model() -> None:
     figures = {"num_examples": 872, "accuracy": 0.925, "metrics": {"matthews": 0.85}}
     card = model_card({"kind": "full_depth", "backbone": "an-encoder", "evaluation": figures})

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, GENERATION_CRITERIA, exit_scores
+from consistentee.functional.curves import TOLERANCES
 from consistentee.functional.exits import choose_exit_layer, exit_distribution, log_odds
 from consistentee.functional.losses import exact_policy_loss, sampled_policy_loss
 from consistentee.functional.metrics import METRICS
@@ -34,7 +35,12 @@ from consistentee.training.criterion_fits import (
 )
 from consistentee.training.instances import Instances, group_folds
 from consistentee.training.policy import fit_foretelling, fit_policy, policy_exit_probs
-from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy, judging_folds
+from consistentee.training.policy_choice import (
+    PolicyChoice,
+    PolicySearch,
+    choose_policy,
+    judging_folds,
+)
 from consistentee.training.tasks.classification import FITTED
 
 LAYERS, HIDDEN = 4, 6
@@ -502,6 +508,14 @@ def test_a_larger_allowance_never_costs_more_layers():
     choices = [choose(instances, search(max_loss=allowed, epochs=4)) for allowed in (0.0, 0.05, 0.2, 0.5)]
     means = [choice.at_thresholds["policy"].mean_exit_layer for choice in choices]
     assert means == sorted(means, reverse=True)
+
+
+def test_thresholds_within_other_losses_are_those_that_asking_for_them_would_choose():
+    instances, _ = telling()
+    noted = choose(instances, search(epochs=4)).at_tolerances
+    for place, allowed in enumerate(TOLERANCES):
+        asked = choose(instances, search(max_loss=allowed, epochs=4)).at_thresholds
+        assert {name: points[place] for name, points in noted.items()} == asked
 
 
 def test_thresholds_of_all_token_criteria_hold_the_floor():

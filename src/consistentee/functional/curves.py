@@ -21,6 +21,8 @@ BUDGETS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 SMOOTHING = 9
 AREA_SPEEDUPS = (1.0, 4.0)
 """Layer speed-ups between which the area under a curve is taken."""
+TOLERANCES = (0.0, 0.0025, 0.005, 0.01, 0.02)
+"""Losses against the last layer, as shares, whose thresholds are noted beside the one that the settings ask for."""
 _ROUNDING = 1e-9  # a sum in another order is no loss
 
 
@@ -236,6 +238,27 @@ def threshold_within(
 ) -> float:
     """The threshold with the fewest layers that loses no more quality than allowed against the last layer.
 
+    Args:
+        max_loss: what may be lost, 0.01 for a point.
+        points, scores, correct, criterion, margin, quality: as of `thresholds_within`.
+    """
+    return thresholds_within(
+        points, scores, correct, criterion, max_losses=(max_loss,), margin=margin, quality=quality
+    )[0]
+
+
+def thresholds_within(
+    points: Sequence[CurvePoint],
+    scores: Tensor,
+    correct: Tensor,
+    criterion: str,
+    *,
+    max_losses: Sequence[float],
+    margin: float = 0.0,
+    quality: Callable[[Tensor], float] | None = None,
+) -> list[float]:
+    """The threshold with the fewest layers that loses no more quality than allowed, for each of some losses.
+
     With a `margin` the loss that instances show is taken to be higher by so many of its standard errors: the fewer
     instances, the shyer the threshold. Of `d` instances where just one of exit and last layer is right the error is
     `(sqrt(d + 1) - 1) / instances`: it vanishes where exits change nothing, so that full depth always qualifies.
@@ -244,7 +267,7 @@ def threshold_within(
         points: the curve of these scores.
         scores, correct: of the instances.
         criterion: whose scores; layers of a `static` one have no neighbours to be smoothed with.
-        max_loss: what may be lost, 0.01 for a point.
+        max_losses: what may be lost against the last layer, 0.01 for a point.
         margin: standard errors of the loss to keep clear of it.
         quality: what an exit layer for every instance, (instances,) int64, is worth; None takes the accuracy.
     """
@@ -262,7 +285,7 @@ def threshold_within(
             differ = int((correct.gather(1, exit_layer[:, None] - 1).squeeze(1) != last_right).sum())
             value -= margin * (math.sqrt(differ + 1) - 1) / len(correct)
         qualities.append(value)
-    return choose_threshold(points, best - max_loss, qualities, smoothing=smoothing)
+    return [choose_threshold(points, best - loss, qualities, smoothing=smoothing) for loss in max_losses]
 
 
 def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) -> float:

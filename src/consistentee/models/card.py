@@ -128,6 +128,9 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
         operating_points=_section(operating_points) if operating_points else "",
         pairs=(record.get("data") or {}).get("text_pairs"),
         threshold=other_threshold(thresholds.get("policy", 0.5)),
+        by_loss=_table(
+            ("loss allowed, points", "threshold", "loss there", "layer speed-up"), _by_loss(validation)
+        ),
         thresholds=", ".join(f"{name} {value:.4g}" for name, value in thresholds.items()),
         training="\n".join(_training(record)),
     )
@@ -191,6 +194,20 @@ def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     return [
         (name, f"{point['threshold']:.4g}", _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
+    ]
+
+
+def _by_loss(validation: Mapping[str, Any]) -> TableRows:
+    """What the fastest threshold within each loss gave on validation rows, by the model's own exit rule."""
+    criterion = (validation.get("loss") or {}).get("criterion", "policy")
+    return [
+        (
+            f"{100 * at['max_loss']:g}",
+            f"{at['threshold']:.6g}",
+            f"{100 * (validation['full_depth_accuracy'] - at['accuracy']):.2f}",
+            f"{at['layer_speedup']:.2f}x",
+        )
+        for at in (validation.get("tolerances") or {}).get(criterion, ())
     ]
 
 

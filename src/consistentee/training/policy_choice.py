@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.curves import (
+    TOLERANCES,
     CurvePoint,
     budget_hits,
     curve_score,
-    threshold_within,
+    thresholds_within,
     trade_off_curve,
 )
 from consistentee.functional.exits import choose_exit_layer, exit_distribution
@@ -62,6 +63,7 @@ class PolicyChoice:
         fitted: by criterion, what else was fitted: a network, or temperatures.
         layer_cost: the policy's.
         at_thresholds: by criterion, its threshold (the fewest layers within the allowed loss) and what that gives.
+        at_tolerances: by criterion, what the threshold within each of the `TOLERANCES` gives.
         scores: by criterion, one number for the whole curve (`curves.curve_score`).
         reports: how the policies of all costs did.
         hits: (groups,), at how many budgets the policy is right, summed over a group's judged instances.
@@ -74,6 +76,7 @@ class PolicyChoice:
     fitted: Mapping[str, Any]
     layer_cost: float
     at_thresholds: Mapping[str, CurvePoint]
+    at_tolerances: Mapping[str, tuple[CurvePoint, ...]]
     scores: Mapping[str, float]
     reports: tuple[PolicyReport, ...]
     hits: Tensor
@@ -236,6 +239,7 @@ def choose_policy(
     policy = whole[best] if best in whole else fit(None, best)
 
     at_thresholds: dict[str, CurvePoint] = {}
+    at_tolerances: dict[str, tuple[CurvePoint, ...]] = {}
     scores: dict[str, float] = {}
     hits = torch.zeros(len(judged), dtype=torch.int64)
     for criterion in search.criteria:
@@ -243,23 +247,35 @@ def choose_policy(
         values = known[criterion].clone()
         values[:, : row.first_exit_layer(search.min_exit_layer) - 1] = row.thresholds.low
         points = trade_off_curve(values, judged.correct, criterion)
-        threshold = threshold_within(
+        thresholds = thresholds_within(
             points,
             values,
             judged.correct,
             criterion,
-            max_loss=search.max_loss,
+            max_losses=(search.max_loss, *TOLERANCES),
             margin=search.margin,
             quality=quality,
         )
-        at_thresholds[criterion] = next(point for point in points if point.threshold == threshold)
+        by_threshold = {point.threshold: point for point in points}
+        at_thresholds[criterion], *at_others = (by_threshold[threshold] for threshold in thresholds)
+        at_tolerances[criterion] = tuple(at_others)
         scores[criterion] = curve_score(points)
         if criterion == "policy":
             hits = budget_hits(values, judged.correct, points)
     counts = torch.bincount(judged.group)
     hits = torch.zeros_like(counts).index_add(0, judged.group, hits)
     return PolicyChoice(
-        policy, fits.fitted, best, at_thresholds, scores, tuple(reports), hits, counts, probs[best], known
+        policy=policy,
+        fitted=fits.fitted,
+        layer_cost=best,
+        at_thresholds=at_thresholds,
+        at_tolerances=at_tolerances,
+        scores=scores,
+        reports=tuple(reports),
+        hits=hits,
+        counts=counts,
+        exit_probs=probs[best],
+        exit_scores=known,
     )
 
 

@@ -13,12 +13,17 @@ import torch
 
 from consistentee.config import TrainingConfig
 from consistentee.functional.bounds import paired_interval
-from consistentee.functional.curves import score_standard_error
+from consistentee.functional.curves import TOLERANCES, score_standard_error
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.progress import show_progress
 from consistentee.training.criterion_fits import fit_criteria
 from consistentee.training.policy import fit_foretelling, fit_policy
-from consistentee.training.policy_choice import PolicyChoice, PolicySearch, choose_policy, judging_folds
+from consistentee.training.policy_choice import (
+    PolicyChoice,
+    PolicySearch,
+    choose_policy,
+    judging_folds,
+)
 from consistentee.training.run import PolicyInstances, Run
 
 
@@ -253,6 +258,11 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
             f"  {name}: threshold {at.threshold:.4f}, {run.task.measure} {at.accuracy:.4f}, mean exit layer "
             f"{at.mean_exit_layer:.2f}"
         )
+    bought = ", ".join(
+        f"{100 * allowed:g} points {at.layer_speedup:.2f}x"
+        for allowed, at in zip(TOLERANCES, choice.at_tolerances[criterion], strict=True)
+    )
+    run.say(f"  {criterion}, fewer layers by the loss that is allowed: {bought}")
     loss = _loss_at_exits(run, phase, criterion)
     model = run.task.finish(run, choice, criterion)
     point, accuracies = choice.at_thresholds[criterion], phase.per_layer_accuracy
@@ -265,6 +275,10 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
         "layer_speedup": point.layer_speedup,
         "per_layer_accuracy": accuracies,
         "criteria": {name: asdict(at) for name, at in choice.at_thresholds.items()},
+        "tolerances": {
+            name: [{"max_loss": allowed} | asdict(at) for allowed, at in zip(TOLERANCES, points, strict=True)]
+            for name, points in choice.at_tolerances.items()
+        },
         **({} if loss is None else {"loss": loss}),
         **extra.pop("validation", {}),
     }

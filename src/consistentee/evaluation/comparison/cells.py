@@ -124,7 +124,7 @@ def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:
     validation = {
         name: value
         for name, value in (record.get("validation") or {}).items()
-        if name not in ("class_recall", "criteria", "loss")
+        if name not in ("class_recall", "criteria", "tolerances", "loss")
     }
     return {name: record.get(name) for name in _OF_RECORD} | {"validation": validation}
 

@@ -25,7 +25,9 @@ from consistentee.functional.hardness import memorized_layer
 from consistentee.functional.metrics import compute_metrics
 from consistentee.models.loaded import LoadedClassifier
 
-CURVE_POINTS = 120  # thresholds of a curve at most, besides the ends of their range and the chosen one
+CURVE_POINTS = (
+    120  # thresholds of a curve at most, besides the ends of their range and those that validation chose
+)
 
 
 def measure(saved: LoadedClassifier, rows: TextDataset) -> dict[str, Any]:
@@ -86,8 +88,12 @@ def _criterion_figures(
     """A criterion's curve, where each row exits along it, and what the threshold that validation chose gives."""
     right = predictions == labels[:, None]
     chosen = saved.known_threshold(name)
+    within = {
+        f"{at['max_loss']:g}": float(at["threshold"])
+        for at in (saved.record.get("validation") or {}).get("tolerances", {}).get(name, ())
+    }
     found = {point.threshold for point in trade_off_curve(scores, right, name, limit=CURVE_POINTS)}
-    thresholds = sorted(found if chosen is None else {*found, chosen})
+    thresholds = sorted({*found, *within.values()} if chosen is None else {*found, *within.values(), chosen})
     exits = torch.stack([choose_exit_layer(scores, threshold) for threshold in thresholds], dim=1)
     figures: dict[str, Any] = {
         "curve": [
@@ -96,6 +102,7 @@ def _criterion_figures(
         ],
         "exits": pack_exits(exits.numpy(), scores.shape[1]),
         "at_validation_threshold": None,
+        "at_tolerances": {loss: thresholds.index(threshold) for loss, threshold in within.items()},
     }
     if chosen is not None:
         at = exits[:, thresholds.index(chosen)]

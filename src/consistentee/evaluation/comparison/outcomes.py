@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from consistentee.evaluation.comparison.measuring import unpack_bits, unpack_exits
-from consistentee.functional.curves import area_under_curve, best_accuracy, layers_saved
+from consistentee.functional.curves import TOLERANCES, area_under_curve, best_accuracy, layers_saved
 from consistentee.functional.resampling import Draws
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
@@ -31,6 +31,11 @@ FIGURES = (
     "validation_accuracy",
     "validation_layers_saved",
     "validation_gain",
+    *(
+        f"{name}_within_{100 * loss:g}"
+        for loss in TOLERANCES
+        for name in ("accuracy", "layers_saved", "gain")
+    ),
 )
 """What `figures_of_draws` gives: layers saved as shares of full depth; the gain is accuracy over the plain model's."""
 
@@ -49,6 +54,7 @@ class Outcomes:
         depth: layers of the whole backbone.
         chosen: the point that validation chose; None where it chose none.
         metrics: the task's own, at that point.
+        within: the points that validation chose within each of the `TOLERANCES`; empty where it was not asked.
     """
 
     thresholds: tuple[float, ...]
@@ -57,6 +63,7 @@ class Outcomes:
     depth: int
     chosen: int | None
     metrics: Mapping[str, float]
+    within: Sequence[int] = ()
 
     @property
     def is_curve(self) -> bool:
@@ -101,6 +108,7 @@ def exit_outcomes(cell: Mapping[str, Any], criterion: str, depth: int) -> Outcom
         depth=depth,
         chosen=None if at is None else int(at["point"]),
         metrics={} if at is None else at["metrics"],
+        within=_within(figures),
     )
 
 
@@ -117,8 +125,12 @@ def static_outcomes(cells: Sequence[Mapping[str, Any]], depth: int) -> Outcomes:
     rows = int(ordered[0]["evaluation"]["num_examples"])
     counts = [int(cell["num_hidden_layers"]) for cell in ordered]
     validation = [float(cell["validation"]["accuracy"]) for cell in ordered]
-    floor = validation[-1] - float(ordered[-1]["config"]["max_accuracy_loss"]) - 1e-9
-    chosen = next(point for point, accuracy in enumerate(validation) if accuracy >= floor)
+
+    def within(loss: float) -> int:
+        floor = validation[-1] - loss - 1e-9
+        return next(point for point, accuracy in enumerate(validation) if accuracy >= floor)
+
+    chosen = within(float(ordered[-1]["config"]["max_accuracy_loss"]))
     return Outcomes(
         thresholds=tuple(map(float, counts)),
         correct=np.hstack([unpack_bits(cell["correct"], rows, 1) for cell in ordered]),
@@ -126,7 +138,14 @@ def static_outcomes(cells: Sequence[Mapping[str, Any]], depth: int) -> Outcomes:
         depth=depth,
         chosen=chosen,
         metrics=ordered[chosen]["metrics"],
+        within=[within(loss) for loss in TOLERANCES],
     )
+
+
+def _within(figures: Mapping[str, Any]) -> list[int]:
+    """Points of a criterion's curve by tolerance; none in cells that were made before these were noted."""
+    noted = figures.get("at_tolerances") or {}
+    return [int(noted[f"{loss:g}"]) for loss in TOLERANCES] if noted else []
 
 
 def figures_of_draws(
@@ -154,12 +173,13 @@ def figures_of_draws(
         *(best_accuracy(accuracy, speedup, at) for at in SPEEDUPS),
         *([nothing] * len(LOSSES) if plain is None else saved_at),
     ]
-    if outcomes.chosen is None:
-        found += [nothing] * 3
-    else:
-        at_chosen = accuracy[:, outcomes.chosen]
-        saved = 1 - mean_layer[:, outcomes.chosen] / outcomes.depth
-        found += [at_chosen, saved, at_chosen - reference]
+    chosen = [outcomes.chosen, *(outcomes.within or [None] * len(TOLERANCES))]
+    for point in chosen:
+        if point is None:
+            found += [nothing] * 3
+        else:
+            saved = 1 - mean_layer[:, point] / outcomes.depth
+            found += [accuracy[:, point], saved, accuracy[:, point] - reference]
     return torch.stack(found, dim=1).numpy()
 
 

@@ -27,6 +27,7 @@ from consistentee.evaluation.comparison.outcomes import (
     static_outcomes,
 )
 from consistentee.evaluation.comparison.plan import OUR_METHOD, REFERENCE
+from consistentee.functional.curves import TOLERANCES
 from consistentee.functional.resampling import Draws, mean_over_seeds, percentile_interval, row_weights
 from consistentee.training.methods import METHODS
 
@@ -150,6 +151,7 @@ def summarise(
             "resamples": resamples,
             "speedups": list(SPEEDUPS),
             "losses": list(LOSSES),
+            "tolerances": list(TOLERANCES),
             "criteria": list(wanted),
             "also": [list(pair) for pair in shown],
             "averaged_sets": [list(place) for place in places],
@@ -309,7 +311,8 @@ def _entry(figures: Mapping[str, _Figures], confidence: float) -> dict[str, Any]
     own = _plain(figures["figures"], confidence)
     others = {name: _plain(value, confidence) for name, value in figures.items() if name != "figures"}
     for other in others.values():
-        del other["at_validation_threshold"]["layer_speedup"]  # a difference of shares is none of ratios
+        for at in (other["at_validation_threshold"], *other["at_tolerance"].values()):
+            del at["layer_speedup"]  # a difference of shares is none of ratios
     return {**own, "difference": None, "difference_on_same_exits": None, **others}
 
 
@@ -324,19 +327,28 @@ def _plain(figures: _Figures, confidence: float) -> dict[str, Any]:
         }
         for place, name in enumerate(FIGURES)
     }
-    saved = values["validation_layers_saved"]
+
+    def chosen(accuracy: str, saved: str, gain: str) -> dict[str, Any]:
+        return {
+            "accuracy": values[accuracy],
+            "difference_to_plain": values[gain],
+            "layers_saved": values[saved],
+            "layer_speedup": {
+                "mean": _speedup(values[saved]["mean"]),
+                "interval": [_speedup(end) for end in values[saved]["interval"]],
+            },
+        }
+
     return {
         "area": values["area"],
         "accuracy_at_speedup": {f"{s:g}": values[f"accuracy_at_{s:g}x"] for s in SPEEDUPS},
         "layers_saved_at_loss": {f"{x:g}": values[f"layers_saved_at_{100 * x:g}"] for x in LOSSES},
-        "at_validation_threshold": {
-            "accuracy": values["validation_accuracy"],
-            "difference_to_plain": values["validation_gain"],
-            "layers_saved": saved,
-            "layer_speedup": {
-                "mean": _speedup(saved["mean"]),
-                "interval": [_speedup(end) for end in saved["interval"]],
-            },
+        "at_validation_threshold": chosen(
+            "validation_accuracy", "validation_layers_saved", "validation_gain"
+        ),
+        "at_tolerance": {
+            f"{x:g}": chosen(*(f"{name}_within_{100 * x:g}" for name in ("accuracy", "layers_saved", "gain")))
+            for x in TOLERANCES
         },
     }
 
@@ -393,6 +405,9 @@ def _run_figures(row: _Measured, *, with_curve: bool = True) -> dict[str, Any]:
         "at_validation_threshold": None
         if chosen is None
         else {**curve[chosen], "metrics": dict(row.outcomes.metrics)},
+        "at_tolerance": {
+            f"{loss:g}": curve[point] for loss, point in zip(TOLERANCES, row.outcomes.within, strict=False)
+        },
         "accuracy_at_speedup": {f"{s:g}": values[f"accuracy_at_{s:g}x"] for s in SPEEDUPS},
         "layers_saved_at_loss": {f"{x:g}": values[f"layers_saved_at_{100 * x:g}"] for x in LOSSES},
         **({"curve": curve} if with_curve else {}),

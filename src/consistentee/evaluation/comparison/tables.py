@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from consistentee.evaluation.comparison.outcomes import STATIC
+
 Entry = Mapping[str, Any]
 NOTHING = "-"
 
@@ -29,8 +31,9 @@ class Sheet:
 def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
     """All tables of a summary.
 
-    For every set and for their average: the curve and the chosen thresholds of each method with its own criterion, then
-    all criteria on equal exits where several were asked for.
+    For every set and for their average: the curve and the chosen thresholds of each method with its own criterion, what
+    validation chooses where it is allowed a loss, where cells say it, then all criteria on equal exits where several
+    were asked for.
     """
     entries: Sequence[Entry] = summary["summary"]
     places = list(dict.fromkeys((entry["backbone"], entry["set"]) for entry in entries))
@@ -40,6 +43,7 @@ def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
         name = _place_name(place, summary)
         shown = [entry for entry in here if entry["shown"]]
         sheets += [_curve_sheet(name, shown, summary), _threshold_sheet(name, shown, summary)]
+        sheets += _tolerance_sheets(name, shown, summary)
         if summary["criteria"]:
             sheets.append(_equal_exits_sheet(name, here))
     return sheets
@@ -155,6 +159,35 @@ def _threshold_sheet(name: str, entries: Sequence[Entry], summary: Mapping[str, 
     return Sheet(f"{name}: at the validation threshold, and layers saved", columns, rows, note)
 
 
+def _tolerance_sheets(name: str, entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[Sheet]:
+    """What thresholds give that validation chose within some losses; none where no cell of exits noted them."""
+    losses = [f"{loss:g}" for loss in summary["tolerances"]]
+    noted = [
+        entry
+        for entry in entries
+        if entry["is_curve"] and entry["at_tolerance"][losses[0]]["accuracy"]["mean"] is not None
+    ]
+    if all(entry["method"] == STATIC for entry in noted):
+        return []
+    rows = [
+        (
+            entry["method"],
+            entry["criterion"] or NOTHING,
+            *(
+                f"{_in_points(at['difference_to_plain']['mean'])} at {at['layer_speedup']['mean']:.2f}x"
+                for at in (entry["at_tolerance"][loss] for loss in losses)
+            ),
+        )
+        for entry in noted
+    ]
+    columns = ("method", "criterion", *(f"{100 * float(loss):g} pt" for loss in losses))
+    note = (
+        f"Points of accuracy above {summary['reference']}'s, and how many times fewer layers, where validation rows "
+        "chose the fastest threshold that loses no more than so many points against the model's own last layer."
+    )
+    return [Sheet(f"{name}: by the loss that validation allows", columns, rows, note)]
+
+
 def _equal_exits_sheet(name: str, entries: Sequence[Entry]) -> Sheet:
     """Areas of every criterion on the exits of every method; a star marks a method's own criterion."""
     of = {(entry["method"], entry["criterion"]): entry for entry in entries if entry["criterion"]}
@@ -186,6 +219,10 @@ def _seeds(entry: Entry) -> str:
 
 def _percent(share: float | None, digits: int = 1) -> str:
     return NOTHING if share is None else f"{100 * share:.{digits}f}"
+
+
+def _in_points(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:+.1f}"
 
 
 def _with_interval(value: Mapping[str, Any]) -> str:

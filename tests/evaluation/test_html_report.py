@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,22 @@ def test_tables_hold_the_figures(page: str, report: ExitReport) -> None:
     cells = tables["hardness"].one("svg", class_="wide").all("title")
     counted = sum(int(title.text.split(" row")[0]) for title in cells if " row" in title.text)
     assert counted == 80
+
+
+def test_what_a_loss_buys_has_a_table(saved: LoadedClassifier, report: ExitReport, page: str) -> None:
+    at = {"threshold": 0.91, "accuracy": 0.9, "mean_exit_layer": 2.0, "layer_speedup": 1.5}
+    faster = {**at, "max_loss": 0.0025, "threshold": 0.5, "layer_speedup": 2.0}
+    validation: dict[str, Any] = {"num_examples": 40, "full_depth_accuracy": 0.9, "criteria": {"policy": at}}
+    validation["tolerances"] = {"policy": [{**at, "max_loss": 0.0}, faster]}
+    record = {**saved.record, "validation": validation}
+    made = read_page(model_page(dataclasses.replace(saved, record=record), report))
+    named = {"aria-label": "Layer speed-ups by the loss that is allowed on validation"}
+    region = made.one("div", **named)
+    assert region.one("table").rows() == [
+        ["criterion", "0 points", "0.25 points"],
+        ["policy", "1.50× at 0.91", "2.00× at 0.5"],
+    ]
+    assert "By the loss that is allowed" not in page
 
 
 def test_bars_beside_a_text_are_its_exit_scores(page: str, report: ExitReport) -> None:

@@ -123,6 +123,8 @@ def test_a_killed_comparison_goes_on_where_it_was(
         record["thresholds"]  # a loss of 0, which is the default
     )
     assert len(run_of["at_tolerance"]) == 5
+    curve = cells["small_rows_deebert_1"]["validation"]["curve"]
+    assert curve[-1][1:] == [pytest.approx(record["validation"]["full_depth_accuracy"], abs=1e-5), 3, 0]
     assert "tiny" not in json.dumps(cells)  # no texts, no paths
     assert str(place.root) not in json.dumps(cells)
 

@@ -260,8 +260,8 @@ def thresholds_within(
     """The threshold with the fewest layers that loses no more quality than allowed, for each of some losses.
 
     With a `margin` the loss that instances show is taken to be higher by so many of its standard errors: the fewer
-    instances, the shyer the threshold. Of `d` instances where just one of exit and last layer is right the error is
-    `(sqrt(d + 1) - 1) / instances`: it vanishes where exits change nothing, so that full depth always qualifies.
+    instances, the shyer the threshold. The error (`loss_error`) vanishes where exits change nothing, so that full depth
+    always qualifies.
 
     Args:
         points: the curve of these scores.
@@ -272,8 +272,7 @@ def thresholds_within(
         quality: what an exit layer for every instance, (instances,) int64, is worth; None takes the accuracy.
     """
     smoothing = 1 if EXIT_CRITERIA[criterion].is_static else SMOOTHING
-    last_right = correct[:, -1]
-    best = float(last_right.float().mean())
+    best = float(correct[:, -1].float().mean())
     if quality is not None:
         best = quality(torch.full((len(correct),), correct.shape[1]))
     qualities: list[float] = []
@@ -282,10 +281,24 @@ def thresholds_within(
         if quality is not None or margin:
             exit_layer = choose_exit_layer(scores, point.threshold)
             value = value if quality is None else quality(exit_layer)
-            differ = int((correct.gather(1, exit_layer[:, None] - 1).squeeze(1) != last_right).sum())
-            value -= margin * (math.sqrt(differ + 1) - 1) / len(correct)
+            value -= margin * loss_error(changed_by_exits(exit_layer, correct), len(correct))
         qualities.append(value)
     return [choose_threshold(points, best - loss, qualities, smoothing=smoothing) for loss in max_losses]
+
+
+def changed_by_exits(exit_layer: Tensor, correct: Tensor) -> int:
+    """Of how many instances just one of exit and last layer is right.
+
+    Args:
+        exit_layer: (instances,), from 1.
+        correct: (instances, layers).
+    """
+    return int((correct.gather(1, exit_layer[:, None] - 1).squeeze(1) != correct[:, -1]).sum())
+
+
+def loss_error(changed: int, instances: int) -> float:
+    """Standard error of the accuracy that exits lose, from `changed_by_exits`; 0 where exits change nothing."""
+    return (math.sqrt(changed + 1) - 1) / instances
 
 
 def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) -> float:

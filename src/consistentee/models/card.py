@@ -199,6 +199,8 @@ def _by_rule(validation: Mapping[str, Any]) -> TableRows:
 
 def _by_loss(validation: Mapping[str, Any]) -> TableRows:
     """What the fastest threshold within each loss gave on validation rows, by the model's own exit rule."""
+    if "tolerances" not in validation:
+        return []
     criterion = (validation.get("loss") or {}).get("criterion", "policy")
     return [
         (
@@ -207,7 +209,7 @@ def _by_loss(validation: Mapping[str, Any]) -> TableRows:
             f"{100 * (validation['full_depth_accuracy'] - at['accuracy']):.2f}",
             f"{at['layer_speedup']:.2f}x",
         )
-        for at in (validation.get("tolerances") or {}).get(criterion, ())
+        for at in validation["tolerances"].get(criterion, ())
     ]
 
 

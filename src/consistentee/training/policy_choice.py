@@ -69,7 +69,8 @@ class PolicyChoice:
         hits: (groups,), at how many budgets the policy is right, summed over a group's judged instances.
         counts: (groups,), how many of them there are.
         exit_probs: (instances, layers), conditional exit probabilities of the judged instances, cross-fitted.
-        exit_scores: by criterion, (instances, layers), of the judged instances, cross-fitted where something is fitted.
+        exit_scores: by criterion, (instances, layers), of the judged instances, cross-fitted where something is fitted,
+            the lowest threshold where none may exit.
     """
 
     policy: PolicyNetwork
@@ -244,7 +245,7 @@ def choose_policy(
     hits = torch.zeros(len(judged), dtype=torch.int64)
     for criterion in search.criteria:
         row = EXIT_CRITERIA[criterion]
-        values = known[criterion].clone()
+        values = known[criterion] = known[criterion].clone()
         values[:, : row.first_exit_layer(search.min_exit_layer) - 1] = row.thresholds.low
         points = trade_off_curve(values, judged.correct, criterion)
         thresholds = thresholds_within(

@@ -10,10 +10,16 @@ from operator import ne
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from consistentee.config import TrainingConfig
 from consistentee.functional.bounds import paired_interval
-from consistentee.functional.curves import TOLERANCES, score_standard_error
+from consistentee.functional.curves import (
+    TOLERANCES,
+    changed_by_exits,
+    score_standard_error,
+    trade_off_curve,
+)
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.progress import show_progress
 from consistentee.training.criterion_fits import fit_criteria
@@ -279,6 +285,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
             name: [{"max_loss": allowed} | asdict(at) for allowed, at in zip(TOLERANCES, points, strict=True)]
             for name, points in choice.at_tolerances.items()
         },
+        "curve": _curve(choice.exit_scores[criterion], phase.data.judged_instances.correct, criterion),
         **({} if loss is None else {"loss": loss}),
         **extra.pop("validation", {}),
     }
@@ -294,6 +301,19 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     if taken_over := run.progress.get("taken_over"):
         record["shared_warm_up"] = taken_over
     return run.save(model, record)
+
+
+def _curve(scores: Tensor, correct: Tensor, criterion: str) -> list[list[float]]:
+    """Threshold, accuracy, mean exit layer and `changed_by_exits` along the curve of the judged instances."""
+    return [
+        [
+            point.threshold,
+            point.accuracy,
+            point.mean_exit_layer,
+            changed_by_exits(choose_exit_layer(scores, point.threshold), correct),
+        ]
+        for point in trade_off_curve(scores, correct, criterion)
+    ]
 
 
 def finish_exits(run: Run, criterion: str, *, keep_policy: bool = False) -> Any:

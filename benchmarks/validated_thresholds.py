@@ -1,0 +1,103 @@
+"""What rules of choosing a threshold give on reported rows, from the curves of validation rows that cells keep.
+
+    python benchmarks/validated_thresholds.py benchmarks/results/compare [--methods consistent] [--sets m-cid sst2]
+
+A cell of `compare` keeps what each threshold of its own criterion gave on validation rows (`validation.curve`), and
+where each reported row exits. A rule is a floor of the validation accuracy and a margin: `own - 0.5` is half a point
+below the model's own last layer, `plain` the accuracy of the plain model with the same seed on the same validation
+rows; the margin takes the loss to be so many standard errors higher than it shows. Each rule's threshold is read on
+reported rows at the nearest measured one above it. Points of accuracy above the plain model, and how many times fewer
+layers; means over seeds, then over sets. Nothing here is chosen on reported rows; who picks a
+rule by this table does so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from render_compare import read_cells
+
+from consistentee.functional.curves import CurvePoint, choose_threshold, loss_error
+
+LOSSES = (0.0, 0.0025, 0.005, 0.01)
+MARGINS = (0.0, 0.25, 0.5)
+RULES = [*((f"own - {100 * loss:g}" if loss else "own", loss) for loss in LOSSES), ("plain", None)]
+
+Found = tuple[float, float]
+"""Accuracy above the plain model's, and the share of the layers that is used."""
+
+
+def main() -> None:
+    """Print a table: a row a rule, a column a set, and the mean over sets."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--methods", nargs="+", default=["consistent"])
+    parser.add_argument("--sets", nargs="+")
+    options = parser.parse_args()
+    cells = read_cells(options.cells)
+    plain = {(cell["set"], cell["seed"]): cell for cell in cells if cell["label"] == "plain"}
+    for method in options.methods:
+        ours = [cell for cell in cells if cell["label"] == method and "curve" in cell["validation"]]
+        if options.sets:
+            ours = [cell for cell in ours if cell["set"] in options.sets]
+        by_set: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for cell in ours:
+            by_set[cell["set"]].append(cell)
+        names = sorted(by_set)
+        print(f"| {method}: floor | margin | {' | '.join(names)} | mean |")
+        print(f"|---|---|{'---|' * (len(names) + 1)}")
+        for name, loss in RULES:
+            for margin in MARGINS:
+                found = {
+                    place: np.mean(
+                        [
+                            chosen_on_validation(cell, plain[place, cell["seed"]], loss, margin)
+                            for cell in by_set[place]
+                        ],
+                        axis=0,
+                    )
+                    for place in names
+                }
+                shown = [found[place] for place in names]
+                shown.append(np.mean(shown, axis=0))
+                texts = [f"{100 * gain:+.1f} at {1 / layers:.2f}x" for gain, layers in shown]
+                print(f"| {name} | {margin:g} | {' | '.join(texts)} |")
+
+
+def chosen_on_validation(
+    cell: Mapping[str, Any], plain: Mapping[str, Any], loss: float | None, margin: float
+) -> Found:
+    """What the threshold of a rule gives on the reported rows.
+
+    Args:
+        cell: with the curve of its validation rows.
+        plain: the plain model's with this seed.
+        loss: allowed against the model's own last layer; None for the plain model's accuracy as the floor.
+        margin: standard errors of the loss.
+    """
+    depth, validation = cell["num_hidden_layers"], cell["validation"]
+    points = [
+        CurvePoint(threshold, accuracy, mean, depth / mean)
+        for threshold, accuracy, mean, _ in validation["curve"]
+    ]
+    shy = [
+        point.accuracy - margin * loss_error(changed, validation["num_examples"])
+        for point, (*_, changed) in zip(points, validation["curve"], strict=True)
+    ]
+    own = validation["full_depth_accuracy"]
+    floor = plain["validation"]["accuracy"] if loss is None else own - loss
+    threshold = choose_threshold(points, floor - 1e-9, shy)
+    reported = cell["criteria"][cell["criterion"]]["curve"]
+    _, accuracy, mean = next((at for at in reported if at[0] >= threshold * (1 - 1e-5)), reported[-1])
+    return accuracy - plain["accuracy"], mean / depth
+
+
+if __name__ == "__main__":
+    main()

@@ -48,10 +48,11 @@ def page(cells: Sequence[Cell]) -> str:
         "SST-2 uses 10,000 training rows, StackOverflow 5,000, a fifth of them for validation.",
         "## Accuracy and layers saved",
         "`consistent` is what `consistentee train` does by default, but for its epochs of warm-up "
-        f"({_warmups(cells)}); `weighted` has as many epochs on the weighted sum of all classifiers' losses and the "
-        "same policy on top. *Plain* is the same backbone fine-tuned with one classifier at the top, at full depth, on "
-        "the same rows. *At the default threshold* is what one gets: policy and threshold were chosen on validation "
-        "rows. *At best* sweeps the threshold on the evaluation rows: the most layers saved with an accuracy no lower "
+        f"({_warmups(cells)}) and a default threshold that may lose nothing on validation rows (`max_accuracy_loss` 0 "
+        "in place of half a point); `weighted` has as many epochs on the weighted sum of all classifiers' losses and "
+        "the same policy on top. *Plain* is the same backbone fine-tuned with one classifier at the top, at full "
+        "depth, on the same rows. *At the default threshold* is what one gets: policy and threshold were chosen on "
+        "validation rows. *At best* sweeps the threshold on the evaluation rows: the most layers saved with an accuracy no lower "
         "than plain's, or at most 1 point lower (0 where no threshold reaches that); for every criterion alike, so it "
         "compares them but flatters all. A row more or less right moves these columns by tens of points where the "
         "curve is flat. The last column asks for no loss against the same model's own last layer instead.",

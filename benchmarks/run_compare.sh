@@ -40,7 +40,7 @@ variants=${VARIANTS-static:2 static:3 static:4 static:6 static:8 consistent:rele
 compare() { # BACKBONE SEED WARM-UP_EPOCHS DATA TASK OPTIONS...
   consistentee compare --methods $methods $variants --recipes "$recipes" ${settings[@]+"${settings[@]}"} \
     --backbone "$models/$1" --seeds "$2" \
-    --warmup-epochs "$3" --data-dir "$4" --task "$5" "${@:6}" --output-dir "$out" --discard-models --resamples 2 ${DRY-}
+    --max-accuracy-loss 0 --warmup-epochs "$3" --data-dir "$4" --task "$5" "${@:6}" --output-dir "$out" --discard-models --resamples 2 ${DRY-}
 }
 
 five_sets() { # BACKBONE SEED

@@ -103,7 +103,7 @@ def run_cell(
     if train_data is None:
         raise SystemExit(f"{data_dir} holds no training rows.")
     train_data = train_data.max_samples(MAX_TRAIN_ROWS.get(task), seed=0)
-    config = ClassificationTrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task])
+    config = ClassificationTrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task], max_accuracy_loss=0.0)
     if method == "weighted":  # as many epochs, all of them on the weighted sum
         total = config.warmup_epochs + config.rounds * config.consistent_epochs
         config = replace(config, warmup_epochs=total, rounds=0)

@@ -23,7 +23,7 @@ from consistentee.evaluation.comparison.outcomes import exit_outcomes
 from consistentee.functional.curves import CurvePoint, choose_threshold
 
 RULES = tuple((loss, margin) for loss in (0.0, 0.0025, 0.005, 0.01) for margin in (0.0, 0.25, 0.5))
-"""`max_accuracy_loss` and `threshold_margin`; the default is (0, 0.5)."""
+"""`max_accuracy_loss` and `threshold_margin`; the default is (0.005, 0.5), and was (0, 0.5) before."""
 
 WEAKEST = 0.5
 """Exits count as usable where those of the first layer that saves half have this share of the last layer's accuracy."""

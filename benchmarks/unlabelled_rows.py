@@ -78,7 +78,9 @@ def run_pair(
             backbone=backbone,
             train_data=labelled,
             output_dir=folder,
-            config=ClassificationTrainingConfig(seed=seed, warmup_epochs=WARMUP_EPOCHS[task]),
+            config=ClassificationTrainingConfig(
+                seed=seed, warmup_epochs=WARMUP_EPOCHS[task], max_accuracy_loss=0.0
+            ),
             task=task,
             unlabelled=None if kind == "without" else all_rows.texts,
             resume=True,

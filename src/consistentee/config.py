@@ -168,9 +168,9 @@ class TrainingConfig:
     """Folds of the cross-fitted policy; the tokens of one text are in one fold."""
     patience: int = 2
     """Stop after this many rounds in turn that are worse on validation rows by more than a standard error."""
-    max_accuracy_loss: float = 0.0
+    max_accuracy_loss: float = 0.005
     """Default thresholds may lose this much validation accuracy (0.01 = one point), of rows or of tokens, against the
-    last layer."""
+    last layer. 0 for none."""
     threshold_margin: float = 0.5
     """Standard errors that the loss of a default threshold keeps clear of `max_accuracy_loss`: few validation rows make
     it shyer. 0 takes their word for it."""

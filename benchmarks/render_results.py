@@ -52,10 +52,11 @@ def page(cells: Sequence[Cell]) -> str:
         "in place of half a point); `weighted` has as many epochs on the weighted sum of all classifiers' losses and "
         "the same policy on top. *Plain* is the same backbone fine-tuned with one classifier at the top, at full "
         "depth, on the same rows. *At the default threshold* is what one gets: policy and threshold were chosen on "
-        "validation rows. *At best* sweeps the threshold on the evaluation rows: the most layers saved with an accuracy no lower "
-        "than plain's, or at most 1 point lower (0 where no threshold reaches that); for every criterion alike, so it "
-        "compares them but flatters all. A row more or less right moves these columns by tens of points where the "
-        "curve is flat. The last column asks for no loss against the same model's own last layer instead.",
+        "validation rows. *At best* sweeps the threshold on the evaluation rows: the most layers saved with an "
+        "accuracy no lower than plain's, or at most 1 point lower (0 where no threshold reaches that); for every "
+        "criterion alike, so it compares them but flatters all. A row more or less right moves these columns by tens "
+        "of points where the curve is flat. The last column asks for no loss against the same model's own last layer "
+        "instead.",
         _gain_table(cells),
         "## Policy against confidence, and the consistent objective against the weighted sum",
         "Best accuracy at a layer speed-up or more, in percent, thresholds swept on the evaluation rows. All rows of "

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from render_compare import read_cells
 from consistentee.functional.curves import CurvePoint, choose_threshold, loss_error
 
 LOSSES = (0.0, 0.0025, 0.005, 0.01)
-MARGINS = (0.0, 0.25, 0.5)
+MARGINS = (0.0, 0.5)
 RULES = [*((f"own - {100 * loss:g}" if loss else "own", loss) for loss in LOSSES), ("plain", None)]
 
 Found = tuple[float, float]
@@ -33,7 +33,7 @@ Found = tuple[float, float]
 
 
 def main() -> None:
-    """Print a table: a row a rule, a column a set, and the mean over sets."""
+    """Print a table for each method."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,33 +42,40 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+")
     options = parser.parse_args()
     cells = read_cells(options.cells)
-    plain = {(cell["set"], cell["seed"]): cell for cell in cells if cell["label"] == "plain"}
+    if options.sets:
+        cells = [cell for cell in cells if cell["set"] in options.sets]
     for method in options.methods:
-        ours = [cell for cell in cells if cell["label"] == method and "curve" in cell["validation"]]
-        if options.sets:
-            ours = [cell for cell in ours if cell["set"] in options.sets]
-        by_set: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-        for cell in ours:
+        print("\n".join(table(cells, method)))
+
+
+def table(cells: Sequence[Mapping[str, Any]], method: str) -> list[str]:
+    """A row a rule, a column a set, and their mean: lines of Markdown."""
+    plain = {(cell["set"], cell["seed"]): cell for cell in cells if cell["label"] == "plain"}
+    by_set: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        if cell["label"] == method and "curve" in cell["validation"]:
             by_set[cell["set"]].append(cell)
-        names = sorted(by_set)
-        print(f"| {method}: floor | margin | {' | '.join(names)} | mean |")
-        print(f"|---|---|{'---|' * (len(names) + 1)}")
-        for name, loss in RULES:
-            for margin in MARGINS:
-                found = {
-                    place: np.mean(
-                        [
-                            chosen_on_validation(cell, plain[place, cell["seed"]], loss, margin)
-                            for cell in by_set[place]
-                        ],
-                        axis=0,
-                    )
-                    for place in names
-                }
-                shown = [found[place] for place in names]
-                shown.append(np.mean(shown, axis=0))
-                texts = [f"{100 * gain:+.1f} at {1 / layers:.2f}x" for gain, layers in shown]
-                print(f"| {name} | {margin:g} | {' | '.join(texts)} |")
+    names = sorted(by_set)
+    seeds = {name: " ".join(str(cell["seed"]) for cell in by_set[name]) for name in names}
+    columns = ["floor", "margin", *(f"{name} ({seeds[name]})" for name in names), "mean"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for rule, loss in RULES:
+        for margin in MARGINS:
+            found = [
+                np.mean(
+                    [
+                        chosen_on_validation(cell, plain[name, cell["seed"]], loss, margin)
+                        for cell in by_set[name]
+                    ],
+                    axis=0,
+                )
+                for name in names
+            ]
+            texts = [
+                f"{100 * gain:+.1f} at {1 / layers:.2f}x" for gain, layers in [*found, np.mean(found, axis=0)]
+            ]
+            lines.append(f"| {' | '.join([rule, f'{margin:g}', *texts])} |")
+    return lines
 
 
 def chosen_on_validation(

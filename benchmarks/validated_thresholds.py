@@ -1,6 +1,6 @@
 """What rules of choosing a threshold give on reported rows, from the curves of validation rows that cells keep.
 
-    python benchmarks/validated_thresholds.py benchmarks/results/compare [--methods consistent] [--sets m-cid sst2]
+    python benchmarks/validated_thresholds.py CELLS [--methods consistent] [--sets m-cid sst2] [--seeds 2]
 
 A cell of `compare` keeps what each threshold of its own criterion gave on validation rows (`validation.curve`), and
 where each reported row exits. A rule is a floor of the validation accuracy and a margin: `own - 0.5` is half a point
@@ -40,10 +40,13 @@ def main() -> None:
     parser.add_argument("cells", type=Path)
     parser.add_argument("--methods", nargs="+", default=["consistent"])
     parser.add_argument("--sets", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int)
     options = parser.parse_args()
     cells = read_cells(options.cells)
     if options.sets:
         cells = [cell for cell in cells if cell["set"] in options.sets]
+    if options.seeds:
+        cells = [cell for cell in cells if cell["seed"] in options.seeds]
     for method in options.methods:
         print("\n".join(table(cells, method)))
 

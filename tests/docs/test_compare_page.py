@@ -60,6 +60,14 @@ def test_what_a_tolerance_buys_is_read_off_a_cell(cells: list[dict[str, Any]]) -
     assert not tolerance.usable(next(cell for cell in cells if cell["label"] == "plain"))
 
 
+def test_the_table_of_validated_thresholds_is_that_of_the_cells(cells: list[dict[str, Any]]) -> None:
+    lines = script("validated_thresholds").table(cells, "consistent")
+    assert len(lines) == 12
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for line in lines:
+        assert line in page
+
+
 def test_every_method_is_named() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for name, method in METHODS.items():

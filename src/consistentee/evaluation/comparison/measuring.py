@@ -25,9 +25,8 @@ from consistentee.functional.hardness import memorized_layer
 from consistentee.functional.metrics import compute_metrics
 from consistentee.models.loaded import LoadedClassifier
 
-CURVE_POINTS = (
-    120  # thresholds of a curve at most, besides the ends of their range and those that validation chose
-)
+CURVE_POINTS = 120
+"""Thresholds of a curve at most, besides the ends of their range and those that validation chose."""
 
 
 def measure(saved: LoadedClassifier, rows: TextDataset) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_thresholds_by_the_loss_that_is_allowed() -> None:
     assert "| 0 | 0.91 | 0.00 | 1.50x |" in model_card({**RECORD, "validation": validation})
     validation["loss"] = {"criterion": "confidence"}
     card = model_card({**RECORD, "validation": validation, "evaluation": evaluation()})
-    assert "| 0.5 | 0.72 | 0.30 | 2.40x |" in card
+    assert "| 0.5 | 0.72 | 0.30 | 2.40x |\n\n## Training" in card
     assert "loss allowed" not in model_card(RECORD)
 
 

@@ -142,6 +142,7 @@ def test_what_is_finished_is_left_alone_and_other_settings_are_refused(
     before = place.cells()
     monkeypatch.setattr(comparing, "run_cell", no_training)
     assert run(place, "--seeds", "1") == 0
+    assert run(place, "--seeds", "1", "--patience", "9") == 0  # which none of these methods reads
     for more, message in (
         (("--seeds", "1", "--weight-decay", "0.5"), "weight_decay = 0.01, this one 0.5. Give the same, or"),
         (("--seeds", "1", "--set", "deebert.ensemble_decay=0.25"), "deebert_1.json has ensemble_decay = 0.5"),

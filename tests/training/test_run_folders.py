@@ -285,6 +285,20 @@ def test_a_finished_run_goes_on_for_nobody_else(kind: Kind, tmp_path: Path) -> N
     assert contents(folder) == before
 
 
+def test_settings_that_the_method_does_not_read_make_no_other_run(kind: Kind, tmp_path: Path) -> None:
+    folder = kind.run(tmp_path / "m")
+    before = contents(folder)
+    others = {"max_accuracy_loss": 0.25, "patience": 9, "policy_hidden_size": 5}
+    texts = {"passes": 7} if hasattr(kind.config(), "passes") else {}  # of which there are none here
+    for name, value in (texts | (others if kind.how is finetune else {})).items():
+        assert kind.run(folder, resume=True, config=kind.config(**{name: value})) == folder
+    if kind.how is train:
+        for name, value in others.items():
+            with pytest.raises(ValueError, match=rf"has {name} = .*, this one {value}\."):
+                kind.run(folder, resume=True, config=kind.config(**{name: value}))
+    assert contents(folder) == before
+
+
 def test_a_backbone_is_known_by_its_content(kind: Kind, tmp_path: Path) -> None:
     moved = shutil.copytree(kind.backbone, tmp_path / "moved")
     folder = kind.run(tmp_path / "m", backbone=moved)
@@ -312,10 +326,10 @@ def test_a_record_of_the_first_version_is_compared_by_what_it_has(kind: Kind, tm
     folder = kind.run(tmp_path / "m")
     path = folder / "training_record.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    del record["backbone_fingerprint"], record["config"]["patience"]
+    del record["backbone_fingerprint"], record["config"]["max_grad_norm"]
     path.write_text(json.dumps(record), encoding="utf-8")
     assert kind.run(folder, resume=True) == folder
-    with pytest.raises(ValueError, match=r"has patience = \d, this one 9"):
-        kind.run(folder, config=kind.config(patience=9), resume=True)
+    with pytest.raises(ValueError, match=r"has max_grad_norm = \d\.\d, this one 9"):
+        kind.run(folder, config=kind.config(max_grad_norm=9.0), resume=True)
     with pytest.raises(ValueError, match="has backbone = "):
         kind.run(folder, backbone=tmp_path / "elsewhere", resume=True)

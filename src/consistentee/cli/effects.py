@@ -8,18 +8,10 @@ from typing import Any, Literal
 
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.errors import SettingError
+from consistentee.training.idle_settings import OF_CONSISTENT, OF_POLICY_FITS, WITHOUT_TEXTS, of_exits
 from consistentee.training.methods import METHODS
 
 Command = Literal["train", "finetune"]
-
-_POLICY = (
-    "policy_hidden_size policy_dropout policy_data policy_epochs policy_min_steps policy_batch_size "
-    "policy_learning_rate policy_weight_decay policy_folds entropy_bonus layer_cost_warmup initial_exit_bias "
-    "estimator num_rollouts reward reward_loss hardness layer_costs layer_cost_mode patience max_accuracy_loss "
-    "threshold_margin weighted_sum_share max_cache_mb"
-)
-_OF_TEXTS = "passes exit_min_steps policy_texts max_disk_mb"
-"""Settings of what is learnt from texts without labels."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +64,6 @@ _RETROFIT = (
     _Rule("lora_rank lora_alpha lora_dropout", lambda c: c.tune_backbone != "lora", "--tune-backbone lora"),
     _Rule("exit_min_steps", lambda c: c.tune_backbone != "none", "--tune-backbone none"),
 )
-_FINETUNED_CLASSIFIERS = (
-    f"{_POLICY} {_OF_TEXTS} policy_input ensemble_decay consistent_learning_rate threshold_metric"
-)
-_FINETUNED_GENERATORS = (
-    f"{_POLICY} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
-    "reward_target min_exit_layer consistent_learning_rate"
-)
-
-
-_OF_CONSISTENT = "consistent_learning_rate weighted_sum_share patience"
-_POLICY_FITS = (
-    "policy_data policy_epochs policy_min_steps policy_batch_size policy_learning_rate policy_weight_decay "
-    "policy_folds entropy_bonus layer_cost_warmup estimator num_rollouts reward reward_loss hardness layer_costs "
-    "layer_cost_mode"
-)
 
 
 def check_effects(
@@ -111,21 +88,20 @@ def check_effects(
     """
     classifier = isinstance(config, ClassificationTrainingConfig)
     rules = _CLASSIFIERS if classifier else _GENERATORS
-    finetuned = (_FINETUNED_CLASSIFIERS if classifier else _FINETUNED_GENERATORS).split()
-    given = list(given)
+    given, exits = list(given), of_exits(classifier=classifier)
     for name in given:
-        if command == "finetune" and name in finetuned:
+        if command == "finetune" and name in exits:
             what = "finetune" if method in (None, "plain") else f"--method {method}"
             raise SettingError(f"{_option(name)} is about exits, which {what} does not train. Leave it out.")
-        if command == "train" and method not in (None, "consistent") and name in _OF_CONSISTENT.split():
+        if command == "train" and method not in (None, "consistent") and name in OF_CONSISTENT:
             raise SettingError(
                 f"{_option(name)} goes with --method consistent and has no effect here. Leave it out, or give both."
             )
-        if name in _OF_TEXTS.split() and not unlabelled:
+        if name in WITHOUT_TEXTS and not unlabelled:
             raise SettingError(
                 f"{_option(name)} goes with --unlabelled-file and has no effect here. Leave it out, or give both."
             )
-        if method is not None and METHODS[method].joint_policy and name in _POLICY_FITS.split():
+        if method is not None and METHODS[method].joint_policy and name in OF_POLICY_FITS:
             raise SettingError(
                 f"{_option(name)} is about fits of the policy, which --method {method} does not make. Leave it out."
             )

@@ -14,8 +14,10 @@ from accelerate import Accelerator
 
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import RENAMED
+from consistentee.functional.tables import GENERATION
 from consistentee.models.record import RECORD_FILE, read_record
 from consistentee.training import checkpoints
+from consistentee.training.idle_settings import idle_settings
 
 Contents = Literal["nothing", "unfinished", "finished"]
 """What a run finds in its output folder."""
@@ -138,6 +140,8 @@ def check_same_run(
 ) -> None:
     """Raise ValueError unless both are the same run; the message names all that differs.
 
+    Settings that the run's method does not read may differ.
+
     Args:
         whose: what the saved one is, for the message.
         saved: identity of a run, as `run_identity` gives it; further keys are not read.
@@ -168,6 +172,11 @@ def check_same_run(
         return shown(name, saved) != shown(name, current)
 
     same_kind = saved["kind"] == current["kind"]
+    idle = idle_settings(
+        current["method"],
+        classifier=not current["kind"].endswith(f"_{GENERATION}"),
+        unlabelled="unlabelled_fingerprint" in current["data"],
+    )
     names = [
         name
         for name in (
@@ -176,7 +185,7 @@ def check_same_run(
             "backbone",
             "data fingerprint",
             "unlabelled texts",
-            *current["config"],
+            *(setting for setting in current["config"] if setting not in idle),
         )
         if differs(name)
     ]

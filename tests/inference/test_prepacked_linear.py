@@ -37,6 +37,16 @@ def test_agrees_with_torch(rows: int, dtype: str, bias: bool) -> None:
 
 
 @torch.inference_mode()
+def test_int8_of_a_model_in_another_precision() -> None:
+    if not has_int8(CPU):
+        pytest.skip("no int8 engine")
+    weight, bias, inputs = (torch.randn(shape).bfloat16() for shape in ((24, 32), (24,), (3, 32)))
+    wanted = torch.nn.functional.linear(inputs.float(), weight.float(), bias.float())
+    found = make_linear(weight, bias, "int8", CPU)(inputs.float())
+    assert (found - wanted).abs().max() <= TOLERANCE["int8"] * wanted.abs().max()
+
+
+@torch.inference_mode()
 def test_int8_scales_every_output_by_itself() -> None:
     if not has_int8(CPU):
         pytest.skip("no int8 engine")

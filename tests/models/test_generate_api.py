@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -422,3 +423,21 @@ def test_pipelines_run_saved_folders(model_type: str, tmp_path: Path) -> None:
     assert len(expected.exit_layers.unique()) > 1
     for (output,), row in zip(outputs, new_tokens_of(expected, ids), strict=True):
         assert output["generated_text"].split() == tokenizer.decode(row, skip_special_tokens=True).split()
+
+
+@pytest.mark.parametrize("exit_head", ["shared", "low_rank", "separate"])
+def test_what_a_folder_lacks_is_initialised(exit_head: str, tmp_path: Path) -> None:
+    model = tiny_exit_model("llama", exit_head)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    kept = {name: weight for name, weight in saved.items() if name.startswith("backbone.")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opened = EarlyExitForCausalLM.from_pretrained(tmp_path)
+    for name, weight in opened.state_dict().items():
+        if name in kept:
+            assert weight.equal(kept[name]), name
+        else:
+            assert weight.isfinite().all(), name
+            assert weight.abs().max() < 5, name
+    norms = [weight for name, weight in opened.exit_heads.named_parameters() if name.startswith("norms.")]
+    assert all(bool((weight == 1).all()) for weight in norms)

@@ -57,6 +57,87 @@ def test_exits_alone_are_small_and_come_back(folders: tuple[Path, Path, Any], tm
     assert len(answers) == len(TEXTS)
     opened.save_pretrained(tmp_path / "again")  # exits alone once more
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == saved.keys()
+    opened.half().save_pretrained(tmp_path / "half")  # in another precision they are the original's, too
+    assert load_file(tmp_path / "half" / "model.safetensors").keys() == saved.keys()
+
+
+def trained(model: Any, batch: Any) -> Any:
+    """The model after two steps of all its weights, in evaluation mode."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch, labels=torch.arange(len(TEXTS)) % 2).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_what_was_trained_below_the_exits_is_saved_with_them(
+    folders: tuple[Path, Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, exits, _ = folders
+    batch = AutoTokenizer.from_pretrained(original)(TEXTS, padding=True, return_tensors="pt")
+    model = trained(EarlyExitForSequenceClassification.from_pretrained(exits), batch)
+    generator = torch.get_rng_state()
+    model.save_pretrained(tmp_path / "trained")
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert "all weights are saved" in caplog.text
+    assert "no longer those of" in caplog.text
+    again = EarlyExitForSequenceClassification.from_pretrained(tmp_path / "trained")
+    assert not again.config.exits_only
+    assert again.config.is_tuned
+    for threshold in (0.4, 1.0):
+        with torch.no_grad():
+            assert torch.equal(
+                again(**batch, threshold=threshold).logits, model(**batch, threshold=threshold).logits
+            )
+
+
+def test_without_the_original_everything_is_saved(
+    folders: tuple[Path, Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, exits, _ = folders
+    moved = original.rename(tmp_path / "moved")
+    model = EarlyExitForSequenceClassification.from_pretrained(exits, original=moved)
+    model.save_pretrained(tmp_path / "found")  # it is known where it lies now
+    assert EarlyExitConfig.from_pretrained(tmp_path / "found").exits_only
+    shutil.rmtree(moved)
+    model.save_pretrained(tmp_path / "alone")
+    assert "cannot be compared with" in caplog.text
+    opened = EarlyExitForSequenceClassification.from_pretrained(tmp_path / "alone")
+    assert all(weight.equal(model.state_dict()[name]) for name, weight in opened.state_dict().items())
+
+
+def test_exits_alone_take_the_options_of_whole_folders(
+    folders: tuple[Path, Path, Any], tmp_path: Path
+) -> None:
+    _, exits, model = folders
+    whole = shutil.copytree(exits, tmp_path / "whole")
+    model.config.exits_only = False
+    model.save_pretrained(whole)
+    options: dict[str, Any] = {
+        "threshold": 0.875, "criterion": "confidence", "torch_dtype": torch.bfloat16,
+        "attn_implementation": "eager", "device_map": "cpu",
+    }  # fmt: skip
+    for folder in (exits, whole):
+        opened = EarlyExitForSequenceClassification.from_pretrained(folder, **options)
+        assert (opened.config.threshold, opened.config.criterion) == (0.875, "confidence")
+        assert {weight.dtype for weight in opened.parameters()} == {torch.bfloat16}
+        assert opened.backbone.config._attn_implementation == "eager"
+
+
+def test_the_originals_head_stays_frozen(folders: tuple[Path, Path, Any], tmp_path: Path) -> None:
+    _, exits, model = folders
+    model.config.exits_only = False
+    model.save_pretrained(tmp_path / "whole")
+    for folder in (exits, tmp_path / "whole"):
+        for opened in (
+            AutoModelForSequenceClassification.from_pretrained(folder),
+            EarlyExitForSequenceClassification.from_pretrained(folder, output_loading_info=True)[0],
+        ):
+            head = opened.classifiers.layers[-1]
+            assert not any(weight.requires_grad for weight in head.parameters())
+            assert all(weight.requires_grad for weight in opened.backbone.parameters())
 
 
 def test_an_original_that_has_changed_is_refused(folders: tuple[Path, Path, Any], tmp_path: Path) -> None:

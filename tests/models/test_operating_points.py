@@ -156,6 +156,16 @@ def test_transformers_pipeline_takes_them(folder: Path) -> None:
         assert [(found["label"], found["score"]) for found in classify(TEXTS)] == expected
         classify = pipeline("text-classification", model=str(folder), device="cpu")
         assert [(found["label"], found["score"]) for found in classify(TEXTS, **rule)] == expected
+    made: Any = pipeline(
+        "text-classification", model=str(folder), device="cpu", criterion="entropy", threshold=0.1
+    )
+    for rule, of_both in (
+        ({"threshold": 0.4}, {"criterion": "entropy", "threshold": 0.4}),
+        ({"operating_point": "careful"}, {"operating_point": "careful"}),
+        ({"criterion": "policy"}, {"criterion": "policy"}),  # with its saved threshold, not entropy's
+    ):
+        expected = [round(found.score, 4) for found in engine.predict(TEXTS, **of_both)]
+        assert [round(found["score"], 4) for found in made(TEXTS, **rule)] == expected
     with pytest.raises(ValueError, match='no operating point "bold"; it has: careful'):
         pipeline("text-classification", model=str(folder), device="cpu", operating_point="bold")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -448,6 +448,41 @@ def test_another_policy_can_be_put_in_and_is_saved(build: Build, tmp_path: Path)
     loaded = EarlyExitForSequenceClassification.from_pretrained(tmp_path)
     found = loaded(**batch_of(TEXTS), all_layers=True).exit_probs
     torch.testing.assert_close(found, after.exit_probs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["attention", "shared_pooler"])
+def test_what_a_folder_lacks_begins_as_in_a_new_model(
+    head: str, backbone_folder: Callable[[str], Path], tmp_path: Path
+):
+    values = {"head": head, "learnt_to_exit": True, "policy_input": "state+log_odds"}
+    tiny.tiny_model(tmp_path, backbone_folder("bert"), **values)
+    saved = load_file(tmp_path / "model.safetensors")
+    kept = {name: weight for name, weight in saved.items() if name.startswith("backbone.")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fresh = EarlyExitForSequenceClassification(EarlyExitConfig.from_pretrained(tmp_path)).state_dict()
+    opened = EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+    for name, weight in opened.state_dict().items():
+        if name in kept:
+            assert weight.equal(kept[name]), name
+            continue
+        like = fresh[name]
+        if like.numel() < 8 or like.std() == 0:  # what begins with one value
+            assert weight.equal(like) or (weight.numel() < 8 and weight.abs().max() < 1), name
+        else:
+            assert float(weight.std() / like.std()) == pytest.approx(1, abs=0.5), name
+            assert not weight.equal(like), name
+
+
+def test_another_number_of_classes(backbone_folder: Callable[[str], Path], tmp_path: Path):
+    folder = tiny.tiny_model(tmp_path, backbone_folder("bert"))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, ignore_mismatched_sizes=True
+    )
+    saved = load_file(folder / "model.safetensors")
+    for name, weight in model.state_dict().items():
+        same = weight.shape == saved[name].shape
+        assert weight.equal(saved[name]) if same else weight.abs().max() < 1, name
+    assert model(**batch_of(TEXTS)).logits.shape == (len(TEXTS), 3)
 
 
 def test_push_to_hub_is_hugging_faces_own():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
-from consistentee.errors import DataError
+from consistentee.errors import DataError, SettingError
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine, Prediction
+from consistentee.pipelines.layer_views import view_layers
 from tiny import (
     LABEL_NAMES,
     save,
@@ -130,6 +133,62 @@ def test_plain_model_runs_all_its_layers(folder: Path) -> None:
         ValueError, match="has no exits: threshold, criterion and operating point must not be given"
     ):
         plain.predict(["good"], threshold=0.5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_weights_that_change_are_followed(tmp_path: Path, model_type: str, batch_size: int | None) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", model_type))
+    saved = load_model(folder, LoadedClassifier)
+    made_before = Engine(saved)
+    scores = made_before.exit_scores(made_before.rule())
+    before = made_before.predict(TEXTS, batch_size=batch_size)
+    assert made_before.exit_scores(made_before.rule()) is scores  # nothing is made twice
+    torch.manual_seed(5)
+    saved.model.load_state_dict(
+        {name: value + 0.3 * torch.randn_like(value) for name, value in saved.model.state_dict().items()}
+    )
+    found = made_before.predict(TEXTS, batch_size=batch_size)
+    assert found == Engine(saved).predict(TEXTS, batch_size=batch_size) != before
+
+
+def test_a_model_in_training_mode_is_refused(folder: Path) -> None:
+    saved = load_model(folder, LoadedClassifier)
+    engine = Engine(saved)
+    saved.model.train()
+    message = "must be in evaluation mode, got training mode"
+    with pytest.raises(SettingError, match=message):
+        engine.predict(TEXTS)
+    with pytest.raises(SettingError, match=message):
+        engine.pool()
+    with pytest.raises(SettingError, match=message):
+        Engine(saved)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_autocast_around_it_changes_nothing(tmp_path: Path, model_type: str) -> None:
+    engine = Engine.from_pretrained(
+        tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", model_type))
+    )
+    expected = engine.predict(TEXTS)
+    (row, *_), _ = engine.tokenize(TEXTS)
+    views = [view.probs.tolist() for view in view_layers(engine, row, "policy")]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert engine.predict(TEXTS) == expected
+        assert [view.probs.tolist() for view in view_layers(engine, row, "policy")] == views
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_rotary_positions_keep_their_precision(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", "modernbert"))
+    backend: Any = Engine.from_pretrained(folder, dtype="bfloat16").backend
+    opened = load_model(folder, LoadedClassifier, dtype="bfloat16").model
+    buffers = dict(opened.named_buffers())
+    assert any(name.endswith("inv_freq") for name in buffers)
+    for name, buffer in backend.model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert buffer.equal(buffers[name]), name
+    assert {weight.dtype for weight in backend.model.parameters()} == {torch.bfloat16}
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from benchmark_scripts import ROOT
@@ -27,7 +29,7 @@ from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.operating_points import save_operating_point
 from consistentee.pipelines import export
 from consistentee.pipelines.classifier import Engine
-from consistentee.pipelines.export import export_onnx
+from consistentee.pipelines.export import export_onnx, tokenizer_json
 from npm_packages import JS, node, npm_folder
 from saved_generators import generator_folder
 from served import serving_files
@@ -179,6 +181,40 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert main([*command, *wrong]) in (1, 2)
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_texts_are_cut_on_the_side_that_the_tokenizer_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"), max_length=8)
+    values = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**values, "truncation_side": "left"}))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{' '.join(['film'] * 9)} {text}\n" for (text,) in tiny_dataset(20).texts))
+    command = ["export", str(model), "--output", str(tmp_path / "out"), "--calibration-file", str(texts)]
+    assert main(command) == 0
+    assert "on 20 texts: 0 labels and 0 exit layers differ." in capsys.readouterr().out
+    engine = Engine.from_pretrained(model)
+    wanted = [row["input_ids"] for row in engine.tokenize(texts.read_text().splitlines())[0]]
+    rows = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    rows.no_padding()
+    assert [row.ids for row in rows.encode_batch(texts.read_text().splitlines())] == wanted
+    # The comparison is with what the folder's own tokenizer gives.
+    right = tokenizer_json(engine.saved)
+    right["truncation"]["direction"] = "Right"
+    monkeypatch.setattr(export, "tokenizer_json", lambda saved: right)
+    assert main(command) == 0
+    assert "0 labels and 0 exit layers differ" not in capsys.readouterr().out
+
+
+def test_a_threshold_that_nobody_reaches_is_a_number_of_json(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"))
+    save_operating_point(model, "never", {"criterion": "patience", "threshold": 9.0, "certificate": {}})
+    saved = load_model(model, LoadedClassifier)
+    export_onnx(saved, tmp_path / "out", criterion="patience", threshold=math.inf)
+    text = (tmp_path / "out" / "config.json").read_text()
+    config = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (config["threshold"], config["operating_points"]) == (3.0, {"never": 3.0})  # of three layers
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from consistentee.backbones import decoders
+from consistentee.backbones.precision import cast_parameters
 from consistentee.data.batches import pad_left
 from consistentee.evaluation.speed import (
     Amount,
@@ -101,9 +102,9 @@ def shape_generator(
     config = shape_config(GENERATION_SHAPES, config_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = decoders.build_decoder(config).to(dtype)  # pyright: ignore[reportArgumentType]
+        backbone = cast_parameters(decoders.build_decoder(config), dtype)
         model = EarlyExitForCausalLM.from_backbone(backbone, thresholds=THRESHOLDS)
-    model = cast(Any, model).to(dtype)
+    model = cast_parameters(cast(Any, model), dtype)
     return (model if device is None else model.to(device)).eval()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from consistentee.backbones.precision import cast_parameters
 from consistentee.errors import require_extra
 from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.onnx_sessions import make_session
@@ -33,7 +34,7 @@ def transformers_model(model: Any, dtype: torch.dtype | None = None) -> WholeMod
         dtype: precision; None takes the model's own.
     """
     if dtype is not None and model.dtype != dtype:
-        model = copy.deepcopy(model).to(dtype)
+        model = cast_parameters(copy.deepcopy(model), dtype)
     if not hasattr(model, "classifiers"):
         return _own_of_hugging_face(model)
     last, with_types = len(model.classifiers.layers) - 1, has_token_types(model.backbone)

@@ -41,7 +41,11 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
         self.queries = nn.Parameter(torch.empty(num_queries, hidden_size))
-        nn.init.normal_(self.queries, std=hidden_size**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh queries."""
+        nn.init.normal_(self.queries, std=self.queries.shape[1] ** -0.5)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """The tokens' weighted means; padding weighs nothing."""

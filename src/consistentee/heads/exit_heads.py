@@ -39,10 +39,16 @@ class ExitHeads(nn.Module):
             self.down = nn.Parameter(
                 torch.empty(depth - 1, rank, hidden, dtype=like.dtype, device=like.device)
             )
-            self.up = nn.Parameter(torch.zeros(depth - 1, hidden, rank, dtype=like.dtype, device=like.device))
-            nn.init.normal_(self.down, std=hidden**-0.5)
+            self.up = nn.Parameter(torch.empty(depth - 1, hidden, rank, dtype=like.dtype, device=like.device))
         elif kind == "separate":
             self.heads = nn.ModuleList(_own_head(head) for _ in range(depth - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh adapters, which begin without effect; norms and separate heads begin as the model's."""
+        if self.kind == "low_rank":
+            nn.init.normal_(self.down, std=self.down.shape[2] ** -0.5)
+            nn.init.zeros_(self.up)
 
     def normed(self, model: PreTrainedModel, layer_index: int, hidden_states: Tensor) -> Tensor:
         """States behind the norm of a layer's exit, (..., hidden): what policy and head read."""
@@ -91,8 +97,14 @@ class ConfidenceClassifier(nn.Module):
 
     def __init__(self, num_layers: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_layers, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_layers))
+        self.weight = nn.Parameter(torch.empty(num_layers, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_layers))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin at zero: as likely as not."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, normed: Tensor) -> Tensor:
         """Logits: (tokens, layers, hidden) -> (tokens, layers), float32."""

@@ -42,22 +42,33 @@ class PolicyNetwork(nn.Module):
         self.reads_state = "state" in policy_input
         self.reads_log_odds = policy_input != "state"
         self.reads_signals = policy_input in OLD_POLICY_INPUTS
+        self.initial_exit_bias = float(initial_exit_bias)
         width = policy_hidden_size
         if self.reads_state:
             self.state_dropout = nn.Dropout(dropout)
             self.state_weight = nn.Parameter(torch.empty(num_layers, hidden_size, width))
-            self.state_bias = nn.Parameter(torch.zeros(num_layers, width))
+            self.state_bias = nn.Parameter(torch.empty(num_layers, width))
             self.state_output = nn.Parameter(torch.empty(num_layers, width))
+        if self.reads_log_odds:
+            self.confidence_weight = nn.Parameter(torch.empty(()))
+        self.exit_bias = nn.Parameter(torch.empty(num_layers))
+        self.reset_parameters()
+        if self.reads_signals:
+            self.signal_hidden = nn.Linear(NUM_SIGNALS, width)
+            self.signal_output = nn.Linear(width, 1)
+
+    def reset_parameters(self) -> None:
+        """Begin anew."""
+        if self.reads_state:
+            _, hidden_size, width = self.state_weight.shape
             nn.init.normal_(self.state_weight, std=hidden_size**-0.5)
+            nn.init.zeros_(self.state_bias)
             nn.init.normal_(self.state_output, std=width**-0.5)
             if self.reads_log_odds:
                 nn.init.zeros_(self.state_output)
         if self.reads_log_odds:
-            self.confidence_weight = nn.Parameter(torch.tensor(1.0))
-        if self.reads_signals:
-            self.signal_hidden = nn.Linear(NUM_SIGNALS, width)
-            self.signal_output = nn.Linear(width, 1)
-        self.exit_bias = nn.Parameter(torch.full((num_layers,), float(initial_exit_bias)))
+            nn.init.ones_(self.confidence_weight)
+        nn.init.constant_(self.exit_bias, self.initial_exit_bias)
 
     def features(self, layer_logits: Tensor) -> Tensor | None:
         """What this policy reads beside the state, (batch, layers, features); None if nothing.

@@ -2,7 +2,8 @@
 
 transformers' own pipeline hands whole texts on unless it is called with `truncation=True`. That ends in an error beyond
 the model's positions, and between them and the training's length in an answer that `Engine` does not give. Ours also
-takes an exit rule, when it is made or called: `operating_point`, or `criterion` and `threshold`.
+takes an exit rule, when it is made or called: `operating_point`, or `criterion` and `threshold`. A threshold that is
+given alone, at a call, is one of the criterion that the pipeline was made with.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ class CuttingTextClassificationPipeline(TextClassificationPipeline):
                 raise ValueError(
                     f'Model "{name}" has no exits: threshold, criterion and operating point must not be given.'
                 )
+            of_threshold_alone = operating_point is None and criterion is None
             points = config.operating_points
             criterion, threshold = point_or_rule(points, operating_point, criterion, threshold, name)
-            during = {**during, "criterion": criterion, "threshold": threshold}
+            during = {**during, "threshold": threshold}
+            if not of_threshold_alone:  # else it is one of the criterion that the pipeline was made with
+                during["criterion"] = criterion
         return before, during, after
 
     def _forward(self, model_inputs: Any, **rule: Any) -> Any:

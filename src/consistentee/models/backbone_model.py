@@ -23,6 +23,10 @@ class BackboneModel(PreTrainedModel):
     config: BackboneConfig
     backbone: PreTrainedModel
 
+    def __init__(self, config: BackboneConfig, *inputs: Any, **kwargs: Any) -> None:
+        super().__init__(config, *inputs, **kwargs)
+        self._has_no_weights = torch.empty(0).device.type == "meta"  # `from_pretrained` brings them
+
     @property
     def num_layers(self) -> int:
         """Number of layers, hence of possible exits."""
@@ -45,8 +49,16 @@ class BackboneModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # New modules initialise themselves when built; the backbone's own rules apply to its parts.
-        return None
+        # New modules initialise themselves when built, and those of the backbone go by its rules. Where weights were to
+        # be loaded and some were not there, or had another shape, the same rules apply, to these alone: transformers
+        # keeps torch's initialisers off whatever was loaded.
+        if not self._has_no_weights:
+            return
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        else:
+            self.backbone._init_weights(module)
 
 
 class WithExits:

@@ -61,7 +61,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
 
     @classmethod
     def from_backbone(cls, name_or_path: str | Path | PreTrainedModel, **config_values: Any) -> Self:
-        """A pretrained causal language model with fresh exits and policies.
+        """A pretrained causal language model with fresh exits and policies, in evaluation mode.
 
         Args:
             name_or_path: hub name or local folder of a supported type, or the model itself.
@@ -81,7 +81,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             "tie_word_embeddings": bool(getattr(backbone.config, "tie_word_embeddings", False)),
         }
         config = EarlyExitCausalLMConfig(decoder_config=backbone.config, **inherited, **config_values)
-        model = cls(config, backbone=backbone)
+        model = cls(config, backbone=backbone).eval()
         if backbone.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         return model

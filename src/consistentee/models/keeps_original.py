@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -13,11 +17,14 @@ from typing_extensions import Self
 
 from consistentee.backbones import encoders
 from consistentee.backbones.loading import backbone_fingerprint, load_pretrained
+from consistentee.backbones.precision import cast_parameters
 from consistentee.heads.original_head import OURS, OriginalHead, head_modules
 from consistentee.models.backbone_model import BackboneModel
 from consistentee.models.configuration import EarlyExitConfig
 
 EXITS_FILE = "model.safetensors"
+
+_LOG = logging.getLogger(__name__)
 
 
 class KeepsOriginal(BackboneModel):
@@ -25,10 +32,12 @@ class KeepsOriginal(BackboneModel):
 
     config: Any
     classifiers: Any
+    _original_place: str | Path | None = None
+    """Where the original of exits that were saved alone was found, if not where the configuration says."""
 
     @classmethod
     def from_classifier(cls, name_or_path: str | Path, **config_values: Any) -> Self:
-        """Fresh exits on a fine-tuned classifier, whose backbone and head stay what they are.
+        """Fresh exits on a fine-tuned classifier, whose backbone and head stay what they are; in evaluation mode.
 
         At full depth it gives the original's logits, bit for bit.
 
@@ -60,7 +69,7 @@ class KeepsOriginal(BackboneModel):
             label2id=config.label2id,
             **config_values,
         )
-        return cls._on(original, new_config)
+        return cls._on(original, new_config).eval()
 
     @classmethod
     def _on(cls, original: Any, config: Any) -> Self:
@@ -76,10 +85,41 @@ class KeepsOriginal(BackboneModel):
         return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's; of a model whose configuration says `exits_only`, the exits alone."""
-        if self.config.exits_only and kwargs.get("state_dict") is None:
-            kwargs["state_dict"] = {name: self.state_dict()[name] for name in self.exit_names()}
+        """As Hugging Face's; of a model whose configuration says `exits_only`, the exits alone.
+
+        For that the original is opened once more. Where the weights under the exits are no longer its own, or it cannot
+        be found, all of them are saved and a warning is logged; from then on the configuration says so, too.
+        """
+        if self.config.exits_only:
+            weights: Mapping[str, torch.Tensor] = kwargs.get("state_dict") or self.state_dict()
+            changed = self._changed_from_original(weights)
+            if changed is None:
+                kwargs["state_dict"] = {name: weights[name] for name in self.exit_names()}
+            else:
+                _LOG.warning(
+                    "%s: all weights are saved to %s, not the exits alone (exits_only).",
+                    changed,
+                    save_directory,
+                )
+                self.config.exits_only = False
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _changed_from_original(self, weights: Mapping[str, torch.Tensor]) -> str | None:
+        """Why these weights must not be saved without those below the exits; None where they can be."""
+        known, exits = cast("dict[str, Any]", self.config.original), set(self.exit_names())
+        name = str(self._original_place or known["name"])
+        try:
+            parts = _open_unchanged(name, known)
+            with torch.random.fork_rng(devices=[]):
+                own = type(self)._on(parts, copy.deepcopy(self.config)).state_dict()
+        except (OSError, ValueError) as error:
+            return f'The original "{name}" cannot be compared with ({error})'
+        for key in own.keys() - exits:
+            here, there = weights.get(key), own[key]
+            if here is None or not torch.equal(here.detach().cpu(), there.to(here.dtype)):
+                self.config.original = {**known, "tuned": "full"}
+                return f'The weights under the exits are no longer those of "{name}", such as "{key}"'
+        return None
 
     def exit_names(self) -> list[str]:
         """Names of the weights that are the exits' and not the original's."""
@@ -106,10 +146,15 @@ class KeepsOriginal(BackboneModel):
         """
         config = kwargs.get("config")
         if not isinstance(config, EarlyExitConfig):
-            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            config = EarlyExitConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            config = EarlyExitConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if not config.exits_only:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if (
+                config.original_head is not None
+            ):  # loaded weights ask for gradients, whatever was there before
+                model.classifiers.layers[-1].requires_grad_(False)
+            return loaded
         model = cls._put_onto_original(str(pretrained_model_name_or_path), config, original, kwargs)
         if kwargs.get("output_loading_info"):
             return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
@@ -121,14 +166,10 @@ class KeepsOriginal(BackboneModel):
     ) -> Self:
         known: dict[str, Any] = config.original or {}
         name = str(moved_to or known.get("name"))
-        found = backbone_fingerprint(name)
-        if found is not None and found != known.get("fingerprint"):
-            raise ValueError(
-                f'Model "{folder}" holds exits for "{name}", which is not what it was (content '
-                f"{str(known.get('fingerprint'))[:8]}, now {found[:8]}): the exits may be wrong about it. Run "
-                "`consistentee retrofit` again, or restore it."
-            )
-        parts = _open_original(name, known.get("revision") if found is None else None, options)
+        try:
+            parts = _open_unchanged(name, known, options)
+        except _NotTheOriginal as error:
+            raise ValueError(f'Model "{folder}" holds exits for "{name}", {error}') from error
         config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
         model = cls._on(parts, config)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
@@ -139,15 +180,41 @@ class KeepsOriginal(BackboneModel):
                 f'Model "{folder}" lacks {len(missing)} of its exits\' weights, such as "{min(missing)}". Restore it.'
             )
         model.load_state_dict(weights, strict=False)
-        return model.to(parts.dtype).eval()
+        model._original_place = moved_to
+        return cast_parameters(model, parts.dtype).to(parts.device).eval()
 
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+_ORIGINALS = ("dtype", "torch_dtype", "attn_implementation", "device_map")
+"""Options of opening a model that concern the original below the exits, too."""
+_ANYWHERE = ("token", "cache_dir", "local_files_only")
 
 
-def _open_original(name: str, revision: str | None, options: dict[str, Any] | None = None) -> Any:
+class _NotTheOriginal(ValueError):
+    """Another model lies where the original lay."""
+
+
+def _open_unchanged(name: str, known: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
+    """The original that a configuration knows, opened where it lies now.
+
+    Raises:
+        ValueError: there is another model there.
+        OSError: there is none.
+    """
+    found = backbone_fingerprint(name)
+    if found is not None and found != known.get("fingerprint"):
+        raise _NotTheOriginal(
+            f"which is not what it was (content {str(known.get('fingerprint'))[:8]}, now {found[:8]}): the exits may "
+            "be wrong about it. Run `consistentee retrofit` again, or restore it."
+        )
+    return _open_original(name, known.get("revision") if found is None else None, options)
+
+
+def _open_original(name: str, revision: str | None, options: Mapping[str, Any] | None = None) -> Any:
     """The classifier that exits are for."""
-    options = {key: value for key, value in (options or {}).items() if key in ("dtype", "token", "cache_dir")}
+    options = {key: value for key, value in (options or {}).items() if key in (*_ORIGINALS, *_ANYWHERE)}
+    if "torch_dtype" in options:  # its name of old
+        options.setdefault("dtype", options.pop("torch_dtype"))
     if revision is not None:
         options["revision"] = revision
     original: Any = load_pretrained(AutoModelForSequenceClassification, name, "Model", **options)

@@ -81,7 +81,7 @@ class _EncoderClassifier(BackboneModel):
         num_layers: int | None = None,
         **config_values: Any,
     ) -> Self:
-        """A pretrained encoder with fresh classifiers, and policies where the model has them, on top.
+        """A pretrained encoder with fresh classifiers, and policies where the model has them, in evaluation mode.
 
         Args:
             name_or_path: hub name or local folder of an encoder of a supported type.
@@ -108,7 +108,7 @@ class _EncoderClassifier(BackboneModel):
             **_labels(num_labels, label_names),
             **config_values,
         )
-        return cls(config, backbone=backbone)
+        return cls(config, backbone=backbone).eval()
 
     def _new_classifiers(self, num_layers: int) -> InternalClassifiers:
         return InternalClassifiers(

@@ -21,6 +21,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -28,22 +29,19 @@ from typing import Any, cast
 import torch
 
 from consistentee.data.tokenization import encode_texts
-from consistentee.errors import SettingError, require_characters
+from consistentee.errors import require_characters
 from consistentee.functional.criteria import EXIT_CRITERIA
-from consistentee.inference.encoder.backend import Answers, Backend, EncoderParts, TokenRow
+from consistentee.inference.encoder.backend import Answers, Backend, TokenRow
 from consistentee.inference.encoder.incremental_scores import IncrementalExitScores
 from consistentee.inference.encoder.layer_pool import LayerPool
-from consistentee.inference.encoder.onnx_backend import OnnxBackend, onnx_backend
+from consistentee.inference.encoder.onnx_backend import OnnxBackend
 from consistentee.inference.encoder.onnx_runner import OnnxExitRunner, has_graph, run_graph
 from consistentee.inference.encoder.scheduler import ExitRule, run_rows
-from consistentee.inference.encoder.torch_backend import torch_backend
 from consistentee.inference.memory import give_back_memory
 from consistentee.inference.threads import settle_after_fork
 from consistentee.models.loaded import LoadedClassifier, load_model
-from consistentee.models.sequence_classification import (
-    EarlyExitForSequenceClassification,
-    FullDepthForSequenceClassification,
-)
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
+from consistentee.pipelines.layouts import make_backend, require_evaluation_mode, require_own_classifier
 
 BATCHES_PER_WINDOW = 64
 """Latency mode: batches that are sorted by length together; more saves padding, fewer answer earlier."""
@@ -54,10 +52,9 @@ WINDOW_ROWS = 1024
 FIRST_WINDOW_ROWS = 64
 """Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
 
-BACKENDS = ("torch", "onnxruntime")
-ENGINE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 Text = str | tuple[str, ...]
+_CHANGES = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,11 @@ class Engine:
         backend: what runs the layers.
 
     Raises:
-        ValueError: a model that is not of this library or has adapters, a dtype or backend that is not there.
+        ValueError: a model that is not of this library, has adapters or is in training mode, a dtype or backend that is
+            not there.
+
+    Weights are laid out for fast computing when an engine is made, and again at the first call after they have changed
+    (a training that went on, `load_state_dict`); a `pool` keeps those it was made of.
 
     Several threads may use one engine at the same time. It can be pickled, for other processes. After a fork it goes on
     with one thread (the others stay behind in the parent); on a GPU and on ONNX Runtime, which cannot, it refuses.
@@ -124,14 +125,38 @@ class Engine:
         require_own_classifier(saved)
         self.saved = saved
         self._model = saved.model
-        self._exit_scores: dict[str | None, IncrementalExitScores] = {}
-        self._runners: dict[tuple[str | None, bool], OnnxExitRunner | None] = {}
         self._making = Lock()
-        self.backend: Backend[Any] = make_backend(cast(Any, saved.model), dtype, backend)
+        self._weights = list(saved.model.parameters())
+        self._lay_out(dtype, backend)
         # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
         self._tokenizer = copy.deepcopy(saved.tokenizer)
         self._tokenizing = Lock()
         self._process = os.getpid()
+
+    def _lay_out(self, dtype: str, backend: str) -> None:
+        """Make what computes of the model's weights as they are now."""
+        self._exit_scores: dict[str | None, IncrementalExitScores] = {}
+        self._runners: dict[tuple[str | None, bool], OnnxExitRunner | None] = {}
+        self.backend: Backend[Any] = make_backend(cast(Any, self._model), dtype, backend)
+        self._weights_changes = self._count_changes()
+
+    def _count_changes(self) -> int:
+        """How often the weights were written to; torch does not count what goes through `.data`."""
+        if any(map(torch.Tensor.is_inference, self._weights[:1])):
+            return 0
+        return sum(map(_CHANGES, self._weights))
+
+    def _follow_model(self) -> None:
+        """Lay the weights out anew where they have changed since: half of what computes are copies.
+
+        Raises:
+            SettingError: the model is in training mode.
+        """
+        require_evaluation_mode(self.saved)
+        if self._count_changes() != self._weights_changes:
+            with self._making:
+                if self._count_changes() != self._weights_changes:
+                    self._lay_out(self.backend.dtype, self.backend.name)
 
     def __getstate__(self) -> dict[str, Any]:
         """The model and how it runs; the rest is made anew where it is opened."""
@@ -291,6 +316,7 @@ class Engine:
             ValueError: fixed exit layers that are not one for each row, or not among the layers that have an exit.
         """
         self._go_on_after_fork()
+        self._follow_model()
         self._check_fixed(rule)
         exit_scores = self._scores_under(rule)
         classes = self._model.config.num_classes
@@ -311,6 +337,7 @@ class Engine:
 
     def pool(self, **how: Any) -> LayerPool:
         """A pool for rows that arrive one by one; keywords as of `LayerPool`. For one thread at a time."""
+        self._follow_model()
         return LayerPool(self.backend, self._model.config.num_classes, **how)
 
     def tokenize(self, texts: Iterable[Text]) -> tuple[list[dict[str, list[int]]], list[bool]]:
@@ -396,43 +423,8 @@ def window_sizes(batch_size: int | None) -> Iterator[int]:
         size = min(2 * size, largest)
 
 
-def require_own_classifier(saved: LoadedClassifier) -> None:
-    """Raise ValueError unless a model is of this library, and its weights are all in its own layers."""
-    if not isinstance(saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)):
-        raise ValueError(
-            f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
-            "Give a folder that `consistentee train` or `consistentee finetune` saved."
-        )
-    if any(hasattr(module, "base_layer") for module in saved.model.modules()):  # peft's mark of a layer
-        raise ValueError(
-            f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
-            "merge_and_unload()."
-        )
-
-
 Predictor = Engine
 """The name this class had before it was fast."""
-
-
-def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:
-    """A backend by name.
-
-    Raises:
-        MissingExtraError: onnxruntime is asked for and not installed.
-        ValueError: there is no such backend or dtype, or the model does not run so.
-    """
-    if "auto" in (dtype, backend):
-        raise SettingError(
-            'dtype and backend must be named, got "auto". `consistentee benchmark MODEL --dtype auto --backend auto '
-            "--data-file TEXTS` says which are the fastest that keep the labels of float32."
-        )
-    if dtype not in ENGINE_DTYPES:
-        raise SettingError(f'dtype must be one of {", ".join(ENGINE_DTYPES)}, got "{dtype}".')
-    if backend == "torch":
-        return torch_backend(model, dtype)
-    if backend == "onnxruntime":
-        return onnx_backend(model, dtype)
-    raise SettingError(f'backend must be one of {", ".join(BACKENDS)}, got "{backend}".')
 
 
 def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:

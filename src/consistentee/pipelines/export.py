@@ -27,7 +27,8 @@ from consistentee.inference.encoder.onnx_runner import graph_feed
 from consistentee.inference.encoder.onnx_scores import OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import make_session
 from consistentee.models.loaded import LoadedClassifier
-from consistentee.pipelines.classifier import Engine, require_own_classifier
+from consistentee.pipelines.classifier import Engine
+from consistentee.pipelines.layouts import require_own_classifier
 
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 MADE_BY = "consistentee export"
@@ -137,7 +138,9 @@ def export_onnx(
     with replaced_folder(Path(folder).expanduser()) as place:
         _write_graph(model, scores, limit, style, config, place)
         _write(place / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
-        _write(place / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _write(
+            place / "config.json", json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
         _write(place / "README.md", _readme(saved, {**config, "has_page": add_files is not None}))
         if add_files is not None:
             add_files(place, config)
@@ -186,9 +189,9 @@ def _config(
         "exit_layers": getattr(model.config, "exit_layers", None),
         "id2label": {str(index): name for index, name in enumerate(saved.label_names)},
         "criterion": criterion,
-        "threshold": threshold,
+        "threshold": _finite(threshold, criterion, model.num_layers),
         "operating_points": {
-            name: point["threshold"]
+            name: _finite(point["threshold"], criterion, model.num_layers)
             for name, point in (getattr(model.config, "operating_points", None) or {}).items()
             if point["criterion"] == criterion
         },
@@ -198,6 +201,13 @@ def _config(
         "portable": style.portable,
         "precision": precision,
     }
+
+
+def _finite(threshold: float | None, criterion: str | None, num_layers: int) -> float | None:
+    """The same rule as a number that JSON has: nobody counts more layers than there are."""
+    if threshold is None or criterion is None or not EXIT_CRITERIA[criterion].thresholds.layers:
+        return threshold
+    return min(threshold, float(num_layers))
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ def tokenizer_json(saved: LoadedClassifier) -> dict[str, Any]:
         )
     values: dict[str, Any] = json.loads(backend.to_str())
     values["truncation"] = {
-        "direction": "Right",
+        "direction": str(saved.tokenizer.truncation_side).capitalize(),
         "max_length": saved.max_length,
         "strategy": "LongestFirst",
         "stride": 0,
@@ -316,10 +326,11 @@ def _compare(
     threshold: float | None,
     texts: Sequence[tuple[str, ...]],
 ) -> tuple[int, int]:
-    """On how many texts label and exit layer of the written graph are not the engine's."""
+    """On how many texts label and exit layer of the written folder, tokenizer and graph, are not the engine's."""
     engine = Engine(saved)
     rows, _ = encode_texts(texts, saved.tokenizer, saved.max_length)
     wanted = engine.run(rows, batch_size=COMPARED_BATCH, rule=engine.rule(criterion, threshold))
+    rows = _tokens_of_file(place / "tokenizer.json", texts)  # as whoever runs the folder makes them
     session = make_session(str(place / GRAPH_FILE), torch.device("cpu"))
     names = {given.name for given in session.get_inputs()}
     labels: list[int] = []
@@ -336,3 +347,13 @@ def _compare(
         for found, right in ((labels, wanted.labels), (exit_layers, wanted.exit_layers))
     ]
     return differ[0], differ[1]
+
+
+def _tokens_of_file(path: Path, texts: Sequence[tuple[str, ...]]) -> list[dict[str, list[int]]]:
+    """Rows as of `encode_texts`, by a written tokenizer.json alone."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    encoded = tokenizer.encode_batch([row if len(row) == 2 else row[0] for row in texts])
+    return [{"input_ids": row.ids, "token_type_ids": row.type_ids} for row in encoded]

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.incremental_scores import log_softmax
 from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.inference.modes import inference_only
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 
@@ -37,7 +37,7 @@ class LayerView:
     elapsed_ms: float
 
 
-@torch.inference_mode()
+@inference_only
 def view_layers(engine: Engine, row: TokenRow, criterion: str) -> list[LayerView]:
     """A text at every layer that has an exit, and at the last one.
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from consistentee.inference.encoder.backend import Backend, TokenRow
 from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores
 from consistentee.inference.encoder.scheduler import BATCH_TOKENS
 from consistentee.inference.memory import give_back_memory
+from consistentee.inference.modes import inference_only
 
 PATIENCE = 4
 """Steps a row waits at most before it goes first, in times the number of layers."""
@@ -165,7 +165,7 @@ class LayerPool:
         """Forget rows: they are taken out before the next layer that they would pass."""
         self._dropped.update(key for key in keys if key in self._keys)
 
-    @torch.inference_mode()
+    @inference_only
     def step(self) -> tuple[list[PoolAnswer], int]:
         """Take the rows of one layer past it; nothing where there is none.
 

@@ -33,8 +33,9 @@ def make_linear(
     """The fastest linear map at hand.
 
     Args:
-        weight: (outputs, inputs), float32.
-        bias: (outputs,), float32, or None.
+        weight: (outputs, inputs), floating point. Where it has the dtype and device already, and the processor needs no
+            other layout, it is not copied.
+        bias: (outputs,), floating point, or None; likewise.
         dtype: `float32`, `bfloat16`, `float16` or `int8`; int8 takes and gives float32.
         device: where it runs; int8 runs on CPU only.
         prepack: lay the weights out for the processor; not worth it for a few rows at a time.
@@ -109,6 +110,8 @@ def _int8_linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> L
     with warnings.catch_warnings():  # torch announces another home for these; the operators stay
         warnings.simplefilter("ignore")
         quantised = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
-        prepacked = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.detach())
+        prepacked = torch.ops.quantized.linear_prepack(
+            quantised, None if bias is None else bias.detach().to("cpu", torch.float32)
+        )
     run: Any = torch.ops.quantized.linear_dynamic
     return lambda rows: run(rows, prepacked, False)

@@ -19,6 +19,7 @@ from torch import Tensor
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import Answers, Backend, TokenRow
 from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores, log_softmax
+from consistentee.inference.modes import inference_only
 
 AHEAD = {"cpu": 0, "cuda": 1}
 """Batches submitted before the host asks who exits from an earlier one: on a GPU it decides about one while the device
@@ -114,7 +115,7 @@ class HostCopy:
         return self._values.numpy()
 
 
-@torch.inference_mode()
+@inference_only
 def run_rows(
     backend: Backend[Any],
     rows: Sequence[TokenRow],

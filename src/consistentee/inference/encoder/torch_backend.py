@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from consistentee.backbones import encoders as backbones
+from consistentee.backbones.precision import cast_parameters
 from consistentee.errors import SettingError
 from consistentee.heads.original_head import OriginalHead
 from consistentee.heads.policy import exit_feature_map
@@ -171,8 +172,7 @@ class PaddedBackend:
         kind: torch.dtype = getattr(torch, dtype)
         self.model: Any = model
         if model.backbone.dtype != kind:
-            self.model = copy.deepcopy(model)
-            self.model.to(kind)
+            self.model = cast_parameters(copy.deepcopy(cast(Any, model)), kind)
         classifiers = model.classifiers
         self._exit_feature_maps = [
             exit_feature_map(classifiers, policy_of(model), index)

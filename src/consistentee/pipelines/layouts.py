@@ -1,0 +1,62 @@
+"""Which models an engine takes, and what lays their weights out for fast computing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from consistentee.errors import SettingError
+from consistentee.inference.encoder.backend import Backend, EncoderParts
+from consistentee.inference.encoder.onnx_backend import onnx_backend
+from consistentee.inference.encoder.torch_backend import torch_backend
+from consistentee.models.loaded import LoadedClassifier
+from consistentee.models.sequence_classification import (
+    EarlyExitForSequenceClassification,
+    FullDepthForSequenceClassification,
+)
+
+BACKENDS = ("torch", "onnxruntime")
+ENGINE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+def require_own_classifier(saved: LoadedClassifier) -> None:
+    """Raise ValueError unless a model is of this library, and its weights are all in its own layers."""
+    if not isinstance(saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)):
+        raise ValueError(
+            f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
+            "Give a folder that `consistentee train` or `consistentee finetune` saved."
+        )
+    if any(hasattr(module, "base_layer") for module in saved.model.modules()):  # peft's mark of a layer
+        raise ValueError(
+            f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
+            "merge_and_unload()."
+        )
+    require_evaluation_mode(saved)
+
+
+def require_evaluation_mode(saved: LoadedClassifier) -> None:
+    """Raise SettingError if a model is in training mode, where dropout makes every answer another one."""
+    if saved.model.training:
+        raise SettingError(
+            f'Model "{saved.name}" must be in evaluation mode, got training mode. Call model.eval().'
+        )
+
+
+def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:
+    """A backend by name.
+
+    Raises:
+        MissingExtraError: onnxruntime is asked for and not installed.
+        ValueError: there is no such backend or dtype, or the model does not run so.
+    """
+    if "auto" in (dtype, backend):
+        raise SettingError(
+            'dtype and backend must be named, got "auto". `consistentee benchmark MODEL --dtype auto --backend auto '
+            "--data-file TEXTS` says which are the fastest that keep the labels of float32."
+        )
+    if dtype not in ENGINE_DTYPES:
+        raise SettingError(f'dtype must be one of {", ".join(ENGINE_DTYPES)}, got "{dtype}".')
+    if backend == "torch":
+        return torch_backend(model, dtype)
+    if backend == "onnxruntime":
+        return onnx_backend(model, dtype)
+    raise SettingError(f'backend must be one of {", ".join(BACKENDS)}, got "{backend}".')

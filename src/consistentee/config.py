@@ -338,6 +338,11 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
             raise ValueError(
                 f"exits_only must be false for tune_backbone {self.tune_backbone}, got true: it has to be saved, too."
             )
+        if self.warmup_epochs > 1 or (self.rounds and self.consistent_epochs):
+            raise ValueError(
+                "warmup_epochs must be at most 1 and rounds 0 to retrofit, which has one epoch of all passes, got "
+                f"{self.warmup_epochs:g} and {self.rounds}. Give more passes."
+            )
 
 
 @dataclass(frozen=True)

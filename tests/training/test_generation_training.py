@@ -158,6 +158,16 @@ def of_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("changes", [{"reward_target": "last_layer"}, {"policy_tokens": 5}], ids=str)
+def test_fine_tuning_is_judged_by_reference_tokens_whatever_a_policy_learns_from(
+    changes: dict[str, Any], backbone: Path, tmp_path: Path
+) -> None:
+    said = run(finetune, backbone, tmp_path / "one", warmup_epochs=2.0)
+    assert run(finetune, backbone, tmp_path / "other", warmup_epochs=2.0, **changes)[:-1] == said[:-1]
+    assert read_record(tmp_path / "other") == read_record(tmp_path / "one")
+    assert weight_bytes(tmp_path / "other") == weight_bytes(tmp_path / "one")
+
+
 @pytest.mark.parametrize("exit_head", ["shared", "low_rank", "separate"])
 def test_a_frozen_backbone_stays_as_it_is(exit_head: str, backbone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"

@@ -41,6 +41,9 @@ from consistentee.training.tasks.token_objectives import (
 )
 from consistentee.training.tasks.token_states import TokenStates, run_token_states
 
+VALIDATION_TOKENS = 30_000
+"""Response tokens of validation rows by which epochs of the plain model are compared, at most."""
+
 
 class GenerationTraining:
     """A `TrainingTask` of response tokens.
@@ -167,31 +170,31 @@ class GenerationTraining:
         config, rows = self.config, cast(TokenizedPrompts, run.parts.validation)
         if config.policy_data == "filled":
             rows = with_more_tokens(rows, run.parts.train_rows, config.policy_tokens, config.seed)
-        states = self._states(run, rows, f"{description}: states")
+        states = self._states(
+            run,
+            rows,
+            f"{description}: states",
+            max_tokens=config.policy_tokens,
+            target=config.reward_target,
+            memory_limit_mb=config.max_cache_mb,
+            scratch_dir=run.scratch_dir,
+        )
         measure = config.hardness if config.reward == "hardness" else "uniform"
         held = len(run.parts.validation)
         instances = token_instances(states, config.reward_loss, measure)
         return PolicyInstances(instances, None, held, states.first_texts(held))
 
-    def _states(
-        self, run: Run, rows: TokenizedPrompts, description: str, *, last_layer_only: bool = False
-    ) -> TokenStates:
-        """Exits' outputs for response tokens, the same tokens every time."""
-        config = self.config
+    def _states(self, run: Run, rows: TokenizedPrompts, description: str, **how: Any) -> TokenStates:
+        """Exits' outputs for response tokens, the same tokens every time; `how` as of `run_token_states`."""
         return run_token_states(
             run.model,
             rows,
             collate=run.parts.collate,
-            max_tokens=config.policy_tokens,
-            seed=config.seed,
-            target=config.reward_target,
-            logit_rows=config.logit_rows,
+            seed=self.config.seed,
+            logit_rows=self.config.logit_rows,
             accelerator=run.accelerator,
-            keep_pooled=not last_layer_only,
-            last_layer_only=last_layer_only,
-            memory_limit_mb=config.max_cache_mb,
-            scratch_dir=run.scratch_dir,
             description=description,
+            **how,
         )
 
     def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
@@ -229,7 +232,14 @@ class GenerationTraining:
 
     def validate(self, run: Run) -> dict[str, Any]:
         """As `TrainingTask` says."""
-        states = self._states(run, run.parts.validation, "validation", last_layer_only=True)
+        states = self._states(
+            run,
+            run.parts.validation,
+            "validation",
+            max_tokens=VALIDATION_TOKENS,
+            keep_pooled=False,
+            last_layer_only=True,
+        )
         return {
             "accuracy": states.per_layer_accuracy[-1],
             "loss": float(states.losses[:, -1].mean()),

@@ -158,12 +158,15 @@ def of_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("changes", [{"reward_target": "last_layer"}, {"policy_tokens": 5}], ids=str)
-def test_fine_tuning_is_judged_by_reference_tokens_whatever_a_policy_learns_from(
+@pytest.mark.parametrize(
+    "changes", [{"reward_target": "last_layer"}, {"policy_tokens": 5}, {"policy_hidden_size": 8}], ids=str
+)
+def test_fine_tuning_does_not_feel_a_setting_of_the_policy(
     changes: dict[str, Any], backbone: Path, tmp_path: Path
 ) -> None:
-    said = run(finetune, backbone, tmp_path / "one", warmup_epochs=2.0)
-    assert run(finetune, backbone, tmp_path / "other", warmup_epochs=2.0, **changes)[:-1] == said[:-1]
+    settings = {"backbone_training": "lora", "warmup_epochs": 2.0}
+    said = run(finetune, backbone, tmp_path / "one", **settings)
+    assert run(finetune, backbone, tmp_path / "other", **settings, **changes)[:-1] == said[:-1]
     assert read_record(tmp_path / "other") == read_record(tmp_path / "one")
     assert weight_bytes(tmp_path / "other") == weight_bytes(tmp_path / "one")
 

@@ -103,6 +103,9 @@ class GenerationTraining:
         if config.backbone_training == "frozen":
             model.backbone.requires_grad_(False)
         elif config.backbone_training == "lora":
+            torch.manual_seed(
+                config.seed
+            )  # for adapters that do not depend on how many numbers the policy took
             self._adapters = add_adapters(
                 model.backbone, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout
             )

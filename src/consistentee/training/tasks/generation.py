@@ -185,7 +185,7 @@ class GenerationTraining:
         measure = config.hardness if config.reward == "hardness" else "uniform"
         held = len(run.parts.validation)
         instances = token_instances(states, config.reward_loss, measure)
-        return PolicyInstances(instances, None, held, states.first_texts(held))
+        return PolicyInstances(instances, None, held, states.first_texts(held), fill_up=True)
 
     def _states(self, run: Run, rows: TokenizedPrompts, description: str, **how: Any) -> TokenStates:
         """Exits' outputs for response tokens, the same tokens every time; `how` as of `run_token_states`."""

@@ -96,6 +96,8 @@ def test_those_that_have_one_are_not() -> None:
     ):
         check_effects(given, config, "train")
     check_effects(("passes", "policy_texts"), Rows(), "train", unlabelled=True)
+    check_effects(("policy_folds", "policy_weight_decay", "policy_min_steps"), Rows(), "train", "palbert")
+    check_effects(("policy_folds",), Rows(policy_data="seen"), "train")
     for config in (Rows(), GenerationTrainingConfig()):
         check_effects(
             ("rounds", "consistent_epochs", "warmup_epochs", "learning_rate", "seed"), config, "finetune"

@@ -17,6 +17,7 @@ from consistentee.evaluation.classification import evaluate_model, evaluate_plai
 from consistentee.functional.exits import exit_distribution
 from consistentee.functional.losses import geometric_prior, layer_losses, weighted_sum_loss
 from consistentee.models.loaded import LoadedClassifier
+from consistentee.training.idle_settings import OF_POLICY_FITS, idle_settings
 from consistentee.training.methods import METHODS
 from consistentee.training.run import Run
 from consistentee.training.steps import Objective, OptimizerSteps
@@ -329,6 +330,36 @@ def test_palbert_keeps_the_policy_that_was_trained(
     saved = load_model(folder, LoadedClassifier).model.policy.state_dict()
     assert all(saved[name].equal(trained[-1][name]) for name in saved)
     assert not all(saved[name].equal(trained[0][name]) for name in saved)
+
+
+OTHER_FITS: dict[str, Any] = {
+    "policy_data": "seen",
+    "policy_epochs": 9,
+    "policy_learning_rate": 0.1,
+    "entropy_bonus": 1.0,
+    "layer_cost_warmup": 0.0,
+    "estimator": "sampled",
+    "num_rollouts": 3,
+    "reward": "uniform",
+    "reward_loss": "error",
+    "hardness": "el2n",
+    "layer_costs": (0.1, 0.2),
+    "layer_cost_mode": "each",
+}
+
+
+def test_palbert_leaves_settings_of_policy_fits_alone_and_no_others(backbone: Path, tmp_path: Path) -> None:
+    assert OTHER_FITS.keys() == OF_POLICY_FITS
+    one = run_method("palbert", backbone, tmp_path / "one")
+    idle = run_method("palbert", backbone, tmp_path / "idle", **OTHER_FITS)
+    assert weight_bytes(idle) == weight_bytes(one)
+    assert read_record(idle)["validation"] == read_record(one)["validation"]
+    others = {"policy_min_steps": 60, "policy_batch_size": 4, "policy_weight_decay": 0.9, "policy_folds": 3}
+    for name, value in others.items():
+        other = run_method("palbert", backbone, tmp_path / name, **{name: value})
+        outcomes = [(weight_bytes(folder), read_record(folder)["thresholds"]) for folder in (one, other)]
+        assert outcomes[0] != outcomes[1], name
+        assert name not in idle_settings("palbert", classifier=True, unlabelled=False)
 
 
 def test_cosee_weighs_layers_by_where_rows_would_exit(objective_of: Any) -> None:

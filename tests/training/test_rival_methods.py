@@ -88,6 +88,16 @@ def test_trains_saves_and_answers(method: str, backbone: Path, tmp_path: Path) -
         assert 0 <= figures["metrics"]["accuracy"] <= 1
 
 
+@pytest.mark.parametrize("method", RIVALS)
+def test_recall_is_that_of_the_criterion_that_the_model_exits_by(
+    method: str, backbone: Path, tmp_path: Path
+) -> None:
+    folder = run_method(method, backbone, tmp_path / "m", max_accuracy_loss=0.2, warmup_epochs=4.0)
+    validation = read_record(folder)["validation"]
+    right = sum(found["num_examples"] * found["recall"] for found in validation["class_recall"])
+    assert right / validation["num_examples"] == pytest.approx(validation["accuracy"])
+
+
 @pytest.mark.parametrize("method", [name for name in RIVALS if name != "deebert"])
 def test_runs_on_the_papers_heads_and_resumes_to_the_same_bits(
     method: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

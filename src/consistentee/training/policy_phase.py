@@ -271,7 +271,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     loss = _loss_at_exits(run, phase, criterion)
     model = run.task.finish(run, choice, criterion)
     point, accuracies = choice.at_thresholds[criterion], phase.per_layer_accuracy
-    extra = run.task.record(run, phase.data, choice)
+    extra = run.task.record(run, phase.data, choice, criterion)
     validation = {
         "num_examples": len(phase.data.judged_instances),
         "accuracy": point.accuracy,

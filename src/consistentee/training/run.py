@@ -179,8 +179,13 @@ class TrainingTask(Protocol):
         """Figures of the plain model on validation rows: `accuracy`, perhaps others, and `num_examples`."""
         ...
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
-        """The task's own part of the record: keys beside the shared ones, and further ones of `validation`."""
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
+        """The task's own part of the record: keys beside the shared ones, and further ones of `validation`.
+
+        The criterion is the one that the saved model exits by; nothing without a choice.
+        """
         ...
 
     def finish(self, run: Run, choice: PolicyChoice | None, criterion: str) -> Any:

@@ -311,13 +311,15 @@ class ClassificationTraining:
             "num_examples": len(rows),
         }
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
         """As `TrainingTask` says."""
         if data is None or choice is None:
             return {}
         states: LayerStates = data.states
-        threshold, names = choice.thresholds["policy"], self.data.label_names
-        exit_layer = choose_exit_layer(choice.exit_probs, threshold)
+        threshold, names = choice.thresholds[criterion], self.data.label_names
+        exit_layer = choose_exit_layer(choice.exit_scores[criterion], threshold)
         predictions = states.layer_logits.argmax(-1)
         at_exit = predictions.gather(1, exit_layer[:, None] - 1).squeeze(1)
         classes = recall_by_class(at_exit, predictions[:, -1], states.labels, names)

@@ -249,7 +249,9 @@ class GenerationTraining:
             "num_examples": len(states),
         }
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
         """As `TrainingTask` says."""
         template = {"prompt_template": run.model.config.prompt_template}
         if data is None:

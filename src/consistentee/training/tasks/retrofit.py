@@ -268,7 +268,9 @@ class RetrofitTraining(ClassificationTraining):
         answers = teacher_logits(self.original, rows) if self.is_tuned else states.layer_logits[:, -1]
         return replace(states, labels=answers.argmax(-1))
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
         """As `TrainingTask` says."""
         return {"original": run.model.config.original}
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES, decoder_architecture, decoder_layers
 from consistentee.config import GenerationTrainingConfig
+from consistentee.errors import SettingError
 from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.models.card import model_card
 from consistentee.models.causal_lm import EarlyExitForCausalLM
@@ -398,6 +399,13 @@ def test_steps_weigh_rows_by_their_response_tokens(
 
 
 # --- Errors ---
+
+
+def test_a_generator_of_one_layer_gets_no_exits(tmp_path: Path) -> None:
+    shallow = tiny_decoder(tmp_path / "shallow", layers=1)
+    with pytest.raises(SettingError, match="Layers of a model with exits must be at least 2, got 1"):
+        run(train, shallow, tmp_path / "model")
+    run(finetune, shallow, tmp_path / "plain")
 
 
 def test_a_frozen_backbone_is_not_fine_tuned(backbone: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from consistentee.errors import DataError
+from consistentee.errors import DataError, SettingError
 from consistentee.models.loaded import load_model
 from consistentee.training.cached_states import CachedStates
 from consistentee.training.states import run_all_layers
@@ -181,6 +181,9 @@ def test_what_cannot_be_retrofitted_says_so(plain: Path, retrofitted: Path, tmp_
     reranker = tiny_classifier(tmp_path / "reranker", num_labels=1)
     with pytest.raises(ValueError, match="or a reranker such as a CrossEncoder"):
         retrofit(model=reranker, texts=TEXTS, output_dir=tmp_path / "reranked")
+    shallow = tiny_classifier(tmp_path / "shallow", layers=1)
+    with pytest.raises(SettingError, match="Layers of a model with exits must be at least 2, got 1"):
+        retrofit(model=shallow, texts=TEXTS, output_dir=tmp_path / "shallow exits", config=quick_retrofit())
     with pytest.raises(ValueError, match=r'method must be one of consistent, .*, got "retrofit"'):
         train(backbone=plain, train_data=tiny_dataset(50), output_dir=tmp_path / "t", method="retrofit")
     with pytest.raises(ValueError, match="takes single texts, and each row of texts is a pair"):

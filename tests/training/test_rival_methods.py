@@ -284,6 +284,38 @@ def test_two_stages_need_epochs_for_the_second(method: str, backbone: Path, tmp_
         run_method(method, backbone, tmp_path / "m", rounds=0)
 
 
+@pytest.mark.parametrize("method", ["consistent", *RIVALS])
+def test_a_model_of_one_layer_gets_no_exits(
+    method: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OptimizerSteps, "_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(SettingError, match=r"^Layers of a model with exits must be at least 2, got 1\."):
+        run_method(method, backbone, tmp_path / "m", num_layers=1)
+
+
+@pytest.mark.parametrize("exit_head", ["shared", "separate"])
+def test_exits_of_a_frozen_generator_are_trained_in_the_second_stage_alone(
+    exit_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    values: dict[str, Any] = {
+        "backbone": tiny_decoder(tmp_path / "decoder", layers=2),
+        "train_data": tiny_instructions(),
+        "config": quick_generation_config(
+            backbone_training="frozen", exit_head=exit_head, warmup_epochs=2.0, checkpoint_every=1
+        ),
+        "method": "deebert",
+    }
+    train(**values, output_dir=tmp_path / "whole", report=said.append)
+    assert "The backbone is frozen: stage 1 is left out, stage 2 has 3 steps" in said
+    with monkeypatch.context() as patched:
+        stop_at(patched, OptimizerSteps, "_step", 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(**values, output_dir=tmp_path / "parts")
+    train(**values, output_dir=tmp_path / "parts", resume=True)
+    assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("method", ["deebert", "fastbert"])
 def test_the_second_stage_leaves_the_plain_model_alone(
     method: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

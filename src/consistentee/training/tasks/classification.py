@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consistentee.backbones.cutting import layers_of
-from consistentee.backbones.limits import check_tokenizer, training_length
+from consistentee.backbones.limits import check_depth, check_tokenizer, training_length
 from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.batches import TokenizedDataset, collate
@@ -99,6 +99,7 @@ class ClassificationTraining:
                 policy_dropout=config.policy_dropout,
                 initial_exit_bias=config.initial_exit_bias,
             )
+            check_depth(model.num_layers)
             model.policy.requires_grad_(False)  # fitted on its own, on cached states
         else:
             model = FullDepthForSequenceClassification.from_backbone(backbone, **head)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from consistentee.backbones.limits import check_tokenizer, training_length
+from consistentee.backbones.limits import check_depth, check_tokenizer, training_length
 from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import GenerationTrainingConfig
 from consistentee.data.batches import TokenizedPrompts, collate, with_more_tokens
@@ -85,6 +85,8 @@ class GenerationTraining:
             task=task_name,
             max_sequence_length=config.max_length,
         )
+        if exits:
+            check_depth(model.num_layers)
         max_length = training_length(
             config.max_length,
             default=type(config).max_length,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consistentee.backbones.limits import check_depth
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import RetrofitConfig
 from consistentee.data.batches import collate
@@ -152,6 +153,7 @@ class RetrofitTraining(ClassificationTraining):
                 **({"tuned": config.tune_backbone} if self.is_tuned else {}),
             },
         )
+        check_depth(model.num_layers)
         for frozen in (model.backbone, model.classifiers.layers[-1], model.policy):
             frozen.requires_grad_(False)
         self._collate = partial(collate, tokenizer=tokenizer)

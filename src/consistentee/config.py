@@ -165,7 +165,7 @@ class TrainingConfig:
     initial_exit_bias: float = -1.0
     """Exit logit of an untrained policy; negative = go deep."""
     policy_folds: int = 4
-    """Folds of the cross-fitted policy; the tokens of one text are in one fold."""
+    """Folds of the cross-fitted policy, and of what other criteria fit; the tokens of one text are in one fold."""
     patience: int = 2
     """Stop after this many rounds in turn that are worse on validation rows by more than a standard error."""
     max_accuracy_loss: float = 0.005
@@ -265,7 +265,8 @@ class ClassificationTrainingConfig(TrainingConfig):
     hardness: HardnessMeasure = "memorized_layer"
     """Measure behind the `hardness` reward."""
     policy_data: PolicyData = "held_out"
-    """Rows the policy learns from: the validation rows, cross-fitted, or rows the classifiers have `seen`."""
+    """Rows the policy learns from: the validation rows, cross-fitted, or rows the classifiers have `seen`. Other
+    criteria are fitted on the validation rows in either case."""
     threshold_metric: ThresholdMetric = "accuracy"
     """Metric of the validation rows by which default thresholds are chosen. `accuracy` hardly sees a rare class;
     `macro_f1` counts every class alike, `f1` is that of the second of two classes."""
@@ -337,6 +338,11 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
         if self.exits_only and self.tune_backbone != "none":
             raise ValueError(
                 f"exits_only must be false for tune_backbone {self.tune_backbone}, got true: it has to be saved, too."
+            )
+        if self.warmup_epochs > 1 or (self.rounds and self.consistent_epochs):
+            raise ValueError(
+                "warmup_epochs must be at most 1 and rounds 0 to retrofit, which has one epoch of all passes, got "
+                f"{self.warmup_epochs:g} and {self.rounds}. Give more passes."
             )
 
 

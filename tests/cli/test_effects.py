@@ -31,7 +31,6 @@ CASES: list[tuple[type[Any], str, dict[str, Any], str, str]] = [
     (Rows, "train", {"rounds": 0, "patience": 3}, "patience", "--rounds above 0"),
     (Rows, "train", {"consistent_epochs": 0.0, "rounds": 3}, "rounds", "--consistent-epochs above 0"),
     (Rows, "train", {"policy_input": "log_odds", "policy_dropout": 0.1}, "policy_dropout", "--policy-input"),
-    (Rows, "train", {"policy_data": "seen", "policy_folds": 3}, "policy_folds", "--policy-data held_out"),
     (Rows, "train", {"passes": 3}, "passes", "--unlabelled-file"),
     (Rows, "train", {"policy_texts": 100}, "policy_texts", "--unlabelled-file"),
     (Rows, "finetune", {"passes": 3}, "passes", "finetune does not train"),
@@ -97,6 +96,8 @@ def test_those_that_have_one_are_not() -> None:
     ):
         check_effects(given, config, "train")
     check_effects(("passes", "policy_texts"), Rows(), "train", unlabelled=True)
+    check_effects(("policy_folds", "policy_weight_decay", "policy_min_steps"), Rows(), "train", "palbert")
+    check_effects(("policy_folds",), Rows(policy_data="seen"), "train")
     for config in (Rows(), GenerationTrainingConfig()):
         check_effects(
             ("rounds", "consistent_epochs", "warmup_epochs", "learning_rate", "seed"), config, "finetune"

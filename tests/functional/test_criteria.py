@@ -169,7 +169,18 @@ def test_divergence_is_symmetric_and_between_0_and_1(weights: list[float], seed:
     second = torch.randn(len(weights), generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
     found = jensen_shannon(first, second)
     torch.testing.assert_close(found, jensen_shannon(second, first), atol=1e-6, rtol=0)
-    assert -1e-6 <= float(found) <= 1
+    assert 0 <= float(found) <= 1
+
+
+def test_likeness_stays_within_its_range_where_layers_hardly_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2000, 1, 2, generator=generator)
+    scores = similar_patience_scores(logits + 1e-3 * torch.randn(2000, 12, 2, generator=generator))
+    assert float(scores.max()) == 1
+    assert (choose_exit_layer(scores, 1.0) == 12).all()
+    states = torch.randn(2000, 64, generator=generator)
+    assert float(state_similarity_scores(states, states).max()) <= 1
+    assert float(state_similarity_scores(states, -states).min()) >= -1
 
 
 def test_expert_sum_starts_anew_where_layers_disagree():

@@ -18,10 +18,11 @@ from test_packed_layers import build
 
 from consistentee.errors import SettingError
 from consistentee.functional.criteria import CRITERIA
+from consistentee.functional.signals import similar_patience_scores
 from consistentee.inference.encoder import onnx_exits
-from consistentee.inference.encoder.onnx_builder import GraphStyle, WeightFile
+from consistentee.inference.encoder.onnx_builder import Graph, GraphStyle, WeightFile
 from consistentee.inference.encoder.onnx_exits import ExitGraph
-from consistentee.inference.encoder.onnx_scores import OnnxExitScores
+from consistentee.inference.encoder.onnx_scores import History, OnnxExitScores
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
 from tiny import fit_at_random
 
@@ -116,6 +117,22 @@ def test_every_criterion(tmp_path: Path, criterion: str, decay: float) -> None:
     for style in (GraphStyle(), PORTABLE):
         found = session_of(graph_of(model, criterion, threshold, style=style)).run(None, feed)
         assert_same(found, oracle(model, feed, criterion, threshold))
+
+
+def test_likeness_stays_within_its_range_where_layers_hardly_differ(tmp_path: Path) -> None:
+    model = build(tmp_path, "bert", policy_input="log_odds", ensemble_decay=0.0)
+    scores = OnnxExitScores.of(model, "similar_patience")
+    rng, graph, history = np.random.default_rng(0), Graph(PORTABLE), History()
+    logits = 3 * rng.normal(size=(2000, CLASSES)) + 1e-3 * rng.normal(size=(2, 2000, CLASSES))
+    feed = {f"layer {index}": np.pad(layer, ((0, 0), (0, 1))) for index, layer in enumerate(logits)}
+    _, second = [scores.step(graph, index, name, "", history).score for index, name in enumerate(feed)]
+    inputs = {name: ("float", ["rows", CLASSES + 1]) for name in feed}
+    session = session_of(graph.model(inputs, {"score": (second, "float", None)}))
+    (found,) = session.run(None, {name: values.astype(np.float32) for name, values in feed.items()})
+    assert found.min() >= 0
+    assert found.max() == 1
+    wanted = similar_patience_scores(torch.from_numpy(logits).float().transpose(0, 1))[:, 1]
+    np.testing.assert_allclose(found[:, 0], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("criterion", ["policy", "confidence", "patience"])

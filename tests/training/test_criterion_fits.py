@@ -93,7 +93,7 @@ def test_a_row_is_scored_by_what_has_not_seen_it() -> None:
     instances = instances_of(90)
     folds = [*group_folds(instances.group, 3, 0)]
     counted: list[None] = []
-    found = fit_criteria(fits(), instances, instances, folds, lambda: counted.append(None))
+    found = fit_criteria(fits(), instances, folds, lambda: counted.append(None))
     assert len(counted) == 3 * (3 + 1)
     assert instances.layer_logits is not None
     assert instances.labels is not None
@@ -115,15 +115,6 @@ def test_a_row_is_scored_by_what_has_not_seen_it() -> None:
     assert float((says - whole).abs().mean()) < 0.1
 
 
-def test_other_rows_are_scored_by_one_fit() -> None:
-    learnt, judged = instances_of(90), instances_of(40, seed=5)
-    folds: list[tuple[Tensor | None, Tensor]] = [(None, torch.arange(40))]
-    found = fit_criteria(fits(), learnt, judged, folds)
-    temperatures = found.fitted["calibrated_confidence"]
-    assert judged.layer_logits is not None
-    torch.testing.assert_close(
-        found.scores["calibrated_confidence"],
-        calibrated_confidence_scores(judged.layer_logits, temperatures),
-    )
-    assert found.scores["learnt_to_exit"].shape == (40, LAYERS)
-    assert fit_criteria({}, learnt, judged, folds).scores == {}
+def test_nothing_to_fit() -> None:
+    instances = instances_of(9)
+    assert fit_criteria({}, instances, group_folds(instances.group, 3, 0)).scores == {}

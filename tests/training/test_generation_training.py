@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES, decoder_architecture, decoder_layers
 from consistentee.config import GenerationTrainingConfig
+from consistentee.errors import SettingError
 from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.models.card import model_card
 from consistentee.models.causal_lm import EarlyExitForCausalLM
@@ -156,6 +157,19 @@ def of_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, value in weights.items()
         if name.startswith("backbone.")
     }
+
+
+@pytest.mark.parametrize(
+    "changes", [{"reward_target": "last_layer"}, {"policy_tokens": 5}, {"policy_hidden_size": 8}], ids=str
+)
+def test_fine_tuning_does_not_feel_a_setting_of_the_policy(
+    changes: dict[str, Any], backbone: Path, tmp_path: Path
+) -> None:
+    settings = {"backbone_training": "lora", "warmup_epochs": 2.0}
+    said = run(finetune, backbone, tmp_path / "one", **settings)
+    assert run(finetune, backbone, tmp_path / "other", **settings, **changes)[:-1] == said[:-1]
+    assert read_record(tmp_path / "other") == read_record(tmp_path / "one")
+    assert weight_bytes(tmp_path / "other") == weight_bytes(tmp_path / "one")
 
 
 @pytest.mark.parametrize("exit_head", ["shared", "low_rank", "separate"])
@@ -385,6 +399,13 @@ def test_steps_weigh_rows_by_their_response_tokens(
 
 
 # --- Errors ---
+
+
+def test_a_generator_of_one_layer_gets_no_exits(tmp_path: Path) -> None:
+    shallow = tiny_decoder(tmp_path / "shallow", layers=1)
+    with pytest.raises(SettingError, match="Layers of a model with exits must be at least 2, got 1"):
+        run(train, shallow, tmp_path / "model")
+    run(finetune, shallow, tmp_path / "plain")
 
 
 def test_a_frozen_backbone_is_not_fine_tuned(backbone: Path, tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ from consistentee.training.policy_choice import (
     PolicyChoice,
     PolicySearch,
     choose_policy,
-    judging_folds,
 )
 from consistentee.training.tasks.classification import FITTED
 
@@ -156,9 +155,10 @@ def choose(
     instances: Instances, how: PolicySearch | None = None, judged: Instances | None = None, **options: Any
 ) -> PolicyChoice:
     how = how or search()
-    groups = options.get("judged_groups")
-    folds = judging_folds(instances, how, judged=judged, judged_groups=groups)
-    fits = fit_criteria(fits_of(how), instances, judged or instances, folds)
+    groups, fitted = options.get("judged_groups"), judged or instances
+    num_judged = None if groups is None else len(fitted.first_groups(groups))
+    folds = group_folds(fitted.group, how.folds, how.seed, num_judged)
+    fits = fit_criteria(fits_of(how), fitted, folds)
     return choose_policy(instances, how, new_policy=new_policy, judged=judged, fits=fits, **options)
 
 

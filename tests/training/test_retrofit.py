@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from consistentee.errors import DataError
+from consistentee.errors import DataError, SettingError
 from consistentee.models.loaded import load_model
 from consistentee.training.cached_states import CachedStates
 from consistentee.training.states import run_all_layers
@@ -161,6 +161,18 @@ def test_few_texts_are_learnt_more_often(plain: Path, tmp_path: Path) -> None:
     assert ", 54 steps, " in said[0]  # 187 texts in batches of 32: 6 a pass, 9 passes in place of 2
 
 
+@pytest.mark.parametrize(
+    "changes, got",
+    [({"warmup_epochs": 2.0}, "2 and 0"), ({"rounds": 1, "consistent_epochs": 0.5}, "1 and 1")],
+)
+def test_there_is_one_epoch(changes: dict[str, Any], got: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"warmup_epochs must be at most 1 .*, got {got}\. Give more passes\."
+    ):
+        quick_retrofit(**changes)
+    assert quick_retrofit(warmup_epochs=0.5, rounds=1).rounds == 1  # of no epochs
+
+
 def test_what_cannot_be_retrofitted_says_so(plain: Path, retrofitted: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must be at least 40, got 39"):
         retrofit(model=plain, texts=TEXTS[:39], output_dir=tmp_path / "few")
@@ -169,6 +181,9 @@ def test_what_cannot_be_retrofitted_says_so(plain: Path, retrofitted: Path, tmp_
     reranker = tiny_classifier(tmp_path / "reranker", num_labels=1)
     with pytest.raises(ValueError, match="or a reranker such as a CrossEncoder"):
         retrofit(model=reranker, texts=TEXTS, output_dir=tmp_path / "reranked")
+    shallow = tiny_classifier(tmp_path / "shallow", layers=1)
+    with pytest.raises(SettingError, match="Layers of a model with exits must be at least 2, got 1"):
+        retrofit(model=shallow, texts=TEXTS, output_dir=tmp_path / "shallow exits", config=quick_retrofit())
     with pytest.raises(ValueError, match=r'method must be one of consistent, .*, got "retrofit"'):
         train(backbone=plain, train_data=tiny_dataset(50), output_dir=tmp_path / "t", method="retrofit")
     with pytest.raises(ValueError, match="takes single texts, and each row of texts is a pair"):

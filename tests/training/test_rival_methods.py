@@ -17,6 +17,7 @@ from consistentee.evaluation.classification import evaluate_model, evaluate_plai
 from consistentee.functional.exits import exit_distribution
 from consistentee.functional.losses import geometric_prior, layer_losses, weighted_sum_loss
 from consistentee.models.loaded import LoadedClassifier
+from consistentee.training.idle_settings import OF_POLICY_FITS, idle_settings
 from consistentee.training.methods import METHODS
 from consistentee.training.run import Run
 from consistentee.training.steps import Objective, OptimizerSteps
@@ -85,6 +86,16 @@ def test_trains_saves_and_answers(method: str, backbone: Path, tmp_path: Path) -
     else:
         figures = evaluate_plain(load_model(folder, LoadedClassifier), rows)
         assert 0 <= figures["metrics"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_recall_is_that_of_the_criterion_that_the_model_exits_by(
+    method: str, backbone: Path, tmp_path: Path
+) -> None:
+    folder = run_method(method, backbone, tmp_path / "m", max_accuracy_loss=0.2, warmup_epochs=4.0)
+    validation = read_record(folder)["validation"]
+    right = sum(found["num_examples"] * found["recall"] for found in validation["class_recall"])
+    assert right / validation["num_examples"] == pytest.approx(validation["accuracy"])
 
 
 @pytest.mark.parametrize("method", [name for name in RIVALS if name != "deebert"])
@@ -273,6 +284,38 @@ def test_two_stages_need_epochs_for_the_second(method: str, backbone: Path, tmp_
         run_method(method, backbone, tmp_path / "m", rounds=0)
 
 
+@pytest.mark.parametrize("method", ["consistent", *RIVALS])
+def test_a_model_of_one_layer_gets_no_exits(
+    method: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OptimizerSteps, "_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(SettingError, match=r"^Layers of a model with exits must be at least 2, got 1\."):
+        run_method(method, backbone, tmp_path / "m", num_layers=1)
+
+
+@pytest.mark.parametrize("exit_head", ["shared", "separate"])
+def test_exits_of_a_frozen_generator_are_trained_in_the_second_stage_alone(
+    exit_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    values: dict[str, Any] = {
+        "backbone": tiny_decoder(tmp_path / "decoder", layers=2),
+        "train_data": tiny_instructions(),
+        "config": quick_generation_config(
+            backbone_training="frozen", exit_head=exit_head, warmup_epochs=2.0, checkpoint_every=1
+        ),
+        "method": "deebert",
+    }
+    train(**values, output_dir=tmp_path / "whole", report=said.append)
+    assert "The backbone is frozen: stage 1 is left out, stage 2 has 3 steps" in said
+    with monkeypatch.context() as patched:
+        stop_at(patched, OptimizerSteps, "_step", 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(**values, output_dir=tmp_path / "parts")
+    train(**values, output_dir=tmp_path / "parts", resume=True)
+    assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("method", ["deebert", "fastbert"])
 def test_the_second_stage_leaves_the_plain_model_alone(
     method: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -329,6 +372,36 @@ def test_palbert_keeps_the_policy_that_was_trained(
     saved = load_model(folder, LoadedClassifier).model.policy.state_dict()
     assert all(saved[name].equal(trained[-1][name]) for name in saved)
     assert not all(saved[name].equal(trained[0][name]) for name in saved)
+
+
+OTHER_FITS: dict[str, Any] = {
+    "policy_data": "seen",
+    "policy_epochs": 9,
+    "policy_learning_rate": 0.1,
+    "entropy_bonus": 1.0,
+    "layer_cost_warmup": 0.0,
+    "estimator": "sampled",
+    "num_rollouts": 3,
+    "reward": "uniform",
+    "reward_loss": "error",
+    "hardness": "el2n",
+    "layer_costs": (0.1, 0.2),
+    "layer_cost_mode": "each",
+}
+
+
+def test_palbert_leaves_settings_of_policy_fits_alone_and_no_others(backbone: Path, tmp_path: Path) -> None:
+    assert OTHER_FITS.keys() == OF_POLICY_FITS
+    one = run_method("palbert", backbone, tmp_path / "one")
+    idle = run_method("palbert", backbone, tmp_path / "idle", **OTHER_FITS)
+    assert weight_bytes(idle) == weight_bytes(one)
+    assert read_record(idle)["validation"] == read_record(one)["validation"]
+    others = {"policy_min_steps": 60, "policy_batch_size": 4, "policy_weight_decay": 0.9, "policy_folds": 3}
+    for name, value in others.items():
+        other = run_method("palbert", backbone, tmp_path / name, **{name: value})
+        outcomes = [(weight_bytes(folder), read_record(folder)["thresholds"]) for folder in (one, other)]
+        assert outcomes[0] != outcomes[1], name
+        assert name not in idle_settings("palbert", classifier=True, unlabelled=False)
 
 
 def test_cosee_weighs_layers_by_where_rows_would_exit(objective_of: Any) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from consistentee.models.sequence_classification import (
     FullDepthForSequenceClassification,
 )
 from consistentee.progress import show_progress
+from consistentee.training.cached_states import ChunkedBatches
 from consistentee.training.run import Run
 from consistentee.training.steps import (
     make_accelerator,
@@ -122,6 +124,19 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
         learning_rate=1e-5,
     )
     assert at == [2, 4]  # the end of a phase has one of its own
+
+
+def test_more_steps_than_there_are_batches_are_refused(tmp_path: Path) -> None:
+    run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m")
+    lengths = np.full(len(run.parts.train_rows), 5)
+    run.steps.batches = ChunkedBatches([np.arange(len(lengths))], lengths, 16, passes=1, seed=0)
+    with pytest.raises(ValueError, match=r"Steps must be at most 2, .*, got 3\. Plan fewer epochs\."):
+        run.steps.run(
+            3,
+            lambda model, batch, labels: (model(**batch).logits.sum(1) * 0, {}),
+            phase="any",
+            learning_rate=0.1,
+        )
 
 
 def test_progress_counts_towards_the_end_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

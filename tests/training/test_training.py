@@ -34,7 +34,7 @@ from consistentee.training.run import Run
 from consistentee.training.states import LayerStates
 from consistentee.training.steps import OptimizerSteps
 from consistentee.training.tasks import classification as task_module
-from consistentee.training.tasks.classification import ClassificationTraining, row_instances
+from consistentee.training.tasks.classification import FITTED, ClassificationTraining, row_instances
 from consistentee.training.train import finetune, start_run, train
 from quick import largest_difference, quick_config, read_record, read_weights, stop_at, weight_bytes
 from tiny import LABEL_NAMES, POSITIVE, tiny_backbone, tiny_dataset
@@ -498,6 +498,20 @@ def test_states_of_two_parts_in_memory_mapped_files(
     assert weight_bytes(folder) == weights
     assert read_record(folder) == record
     assert {path.name for path in folder.iterdir()} == FINISHED
+
+
+def test_criteria_are_fitted_on_validation_rows_whatever_the_policy_learns_from(
+    quick_train: Callable[..., Path],
+) -> None:
+    found: list[dict[str, Any]] = []
+    folders = [quick_train(rounds=0, policy_data=policy_data) for policy_data in ("held_out", "seen")]
+    for folder in folders:
+        config, record = json.loads((folder / "config.json").read_text()), read_record(folder)
+        values = {name: config[name] for name in ("temperatures", "layer_weights")}
+        found.append(values | {name: record["thresholds"][name] for name in FITTED})
+        assert config["layer_weights"] == pytest.approx(record["validation"]["per_layer_accuracy"])
+    assert found[0] == found[1]
+    assert weight_bytes(folders[0]) != weight_bytes(folders[1])  # for the policy's
 
 
 def test_gradient_accumulation_does_not_change_the_result(quick_train: Callable[..., Path]) -> None:

@@ -98,6 +98,12 @@ def test_exits_come_to_agree_with_the_last_layer(without: Path, with_texts: Path
     assert divergence[1] < 0.7 * divergence[0]
 
 
+def test_other_criteria_are_fitted_on_labelled_rows_alone(with_texts: Path) -> None:
+    record, model = read_record(with_texts), load_model(with_texts).model
+    assert record["unlabelled"]["kept"]
+    assert model.config.layer_weights == pytest.approx(record["validation"]["per_layer_accuracy"])
+
+
 def test_what_is_said_and_recorded(with_texts: Path, without: Path) -> None:
     record = read_record(with_texts)
     found = record["unlabelled"]

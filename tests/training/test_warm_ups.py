@@ -161,6 +161,11 @@ def test_so_does_one_of_tokens(tokens: Train, tmp_path: Path) -> None:
     )
 
 
+def test_adapters_begin_alike_whatever_the_policy(tokens: Train, tmp_path: Path) -> None:
+    one = quick_generation_config(**TOKENS, backbone_training="lora")
+    ends_alike(tokens, one, dataclasses.replace(one, policy_hidden_size=8), tmp_path)
+
+
 def test_unlabelled_texts_come_later(rows: Train, tmp_path: Path) -> None:
     texts = [(f"another word {number}",) for number in range(40)]
     rows(tmp_path / "first", quick_config(**ROWS), tmp_path / "warm-ups")

@@ -1,4 +1,4 @@
-"""What fits: how many tokens a model has positions for, and whether a tokenizer belongs to it.
+"""What fits: how many tokens a model has positions for, whether a tokenizer belongs to it, and how deep it must be.
 
 All of it is known before the first step, and otherwise comes up as an index error in the middle of one.
 """
@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedConfig
 
-from consistentee.errors import UsageError
+from consistentee.errors import SettingError, UsageError
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,19 @@ BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 """Types whose first token stands behind the padding's entry: two of 514 positions are never a token's."""
 
 MPNET_PADDING = 1  # whatever its configuration says
+
+
+def check_depth(num_layers: int) -> None:
+    """See that a model has layers to exit below its last.
+
+    Raises:
+        SettingError: it has one layer only.
+    """
+    if num_layers < 2:
+        raise SettingError(
+            f"Layers of a model with exits must be at least 2, got {num_layers}. Take a deeper one, or train it "
+            "without exits."
+        )
 
 
 def longest_input(config: PreTrainedConfig) -> int | None:

@@ -43,7 +43,6 @@ _CLASSIFIERS = (
     _Rule("num_queries classifier_hidden_size", lambda c: c.head == "shared_pooler", "--head attention"),
     _Rule("pooling", lambda c: c.head == "attention", "--head shared_pooler"),
     _Rule("policy_dropout", lambda c: c.policy_input == "log_odds", "a --policy-input that has the state"),
-    _Rule("policy_folds", lambda c: c.policy_data == "seen", "--policy-data held_out"),
 )
 _GENERATORS = (
     *_SHARED,

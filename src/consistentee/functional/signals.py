@@ -123,7 +123,7 @@ def jensen_shannon(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
     """
     mixture = torch.logaddexp(log_probs, other_log_probs) - math.log(2)
     first, second = (each.exp() * (each - mixture) for each in (log_probs, other_log_probs))
-    return (first + second).sum(-1) / (2 * math.log(2))
+    return ((first + second).sum(-1) / (2 * math.log(2))).clamp(0, 1)  # rounding goes beyond
 
 
 def expert_sum_scores(layer_logits: Tensor, layer_weights: Tensor) -> Tensor:
@@ -256,7 +256,8 @@ def state_similarity_scores(before: Tensor, after: Tensor) -> Tensor:
 
     Source: CALM (arXiv:2207.07061), "hidden-state saturation"; the ConsistentEE release uses 0.975 as its threshold.
     """
-    return torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+    cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
+    return cosine.clamp(-1, 1)  # rounding goes beyond
 
 
 def agreement_scores(agreement_probs: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What exit criteria need that is fitted on finished exits: networks that foretell something, numbers a layer.
 
-On held-out instances it is cross-fitted as the policy is: each fold is scored by what was fitted outside it.
+It is fitted on validation instances, whatever the policy learns from, and cross-fitted as a policy is: each fold is
+scored by what was fitted outside it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ from torch import Tensor, nn
 from consistentee.functional.signals import calibrated_confidence_scores, expert_sum_scores
 from consistentee.training.instances import Instances
 from consistentee.training.policy import foretold_probabilities
-
-Fold = tuple[Tensor | None, Tensor]
-"""Indices of the instances to fit on, None for all, and of those to score."""
 
 TEMPERATURES = 0.05, 20.0
 """The lowest and the highest."""
@@ -55,17 +53,15 @@ class CriterionFits:
 def fit_criteria(
     fits: Mapping[str, CriterionFit],
     instances: Instances,
-    source: Instances,
-    folds: Sequence[Fold],
+    folds: Sequence[tuple[Tensor, Tensor]],
     on_fit: Callable[[], object] = lambda: None,
 ) -> CriterionFits:
-    """Fit for every criterion, and score judged instances by what has not seen them.
+    """Fit for every criterion, on all instances and outside each fold, whose instances that scores.
 
     Args:
         fits: by criterion.
-        instances: what is learnt from.
-        source: what the folds' indices to score are of.
-        folds: of `policy_choice.judging_folds`.
+        instances: what is fitted on, those to score among them.
+        folds: of `instances.group_folds`.
         on_fit: called after each fit.
     """
     fitted: dict[str, Any] = {}
@@ -73,12 +69,10 @@ def fit_criteria(
     for name, how in fits.items():
         parts: list[tuple[Tensor, Tensor]] = []
         for inside, outside in folds:
-            fitted[name] = how.fit(instances, inside)
+            parts.append((outside, how.scores(how.fit(instances, inside), instances, outside)))
             on_fit()
-            parts.append((outside, how.scores(fitted[name], source, outside)))
-        if folds[0][0] is not None:
-            fitted[name] = how.fit(instances, None)
-            on_fit()
+        fitted[name] = how.fit(instances, None)
+        on_fit()
         index, values = (torch.cat(part) for part in zip(*parts, strict=True))
         scores[name] = torch.empty_like(values).index_copy_(0, index, values)
     return CriterionFits(fitted, scores)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from consistentee.training.methods import METHODS
 
 _POLICY_FITS = (
-    "policy_data policy_epochs policy_min_steps policy_batch_size policy_learning_rate policy_weight_decay "
-    "policy_folds entropy_bonus layer_cost_warmup estimator num_rollouts reward reward_loss hardness layer_costs "
-    "layer_cost_mode"
+    "policy_data policy_epochs policy_learning_rate entropy_bonus layer_cost_warmup estimator num_rollouts reward "
+    "reward_loss hardness layer_costs layer_cost_mode"
 )
+_CRITERION_FITS = "policy_min_steps policy_batch_size policy_weight_decay policy_folds"  # and the policy's
 _CONSISTENT = "consistent_learning_rate weighted_sum_share patience"
 _TEXTS = "passes exit_min_steps policy_texts max_disk_mb"
 
@@ -17,11 +17,13 @@ WITHOUT_TEXTS = frozenset(_TEXTS.split())
 OF_CONSISTENT = frozenset(_CONSISTENT.split())
 """What only the method `consistent` reads, of the settings that classifiers and generators share."""
 OF_POLICY_FITS = frozenset(_POLICY_FITS.split())
-"""What is about fits of the policy, which methods do not make that train it with everything else."""
+"""What is about fits of the policy alone, which methods do not make that train it with everything else.
+
+Fits for other criteria they make; the reward that is reported of the policy is no figure that anything is chosen by."""
 
 _EXITS = (
-    f"{_POLICY_FITS} {_CONSISTENT} {_TEXTS} policy_hidden_size policy_dropout initial_exit_bias max_accuracy_loss "
-    "threshold_margin max_cache_mb"
+    f"{_POLICY_FITS} {_CRITERION_FITS} {_CONSISTENT} {_TEXTS} policy_hidden_size policy_dropout initial_exit_bias "
+    "max_accuracy_loss threshold_margin max_cache_mb"
 )
 _CLASSIFIER_EXITS = frozenset(f"{_EXITS} policy_input ensemble_decay threshold_metric".split())
 _GENERATOR_EXITS = frozenset(

@@ -27,9 +27,12 @@ from consistentee.functional.curves import (
 from consistentee.functional.exits import choose_exit_layer, exit_distribution
 from consistentee.functional.rewards import rewards
 from consistentee.heads.policy import PolicyNetwork
-from consistentee.training.criterion_fits import CriterionFits, Fold
+from consistentee.training.criterion_fits import CriterionFits
 from consistentee.training.instances import Instances, group_folds
 from consistentee.training.policy import generators_of, policy_exit_probs
+
+Fold = tuple[Tensor | None, Tensor]
+"""Indices of the instances to fit on, None for all, and of those to judge."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def choose_policy(
         instances: what is learnt from.
         search: what is tried.
         new_policy: makes an untrained policy network.
-        fits: what is fitted for other criteria, by `judging_folds`; None for nothing.
+        fits: what is fitted for other criteria, which has not seen what it scores; None for nothing.
         judged: other instances to judge by; None cross-fits on `instances`.
         judged_groups: in cross-fitting, so many of the first groups are judged, the others are only learnt from.
         quality: what exit layers of the judged instances are worth (`curves.threshold_within`).

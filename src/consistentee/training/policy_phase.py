@@ -23,12 +23,12 @@ from consistentee.functional.curves import (
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.progress import show_progress
 from consistentee.training.criterion_fits import fit_criteria
+from consistentee.training.instances import group_folds
 from consistentee.training.policy import fit_foretelling, fit_policy
 from consistentee.training.policy_choice import (
     PolicyChoice,
     PolicySearch,
     choose_policy,
-    judging_folds,
 )
 from consistentee.training.run import PolicyInstances, Run
 
@@ -125,13 +125,12 @@ def run_policy_phase(
     how = task.criterion_fits(run.model, search)
     choice: PolicyChoice | None = None
     if run.accelerator.is_main_process:
-        folds = judging_folds(data.learnt, search, judged=data.judged, judged_groups=data.judged_groups)
-        cross_fitted = data.judged is None
-        count = search.number_of_fits(cross_fitted=cross_fitted) * len(inputs)
-        count += len(how) * (len(folds) + cross_fitted)
+        fitted = data.learnt if data.fill_up else data.judged_instances
+        folds = group_folds(fitted.group, search.folds, search.seed, len(data.judged_instances))
+        count = search.number_of_fits(cross_fitted=data.judged is None) * len(inputs)
+        count += len(how) * (len(folds) + 1)
         with show_progress(f"{description}: fits", count, unit="fit") as bar:
-            source = data.learnt if data.judged is None else data.judged
-            fits = fit_criteria(how, data.learnt, source, folds, bar.update)
+            fits = fit_criteria(how, fitted, folds, bar.update)
             choices = [
                 choose_policy(
                     data.learnt,
@@ -272,7 +271,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     loss = _loss_at_exits(run, phase, criterion)
     model = run.task.finish(run, choice, criterion)
     point, accuracies = choice.at_thresholds[criterion], phase.per_layer_accuracy
-    extra = run.task.record(run, phase.data, choice)
+    extra = run.task.record(run, phase.data, choice, criterion)
     validation = {
         "num_examples": len(phase.data.judged_instances),
         "accuracy": point.accuracy,

@@ -73,6 +73,8 @@ class PolicyInstances:
         judged_groups: in cross-fitting, so many of the first groups are judged; None judges all.
         states: the pass that the judged instances come from, for the task's own figures.
         quality: what exit layers of the judged instances are worth, (instances,) -> float; None: the share right.
+        fill_up: whether other criteria are fitted on all that the policy learns from, not on the judged instances
+            alone, which are then the first of them.
         max_loss: what a threshold may lose of it against the last layer; None: what the settings say.
     """
 
@@ -81,6 +83,7 @@ class PolicyInstances:
     judged_groups: int | None
     states: Any
     quality: Callable[[Tensor], float] | None = None
+    fill_up: bool = False
     max_loss: float | None = None
 
     @property
@@ -176,8 +179,13 @@ class TrainingTask(Protocol):
         """Figures of the plain model on validation rows: `accuracy`, perhaps others, and `num_examples`."""
         ...
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
-        """The task's own part of the record: keys beside the shared ones, and further ones of `validation`."""
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
+        """The task's own part of the record: keys beside the shared ones, and further ones of `validation`.
+
+        The criterion is the one that the saved model exits by; nothing without a choice.
+        """
         ...
 
     def finish(self, run: Run, choice: PolicyChoice | None, criterion: str) -> Any:

@@ -215,12 +215,14 @@ class OptimizerSteps:
 
         Raises:
             FloatingPointError: the loss is infinite or not a number.
+            ValueError: there are no batches left for so many steps.
         """
         self.figures.clear()
         shown = self.accelerator.is_main_process
         end = max(until, self.total_steps)  # the time left is the whole run's, not this phase's
         with show_progress(phase, end, unit="step", initial=self.step, shown=shown) as bar:
             while self.step < until:
+                before = self.step
                 epoch, offset = divmod(self.step, len(self.batches))
                 self.batches.set_epoch(epoch, offset)
                 for rows in itertools.islice(self.batches, until - self.step):
@@ -233,6 +235,10 @@ class OptimizerSteps:
                         )
                     if self.step % self.checkpoint_every == 0 and self.step < until:
                         self.checkpoint()
+                if self.step == before:
+                    raise ValueError(
+                        f"Steps must be at most {before}, as many as there are batches, got {until}. Plan fewer epochs."
+                    )
 
     def _step(
         self,

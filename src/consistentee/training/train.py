@@ -71,7 +71,7 @@ def train(
         FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
         ImportError: LoRA without peft.
         SettingError: `unlabelled` texts for a method or a task that does not learn from them; `warm_up_dir` for a
-            method without a warm-up.
+            method without a warm-up; exits for a model of one layer.
         TypeError: data or settings of another task.
         ValueError: an unsupported backbone, an unknown method or one for another task, too little data, a resumed run
             with other settings, data or backbone, an `output_dir` that is the backbone's, or a `threshold_metric` that
@@ -150,7 +150,8 @@ def retrofit(
 
     Raises:
         DataError: too few texts, or one that cannot be read.
-        FileExistsError, ValueError: as `train`; a model that is no classifier of one class an input, or has exits.
+        FileExistsError, ValueError: as `train`; a model that is no classifier of one class an input, that has exits, or
+            one layer.
     """
     config = RetrofitConfig() if config is None else config
     task = retrofit_task(model, texts, config, source=source, max_texts=max_texts)

@@ -302,6 +302,7 @@ def _similar_patience(scores: OnnxExitScores, graph: Graph, at: _Exit) -> str:
     total = graph.reduce("ReduceSum", graph.op("Add", *parts), -1)
     likeness = graph.op("Div", total, graph.number(-2 * math.log(2)))
     likeness = graph.op("Add", likeness, graph.number(1.0))
+    likeness = graph.op("Clip", likeness, graph.number(0.0), graph.number(1.0))  # rounding goes beyond
     return _least_of(graph, at, likeness, SIMILAR_LAYERS)
 
 

@@ -1,6 +1,7 @@
 """DeeBERT's two stages: first the plain model, then its exits with everything else frozen.
 
-    stage 1   backbone and the last layer's classifier, or head, for the epochs of the warm-up
+    stage 1   backbone and the last layer's classifier, or head, for the epochs of the warm-up; left out of a generator
+              whose backbone is frozen: that is the plain model
     stage 2   the exits below, each on its own loss, for the epochs of all consistent phases; nothing else moves
 
 The full-depth model is thus exactly a fine-tuned one, and exits can be added to a model that serves already; they know
@@ -40,9 +41,12 @@ def train_two_stages(run: Run, objective: Objective, criterion: str) -> Path:
             f"exits in those epochs, got {run.config.rounds} and {run.config.consistent_epochs:g}."
         )
     exits = run.task.exit_modules(run.model)
+    for module in exits:
+        module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in run.model.parameters()):
+        run.steps.total_steps, first_stage = run.steps.total_steps - first_stage, 0
+        run.say(f"The backbone is frozen: stage 1 is left out, stage 2 has {run.steps.total_steps} steps")
     if run.steps.step < first_stage:
-        for module in exits:
-            module.requires_grad_(False)
         run.take_steps(first_stage, run.task.last_layer(), phase="stage 1")
         run.checkpoint()
     run.model.requires_grad_(False)

@@ -35,5 +35,5 @@ def train_plain(run: Run) -> Path:
     del kept["epoch"]
     model = task.finish(run, None, "")
     return run.save(
-        model, {"validation": kept, "history": progress["history"], **task.record(run, None, None)}
+        model, {"validation": kept, "history": progress["history"], **task.record(run, None, None, "")}
     )

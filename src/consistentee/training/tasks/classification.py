@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consistentee.backbones.cutting import layers_of
-from consistentee.backbones.limits import check_tokenizer, training_length
+from consistentee.backbones.limits import check_depth, check_tokenizer, training_length
 from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.batches import TokenizedDataset, collate
@@ -99,6 +99,7 @@ class ClassificationTraining:
                 policy_dropout=config.policy_dropout,
                 initial_exit_bias=config.initial_exit_bias,
             )
+            check_depth(model.num_layers)
             model.policy.requires_grad_(False)  # fitted on its own, on cached states
         else:
             model = FullDepthForSequenceClassification.from_backbone(backbone, **head)
@@ -311,13 +312,15 @@ class ClassificationTraining:
             "num_examples": len(rows),
         }
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
         """As `TrainingTask` says."""
         if data is None or choice is None:
             return {}
         states: LayerStates = data.states
-        threshold, names = choice.thresholds["policy"], self.data.label_names
-        exit_layer = choose_exit_layer(choice.exit_probs, threshold)
+        threshold, names = choice.thresholds[criterion], self.data.label_names
+        exit_layer = choose_exit_layer(choice.exit_scores[criterion], threshold)
         predictions = states.layer_logits.argmax(-1)
         at_exit = predictions.gather(1, exit_layer[:, None] - 1).squeeze(1)
         classes = recall_by_class(at_exit, predictions[:, -1], states.labels, names)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from consistentee.backbones.limits import check_tokenizer, training_length
+from consistentee.backbones.limits import check_depth, check_tokenizer, training_length
 from consistentee.backbones.loading import load_tokenizer
 from consistentee.config import GenerationTrainingConfig
 from consistentee.data.batches import TokenizedPrompts, collate, with_more_tokens
@@ -40,6 +40,9 @@ from consistentee.training.tasks.token_objectives import (
     weighted_sum_objective,
 )
 from consistentee.training.tasks.token_states import TokenStates, run_token_states
+
+VALIDATION_TOKENS = 30_000
+"""Response tokens of validation rows by which epochs of the plain model are compared, at most."""
 
 
 class GenerationTraining:
@@ -82,6 +85,8 @@ class GenerationTraining:
             task=task_name,
             max_sequence_length=config.max_length,
         )
+        if exits:
+            check_depth(model.num_layers)
         max_length = training_length(
             config.max_length,
             default=type(config).max_length,
@@ -100,6 +105,9 @@ class GenerationTraining:
         if config.backbone_training == "frozen":
             model.backbone.requires_grad_(False)
         elif config.backbone_training == "lora":
+            torch.manual_seed(
+                config.seed
+            )  # for adapters that do not depend on how many numbers the policy took
             self._adapters = add_adapters(
                 model.backbone, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout
             )
@@ -167,31 +175,31 @@ class GenerationTraining:
         config, rows = self.config, cast(TokenizedPrompts, run.parts.validation)
         if config.policy_data == "filled":
             rows = with_more_tokens(rows, run.parts.train_rows, config.policy_tokens, config.seed)
-        states = self._states(run, rows, f"{description}: states")
+        states = self._states(
+            run,
+            rows,
+            f"{description}: states",
+            max_tokens=config.policy_tokens,
+            target=config.reward_target,
+            memory_limit_mb=config.max_cache_mb,
+            scratch_dir=run.scratch_dir,
+        )
         measure = config.hardness if config.reward == "hardness" else "uniform"
         held = len(run.parts.validation)
         instances = token_instances(states, config.reward_loss, measure)
-        return PolicyInstances(instances, None, held, states.first_texts(held))
+        return PolicyInstances(instances, None, held, states.first_texts(held), fill_up=True)
 
-    def _states(
-        self, run: Run, rows: TokenizedPrompts, description: str, *, last_layer_only: bool = False
-    ) -> TokenStates:
-        """Exits' outputs for response tokens, the same tokens every time."""
-        config = self.config
+    def _states(self, run: Run, rows: TokenizedPrompts, description: str, **how: Any) -> TokenStates:
+        """Exits' outputs for response tokens, the same tokens every time; `how` as of `run_token_states`."""
         return run_token_states(
             run.model,
             rows,
             collate=run.parts.collate,
-            max_tokens=config.policy_tokens,
-            seed=config.seed,
-            target=config.reward_target,
-            logit_rows=config.logit_rows,
+            seed=self.config.seed,
+            logit_rows=self.config.logit_rows,
             accelerator=run.accelerator,
-            keep_pooled=not last_layer_only,
-            last_layer_only=last_layer_only,
-            memory_limit_mb=config.max_cache_mb,
-            scratch_dir=run.scratch_dir,
             description=description,
+            **how,
         )
 
     def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
@@ -229,14 +237,23 @@ class GenerationTraining:
 
     def validate(self, run: Run) -> dict[str, Any]:
         """As `TrainingTask` says."""
-        states = self._states(run, run.parts.validation, "validation", last_layer_only=True)
+        states = self._states(
+            run,
+            run.parts.validation,
+            "validation",
+            max_tokens=VALIDATION_TOKENS,
+            keep_pooled=False,
+            last_layer_only=True,
+        )
         return {
             "accuracy": states.per_layer_accuracy[-1],
             "loss": float(states.losses[:, -1].mean()),
             "num_examples": len(states),
         }
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
         """As `TrainingTask` says."""
         template = {"prompt_template": run.model.config.prompt_template}
         if data is None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consistentee.backbones.limits import check_depth
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import RetrofitConfig
 from consistentee.data.batches import collate
@@ -152,6 +153,7 @@ class RetrofitTraining(ClassificationTraining):
                 **({"tuned": config.tune_backbone} if self.is_tuned else {}),
             },
         )
+        check_depth(model.num_layers)
         for frozen in (model.backbone, model.classifiers.layers[-1], model.policy):
             frozen.requires_grad_(False)
         self._collate = partial(collate, tokenizer=tokenizer)
@@ -268,7 +270,9 @@ class RetrofitTraining(ClassificationTraining):
         answers = teacher_logits(self.original, rows) if self.is_tuned else states.layer_logits[:, -1]
         return replace(states, labels=answers.argmax(-1))
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
         """As `TrainingTask` says."""
         return {"original": run.model.config.original}
 

@@ -185,7 +185,9 @@ class UnlabelledTraining(ClassificationTraining):
         others = replace(others, labels=others.layer_logits[:, -1].argmax(-1))
         return self._counted(run, states).and_more(self._uncounted(others), both.pooled), states
 
-    def record(self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None) -> dict[str, Any]:
+    def record(
+        self, run: Run, data: PolicyInstances | None, choice: PolicyChoice | None, criterion: str
+    ) -> dict[str, Any]:
         """As `TrainingTask` says."""
         found, texts = run.progress["unlabelled"], self.unlabelled
         figures = {
@@ -196,4 +198,4 @@ class UnlabelledTraining(ClassificationTraining):
             "num_known": texts.num_known,
             **{name: found[name] for name in ("score_before", "score_after", "kept")},
         }
-        return {**super().record(run, data, choice), "unlabelled": figures}
+        return {**super().record(run, data, choice, criterion), "unlabelled": figures}

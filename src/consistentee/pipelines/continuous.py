@@ -8,9 +8,8 @@ from typing import Any
 
 from consistentee.models.continuous import ContinuousTokens, RowToken
 from consistentee.models.loaded import LoadedGenerator
-from consistentee.pipelines.decoding_options import DecodingOptions, end_tokens, seed_draws, warpers
-from consistentee.pipelines.row_streams import RowStream, TextEnds
-from consistentee.pipelines.stops import split_stops
+from consistentee.pipelines.decoding_options import DecodingOptions, seed_draws, warpers
+from consistentee.pipelines.row_streams import RowStream, text_ends
 from consistentee.pipelines.streaming import OnToken
 
 
@@ -73,8 +72,7 @@ class ContinuousTexts:
         how = model.generation_options(**{name: getattr(options, name) for name in names})
         seed_draws(options)
         self._tokens = ContinuousTokens(model, how, processors=warpers(options), do_sample=options.do_sample)
-        stops, stop_tokens = split_stops(tokenizer, options.stop)
-        self._text_ends = TextEnds(end_tokens(saved.model, tokenizer), stop_tokens, stops)
+        self._text_ends = text_ends(saved.model, tokenizer, options.stop)
         self._tokenizer, self._num_layers = tokenizer, saved.num_hidden_layers
         self._context_length = saved.context_length
         self._rows: list[_Row] = []

@@ -29,13 +29,12 @@ from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import (
     SHAPING,
     DecodingOptions,
-    end_tokens,
     merged_options,
     seed_draws,
 )
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
-from consistentee.pipelines.row_streams import OnRowEnd, OnRowToken, RowLimits, RowStreams, TextEnds
-from consistentee.pipelines.stops import StopTexts, cut_at_stop, split_stops
+from consistentee.pipelines.row_streams import OnRowEnd, OnRowToken, RowLimits, RowStreams, text_ends
+from consistentee.pipelines.stops import StopTexts, cut_at_stop
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
 
 WINDOW_BATCHES = 8
@@ -219,9 +218,9 @@ class TextGenerator:
         options = self.check(merged_options(options, values))
         seed_draws(options)
         encoded, cut = self._encode([(instruction, input)], options, before=0)
-        stops, _ = split_stops(self._tokenizer, options.stop)
-        decoder = PieceDecoder(self._tokenizer)
-        streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, stops)
+        known = text_ends(self.saved.model, self._tokenizer, options.stop)
+        decoder = PieceDecoder(self._tokenizer, known.ends)
+        streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, known.stops)
         (text,) = self._batch([(instruction, input)], encoded, options, streamer)
         return replace(text, truncated=cut[0])
 
@@ -266,8 +265,7 @@ class TextGenerator:
         """
         options = self.check(merged_options(options, {"max_new_tokens": max(limits)}))
         seed_draws(options)
-        stops, stop_tokens = split_stops(self._tokenizer, options.stop)
-        ends = TextEnds(end_tokens(self.saved.model, self._tokenizer), stop_tokens, stops)
+        ends = text_ends(self.saved.model, self._tokenizer, options.stop)
         streams = RowStreams(
             self._tokenizer, self.saved.num_hidden_layers, limits, ends, on_token=on_token, on_end=on_end
         )
@@ -365,8 +363,8 @@ class TextGenerator:
         self._go_on_after_fork()
         saved, model = self.saved, self.saved.model
         input_ids, mask = pad_left(encoded, self._tokenizer.pad_token_id)  # (rows, tokens)
-        stops, stop_tokens = split_stops(self._tokenizer, options.stop)
-        ends = end_tokens(model, self._tokenizer) | stop_tokens
+        known = text_ends(model, self._tokenizer, options.stop)
+        stops, ends = known.stops, {*known.ends, *known.stop_tokens}
         decoding = {
             **dict.fromkeys(SHAPING),
             "num_beams": 1,
@@ -385,7 +383,7 @@ class TextGenerator:
                 name: getattr(options, name) for name in ("mode", "criterion", "threshold", "skipped_states")
             }
         if stops:
-            criteria = [*criteria, StopTexts(self._tokenizer, stops, input_ids.shape[1])]
+            criteria = [*criteria, StopTexts(self._tokenizer, stops, input_ids.shape[1], ends)]
         if criteria:
             exits["stopping_criteria"] = StoppingCriteriaList(criteria)
         start = synchronised_seconds(model.device)
@@ -406,14 +404,14 @@ class TextGenerator:
         for number, ((instruction, context), row, row_layers) in enumerate(
             zip(asked, new, layers, strict=True)
         ):
-            known = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
-            token_ids = row[: len(known) if known else _length(row, ends)]
-            pieces = decode_pieces(self._tokenizer, token_ids)
+            exited = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
+            token_ids = row[: len(exited) if exited else _length(row, ends)]
+            pieces = decode_pieces(self._tokenizer, token_ids, ends)
             stopped = cut_at_stop(pieces, stops)
             if stopped is not None:
                 pieces, token_ids = stopped, token_ids[: len(stopped)]
             reason = "end" if token_ids[-1] in ends else "length"
-            if stopped is not None or token_ids[-1] in stop_tokens:
+            if stopped is not None or token_ids[-1] in known.stop_tokens:
                 reason = "stop"
             all_layers = [saved.num_hidden_layers] * len(token_ids)
             texts.append(
@@ -423,10 +421,10 @@ class TextGenerator:
                     "".join(pieces),
                     token_ids,
                     pieces,
-                    known if known and not lossless else all_layers,
+                    exited if exited and not lossless else all_layers,
                     seconds,
                     finish_reason=reason,
-                    draft_layers=known if lossless else None,
+                    draft_layers=exited if lossless else None,
                     drafted=output.drafted_by_row[number] if lossless else None,
                     accepted=output.accepted_by_row[number] if lossless else None,
                 )

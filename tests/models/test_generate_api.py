@@ -99,6 +99,20 @@ def test_output_object(mode: str) -> None:
     assert (output.drafted is None) == (output.accepted is None) == (mode != "lossless")
 
 
+def test_output_object_without_a_cache() -> None:
+    whole = generate(exit_model(), PROMPTS, NEW, mode="full", use_cache=False)
+    assert isinstance(whole, EarlyExitGenerateOutput)
+    assert whole.exit_layers.tolist() == [[LAYERS] * NEW] * 2
+    ends = {"eos_token_id": new_tokens_of(whole, PROMPTS)[0][2], "output_scores": True}
+    wanted = generate(exit_model(), PROMPTS, NEW, mode="full", **ends)
+    ended = generate(exit_model(), PROMPTS, NEW, mode="full", use_cache=False, **ends)
+    assert 0 in ended.exit_layers
+    assert torch.equal(ended.sequences, wanted.sequences)
+    assert torch.equal(ended.exit_layers, wanted.exit_layers)
+    assert ended.exit_layers.dtype == torch.int64
+    assert len(ended.scores) == len(wanted.scores)
+
+
 @pytest.mark.parametrize("mode", ["early-exit", "full"])
 def test_scores_and_logits(mode: str) -> None:
     options: dict[str, Any] = {"repetition_penalty": 1.7, "output_scores": True, "output_logits": True}

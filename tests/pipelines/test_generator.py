@@ -156,6 +156,30 @@ class TestGenerateTexts:
         again = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], do_sample=True, **values)]
         assert again == drawn
 
+    @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless", None])
+    def test_settings_saved_with_the_backbone_change_no_text(
+        self, folders: dict[str, Path], mode: str | None
+    ) -> None:
+        folder = folders["plain" if mode is None else "exits"]
+        generator = TextGenerator(load_model(folder, LoadedGenerator, device="cpu"), template=TEMPLATE)
+        values: dict[str, Any] = {"mode": mode, "max_new_tokens": 6}
+        texts = [(text.token_ids, text.exit_layers) for text in generator.generate_texts(PROMPTS[:3], **values)]
+        config: Any = generator.saved.model.generation_config
+        config.do_sample = True  # with which alone transformers takes num_return_sequences
+        for name, value in {
+            "use_cache": False,
+            "num_return_sequences": 2,
+            "token_healing": True,
+            "output_scores": True,
+            "output_logits": True,
+            "output_attentions": True,
+            "output_hidden_states": True,
+        }.items():
+            setattr(config, name, value)
+            again = list(generator.generate_texts(PROMPTS[:3], **values))
+            assert [(text.token_ids, text.exit_layers) for text in again] == texts, name
+            setattr(config, name, None)
+
     def test_draws_are_from_all_tokens_or_as_many_as_asked_for(self, generator: TextGenerator) -> None:
         (prompt,) = generator.encode([("go", "")])
         model: Any = generator.saved.model

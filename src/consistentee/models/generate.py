@@ -107,18 +107,23 @@ def generate_tokens(
     _check_search(values, options)
     if not values.use_cache:
         if options.mode != "full":
-            raise ValueError('use_cache must be true for exits, got False. Take mode="full" without a cache.')
+            raise ValueError('use_cache must be true for exits, got False. Give use_cache=True, or mode="full".')
         plain_loop: Any = cast(Any, GenerationMixin)._sample
-        return plain_loop(
+        ends = _RecordedEnds(stopping_criteria)
+        found: Any = plain_loop(
             model,
             input_ids,
             logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
+            stopping_criteria=ends,
             generation_config=generation_config,
             streamer=streamer,
             attention_mask=attention_mask,
             **{name: value for name, value in model_kwargs.items() if name != "past_key_values"},
         )
+        if not values.return_dict_in_generate:
+            return found
+        layers: Any = model.num_layers * torch.stack(ends.running, dim=1)
+        return EarlyExitGenerateOutput(**found, exit_layers=layers)
     _check_inputs(input_ids, attention_mask, model_kwargs)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     loop = _token_loop
@@ -340,6 +345,22 @@ def _lossless_loop(
         drafted_by_row=verified,
         accepted_by_row=accepted,
     )
+
+
+class _RecordedEnds(StoppingCriteriaList):
+    """Stopping criteria that keep, of every token in `running`, which rows it was for: (rows,) bool each."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self.running: list[Tensor] = []
+        self._ended: Any = False
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Which rows have ended, (rows,) bool."""
+        found: Any = super().__call__(input_ids, scores, **kwargs)
+        self.running.append(torch.ones_like(found) & ~torch.as_tensor(self._ended, device=found.device))
+        self._ended = self._ended | found
+        return found
 
 
 class _Positions:

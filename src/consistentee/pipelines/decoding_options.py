@@ -50,6 +50,19 @@ SHAPING = (
 """Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
 own `generation_config` says, and so is transformers' default of the 50 likeliest."""
 
+ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "token_healing": False,
+    "return_dict_in_generate": True,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+"""Settings of transformers for one text a prompt, with a cache and nothing told beside it, whatever a model's own say."""
+
 LEAST_TEMPERATURE = 1e-5
 """The lowest temperature; what is drawn at it is as good as always the likeliest token."""
 

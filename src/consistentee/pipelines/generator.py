@@ -27,6 +27,7 @@ from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import (
+    ONE_TEXT,
     SHAPING,
     DecodingOptions,
     merged_options,
@@ -367,7 +368,7 @@ class TextGenerator:
         stops, ends = known.stops, {*known.ends, *known.stop_tokens}
         decoding = {
             **dict.fromkeys(SHAPING),
-            "num_beams": 1,
+            **ONE_TEXT,
             "max_new_tokens": options.max_new_tokens,
             "do_sample": options.do_sample,
             "temperature": options.temperature,
@@ -375,7 +376,6 @@ class TextGenerator:
             "top_p": options.top_p,
             "eos_token_id": sorted(ends),
             "pad_token_id": self._tokenizer.pad_token_id,
-            "return_dict_in_generate": True,
         }
         exits: dict[str, Any] = {}
         if saved.has_exits:

@@ -12,8 +12,11 @@ from transformers import LogitsProcessorList
 from consistentee.inference.decoder.continuous import ContinuousDecoding, CopiedStates, ExactStates
 from consistentee.models.generate import GenerationOptions, decoding_rule, tokens_from
 
+NO_TOKEN = -1
+"""In place of a token that cannot be drawn, as its logits are no numbers: the row cannot go on and is to be removed."""
+
 RowToken = tuple[int, int]
-"""A token, and the layer at which it exited, 1-based."""
+"""A token (or `NO_TOKEN`), and the layer at which it exited, 1-based."""
 
 
 class ContinuousTokens:
@@ -56,11 +59,18 @@ class ContinuousTokens:
 
         Raises:
             ValueError: a prompt without a token.
+            Exception: whatever computing raises. None has joined then, and the other rows are as they were.
         """
         if not all(prompts):
             raise ValueError("prompts must hold at least one token each, got none.")
         with torch.inference_mode():
-            found = self._tokens(*self._decoding.join(prompts))
+            outputs = self._decoding.join(prompts)
+            try:
+                found = self._tokens(*outputs)
+            except BaseException:
+                for place in reversed(range(len(prompts))):
+                    self._decoding.remove(len(self) + place)
+                raise
         self._newest += [token for token, _ in found]
         return found
 
@@ -84,7 +94,9 @@ class ContinuousTokens:
         if self._processors or self._do_sample:
             logits = self._weights.logits(normed, exit_layers).float()
             logits = self._processors(torch.empty(len(logits), 0), logits)  # pyright: ignore[reportArgumentType]
-            tokens = tokens_from(logits, do_sample=self._do_sample)
+            broken = ~logits.amax(-1).isfinite()  # (rows,)
+            logits = logits.masked_fill(broken[:, None], 0.0)
+            tokens = tokens_from(logits, do_sample=self._do_sample).masked_fill(broken, NO_TOKEN)
         else:
             tokens = self._weights.greedy(normed, exit_layers)
         return list(zip(tokens.tolist(), exit_layers, strict=True))

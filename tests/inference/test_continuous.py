@@ -268,6 +268,21 @@ def test_states_that_are_no_numbers_leave_nothing_behind(skipped_states: str) ->
             assert [token for token, _ in writing.texts[number]] == row.tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"mode": "full"}, {"skipped_states": "recompute"}], ids=str)
+def test_autocast_changes_nothing(options: dict[str, Any]) -> None:
+    found: list[Any] = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            writing = Writing(tokens_of(exit_model("llama"), **options))
+            writing.join({0: prompt(6), 1: prompt(3)}, {0: 9, 1: 5})
+            writing.step()
+            writing.join({2: prompt(4)}, {2: 6})
+            for _ in range(7):
+                writing.step()
+        found.append(writing.texts)
+    assert found[0] == found[1]
+
+
 def test_lossless_rows_do_not_join() -> None:
     with pytest.raises(ValueError, match='got mode "lossless"'):
         tokens_of(exit_model("llama"), mode="lossless")

@@ -131,6 +131,23 @@ def test_scores_and_logits(mode: str) -> None:
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+@EVERY_TYPE
+def test_autocast_changes_nothing(model_type: str) -> None:
+    for options in (
+        {"mode": "full"},
+        {"mode": "early-exit"},
+        {"mode": "early-exit", "skipped_states": "recompute"},
+        {"mode": "lossless", "adaptive_drafts": False},
+    ):
+        wanted = generate(exit_model(model_type), PROMPTS, NEW, **options)
+        fresh = tiny_exit_model(model_type)  # its weights are not yet laid out for decoding
+        with torch.autocast("cpu", torch.bfloat16):
+            found = generate(fresh, PROMPTS, NEW, **options)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert torch.equal(found.exit_layers, wanted.exit_layers)
+
+
 # --- Sampling -------------------------------------------------------------------------------------
 
 

@@ -256,7 +256,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
     def exit_weights(self) -> ExitWeights:
         """The weights laid out for decoding; made anew where they have changed, in whatever way."""
         if self._weights is None or self._weights_signature != self._weights.signature():
-            self._weights = ExitWeights(self)
+            with torch.autocast(self.device.type, enabled=False):
+                self._weights = ExitWeights(self)
             self._weights_signature = self._weights.signature()
         return self._weights
 
@@ -283,7 +284,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         Greedy and sampled decoding, logits processors, stopping criteria, streamers and left-padded batches are
         Hugging Face's. With `return_dict_in_generate=True` the output has `exit_layers`, (batch, new tokens): the layer
         at which each token exited, 1-based, 0 for padding behind the end of a text. A streamer that has a method
-        `put_exit_layers` gets them before each `put`.
+        `put_exit_layers` gets them before each `put`. Under `torch.autocast` it computes as without, in the weights' dtype.
 
         Args:
             inputs: (batch, tokens) prompts; or `input_ids` by name.

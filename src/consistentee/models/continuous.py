@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from consistentee.inference.decoder.continuous import ContinuousDecoding, CopiedStates, ExactStates
-from consistentee.models.generate import GenerationOptions, decoding_rule, tokens_from
+from consistentee.models.generate import GenerationOptions, decoding_rule, tokens_from, without_autocast
 
 NO_TOKEN = -1
 """In place of a token that cannot be drawn, as its logits are no numbers: the row cannot go on and is to be removed."""
@@ -43,7 +43,7 @@ class ContinuousTokens:
         self._weights, self._processors, self._do_sample = model.exit_weights(), processors, do_sample
         exits = options.mode == "early-exit"
         kind = ExactStates if exits and options.skipped_states == "recompute" else CopiedStates
-        with torch.inference_mode():
+        with without_autocast(self._weights.decoder.device):
             self._decoding: ContinuousDecoding = kind(
                 self._weights,
                 decoding_rule(model, options),
@@ -63,7 +63,7 @@ class ContinuousTokens:
         """
         if not all(prompts):
             raise ValueError("prompts must hold at least one token each, got none.")
-        with torch.inference_mode():
+        with without_autocast(self._weights.decoder.device):
             outputs = self._decoding.join(prompts)
             try:
                 found = self._tokens(*outputs)
@@ -76,7 +76,7 @@ class ContinuousTokens:
 
     def step(self) -> list[RowToken]:
         """The next token of every row."""
-        with torch.inference_mode():
+        with without_autocast(self._weights.decoder.device):
             newest = torch.tensor(self._newest, device=self._weights.decoder.device)
             found = self._tokens(*self._decoding.step(newest))
         self._newest = [token for token, _ in found]
@@ -84,7 +84,7 @@ class ContinuousTokens:
 
     def remove(self, row: int) -> None:
         """A row has ended: the last one takes its place."""
-        with torch.inference_mode():
+        with without_autocast(self._weights.decoder.device):
             self._decoding.remove(row)
         last = self._newest.pop()
         if row < len(self._newest):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -22,7 +23,7 @@ from consistentee.errors import require_choice
 from consistentee.inference.decoder.decoding import Decoding
 from consistentee.inference.decoder.exit_rules import FixedExitRule, NeverExit, TokenExitRule
 from consistentee.inference.decoder.exit_weights import ExitWeights
-from consistentee.inference.decoder.known_processors import stateful
+from consistentee.inference.decoder.known_processors import RecordedEnds, stateful
 from consistentee.inference.decoder.lossless import DraftClock, LosslessDecoding
 from consistentee.inference.decoder.recompute import RecomputeDecoding
 
@@ -109,7 +110,7 @@ def generate_tokens(
         if options.mode != "full":
             raise ValueError('use_cache must be true for exits, got False. Give use_cache=True, or mode="full".')
         plain_loop: Any = cast(Any, GenerationMixin)._sample
-        ends = _RecordedEnds(stopping_criteria)
+        ends = RecordedEnds(stopping_criteria)
         found: Any = plain_loop(
             model,
             input_ids,
@@ -137,13 +138,20 @@ def generate_tokens(
             )
         else:
             loop = _lossless_loop
-    with torch.inference_mode():
+    with without_autocast(input_ids.device):
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
         streamer.end()
     sequences: Any = output.sequences.clone()  # inference tensors could not be used in training
     output.sequences = sequences
     return output if values.return_dict_in_generate else sequences
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Inference in the dtypes of the weights: decoding writes products in place, which autocast would make narrower."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> DraftClock:
@@ -345,22 +353,6 @@ def _lossless_loop(
         drafted_by_row=verified,
         accepted_by_row=accepted,
     )
-
-
-class _RecordedEnds(StoppingCriteriaList):
-    """Stopping criteria that keep, of every token in `running`, which rows it was for: (rows,) bool each."""
-
-    def __init__(self, criteria: StoppingCriteriaList) -> None:
-        super().__init__(criteria)
-        self.running: list[Tensor] = []
-        self._ended: Any = False
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Which rows have ended, (rows,) bool."""
-        found: Any = super().__call__(input_ids, scores, **kwargs)
-        self.running.append(torch.ones_like(found) & ~torch.as_tensor(self._ended, device=found.device))
-        self._ended = self._ended | found
-        return found
 
 
 class _Positions:

@@ -178,6 +178,21 @@ def test_samples_with_exits(skipped_states: str) -> None:
     assert len(outputs[0].exit_layers.unique()) > 1
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"skipped_states": "recompute"}, {"mode": "full"}, {"mode": "full", "use_cache": False}]
+)
+def test_samples_from_a_generator(options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    wanted = generate(exit_model(), PROMPTS, NEW, do_sample=True, **options)
+    torch.set_rng_state(before)
+    own = torch.Generator().manual_seed(3)
+    for same in (True, False):  # it goes on from one call to the next
+        found = generate(exit_model(), PROMPTS, NEW, do_sample=True, generator=own, **options)
+        assert torch.equal(found.sequences, wanted.sequences) == same
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_several_samples_per_prompt() -> None:
     output = generate(exit_model(), PROMPTS, NEW, do_sample=True, num_return_sequences=3)
     assert output.sequences.shape == (6, 6 + NEW)

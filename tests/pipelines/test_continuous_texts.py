@@ -99,6 +99,15 @@ def test_draws_with_a_seed_are_those_of_the_text_alone(generator: TextGenerator)
         )
         assert "".join(heard.pieces) == wanted.text
         assert heard.layers == wanted.exit_layers
+    alone, beside = (Heard() for _ in range(2))
+    options = DecodingOptions(do_sample=True, seed=3)
+    batches = [generator.continuous_texts(options) for _ in range(2)]
+    for batch, one in zip(batches, (alone, beside), strict=True):  # draws of a batch are its own
+        batch.join([one.prompt(PROMPTS[0])])
+    while len(batches[0]):
+        for batch in batches:
+            batch.step()
+    assert alone.pieces == beside.pieces
     together = generator.continuous_texts(DecodingOptions(do_sample=True, temperature=3.0))
     texts = {"".join(one.pieces) for one in write_joining(together, [PROMPTS[0]] * 4)}
     assert len(texts) == 4  # rows draw for themselves

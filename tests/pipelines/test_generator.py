@@ -139,6 +139,38 @@ class TestGenerateTexts:
         assert once != other
 
     @pytest.mark.parametrize("kind", ["exits", "plain"])
+    def test_seeded_draws_belong_to_their_call(self, folders: dict[str, Path], kind: str) -> None:
+        saved = load_model(folders[kind], LoadedGenerator, device="cpu")
+        generator = TextGenerator(saved, template=TEMPLATE)
+        options = DecodingOptions(do_sample=True, seed=7, max_new_tokens=6)
+        encoded = generator.encode(PROMPTS[:5])
+        calls = (
+            lambda: generator.generate_texts(PROMPTS[:5], batch_size=2, options=options),
+            lambda: generator.generate_encoded(encoded, batch_size=2, options=options),
+        )
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        for call in calls:
+            wanted = [text.token_ids for text in call()]
+            first, second = call(), call()
+            interleaved = [(one.token_ids, other.token_ids) for one, other in zip(first, second, strict=True)]
+            assert interleaved == list(zip(wanted, wanted, strict=True))
+            assert torch.equal(torch.get_rng_state(), before)
+            disturbed: list[list[int]] = []
+            for text in call():
+                disturbed.append(text.token_ids)
+                torch.rand(3)
+            assert disturbed == wanted
+            torch.set_rng_state(before)
+            assert len({str(row) for row in wanted}) == 5
+        streamed = [
+            generator.stream(*PROMPTS[0], on_token=lambda piece, layer: None, options=options).token_ids
+            for _ in range(2)
+        ]
+        assert streamed[0] == streamed[1]
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("kind", ["exits", "plain"])
     def test_nothing_but_the_options_decides(self, folders: dict[str, Path], kind: str) -> None:
         values: dict[str, Any] = {"max_new_tokens": 12} | ({} if kind == "plain" else {"mode": "full"})
         saved = load_model(folders[kind], LoadedGenerator, device="cpu")

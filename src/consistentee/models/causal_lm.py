@@ -248,7 +248,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             "draft_threshold",
         )
         values = {name: getattr(self.config, name) for name in names}
-        values |= {"threshold": None, "adaptive_drafts": True, "fixed_exit_layers": None}
+        values |= {"threshold": None, "adaptive_drafts": True, "fixed_exit_layers": None, "generator": None}
         return GenerationOptions(
             **values | {name: value for name, value in given.items() if value is not None}
         )
@@ -277,6 +277,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         draft_threshold: float | None = None,
         adaptive_drafts: bool = True,
         fixed_exit_layers: list[list[int]] | None = None,
+        generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate, as `transformers` does, each token exiting at its own layer.
@@ -299,6 +300,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             draft_threshold: of `lossless`: the policy's threshold while drafting.
             adaptive_drafts: of `lossless`: pause drafting where it does not pay on the clock.
             fixed_exit_layers: exits given in advance, for measuring speed: for every new token the layer of each row.
+            generator: that tokens are drawn from, on the model's device; None takes torch's own.
             **kwargs: as in Hugging Face.
 
         Raises:
@@ -316,6 +318,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             draft_threshold=draft_threshold,
             adaptive_drafts=adaptive_drafts,
             fixed_exit_layers=fixed_exit_layers,
+            generator=generator,
         )
         for name in ("custom_generate", "assistant_model", "assistant_early_exit"):
             if kwargs.get(name) is not None:

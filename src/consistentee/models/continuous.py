@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from consistentee.inference.decoder.continuous import ContinuousDecoding, CopiedStates, ExactStates
-from consistentee.models.generate import GenerationOptions, decoding_rule, tokens_from, without_autocast
+from consistentee.inference.decoder.draws import tokens_from
+from consistentee.models.generate import GenerationOptions, decoding_rule, without_autocast
 
 NO_TOKEN = -1
 """In place of a token that cannot be drawn, as its logits are no numbers: the row cannot go on and is to be removed."""
@@ -26,7 +27,7 @@ class ContinuousTokens:
         model: an `EarlyExitForCausalLM`.
         options: how, in mode `full` or `early-exit`.
         processors: of the logits, that read a row's scores and nothing else (temperature, top-k, top-p).
-        do_sample: whether tokens are drawn, from torch's generator; else the likeliest is taken.
+        do_sample: whether tokens are drawn, from the options' generator; else the likeliest is taken.
 
     Raises:
         ValueError: mode `lossless`, or exits that are given in advance.
@@ -41,6 +42,7 @@ class ContinuousTokens:
                 f'mode "{options.mode}". Generate them by themselves.'
             )
         self._weights, self._processors, self._do_sample = model.exit_weights(), processors, do_sample
+        self._generator = options.generator
         exits = options.mode == "early-exit"
         kind = ExactStates if exits and options.skipped_states == "recompute" else CopiedStates
         with without_autocast(self._weights.decoder.device):
@@ -96,7 +98,8 @@ class ContinuousTokens:
             logits = self._processors(torch.empty(len(logits), 0), logits)  # pyright: ignore[reportArgumentType]
             broken = ~logits.amax(-1).isfinite()  # (rows,)
             logits = logits.masked_fill(broken[:, None], 0.0)
-            tokens = tokens_from(logits, do_sample=self._do_sample).masked_fill(broken, NO_TOKEN)
+            tokens = tokens_from(logits, do_sample=self._do_sample, generator=self._generator)
+            tokens = tokens.masked_fill(broken, NO_TOKEN)
         else:
             tokens = self._weights.greedy(normed, exit_layers)
         return list(zip(tokens.tolist(), exit_layers, strict=True))

@@ -21,6 +21,7 @@ from consistentee.backbones.limits import longest_input
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice
 from consistentee.inference.decoder.decoding import Decoding
+from consistentee.inference.decoder.draws import drawing_from, tokens_from
 from consistentee.inference.decoder.exit_rules import FixedExitRule, NeverExit, TokenExitRule
 from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.inference.decoder.known_processors import RecordedEnds, stateful
@@ -46,6 +47,7 @@ class GenerationOptions:
     draft_threshold: float | None
     adaptive_drafts: bool
     fixed_exit_layers: list[list[int]] | None
+    generator: torch.Generator | None
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, get_args(GenerationMode))
@@ -111,16 +113,17 @@ def generate_tokens(
             raise ValueError('use_cache must be true for exits, got False. Give use_cache=True, or mode="full".')
         plain_loop: Any = cast(Any, GenerationMixin)._sample
         ends = RecordedEnds(stopping_criteria)
-        found: Any = plain_loop(
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=ends,
-            generation_config=generation_config,
-            streamer=streamer,
-            attention_mask=attention_mask,
-            **{name: value for name, value in model_kwargs.items() if name != "past_key_values"},
-        )
+        with drawing_from(options.generator):
+            found: Any = plain_loop(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=ends,
+                generation_config=generation_config,
+                streamer=streamer,
+                attention_mask=attention_mask,
+                **{name: value for name, value in model_kwargs.items() if name != "past_key_values"},
+            )
         if not values.return_dict_in_generate:
             return found
         layers: Any = model.num_layers * torch.stack(ends.running, dim=1)
@@ -226,7 +229,7 @@ def _token_loop(
             logits = logits_processor(input_ids, logits)
             if config.output_scores and keeps:
                 scores.append(logits)
-            tokens = tokens_from(logits, do_sample=config.do_sample)
+            tokens = tokens_from(logits, do_sample=config.do_sample, generator=options.generator)
             tokens = tokens if rows is None else tokens[rows]
         if rows is not None:
             tokens = torch.full((batch,), pad, device=device).index_copy_(0, rows, tokens)
@@ -254,13 +257,6 @@ def _token_loop(
         exit_layers=torch.stack(layers, dim=1),
         **drafts,
     )
-
-
-def tokens_from(logits: Tensor, *, do_sample: bool) -> Tensor:
-    """The likeliest token of each row, or one that is drawn: (rows, words) -> (rows,)."""
-    if do_sample:
-        return torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
-    return logits.argmax(-1)
 
 
 def _lossless_loop(

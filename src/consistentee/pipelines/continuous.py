@@ -8,7 +8,7 @@ from typing import Any
 
 from consistentee.models.continuous import NO_TOKEN, ContinuousTokens, RowToken
 from consistentee.models.loaded import LoadedGenerator
-from consistentee.pipelines.decoding_options import DecodingOptions, seed_draws, warpers
+from consistentee.pipelines.decoding_options import DecodingOptions, seeded_draws, warpers
 from consistentee.pipelines.row_streams import RowStream, text_ends
 from consistentee.pipelines.streaming import OnToken
 
@@ -69,8 +69,8 @@ class ContinuousTexts:
                 f'Model "{saved.name}" in mode "{options.mode}" writes no texts that others join. Take stream_rows.'
             )
         names = ("mode", "criterion", "threshold", "skipped_states")
-        how = model.generation_options(**{name: getattr(options, name) for name in names})
-        seed_draws(options)
+        draws = seeded_draws(options, model.device)
+        how = model.generation_options(generator=draws, **{name: getattr(options, name) for name in names})
         self._tokens = ContinuousTokens(model, how, processors=warpers(options), do_sample=options.do_sample)
         self._text_ends = text_ends(saved.model, tokenizer, options.stop)
         self._tokenizer, self._num_layers = tokenizer, saved.num_hidden_layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -82,7 +82,7 @@ class DecodingOptions:
         temperature: at least 1e-5, divides the logits before drawing; None is 1.
         top_k: at least 1, tokens are drawn from so many of the likeliest; None is all of them.
         top_p: in (0, 1], share of the probability from which tokens are drawn; None is all of it.
-        seed: of the draws; None goes on with torch's generator as it is.
+        seed: of the draws of a call, from a generator of its own; None draws from torch's as it is.
         stop: strings that end a text, one or several; the text ends before them. One that is the name of a special
             token, such as "<|im_end|>", stands for that token.
     """
@@ -137,10 +137,32 @@ def merged_options(options: DecodingOptions | None, values: dict[str, Any]) -> D
     return DecodingOptions(**{**vars(options or DecodingOptions()), **values})
 
 
-def seed_draws(options: DecodingOptions) -> None:
-    """Begin the draws anew where the options have a seed for them."""
-    if options.do_sample and options.seed is not None:
-        torch.manual_seed(options.seed)
+def seeded_draws(options: DecodingOptions, device: torch.device) -> torch.Generator | None:
+    """What one call draws from where the options have a seed for it; None is torch's own generator."""
+    if not options.do_sample or options.seed is None:
+        return None
+    return torch.Generator(device).manual_seed(options.seed)
+
+
+def generate_arguments(options: DecodingOptions, ends: Collection[int], pad_token_id: int) -> dict[str, Any]:
+    """What `generate` of transformers is told, with or without exits.
+
+    Args:
+        options: how.
+        ends: token ids that end a text.
+        pad_token_id: of the tokenizer.
+    """
+    return {
+        **dict.fromkeys(SHAPING),
+        **ONE_TEXT,
+        "max_new_tokens": options.max_new_tokens,
+        "do_sample": options.do_sample,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "eos_token_id": sorted(ends),
+        "pad_token_id": pad_token_id,
+    }
 
 
 def warpers(options: DecodingOptions) -> LogitsProcessorList:

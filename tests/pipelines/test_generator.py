@@ -11,6 +11,7 @@ import torch
 
 from consistentee.data.templates import PLAIN
 from consistentee.errors import DataError
+from consistentee.inference.decoder.lossless import DraftClock
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
@@ -129,6 +130,24 @@ class TestGenerateTexts:
         assert [text.token_ids for text in full] == [text.token_ids for text in lossless]
         assert {layer for text in full for layer in text.exit_layers} == {4}
 
+    def test_drafts_have_the_saved_threshold_of_their_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(DraftClock, "drafts", True)
+        values: dict[str, Any] = {"threshold": 1.0, "draft_threshold": 0.1, "thresholds": {"static": 2}}
+        folder = generator_folder(tmp_path, **values)
+        generator = TextGenerator(load_model(folder, LoadedGenerator, device="cpu"))
+        for given, wanted in (
+            ({"mode": "lossless"}, 0.1),
+            ({"mode": "lossless", "threshold": 0.7}, 0.7),
+            ({"mode": "lossless", "criterion": "static"}, 2),
+            ({"mode": "early-exit"}, 1.0),
+            ({"mode": "full"}, None),
+        ):
+            assert generator.check(DecodingOptions(**given)).threshold == wanted
+        (text,) = generator.generate_texts(PROMPTS[:1], mode="lossless", max_new_tokens=8)
+        assert text.drafted
+
     def test_a_seed_repeats_what_is_drawn(self, generator: TextGenerator) -> None:
         draw = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": 8}
         once, twice, other = (
@@ -195,7 +214,9 @@ class TestGenerateTexts:
         folder = folders["plain" if mode is None else "exits"]
         generator = TextGenerator(load_model(folder, LoadedGenerator, device="cpu"), template=TEMPLATE)
         values: dict[str, Any] = {"mode": mode, "max_new_tokens": 6}
-        texts = [(text.token_ids, text.exit_layers) for text in generator.generate_texts(PROMPTS[:3], **values)]
+        texts = [
+            (text.token_ids, text.exit_layers) for text in generator.generate_texts(PROMPTS[:3], **values)
+        ]
         config: Any = generator.saved.model.generation_config
         config.do_sample = True  # with which alone transformers takes num_return_sequences
         for name, value in {

@@ -285,7 +285,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         Greedy and sampled decoding, logits processors, stopping criteria, streamers and left-padded batches are
         Hugging Face's. With `return_dict_in_generate=True` the output has `exit_layers`, (batch, new tokens): the layer
         at which each token exited, 1-based, 0 for padding behind the end of a text. A streamer that has a method
-        `put_exit_layers` gets them before each `put`. Under `torch.autocast` it computes as without, in the weights' dtype.
+        `put_exit_layers` gets them before each `put`. `torch.autocast` changes nothing: weights' dtypes count.
 
         Args:
             inputs: (batch, tokens) prompts; or `input_ids` by name.

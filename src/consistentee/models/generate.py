@@ -110,7 +110,9 @@ def generate_tokens(
     _check_search(values, options)
     if not values.use_cache:
         if options.mode != "full":
-            raise ValueError('use_cache must be true for exits, got False. Give use_cache=True, or mode="full".')
+            raise ValueError(
+                'use_cache must be true for exits, got False. Give use_cache=True, or mode="full".'
+            )
         plain_loop: Any = cast(Any, GenerationMixin)._sample
         ends = RecordedEnds(stopping_criteria)
         with drawing_from(options.generator):

@@ -61,7 +61,7 @@ ONE_TEXT: dict[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
-"""Settings of transformers for one text a prompt, with a cache and nothing told beside it, whatever a model's own say."""
+"""Settings of transformers for one text a prompt, with a cache and nothing told beside it, whatever a model has."""
 
 LEAST_TEMPERATURE = 1e-5
 """The lowest temperature; what is drawn at it is as good as always the likeliest token."""
@@ -74,7 +74,7 @@ class DecodingOptions:
     Args:
         mode: `early-exit`, `full` or `lossless`; None takes the saved one.
         criterion: exit rule; None takes the saved one.
-        threshold: None takes the one saved for the criterion.
+        threshold: None takes the one saved for the criterion, of drafts in mode `lossless` the `draft_threshold`.
         skipped_states: `copy` or `recompute`; None takes the saved one.
         max_new_tokens: longest text; None takes what suits the model's task.
         max_prompt_length: longest prompt, in tokens; None takes what the model has room for beside the text.

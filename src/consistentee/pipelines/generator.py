@@ -158,7 +158,8 @@ class TextGenerator:
                     f'{name} has no effect in mode "{mode}", got {values[name]}. Leave it out, or take another mode.'
                 )
         if mode != "full":
-            values["criterion"], values["threshold"] = saved.exit_rule(options.criterion, options.threshold)
+            rule = saved.exit_rule_of_mode(mode, options.criterion, options.threshold)
+            values["criterion"], values["threshold"] = rule
         return DecodingOptions(**{**values, "mode": mode})
 
     def generate_texts(
@@ -335,7 +336,9 @@ class TextGenerator:
         texts: dict[int, GeneratedText] = {}
         due = 0
         for rows in sorted(batches, key=min):
-            written = self._batch([asked[row] for row in rows], [encoded[row] for row in rows], options, draws)
+            written = self._batch(
+                [asked[row] for row in rows], [encoded[row] for row in rows], options, draws
+            )
             texts.update(zip(rows, written, strict=True))
             while due in texts:
                 yield texts.pop(due)

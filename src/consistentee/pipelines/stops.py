@@ -112,4 +112,6 @@ class StopTexts(TextCriteria):
         text = str(self._tokenizer.decode(newest, clean_up_tokenization_spaces=False)) if newest else ""
         if find_stop(text, self._stops) is None:
             return False
-        return find_stop("".join(decode_pieces(self._tokenizer, token_ids, self._ends)), self._stops) is not None
+        return (
+            find_stop("".join(decode_pieces(self._tokenizer, token_ids, self._ends)), self._stops) is not None
+        )

@@ -204,7 +204,9 @@ class Layer:
         rows, tokens, heads, size = query.shape
         pairs = self.num_key_value_heads
         group = heads // pairs
-        if tokens > size and self.softcap is None:  # a prompt: its mask is larger than keys, and is not copied
+        if (
+            tokens > size and self.softcap is None
+        ):  # a prompt: its mask is larger than keys, and is not copied
             grouped = bias is None or _masks_grouped_heads(query.device)
             if not grouped:
                 keys, values = (part.repeat_interleave(group, dim=1) for part in (keys, values))

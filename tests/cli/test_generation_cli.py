@@ -258,6 +258,15 @@ class TestEvaluate:
         assert values["batch_size"] == 4
         assert plot.stat().st_size > 10_000
 
+    def test_drafts_have_a_threshold_of_their_own(self, call: Call, files: Files, tmp_path: Path) -> None:
+        model, figures = generator_folder(tmp_path / "drafts", draft_threshold=0.125), tmp_path / "f.json"
+        outcome = call(
+            "evaluate", model, "--eval-file", files.rows, *COLUMNS, "--mode", "lossless", "--max-samples", 2,
+            "--max-new-tokens", 3, "--json", figures,
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        assert json.loads(figures.read_text(encoding="utf-8"))["threshold"] == 0.125
+
     @pytest.mark.parametrize(
         "arguments, message",
         [

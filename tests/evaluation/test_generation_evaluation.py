@@ -251,6 +251,22 @@ class TestEvaluation:
         assert evaluation.metrics == evaluation.full_depth.metrics
         assert evaluation.mode == "lossless"
 
+    def test_lossless_text_is_drafted_at_the_drafts_threshold(
+        self, saved: LoadedGenerator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(saved.early_exit_model.config, "draft_threshold", 0.125)
+        for given, wanted in ((None, 0.125), (0.25, 0.25)):
+            evaluation = evaluate_generation(
+                saved,
+                tiny_rows(2),
+                criteria=["policy"],
+                mode="lossless",
+                threshold=given,
+                max_new_tokens=3,
+                curve_thresholds=1,
+            )
+            assert evaluation.threshold == wanted
+
     def test_lossless_tokens_ran_all_layers(
         self, saved: LoadedGenerator, monkeypatch: pytest.MonkeyPatch
     ) -> None:

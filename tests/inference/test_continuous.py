@@ -218,6 +218,71 @@ def test_a_prompt_that_fails_leaves_the_others_as_they_are(monkeypatch: pytest.M
     assert [token for token, _ in writing.texts[0]] == new_tokens_of(alone, [own])[0]
 
 
+@pytest.mark.parametrize("skipped_states", ["copy", "recompute"])
+def test_a_first_token_that_fails_leaves_the_others_as_they_are(
+    skipped_states: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may run out behind the prompt's pass: newcomers are among the rows by then."""
+    model, own = exit_model("llama"), [prompt(6), prompt(3)]
+    writing = Writing(tokens_of(model, skipped_states=skipped_states))
+    writing.join(dict(enumerate(own)), {0: 6, 1: 8})
+
+    def fail(*outputs: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.tokens, "_tokens", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            writing.tokens.join([prompt(4), prompt(9)])
+    assert len(writing.tokens) == 2
+    writing.join({2: prompt(5)}, {2: 4})
+    for _ in range(7):
+        writing.step()
+    for number, (row, limit) in enumerate(zip([*own, prompt(5)], (6, 8, 4), strict=True)):
+        alone = generate(model, [row], limit, mode="early-exit", skipped_states=skipped_states)
+        assert [token for token, _ in writing.texts[number]] == new_tokens_of(alone, [row])[0]
+
+
+@pytest.mark.parametrize("skipped_states", ["copy", "recompute"])
+def test_states_that_are_no_numbers_leave_nothing_behind(skipped_states: str) -> None:
+    """Where a row ends, another one begins: what it does not fill itself is masked, and 0 x NaN would be NaN."""
+    model, prompts = tiny_exit_model("llama"), [prompt(9), prompt(2), prompt(3)]
+    broken = next(token for token in range(3, 97) if not any(token in row for row in prompts))
+    alone = [
+        generate(model, [row], 4, mode="early-exit", skipped_states=skipped_states).sequences[0, len(row) :]
+        for row in prompts
+    ]
+    assert not any(broken in row.tolist() for row in alone)
+    embeddings: Any = model.get_input_embeddings()
+    with torch.no_grad():
+        embeddings.weight[broken] = float("nan")
+    for lengths, removed in (((9, 7), (1, 0)), ((7, 2), (0, 0)), ((7, 7), (1, 0))):
+        writing = Writing(tokens_of(model, skipped_states=skipped_states))
+        writing.tokens.join([[broken] * length if length == 7 else prompt(length) for length in lengths])
+        for row in removed:
+            writing.tokens.remove(row)
+        writing.join(dict(enumerate(prompts)), dict.fromkeys(range(3), 4))
+        for _ in range(3):
+            writing.step()
+        for number, row in enumerate(alone):
+            assert [token for token, _ in writing.texts[number]] == row.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "full"}, {"skipped_states": "recompute"}], ids=str)
+def test_autocast_changes_nothing(options: dict[str, Any]) -> None:
+    found: list[Any] = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            writing = Writing(tokens_of(exit_model("llama"), **options))
+            writing.join({0: prompt(6), 1: prompt(3)}, {0: 9, 1: 5})
+            writing.step()
+            writing.join({2: prompt(4)}, {2: 6})
+            for _ in range(7):
+                writing.step()
+        found.append(writing.texts)
+    assert found[0] == found[1]
+
+
 def test_lossless_rows_do_not_join() -> None:
     with pytest.raises(ValueError, match='got mode "lossless"'):
         tokens_of(exit_model("llama"), mode="lossless")

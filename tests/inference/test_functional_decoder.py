@@ -12,8 +12,10 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
+from consistentee.inference.decoder import functional_decoder
 from consistentee.inference.decoder.functional_decoder import (
     FunctionalDecoder,
     rotate,
@@ -71,6 +73,29 @@ def assert_equals_huggingface(model: EarlyExitForCausalLM, lengths: tuple[int, .
 @EVERY_TYPE
 def test_full_depth_equals_huggingface(model_type: str, lengths: tuple[int, ...]) -> None:
     assert_equals_huggingface(tiny_exit_model(model_type), lengths)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gpt2"])
+def test_masks_of_prompts_are_not_copied(
+    model_type: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for all heads, whether the device's kernels take it with grouped heads or keys are repeated."""
+    held: list[tuple[int, bool]] = []
+    attend = functional.scaled_dot_product_attention
+
+    def recorded(query: Tensor, *others: Any, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
+        if attn_mask is not None and query.shape[2] >= 19:
+            held.append((attn_mask.untyped_storage().nbytes(), how.get("enable_gqa", False)))
+        return attend(query, *others, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(functional_decoder, "_masks_grouped_heads", lambda device: grouped)
+    model, prompts = tiny_exit_model(model_type), prompts_of((19, 17))
+    wanted = generate(model.backbone, prompts, NEW)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", recorded)
+    assert torch.equal(generate(model, prompts, NEW, mode="full").sequences, wanted.sequences)
+    assert held == [(2 * 19 * 19 * 4, grouped)] * len(held)
+    assert len(held) == 4
 
 
 @EVERY_TYPE

@@ -100,6 +100,20 @@ def test_output_object(mode: str) -> None:
     assert (output.drafted is None) == (output.accepted is None) == (mode != "lossless")
 
 
+def test_output_object_without_a_cache() -> None:
+    whole = generate(exit_model(), PROMPTS, NEW, mode="full", use_cache=False)
+    assert isinstance(whole, EarlyExitGenerateOutput)
+    assert whole.exit_layers.tolist() == [[LAYERS] * NEW] * 2
+    ends = {"eos_token_id": new_tokens_of(whole, PROMPTS)[0][2], "output_scores": True}
+    wanted = generate(exit_model(), PROMPTS, NEW, mode="full", **ends)
+    ended = generate(exit_model(), PROMPTS, NEW, mode="full", use_cache=False, **ends)
+    assert 0 in ended.exit_layers
+    assert torch.equal(ended.sequences, wanted.sequences)
+    assert torch.equal(ended.exit_layers, wanted.exit_layers)
+    assert ended.exit_layers.dtype == torch.int64
+    assert len(ended.scores) == len(wanted.scores)
+
+
 @pytest.mark.parametrize("mode", ["early-exit", "full"])
 def test_scores_and_logits(mode: str) -> None:
     options: dict[str, Any] = {"repetition_penalty": 1.7, "output_scores": True, "output_logits": True}
@@ -116,6 +130,23 @@ def test_scores_and_logits(mode: str) -> None:
         for name in ("scores", "logits"):  # sums are in another order, which each processor chooses
             found, wanted = torch.stack(output[name]), torch.stack(theirs[name])
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@EVERY_TYPE
+def test_autocast_changes_nothing(model_type: str) -> None:
+    for options in (
+        {"mode": "full"},
+        {"mode": "early-exit"},
+        {"mode": "early-exit", "skipped_states": "recompute"},
+        {"mode": "lossless", "adaptive_drafts": False},
+    ):
+        wanted = generate(exit_model(model_type), PROMPTS, NEW, **options)
+        fresh = tiny_exit_model(model_type)  # its weights are not yet laid out for decoding
+        with torch.autocast("cpu", torch.bfloat16):
+            found = generate(fresh, PROMPTS, NEW, **options)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert torch.equal(found.exit_layers, wanted.exit_layers)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -146,6 +177,21 @@ def test_samples_with_exits(skipped_states: str) -> None:
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     assert not torch.equal(outputs[0].sequences, outputs[2].sequences)
     assert len(outputs[0].exit_layers.unique()) > 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"skipped_states": "recompute"}, {"mode": "full"}, {"mode": "full", "use_cache": False}]
+)
+def test_samples_from_a_generator(options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    wanted = generate(exit_model(), PROMPTS, NEW, do_sample=True, **options)
+    torch.set_rng_state(before)
+    own = torch.Generator().manual_seed(3)
+    for same in (True, False):  # it goes on from one call to the next
+        found = generate(exit_model(), PROMPTS, NEW, do_sample=True, generator=own, **options)
+        assert torch.equal(found.sequences, wanted.sequences) == same
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_several_samples_per_prompt() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt, can_join
@@ -98,6 +99,15 @@ def test_draws_with_a_seed_are_those_of_the_text_alone(generator: TextGenerator)
         )
         assert "".join(heard.pieces) == wanted.text
         assert heard.layers == wanted.exit_layers
+    alone, beside = (Heard() for _ in range(2))
+    options = DecodingOptions(do_sample=True, seed=3)
+    batches = [generator.continuous_texts(options) for _ in range(2)]
+    for batch, one in zip(batches, (alone, beside), strict=True):  # draws of a batch are its own
+        batch.join([one.prompt(PROMPTS[0])])
+    while len(batches[0]):
+        for batch in batches:
+            batch.step()
+    assert alone.pieces == beside.pieces
     together = generator.continuous_texts(DecodingOptions(do_sample=True, temperature=3.0))
     texts = {"".join(one.pieces) for one in write_joining(together, [PROMPTS[0]] * 4)}
     assert len(texts) == 4  # rows draw for themselves
@@ -135,6 +145,39 @@ def test_an_error_of_one_text_is_told_to_it_alone(
     for number in (0, 2):
         (wanted,) = generator.generate_encoded([PROMPTS[number]], options=DecodingOptions(max_new_tokens=NEW))
         assert "".join(heard[number].pieces) == wanted.text
+
+
+def test_a_text_whose_logits_are_no_numbers_ends_alone(generator: TextGenerator) -> None:
+    values: dict[str, Any] = {"do_sample": True, "temperature": 1e-4}  # as good as greedy
+    wanted = write_joining(generator.continuous_texts(DecodingOptions(**values)), PROMPTS[:3])
+    model: Any = generator.saved.model
+    weight = model.get_input_embeddings().weight
+    used = {token for row in PROMPTS for token in row} | set(
+        generator.saved.tokenizer("".join("".join(one.pieces) for one in wanted))["input_ids"]
+    )
+    broken = max(set(range(97)) - used)
+    kept = weight[broken].clone()
+    try:
+        with torch.no_grad():
+            weight[broken] = float("nan")
+        texts = generator.continuous_texts(DecodingOptions(**values))
+        heard = [Heard() for _ in range(5)]
+        texts.join([heard[3].prompt([5, broken]), heard[0].prompt(PROMPTS[0])])
+        texts.step()
+        texts.join([heard[1].prompt(PROMPTS[1]), heard[4].prompt([broken]), heard[2].prompt(PROMPTS[2])])
+        while len(texts):
+            texts.step()
+    finally:
+        with torch.no_grad():
+            weight[broken] = kept
+    for one in heard[3:]:
+        assert [str(error) for error in one.errors] == [
+            "logits must be numbers to draw a token from, got NaN at layer 4. Check the model's weights, or load it "
+            "in float32."
+        ]
+        assert (one.pieces, one.reasons) == ([], [])
+    assert [one.pieces for one in heard[:3]] == [one.pieces for one in wanted]
+    assert [one.errors for one in heard[:3]] == [[]] * 3
 
 
 def test_the_context_is_that_of_each_text(generator: TextGenerator) -> None:

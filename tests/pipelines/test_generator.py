@@ -11,6 +11,7 @@ import torch
 
 from consistentee.data.templates import PLAIN
 from consistentee.errors import DataError
+from consistentee.inference.decoder.lossless import DraftClock
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
@@ -129,6 +130,24 @@ class TestGenerateTexts:
         assert [text.token_ids for text in full] == [text.token_ids for text in lossless]
         assert {layer for text in full for layer in text.exit_layers} == {4}
 
+    def test_drafts_have_the_saved_threshold_of_their_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(DraftClock, "drafts", True)
+        values: dict[str, Any] = {"threshold": 1.0, "draft_threshold": 0.1, "thresholds": {"static": 2}}
+        folder = generator_folder(tmp_path, **values)
+        generator = TextGenerator(load_model(folder, LoadedGenerator, device="cpu"))
+        for given, wanted in (
+            ({"mode": "lossless"}, 0.1),
+            ({"mode": "lossless", "threshold": 0.7}, 0.7),
+            ({"mode": "lossless", "criterion": "static"}, 2),
+            ({"mode": "early-exit"}, 1.0),
+            ({"mode": "full"}, None),
+        ):
+            assert generator.check(DecodingOptions(**given)).threshold == wanted
+        (text,) = generator.generate_texts(PROMPTS[:1], mode="lossless", max_new_tokens=8)
+        assert text.drafted
+
     def test_a_seed_repeats_what_is_drawn(self, generator: TextGenerator) -> None:
         draw = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": 8}
         once, twice, other = (
@@ -137,6 +156,38 @@ class TestGenerateTexts:
         )
         assert once == twice
         assert once != other
+
+    @pytest.mark.parametrize("kind", ["exits", "plain"])
+    def test_seeded_draws_belong_to_their_call(self, folders: dict[str, Path], kind: str) -> None:
+        saved = load_model(folders[kind], LoadedGenerator, device="cpu")
+        generator = TextGenerator(saved, template=TEMPLATE)
+        options = DecodingOptions(do_sample=True, seed=7, max_new_tokens=6)
+        encoded = generator.encode(PROMPTS[:5])
+        calls = (
+            lambda: generator.generate_texts(PROMPTS[:5], batch_size=2, options=options),
+            lambda: generator.generate_encoded(encoded, batch_size=2, options=options),
+        )
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        for call in calls:
+            wanted = [text.token_ids for text in call()]
+            first, second = call(), call()
+            interleaved = [(one.token_ids, other.token_ids) for one, other in zip(first, second, strict=True)]
+            assert interleaved == list(zip(wanted, wanted, strict=True))
+            assert torch.equal(torch.get_rng_state(), before)
+            disturbed: list[list[int]] = []
+            for text in call():
+                disturbed.append(text.token_ids)
+                torch.rand(3)
+            assert disturbed == wanted
+            torch.set_rng_state(before)
+            assert len({str(row) for row in wanted}) == 5
+        streamed = [
+            generator.stream(*PROMPTS[0], on_token=lambda piece, layer: None, options=options).token_ids
+            for _ in range(2)
+        ]
+        assert streamed[0] == streamed[1]
+        assert torch.equal(torch.get_rng_state(), before)
 
     @pytest.mark.parametrize("kind", ["exits", "plain"])
     def test_nothing_but_the_options_decides(self, folders: dict[str, Path], kind: str) -> None:
@@ -155,6 +206,32 @@ class TestGenerateTexts:
         torch.manual_seed(7)
         again = [text.token_ids for text in generator.generate_texts(PROMPTS[:4], do_sample=True, **values)]
         assert again == drawn
+
+    @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless", None])
+    def test_settings_saved_with_the_backbone_change_no_text(
+        self, folders: dict[str, Path], mode: str | None
+    ) -> None:
+        folder = folders["plain" if mode is None else "exits"]
+        generator = TextGenerator(load_model(folder, LoadedGenerator, device="cpu"), template=TEMPLATE)
+        values: dict[str, Any] = {"mode": mode, "max_new_tokens": 6}
+        texts = [
+            (text.token_ids, text.exit_layers) for text in generator.generate_texts(PROMPTS[:3], **values)
+        ]
+        config: Any = generator.saved.model.generation_config
+        config.do_sample = True  # with which alone transformers takes num_return_sequences
+        for name, value in {
+            "use_cache": False,
+            "num_return_sequences": 2,
+            "token_healing": True,
+            "output_scores": True,
+            "output_logits": True,
+            "output_attentions": True,
+            "output_hidden_states": True,
+        }.items():
+            setattr(config, name, value)
+            again = list(generator.generate_texts(PROMPTS[:3], **values))
+            assert [(text.token_ids, text.exit_layers) for text in again] == texts, name
+            setattr(config, name, None)
 
     def test_draws_are_from_all_tokens_or_as_many_as_asked_for(self, generator: TextGenerator) -> None:
         (prompt,) = generator.encode([("go", "")])

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from consistentee.models.loaded import LoadedGenerator, load_model
+from consistentee.pipelines.continuous import JoiningPrompt
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import GeneratedText, TextGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
@@ -216,6 +217,44 @@ def test_special_tokens_can_be_named(saved: LoadedGenerator, plain: LoadedGenera
         assert len(texts[0].token_ids) == whole[0].token_ids.index(token) + 1
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_ends_that_are_only_added_tokens_are_no_text(
+    saved: LoadedGenerator, plain: LoadedGenerator, special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ends of a turn of chat models: the tokenizer knows no role for them, `generation_config` lists them."""
+    for one in (saved, plain):
+        whole = uncut(TextGenerator(one))
+        end = whole[0].token_ids[5]
+        tokenizer = copy.deepcopy(one.tokenizer)
+        name = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.add_tokens([AddedToken(name, special=special, normalized=False)])
+        assert end not in tokenizer.all_special_ids
+        length = whole[0].token_ids.index(end) + 1
+        monkeypatch.setattr(one.model.generation_config, "eos_token_id", [1, end])
+        generator = TextGenerator(replace(one, tokenizer=tokenizer))
+        for stops, reason in (([], "end"), ([name], "stop"), (["nowhere"], "end")):
+            text = uncut(generator, stop=stops, batch_size=3)[0]
+            assert (text.finish_reason, text.token_ids[-1]) == (reason, end)
+            assert text.pieces == [*whole[0].pieces[: length - 1], ""]
+            assert text.text == "".join(text.pieces)
+            told: list[str] = []
+            generator.stream(
+                *PROMPTS[0],
+                on_token=lambda piece, layer: told.append(piece),  # noqa: B023
+                max_new_tokens=NEW,
+                stop=stops,
+            )
+            assert told == text.pieces
+            told.clear()
+            texts = generator.continuous_texts(DecodingOptions(stop=stops))
+            reasons: list[str] = []
+            (ids,) = generator.encode(PROMPTS[:1])
+            texts.join([JoiningPrompt(ids, NEW, lambda piece, _: told.append(piece), reasons.append, print)])  # noqa: B023
+            while len(texts):
+                texts.step()
+            assert (told, reasons) == (text.pieces, [reason])
+
+
 def test_the_models_own_end_has_its_own_reason(
     saved: LoadedGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +263,7 @@ def test_the_models_own_end_has_its_own_reason(
     monkeypatch.setattr(saved.model.generation_config, "eos_token_id", [whole[0].token_ids[5]])
     texts = uncut(generator)
     assert texts[0].finish_reason == "end"
-    assert texts[0].pieces[-1] != ""  # one that is no special token of the tokenizer stays in the text
+    assert texts[0].pieces[-1] == ""  # whatever the tokenizer makes of it
     stopped = uncut(generator, stop=whole[0].pieces[2])
     assert stopped[0].finish_reason == "stop"
 

@@ -96,10 +96,12 @@ def evaluate(
             )
     kind.check_criteria(criterion)
     network = saved.early_exit_model  # which a plain model has not
-    if kind is GENERATORS:
-        of_generators["mode"] = mode or network.config.mode
     first = criterion[0] if criterion else None
-    rule, limit = usage(lambda: saved.exit_rule(first, threshold, operating_point))
+    if kind is GENERATORS:
+        of_generators["mode"] = mode = mode or network.config.mode
+        rule, limit = usage(lambda: saved.exit_rule_of_mode(mode, first, threshold))
+    else:
+        rule, limit = usage(lambda: saved.exit_rule(first, threshold, operating_point))
     if texts is not None:
         check_texts_alone(data or DataOptions())
     evaluation, source = kind.commands["evaluate"](

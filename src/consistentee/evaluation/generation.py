@@ -103,14 +103,14 @@ def evaluate_generation(
             )
     if not len(rows):
         raise ValueError("rows must hold at least one prompt, got none.")
-    criterion, limit = saved.exit_rule(criteria[0] if criteria else None, threshold)
+    config = saved.early_exit_model.config
+    mode, skipped_states = mode or config.mode, skipped_states or config.skipped_states
+    criterion, limit = saved.exit_rule_of_mode(mode, criteria[0] if criteria else None, threshold)
     other_names = [name for name in dict.fromkeys(criteria[1:]) if name != criterion]
     for name in other_names:
         if saved.known_threshold(name) is not None:
             saved.exit_rule(name)  # whether it fits
     depth = saved.num_hidden_layers
-    config = saved.early_exit_model.config
-    mode, skipped_states = mode or config.mode, skipped_states or config.skipped_states
     texts = _Texts(saved, rows, max_new_tokens, batch_size, bertscore_model, progress)
     generate = partial(texts.generate, mode=mode, skipped_states=skipped_states)
     own, written = generate(criterion, limit)
@@ -197,7 +197,8 @@ def _reference_name(reference: LoadedGenerator) -> str:
     """What tables and pictures call a model that another one is compared with."""
     if not reference.has_exits:
         return BASELINE
-    mode, (criterion, threshold) = reference.early_exit_model.config.mode, reference.exit_rule()
+    mode = reference.early_exit_model.config.mode
+    criterion, threshold = reference.exit_rule_of_mode(mode)
     if mode == "full":
         return "early-exit model, all layers"
     return f"early-exit model, {criterion} > {threshold:.4g}" + (", lossless" if mode == "lossless" else "")

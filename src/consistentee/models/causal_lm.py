@@ -248,7 +248,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             "draft_threshold",
         )
         values = {name: getattr(self.config, name) for name in names}
-        values |= {"threshold": None, "adaptive_drafts": True, "fixed_exit_layers": None}
+        values |= {"threshold": None, "adaptive_drafts": True, "fixed_exit_layers": None, "generator": None}
         return GenerationOptions(
             **values | {name: value for name, value in given.items() if value is not None}
         )
@@ -256,7 +256,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
     def exit_weights(self) -> ExitWeights:
         """The weights laid out for decoding; made anew where they have changed, in whatever way."""
         if self._weights is None or self._weights_signature != self._weights.signature():
-            self._weights = ExitWeights(self)
+            with torch.autocast(self.device.type, enabled=False):
+                self._weights = ExitWeights(self)
             self._weights_signature = self._weights.signature()
         return self._weights
 
@@ -276,6 +277,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         draft_threshold: float | None = None,
         adaptive_drafts: bool = True,
         fixed_exit_layers: list[list[int]] | None = None,
+        generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate, as `transformers` does, each token exiting at its own layer.
@@ -283,7 +285,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         Greedy and sampled decoding, logits processors, stopping criteria, streamers and left-padded batches are
         Hugging Face's. With `return_dict_in_generate=True` the output has `exit_layers`, (batch, new tokens): the layer
         at which each token exited, 1-based, 0 for padding behind the end of a text. A streamer that has a method
-        `put_exit_layers` gets them before each `put`.
+        `put_exit_layers` gets them before each `put`. `torch.autocast` changes nothing: weights' dtypes count.
 
         Args:
             inputs: (batch, tokens) prompts; or `input_ids` by name.
@@ -298,6 +300,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             draft_threshold: of `lossless`: the policy's threshold while drafting.
             adaptive_drafts: of `lossless`: pause drafting where it does not pay on the clock.
             fixed_exit_layers: exits given in advance, for measuring speed: for every new token the layer of each row.
+            generator: that tokens are drawn from, on the model's device; None takes torch's own.
             **kwargs: as in Hugging Face.
 
         Raises:
@@ -315,6 +318,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             draft_threshold=draft_threshold,
             adaptive_drafts=adaptive_drafts,
             fixed_exit_layers=fixed_exit_layers,
+            generator=generator,
         )
         for name in ("custom_generate", "assistant_model", "assistant_early_exit"):
             if kwargs.get(name) is not None:

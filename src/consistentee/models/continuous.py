@@ -10,10 +10,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from consistentee.inference.decoder.continuous import ContinuousDecoding, CopiedStates, ExactStates
-from consistentee.models.generate import GenerationOptions, decoding_rule, tokens_from
+from consistentee.inference.decoder.draws import tokens_from
+from consistentee.models.generate import GenerationOptions, decoding_rule, without_autocast
+
+NO_TOKEN = -1
+"""In place of a token that cannot be drawn, as its logits are no numbers: the row cannot go on and is to be removed."""
 
 RowToken = tuple[int, int]
-"""A token, and the layer at which it exited, 1-based."""
+"""A token (or `NO_TOKEN`), and the layer at which it exited, 1-based."""
 
 
 class ContinuousTokens:
@@ -23,7 +27,7 @@ class ContinuousTokens:
         model: an `EarlyExitForCausalLM`.
         options: how, in mode `full` or `early-exit`.
         processors: of the logits, that read a row's scores and nothing else (temperature, top-k, top-p).
-        do_sample: whether tokens are drawn, from torch's generator; else the likeliest is taken.
+        do_sample: whether tokens are drawn, from the options' generator; else the likeliest is taken.
 
     Raises:
         ValueError: mode `lossless`, or exits that are given in advance.
@@ -38,9 +42,10 @@ class ContinuousTokens:
                 f'mode "{options.mode}". Generate them by themselves.'
             )
         self._weights, self._processors, self._do_sample = model.exit_weights(), processors, do_sample
+        self._generator = options.generator
         exits = options.mode == "early-exit"
         kind = ExactStates if exits and options.skipped_states == "recompute" else CopiedStates
-        with torch.inference_mode():
+        with without_autocast(self._weights.decoder.device):
             self._decoding: ContinuousDecoding = kind(
                 self._weights,
                 decoding_rule(model, options),
@@ -56,17 +61,24 @@ class ContinuousTokens:
 
         Raises:
             ValueError: a prompt without a token.
+            Exception: whatever computing raises. None has joined then, and the other rows are as they were.
         """
         if not all(prompts):
             raise ValueError("prompts must hold at least one token each, got none.")
-        with torch.inference_mode():
-            found = self._tokens(*self._decoding.join(prompts))
+        with without_autocast(self._weights.decoder.device):
+            outputs = self._decoding.join(prompts)
+            try:
+                found = self._tokens(*outputs)
+            except BaseException:
+                for place in reversed(range(len(prompts))):
+                    self._decoding.remove(len(self) + place)
+                raise
         self._newest += [token for token, _ in found]
         return found
 
     def step(self) -> list[RowToken]:
         """The next token of every row."""
-        with torch.inference_mode():
+        with without_autocast(self._weights.decoder.device):
             newest = torch.tensor(self._newest, device=self._weights.decoder.device)
             found = self._tokens(*self._decoding.step(newest))
         self._newest = [token for token, _ in found]
@@ -74,7 +86,7 @@ class ContinuousTokens:
 
     def remove(self, row: int) -> None:
         """A row has ended: the last one takes its place."""
-        with torch.inference_mode():
+        with without_autocast(self._weights.decoder.device):
             self._decoding.remove(row)
         last = self._newest.pop()
         if row < len(self._newest):
@@ -84,7 +96,10 @@ class ContinuousTokens:
         if self._processors or self._do_sample:
             logits = self._weights.logits(normed, exit_layers).float()
             logits = self._processors(torch.empty(len(logits), 0), logits)  # pyright: ignore[reportArgumentType]
-            tokens = tokens_from(logits, do_sample=self._do_sample)
+            broken = ~logits.amax(-1).isfinite()  # (rows,)
+            logits = logits.masked_fill(broken[:, None], 0.0)
+            tokens = tokens_from(logits, do_sample=self._do_sample, generator=self._generator)
+            tokens = tokens.masked_fill(broken, NO_TOKEN)
         else:
             tokens = self._weights.greedy(normed, exit_layers)
         return list(zip(tokens.tolist(), exit_layers, strict=True))

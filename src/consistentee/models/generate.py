@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -20,9 +21,10 @@ from consistentee.backbones.limits import longest_input
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice
 from consistentee.inference.decoder.decoding import Decoding
+from consistentee.inference.decoder.draws import drawing_from, tokens_from
 from consistentee.inference.decoder.exit_rules import FixedExitRule, NeverExit, TokenExitRule
 from consistentee.inference.decoder.exit_weights import ExitWeights
-from consistentee.inference.decoder.known_processors import stateful
+from consistentee.inference.decoder.known_processors import RecordedEnds, stateful
 from consistentee.inference.decoder.lossless import DraftClock, LosslessDecoding
 from consistentee.inference.decoder.recompute import RecomputeDecoding
 
@@ -45,6 +47,7 @@ class GenerationOptions:
     draft_threshold: float | None
     adaptive_drafts: bool
     fixed_exit_layers: list[list[int]] | None
+    generator: torch.Generator | None
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, get_args(GenerationMode))
@@ -107,18 +110,26 @@ def generate_tokens(
     _check_search(values, options)
     if not values.use_cache:
         if options.mode != "full":
-            raise ValueError('use_cache must be true for exits, got False. Take mode="full" without a cache.')
+            raise ValueError(
+                'use_cache must be true for exits, got False. Give use_cache=True, or mode="full".'
+            )
         plain_loop: Any = cast(Any, GenerationMixin)._sample
-        return plain_loop(
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            streamer=streamer,
-            attention_mask=attention_mask,
-            **{name: value for name, value in model_kwargs.items() if name != "past_key_values"},
-        )
+        ends = RecordedEnds(stopping_criteria)
+        with drawing_from(options.generator):
+            found: Any = plain_loop(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=ends,
+                generation_config=generation_config,
+                streamer=streamer,
+                attention_mask=attention_mask,
+                **{name: value for name, value in model_kwargs.items() if name != "past_key_values"},
+            )
+        if not values.return_dict_in_generate:
+            return found
+        layers: Any = model.num_layers * torch.stack(ends.running, dim=1)
+        return EarlyExitGenerateOutput(**found, exit_layers=layers)
     _check_inputs(input_ids, attention_mask, model_kwargs)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     loop = _token_loop
@@ -132,13 +143,20 @@ def generate_tokens(
             )
         else:
             loop = _lossless_loop
-    with torch.inference_mode():
+    with without_autocast(input_ids.device):
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
         streamer.end()
     sequences: Any = output.sequences.clone()  # inference tensors could not be used in training
     output.sequences = sequences
     return output if values.return_dict_in_generate else sequences
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Inference in the dtypes of the weights: decoding writes products in place, which autocast would make narrower."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> DraftClock:
@@ -213,7 +231,7 @@ def _token_loop(
             logits = logits_processor(input_ids, logits)
             if config.output_scores and keeps:
                 scores.append(logits)
-            tokens = tokens_from(logits, do_sample=config.do_sample)
+            tokens = tokens_from(logits, do_sample=config.do_sample, generator=options.generator)
             tokens = tokens if rows is None else tokens[rows]
         if rows is not None:
             tokens = torch.full((batch,), pad, device=device).index_copy_(0, rows, tokens)
@@ -241,13 +259,6 @@ def _token_loop(
         exit_layers=torch.stack(layers, dim=1),
         **drafts,
     )
-
-
-def tokens_from(logits: Tensor, *, do_sample: bool) -> Tensor:
-    """The likeliest token of each row, or one that is drawn: (rows, words) -> (rows,)."""
-    if do_sample:
-        return torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
-    return logits.argmax(-1)
 
 
 def _lossless_loop(

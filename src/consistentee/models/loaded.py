@@ -228,6 +228,16 @@ class LoadedGenerator(LoadedModel[EarlyExitForCausalLM]):
                 )
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
+    def exit_rule_of_mode(
+        self, mode: str, criterion: str | None = None, threshold: float | None = None
+    ) -> tuple[str, float]:
+        """As `exit_rule`; drafts of the policy in mode `lossless` are held to the saved `draft_threshold`, if any."""
+        config = self.early_exit_model.config
+        by_policy = (config.criterion if criterion is None else criterion) == "policy"
+        if mode == "lossless" and by_policy and threshold is None:
+            threshold = config.draft_threshold
+        return self.exit_rule(criterion, threshold)
+
     @functools.cached_property
     def continuous_model(self) -> EarlyExitForCausalLM | None:
         """What decodes rows that come and go: the model, or a plain one with exits that nobody takes.

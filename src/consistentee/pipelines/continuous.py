@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from consistentee.models.continuous import ContinuousTokens, RowToken
+from consistentee.models.continuous import NO_TOKEN, ContinuousTokens, RowToken
 from consistentee.models.loaded import LoadedGenerator
-from consistentee.pipelines.decoding_options import DecodingOptions, end_tokens, seed_draws, warpers
-from consistentee.pipelines.row_streams import RowStream, TextEnds
-from consistentee.pipelines.stops import split_stops
+from consistentee.pipelines.decoding_options import DecodingOptions, seeded_draws, warpers
+from consistentee.pipelines.row_streams import RowStream, text_ends
 from consistentee.pipelines.streaming import OnToken
 
 
@@ -70,11 +69,10 @@ class ContinuousTexts:
                 f'Model "{saved.name}" in mode "{options.mode}" writes no texts that others join. Take stream_rows.'
             )
         names = ("mode", "criterion", "threshold", "skipped_states")
-        how = model.generation_options(**{name: getattr(options, name) for name in names})
-        seed_draws(options)
+        draws = seeded_draws(options, model.device)
+        how = model.generation_options(generator=draws, **{name: getattr(options, name) for name in names})
         self._tokens = ContinuousTokens(model, how, processors=warpers(options), do_sample=options.do_sample)
-        stops, stop_tokens = split_stops(tokenizer, options.stop)
-        self._text_ends = TextEnds(end_tokens(saved.model, tokenizer), stop_tokens, stops)
+        self._text_ends = text_ends(saved.model, tokenizer, options.stop)
         self._tokenizer, self._num_layers = tokenizer, saved.num_hidden_layers
         self._context_length = saved.context_length
         self._rows: list[_Row] = []
@@ -86,8 +84,8 @@ class ContinuousTexts:
         """Take prompts in, and tell their first tokens; the other texts wait for as long as that takes.
 
         Raises:
-            ValueError: a prompt that does not fit into the context beside its text. None has joined then, and the other
-                texts are as they were.
+            ValueError: a prompt that does not fit into the context beside its text.
+            Exception: whatever computing raises. In both cases none has joined, and the other texts are as they were.
         """
         for prompt in prompts:
             if prompt.limit < 1 or len(prompt.token_ids) + prompt.limit > self._context_length:
@@ -95,9 +93,10 @@ class ContinuousTexts:
                     f"limit must be at least 1 and fit into {self._context_length} tokens beside the prompt, got "
                     f"{prompt.limit} beside {len(prompt.token_ids)}."
                 )
+        newcomers = [_Row(prompt, self._stream(prompt)) for prompt in prompts]
         first = self._tokens.join([prompt.token_ids for prompt in prompts])
         begun = len(self._rows)
-        self._rows += [_Row(prompt, self._stream(prompt)) for prompt in prompts]
+        self._rows += newcomers
         self._put(begun, first)
 
     def step(self) -> None:
@@ -132,6 +131,11 @@ class ContinuousTexts:
         ):  # the last row takes the place of one that ends
             row, (token, layer) = self._rows[number], tokens[number - begun]
             try:
+                if token == NO_TOKEN:
+                    raise FloatingPointError(
+                        f"logits must be numbers to draw a token from, got NaN at layer {layer}. Check the model's "
+                        "weights, or load it in float32."
+                    )
                 goes_on = row.stream.put(token, layer)
             except Exception as error:
                 row.prompt.on_error(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -50,6 +50,19 @@ SHAPING = (
 """Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
 own `generation_config` says, and so is transformers' default of the 50 likeliest."""
 
+ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "token_healing": False,
+    "return_dict_in_generate": True,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+"""Settings of transformers for one text a prompt, with a cache and nothing told beside it, whatever a model has."""
+
 LEAST_TEMPERATURE = 1e-5
 """The lowest temperature; what is drawn at it is as good as always the likeliest token."""
 
@@ -61,7 +74,7 @@ class DecodingOptions:
     Args:
         mode: `early-exit`, `full` or `lossless`; None takes the saved one.
         criterion: exit rule; None takes the saved one.
-        threshold: None takes the one saved for the criterion.
+        threshold: None takes the one saved for the criterion, of drafts in mode `lossless` the `draft_threshold`.
         skipped_states: `copy` or `recompute`; None takes the saved one.
         max_new_tokens: longest text; None takes what suits the model's task.
         max_prompt_length: longest prompt, in tokens; None takes what the model has room for beside the text.
@@ -69,7 +82,7 @@ class DecodingOptions:
         temperature: at least 1e-5, divides the logits before drawing; None is 1.
         top_k: at least 1, tokens are drawn from so many of the likeliest; None is all of them.
         top_p: in (0, 1], share of the probability from which tokens are drawn; None is all of it.
-        seed: of the draws; None goes on with torch's generator as it is.
+        seed: of the draws of a call, from a generator of its own; None draws from torch's as it is.
         stop: strings that end a text, one or several; the text ends before them. One that is the name of a special
             token, such as "<|im_end|>", stands for that token.
     """
@@ -124,10 +137,32 @@ def merged_options(options: DecodingOptions | None, values: dict[str, Any]) -> D
     return DecodingOptions(**{**vars(options or DecodingOptions()), **values})
 
 
-def seed_draws(options: DecodingOptions) -> None:
-    """Begin the draws anew where the options have a seed for them."""
-    if options.do_sample and options.seed is not None:
-        torch.manual_seed(options.seed)
+def seeded_draws(options: DecodingOptions, device: torch.device) -> torch.Generator | None:
+    """What one call draws from where the options have a seed for it; None is torch's own generator."""
+    if not options.do_sample or options.seed is None:
+        return None
+    return torch.Generator(device).manual_seed(options.seed)
+
+
+def generate_arguments(options: DecodingOptions, ends: Collection[int], pad_token_id: int) -> dict[str, Any]:
+    """What `generate` of transformers is told, with or without exits.
+
+    Args:
+        options: how.
+        ends: token ids that end a text.
+        pad_token_id: of the tokenizer.
+    """
+    return {
+        **dict.fromkeys(SHAPING),
+        **ONE_TEXT,
+        "max_new_tokens": options.max_new_tokens,
+        "do_sample": options.do_sample,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "eos_token_id": sorted(ends),
+        "pad_token_id": pad_token_id,
+    }
 
 
 def warpers(options: DecodingOptions) -> LogitsProcessorList:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
+import torch
 from transformers import StoppingCriteriaList
 
 from consistentee.data.batches import pad_left
@@ -21,21 +22,21 @@ from consistentee.data.rows import InstructionDataset
 from consistentee.data.templates import PLAIN, PromptTemplate, Turn
 from consistentee.data.tokenization import encode_prompts
 from consistentee.errors import DataError
+from consistentee.inference.decoder.draws import drawing_from
 from consistentee.inference.decoder.known_processors import TextCriteria
 from consistentee.inference.threads import settle_after_fork
 from consistentee.inference.timing import synchronised_seconds
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import (
-    SHAPING,
     DecodingOptions,
-    end_tokens,
+    generate_arguments,
     merged_options,
-    seed_draws,
+    seeded_draws,
 )
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
-from consistentee.pipelines.row_streams import OnRowEnd, OnRowToken, RowLimits, RowStreams, TextEnds
-from consistentee.pipelines.stops import StopTexts, cut_at_stop, split_stops
+from consistentee.pipelines.row_streams import OnRowEnd, OnRowToken, RowLimits, RowStreams, text_ends
+from consistentee.pipelines.stops import StopTexts, cut_at_stop
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
 
 WINDOW_BATCHES = 8
@@ -157,7 +158,8 @@ class TextGenerator:
                     f'{name} has no effect in mode "{mode}", got {values[name]}. Leave it out, or take another mode.'
                 )
         if mode != "full":
-            values["criterion"], values["threshold"] = saved.exit_rule(options.criterion, options.threshold)
+            rule = saved.exit_rule_of_mode(mode, options.criterion, options.threshold)
+            values["criterion"], values["threshold"] = rule
         return DecodingOptions(**{**values, "mode": mode})
 
     def generate_texts(
@@ -172,7 +174,8 @@ class TextGenerator:
 
         Prompts are taken a window at a time and sorted by length within it, so that little is padded and a stream
         of any length fits; the batch with the prompt that is due first goes first. With a `batch_size` of 1 every
-        prompt is answered before the next is taken.
+        prompt is answered before the next is taken. With a seed the texts are the same every time, whatever else draws
+        between them; torch's own generator stays as it was.
 
         Args:
             prompts: pairs of an instruction and an input ("" for none).
@@ -190,7 +193,6 @@ class TextGenerator:
         options = self.check(merged_options(options, values))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        seed_draws(options)
         return self._windows(iter(prompts), batch_size, options)
 
     def stream(
@@ -217,12 +219,12 @@ class TextGenerator:
             DataError, ValueError: as `generate_texts`.
         """
         options = self.check(merged_options(options, values))
-        seed_draws(options)
         encoded, cut = self._encode([(instruction, input)], options, before=0)
-        stops, _ = split_stops(self._tokenizer, options.stop)
-        decoder = PieceDecoder(self._tokenizer)
-        streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, stops)
-        (text,) = self._batch([(instruction, input)], encoded, options, streamer)
+        known = text_ends(self.saved.model, self._tokenizer, options.stop)
+        decoder = PieceDecoder(self._tokenizer, known.ends)
+        streamer = PieceStreamer(decoder, on_token, self.saved.num_hidden_layers, known.stops)
+        draws = seeded_draws(options, self.saved.model.device)
+        (text,) = self._batch([(instruction, input)], encoded, options, draws, streamer)
         return replace(text, truncated=cut[0])
 
     def generate_encoded(
@@ -236,10 +238,10 @@ class TextGenerator:
             options: as in `generate_texts`.
         """
         options = self.check(options)
-        seed_draws(options)
+        draws = seeded_draws(options, self.saved.model.device)
         for start in range(0, len(prompts), batch_size * WINDOW_BATCHES):
             part = prompts[start : start + batch_size * WINDOW_BATCHES]
-            yield from self._window([("", "")] * len(part), part, batch_size, options)
+            yield from self._window([("", "")] * len(part), part, batch_size, options, draws)
 
     def stream_rows(
         self,
@@ -265,14 +267,13 @@ class TextGenerator:
             ValueError: options that do not fit the model.
         """
         options = self.check(merged_options(options, {"max_new_tokens": max(limits)}))
-        seed_draws(options)
-        stops, stop_tokens = split_stops(self._tokenizer, options.stop)
-        ends = TextEnds(end_tokens(self.saved.model, self._tokenizer), stop_tokens, stops)
+        draws = seeded_draws(options, self.saved.model.device)
+        ends = text_ends(self.saved.model, self._tokenizer, options.stop)
         streams = RowStreams(
             self._tokenizer, self.saved.num_hidden_layers, limits, ends, on_token=on_token, on_end=on_end
         )
         bounds = RowLimits(max(map(len, prompts)), limits, is_gone)
-        self._batch([("", "")] * len(prompts), prompts, options, streams, [bounds])
+        self._batch([("", "")] * len(prompts), prompts, options, draws, streams, [bounds])
 
     def continuous_texts(self, options: DecodingOptions) -> ContinuousTexts:
         """Texts that are written together in one way, and that others join between two tokens.
@@ -312,9 +313,10 @@ class TextGenerator:
         self, prompts: Iterator[tuple[str, str]], batch_size: int, options: DecodingOptions
     ) -> Iterator[GeneratedText]:
         batches, done = 1, 0
+        draws = seeded_draws(options, self.saved.model.device)
         while part := list(itertools.islice(prompts, batches * batch_size)):
             encoded, cut = self._encode(part, options, done)
-            texts = self._window(part, encoded, batch_size, options)
+            texts = self._window(part, encoded, batch_size, options, draws)
             yield from (replace(text, truncated=is_cut) for text, is_cut in zip(texts, cut, strict=True))
             done += len(part)
             if batch_size > 1:  # alone, every prompt is answered before the next is asked for
@@ -326,6 +328,7 @@ class TextGenerator:
         encoded: Sequence[Sequence[int]],
         batch_size: int,
         options: DecodingOptions,
+        draws: torch.Generator | None,
     ) -> Iterator[GeneratedText]:
         """Texts of one window, each as soon as it and all before it are written."""
         order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
@@ -333,7 +336,9 @@ class TextGenerator:
         texts: dict[int, GeneratedText] = {}
         due = 0
         for rows in sorted(batches, key=min):
-            written = self._batch([asked[row] for row in rows], [encoded[row] for row in rows], options)
+            written = self._batch(
+                [asked[row] for row in rows], [encoded[row] for row in rows], options, draws
+            )
             texts.update(zip(rows, written, strict=True))
             while due in texts:
                 yield texts.pop(due)
@@ -359,43 +364,32 @@ class TextGenerator:
         asked: Sequence[tuple[str, str]],
         encoded: Sequence[Sequence[int]],
         options: DecodingOptions,
+        draws: torch.Generator | None,
         streamer: PieceStreamer | RowStreams | None = None,
         criteria: Sequence[TextCriteria] = (),
     ) -> list[GeneratedText]:
         self._go_on_after_fork()
         saved, model = self.saved, self.saved.model
         input_ids, mask = pad_left(encoded, self._tokenizer.pad_token_id)  # (rows, tokens)
-        stops, stop_tokens = split_stops(self._tokenizer, options.stop)
-        ends = end_tokens(model, self._tokenizer) | stop_tokens
-        decoding = {
-            **dict.fromkeys(SHAPING),
-            "num_beams": 1,
-            "max_new_tokens": options.max_new_tokens,
-            "do_sample": options.do_sample,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-            "eos_token_id": sorted(ends),
-            "pad_token_id": self._tokenizer.pad_token_id,
-            "return_dict_in_generate": True,
-        }
+        known = text_ends(model, self._tokenizer, options.stop)
+        stops, ends = known.stops, {*known.ends, *known.stop_tokens}
         exits: dict[str, Any] = {}
         if saved.has_exits:
-            exits = {
-                name: getattr(options, name) for name in ("mode", "criterion", "threshold", "skipped_states")
-            }
+            names = ("mode", "criterion", "threshold", "skipped_states")
+            exits = {"generator": draws, **{name: getattr(options, name) for name in names}}
         if stops:
-            criteria = [*criteria, StopTexts(self._tokenizer, stops, input_ids.shape[1])]
+            criteria = [*criteria, StopTexts(self._tokenizer, stops, input_ids.shape[1], ends)]
         if criteria:
             exits["stopping_criteria"] = StoppingCriteriaList(criteria)
         start = synchronised_seconds(model.device)
-        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            streamer=streamer,
-            **decoding,
-            **exits,
-        )
+        with drawing_from(None if saved.has_exits else draws):  # plain models have Hugging Face's own loop
+            output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                streamer=streamer,
+                **generate_arguments(options, ends, self._tokenizer.pad_token_id),
+                **exits,
+            )
         seconds = (synchronised_seconds(model.device) - start) / len(encoded)
         new: list[list[int]] = output.sequences[:, input_ids.shape[1] :].tolist()
         layers: list[list[int]] = [[]] * len(new)
@@ -406,14 +400,14 @@ class TextGenerator:
         for number, ((instruction, context), row, row_layers) in enumerate(
             zip(asked, new, layers, strict=True)
         ):
-            known = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
-            token_ids = row[: len(known) if known else _length(row, ends)]
-            pieces = decode_pieces(self._tokenizer, token_ids)
+            exited = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
+            token_ids = row[: len(exited) if exited else _length(row, ends)]
+            pieces = decode_pieces(self._tokenizer, token_ids, ends)
             stopped = cut_at_stop(pieces, stops)
             if stopped is not None:
                 pieces, token_ids = stopped, token_ids[: len(stopped)]
             reason = "end" if token_ids[-1] in ends else "length"
-            if stopped is not None or token_ids[-1] in stop_tokens:
+            if stopped is not None or token_ids[-1] in known.stop_tokens:
                 reason = "stop"
             all_layers = [saved.num_hidden_layers] * len(token_ids)
             texts.append(
@@ -423,10 +417,10 @@ class TextGenerator:
                     "".join(pieces),
                     token_ids,
                     pieces,
-                    known if known and not lossless else all_layers,
+                    exited if exited and not lossless else all_layers,
                     seconds,
                     finish_reason=reason,
-                    draft_layers=known if lossless else None,
+                    draft_layers=exited if lossless else None,
                     drafted=output.drafted_by_row[number] if lossless else None,
                     accepted=output.accepted_by_row[number] if lossless else None,
                 )

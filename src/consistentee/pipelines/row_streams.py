@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from consistentee.inference.decoder.known_processors import TextCriteria
+from consistentee.pipelines.decoding_options import end_tokens
 from consistentee.pipelines.pieces import PieceDecoder
+from consistentee.pipelines.stops import split_stops
 from consistentee.pipelines.streaming import OnToken, PieceStreamer
 
 OnRowToken = Callable[[int, str, int], object]
@@ -25,13 +27,20 @@ class TextEnds:
     """What ends a text beside its limit.
 
     Args:
-        ends, stop_tokens: token ids: the end of text, and stop strings that are special tokens.
+        ends, stop_tokens: token ids: the end of text, and tokens without text that stop strings name.
         stops: other stop strings.
     """
 
     ends: Collection[int]
     stop_tokens: Collection[int]
     stops: Sequence[str]
+
+
+def text_ends(model: Any, tokenizer: Any, stop: Sequence[str]) -> TextEnds:
+    """What ends the texts of a model, with these stop strings."""
+    ends = end_tokens(model, tokenizer)
+    stops, stop_tokens = split_stops(tokenizer, stop, ends)
+    return TextEnds(ends, stop_tokens, stops)
 
 
 class RowStream:
@@ -56,7 +65,9 @@ class RowStream:
         on_end: Callable[[str], object],
     ) -> None:
         self._limit, self._text_ends, self._on_end = limit, text_ends, on_end
-        self._stream = PieceStreamer(PieceDecoder(tokenizer), on_token, num_layers, text_ends.stops)
+        self._stream = PieceStreamer(
+            PieceDecoder(tokenizer, text_ends.ends), on_token, num_layers, text_ends.stops
+        )
         self._stream.put(torch.empty(0))  # the prompt, of which nothing is told
         self._count = 0
 

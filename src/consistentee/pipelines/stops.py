@@ -6,23 +6,25 @@ The text ends before the stop string; the tokens that it took were generated and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from consistentee.inference.decoder.known_processors import TextCriteria
-from consistentee.pipelines.pieces import decode_pieces
+from consistentee.pipelines.pieces import decode_pieces, tokens_without_text
 
 WIDER = 16
 """Tokens that are looked at beside those that a stop string can take: a text's first ones may decode to less."""
 
 
-def split_stops(tokenizer: Any, stop: Sequence[str]) -> tuple[list[str], set[int]]:
-    """Stop strings, and the special tokens whose names are among them."""
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return [text for text in stop if text not in special], {special[text] for text in stop if text in special}
+def split_stops(
+    tokenizer: Any, stop: Sequence[str], ends: Collection[int] = ()
+) -> tuple[list[str], set[int]]:
+    """Stop strings, and the tokens without text (see `tokens_without_text`) whose names are among them."""
+    names = tokens_without_text(tokenizer, ends)
+    return [text for text in stop if text not in names], {names[text] for text in stop if text in names}
 
 
 def find_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
@@ -89,11 +91,15 @@ class StopTexts(TextCriteria):
         tokenizer: of the text.
         stops: stop strings, none empty.
         prompt_length: tokens before the new ones, padding among them.
+        ends: token ids that end a text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str], prompt_length: int, ends: Collection[int] = ()
+    ) -> None:
         self._tokenizer, self._stops, self._prompt_length = tokenizer, stops, prompt_length
-        self._special = set(tokenizer.all_special_ids)
+        self._ends = ends
+        self._without_text = {*tokens_without_text(tokenizer, ends).values(), *ends}
         self._window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + WIDER
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
@@ -102,8 +108,10 @@ class StopTexts(TextCriteria):
         return torch.tensor([self._ended(row) for row in rows], device=input_ids.device)
 
     def _ended(self, token_ids: list[int]) -> bool:
-        newest = [token for token in token_ids if token not in self._special][-self._window :]
+        newest = [token for token in token_ids if token not in self._without_text][-self._window :]
         text = str(self._tokenizer.decode(newest, clean_up_tokenization_spaces=False)) if newest else ""
         if find_stop(text, self._stops) is None:
             return False
-        return find_stop("".join(decode_pieces(self._tokenizer, token_ids)), self._stops) is not None
+        return (
+            find_stop("".join(decode_pieces(self._tokenizer, token_ids, self._ends)), self._stops) is not None
+        )

@@ -155,8 +155,9 @@ class CopiedStates:
                 padding = input_ids.shape[1] - len(prompt)
                 self.cache.copy_row(place + number, batch.cache, number, padding, len(prompt))
             lengths += [len(prompt) for prompt in group]
+        outputs = _together(entered)
         self._lengths += lengths
-        return _together(entered)
+        return outputs
 
     def step(self, tokens: Tensor) -> tuple[Tensor, list[int]]:
         """As `ContinuousDecoding.step`."""
@@ -182,9 +183,9 @@ class CopiedStates:
 
     def remove(self, row: int) -> None:
         """As `ContinuousDecoding.remove`."""
+        self.cache.remove_row(row, self._lengths)
         last = self._lengths.pop()
         if row < len(self._lengths):
-            self.cache.copy_row(row, self.cache, len(self._lengths), 0, last)
             self._lengths[row] = last
 
 
@@ -220,8 +221,9 @@ class ExactStates:
                 self.cache.copy_row(place + number, batch.cache, row.cache_row, row.padding, length)
                 pending = [replace(token, slot=token.slot - row.padding) for token in row.pending]
                 joined.append(RowState(place + number, 0, length, pending))
+        outputs = _together(entered)
         self._batch.rows += joined
-        return _together(entered)
+        return outputs
 
     def step(self, tokens: Tensor) -> tuple[Tensor, list[int]]:
         """As `ContinuousDecoding.step`."""
@@ -230,9 +232,9 @@ class ExactStates:
     def remove(self, row: int) -> None:
         """As `ContinuousDecoding.remove`."""
         rows = self._batch.rows
+        self.cache.remove_row(row, [state.length for state in rows])
         last = rows.pop()
         if row < len(rows):
-            self.cache.copy_row(row, self.cache, last.cache_row, 0, last.length)
             rows[row] = replace(last, cache_row=row)
 
 

@@ -204,6 +204,17 @@ class Layer:
         rows, tokens, heads, size = query.shape
         pairs = self.num_key_value_heads
         group = heads // pairs
+        if (
+            tokens > size and self.softcap is None
+        ):  # a prompt: its mask is larger than keys, and is not copied
+            grouped = bias is None or _masks_grouped_heads(query.device)
+            if not grouped:
+                keys, values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
+            mask = None if bias is None else bias[:, None]
+            attended = functional.scaled_dot_product_attention(
+                query.transpose(1, 2), keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=grouped
+            )
+            return attended.transpose(1, 2).reshape(rows * tokens, heads * size)
         if tokens == 1:  # the heads of a group stand where tokens would: no key is repeated
             grouped = query.view(rows, pairs, group, size)
         else:
@@ -356,6 +367,11 @@ def _residual(
     residual: Tensor, states: Tensor, add: Callable[[Tensor | None, Tensor], Tensor], norm: Map | None
 ) -> Tensor:
     return add(residual, states) if norm is None else residual + norm(add(None, states))
+
+
+def _masks_grouped_heads(device: torch.device) -> bool:
+    """Whether attention with a mask and fewer key/value heads than heads has a kernel that keeps no scores."""
+    return device.type == "cpu"
 
 
 def _optional_norm(module: nn.Module | None, kind: str) -> Map | None:

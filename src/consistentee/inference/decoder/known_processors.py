@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers
-from transformers import StoppingCriteria
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 PROCESSORS = (
     "EncoderNoRepeatNGramLogitsProcessor",
@@ -51,3 +53,19 @@ def stateful(processors: Sequence[Any], criteria: Sequence[Any], rows: int) -> l
     asked = [*processors, *(criteria if rows > 1 else ())]
     others = [one for one in asked if type(one) not in known and not isinstance(one, TextCriteria)]
     return list(dict.fromkeys(str(getattr(one, "__name__", type(one).__name__)) for one in others))
+
+
+class RecordedEnds(StoppingCriteriaList):
+    """Stopping criteria that keep, of every token in `running`, which rows it was for: (rows,) bool each."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self.running: list[Tensor] = []
+        self._ended: Any = False
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Which rows have ended, (rows,) bool."""
+        found: Any = super().__call__(input_ids, scores, **kwargs)
+        self.running.append(torch.ones_like(found) & ~torch.as_tensor(self._ended, device=found.device))
+        self._ended = self._ended | found
+        return found

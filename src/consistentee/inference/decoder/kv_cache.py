@@ -7,6 +7,8 @@ all layers lets the keys and values of many skipped layers be written at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,14 @@ class DecoderCache:
         """Take over so many slots of a row of this cache or another one, from the `first` on; they begin at 0 here."""
         kept = source.storage[:, :, source_row, :, first : first + tokens]
         self.storage[:, :, row, :, :tokens] = kept
+
+    def remove_row(self, row: int, lengths: Sequence[int]) -> None:
+        """Of rows with so many tokens, the last takes the place of this one; what that frees holds zeros again."""
+        last = len(lengths) - 1
+        if row < last:
+            self.copy_row(row, self, last, 0, lengths[last])
+            self.storage[:, :, row, :, lengths[last] : lengths[row]] = 0
+        self.storage[:, :, last, :, : lengths[last]] = 0
 
     def keep(self, rows: Tensor) -> None:
         """Keep these rows only, (kept,) int64, in this order."""

@@ -194,6 +194,29 @@ def test_answers_of_a_conversation_stay_together() -> None:
     assert data.split(0.3, seed=2) != (kept, held)
 
 
+@pytest.mark.parametrize(
+    "columns, named",
+    [
+        (("input", "context", "output"), {"prompt_column": "input"}),
+        (("input", "nothing", "output"), {"prompt_column": "input"}),
+        (("question", "nothing", "input"), {"response_column": "input"}),
+        (("question", "input", "instruction"), {"response_column": "instruction"}),
+        (("output", "ask", "answer"), {"prompt_column": "output", "input_column": "ask"}),
+    ],
+)
+def test_held_out_instructions_are_read_back(
+    tmp_path: Path, columns: tuple[str, ...], named: dict[str, str]
+) -> None:
+    rows = [{column: f"{column} {row}" for column in columns} for row in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = TrainingDataOptions(train_file=path, **named)
+    data = training_data(options, Recipe(), GENERATORS, seed=0).evaluation
+    _, again = load_generation_files(None, save_held_out(tmp_path, data, options), **named)
+    assert again.prompts() == data.prompts()
+    assert again.references == data.references
+
+
 def test_training_evaluation_and_the_held_out_file(tmp_path: Path) -> None:
     rows = [{"conversations": SHAREGPT[: 3 + 2 * (row % 2)]} for row in range(20)]
     path = written(tmp_path / "chat.json", rows, indent=1)

@@ -11,6 +11,7 @@ from typing import Any
 from consistentee.atomic_files import write_text
 from consistentee.cli.kinds import GENERATORS, Kind
 from consistentee.cli.options import DataOptions, TrainingDataOptions, check_column_count
+from consistentee.data.generation import INPUT_COLUMNS, PROMPT_COLUMNS, RESPONSE_COLUMNS
 from consistentee.data.recipes import Recipe
 from consistentee.data.rows import InstructionDataset, TextDataset, split_rows
 from consistentee.data.tasks import get_task
@@ -169,13 +170,19 @@ def _records(rows: AnyRows, options: TrainingDataOptions) -> Iterator[dict[str, 
             named = dict(zip(options.text_columns or (), texts, strict=True))
             yield {**named, options.label_column or "": rows.label_names[label]}
         return
-    given = options.columns(GENERATORS).values()
-    columns = [name or usual for name, usual in zip(given, ("instruction", "input", "output"), strict=True)]
+    given = tuple(options.columns(GENERATORS).values())
+    usual = (PROMPT_COLUMNS, INPUT_COLUMNS, RESPONSE_COLUMNS)  # of which a named column has another role
+    columns = [
+        name or next((free for free in known if free not in given), "")
+        for name, known in zip(given, usual, strict=True)
+    ]
+    optional = columns[1] if options.input_column is None else None
     of = rows.conversations
     for row, (instruction, context, history) in enumerate(rows.prompts()):
         reference = rows.references[row]
         if of is None:
-            yield dict(zip(columns, (instruction, context, reference), strict=True))
+            values = zip(columns, (instruction, context, reference), strict=True)
+            yield {column: text for column, text in values if text or column != optional}
         elif row + 1 == len(rows) or of[row] != of[row + 1]:
             turns = [*history, ("user", instruction), ("assistant", reference)]
             yield {"messages": [{"role": role, "content": text} for role, text in turns]}

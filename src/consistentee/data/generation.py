@@ -75,7 +75,8 @@ def load_generation_files(
             to learn: one a line, or, where there are blank lines, one between two of them. None for none.
         eval_file: The same; of a folder with several splits, "validation" is read, else "test".
         prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the file has.
-        input_column: Column of the input; None takes the first of INPUT_COLUMNS, if there is one.
+        input_column: Column of the input, which rows may lack; None takes, row by row, the first of INPUT_COLUMNS that is
+            there and not named for something else.
         response_column: Column of the response; None takes the first of RESPONSE_COLUMNS that the file has.
 
     Returns:
@@ -105,11 +106,15 @@ def load_generation_files(
         free = [column for column in columns if column not in named]  # a named column has its one role
         prompt = prompt_column or _known(table, 1, free, PROMPT_COLUMNS, "instruction")
         response = response_column or _known(table, 1, free, RESPONSE_COLUMNS, "response")
-        context = input_column or next((name for name in INPUT_COLUMNS if name in free), INPUT_COLUMNS[0])
-        for column in (prompt, response, *([] if input_column is None else [input_column])):
+        for column in (prompt, response):
             if column not in columns:
                 raise table.error(1, f'There is no column "{column}".', f"Columns here: {quoted(columns)}.")
-        return _read(table, (PromptColumns(response, prompt, context),), "")
+        data = _read(table, (PromptColumns(response, prompt, input_column),), "")
+        if input_column is not None and input_column not in columns and not any(data.inputs):
+            raise table.error(
+                None, f'There is no column "{input_column}".', f"Columns here: {quoted(columns)}."
+            )
+        return data
 
     return rows(train_file), rows(eval_file, ("validation", "test"))
 
@@ -158,7 +163,7 @@ def _prompts(table: Table, prompt_column: str | None, input_column: str | None) 
     for row, values in table.rows:
         free = [column for column in values if column not in (prompt_column, input_column)]
         prompt = prompt_column or _known(table, row, free, PROMPT_COLUMNS, "prompt")
-        context = input_column or next((name for name in INPUT_COLUMNS if name in free), None)
+        context = input_column or _usual_input(free)
         (text,) = table.texts_of(row, values, (prompt,))
         yield {"prompt": text, "input": _optional_text(table, row, values, context)}
 
@@ -187,6 +192,11 @@ def _known(table: Table, row: int, columns: Sequence[str], known: Sequence[str],
         problem = f"None of its columns is known to hold the {what}: {quoted(columns)}."
         raise table.error(row, problem, f"Name the column, or call it one of {quoted(known)}.")
     return found
+
+
+def _usual_input(columns: Sequence[str]) -> str | None:
+    """The first of INPUT_COLUMNS that is there, None where none is."""
+    return next((name for name in INPUT_COLUMNS if name in columns), None)
 
 
 def _optional_text(table: Table, row: int, values: Mapping[str, Any], column: str | None) -> str:
@@ -232,7 +242,8 @@ def _row(table: Table, number: int, values: Mapping[str, Any], layout: PromptCol
         return "", prompt if layout.clean_input is None else layout.clean_input(prompt), reference
     if layout.split_prompt is not None:
         return *layout.split_prompt(prompt), reference
-    return prompt, _optional_text(table, number, values, layout.input), reference
+    context = layout.input or _usual_input([name for name in values if name not in layout.needed])
+    return prompt, _optional_text(table, number, values, context), reference
 
 
 def _without_last(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ def test_labels_are_reported_on_and_not_learnt_from(original: Path, tmp_path: Pa
     assert 0.3 < with_labels["full_depth_accuracy"] < 0.8  # a random model
     assert without["accuracy"] is None
     assert with_labels["curve"] == without["curve"]
+
+
+def test_texts_of_standard_input(
+    original: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = write_csv(tmp_path / "more.csv", tiny_dataset(60, seed=6))
+    found: list[dict[str, Any]] = []
+    for given in ("-", str(texts)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(texts.read_bytes())))
+        folder, figures = tmp_path / f"exits-{len(found)}", tmp_path / "figures.json"
+        command = ["retrofit", str(original), "--texts", str(more), given, "--output-dir", str(folder)]
+        assert main([*command, *QUICK.split(), "--json", str(figures)]) == 0
+        found.append(json.loads(figures.read_text()))
+    assert found[0]["curve"] == found[1]["curve"]
 
 
 def test_too_few_texts_certify_nothing_and_it_is_said(

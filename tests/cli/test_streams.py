@@ -125,9 +125,7 @@ def test_another_broken_pipe_is_a_failure(
     ],
 )
 def test_a_hyphen_goes_to_its_option_or_is_the_file(line: str, name: str, value: object) -> None:
-    _, bound, _ = cli.app.parse_args(
-        cli.place_hyphens(line.split()), exit_on_error=False, print_error=False
-    )
+    _, bound, _ = cli.app.parse_args(cli.place_hyphens(line.split()), exit_on_error=False, print_error=False)
     assert bound.arguments[name] == value
 
 

@@ -12,6 +12,7 @@ from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import DataOptions, Flag, check_one_or_two
 from consistentee.cli.terminal import at_least_one, say, tuned_note, usage
 from consistentee.config import Criterion
+from consistentee.data.files import TO_CERTIFY
 from consistentee.errors import UsageError
 
 EXITS_CHOSEN_BY = 0.5
@@ -47,7 +48,8 @@ def calibrate(
 
     Args:
         model: Folder of a trained classifier.
-        file: Texts without labels, in every form that predict reads; "-" is standard input.
+        file: Texts without labels, in every form that predict reads; "-" is standard input. Of a data set with several
+            splits, "validation" is read, else "test"; that of the training would certify nothing.
         max_disagreement: Share of inputs, such as 0.01, that may get another class than at full depth. Needs no labels.
         max_accuracy_loss: Share of inputs that may be wrong where full depth is right. Needs labels.
         min_speedup: Layers over mean exit layer, such as 2, or with --clock time; the certificate says what is lost at
@@ -283,7 +285,7 @@ def _check_rows(file: str | None, data: DataOptions, goal: str) -> None:
 def _rows(file: str | None, data: DataOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:
     """Labelled rows, or texts, drawn at random where there are more than are wanted; and where they come from."""
     if file is not None:
-        return read_all_texts(file, data.text_columns, saved, max_samples)
+        return read_all_texts(file, data.text_columns, saved, max_samples, TO_CERTIFY)
     from consistentee.data.rows import split_rows
 
     rows = evaluation_data(data, CLASSIFIERS, saved.task, label_names=saved.label_names)

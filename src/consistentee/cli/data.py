@@ -11,6 +11,7 @@ from typing import Any
 from consistentee.atomic_files import write_text
 from consistentee.cli.kinds import GENERATORS, Kind
 from consistentee.cli.options import DataOptions, TrainingDataOptions, check_column_count
+from consistentee.data.files import TO_ANSWER, read_texts
 from consistentee.data.generation import INPUT_COLUMNS, PROMPT_COLUMNS, RESPONSE_COLUMNS
 from consistentee.data.recipes import Recipe
 from consistentee.data.rows import InstructionDataset, TextDataset, split_rows
@@ -106,7 +107,11 @@ def evaluation_data(
 
 
 def read_all_texts(
-    file: str, text_columns: Sequence[str] | None, saved: Any, max_samples: int | None = None
+    file: str,
+    text_columns: Sequence[str] | None,
+    saved: Any,
+    max_samples: int | None = None,
+    splits: Sequence[str] = TO_ANSWER,
 ) -> tuple[list[tuple[str, ...]], str]:
     """The texts of a file, in every form that `predict` reads.
 
@@ -115,6 +120,7 @@ def read_all_texts(
         text_columns: one or two, or None for the usual names.
         saved: the classifier that is to read them.
         max_samples: at most so many, drawn at random, in their order; None takes all.
+        splits: of a data set that has several, the first of these that is there.
 
     Returns:
         The texts, and what to call their source.
@@ -124,11 +130,10 @@ def read_all_texts(
         DataError: the file is missing, empty or broken.
     """
     from consistentee.cli.terminal import say_reading
-    from consistentee.data.files import read_texts
 
     say_reading(file, "texts")
     check_column_count(text_columns, saved.text_pairs, saved.name)
-    texts = list(read_texts(file, text_columns, pairs=saved.text_pairs))
+    texts = list(read_texts(file, text_columns, pairs=saved.text_pairs, splits=splits))
     if max_samples is not None and max_samples < len(texts):
         texts = [texts[row] for row in split_rows(len(texts), max_samples / len(texts), seed=0)[1]]
     return texts, "standard input" if file == "-" else file

@@ -33,7 +33,8 @@ def probe_command(
     Args:
         model: Hugging Face sequence classifier, or plain model of `consistentee finetune`: a folder, or a name on the
             hub.
-        texts: Files of texts in every form that `predict` reads; "-" is standard input.
+        texts: Files of texts in every form that `predict` reads; "-" is standard input. Of a data set with several
+            splits, "train" is read.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
         seconds: Time to keep to, about; texts are read as it allows.
         seed: Of everything drawn.

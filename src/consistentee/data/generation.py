@@ -75,7 +75,7 @@ def load_generation_files(
             to learn: one a line, or, where there are blank lines, one between two of them. None for none.
         eval_file: The same; of a folder with several splits, "validation" is read, else "test".
         prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the file has.
-        input_column: Column of the input, which rows may lack; None takes the first of INPUT_COLUMNS that the row has and
+        input_column: Column of the input, which rows may lack; None takes the first of INPUT_COLUMNS that a row has and
             that is not named for something else.
         response_column: Column of the response; None takes the first of RESPONSE_COLUMNS that the file has.
 

@@ -217,6 +217,13 @@ def test_held_out_instructions_are_read_back(
     assert again.references == data.references
 
 
+@pytest.mark.parametrize("texts", [["one\n two"], ["one\ntwo", "three"], ["one"]])
+def test_held_out_texts_are_read_back(tmp_path: Path, texts: list[str]) -> None:
+    none = [""] * len(texts)
+    path = save_held_out(tmp_path, InstructionDataset(none, none, texts, ""), TrainingDataOptions())
+    assert load_generation_files(None, path)[1].references == texts
+
+
 def test_training_evaluation_and_the_held_out_file(tmp_path: Path) -> None:
     rows = [{"conversations": SHAREGPT[: 3 + 2 * (row % 2)]} for row in range(20)]
     path = written(tmp_path / "chat.json", rows, indent=1)

@@ -345,6 +345,8 @@ def test_plain_texts(tmp_path: Path) -> None:
     by_line, by_block = load_generation_files(lines, blocks)
     assert by_line == InstructionDataset(["", ""], ["", ""], ["one", " two\t2"], str(lines))
     assert by_block.references == ["one\n two", "three"]
+    lone = write(tmp_path / "lone.txt", " ", "one", " two", "", "")
+    assert load_generation_files(lone, None)[0].references == ["one\n two"]
     for content, message in (("\n \n", "There is no text in it"), (None, "There is no such file")):
         path = tmp_path / "none.txt" if content is None else write(tmp_path / "empty.txt", content)
         with pytest.raises(DataError, match=message):

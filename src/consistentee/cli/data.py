@@ -155,12 +155,12 @@ def save_held_out(folder: Path, rows: AnyRows, options: TrainingDataOptions) -> 
     """Keep the rows that were cut from the training file, so that --eval-file reads them.
 
     Returns:
-        The file: JSON lines with the columns that were named, or of conversations ("messages"), or texts with blank
-        lines between them.
+        The file: JSON lines with the columns that were named, or of conversations ("messages"), or texts with a
+        blank line before each.
     """
     if isinstance(rows, InstructionDataset) and not any(rows.instructions) and not any(rows.inputs):
         path = folder / HELD_OUT_TEXTS
-        write_text(path, "\n\n".join(rows.references) + "\n")
+        write_text(path, "".join(f"\n{text}\n" for text in rows.references))
         return path
     path = folder / HELD_OUT_FILE
     lines = (json.dumps(values, ensure_ascii=False) for values in _records(rows, options))

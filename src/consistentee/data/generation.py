@@ -72,7 +72,8 @@ def load_generation_files(
     Args:
         train_file: CSV, TSV, JSON or Parquet file, or a `datasets.save_to_disk` folder, of instructions and responses,
             or of conversations (`conversations.read_turns`), whose answers are a row each; or a `.txt` file of texts
-            to learn: one a line, or, where there are blank lines, one between two of them. None for none.
+            to learn: one a line, or, where a blank line is before or between them, all lines up to the next blank
+            one. None for none.
         eval_file: The same; of a folder with several splits, "validation" is read, else "test".
         prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the file has.
         input_column: Column of the input, which rows may lack; None takes the first of INPUT_COLUMNS that a row has and
@@ -171,17 +172,18 @@ def _prompts(table: Table, prompt_column: str | None, input_column: str | None) 
 def _plain_texts(path: Path) -> InstructionDataset:
     if not path.is_file():
         raise DataError("There is no such file or folder.", file=path, remedy="Check the path.")
-    text = "".join(line for _, line in file_lines(path)).replace("\r\n", "\n").strip("\n")
+    text = "".join(line for _, line in file_lines(path)).replace("\r\n", "\n")
     blocks: list[list[str]] = [[]]
     for line in text.split("\n"):
         if line.strip():
             blocks[-1].append(line)
-        elif blocks[-1]:
+        else:
             blocks.append([])
-    blocks = [block for block in blocks if block]
+    while blocks and not blocks[-1]:  # a blank line at the end says nothing
+        blocks.pop()
     if not blocks:
         raise DataError("There is no text in it.", file=path, remedy="Give at least one text.")
-    texts = ["\n".join(block) for block in blocks] if len(blocks) > 1 else blocks[0]
+    texts = ["\n".join(block) for block in blocks if block] if len(blocks) > 1 else blocks[0]
     return InstructionDataset([""] * len(texts), [""] * len(texts), texts, str(path))
 
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import DataOptions, Flag, check_one_or_two
-from consistentee.cli.terminal import at_least_one, say, tuned_note, usage
+from consistentee.cli.terminal import at_least_one, check_json_file, save_figures, say, tuned_note, usage
 from consistentee.config import Criterion
 from consistentee.data.files import TO_CERTIFY
 from consistentee.errors import UsageError
@@ -73,6 +73,7 @@ def calibrate(
         debug: Show tracebacks and the messages of other libraries.
     """
     at_least_one(batch_size=batch_size, max_samples=max_samples)
+    check_json_file(json_file)
     goal, target = _goal(max_disagreement, max_accuracy_loss, min_speedup, confidence)
     data = data or DataOptions()
     _check_rows(file, data, goal)
@@ -139,13 +140,10 @@ def calibrate(
         source=source,
         progress=True,
     )
-    if json_file is not None:
-        from consistentee.atomic_files import write_json
-
-        chosen = {} if choice is None else {"exit_choice": choice.to_dict()}
-        write_json(json_file, {**found.to_dict(), "name": name, **chosen})
-    lines = calibration_lines(found)
+    lines, chosen = calibration_lines(found), {} if choice is None else {"exit_choice": choice.to_dict()}
+    figures = {**found.to_dict(), "name": name, **chosen}
     if not found.certified:
+        save_figures(figures, json_file)
         raise ValueError(lines[0])
     if subset is not None and output_dir is not None:
         from consistentee.models.exit_subsets import save_with_exit_layers
@@ -161,6 +159,7 @@ def calibrate(
 
     enter_operating_points(folder)
     say(f'Kept as operating point "{name}": consistentee predict {model} --operating-point {name}')
+    save_figures(figures, json_file)
 
 
 def _exit_layers(

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from consistentee.cli.options import Columns, Flag, check_one_or_two
 from consistentee.cli.retrofit import read_texts_of
-from consistentee.cli.terminal import save_figures, say
+from consistentee.cli.terminal import check_json_file, save_figures, say
 from consistentee.errors import UsageError
 
 
@@ -42,6 +42,7 @@ def probe_command(
         debug: Show tracebacks and the messages of other libraries.
     """
     check_one_or_two(text_columns)
+    check_json_file(json_file)
     if not 0 < seconds < math.inf:
         raise UsageError(f"--seconds must be above 0, got {seconds:g}.")
     from consistentee.evaluation.probe import probe
@@ -49,7 +50,7 @@ def probe_command(
     report = probe(model, read_texts_of(model, texts, text_columns), seconds=seconds, seed=seed)
     for line in probe_lines(report):
         say(line)
-    save_figures(report.to_dict(), json_file, None, lambda path: None)
+    save_figures(report.to_dict(), json_file)
 
 
 def probe_lines(report: Any) -> list[str]:

@@ -27,6 +27,7 @@ from consistentee.cli.options import (
 )
 from consistentee.cli.terminal import (
     at_least_one,
+    check_json_file,
     check_plot_file,
     console,
     save_figures,
@@ -119,6 +120,7 @@ def retrofit_command(
     """
     check_one_or_two(text_columns)
     at_least_one(max_texts=max_texts)
+    check_json_file(json_file)
     check_plot_file(plot)
     if label_column is not None and text_columns is None:
         raise UsageError("--label-column goes with --text-columns.")

@@ -93,11 +93,11 @@ def read_source(
     """What a function makes of the rows of an input, one after the other, without ever holding the whole input.
 
     Args:
-        source: A file, "-" for standard input, an open stream, or `hf:user/name` (`hub_source`). Files go by their
-            ending: `.csv` and `.tsv` with a header line, `.jsonl` and `.json` (objects, one a line or in one array),
-            `.parquet`, anything else plain text. A stream is JSON lines if it starts with "{", an array if with "[{",
-            else plain text, or, where columns are named, a table with a header line (TSV if that has a tab). Plain text
-            is one column, "text", or two, "text_a" and "text_b".
+        source: A file, "-" for standard input, an open stream, a `datasets` folder, or `hf:user/name` (`hub_source`).
+            Files go by their ending: `.csv` and `.tsv` with a header line, `.jsonl` and `.json` (objects, one a line or
+            in one array), `.parquet`, anything else plain text. A stream, also a pipe or a device by its name, is JSON
+            lines if it starts with "{", an array if with "[{", else plain text, or, where columns are named, a table
+            with a header line (TSV if that has a tab). Plain text is one column, "text", or two, "text_a" and "text_b".
         read: Takes the table.
         named: Whether columns are named.
         pairs: Whether a tab in plain text separates the two texts of a pair; None lets the first line decide.
@@ -107,23 +107,28 @@ def read_source(
         DataError: A file that is missing; others as they are read.
     """
     if not isinstance(source, (str, os.PathLike)):
-        stream, file = source, str(getattr(source, "name", "the stream"))
+        file = str(getattr(source, "name", "the stream"))
+        lines = decoded_lines(source, file)
     elif os.fspath(source) == "-":
-        stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
-    elif os.fspath(source).startswith(HUB_PREFIX):
+        file = "standard input"
+        lines = decoded_lines(getattr(sys.stdin, "buffer", sys.stdin), file)
+    elif os.fspath(source).startswith(HUB_PREFIX) or Path(source).is_dir():
         table = open_table(source, splits=splits)
         if table.split is not None:
             _log.warning('Of the splits of %s, "%s" is read.', os.fspath(source), table.split)
         return read(table)
     else:
         path = Path(source)
-        if not path.is_file():
+        if not path.exists():
             remedy = 'Check the path, or give "-" for standard input.'
             raise DataError("There is no such file.", file=path, remedy=remedy)
-        return read(open_table(path) if path.suffix.lower() in FORMATS else _text_table(path, pairs=pairs))
+        if path.is_file():
+            return read(
+                open_table(path) if path.suffix.lower() in FORMATS else _text_table(path, pairs=pairs)
+            )
+        file, lines = str(path), file_lines(path)
 
     def of_stream() -> Iterator[T]:
-        lines = decoded_lines(stream, file)
         first = list(itertools.islice(lines, 1))
         begin = first[0][1] if first else ""
         table_format = "text" if not named else "tsv" if "\t" in begin else "csv"
@@ -134,9 +139,19 @@ def read_source(
     return of_stream()
 
 
+def is_stream(source: str) -> bool:
+    """Whether it can be read once only: standard input, a pipe or a device."""
+    return source == "-" or (
+        Path(source).exists() and not Path(source).is_file() and not Path(source).is_dir()
+    )
+
+
 def has_columns(source: str) -> bool:
-    """Whether a file or data set by name has columns; plain text has none, and standard input as it is read."""
-    return source.startswith(HUB_PREFIX) or Path(source).suffix.lower() in FORMATS
+    """Whether a file or data set by name has columns; plain text has none, and a stream as it is read."""
+    if is_stream(source):
+        return False
+    path = Path(source)
+    return source.startswith(HUB_PREFIX) or path.suffix.lower() in FORMATS or path.is_dir()
 
 
 def read_texts(

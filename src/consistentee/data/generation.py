@@ -170,7 +170,7 @@ def _prompts(table: Table, prompt_column: str | None, input_column: str | None) 
 
 
 def _plain_texts(path: Path) -> InstructionDataset:
-    if not path.is_file():
+    if not path.exists():
         raise DataError("There is no such file or folder.", file=path, remedy="Check the path.")
     text = "".join(line for _, line in file_lines(path)).replace("\r\n", "\n")
     blocks: list[list[str]] = [[]]

@@ -263,8 +263,26 @@ def test_what_a_file_is_for(
     assert columns.kind() is CLASSIFIERS
     if kind is CLASSIFIERS:
         assert main(["train", "--output-dir", "o", "--backbone", "b", "--train-file", str(path)]) == 2
-        assert "--train-file needs --text-columns and --label-column to classify" in capsys.readouterr().err
-    assert TrainingDataOptions(train_file=tmp_path / "none.json").kind() is CLASSIFIERS
+        message = "--train-file needs --text-columns and --label-column to classify, or --response-column to generate"
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "rows.jsonl: There is no such file or folder. Check the path."),
+        ("", "rows.jsonl: There is no row of data in it."),
+        ("{,}\n", "rows.jsonl, line 1: "),
+    ],
+)
+def test_a_file_that_cannot_say_what_it_is_for(
+    tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    assert main(["train", "--output-dir", "o", "--backbone", "b", "--train-file", str(path)]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_alpaca_data_json(tmp_path: Path) -> None:

@@ -129,12 +129,12 @@ def conversation_column(columns: Sequence[str], named: Sequence[str] = ()) -> st
 def holds_text_to_generate(path: str | os.PathLike[str]) -> bool:
     """Whether a file's columns say that it is to generate from: conversations, or instructions with responses.
 
-    Nothing but its first row is read; what cannot be read is none.
+    Nothing but its first row is read.
+
+    Raises:
+        DataError: The file is missing or its beginning broken.
     """
-    try:
-        columns, _ = open_table(path).with_columns()
-    except DataError:
-        return False
+    columns, _ = open_table(path).with_columns()
     asks = "instruction" in columns and any(name in columns for name in RESPONSE_COLUMNS)
     return asks or conversation_column(columns) is not None
 

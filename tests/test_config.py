@@ -227,6 +227,9 @@ def test_a_recipe_holds_settings_task_and_backbone(tmp_path: Path):
         ("", r"Recipe .*r.yaml must be a mapping of settings, got NoneType"),
         ("a: [1\n", r"Recipe .*r.yaml is not valid YAML: "),
         ("!!python/object/apply:os.getcwd []\n", r"Recipe .*r.yaml is not valid YAML: "),
+        ("task: 5\n", r"Recipe .*r.yaml: task must be text, got 5\. Write a name, in quotes if"),
+        ("backbone: 5\n", r"Recipe .*r.yaml: backbone must be text, got 5"),
+        ("method: [consistent]\n", r"Recipe .*r.yaml: method must be text, got \['consistent'\]"),
         ("1: 2\n", r'Recipe .*r.yaml: "1" is not a training setting'),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from consistentee.cli.main import main
+from consistentee.cli.terminal import check_json_file
 from saved_generators import generator_folder
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 
@@ -156,6 +158,50 @@ def test_too_few_rows(call: Call, shared: Path, model: Path, tmp_path: Path) -> 
     assert (model / "config.json").read_bytes() == before
     found = json.loads(file.read_text(encoding="utf-8"))
     assert (found["certified"], found["threshold"], found["num_rows"]) == (False, None, 244)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "calibrate model --file rows.txt --max-disagreement 0.2",
+        "evaluate model --texts rows.txt",
+        "benchmark model --data-file rows.txt",
+        "probe model --texts rows.txt",
+        "retrofit model --texts rows.txt --output-dir out",
+    ],
+)
+def test_a_file_of_figures_is_checked_before_the_work(
+    call: Call, shared: Path, arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shared)
+    for file, message in (
+        ("backbone", '--json must be a file, got the folder "backbone". Give the name of a file in it.'),
+        ("rows.txt/new/found.json", f'--json must lie in a folder, and "{shared / "rows.txt"}" is none.'),
+    ):
+        outcome = call(*arguments.split(), "--json", file)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+    assert not (shared / "out").exists()
+
+
+def test_files_of_figures_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "there.json").touch()
+    for file in (tmp_path / "there.json", tmp_path / "new" / "a.json", Path(os.devnull), None):
+        check_json_file(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
+
+
+def test_a_certificate_outlasts_its_figures(
+    call: Call, shared: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("consistentee.atomic_files.write_json", full)
+    goal = ("--file", shared / "rows.txt", "--max-disagreement", 0.2, "--json", tmp_path / "found.json")
+    outcome = call("calibrate", model, *goal)
+    assert (outcome.code, outcome.err) == (1, "consistentee: No space left on device\n")
+    assert points(model)["calibrated"]["certificate"]["target"] == 0.2
 
 
 def test_with_labels_and_for_a_budget(call: Call, shared: Path, model: Path) -> None:

@@ -146,7 +146,6 @@ class TestUsage:
             ("train --output-dir o --task sst2", "Give --backbone"),
             ("train --output-dir o --backbone b", "Give --task, or --train-file"),
             ("train --output-dir o --backbone b --task sst2 --train-file f", "exclude each other"),
-            ("train --output-dir o --backbone b --train-file f", "needs --text-columns and --label-column"),
             ("train --output-dir o --backbone b --task sst2 --text-columns a", "a task knows its own"),
             (
                 "train --output-dir o --backbone b --task sst2 --eval-file e",

@@ -404,7 +404,6 @@ class TestTrain:
             ("--task alpaca --prompt-column a", "a task knows its own"),
             ("--task sst2 --response-column a", "go with text to generate"),
             ("--train-file f --prompt-column a --label-column b", "exclude each other"),
-            ("--train-file f.csv", "or --response-column to generate text"),
             ("--train-file f.txt --task alpaca", "--task and --train-file exclude each other"),
             (
                 "--task alpaca --backbone-training full --lora-rank 4",
@@ -437,7 +436,6 @@ class TestKind:
             ({}, "xsum", GENERATORS),
             ({}, None, CLASSIFIERS),
             ({"train_file": Path("a.txt")}, None, GENERATORS),
-            ({"train_file": Path("a.csv")}, "xsum", CLASSIFIERS),
             ({"train_file": Path("a.csv"), "response_column": "r"}, None, GENERATORS),
             (
                 {"train_file": Path("a.csv"), "text_columns": ["t"], "label_column": "l"},

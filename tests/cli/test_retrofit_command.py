@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,50 @@ def test_labels_are_reported_on_and_not_learnt_from(original: Path, tmp_path: Pa
     assert 0.3 < with_labels["full_depth_accuracy"] < 0.8  # a random model
     assert without["accuracy"] is None
     assert with_labels["curve"] == without["curve"]
+
+
+def test_texts_of_standard_input(
+    original: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = write_csv(tmp_path / "more.csv", tiny_dataset(60, seed=6))
+    found: list[dict[str, Any]] = []
+    for given in ("-", str(texts)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(texts.read_bytes())))
+        folder, figures = tmp_path / f"exits-{len(found)}", tmp_path / "figures.json"
+        command = ["retrofit", str(original), "--texts", str(more), given, "--output-dir", str(folder)]
+        assert main([*command, *QUICK.split(), "--json", str(figures)]) == 0
+        found.append(json.loads(figures.read_text()))
+    assert found[0]["curve"] == found[1]["curve"]
+
+
+def test_labels_where_there_are_some(
+    original: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, file = tiny_dataset(200, seed=8), tmp_path / "rows.jsonl"
+    values = [
+        {"text": text, "label": rows.label_names[label]}
+        for (text,), label in zip(rows.texts, rows.labels, strict=True)
+    ]
+    values[1]["label"], values[2]["label"] = "", None
+    del values[3]["label"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in values))
+    figures = tmp_path / "figures.json"
+    command = ["retrofit", str(original), "--texts", str(file), str(texts), "--text-columns", "text"]
+    command += ["--output-dir", str(tmp_path / "exits"), "--json", str(figures), *QUICK.split()]
+    assert main([*command, "--label-column", "label"]) == 0
+    found = json.loads(figures.read_text())
+    assert 0 < found["num_labelled"] < found["num_examples"]
+
+    command[command.index(str(tmp_path / "exits"))] = str(tmp_path / "no")
+    assert main([*command, "--label-column", "labl"]) == 1
+    assert 'rows.jsonl, line 1: There is no column "labl". Columns here: "text", "label".' in (
+        capsys.readouterr().err
+    )
+    values[-1]["label"] = "neither"
+    file.write_text("".join(json.dumps(row) + "\n" for row in values))
+    assert main([*command, "--label-column", "label"]) == 1
+    assert 'line 200: Label "neither" is not known; known labels:' in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_too_few_texts_certify_nothing_and_it_is_said(

@@ -109,6 +109,33 @@ def test_another_broken_pipe_is_a_failure(
 
 
 @pytest.mark.parametrize(
+    "line, name, value",
+    [
+        ("probe M --texts -", "texts", ["-"]),
+        ("retrofit M --texts a.txt - b.txt --output-dir o", "texts", ["a.txt", "-", "b.txt"]),
+        ("retrofit M --output-dir o --texts=a.txt -", "texts", ["a.txt", "-"]),
+        ("train --unlabelled-file - a.csv --output-dir o", "unlabelled_file", ["-", "a.csv"]),
+        ("calibrate M --file -", "file", "-"),
+        ("evaluate M --texts - --batch-size 3", "texts", "-"),
+        ("generate M --stop - --stop x -", "stop", ["-", "x"]),
+        ("generate M --stop - --stop x -", "file", "-"),
+        ("generate M --do-sample -", "file", "-"),
+        ("predict M --text-columns a b -", "file", "-"),
+        ("predict M - --debug", "file", "-"),
+    ],
+)
+def test_a_hyphen_goes_to_its_option_or_is_the_file(line: str, name: str, value: object) -> None:
+    _, bound, _ = cli.app.parse_args(cli.place_hyphens(line.split()), exit_on_error=False, print_error=False)
+    assert bound.arguments[name] == value
+
+
+@pytest.mark.parametrize("line", ["predict M - --output -", "probe M --texts a.txt --json -", "report -"])
+def test_a_hyphen_without_a_meaning_is_an_error(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "error", [BrokenPipeError(), OSError(28, "No space left"), ValueError("closed file")]
 )
 def test_a_stream_that_fails_is_dropped_once(error: Exception) -> None:

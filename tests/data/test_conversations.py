@@ -194,6 +194,36 @@ def test_answers_of_a_conversation_stay_together() -> None:
     assert data.split(0.3, seed=2) != (kept, held)
 
 
+@pytest.mark.parametrize(
+    "columns, named",
+    [
+        (("input", "context", "output"), {"prompt_column": "input"}),
+        (("input", "nothing", "output"), {"prompt_column": "input"}),
+        (("question", "nothing", "input"), {"response_column": "input"}),
+        (("question", "input", "instruction"), {"response_column": "instruction"}),
+        (("output", "ask", "answer"), {"prompt_column": "output", "input_column": "ask"}),
+    ],
+)
+def test_held_out_instructions_are_read_back(
+    tmp_path: Path, columns: tuple[str, ...], named: dict[str, str]
+) -> None:
+    rows = [{column: f"{column} {row}" for column in columns} for row in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = TrainingDataOptions(train_file=path, **named)
+    data = training_data(options, Recipe(), GENERATORS, seed=0).evaluation
+    _, again = load_generation_files(None, save_held_out(tmp_path, data, options), **named)
+    assert again.prompts() == data.prompts()
+    assert again.references == data.references
+
+
+@pytest.mark.parametrize("texts", [["one\n two"], ["one\ntwo", "three"], ["one"]])
+def test_held_out_texts_are_read_back(tmp_path: Path, texts: list[str]) -> None:
+    none = [""] * len(texts)
+    path = save_held_out(tmp_path, InstructionDataset(none, none, texts, ""), TrainingDataOptions())
+    assert load_generation_files(None, path)[1].references == texts
+
+
 def test_training_evaluation_and_the_held_out_file(tmp_path: Path) -> None:
     rows = [{"conversations": SHAREGPT[: 3 + 2 * (row % 2)]} for row in range(20)]
     path = written(tmp_path / "chat.json", rows, indent=1)
@@ -233,8 +263,26 @@ def test_what_a_file_is_for(
     assert columns.kind() is CLASSIFIERS
     if kind is CLASSIFIERS:
         assert main(["train", "--output-dir", "o", "--backbone", "b", "--train-file", str(path)]) == 2
-        assert "--train-file needs --text-columns and --label-column to classify" in capsys.readouterr().err
-    assert TrainingDataOptions(train_file=tmp_path / "none.json").kind() is CLASSIFIERS
+        message = "--train-file needs --text-columns and --label-column to classify, or --response-column to generate"
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "rows.jsonl: There is no such file or folder. Check the path."),
+        ("", "rows.jsonl: There is no row of data in it."),
+        ("{,}\n", "rows.jsonl, line 1: "),
+    ],
+)
+def test_a_file_that_cannot_say_what_it_is_for(
+    tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    assert main(["train", "--output-dir", "o", "--backbone", "b", "--train-file", str(path)]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_alpaca_data_json(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -14,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from consistentee.data.files import open_table, read_texts
+from consistentee.data.files import has_columns, is_stream, open_table, read_texts
 from consistentee.errors import DataError
 
 
@@ -267,6 +269,27 @@ def test_read_texts_of_streams(
     assert list(read_texts("-" if kind.startswith("stdin") else stream, columns)) == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+@pytest.mark.parametrize("columns, expected", [(None, [("x,y",), ("a,b",)]), (["y"], [("b",)])])
+def test_read_texts_of_a_pipe(
+    tmp_path: Path, columns: list[str] | None, expected: list[tuple[str, ...]]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_text, "x,y\na,b\n")
+        assert is_stream(str(tmp_path / "pipe"))
+        assert list(read_texts(tmp_path / "pipe", columns)) == expected
+
+
+def test_read_texts_of_a_datasets_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "rows")
+    assert list(read_texts(tmp_path / "rows")) == [("a",)]
+    assert caplog.messages == [f'Of the splits of {tmp_path / "rows"}, "test" is read.']
+    assert list(read_texts(tmp_path / "rows" / "train")) == [("a",), ("b",)]
+    assert has_columns(str(tmp_path / "rows"))
+
+
 def test_read_texts_never_holds_the_input() -> None:
     class Endless(io.RawIOBase):
         def __iter__(self) -> Iterator[bytes]:
@@ -314,7 +337,9 @@ def test_read_texts_errors(tmp_path: Path, name: str, content: str | bytes, mess
 def test_read_texts_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"There is no such file\. .* standard input"):
         read_texts(tmp_path / "missing.txt")
-    with pytest.raises(DataError, match="There is no such file"):
+    with pytest.raises(
+        DataError, match=r"is not a saved datasets folder\. Give a file, or a folder written by"
+    ):
         read_texts(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(DataError, match="standard input: There is no row of data in it"):

@@ -270,6 +270,36 @@ def test_a_named_column_has_one_role(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "named, prompts",
+    [
+        ({"prompt_column": "input"}, [("a", ""), ("b", "about")]),
+        ({"prompt_column": "question"}, [("q", "a"), ("r", "b")]),
+        ({"prompt_column": "question", "response_column": "input"}, [("q", ""), ("r", "about")]),
+        ({"prompt_column": "question", "input_column": "context"}, [("q", ""), ("r", "about")]),
+    ],
+)
+def test_the_input_is_found_row_by_row_among_columns_without_a_role(
+    tmp_path: Path, named: dict[str, str], prompts: list[tuple[str, str]]
+) -> None:
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        {"question": "q", "input": "a", "output": "x"},
+        {"question": "r", "input": "b", "output": "y", "context": "about"},
+    )
+    train, _ = load_generation_files(path, None, **named)
+    assert list(zip(train.instructions, train.inputs, strict=True)) == prompts
+    asked = {name: column for name, column in named.items() if name != "response_column"}
+    if asked == named:  # what a model is asked is what it has learned
+        assert [(row["prompt"], row["input"]) for row in read_prompts(path, **asked)] == prompts
+
+
+def test_an_input_that_the_first_row_lacks(tmp_path: Path) -> None:
+    rows = ({"prompt": "a", "output": "b"}, {"prompt": "c", "context": "d", "output": "e"})
+    train, _ = load_generation_files(write_jsonl(tmp_path / "a.jsonl", *rows), None)
+    assert train.inputs == ["", "d"]
+
+
+@pytest.mark.parametrize(
     "row, named, message",
     [
         (
@@ -315,6 +345,8 @@ def test_plain_texts(tmp_path: Path) -> None:
     by_line, by_block = load_generation_files(lines, blocks)
     assert by_line == InstructionDataset(["", ""], ["", ""], ["one", " two\t2"], str(lines))
     assert by_block.references == ["one\n two", "three"]
+    lone = write(tmp_path / "lone.txt", " ", "one", " two", "", "")
+    assert load_generation_files(lone, None)[0].references == ["one\n two"]
     for content, message in (("\n \n", "There is no text in it"), (None, "There is no such file")):
         path = tmp_path / "none.txt" if content is None else write(tmp_path / "empty.txt", content)
         with pytest.raises(DataError, match=message):

@@ -9,11 +9,15 @@ import datasets
 import pytest
 
 from consistentee.cli.main import main
-from consistentee.data.classification import load_files
-from consistentee.data.files import open_table, read_texts
+from consistentee.cli.retrofit import read_texts_of
+from consistentee.cli.train import unlabelled_texts
+from consistentee.data.classification import NotedLabels, load_files
+from consistentee.data.files import TO_CERTIFY, TO_LEARN, open_table, read_texts
 from consistentee.data.generation import load_generation_files, read_prompts
 from consistentee.data.hub import HubSource, hub_source
+from consistentee.data.rows import TextDataset
 from consistentee.errors import DataError
+from tiny import tiny_classifier
 
 ROWS = {"text": ["a", "b", "c"], "label": [0, 1, 0]}
 
@@ -79,6 +83,28 @@ def test_splits(folder: Path) -> None:
         open_table(folder)
     with pytest.raises(DataError, match=r"It could not be loaded: Unknown split .* Give one of its files"):
         open_table(f"hf:{folder}:dev")
+
+
+def test_what_learns_or_certifies_takes_its_own_splits(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = f"hf:{folder}"
+    classifier = str(tiny_classifier(tmp_path / "classifier", "distilbert", layers=2))
+    train = [("a",), ("b",), ("c",)]
+    noted = NotedLabels(["text"], "label")
+    assert list(read_texts_of(classifier, [source], ["text"], noted)) == train
+    assert noted.classes_of(train, ["n", "y"]) == {("a",): 0, ("b",): 1, ("c",): 0}
+    assert caplog.messages == [f'Of the splits of {source}, "train" is read.']
+    labelled = TextDataset([("d",)], [0], ("n", "y"), "")
+    assert list(unlabelled_texts([source], ["text"], labelled, labelled)) == train
+    assert list(read_texts(f"{source}:test", splits=TO_LEARN)) == train[:2]
+    assert list(read_texts(source, splits=TO_CERTIFY)) == train[:2]
+    caplog.clear()
+    (folder / "data" / "test-00000-of-00001.parquet").unlink()
+    assert list(read_texts(source, splits=TO_LEARN)) == train
+    assert caplog.messages == []
+    with pytest.raises(DataError, match=r'It has only the splits "train"\. Name one of them'):
+        read_texts(source, splits=TO_CERTIFY)
 
 
 def test_a_name_is_asked_for_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,15 @@ from cyclopts import Parameter
 from consistentee.cli.data import known_task
 from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind, kind_of_model
 from consistentee.cli.options import Columns, Flag, check_column_count
-from consistentee.cli.terminal import announced, check_plot_file, console, save_figures, say, usage
+from consistentee.cli.terminal import (
+    announced,
+    check_json_file,
+    check_plot_file,
+    console,
+    save_figures,
+    say,
+    usage,
+)
 from consistentee.config import Criterion, GenerationCriterion
 from consistentee.errors import UsageError
 from consistentee.evaluation.time_budget import TimeBudget
@@ -157,6 +165,7 @@ def benchmark(
         repeats_given=options.repeats is not None,
         sizes_given=options.batch_sizes is not None or options.throughput,
     )
+    check_json_file(options.json_file)
     check_plot_file(options.plot)
     import torch
 

@@ -10,8 +10,9 @@ from cyclopts import Parameter
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import DataOptions, Flag, check_one_or_two
-from consistentee.cli.terminal import at_least_one, say, tuned_note, usage
+from consistentee.cli.terminal import at_least_one, check_json_file, save_figures, say, tuned_note, usage
 from consistentee.config import Criterion
+from consistentee.data.files import TO_CERTIFY
 from consistentee.errors import UsageError
 
 EXITS_CHOSEN_BY = 0.5
@@ -47,7 +48,8 @@ def calibrate(
 
     Args:
         model: Folder of a trained classifier.
-        file: Texts without labels, in every form that predict reads; "-" is standard input.
+        file: Texts without labels, in every form that predict reads; "-" is standard input. Of a data set with several
+            splits, "validation" is read, else "test"; that of the training would certify nothing.
         max_disagreement: Share of inputs, such as 0.01, that may get another class than at full depth. Needs no labels.
         max_accuracy_loss: Share of inputs that may be wrong where full depth is right. Needs labels.
         min_speedup: Layers over mean exit layer, such as 2, or with --clock time; the certificate says what is lost at
@@ -71,6 +73,7 @@ def calibrate(
         debug: Show tracebacks and the messages of other libraries.
     """
     at_least_one(batch_size=batch_size, max_samples=max_samples)
+    check_json_file(json_file)
     goal, target = _goal(max_disagreement, max_accuracy_loss, min_speedup, confidence)
     data = data or DataOptions()
     _check_rows(file, data, goal)
@@ -137,13 +140,10 @@ def calibrate(
         source=source,
         progress=True,
     )
-    if json_file is not None:
-        from consistentee.atomic_files import write_json
-
-        chosen = {} if choice is None else {"exit_choice": choice.to_dict()}
-        write_json(json_file, {**found.to_dict(), "name": name, **chosen})
-    lines = calibration_lines(found)
+    lines, chosen = calibration_lines(found), {} if choice is None else {"exit_choice": choice.to_dict()}
+    figures = {**found.to_dict(), "name": name, **chosen}
     if not found.certified:
+        save_figures(figures, json_file)
         raise ValueError(lines[0])
     if subset is not None and output_dir is not None:
         from consistentee.models.exit_subsets import save_with_exit_layers
@@ -159,6 +159,7 @@ def calibrate(
 
     enter_operating_points(folder)
     say(f'Kept as operating point "{name}": consistentee predict {model} --operating-point {name}')
+    save_figures(figures, json_file)
 
 
 def _exit_layers(
@@ -283,7 +284,7 @@ def _check_rows(file: str | None, data: DataOptions, goal: str) -> None:
 def _rows(file: str | None, data: DataOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:
     """Labelled rows, or texts, drawn at random where there are more than are wanted; and where they come from."""
     if file is not None:
-        return read_all_texts(file, data.text_columns, saved, max_samples)
+        return read_all_texts(file, data.text_columns, saved, max_samples, TO_CERTIFY)
     from consistentee.data.rows import split_rows
 
     rows = evaluation_data(data, CLASSIFIERS, saved.task, label_names=saved.label_names)

@@ -11,6 +11,8 @@ from typing import Any
 from consistentee.atomic_files import write_text
 from consistentee.cli.kinds import GENERATORS, Kind
 from consistentee.cli.options import DataOptions, TrainingDataOptions, check_column_count
+from consistentee.data.files import TO_ANSWER, read_texts
+from consistentee.data.generation import INPUT_COLUMNS, PROMPT_COLUMNS, RESPONSE_COLUMNS
 from consistentee.data.recipes import Recipe
 from consistentee.data.rows import InstructionDataset, TextDataset, split_rows
 from consistentee.data.tasks import get_task
@@ -105,7 +107,11 @@ def evaluation_data(
 
 
 def read_all_texts(
-    file: str, text_columns: Sequence[str] | None, saved: Any, max_samples: int | None = None
+    file: str,
+    text_columns: Sequence[str] | None,
+    saved: Any,
+    max_samples: int | None = None,
+    splits: Sequence[str] = TO_ANSWER,
 ) -> tuple[list[tuple[str, ...]], str]:
     """The texts of a file, in every form that `predict` reads.
 
@@ -114,6 +120,7 @@ def read_all_texts(
         text_columns: one or two, or None for the usual names.
         saved: the classifier that is to read them.
         max_samples: at most so many, drawn at random, in their order; None takes all.
+        splits: of a data set that has several, the first of these that is there.
 
     Returns:
         The texts, and what to call their source.
@@ -123,11 +130,10 @@ def read_all_texts(
         DataError: the file is missing, empty or broken.
     """
     from consistentee.cli.terminal import say_reading
-    from consistentee.data.files import read_texts
 
     say_reading(file, "texts")
     check_column_count(text_columns, saved.text_pairs, saved.name)
-    texts = list(read_texts(file, text_columns, pairs=saved.text_pairs))
+    texts = list(read_texts(file, text_columns, pairs=saved.text_pairs, splits=splits))
     if max_samples is not None and max_samples < len(texts):
         texts = [texts[row] for row in split_rows(len(texts), max_samples / len(texts), seed=0)[1]]
     return texts, "standard input" if file == "-" else file
@@ -149,12 +155,12 @@ def save_held_out(folder: Path, rows: AnyRows, options: TrainingDataOptions) -> 
     """Keep the rows that were cut from the training file, so that --eval-file reads them.
 
     Returns:
-        The file: JSON lines with the columns that were named, or of conversations ("messages"), or texts with blank
-        lines between them.
+        The file: JSON lines with the columns that were named, or of conversations ("messages"), or texts with a
+        blank line before each.
     """
     if isinstance(rows, InstructionDataset) and not any(rows.instructions) and not any(rows.inputs):
         path = folder / HELD_OUT_TEXTS
-        write_text(path, "\n\n".join(rows.references) + "\n")
+        write_text(path, "".join(f"\n{text}\n" for text in rows.references))
         return path
     path = folder / HELD_OUT_FILE
     lines = (json.dumps(values, ensure_ascii=False) for values in _records(rows, options))
@@ -169,13 +175,19 @@ def _records(rows: AnyRows, options: TrainingDataOptions) -> Iterator[dict[str, 
             named = dict(zip(options.text_columns or (), texts, strict=True))
             yield {**named, options.label_column or "": rows.label_names[label]}
         return
-    given = options.columns(GENERATORS).values()
-    columns = [name or usual for name, usual in zip(given, ("instruction", "input", "output"), strict=True)]
+    given = tuple(options.columns(GENERATORS).values())
+    usual = (PROMPT_COLUMNS, INPUT_COLUMNS, RESPONSE_COLUMNS)  # of which a named column has another role
+    columns = [
+        name or next((free for free in known if free not in given), "")
+        for name, known in zip(given, usual, strict=True)
+    ]
+    optional = columns[1] if options.input_column is None else None
     of = rows.conversations
     for row, (instruction, context, history) in enumerate(rows.prompts()):
         reference = rows.references[row]
         if of is None:
-            yield dict(zip(columns, (instruction, context, reference), strict=True))
+            values = zip(columns, (instruction, context, reference), strict=True)
+            yield {column: text for column, text in values if text or column != optional}
         elif row + 1 == len(rows) or of[row] != of[row + 1]:
             turns = [*history, ("user", instruction), ("assistant", reference)]
             yield {"messages": [{"role": role, "content": text} for role, text in turns]}

@@ -14,6 +14,7 @@ from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind, kind_of_model
 from consistentee.cli.options import DataOptions, Flag, check_one_or_two
 from consistentee.cli.terminal import (
     at_least_one,
+    check_json_file,
     check_plot_file,
     console,
     save_figures,
@@ -75,6 +76,7 @@ def evaluate(
         debug: Show tracebacks and the messages of other libraries.
     """
     at_least_one(batch_size=batch_size, max_samples=max_samples, max_new_tokens=max_new_tokens, clock=clock)
+    check_json_file(json_file)
     check_plot_file(plot)
     kind = kind_of_model(model)
     saved = kind.load(model)  # first of all, so that a broken folder is called one

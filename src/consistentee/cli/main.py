@@ -70,6 +70,13 @@ for _name, _command in COMMANDS.items():
 OUTLASTING = tuple(name for name in COMMANDS if name not in ("probe", "predict", "generate"))
 """Commands whose work is more than what they print: it goes on when nobody reads that any more."""
 
+ANSWERING = ("predict", "generate")
+"""Commands with answers to every input of a file, which they take without an option."""
+HYPHEN_IS_A_VALUE = (
+    "--prompt", "--input", "--stop", "--file", "--texts", "--unlabelled-file", "--calibration-file",
+)  # fmt: skip
+"""Options that may be "-": a text, or standard input."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -112,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], debug: bool) -> None:
     """Find the command, and run it."""
     hold_standard_streams()
-    command, bound, _ = app.parse_args(_hyphen_last(arguments), exit_on_error=False, print_error=False)
+    command, bound, _ = app.parse_args(place_hyphens(arguments), exit_on_error=False, print_error=False)
     name = next((name for name, known in COMMANDS.items() if known is command), None)
-    if sys.stdout is None and name in ("predict", "generate") and bound.arguments.get("output") is None:
+    if sys.stdout is None and name in ANSWERING and bound.arguments.get("output") is None:
         raise OSError("Standard output is closed, so the answers have nowhere to go. Give --output.")
     with warnings.catch_warnings(), outlasting_readers() if name in OUTLASTING else nullcontext():
         if not debug and name:
@@ -143,15 +150,33 @@ def _quieten_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _hyphen_last(arguments: list[str]) -> list[str]:
-    """Put the file "-" behind "--": an argument parser takes it for an option elsewhere."""
-    before = [None, *arguments]
-    kept = [
-        argument
-        for argument, previous in zip(arguments, before, strict=False)
-        if argument != "-" or previous in ("--prompt", "--input", "--file", "--texts", "--calibration-file")
-    ]
-    return arguments if "--" in arguments or len(kept) == len(arguments) else [*kept, "--", "-"]
+def place_hyphens(arguments: list[str]) -> list[str]:
+    """Join "-" to its option, as in `--texts=-`, or put it, as the file, behind "--": elsewhere it is no value."""
+    if "--" in arguments:
+        return arguments
+    command = arguments[0] if arguments else ""
+    flags: set[str] = set()
+    if command in ANSWERING and "-" in arguments:
+        options = app[command].assemble_argument_collection()
+        flags = {name for option in options if option.hint is bool for name in option.names}
+    placed: list[str] = []
+    file: list[str] = []
+    option = ""
+    for argument, before in zip(arguments, ["", *arguments], strict=False):
+        if argument.startswith("--"):
+            option = argument.partition("=")[0]
+        waiting = before.startswith("--") and "=" not in before and before not in flags
+        if argument != "-":
+            placed.append(argument)
+        elif waiting and option in HYPHEN_IS_A_VALUE:
+            placed[-1] = f"{option}=-"
+        elif command in ANSWERING and not waiting:
+            file = ["--", "-"]
+        elif option in ("--texts", "--unlabelled-file"):
+            placed.append(f"{option}=-")
+        else:
+            placed.append(argument)
+    return [*placed, *file]
 
 
 def _one_line(error: BaseException) -> str:

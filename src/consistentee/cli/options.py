@@ -123,6 +123,7 @@ class TrainingDataOptions(DataOptions):
 
         Raises:
             UsageError: columns of both kinds, or of the other kind.
+            DataError: the file decides, and is missing or broken.
         """
         if all(map(self.has_columns, MODEL_KINDS)):
             raise UsageError(

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from consistentee.cli.options import Columns, Flag, check_one_or_two
 from consistentee.cli.retrofit import read_texts_of
-from consistentee.cli.terminal import save_figures, say
+from consistentee.cli.terminal import check_json_file, save_figures, say
 from consistentee.errors import UsageError
 
 
@@ -33,7 +33,8 @@ def probe_command(
     Args:
         model: Hugging Face sequence classifier, or plain model of `consistentee finetune`: a folder, or a name on the
             hub.
-        texts: Files of texts in every form that `predict` reads; "-" is standard input.
+        texts: Files of texts in every form that `predict` reads; "-" is standard input. Of a data set with several
+            splits, "train" is read.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
         seconds: Time to keep to, about; texts are read as it allows.
         seed: Of everything drawn.
@@ -41,6 +42,7 @@ def probe_command(
         debug: Show tracebacks and the messages of other libraries.
     """
     check_one_or_two(text_columns)
+    check_json_file(json_file)
     if not 0 < seconds < math.inf:
         raise UsageError(f"--seconds must be above 0, got {seconds:g}.")
     from consistentee.evaluation.probe import probe
@@ -48,7 +50,7 @@ def probe_command(
     report = probe(model, read_texts_of(model, texts, text_columns), seconds=seconds, seed=seed)
     for line in probe_lines(report):
         say(line)
-    save_figures(report.to_dict(), json_file, None, lambda path: None)
+    save_figures(report.to_dict(), json_file)
 
 
 def probe_lines(report: Any) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 from rich.console import Group
@@ -27,6 +27,7 @@ from consistentee.cli.options import (
 )
 from consistentee.cli.terminal import (
     at_least_one,
+    check_json_file,
     check_plot_file,
     console,
     save_figures,
@@ -71,6 +72,8 @@ def _retrofit_options() -> type:
 
 
 if TYPE_CHECKING:
+    from consistentee.data.classification import NotedLabels
+
     RetrofitOptions = RetrofitConfig
 else:
     RetrofitOptions = _retrofit_options()
@@ -101,10 +104,12 @@ def retrofit_command(
     Args:
         model: Hugging Face sequence classifier, or plain model of `consistentee finetune`: a folder, or a name on the
             hub.
-        texts: Files of texts in every form that `predict` reads; "-" is standard input. Duplicates are dropped.
+        texts: Files of texts in every form that `predict` reads; "-" is standard input. Of a data set with several
+            splits, "train" is read. Duplicates are dropped.
         output_dir: Where checkpoints and the finished model go.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
-        label_column: The column of the label, where there is one: accuracy is reported as well. Nothing learns from it.
+        label_column: The column of the label, where there is one: accuracy is reported as well. Nothing learns from it;
+            rows may have none, and plain text has none.
         max_texts: Read at most so many different texts.
         max_disagreement: Share of texts that may get another label than the model's, at the default threshold.
         confidence: Of the certificate.
@@ -115,6 +120,7 @@ def retrofit_command(
     """
     check_one_or_two(text_columns)
     at_least_one(max_texts=max_texts)
+    check_json_file(json_file)
     check_plot_file(plot)
     if label_column is not None and text_columns is None:
         raise UsageError("--label-column goes with --text-columns.")
@@ -135,14 +141,24 @@ def retrofit_command(
     start = time.perf_counter()
     usage(lambda: check_output_dir(output_dir, model))
     source = ", ".join(texts)
+    noted = None
+    if label_column is not None and text_columns is not None:
+        from consistentee.data.classification import NotedLabels
+
+        noted = NotedLabels(text_columns, label_column)
     task = retrofit_task(
-        model, read_texts_of(model, texts, text_columns), config, source=source, max_texts=max_texts
+        model, read_texts_of(model, texts, text_columns, noted), config, source=source, max_texts=max_texts
     )
     dropped = task.data.num_duplicates
     say(f"{len(task.data):,} different texts" + (f", {dropped:,} duplicates dropped" if dropped else ""))
+    calibration, reported = task.held_rows()
+    labels = None
+    if noted is not None:  # before the training, which a wrong label is not to cost
+        labels = noted.classes_of(map(reported.text, range(len(reported))), task.original.label_names)
+        if not labels:
+            say(f'No text to report on has a label in column "{label_column}": accuracy is not reported.')
     folder = run_retrofit(task, output_dir, resume=resume, report=say)
     saved = load_model(folder, LoadedClassifier)
-    calibration, reported = task.held_rows()
     report = report_retrofit(
         saved,
         calibration=calibration,
@@ -152,7 +168,7 @@ def retrofit_command(
         max_disagreement=max_disagreement,
         confidence=confidence,
         original=task.original if task.is_tuned else None,
-        labels=None if label_column is None else _labels(texts, text_columns, label_column, saved, reported),
+        labels=labels,
         progress=True,
     )
     report = dataclasses.replace(report, seconds=time.perf_counter() - start)
@@ -171,33 +187,19 @@ def retrofit_command(
 LONG = ("curve", "other_criteria", "disagreements", "environment", "speed")
 
 
-def read_texts_of(model: str, files: list[str], columns: list[str] | None) -> Iterator[tuple[str, ...]]:
-    """Texts of several files, for a model."""
+def read_texts_of(
+    model: str, files: list[str], columns: list[str] | None, labels: NotedLabels | None = None
+) -> Iterator[tuple[str, ...]]:
+    """Texts of several files, for a model; labels of those with columns are noted on the way."""
     from consistentee.backbones.loading import read_config
-    from consistentee.data.files import read_texts
+    from consistentee.data.files import TO_LEARN, has_columns, is_stream, read_texts
 
     pairs = read_config(model, "Model").get("text_pairs")
     check_column_count(columns, pairs, model)
     for file in files:
         say_reading(file, "texts")
-        yield from read_texts(file, columns, pairs=pairs)
-
-
-def _labels(
-    files: list[str], text_columns: list[str] | None, label_column: str, saved: Any, rows: Any
-) -> dict[tuple[str, ...], int]:
-    """Class indices of these rows by their texts, as files say them."""
-    from consistentee.data.classification import load_files
-
-    wanted = {rows.text(row) for row in range(len(rows))}
-    found: dict[tuple[str, ...], int] = {}
-    for file in files:
-        columns = {"text_columns": text_columns or [], "label_column": label_column}
-        dataset = cast(Any, load_files(None, Path(file), **columns, label_names=saved.label_names)[1])
-        for text, label in zip(dataset.texts, dataset.labels, strict=True):
-            if text in wanted:
-                found.setdefault(text, label)
-    return found
+        on_row = labels.note if labels is not None and (is_stream(file) or has_columns(file)) else None
+        yield from read_texts(file, columns, pairs=pairs, splits=TO_LEARN, on_row=on_row)
 
 
 def _tables(report: Any) -> Iterator[Any]:

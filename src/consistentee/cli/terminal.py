@@ -233,10 +233,33 @@ def check_plot_file(path: Path | None) -> None:
         from consistentee.evaluation.plots import check_plot
 
         usage(lambda: check_plot(path))
+        _check_place("--plot", path)
+
+
+def check_json_file(path: Path | None) -> None:
+    """Raise before the work, not after it, unless figures can be written into the file."""
+    if path is not None:
+        _check_place("--json", path)
+
+
+def _check_place(option: str, path: Path) -> None:
+    """Raise UsageError unless a file may be made or replaced there; folders above it are made."""
+    if os.path.isdir(path):
+        raise UsageError(f'{option} must be a file, got the folder "{path}". Give the name of a file in it.')
+    in_place = os.path.exists(path) and not is_replaceable(path)
+    above = (place for place in Path(os.path.realpath(path)).parents if os.path.exists(place))
+    written = path if in_place else next(above)
+    if not in_place and not written.is_dir():
+        raise UsageError(f'{option} must lie in a folder, and "{written}" is none. Give another file.')
+    if not os.access(written, os.W_OK):
+        raise UsageError(f'{option} must be writable, and "{written}" is not. Give another file.')
 
 
 def save_figures(
-    figures: dict[str, Any], json_file: Path | None, plot: Path | None, draw: Callable[[Path], object]
+    figures: dict[str, Any],
+    json_file: Path | None,
+    plot: Path | None = None,
+    draw: Callable[[Path], object] = lambda _: None,
 ) -> None:
     """Write all figures to a file and draw a picture of them, and say so, where they are asked for."""
     from consistentee.atomic_files import write_json

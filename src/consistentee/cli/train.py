@@ -59,7 +59,8 @@ def train_command(
             [default: the recipe's, else consistent]
         unlabelled_file: Texts without labels for a classifier's exits and policy, which learn to agree with its last
             layer on them: files in every form that `predict` reads; "-" is standard input. Columns are those of
-            --text-columns, or the usual names. Duplicates and rows that are labelled or reported on are dropped.
+            --text-columns, or the usual names. Of a data set with several splits, "train" is read. Duplicates and rows
+            that are labelled or reported on are dropped.
         warm_up_dir: Folder of warm-ups that trainings share: settings of policy, reward and rounds are tried without
             warming up again. The first training leaves its warm-up there, others that begin alike go on from it.
         resume: Go on from the last checkpoint in the output folder.
@@ -173,14 +174,13 @@ def unlabelled_texts(
     """
     from accelerate import PartialState
 
-    from consistentee.data.files import read_texts
-    from consistentee.data.hub import FORMATS, HUB_PREFIX
+    from consistentee.data.files import TO_LEARN, has_columns, read_texts
 
     reported, dropped = set(evaluation.texts), 0
     for file in files:
         say_reading(file, "texts")
-        is_table = file.startswith(HUB_PREFIX) or Path(file).suffix.lower() in FORMATS
-        for text in read_texts(file, columns if is_table else None, pairs=len(train.texts[0]) == 2):
+        named, pairs = columns if has_columns(file) else None, len(train.texts[0]) == 2
+        for text in read_texts(file, named, pairs=pairs, splits=TO_LEARN):
             if text in reported:
                 dropped += 1
             else:

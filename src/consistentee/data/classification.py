@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from consistentee.data.labels import match_labels, numbers_as_written_once, same
 from consistentee.data.parsing import quoted
 from consistentee.data.rows import TextDataset
 from consistentee.data.sources import no_training_rows, task_tables
+from consistentee.data.spooled import text_digest
 from consistentee.data.tables import Table
 from consistentee.data.tasks import LabelColumns, get_task
 from consistentee.errors import DataError
@@ -104,6 +106,56 @@ def load_files(
     return train, evaluation
 
 
+class NotedLabels:
+    """Labels of texts that nothing learns from, noted while the texts are read; rows may lack one.
+
+    Args:
+        text_columns: One column, or two for pairs.
+        label_column: The column of the label.
+    """
+
+    def __init__(self, text_columns: Sequence[str], label_column: str) -> None:
+        self.text_columns, self.label_column = tuple(text_columns), label_column
+        self._labels: dict[bytes, str] = {}  # by the text's digest: there may be millions
+        self._first: dict[str, tuple[Table, int]] = {}
+        self._files: set[str] = set()
+
+    def note(self, table: Table, row: int, values: Mapping[str, Any]) -> None:
+        """Keep a row's label, if it has one; the first counts where a text has several.
+
+        Raises:
+            DataError: The first row of a file has no such column, or a label is no class.
+        """
+        if table.file not in self._files and self.label_column not in values:
+            problem = f'There is no column "{self.label_column}".'
+            remedy = (
+                "Name the column of the label as the file does; a first row without a label has it empty."
+            )
+            raise table.error(row, problem, f"Columns here: {quoted(values)}. {remedy}")
+        self._files.add(table.file)
+        value = values.get(self.label_column)
+        if not _is_missing(value):
+            label = sys.intern(_label_text(table, row, self.label_column, value))
+            self._first.setdefault(label, (table, row))
+            self._labels.setdefault(text_digest(table.texts_of(row, values, self.text_columns)), label)
+
+    def classes_of(
+        self, texts: Iterable[tuple[str, ...]], label_names: Sequence[str]
+    ) -> dict[tuple[str, ...], int]:
+        """Class indices of these texts, without those that have no label.
+
+        Raises:
+            DataError: A label is not among the names, whosever it is.
+        """
+        index_of = match_labels(self._first, {name: index for index, name in enumerate(label_names)})
+        for label, (table, row) in self._first.items():
+            if label not in index_of:
+                problem = f'Label "{label}" is not known; known labels: {quoted(label_names)}.'
+                raise table.error(row, problem, "Correct it, or name another label column, or none.")
+        labels = {text: self._labels.get(text_digest(text)) for text in texts}
+        return {text: index_of[label] for text, label in labels.items() if label is not None}
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Rows as read, labels still as the file writes them."""
@@ -133,12 +185,16 @@ def _read(table: Table, layouts: Sequence[LabelColumns]) -> _Rows:
     )
 
 
+def _is_missing(label: Any) -> bool:
+    return label is None or label != label or (isinstance(label, str) and not label.strip())
+
+
 def _label_text(table: Table, number: int, column: str, value: Any) -> str:
     """A label as the string that names its class: 1, 1.0 and " 1" are all "1"."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip() if isinstance(value, (str, int)) else None
-    if value is None or value != value or text == "":
+    if _is_missing(value):
         raise table.error(
             number, f'The label in column "{column}" is missing.', f"Fill it in or remove the {table.unit}."
         )

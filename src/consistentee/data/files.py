@@ -6,18 +6,21 @@ Every complaint names the file, the row counted from 1, and what to do. How line
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from consistentee.data.encodings import decoded_lines, file_lines
 from consistentee.data.hub import FORMATS, HUB_PREFIX, datasets_folder, hub_source, hub_table, parquet_table
 from consistentee.data.parsing import parse, quoted
 from consistentee.data.tables import Table
 from consistentee.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Source = str | os.PathLike[str] | IO[str] | IO[bytes]
@@ -34,6 +37,9 @@ KNOWN_TEXT_COLUMNS = (
     ("sentence",),
 )
 """Columns that are taken for the text where none are named."""
+
+TO_ANSWER, TO_CERTIFY, TO_LEARN = ("test", "validation", "train"), ("validation", "test"), ("train",)
+"""Splits by what rows are read for, the first that is there; others must be named to be learnt from or certified on."""
 
 
 def open_table(
@@ -77,38 +83,52 @@ def open_table(
 
 
 def read_source(
-    source: Source, read: Callable[[Table], Iterator[T]], *, named: bool, pairs: bool | None = None
+    source: Source,
+    read: Callable[[Table], Iterator[T]],
+    *,
+    named: bool,
+    pairs: bool | None = None,
+    splits: Sequence[str] = TO_ANSWER,
 ) -> Iterator[T]:
     """What a function makes of the rows of an input, one after the other, without ever holding the whole input.
 
     Args:
-        source: A file, "-" for standard input, an open stream, or `hf:user/name` (`hub_source`). Files go by their
-            ending: `.csv` and `.tsv` with a header line, `.jsonl` and `.json` (objects, one a line or in one array),
-            `.parquet`, anything else plain text. A stream is JSON lines if it starts with "{", an array if with "[{",
-            else plain text, or, where columns are named, a table with a header line (TSV if that has a tab). Plain text
-            is one column, "text", or two, "text_a" and "text_b".
+        source: A file, "-" for standard input, an open stream, a `datasets` folder, or `hf:user/name` (`hub_source`).
+            Files go by their ending: `.csv` and `.tsv` with a header line, `.jsonl` and `.json` (objects, one a line or
+            in one array), `.parquet`, anything else plain text. A stream, also a pipe or a device by its name, is JSON
+            lines if it starts with "{", an array if with "[{", else plain text, or, where columns are named, a table
+            with a header line (TSV if that has a tab). Plain text is one column, "text", or two, "text_a" and "text_b".
         read: Takes the table.
         named: Whether columns are named.
         pairs: Whether a tab in plain text separates the two texts of a pair; None lets the first line decide.
+        splits: Where there are several splits, the first of these that is there is read, and a warning says which.
 
     Raises:
         DataError: A file that is missing; others as they are read.
     """
     if not isinstance(source, (str, os.PathLike)):
-        stream, file = source, str(getattr(source, "name", "the stream"))
+        file = str(getattr(source, "name", "the stream"))
+        lines = decoded_lines(source, file)
     elif os.fspath(source) == "-":
-        stream, file = getattr(sys.stdin, "buffer", sys.stdin), "standard input"
-    elif os.fspath(source).startswith(HUB_PREFIX):
-        return read(open_table(source, splits=("test", "validation", "train")))
+        file = "standard input"
+        lines = decoded_lines(getattr(sys.stdin, "buffer", sys.stdin), file)
+    elif os.fspath(source).startswith(HUB_PREFIX) or Path(source).is_dir():
+        table = open_table(source, splits=splits)
+        if table.split is not None:
+            _log.warning('Of the splits of %s, "%s" is read.', os.fspath(source), table.split)
+        return read(table)
     else:
         path = Path(source)
-        if not path.is_file():
+        if not path.exists():
             remedy = 'Check the path, or give "-" for standard input.'
             raise DataError("There is no such file.", file=path, remedy=remedy)
-        return read(open_table(path) if path.suffix.lower() in FORMATS else _text_table(path, pairs=pairs))
+        if path.is_file():
+            return read(
+                open_table(path) if path.suffix.lower() in FORMATS else _text_table(path, pairs=pairs)
+            )
+        file, lines = str(path), file_lines(path)
 
     def of_stream() -> Iterator[T]:
-        lines = decoded_lines(stream, file)
         first = list(itertools.islice(lines, 1))
         begin = first[0][1] if first else ""
         table_format = "text" if not named else "tsv" if "\t" in begin else "csv"
@@ -119,15 +139,37 @@ def read_source(
     return of_stream()
 
 
+def is_stream(source: str) -> bool:
+    """Whether it can be read once only: standard input, a pipe or a device."""
+    return source == "-" or (
+        Path(source).exists() and not Path(source).is_file() and not Path(source).is_dir()
+    )
+
+
+def has_columns(source: str) -> bool:
+    """Whether a file or data set by name has columns; plain text has none, and a stream as it is read."""
+    if is_stream(source):
+        return False
+    path = Path(source)
+    return source.startswith(HUB_PREFIX) or path.suffix.lower() in FORMATS or path.is_dir()
+
+
 def read_texts(
-    source: Source, text_columns: Sequence[str] | None = None, *, pairs: bool | None = None
+    source: Source,
+    text_columns: Sequence[str] | None = None,
+    *,
+    pairs: bool | None = None,
+    splits: Sequence[str] = TO_ANSWER,
+    on_row: Callable[[Table, int, Mapping[str, Any]], object] | None = None,
 ) -> Iterator[tuple[str, ...]]:
-    """Texts to predict, one after the other.
+    """Texts to predict, or to learn from, one after the other.
 
     Args:
         source: As in `read_source`.
         text_columns: One or two columns; by default the first of KNOWN_TEXT_COLUMNS that the input has.
         pairs: Whether every row is a pair of texts. If not, a tab is part of a text. None lets the input decide.
+        splits: As in `read_source`.
+        on_row: Called with table, number and values of every row, before its texts are given.
 
     Yields:
         Tuples of one text, or of two for pairs; the same number throughout.
@@ -158,9 +200,12 @@ def read_texts(
             remedy = "Name the two text columns." if pairs else "Name the text columns."
             raise table.error(None, problem, remedy)
         for row, values in table.rows:
-            yield table.texts_of(row, values, taken)
+            found = table.texts_of(row, values, taken)
+            if on_row is not None:
+                on_row(table, row, values)
+            yield found
 
-    return read_source(source, texts, named=text_columns is not None, pairs=pairs)
+    return read_source(source, texts, named=text_columns is not None, pairs=pairs, splits=splits)
 
 
 def _json_format(begin: str) -> str | None:

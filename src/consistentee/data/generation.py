@@ -72,10 +72,12 @@ def load_generation_files(
     Args:
         train_file: CSV, TSV, JSON or Parquet file, or a `datasets.save_to_disk` folder, of instructions and responses,
             or of conversations (`conversations.read_turns`), whose answers are a row each; or a `.txt` file of texts
-            to learn: one a line, or, where there are blank lines, one between two of them. None for none.
+            to learn: one a line, or, where a blank line is before or between them, all lines up to the next blank
+            one. None for none.
         eval_file: The same; of a folder with several splits, "validation" is read, else "test".
         prompt_column: Column of the instruction; None takes the first of PROMPT_COLUMNS that the file has.
-        input_column: Column of the input; None takes the first of INPUT_COLUMNS, if there is one.
+        input_column: Column of the input, which rows may lack; None takes the first of INPUT_COLUMNS that a row has and
+            that is not named for something else.
         response_column: Column of the response; None takes the first of RESPONSE_COLUMNS that the file has.
 
     Returns:
@@ -105,11 +107,15 @@ def load_generation_files(
         free = [column for column in columns if column not in named]  # a named column has its one role
         prompt = prompt_column or _known(table, 1, free, PROMPT_COLUMNS, "instruction")
         response = response_column or _known(table, 1, free, RESPONSE_COLUMNS, "response")
-        context = input_column or next((name for name in INPUT_COLUMNS if name in free), INPUT_COLUMNS[0])
-        for column in (prompt, response, *([] if input_column is None else [input_column])):
+        for column in (prompt, response):
             if column not in columns:
                 raise table.error(1, f'There is no column "{column}".', f"Columns here: {quoted(columns)}.")
-        return _read(table, (PromptColumns(response, prompt, context),), "")
+        data = _read(table, (PromptColumns(response, prompt, input_column),), "")
+        if input_column is not None and input_column not in columns and not any(data.inputs):
+            raise table.error(
+                None, f'There is no column "{input_column}".', f"Columns here: {quoted(columns)}."
+            )
+        return data
 
     return rows(train_file), rows(eval_file, ("validation", "test"))
 
@@ -123,12 +129,12 @@ def conversation_column(columns: Sequence[str], named: Sequence[str] = ()) -> st
 def holds_text_to_generate(path: str | os.PathLike[str]) -> bool:
     """Whether a file's columns say that it is to generate from: conversations, or instructions with responses.
 
-    Nothing but its first row is read; what cannot be read is none.
+    Nothing but its first row is read.
+
+    Raises:
+        DataError: The file is missing or its beginning broken.
     """
-    try:
-        columns, _ = open_table(path).with_columns()
-    except DataError:
-        return False
+    columns, _ = open_table(path).with_columns()
     asks = "instruction" in columns and any(name in columns for name in RESPONSE_COLUMNS)
     return asks or conversation_column(columns) is not None
 
@@ -158,25 +164,26 @@ def _prompts(table: Table, prompt_column: str | None, input_column: str | None) 
     for row, values in table.rows:
         free = [column for column in values if column not in (prompt_column, input_column)]
         prompt = prompt_column or _known(table, row, free, PROMPT_COLUMNS, "prompt")
-        context = input_column or next((name for name in INPUT_COLUMNS if name in free), None)
+        context = input_column or _usual_input(free)
         (text,) = table.texts_of(row, values, (prompt,))
         yield {"prompt": text, "input": _optional_text(table, row, values, context)}
 
 
 def _plain_texts(path: Path) -> InstructionDataset:
-    if not path.is_file():
+    if not path.exists():
         raise DataError("There is no such file or folder.", file=path, remedy="Check the path.")
-    text = "".join(line for _, line in file_lines(path)).replace("\r\n", "\n").strip("\n")
+    text = "".join(line for _, line in file_lines(path)).replace("\r\n", "\n")
     blocks: list[list[str]] = [[]]
     for line in text.split("\n"):
         if line.strip():
             blocks[-1].append(line)
-        elif blocks[-1]:
+        else:
             blocks.append([])
-    blocks = [block for block in blocks if block]
+    while blocks and not blocks[-1]:  # a blank line at the end says nothing
+        blocks.pop()
     if not blocks:
         raise DataError("There is no text in it.", file=path, remedy="Give at least one text.")
-    texts = ["\n".join(block) for block in blocks] if len(blocks) > 1 else blocks[0]
+    texts = ["\n".join(block) for block in blocks if block] if len(blocks) > 1 else blocks[0]
     return InstructionDataset([""] * len(texts), [""] * len(texts), texts, str(path))
 
 
@@ -187,6 +194,11 @@ def _known(table: Table, row: int, columns: Sequence[str], known: Sequence[str],
         problem = f"None of its columns is known to hold the {what}: {quoted(columns)}."
         raise table.error(row, problem, f"Name the column, or call it one of {quoted(known)}.")
     return found
+
+
+def _usual_input(columns: Sequence[str]) -> str | None:
+    """The first of INPUT_COLUMNS that is there, None where none is."""
+    return next((name for name in INPUT_COLUMNS if name in columns), None)
 
 
 def _optional_text(table: Table, row: int, values: Mapping[str, Any], column: str | None) -> str:
@@ -232,7 +244,8 @@ def _row(table: Table, number: int, values: Mapping[str, Any], layout: PromptCol
         return "", prompt if layout.clean_input is None else layout.clean_input(prompt), reference
     if layout.split_prompt is not None:
         return *layout.split_prompt(prompt), reference
-    return prompt, _optional_text(table, number, values, layout.input), reference
+    context = layout.input or _usual_input([name for name in values if name not in layout.needed])
+    return prompt, _optional_text(table, number, values, context), reference
 
 
 def _without_last(

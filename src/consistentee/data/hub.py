@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,8 @@ def _one_split(
     if split is None:
         problem = f"It has only the splits {quoted(str(split) for split in loaded)}."
         raise DataError(problem, file=name, remedy=remedy)
-    return table_of(loaded[split], f"{name}{'/' if Path(name).is_dir() else ' '}{split}")
+    table = table_of(loaded[split], f"{name}{'/' if Path(name).is_dir() else ' '}{split}")
+    return replace(table, split=split) if len(loaded) > 1 else table
 
 
 def _declared_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -43,6 +44,11 @@ def load_recipe(path: str | Path, config_class: type[Any] | None = None) -> Reci
     if not isinstance(values, dict):
         raise ValueError(f"Recipe {path} must be a mapping of settings, got {type(values).__name__}.")
     names = {key: values.pop(key) for key in ("task", "backbone", "method") if key in values}
+    for key, name in names.items():
+        if not isinstance(name, (str, NoneType)):
+            raise ValueError(
+                f"Recipe {path}: {key} must be text, got {name!r}. Write a name, in quotes if it is a number."
+            )
     if config_class is None:
         config_class = config_class_of(names.get("task"))
     try:

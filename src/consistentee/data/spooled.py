@@ -80,7 +80,7 @@ class SpooledTexts:
             DataError: there is none, or one of which no token is left.
         """
         self = cls(source)
-        known_digests = set(map(_text_digest, known))
+        known_digests = set(map(text_digest, known))
         lengths, cut, token_ends, text_ends = array("q"), array("b"), array("q"), array("q")
         for part in _parts(self._new(texts, known_digests), max_texts):
             rows, is_cut = encode_texts(part, tokenizer, max_length)
@@ -130,7 +130,7 @@ class SpooledTexts:
     def _new(self, texts: Iterable[tuple[str, ...]], known: set[bytes]) -> Iterator[tuple[str, ...]]:
         seen: set[bytes] = set()
         for row in texts:
-            digest = _text_digest(row)
+            digest = text_digest(row)
             if digest in known:
                 self.num_known += 1
             elif digest in seen:
@@ -196,7 +196,8 @@ class JoinedRows:
         return {**item, "index": int(index)}
 
 
-def _text_digest(row: tuple[str, ...]) -> bytes:
+def text_digest(row: tuple[str, ...]) -> bytes:
+    """What tells a row of texts from others, in few bytes."""
     content = "\x1f".join(row).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 

@@ -39,6 +39,7 @@ class Table:
         unit: What the number counts, "line" or "row".
         class_labels: Class names by column, where the file itself declares them (`datasets.ClassLabel`).
         skipped: Collects the errors of broken rows, which are then left out; None raises the first.
+        split: The split that was taken of several; None where there is one, or one was named.
     """
 
     file: str
@@ -46,6 +47,7 @@ class Table:
     unit: str = "line"
     class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     skipped: list[DataError] | None = None
+    split: str | None = None
 
     def error(self, row: int | None, problem: str, remedy: str) -> DataError:
         """The error that is to be raised about a row of this table."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -170,6 +171,28 @@ def test_deadlines_and_clients_that_go_away(engine: Engine) -> None:
             await asyncio.sleep(0.02)
         assert len(held) == 0  # neither was computed to its end
         assert (await service.predict(ask(TEXTS[2])))[0].exit_layer >= 1
+
+    run(service, work)
+
+
+def test_tokenizing_is_within_the_deadline(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, tokenize = threading.Event(), engine.tokenize
+    waited: list[bool] = []
+
+    def held(texts: Any) -> Any:
+        waited.append(free.wait(20))
+        return tokenize(texts)
+
+    monkeypatch.setattr(engine, "tokenize", held)
+    service = ClassifierService(engine, limits=ServerLimits(deadline_ms=150))
+
+    async def work() -> None:
+        with pytest.raises(RefusedRequest, match="No answer within 150 ms") as caught:
+            await service.predict(ask("good " * 1_000))
+        assert caught.value.status == 504
+        assert not waited  # the answer came before
+        assert service._unanswered == 0
+        free.set()
 
     run(service, work)
 

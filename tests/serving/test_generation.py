@@ -20,7 +20,7 @@ from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import GeneratedText, TextGenerator
-from consistentee.serving.completions import generator_app
+from consistentee.serving.completions import generator_app, read_text_request
 from consistentee.serving.generation import GeneratorService
 from consistentee.serving.requests import RefusedRequest, ServerLimits
 from saved_generators import TEMPLATE, generator_folder, plain_folder
@@ -298,6 +298,46 @@ def test_queue_deadline_and_clients_that_go_away(generator: TextGenerator) -> No
         service.generator = generator
         assert service._unanswered == 0
         assert (await first()).exit_layer >= 1
+        await service.stop()
+
+    asyncio.run(work())
+
+
+def test_tokenizing_counts_in_the_queue_and_within_the_deadline(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long prompt; a short one waits for no long one."""
+    free, encode_text = threading.Event(), generator.encode_text
+
+    def held(text: str) -> list[int]:
+        free.wait(20)
+        return encode_text(text)
+
+    monkeypatch.setattr(generator, "encode_text", held)
+    service = GeneratorService(generator, limits=ServerLimits(max_queue=2, deadline_ms=2_000))
+
+    async def read(prompt: str) -> list[list[int]]:
+        values = {"prompt": prompt, "max_tokens": 2}
+        return (await read_text_request(values, service, is_chat=False)).prompts
+
+    async def work() -> None:
+        service.start()
+        late = asyncio.ensure_future(read("a " * 3_000))
+        await asyncio.sleep(0)
+        assert await read("a") == [encode_text("a")]
+        assert service._unanswered == 1
+        other = asyncio.ensure_future(read("a " * 3_000))
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedRequest, match="overloaded: 2 prompts") as caught:
+            await read("a")
+        assert caught.value.status == 429
+        for task in (late, other):
+            with pytest.raises(RefusedRequest, match="No token within 2000 ms") as caught:
+                await task
+            assert caught.value.status == 504
+        assert not free.is_set()
+        assert service._unanswered == 0
+        free.set()
         await service.stop()
 
     asyncio.run(work())

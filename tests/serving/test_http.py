@@ -214,6 +214,48 @@ def until(condition: Any) -> None:
         time.sleep(0.01)
 
 
+class HeldTokenizer:
+    """Tokenizes short texts at once, and long ones when it is let go; `gave_up` where nobody let it go."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.is_held, self.free, self.gave_up = threading.Event(), threading.Event(), False
+
+    def __call__(self, texts: list[str], *more: Any, **how: Any) -> Any:
+        if len(texts[0]) > 4_000:
+            self.is_held.set()
+            self.gave_up = not self.free.wait(20)
+        return self._tokenizer(texts, *more, **how)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def test_long_texts_are_tokenized_beside_everything_else(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = HeldTokenizer(engine._tokenizer)
+    monkeypatch.setattr(engine, "_tokenizer", tokenizer)
+    service = ClassifierService(engine)
+    with running(classifier_app(service)) as address, httpx.Client(base_url=address, timeout=60) as guest:
+        statuses: list[int] = []
+
+        def ask_long() -> None:
+            body = {"inputs": "good " * 1_000}
+            statuses.append(httpx.post(f"{address}/predict", json=body, timeout=60).status_code)
+
+        asking = threading.Thread(target=ask_long)
+        asking.start()
+        assert tokenizer.is_held.wait(20)
+        assert guest.post("/predict", json={"inputs": "good"}).status_code == 200
+        assert guest.get("/health").status_code == 200
+        assert not tokenizer.gave_up
+        assert service._unanswered == 1
+        tokenizer.free.set()
+        asking.join(30)
+        assert statuses == [200]
+
+
 def test_many_at_once_get_their_own_answers(engine: Engine, url: str, service: ClassifierService) -> None:
     service_limit = service.limits.max_queue
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -90,6 +89,7 @@ class TextRequest:
         is_chat: whether it is a conversation.
         is_stream: whether tokens are sent as they come.
         with_usage: whether a stream ends with the usage.
+        accepted: when it was, of `time.perf_counter`.
     """
 
     prompts: list[list[int]]
@@ -98,6 +98,7 @@ class TextRequest:
     is_chat: bool
     is_stream: bool
     with_usage: bool
+    accepted: float
 
 
 async def read_text_request(
@@ -106,8 +107,10 @@ async def read_text_request(
     """A request, its prompts tokenized.
 
     Raises:
-        RefusedRequest: a field is wrong or not supported (422), or there are too many prompts or tokens (413).
+        RefusedRequest: a field is wrong or not supported (422), there are too many prompts or tokens (413), the queue
+            is full (429), or tokenizing took longer than the deadline (504).
     """
+    accepted = time.perf_counter()
     own = ("messages", "max_completion_tokens") if is_chat else ("prompt",)
     check_names(values, (*own, *_SHARED, *_NEUTRAL))
     for name, kept in _NEUTRAL.items():
@@ -118,14 +121,21 @@ async def read_text_request(
         options = service.generator.check(options)
     except ValueError as error:
         refuse(str(error).replace(service.generator.saved.name, service.name))
-    generator = service.generator
     try:
         if is_chat:
             turns = _turns(values.get("messages"))
-            prompts = [await asyncio.to_thread(generator.encode_conversation, turns)]
+            prompts = await service.encoded(
+                lambda generator: [generator.encode_conversation(turns)],
+                characters=[sum(len(text) for _, text in turns)],
+                accepted=accepted,
+            )
         else:
             texts = _prompts(values.get("prompt"), service.limits.max_batch)
-            prompts = await asyncio.to_thread(lambda: [generator.encode_text(text) for text in texts])
+            prompts = await service.encoded(
+                lambda generator: [generator.encode_text(text) for text in texts],
+                characters=[len(text) for text in texts],
+                accepted=accepted,
+            )
     except ValueError as error:
         refuse(str(error))
     longest = take(values, "max_tokens", int, "a whole number", None)
@@ -140,7 +150,7 @@ async def read_text_request(
     stream_options = take(values, "stream_options", dict, "an object", {})
     check_names(stream_options, ("include_usage",))
     with_usage = take(stream_options, "include_usage", bool, "true or false", False)
-    return TextRequest(prompts, limits, options, is_chat, is_stream, with_usage)
+    return TextRequest(prompts, limits, options, is_chat, is_stream, with_usage, accepted)
 
 
 def _limit(
@@ -236,14 +246,17 @@ def _content(content: object, place: int) -> str:
 def text_handler(service: GeneratorService, *, is_chat: bool) -> Handler:
     """What answers `POST /v1/completions`, or `/v1/chat/completions`."""
 
-    async def handle(body: bytes, receive: Receive, send: Send) -> None:
+    async def answer(body: bytes, send: Send) -> None:
         request = await read_text_request(read_json(body), service, is_chat=is_chat)
-        answer = _Answer(request, service.name)
-        events = service.texts(request.prompts, request.limits, request.options)
+        found = _Answer(request, service.name)
+        events = service.texts(request.prompts, request.limits, request.options, accepted=request.accepted)
         if request.is_stream:
-            await unless_gone(receive, _send_stream(answer, events, send))
+            await _send_stream(found, events, send)
         else:
-            await send_json(send, await unless_gone(receive, _whole(answer, events)))
+            await send_json(send, await _whole(found, events))
+
+    async def handle(body: bytes, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, answer(body, send))
 
     return handle
 

@@ -258,6 +258,21 @@ def test_points_and_which_is_safer(engine: Engine) -> None:
     assert safer_point(points, points["careful"]) == points["full-depth"]
 
 
+def test_the_names_of_the_servers_own_points_are_kept(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Folders of before have them; new points are refused (`test_calibrate`)."""
+    entry = {"criterion": "confidence", "threshold": 0.0}
+    taken = {**POINTS, "full-depth": entry, "saved": entry}
+    monkeypatch.setattr(engine.saved.model.config, "operating_points", taken)
+    points = served_points(engine)
+    assert set(points) == {"saved", "full-depth", *POINTS}
+    assert points["saved"].rule == engine.rule()
+    assert points["full-depth"].max_disagreement == 0
+    assert 'The operating point "full-depth" of model' in caplog.text
+    assert 'The operating point "saved" of model' in caplog.text
+
+
 def test_the_audit_counts_every_text_once_after_its_answer(engine: Engine) -> None:
     service = ClassifierService(engine, operating_point="fast", audit=1.0, seed=0)
     service.auditor._points = {**service.points}

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from consistentee.data.tokenization import encode_texts
 from consistentee.inference.encoder.incremental_scores import log_softmax
 from consistentee.inference.encoder.layer_pool import Pool, PoolAnswer, PoolRow
+from consistentee.models.operating_points import FULL_DEPTH_POINT
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import Auditor
 from consistentee.serving.computing import (
@@ -38,7 +39,7 @@ from consistentee.serving.computing import (
     WorkerRestarted,
 )
 from consistentee.serving.metrics import ServerMetrics
-from consistentee.serving.points import FULL_DEPTH_POINT, ServedPoint, named_point, served_points
+from consistentee.serving.points import ServedPoint, named_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse
 from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
 

@@ -303,6 +303,51 @@ def test_queue_deadline_and_clients_that_go_away(generator: TextGenerator) -> No
     asyncio.run(work())
 
 
+def test_a_text_that_has_ended_frees_its_place_however_slowly_it_is_read(generator: TextGenerator) -> None:
+    service = GeneratorService(generator, limits=ServerLimits(max_queue=2))
+    options = generator.check(DecodingOptions())
+    token_ids = generator.encode_text("a")
+
+    async def work() -> None:
+        service.start()
+        read = service.texts([token_ids] * 2, [3, 3], options)
+        await anext(read)  # and no more for now
+        while service._unanswered:
+            await asyncio.sleep(0.01)
+        assert [event async for event in service.texts([token_ids] * 2, [3, 3], options)]
+        assert [event.finish_reason is None async for event in read][-1] is False
+        assert service._unanswered == 0  # freed once
+        await service.stop()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_client_that_does_not_read_counts_as_gone(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    monkeypatch.setattr("consistentee.serving.app.SEND_SECONDS", 0.05)
+    service = GeneratorService(generator)
+    body = json.dumps({"prompt": ["a"] * 2, "max_tokens": 200, "stream": is_stream}).encode()
+    messages = iter([{"type": "http.request", "body": body}])
+
+    async def receive() -> Any:
+        return next(messages, None) or await asyncio.Event().wait()
+
+    async def send(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        service.start()
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        headers = [(b"content-type", b"application/json")]
+        await generator_app(service)({**scope, "headers": headers}, receive, send)
+        assert service._unanswered == 0
+        await service.stop()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
 def test_tokenizing_counts_in_the_queue_and_within_the_deadline(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

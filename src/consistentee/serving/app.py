@@ -32,6 +32,8 @@ the model, asks for the token."""
 CLIENT_GONE = 499
 """What is counted where a client went away before its answer."""
 
+SEND_SECONDS = 30.0
+"""Time that a part of an answer has to go out; a client that does not read it by then counts as gone."""
 
 SHORTEST_TOKEN = 8
 """Characters of a bearer token; a shorter one is no secret."""
@@ -238,6 +240,9 @@ Handler = Callable[[bytes, Receive, Send], Awaitable[None]]
 class JsonRoute:
     """An endpoint that takes a JSON body and answers through `send`; errors become JSON.
 
+    Whoever does not read a part of the answer within `SEND_SECONDS` counts as gone: a reader that stands still would
+    hold what it asked for, and what it waits for would be computed, without an end.
+
     Args:
         service: behind it.
         handle: takes the body, `receive` (to see whether the client is still there) and `send`.
@@ -253,7 +258,10 @@ class JsonRoute:
         async def seen(message: MutableMapping[str, Any]) -> None:
             nonlocal began
             began = True
-            await send(message)
+            try:
+                await asyncio.wait_for(send(message), SEND_SECONDS)
+            except asyncio.TimeoutError:
+                raise ClientGone from None
 
         try:
             body = await read_body(receive, scope["headers"], self._service.limits)

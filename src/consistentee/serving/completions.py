@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -261,13 +262,14 @@ def text_handler(service: GeneratorService, *, is_chat: bool) -> Handler:
     return handle
 
 
-async def _whole(answer: _Answer, events: AsyncIterator[TokenEvent]) -> dict[str, Any]:
-    async for event in events:
-        answer.take(event)
+async def _whole(answer: _Answer, events: AsyncGenerator[TokenEvent, None]) -> dict[str, Any]:
+    async with aclosing(events):
+        async for event in events:
+            answer.take(event)
     return answer.whole()
 
 
-async def _send_stream(answer: _Answer, events: AsyncIterator[TokenEvent], send: Send) -> None:
+async def _send_stream(answer: _Answer, events: AsyncGenerator[TokenEvent, None], send: Send) -> None:
     """Send tokens as they come; what fails before the first one is an error like any other."""
     began = False
 
@@ -281,10 +283,11 @@ async def _send_stream(answer: _Answer, events: AsyncIterator[TokenEvent], send:
         await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
     try:
-        async for event in events:
-            answer.take(event)
-            for chunk in answer.chunks(event, is_first=not began):
-                await say(chunk)
+        async with aclosing(events):
+            async for event in events:
+                answer.take(event)
+                for chunk in answer.chunks(event, is_first=not began):
+                    await say(chunk)
     except RefusedRequest as error:
         if not began:
             raise

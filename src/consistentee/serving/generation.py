@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt, can_join
@@ -61,6 +61,7 @@ class _Job:
     options: DecodingOptions
     events: asyncio.Queue[TokenEvent]
     is_gone: bool = False
+    has_place: bool = True
     accepted: float = field(default_factory=time.perf_counter)
     is_told: bool = False
 
@@ -155,7 +156,7 @@ class GeneratorService:
         options: DecodingOptions,
         *,
         accepted: float | None = None,
-    ) -> AsyncIterator[TokenEvent]:
+    ) -> AsyncGenerator[TokenEvent, None]:
         """What happens to the prompts of a request, until each has ended.
 
         Args:
@@ -189,10 +190,11 @@ class GeneratorService:
                     return
                 event = await events.get()
         finally:
-            self._unanswered -= len(jobs)
             with self._changed:
                 for job in jobs:
                     job.is_gone = True
+            for job in jobs:
+                self._free_place(job)
 
     def _take_places(self, number: int) -> None:
         """Count prompts as unanswered, or refuse them where the queue is full or nothing writes."""
@@ -223,7 +225,18 @@ class GeneratorService:
     def _tell(self, job: _Job, **event: object) -> None:
         """Put an event into the queue of who waits, from the thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(job.events.put_nowait, TokenEvent(job.index, **event))  # pyright: ignore[reportArgumentType]
+            self._loop.call_soon_threadsafe(self._deliver, job, TokenEvent(job.index, **event))  # pyright: ignore[reportArgumentType]
+
+    def _deliver(self, job: _Job, event: TokenEvent) -> None:
+        """An event, on the event loop; a text that has ended frees its place, however slowly it is read."""
+        job.events.put_nowait(event)
+        if event.finish_reason is not None or event.error is not None:
+            self._free_place(job)
+
+    def _free_place(self, job: _Job) -> None:
+        """The end of `_take_places` for a prompt; once, whoever comes first."""
+        self._unanswered -= job.has_place
+        job.has_place = False
 
     # --- On the thread ----------------------------------------------------------------------------
 

@@ -336,6 +336,30 @@ def test_ending_answers_who_waits_and_takes_no_more(engine: Engine) -> None:
     assert not thread.is_alive()
 
 
+def test_whom_the_end_leaves_no_time_for_is_told(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    from consistentee.serving.server import HttpServer
+
+    held = HeldPool(engine.pool())
+    app = classifier_app(ClassifierService(engine, pool=lambda: held))
+    server = HttpServer(app, host="127.0.0.1", port=0, drain_seconds=0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/predict", json={"inputs": "a"}, timeout=60))
+    )
+    asking.start()
+    until(lambda: len(held) == 1)
+    server.stop()
+    asking.join(30)
+    thread.join(30)
+    assert not thread.is_alive()
+    (answer,) = answers
+    assert answer.status_code == 503
+    assert answer.json() == {"error": "The server is shutting down.", "error_type": "Unhealthy"}
+    assert "Traceback" not in caplog.text
+
+
 def reachable(address: str) -> bool:
     place = urlsplit(address)
     try:

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from consistentee.errors import SettingError, require_extra
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.openapi import openapi_description
 from consistentee.serving.playground import playground_page
-from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits
+from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits, shutting_down
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ClientGone(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """What the work gives; it is cancelled where the client goes away before.
+    """What the work gives; it is cancelled where the client goes away before, or the server cancels this.
 
     Args:
         receive: of the request, whose body has been read.
@@ -89,6 +89,10 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
         if task.done():
             return task.result()
         raise ClientGone
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait((task,))  # a stream says why it ends
+        raise
     finally:
         gone.cancel()
         task.cancel()
@@ -241,7 +245,8 @@ class JsonRoute:
     """An endpoint that takes a JSON body and answers through `send`; errors become JSON.
 
     Whoever does not read a part of the answer within `SEND_SECONDS` counts as gone: a reader that stands still would
-    hold what it asked for, and what it waits for would be computed, without an end.
+    hold what it asked for, and what it waits for would be computed, without an end. Where the server cancels a request,
+    as at the end of its drain, the answer is 503; a stream ends with that error.
 
     Args:
         service: behind it.
@@ -253,15 +258,16 @@ class JsonRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        began = False
+        began = is_whole = False
 
         async def seen(message: MutableMapping[str, Any]) -> None:
-            nonlocal began
+            nonlocal began, is_whole
             began = True
             try:
                 await asyncio.wait_for(send(message), SEND_SECONDS)
             except asyncio.TimeoutError:
                 raise ClientGone from None
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             body = await read_body(receive, scope["headers"], self._service.limits)
@@ -271,6 +277,12 @@ class JsonRoute:
         except RefusedRequest as error:
             if not began:
                 await send_refusal(send, self._service.kind, error)
+        except asyncio.CancelledError:  # by the server, whose time for answers on their way is over
+            if not began:
+                with suppress(ClientGone):
+                    await send_refusal(seen, self._service.kind, shutting_down())
+            if not is_whole:
+                raise
         except Exception:
             _log.exception("A request failed.")
             if began:

@@ -40,7 +40,7 @@ from consistentee.serving.computing import (
 )
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.points import ServedPoint, named_point, served_points
-from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse
+from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse, shutting_down
 from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
 
 _log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class ClassifierService:
     async def stop(self) -> None:
         """End; who still waits is refused."""
         await self._computing.stop()
-        self._refuse(tuple(self._pending), RefusedRequest(503, "Unhealthy", "The server is shutting down."))
+        self._refuse(tuple(self._pending), shutting_down())
 
     @property
     def is_ready(self) -> bool:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -21,6 +22,7 @@ from consistentee.serving.app import (
     Receive,
     Send,
     build_app,
+    error_body,
     json_bytes,
     json_page,
     send_json,
@@ -33,6 +35,7 @@ from consistentee.serving.requests import (
     check_names,
     read_json,
     refuse,
+    shutting_down,
     take,
 )
 
@@ -288,10 +291,14 @@ async def _send_stream(answer: _Answer, events: AsyncGenerator[TokenEvent, None]
                 answer.take(event)
                 for chunk in answer.chunks(event, is_first=not began):
                     await say(chunk)
+    except asyncio.CancelledError:  # the client has gone, who hears nothing of it, or the server ends
+        if not began:
+            raise
+        await say(error_body("generator", shutting_down()))
     except RefusedRequest as error:
         if not began:
             raise
-        await say({"error": {"message": error.message, "type": error.kind, "code": error.status}})
+        await say(error_body("generator", error))
     else:
         if answer.request.with_usage:
             await say({**answer.head(), "choices": [], "usage": answer.usage()})

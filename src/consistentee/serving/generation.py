@@ -20,7 +20,7 @@ from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt, ca
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving.metrics import ServerMetrics
-from consistentee.serving.requests import RefusedRequest, ServerLimits
+from consistentee.serving.requests import RefusedRequest, ServerLimits, shutting_down
 from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
 
 _log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class GeneratorService:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         for job in self._waiting:
-            self._tell(job, error=RefusedRequest(503, "Unhealthy", "The server is shutting down."))
+            self._tell(job, error=shutting_down())
 
     @property
     def is_ready(self) -> bool:

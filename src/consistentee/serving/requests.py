@@ -64,6 +64,11 @@ def refuse(message: str, status: int = 422, kind: str = "Validation") -> NoRetur
     raise RefusedRequest(status, kind, message)
 
 
+def shutting_down() -> RefusedRequest:
+    """What is told to whom the server's end leaves no time for."""
+    return RefusedRequest(503, "Unhealthy", "The server is shutting down.")
+
+
 def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 

@@ -310,6 +310,33 @@ def test_the_bearer_token(engine: Engine) -> None:
         assert description["paths"]["/predict"]["post"]["security"] == [{"token": []}]
 
 
+def test_below_a_prefix(engine: Engine) -> None:
+    """As a part of another application, and behind Ray Serve's `route_prefix`."""
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    service = ClassifierService(engine)
+    mounted = Starlette(routes=[Mount("/models/a", classifier_app(service, token=TOKEN))])
+
+    async def work() -> None:
+        service.start()
+        transport = httpx.ASGITransport(mounted)
+        async with httpx.AsyncClient(transport=transport, base_url="http://host/models/a") as guest:
+            for path in ("/", "/health", "/ready"):
+                assert (await guest.get(path)).status_code == 200
+            for path in ("/metrics", "/health/other", "/models/a/health"):
+                assert (await guest.get(path)).status_code == 401
+            bearing = {"authorization": f"bearer {TOKEN.decode()}"}  # schemes have no case
+            assert (await guest.get("/layers", headers=bearing)).status_code == 200
+            text = (await guest.get("/metrics", headers=bearing)).text
+        assert 'requests_total{route="/health",status="200"} 1.0' in text
+        assert 'requests_total{route="/layers",status="200"} 1.0' in text
+        assert 'requests_total{route="other",status="401"} 2.0' in text
+        await service.stop()
+
+    asyncio.run(work())
+
+
 def test_ending_answers_who_waits_and_takes_no_more(engine: Engine) -> None:
     from consistentee.serving.server import HttpServer
 

@@ -179,15 +179,15 @@ class Gate:
         app: behind it.
         metrics: of the service.
         kind: of the service.
-        paths: that are counted by their names.
+        routes: of Starlette, by whose paths requests are counted; all others are "other".
         token: that requests must bear; None for none.
     """
 
     def __init__(
-        self, app: Any, metrics: ServerMetrics, kind: str, paths: Sequence[str], token: bytes | None
+        self, app: Any, metrics: ServerMetrics, kind: str, routes: Sequence[Any], token: bytes | None
     ) -> None:
-        self._app, self._metrics, self._kind, self._paths = app, metrics, kind, frozenset(paths)
-        self._expected = None if token is None else b"Bearer " + token
+        self._app, self._metrics, self._kind, self._token = app, metrics, kind, token
+        self._routes = [(route.path_regex, route.path_format) for route in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -209,15 +209,22 @@ class Gate:
                 error = RefusedRequest(401, "Unauthorized", "The Authorization header must bear the token.")
                 await send_refusal(seen, self._kind, error, [(b"www-authenticate", b"Bearer")])
         finally:
-            route = scope["path"] if scope["path"] in self._paths else "other"
+            path = route_path(scope)
+            route = next((name for regex, name in self._routes if regex.match(path)), "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
     def _may_pass(self, scope: Scope) -> bool:
-        if self._expected is None or scope["path"] in OPEN_PATHS:
+        if self._token is None or route_path(scope) in OPEN_PATHS:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._expected)
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token)
+
+
+def route_path(scope: Scope) -> str:
+    """The path of a request below the prefix that the application is mounted at (`root_path` of ASGI)."""
+    path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 async def send_json(
@@ -379,4 +386,4 @@ def build_app(
         lifespan=lifespan,
         exception_handlers={exceptions.HTTPException: failed},
     )
-    return Gate(app, service.metrics, service.kind, [*pages, *handlers], token)
+    return Gate(app, service.metrics, service.kind, [*routes, *more_routes], token)

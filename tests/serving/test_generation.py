@@ -152,6 +152,30 @@ def test_conversations(generator: TextGenerator, client: httpx.Client) -> None:
     assert client.get("models").json()["data"][0]["id"] == generator.saved.name.split("/")[-1]
 
 
+def test_null_is_as_if_it_were_missing(client: httpx.Client) -> None:
+    """Also in messages: what OpenAI's client dumps of an answer goes into the next question."""
+    said = {"role": "assistant", "content": "two", "refusal": None, "annotations": None, "tool_calls": None}
+    user = {"role": "user", "content": "one?"}
+    asked = {"messages": [user, said, user], "max_tokens": 3, "store": None, "stream_options": {"x": None}}
+    assert ask(client, "chat/completions", **asked)["choices"]
+    answer = client.post("chat/completions", json={**asked, "store": True})
+    assert (answer.status_code, '"store" is no field' in answer.text.replace("\\", "")) == (422, True)
+
+
+def test_the_one_model_by_its_name(generator: TextGenerator, client: httpx.Client, url: str) -> None:
+    name = generator.saved.name.split("/")[-1]
+    assert client.get(f"models/{name}").json() == client.get("models").json()["data"][0]
+    for other in ("other", f"org/{name}", ""):
+        answer = client.get(f"models/{other}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == 404
+    assert f'The model is "{name}", got "other".' in client.get("models/other").json()["error"]["message"]
+    described = httpx.get(f"{url}/openapi.json", timeout=60).json()["paths"]["/v1/models/{model}"]["get"]
+    assert described["responses"].keys() >= {"200", "404"}
+    counted = httpx.get(f"{url}/metrics", timeout=60).text
+    assert 'route="/v1/models/{model}",status="404"' in counted
+
+
 OPENAI = """
 import json, sys, openai
 client = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0)

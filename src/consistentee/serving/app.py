@@ -298,13 +298,13 @@ class JsonRoute:
             await send_refusal(send, self._service.kind, error)
 
 
-def json_page(path: str, values: Callable[[], Any]) -> Any:
-    """A route of Starlette that answers a GET with JSON, made anew every time."""
+def json_page(path: str, values: Callable[..., Any]) -> Any:
+    """A route of Starlette that answers a GET with JSON, made anew every time from the parts that the path names."""
     responses: Any = require_extra("serve", "starlette.responses")
     routing: Any = require_extra("serve", "starlette.routing")
 
-    async def page(_: Any) -> Any:
-        return responses.Response(json_bytes(values()), media_type=JSON_TYPE)
+    async def page(request: Any) -> Any:
+        return responses.Response(json_bytes(values(**request.path_params)), media_type=JSON_TYPE)
 
     return routing.Route(path, page, methods=["GET"])
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from consistentee.data.templates import Turn
+from consistentee.errors import require_extra
 from consistentee.pipelines.decoding_options import LEAST_TEMPERATURE, DecodingOptions
 from consistentee.serving.app import (
     Handler,
@@ -372,6 +373,13 @@ def _choice(index: int, said: dict[str, Any], layers: Sequence[int], reason: str
 def generator_app(service: GeneratorService, *, more_routes: Sequence[Any] = (), **how: Any) -> Any:
     """An ASGI application for a text generator; keywords as of `build_app`."""
     listed = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "consistentee"}
+    exceptions: Any = require_extra("serve", "starlette.exceptions")
+
+    def named(model: str) -> dict[str, Any]:
+        if model != service.name:
+            raise exceptions.HTTPException(404, f'The model is "{service.name}", got "{model[:80]}".')
+        return listed
+
     about = describe_generator(service.generator, name=service.name)
     handlers = {
         "/v1/completions": text_handler(service, is_chat=False),
@@ -379,6 +387,7 @@ def generator_app(service: GeneratorService, *, more_routes: Sequence[Any] = (),
     }
     routes = [
         json_page("/v1/models", lambda: {"object": "list", "data": [listed]}),
+        json_page("/v1/models/{model:path}", named),
         json_page("/layers", lambda: about),
         *more_routes,
     ]

@@ -109,8 +109,8 @@ def take(
 
 
 def check_names(values: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise RefusedRequest for a field that is not known: it would have no effect."""
-    unknown = next((name for name in values if name not in known), None)
+    """Raise RefusedRequest for a field that is not known, as it would have no effect; null is as if it were missing."""
+    unknown = next((name for name, value in values.items() if name not in known and value is not None), None)
     if unknown is not None:
         refuse(f"{_shown(unknown)} is no field of this request; it has: {', '.join(known)}.")
 

@@ -229,6 +229,14 @@ def test_refused(engine: Engine, values: dict[str, Any], message: str) -> None:
     assert "/" not in caught.value.message  # the folder is nobody's business
 
 
+def test_a_model_in_the_folder_where_one_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(engine.saved.name)
+    service = ClassifierService(Engine.from_pretrained(".", device="cpu"))
+    assert service.name == "model"
+    with pytest.raises(RefusedRequest, match=r'^Model "model" has no operating point "a\.b"; it has: '):
+        run(service, lambda: service.predict(ask(TEXTS[0], operating_point="a.b")))
+
+
 def test_tokens_and_texts_have_limits(engine: Engine) -> None:
     service = ClassifierService(engine, limits=ServerLimits(max_tokens=20))
 

@@ -29,8 +29,8 @@ from consistentee.evaluation.load_client import (
     closed_load,
     poisson_load,
 )
-from consistentee.evaluation.speed import short_name
 from consistentee.inference.timing import environment
+from consistentee.models.loaded import short_name
 from consistentee.pipelines.classifier import Engine
 
 WITH_EXITS, AT_FULL_DEPTH, PLAIN_SERVED = "exits", "full depth", "transformers"

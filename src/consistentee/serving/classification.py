@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from consistentee.data.tokenization import encode_texts
 from consistentee.inference.encoder.incremental_scores import log_softmax
 from consistentee.inference.encoder.layer_pool import Pool, PoolAnswer, PoolRow
+from consistentee.models.loaded import short_name
 from consistentee.models.operating_points import FULL_DEPTH_POINT
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import Auditor
@@ -116,7 +117,7 @@ class ClassifierService:
     ) -> None:
         self.engine, self.limits = engine, limits or ServerLimits()
         self._folder = engine.saved.name
-        self.name = self._folder.rstrip("/").split("/")[-1]  # where it lies is nobody's business
+        self.name = short_name(self._folder)  # where it lies is nobody's business
         self.points = served_points(engine)
         point = named_point(self.points, operating_point, self._folder)
         self.auditor = Auditor(self.points, point, audit, seed=seed)
@@ -247,8 +248,12 @@ class ClassifierService:
             if threshold is not None:
                 return ServedPoint("threshold", self.engine.rule(self._criterion(), threshold))
         except ValueError as error:
-            refuse(str(error).replace(self._folder, self.name))
+            refuse(self._without_folder(error))
         return self.auditor.point
+
+    def _without_folder(self, error: ValueError) -> str:
+        """What an error says, with the model's name where it says its folder."""
+        return str(error).replace(f'"{self._folder}"', f'"{self.name}"')
 
     def _criterion(self) -> str | None:
         """The criterion of thresholds that requests give: that of the point in force; None is the saved one."""
@@ -271,7 +276,7 @@ class ClassifierService:
         except asyncio.TimeoutError:
             raise self._too_late() from None
         except ValueError as error:
-            refuse(str(error).replace(self._folder, self.name), kind="Tokenizer")
+            refuse(self._without_folder(error), kind="Tokenizer")
         longest = self.engine.saved.max_length
         if not request.truncate and any(cut):
             place = cut.index(True) + 1

@@ -125,7 +125,7 @@ async def read_text_request(
     try:
         options = service.generator.check(options)
     except ValueError as error:
-        refuse(str(error).replace(service.generator.saved.name, service.name))
+        refuse(str(error).replace(f'"{service.generator.saved.name}"', f'"{service.name}"'))
     try:
         if is_chat:
             turns = _turns(values.get("messages"))

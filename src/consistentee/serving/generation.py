@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from consistentee.models.loaded import short_name
 from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt, can_join
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
@@ -81,7 +82,7 @@ class GeneratorService:
 
     def __init__(self, generator: TextGenerator, *, limits: ServerLimits | None = None) -> None:
         self.generator, self.limits = generator, limits or ServerLimits()
-        self.name = generator.saved.name.rstrip("/").split("/")[-1]
+        self.name = short_name(generator.saved.name)
         self.metrics = ServerMetrics(generator.saved.num_hidden_layers, self.name)
         self.metrics.follow_queue(lambda: self._unanswered)
         self._for_short_texts = TextGenerator(

@@ -253,6 +253,8 @@ def test_no_point_is_replaced_unasked(call: Call, shared: Path, model: Path) -> 
         ("--file rows.txt --label-column label --max-disagreement 0.1", "--file reads no labels"),
         ("--max-disagreement 0.1", "Give --task with --data-dir, or --eval-file"),
         ("--file rows.txt --max-disagreement 0.1 --name ../up", "must begin with a letter or digit"),
+        ("--file rows.txt --max-disagreement 0.1 --name full-depth", "which every server"),
+        ("--file rows.txt --max-disagreement 0.1 --name saved", "which every server"),
         ("--file rows.txt --max-disagreement 0.1 --max-samples 0", "--max-samples must be at least 1"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 
 from consistentee.cli import main as cli
 from consistentee.cli.main import main
-from consistentee.cli.terminal import LastingStream, Stopped, outlasting_readers, stoppable
+from consistentee.cli.terminal import LastingStream, Stopped, outlasting_readers, save_figures, stoppable
 from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
 from tiny_training import tiny_decoder
 
@@ -205,3 +205,10 @@ def test_an_ignored_signal_stays_ignored() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_figures_that_are_no_numbers_do_not_cost_the_others(tmp_path: Path) -> None:
+    figures = {"a": [1.5, float("nan")], "b": {"c": (float("inf"), True, None, "text")}}
+    save_figures(figures, tmp_path / "figures.json", None, lambda path: None)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found == {"a": [1.5, None], "b": {"c": [None, True, None, "text"]}}

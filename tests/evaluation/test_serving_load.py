@@ -130,6 +130,22 @@ def test_the_command(
     assert report["slo_ms"] == 2 * report["unloaded"]["full depth"]["p95_ms"]
 
 
+def test_what_a_request_takes_longer_is_known_of_few_texts(engine: Engine) -> None:
+    asked = {name: [AskedText(text, {}) for text in TEXTS[:3]] for name in serving_load.SERVED}
+    report = serving_load.LoadReport({}, {})
+    with running(classifier_app(ClassifierService(engine))) as url:
+
+        async def work() -> float:
+            clients = {name: LoadClient(url) for name in serving_load.SERVED}
+            run = serving_load._Run(report, clients, asked, os.getpid(), 0, lambda _: None)
+            found = await run._overhead(engine, None)
+            for client in clients.values():
+                await client.close()
+            return found
+
+        assert np.isfinite(asyncio.run(work()))
+
+
 def test_a_connection_that_the_server_has_closed_is_replaced() -> None:
     """Each connection answers once and is closed then, without a word in its answer."""
     content = b'[{"label": "a"}]'

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import consistentee
 from consistentee.data.templates import ALPACA
 from consistentee.models.causal_lm import EarlyExitForCausalLM
-from consistentee.models.loaded import LoadedClassifier, LoadedGenerator, load_model, model_kind
+from consistentee.models.loaded import LoadedClassifier, LoadedGenerator, load_model, model_kind, short_name
 from consistentee.models.record import RECORD_FILE
 from consistentee.pipelines.classifier import Engine
 from saved_generators import TEMPLATE, generator_folder, plain_folder
@@ -189,3 +189,13 @@ class TestGenerators:
         assert consistentee.EarlyExitForCausalLM is EarlyExitForCausalLM
         opened = AutoModelForCausalLM.from_pretrained(folders["generator"])
         assert isinstance(opened, EarlyExitForCausalLM)
+
+
+def test_the_short_name_is_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "runs" / "sst2.v1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    for name in (".", "./", "../sst2.v1/", str(folder), "org/sst2.v1", "sst2.v1"):
+        assert short_name(name) == "sst2.v1"
+    monkeypatch.chdir(folder.parent)
+    assert short_name("sst2.v1/..") == "runs"

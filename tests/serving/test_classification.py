@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -174,6 +175,28 @@ def test_deadlines_and_clients_that_go_away(engine: Engine) -> None:
     run(service, work)
 
 
+def test_tokenizing_is_within_the_deadline(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, tokenize = threading.Event(), engine.tokenize
+    waited: list[bool] = []
+
+    def held(texts: Any) -> Any:
+        waited.append(free.wait(20))
+        return tokenize(texts)
+
+    monkeypatch.setattr(engine, "tokenize", held)
+    service = ClassifierService(engine, limits=ServerLimits(deadline_ms=150))
+
+    async def work() -> None:
+        with pytest.raises(RefusedRequest, match="No answer within 150 ms") as caught:
+            await service.predict(ask("good " * 1_000))
+        assert caught.value.status == 504
+        assert not waited  # the answer came before
+        assert service._unanswered == 0
+        free.set()
+
+    run(service, work)
+
+
 def test_a_batch_that_fails_is_told_and_the_next_goes_on(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,6 +229,14 @@ def test_refused(engine: Engine, values: dict[str, Any], message: str) -> None:
     assert "/" not in caught.value.message  # the folder is nobody's business
 
 
+def test_a_model_in_the_folder_where_one_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(engine.saved.name)
+    service = ClassifierService(Engine.from_pretrained(".", device="cpu"))
+    assert service.name == "model"
+    with pytest.raises(RefusedRequest, match=r'^Model "model" has no operating point "a\.b"; it has: '):
+        run(service, lambda: service.predict(ask(TEXTS[0], operating_point="a.b")))
+
+
 def test_tokens_and_texts_have_limits(engine: Engine) -> None:
     service = ClassifierService(engine, limits=ServerLimits(max_tokens=20))
 
@@ -233,6 +264,21 @@ def test_points_and_which_is_safer(engine: Engine) -> None:
     assert points["other"].max_disagreement is None  # its certificate is about another model
     assert safer_point(points, points["fast"]) == points["careful"]
     assert safer_point(points, points["careful"]) == points["full-depth"]
+
+
+def test_the_names_of_the_servers_own_points_are_kept(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Folders of before have them; new points are refused (`test_calibrate`)."""
+    entry = {"criterion": "confidence", "threshold": 0.0}
+    taken = {**POINTS, "full-depth": entry, "saved": entry}
+    monkeypatch.setattr(engine.saved.model.config, "operating_points", taken)
+    points = served_points(engine)
+    assert set(points) == {"saved", "full-depth", *POINTS}
+    assert points["saved"].rule == engine.rule()
+    assert points["full-depth"].max_disagreement == 0
+    assert 'The operating point "full-depth" of model' in caplog.text
+    assert 'The operating point "saved" of model' in caplog.text
 
 
 def test_the_audit_counts_every_text_once_after_its_answer(engine: Engine) -> None:

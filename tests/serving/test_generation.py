@@ -20,7 +20,7 @@ from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import GeneratedText, TextGenerator
-from consistentee.serving.completions import generator_app
+from consistentee.serving.completions import generator_app, read_text_request
 from consistentee.serving.generation import GeneratorService
 from consistentee.serving.requests import RefusedRequest, ServerLimits
 from saved_generators import TEMPLATE, generator_folder, plain_folder
@@ -150,6 +150,30 @@ def test_conversations(generator: TextGenerator, client: httpx.Client) -> None:
     assert "".join(delta.get("content", "") for delta in deltas) == wanted.text
     assert deltas[0]["role"] == "assistant"
     assert client.get("models").json()["data"][0]["id"] == generator.saved.name.split("/")[-1]
+
+
+def test_null_is_as_if_it_were_missing(client: httpx.Client) -> None:
+    """Also in messages: what OpenAI's client dumps of an answer goes into the next question."""
+    said = {"role": "assistant", "content": "two", "refusal": None, "annotations": None, "tool_calls": None}
+    user = {"role": "user", "content": "one?"}
+    asked = {"messages": [user, said, user], "max_tokens": 3, "store": None, "stream_options": {"x": None}}
+    assert ask(client, "chat/completions", **asked)["choices"]
+    answer = client.post("chat/completions", json={**asked, "store": True})
+    assert (answer.status_code, '"store" is no field' in answer.text.replace("\\", "")) == (422, True)
+
+
+def test_the_one_model_by_its_name(generator: TextGenerator, client: httpx.Client, url: str) -> None:
+    name = generator.saved.name.split("/")[-1]
+    assert client.get(f"models/{name}").json() == client.get("models").json()["data"][0]
+    for other in ("other", f"org/{name}", ""):
+        answer = client.get(f"models/{other}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == 404
+    assert f'The model is "{name}", got "other".' in client.get("models/other").json()["error"]["message"]
+    described = httpx.get(f"{url}/openapi.json", timeout=60).json()["paths"]["/v1/models/{model}"]["get"]
+    assert described["responses"].keys() >= {"200", "404"}
+    counted = httpx.get(f"{url}/metrics", timeout=60).text
+    assert 'route="/v1/models/{model}",status="404"' in counted
 
 
 OPENAI = """
@@ -298,6 +322,91 @@ def test_queue_deadline_and_clients_that_go_away(generator: TextGenerator) -> No
         service.generator = generator
         assert service._unanswered == 0
         assert (await first()).exit_layer >= 1
+        await service.stop()
+
+    asyncio.run(work())
+
+
+def test_a_text_that_has_ended_frees_its_place_however_slowly_it_is_read(generator: TextGenerator) -> None:
+    service = GeneratorService(generator, limits=ServerLimits(max_queue=2))
+    options = generator.check(DecodingOptions())
+    token_ids = generator.encode_text("a")
+
+    async def work() -> None:
+        service.start()
+        read = service.texts([token_ids] * 2, [3, 3], options)
+        await anext(read)  # and no more for now
+        while service._unanswered:
+            await asyncio.sleep(0.01)
+        assert [event async for event in service.texts([token_ids] * 2, [3, 3], options)]
+        assert [event.finish_reason is None async for event in read][-1] is False
+        assert service._unanswered == 0  # freed once
+        await service.stop()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_client_that_does_not_read_counts_as_gone(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    monkeypatch.setattr("consistentee.serving.app.SEND_SECONDS", 0.05)
+    service = GeneratorService(generator)
+    body = json.dumps({"prompt": ["a"] * 2, "max_tokens": 200, "stream": is_stream}).encode()
+    messages = iter([{"type": "http.request", "body": body}])
+
+    async def receive() -> Any:
+        return next(messages, None) or await asyncio.Event().wait()
+
+    async def send(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        service.start()
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        headers = [(b"content-type", b"application/json")]
+        await generator_app(service)({**scope, "headers": headers}, receive, send)
+        assert service._unanswered == 0
+        await service.stop()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_tokenizing_counts_in_the_queue_and_within_the_deadline(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long prompt; a short one waits for no long one."""
+    free, encode_text = threading.Event(), generator.encode_text
+
+    def held(text: str) -> list[int]:
+        free.wait(20)
+        return encode_text(text)
+
+    monkeypatch.setattr(generator, "encode_text", held)
+    service = GeneratorService(generator, limits=ServerLimits(max_queue=2, deadline_ms=2_000))
+
+    async def read(prompt: str) -> list[list[int]]:
+        values = {"prompt": prompt, "max_tokens": 2}
+        return (await read_text_request(values, service, is_chat=False)).prompts
+
+    async def work() -> None:
+        service.start()
+        late = asyncio.ensure_future(read("a " * 3_000))
+        await asyncio.sleep(0)
+        assert await read("a") == [encode_text("a")]
+        assert service._unanswered == 1
+        other = asyncio.ensure_future(read("a " * 3_000))
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedRequest, match="overloaded: 2 prompts") as caught:
+            await read("a")
+        assert caught.value.status == 429
+        for task in (late, other):
+            with pytest.raises(RefusedRequest, match="No token within 2000 ms") as caught:
+                await task
+            assert caught.value.status == 504
+        assert not free.is_set()
+        assert service._unanswered == 0
+        free.set()
         await service.stop()
 
     asyncio.run(work())

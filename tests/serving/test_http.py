@@ -214,6 +214,48 @@ def until(condition: Any) -> None:
         time.sleep(0.01)
 
 
+class HeldTokenizer:
+    """Tokenizes short texts at once, and long ones when it is let go; `gave_up` where nobody let it go."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.is_held, self.free, self.gave_up = threading.Event(), threading.Event(), False
+
+    def __call__(self, texts: list[str], *more: Any, **how: Any) -> Any:
+        if len(texts[0]) > 4_000:
+            self.is_held.set()
+            self.gave_up = not self.free.wait(20)
+        return self._tokenizer(texts, *more, **how)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def test_long_texts_are_tokenized_beside_everything_else(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = HeldTokenizer(engine._tokenizer)
+    monkeypatch.setattr(engine, "_tokenizer", tokenizer)
+    service = ClassifierService(engine)
+    with running(classifier_app(service)) as address, httpx.Client(base_url=address, timeout=60) as guest:
+        statuses: list[int] = []
+
+        def ask_long() -> None:
+            body = {"inputs": "good " * 1_000}
+            statuses.append(httpx.post(f"{address}/predict", json=body, timeout=60).status_code)
+
+        asking = threading.Thread(target=ask_long)
+        asking.start()
+        assert tokenizer.is_held.wait(20)
+        assert guest.post("/predict", json={"inputs": "good"}).status_code == 200
+        assert guest.get("/health").status_code == 200
+        assert not tokenizer.gave_up
+        assert service._unanswered == 1
+        tokenizer.free.set()
+        asking.join(30)
+        assert statuses == [200]
+
+
 def test_many_at_once_get_their_own_answers(engine: Engine, url: str, service: ClassifierService) -> None:
     service_limit = service.limits.max_queue
 
@@ -268,6 +310,33 @@ def test_the_bearer_token(engine: Engine) -> None:
         assert description["paths"]["/predict"]["post"]["security"] == [{"token": []}]
 
 
+def test_below_a_prefix(engine: Engine) -> None:
+    """As a part of another application, and behind Ray Serve's `route_prefix`."""
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    service = ClassifierService(engine)
+    mounted = Starlette(routes=[Mount("/models/a", classifier_app(service, token=TOKEN))])
+
+    async def work() -> None:
+        service.start()
+        transport = httpx.ASGITransport(mounted)
+        async with httpx.AsyncClient(transport=transport, base_url="http://host/models/a") as guest:
+            for path in ("/", "/health", "/ready"):
+                assert (await guest.get(path)).status_code == 200
+            for path in ("/metrics", "/health/other", "/models/a/health"):
+                assert (await guest.get(path)).status_code == 401
+            bearing = {"authorization": f"bearer {TOKEN.decode()}"}  # schemes have no case
+            assert (await guest.get("/layers", headers=bearing)).status_code == 200
+            text = (await guest.get("/metrics", headers=bearing)).text
+        assert 'requests_total{route="/health",status="200"} 1.0' in text
+        assert 'requests_total{route="/layers",status="200"} 1.0' in text
+        assert 'requests_total{route="other",status="401"} 2.0' in text
+        await service.stop()
+
+    asyncio.run(work())
+
+
 def test_ending_answers_who_waits_and_takes_no_more(engine: Engine) -> None:
     from consistentee.serving.server import HttpServer
 
@@ -292,6 +361,30 @@ def test_ending_answers_who_waits_and_takes_no_more(engine: Engine) -> None:
     thread.join(30)
     assert answers == [200]
     assert not thread.is_alive()
+
+
+def test_whom_the_end_leaves_no_time_for_is_told(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    from consistentee.serving.server import HttpServer
+
+    held = HeldPool(engine.pool())
+    app = classifier_app(ClassifierService(engine, pool=lambda: held))
+    server = HttpServer(app, host="127.0.0.1", port=0, drain_seconds=0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/predict", json={"inputs": "a"}, timeout=60))
+    )
+    asking.start()
+    until(lambda: len(held) == 1)
+    server.stop()
+    asking.join(30)
+    thread.join(30)
+    assert not thread.is_alive()
+    (answer,) = answers
+    assert answer.status_code == 503
+    assert answer.json() == {"error": "The server is shutting down.", "error_type": "Unhealthy"}
+    assert "Traceback" not in caplog.text
 
 
 def reachable(address: str) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import httpx
 import pytest
 
 from consistentee.models.loaded import LoadedGenerator, load_model
@@ -14,8 +16,10 @@ from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving import generation
+from consistentee.serving.completions import generator_app
 from consistentee.serving.generation import GeneratorService, TokenEvent
 from consistentee.serving.requests import RefusedRequest
+from consistentee.serving.server import HttpServer
 from saved_generators import generator_folder
 from tiny_decoders import prompt
 
@@ -329,3 +333,28 @@ def test_shutting_down_cuts_texts_and_refuses_those_that_wait(generator: TextGen
     assert bench.told["first"][-1].finish_reason == "length"
     error: Any = bench.tasks["waits"].exception()
     assert error.status == 503
+
+
+def test_a_stream_that_the_end_breaks_off_says_so(
+    generator: TextGenerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    held: Any = Held(generator)
+    held.go.release(4)
+    server = HttpServer(generator_app(GeneratorService(held)), host="127.0.0.1", port=0, drain_seconds=0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    body = {"prompt": "do this", "max_tokens": 100, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        assert "choices" in json.loads(next(lines))
+        server.stop()
+        *_, error, end = lines
+    thread.join(30)
+    assert not thread.is_alive()
+    assert json.loads(error)["error"] == {
+        "message": "The server is shutting down.",
+        "type": "Unhealthy",
+        "code": 503,
+    }
+    assert end == "[DONE]"
+    assert "Traceback" not in caplog.text

@@ -58,7 +58,7 @@ def calibrate(
         criterion: Exit rule. [default: the saved one]
         reference: Folder or hub name of the model to be compared with in place of full depth, as it was saved: of a
             tuned model (`retrofit --tune-backbone`) the original.
-        name: Of the operating point, for --operating-point.
+        name: Of the operating point, for --operating-point; `full-depth` and `saved` are the server's own.
         overwrite: Replace an operating point of that name.
         exit_layers: Layers that keep an exit, such as 3,5,12, or auto: half of the rows choose them, by the time that
             layers and exits take here, and the other half certifies. A copy of the model with these exits alone goes to

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import sys
@@ -261,12 +262,24 @@ def save_figures(
     plot: Path | None = None,
     draw: Callable[[Path], object] = lambda _: None,
 ) -> None:
-    """Write all figures to a file and draw a picture of them, and say so, where they are asked for."""
+    """Write all figures to a file and draw a picture of them, and say so, where they are asked for.
+
+    What is not a finite number, which JSON has no name for, is null there: it is no reason to lose the others.
+    """
     from consistentee.atomic_files import write_json
 
     if json_file is not None:
-        write_json(json_file, figures)
+        write_json(json_file, _finite(figures))
         say(f"Figures written to {json_file}")
     if plot is not None:
         draw(plot)
         say(f"Picture written to {plot}")
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in cast("list[Any]", value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,7 +27,6 @@ from consistentee.evaluation.speed import (
     measure_in_turn,
     median_seconds,
     shared_metrics,
-    short_name,
 )
 from consistentee.evaluation.speed_classification import ClassificationSpeedRow
 from consistentee.evaluation.time_budget import TimeBudget
@@ -46,7 +45,7 @@ from consistentee.inference.encoder.onnx_sessions import full_model_graph, full_
 from consistentee.inference.encoder.prepacked_linear import has_int8
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.timing import environment, synchronised_seconds
-from consistentee.models.loaded import LoadedClassifier
+from consistentee.models.loaded import LoadedClassifier, short_name
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 

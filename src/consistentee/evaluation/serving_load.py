@@ -8,6 +8,7 @@ answers within it per second.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from consistentee.evaluation.load_client import (
     closed_load,
     poisson_load,
 )
-from consistentee.evaluation.speed import short_name
 from consistentee.inference.timing import environment
+from consistentee.models.loaded import short_name
 from consistentee.pipelines.classifier import Engine
 
 WITH_EXITS, AT_FULL_DEPTH, PLAIN_SERVED = "exits", "full depth", "transformers"
@@ -41,6 +42,9 @@ RATE_SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 ROUNDS = 3
 AT_ONCE = 16
 """Requests on their way where a server is asked as fast as it answers."""
+
+OVERHEAD_TEXTS, OVERHEAD_WARM_UP = 200, 20
+"""The most texts by which a request is compared with the engine, and how many asks before are not counted."""
 
 OVERLOAD = 10
 """Rate of the overload, in times of what the server with exits can answer."""
@@ -203,16 +207,21 @@ class _Run:
         return await poisson_load(self.clients[name], self.asked[name], rate, seconds, rng)
 
     async def _overhead(self, engine: Engine, operating_point: str | None) -> float:
-        """Median over texts of what a request takes longer than the engine in this process, asked in turn."""
+        """Median over texts of what a request takes longer than the engine in this process, asked in turn.
+
+        A few texts are asked again and again, so that `OVERHEAD_WARM_UP` of the asks are at most half of them.
+        """
         differences: list[float] = []
-        for text in self.asked[WITH_EXITS][:200]:
+        texts = self.asked[WITH_EXITS]
+        asks = min(OVERHEAD_TEXTS, max(len(texts), 2 * OVERHEAD_WARM_UP))
+        for text in itertools.islice(itertools.cycle(texts), asks):
             parts = (text.text,) if isinstance(text.text, str) else tuple(text.text)
             start = time.perf_counter()
             engine.predict([parts], batch_size=1, operating_point=operating_point)
             middle = time.perf_counter()
             await self.clients[WITH_EXITS].ask(text.body())
             differences.append(1000 * (time.perf_counter() - 2 * middle + start))
-        return float(np.median(differences[20:]))
+        return float(np.median(differences[OVERHEAD_WARM_UP:]))
 
     async def _overload(self, seconds: float) -> None:
         """Ten times what it can answer, and what it is like before and after."""

@@ -206,11 +206,6 @@ def median_seconds(taken: Sequence[Sequence[float]]) -> float:
     return statistics.median(sum(repetition) for repetition in taken)
 
 
-def short_name(model: str) -> str:
-    """The last part of a folder or hub name."""
-    return model.replace("\\", "/").rstrip("/").split("/")[-1]
-
-
 def rounded_shares(shares: Sequence[float] | None) -> str | list[float]:
     """What the workload says of how exits came about: "model", or the share of each layer."""
     return "model" if shares is None else [round(share, 6) for share in shares]

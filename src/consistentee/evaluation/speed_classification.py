@@ -34,7 +34,6 @@ from consistentee.evaluation.speed import (
     rounded_shares,
     shape_config,
     shared_metrics,
-    short_name,
 )
 from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.evaluation.whole_models import WholeModel, onnxruntime_model, transformers_model
@@ -47,7 +46,7 @@ from consistentee.inference.encoder.packed_layers import storage_dtype
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.timing import environment
 from consistentee.models.configuration import EarlyExitConfig
-from consistentee.models.loaded import LoadedClassifier, usable_device
+from consistentee.models.loaded import LoadedClassifier, short_name, usable_device
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 

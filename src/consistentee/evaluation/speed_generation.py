@@ -30,11 +30,11 @@ from consistentee.evaluation.speed import (
     rounded_shares,
     shape_config,
     shared_metrics,
-    short_name,
 )
 from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.inference.timing import environment
 from consistentee.models.causal_lm import EarlyExitForCausalLM
+from consistentee.models.loaded import short_name
 
 PAD = 0
 LEAST_NEW_TOKENS, PROBES = 16, (2, 8)

@@ -348,6 +348,14 @@ def load_model(
     return opens(model.to(device).eval(), tokenizer, read_record(Path(name_or_path).expanduser()), name)
 
 
+def short_name(name: str) -> str:
+    """The last part of a folder, however it is written (`.`), or of a name on the hub: what others may see of it."""
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return os.path.basename(os.path.abspath(folder)) or name
+    return name.replace("\\", "/").rstrip("/").split("/")[-1]
+
+
 def model_kind(name_or_path: str | Path) -> type[LoadedModel] | None:
     """What `load_model` makes of a folder or a name on the hub, by its configuration alone; None for neither kind.
 

@@ -20,6 +20,9 @@ from consistentee.functional.tables import CLASSIFICATION
 CONFIG_FILE = "config.json"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
+FULL_DEPTH_POINT, SAVED_POINT = "full-depth", "saved"
+"""Names that a server has for points of its own: nobody exits, and the saved rule."""
+
 Points = Mapping[str, Mapping[str, Any]]
 
 
@@ -39,11 +42,19 @@ def require_operating_points(points: object) -> None:
 
 
 def check_point_name(name: str) -> str:
-    """The name, or SettingError: a letter or digit, then letters, digits, dots, hyphens and underscores."""
+    """The name of a new point, or SettingError.
+
+    It is a letter or digit, then letters, digits, dots, hyphens and underscores, and none that servers keep.
+    """
     if not NAME.fullmatch(name):
         raise SettingError(
             "The name of an operating point must begin with a letter or digit and go on with letters, digits, dots, "
             f'hyphens or underscores, got "{name}".'
+        )
+    if name in (FULL_DEPTH_POINT, SAVED_POINT):
+        raise SettingError(
+            f'The name of an operating point must not be "{FULL_DEPTH_POINT}" or "{SAVED_POINT}", which every server '
+            f'has already, got "{name}". Take another one.'
         )
     return name
 

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from consistentee.errors import SettingError, require_extra
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.openapi import openapi_description
 from consistentee.serving.playground import playground_page
-from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits
+from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits, shutting_down
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ the model, asks for the token."""
 CLIENT_GONE = 499
 """What is counted where a client went away before its answer."""
 
+SEND_SECONDS = 30.0
+"""Time that a part of an answer has to go out; a client that does not read it by then counts as gone."""
 
 SHORTEST_TOKEN = 8
 """Characters of a bearer token; a shorter one is no secret."""
@@ -71,7 +73,7 @@ class ClientGone(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """What the work gives; it is cancelled where the client goes away before.
+    """What the work gives; it is cancelled where the client goes away before, or the server cancels this.
 
     Args:
         receive: of the request, whose body has been read.
@@ -87,6 +89,10 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
         if task.done():
             return task.result()
         raise ClientGone
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait((task,))  # a stream says why it ends
+        raise
     finally:
         gone.cancel()
         task.cancel()
@@ -173,15 +179,15 @@ class Gate:
         app: behind it.
         metrics: of the service.
         kind: of the service.
-        paths: that are counted by their names.
+        routes: of Starlette, by whose paths requests are counted; all others are "other".
         token: that requests must bear; None for none.
     """
 
     def __init__(
-        self, app: Any, metrics: ServerMetrics, kind: str, paths: Sequence[str], token: bytes | None
+        self, app: Any, metrics: ServerMetrics, kind: str, routes: Sequence[Any], token: bytes | None
     ) -> None:
-        self._app, self._metrics, self._kind, self._paths = app, metrics, kind, frozenset(paths)
-        self._expected = None if token is None else b"Bearer " + token
+        self._app, self._metrics, self._kind, self._token = app, metrics, kind, token
+        self._routes = [(route.path_regex, route.path_format) for route in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -203,15 +209,22 @@ class Gate:
                 error = RefusedRequest(401, "Unauthorized", "The Authorization header must bear the token.")
                 await send_refusal(seen, self._kind, error, [(b"www-authenticate", b"Bearer")])
         finally:
-            route = scope["path"] if scope["path"] in self._paths else "other"
+            path = route_path(scope)
+            route = next((name for regex, name in self._routes if regex.match(path)), "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
     def _may_pass(self, scope: Scope) -> bool:
-        if self._expected is None or scope["path"] in OPEN_PATHS:
+        if self._token is None or route_path(scope) in OPEN_PATHS:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._expected)
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token)
+
+
+def route_path(scope: Scope) -> str:
+    """The path of a request below the prefix that the application is mounted at (`root_path` of ASGI)."""
+    path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 async def send_json(
@@ -238,6 +251,10 @@ Handler = Callable[[bytes, Receive, Send], Awaitable[None]]
 class JsonRoute:
     """An endpoint that takes a JSON body and answers through `send`; errors become JSON.
 
+    Whoever does not read a part of the answer within `SEND_SECONDS` counts as gone: a reader that stands still would
+    hold what it asked for, and what it waits for would be computed, without an end. Where the server cancels a request,
+    as at the end of its drain, the answer is 503; a stream ends with that error.
+
     Args:
         service: behind it.
         handle: takes the body, `receive` (to see whether the client is still there) and `send`.
@@ -248,12 +265,16 @@ class JsonRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        began = False
+        began = is_whole = False
 
         async def seen(message: MutableMapping[str, Any]) -> None:
-            nonlocal began
+            nonlocal began, is_whole
             began = True
-            await send(message)
+            try:
+                await asyncio.wait_for(send(message), SEND_SECONDS)
+            except asyncio.TimeoutError:
+                raise ClientGone from None
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             body = await read_body(receive, scope["headers"], self._service.limits)
@@ -263,6 +284,12 @@ class JsonRoute:
         except RefusedRequest as error:
             if not began:
                 await send_refusal(send, self._service.kind, error)
+        except asyncio.CancelledError:  # by the server, whose time for answers on their way is over
+            if not began:
+                with suppress(ClientGone):
+                    await send_refusal(seen, self._service.kind, shutting_down())
+            if not is_whole:
+                raise
         except Exception:
             _log.exception("A request failed.")
             if began:
@@ -271,13 +298,13 @@ class JsonRoute:
             await send_refusal(send, self._service.kind, error)
 
 
-def json_page(path: str, values: Callable[[], Any]) -> Any:
-    """A route of Starlette that answers a GET with JSON, made anew every time."""
+def json_page(path: str, values: Callable[..., Any]) -> Any:
+    """A route of Starlette that answers a GET with JSON, made anew every time from the parts that the path names."""
     responses: Any = require_extra("serve", "starlette.responses")
     routing: Any = require_extra("serve", "starlette.routing")
 
-    async def page(_: Any) -> Any:
-        return responses.Response(json_bytes(values()), media_type=JSON_TYPE)
+    async def page(request: Any) -> Any:
+        return responses.Response(json_bytes(values(**request.path_params)), media_type=JSON_TYPE)
 
     return routing.Route(path, page, methods=["GET"])
 
@@ -359,4 +386,4 @@ def build_app(
         lifespan=lifespan,
         exception_handlers={exceptions.HTTPException: failed},
     )
-    return Gate(app, service.metrics, service.kind, [*pages, *handlers], token)
+    return Gate(app, service.metrics, service.kind, [*routes, *more_routes], token)

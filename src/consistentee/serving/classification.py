@@ -6,6 +6,7 @@ The event loop keeps the queue's bound, the deadlines and the audit.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 import time
@@ -18,8 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from consistentee.data.tokenization import encode_texts
 from consistentee.inference.encoder.incremental_scores import log_softmax
 from consistentee.inference.encoder.layer_pool import Pool, PoolAnswer, PoolRow
+from consistentee.models.loaded import short_name
+from consistentee.models.operating_points import FULL_DEPTH_POINT
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import Auditor
 from consistentee.serving.computing import (
@@ -36,13 +40,11 @@ from consistentee.serving.computing import (
     WorkerRestarted,
 )
 from consistentee.serving.metrics import ServerMetrics
-from consistentee.serving.points import FULL_DEPTH_POINT, ServedPoint, named_point, served_points
-from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse
+from consistentee.serving.points import ServedPoint, named_point, served_points
+from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse, shutting_down
+from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
 
 _log = logging.getLogger(__name__)
-
-LONG_TEXTS = 4_000
-"""Characters from which texts are tokenized beside the event loop, not on it."""
 
 COMPUTING_FAILED = "Computing failed. Try again."
 
@@ -115,7 +117,7 @@ class ClassifierService:
     ) -> None:
         self.engine, self.limits = engine, limits or ServerLimits()
         self._folder = engine.saved.name
-        self.name = self._folder.rstrip("/").split("/")[-1]  # where it lies is nobody's business
+        self.name = short_name(self._folder)  # where it lies is nobody's business
         self.points = served_points(engine)
         point = named_point(self.points, operating_point, self._folder)
         self.auditor = Auditor(self.points, point, audit, seed=seed)
@@ -124,6 +126,9 @@ class ClassifierService:
         self.metrics.follow_queue(lambda: self._unanswered)
         self.metrics.follow_workers(lambda: self._computing.workers)
         self._show_point()
+        # Of the event loop alone: the engine's own may be held by the thread of long texts, or by who else predicts.
+        self._tokenizer = copy.deepcopy(engine.saved.tokenizer)
+        self._long_texts = TokenizingThread()
         self._keys = count()
         self._pending: dict[Hashable, _Pending] = {}
         self._unanswered = 0
@@ -142,7 +147,7 @@ class ClassifierService:
     async def stop(self) -> None:
         """End; who still waits is refused."""
         await self._computing.stop()
-        self._refuse(tuple(self._pending), RefusedRequest(503, "Unhealthy", "The server is shutting down."))
+        self._refuse(tuple(self._pending), shutting_down())
 
     @property
     def is_ready(self) -> bool:
@@ -162,7 +167,7 @@ class ClassifierService:
         keys: list[int] = []
         try:
             point = self._point(request)
-            rows, cut = await self._tokenized(request)
+            rows, cut = await self._tokenized(request, accepted)
             keys, futures = self._submit(rows, point, accepted)
             answers = await self._in_time(futures, accepted)
         finally:
@@ -188,7 +193,7 @@ class ClassifierService:
         accepted, key = time.perf_counter(), next(self._keys)
         try:
             point = self._point(request)
-            (row,), (is_cut,) = await self._tokenized(request)
+            (row,), (is_cut,) = await self._tokenized(request, accepted)
             future = self._wait_for(key, point, accepted)
             self._computing.send(LookAtText(key, row, point, view))
             (seen,) = await self._in_time([future], accepted)
@@ -209,19 +214,21 @@ class ClassifierService:
 
     async def _in_time(self, futures: Sequence[asyncio.Future[Any]], accepted: float) -> list[Any]:
         """What the futures give, or 504 at the deadline."""
-        left = self.limits.deadline_ms / 1000 - (time.perf_counter() - accepted)
-        _, late = await asyncio.wait(futures, timeout=max(0.0, left))
+        _, late = await asyncio.wait(futures, timeout=max(0.0, self._seconds_left(accepted)))
         if late:
-            raise RefusedRequest(
-                504,
-                "Overloaded",
-                f"No answer within {self.limits.deadline_ms:g} ms. Send fewer requests at a time.",
-                self._retry_after(),
-            )
+            raise self._too_late()
         failed = [error for future in futures if (error := future.exception()) is not None]
         if failed:
             raise failed[0]
         return [future.result() for future in futures]
+
+    def _seconds_left(self, accepted: float) -> float:
+        """Until the deadline of what was accepted then."""
+        return self.limits.deadline_ms / 1000 - (time.perf_counter() - accepted)
+
+    def _too_late(self) -> RefusedRequest:
+        message = f"No answer within {self.limits.deadline_ms:g} ms. Send fewer requests at a time."
+        return RefusedRequest(504, "Overloaded", message, self._retry_after())
 
     def _free_place(self, number: int, keys: Sequence[int]) -> None:
         """The end of `_take_place`, whether the texts were answered or not."""
@@ -241,23 +248,35 @@ class ClassifierService:
             if threshold is not None:
                 return ServedPoint("threshold", self.engine.rule(self._criterion(), threshold))
         except ValueError as error:
-            refuse(str(error).replace(self._folder, self.name))
+            refuse(self._without_folder(error))
         return self.auditor.point
+
+    def _without_folder(self, error: ValueError) -> str:
+        """What an error says, with the model's name where it says its folder."""
+        return str(error).replace(f'"{self._folder}"', f'"{self.name}"')
 
     def _criterion(self) -> str | None:
         """The criterion of thresholds that requests give: that of the point in force; None is the saved one."""
         point = self.auditor.point
         return None if point.name == FULL_DEPTH_POINT else point.rule.criterion
 
-    async def _tokenized(self, request: PredictRequest) -> tuple[list[dict[str, list[int]]], list[bool]]:
-        texts = request.texts
+    async def _tokenized(
+        self, request: PredictRequest, accepted: float
+    ) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """Token ids, and which texts were cut; long texts wait for their turn on a thread, until the deadline."""
+        texts, engine = request.texts, self.engine
         try:
             if sum(len(part) for parts in texts for part in parts) > LONG_TEXTS:
-                rows, cut = await asyncio.to_thread(self.engine.tokenize, texts)
+                left = self._seconds_left(accepted)
+                rows, cut = await self._long_texts.run(lambda: engine.tokenize(texts), left)
             else:
-                rows, cut = self.engine.tokenize(texts)
+                rows, cut = encode_texts(
+                    list(engine.checked(texts)), self._tokenizer, engine.saved.max_length
+                )
+        except asyncio.TimeoutError:
+            raise self._too_late() from None
         except ValueError as error:
-            refuse(str(error).replace(self._folder, self.name), kind="Tokenizer")
+            refuse(self._without_folder(error), kind="Tokenizer")
         longest = self.engine.saved.max_length
         if not request.truncate and any(cut):
             place = cut.index(True) + 1

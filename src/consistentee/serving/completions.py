@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from consistentee.data.templates import Turn
+from consistentee.errors import require_extra
 from consistentee.pipelines.decoding_options import LEAST_TEMPERATURE, DecodingOptions
 from consistentee.serving.app import (
     Handler,
     Receive,
     Send,
     build_app,
+    error_body,
     json_bytes,
     json_page,
     send_json,
@@ -33,6 +36,7 @@ from consistentee.serving.requests import (
     check_names,
     read_json,
     refuse,
+    shutting_down,
     take,
 )
 
@@ -90,6 +94,7 @@ class TextRequest:
         is_chat: whether it is a conversation.
         is_stream: whether tokens are sent as they come.
         with_usage: whether a stream ends with the usage.
+        accepted: when it was, of `time.perf_counter`.
     """
 
     prompts: list[list[int]]
@@ -98,6 +103,7 @@ class TextRequest:
     is_chat: bool
     is_stream: bool
     with_usage: bool
+    accepted: float
 
 
 async def read_text_request(
@@ -106,8 +112,10 @@ async def read_text_request(
     """A request, its prompts tokenized.
 
     Raises:
-        RefusedRequest: a field is wrong or not supported (422), or there are too many prompts or tokens (413).
+        RefusedRequest: a field is wrong or not supported (422), there are too many prompts or tokens (413), the queue
+            is full (429), or tokenizing took longer than the deadline (504).
     """
+    accepted = time.perf_counter()
     own = ("messages", "max_completion_tokens") if is_chat else ("prompt",)
     check_names(values, (*own, *_SHARED, *_NEUTRAL))
     for name, kept in _NEUTRAL.items():
@@ -117,15 +125,22 @@ async def read_text_request(
     try:
         options = service.generator.check(options)
     except ValueError as error:
-        refuse(str(error).replace(service.generator.saved.name, service.name))
-    generator = service.generator
+        refuse(str(error).replace(f'"{service.generator.saved.name}"', f'"{service.name}"'))
     try:
         if is_chat:
             turns = _turns(values.get("messages"))
-            prompts = [await asyncio.to_thread(generator.encode_conversation, turns)]
+            prompts = await service.encoded(
+                lambda generator: [generator.encode_conversation(turns)],
+                characters=[sum(len(text) for _, text in turns)],
+                accepted=accepted,
+            )
         else:
             texts = _prompts(values.get("prompt"), service.limits.max_batch)
-            prompts = await asyncio.to_thread(lambda: [generator.encode_text(text) for text in texts])
+            prompts = await service.encoded(
+                lambda generator: [generator.encode_text(text) for text in texts],
+                characters=[len(text) for text in texts],
+                accepted=accepted,
+            )
     except ValueError as error:
         refuse(str(error))
     longest = take(values, "max_tokens", int, "a whole number", None)
@@ -140,7 +155,7 @@ async def read_text_request(
     stream_options = take(values, "stream_options", dict, "an object", {})
     check_names(stream_options, ("include_usage",))
     with_usage = take(stream_options, "include_usage", bool, "true or false", False)
-    return TextRequest(prompts, limits, options, is_chat, is_stream, with_usage)
+    return TextRequest(prompts, limits, options, is_chat, is_stream, with_usage, accepted)
 
 
 def _limit(
@@ -236,25 +251,29 @@ def _content(content: object, place: int) -> str:
 def text_handler(service: GeneratorService, *, is_chat: bool) -> Handler:
     """What answers `POST /v1/completions`, or `/v1/chat/completions`."""
 
-    async def handle(body: bytes, receive: Receive, send: Send) -> None:
+    async def answer(body: bytes, send: Send) -> None:
         request = await read_text_request(read_json(body), service, is_chat=is_chat)
-        answer = _Answer(request, service.name)
-        events = service.texts(request.prompts, request.limits, request.options)
+        found = _Answer(request, service.name)
+        events = service.texts(request.prompts, request.limits, request.options, accepted=request.accepted)
         if request.is_stream:
-            await unless_gone(receive, _send_stream(answer, events, send))
+            await _send_stream(found, events, send)
         else:
-            await send_json(send, await unless_gone(receive, _whole(answer, events)))
+            await send_json(send, await _whole(found, events))
+
+    async def handle(body: bytes, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, answer(body, send))
 
     return handle
 
 
-async def _whole(answer: _Answer, events: AsyncIterator[TokenEvent]) -> dict[str, Any]:
-    async for event in events:
-        answer.take(event)
+async def _whole(answer: _Answer, events: AsyncGenerator[TokenEvent, None]) -> dict[str, Any]:
+    async with aclosing(events):
+        async for event in events:
+            answer.take(event)
     return answer.whole()
 
 
-async def _send_stream(answer: _Answer, events: AsyncIterator[TokenEvent], send: Send) -> None:
+async def _send_stream(answer: _Answer, events: AsyncGenerator[TokenEvent, None], send: Send) -> None:
     """Send tokens as they come; what fails before the first one is an error like any other."""
     began = False
 
@@ -268,14 +287,19 @@ async def _send_stream(answer: _Answer, events: AsyncIterator[TokenEvent], send:
         await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
     try:
-        async for event in events:
-            answer.take(event)
-            for chunk in answer.chunks(event, is_first=not began):
-                await say(chunk)
+        async with aclosing(events):
+            async for event in events:
+                answer.take(event)
+                for chunk in answer.chunks(event, is_first=not began):
+                    await say(chunk)
+    except asyncio.CancelledError:  # the client has gone, who hears nothing of it, or the server ends
+        if not began:
+            raise
+        await say(error_body("generator", shutting_down()))
     except RefusedRequest as error:
         if not began:
             raise
-        await say({"error": {"message": error.message, "type": error.kind, "code": error.status}})
+        await say(error_body("generator", error))
     else:
         if answer.request.with_usage:
             await say({**answer.head(), "choices": [], "usage": answer.usage()})
@@ -349,6 +373,13 @@ def _choice(index: int, said: dict[str, Any], layers: Sequence[int], reason: str
 def generator_app(service: GeneratorService, *, more_routes: Sequence[Any] = (), **how: Any) -> Any:
     """An ASGI application for a text generator; keywords as of `build_app`."""
     listed = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "consistentee"}
+    exceptions: Any = require_extra("serve", "starlette.exceptions")
+
+    def named(model: str) -> dict[str, Any]:
+        if model != service.name:
+            raise exceptions.HTTPException(404, f'The model is "{service.name}", got "{model[:80]}".')
+        return listed
+
     about = describe_generator(service.generator, name=service.name)
     handlers = {
         "/v1/completions": text_handler(service, is_chat=False),
@@ -356,6 +387,7 @@ def generator_app(service: GeneratorService, *, more_routes: Sequence[Any] = (),
     }
     routes = [
         json_page("/v1/models", lambda: {"object": "list", "data": [listed]}),
+        json_page("/v1/models/{model:path}", named),
         json_page("/layers", lambda: about),
         *more_routes,
     ]

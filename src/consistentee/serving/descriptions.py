@@ -12,12 +12,13 @@ from consistentee.config import GenerationMode
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import TokenRow
 from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.models.operating_points import FULL_DEPTH_POINT
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.pipelines.layer_views import LayerView, view_layers
-from consistentee.serving.points import FULL_DEPTH_POINT, ServedPoint
+from consistentee.serving.points import ServedPoint
 
 STEPS = 100
 """Of a threshold between its least and its highest value."""

@@ -13,14 +13,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from consistentee.models.loaded import short_name
 from consistentee.pipelines.continuous import ContinuousTexts, JoiningPrompt, can_join
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving.metrics import ServerMetrics
-from consistentee.serving.requests import RefusedRequest, ServerLimits
+from consistentee.serving.requests import RefusedRequest, ServerLimits, shutting_down
+from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class _Job:
     options: DecodingOptions
     events: asyncio.Queue[TokenEvent]
     is_gone: bool = False
+    has_place: bool = True
     accepted: float = field(default_factory=time.perf_counter)
     is_told: bool = False
 
@@ -69,7 +72,7 @@ class GeneratorService:
 
     Args:
         generator: of the model.
-        limits: what is taken at most; the deadline is that of the first token.
+        limits: what is taken at most; the deadline is that of the first token, and tokenizing is within it.
 
     Attributes:
         metrics: what is counted.
@@ -79,9 +82,13 @@ class GeneratorService:
 
     def __init__(self, generator: TextGenerator, *, limits: ServerLimits | None = None) -> None:
         self.generator, self.limits = generator, limits or ServerLimits()
-        self.name = generator.saved.name.rstrip("/").split("/")[-1]
+        self.name = short_name(generator.saved.name)
         self.metrics = ServerMetrics(generator.saved.num_hidden_layers, self.name)
         self.metrics.follow_queue(lambda: self._unanswered)
+        self._for_short_texts = TextGenerator(
+            generator.saved, template=generator.template
+        )  # its own tokenizer
+        self._short_texts, self._long_texts = TokenizingThread(), TokenizingThread()
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._unanswered = 0
@@ -103,46 +110,78 @@ class GeneratorService:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         for job in self._waiting:
-            self._tell(job, error=RefusedRequest(503, "Unhealthy", "The server is shutting down."))
+            self._tell(job, error=shutting_down())
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are answered."""
         return self._thread is not None and self._thread.is_alive()
 
+    async def encoded(
+        self,
+        encode: Callable[[TextGenerator], list[list[int]]],
+        *,
+        characters: Sequence[int],
+        accepted: float,
+    ) -> list[list[int]]:
+        """Token ids of the prompts of a request, which count as unanswered meanwhile; short ones wait for no long ones.
+
+        Args:
+            encode: makes them with a generator of this model, on a thread.
+            characters: (prompts,) of each prompt.
+            accepted: when the request was, of `time.perf_counter`.
+
+        Returns:
+            (prompts, tokens).
+
+        Raises:
+            RefusedRequest: the queue is full (429), or it took longer than the deadline (504).
+            ValueError: as `encode`.
+        """
+        self._take_places(len(characters))
+        try:
+            if sum(characters) > LONG_TEXTS:
+                thread, generator = self._long_texts, self.generator
+            else:
+                thread, generator = self._short_texts, self._for_short_texts
+            return await thread.run(lambda: encode(generator), self._seconds_left(accepted))
+        except asyncio.TimeoutError:
+            raise self._too_late() from None
+        finally:
+            self._unanswered -= len(characters)
+
     async def texts(
-        self, prompts: Sequence[list[int]], limits: Sequence[int], options: DecodingOptions
-    ) -> AsyncIterator[TokenEvent]:
+        self,
+        prompts: Sequence[list[int]],
+        limits: Sequence[int],
+        options: DecodingOptions,
+        *,
+        accepted: float | None = None,
+    ) -> AsyncGenerator[TokenEvent, None]:
         """What happens to the prompts of a request, until each has ended.
 
         Args:
             prompts: (prompts, tokens).
             limits: (prompts,) the most tokens of each text.
             options: how to write them.
+            accepted: when the request was, of `time.perf_counter`; None for now.
 
         Raises:
             RefusedRequest: the queue is full (429), the first token did not come in time (504), or it failed (424).
         """
-        if len(prompts) > self.limits.max_queue:
-            message = f"prompt must hold at most {self.limits.max_queue} prompts, got {len(prompts)}."
-            raise RefusedRequest(413, "Validation", message)
-        if self._unanswered + len(prompts) > self.limits.max_queue:
-            message = f"The server is overloaded: {self._unanswered} prompts wait or are answered."
-            raise RefusedRequest(429, "Overloaded", message, 1)
-        if not self.is_ready:
-            raise RefusedRequest(503, "Unhealthy", "The server is not ready.")
+        self._take_places(len(prompts))
+        begun = time.perf_counter() if accepted is None else accepted
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         jobs = [
-            _Job(index, prompt, limit, options, events)
+            _Job(index, prompt, limit, options, events, accepted=begun)
             for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
-        self._unanswered += len(jobs)
         try:
             with self._changed:
                 self._waiting.extend(jobs)
                 self._changed.notify()
             running = len(jobs)
-            event = await self._first(events)
+            event = await self._first(events, begun)
             while True:
                 if event.error is not None:
                     raise event.error
@@ -152,22 +191,53 @@ class GeneratorService:
                     return
                 event = await events.get()
         finally:
-            self._unanswered -= len(jobs)
             with self._changed:
                 for job in jobs:
                     job.is_gone = True
+            for job in jobs:
+                self._free_place(job)
 
-    async def _first(self, events: asyncio.Queue[TokenEvent]) -> TokenEvent:
+    def _take_places(self, number: int) -> None:
+        """Count prompts as unanswered, or refuse them where the queue is full or nothing writes."""
+        if number > self.limits.max_queue:
+            message = f"prompt must hold at most {self.limits.max_queue} prompts, got {number}."
+            raise RefusedRequest(413, "Validation", message)
+        if self._unanswered + number > self.limits.max_queue:
+            message = f"The server is overloaded: {self._unanswered} prompts wait or are answered."
+            raise RefusedRequest(429, "Overloaded", message, 1)
+        if not self.is_ready:
+            raise RefusedRequest(503, "Unhealthy", "The server is not ready.")
+        self._unanswered += number
+
+    async def _first(self, events: asyncio.Queue[TokenEvent], accepted: float) -> TokenEvent:
         try:
-            return await asyncio.wait_for(events.get(), self.limits.deadline_ms / 1000)
+            return await asyncio.wait_for(events.get(), max(0.0, self._seconds_left(accepted)))
         except asyncio.TimeoutError:
-            message = f"No token within {self.limits.deadline_ms:g} ms. Send fewer requests at a time."
-            raise RefusedRequest(504, "Overloaded", message, 1) from None
+            raise self._too_late() from None
+
+    def _seconds_left(self, accepted: float) -> float:
+        """Until the deadline of what was accepted then."""
+        return self.limits.deadline_ms / 1000 - (time.perf_counter() - accepted)
+
+    def _too_late(self) -> RefusedRequest:
+        message = f"No token within {self.limits.deadline_ms:g} ms. Send fewer requests at a time."
+        return RefusedRequest(504, "Overloaded", message, 1)
 
     def _tell(self, job: _Job, **event: object) -> None:
         """Put an event into the queue of who waits, from the thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(job.events.put_nowait, TokenEvent(job.index, **event))  # pyright: ignore[reportArgumentType]
+            self._loop.call_soon_threadsafe(self._deliver, job, TokenEvent(job.index, **event))  # pyright: ignore[reportArgumentType]
+
+    def _deliver(self, job: _Job, event: TokenEvent) -> None:
+        """An event, on the event loop; a text that has ended frees its place, however slowly it is read."""
+        job.events.put_nowait(event)
+        if event.finish_reason is not None or event.error is not None:
+            self._free_place(job)
+
+    def _free_place(self, job: _Job) -> None:
+        """The end of `_take_places` for a prompt; once, whoever comes first."""
+        self._unanswered -= job.has_place
+        job.has_place = False
 
     # --- On the thread ----------------------------------------------------------------------------
 

@@ -8,6 +8,9 @@ from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.serving.requests import JSON_TYPE, ServerLimits
 
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_NULL = {"type": "null"}
+"""Of fields that are not known: null is as if they were missing."""
+
 _EVENT: dict[str, Any] = {
     "type": "object",
     "required": ["data"],
@@ -115,7 +118,7 @@ def _classifier(limits: ServerLimits) -> dict[str, Any]:
     body = {
         "type": "object",
         "required": ["inputs"],
-        "additionalProperties": False,
+        "additionalProperties": _NULL,
         "properties": {
             "inputs": {
                 "oneOf": [
@@ -133,7 +136,7 @@ def _classifier(limits: ServerLimits) -> dict[str, Any]:
             "threshold": {"type": "number", "description": "Exit score above which a text exits."},
             "parameters": {
                 "type": "object",
-                "additionalProperties": False,
+                "additionalProperties": _NULL,
                 "description": "As huggingface_hub's InferenceClient sends them; the answer is a list of lists.",
                 "properties": {
                     "top_k": {"type": "integer", "minimum": 1},
@@ -160,7 +163,7 @@ def _layers_body(predict: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
         "required": ["inputs"],
-        "additionalProperties": False,
+        "additionalProperties": _NULL,
         "properties": {"inputs": {"oneOf": [_TEXT, pair], "description": "A text, or two."}, **fields},
     }
 
@@ -214,7 +217,7 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         "stream_options": {
             "type": "object",
             "properties": {"include_usage": {"type": "boolean"}},
-            "additionalProperties": False,
+            "additionalProperties": _NULL,
         },
         "threshold": {"type": "number", "description": "Exit score above which a token exits."},
         "mode": {"type": "string", "enum": ["early-exit", "full", "lossless"]},
@@ -229,7 +232,7 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
     message = {
         "type": "object",
         "required": ["role", "content"],
-        "additionalProperties": False,
+        "additionalProperties": _NULL,
         "properties": {
             "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
             "content": {"type": "string"},
@@ -240,13 +243,13 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
     text = {
         "type": "object",
         "required": ["model", "prompt"],
-        "additionalProperties": False,
+        "additionalProperties": _NULL,
         "properties": {"prompt": {"oneOf": [_TEXT, prompts]}, **common},
     }
     chat = {
         "type": "object",
         "required": ["model", "messages"],
-        "additionalProperties": False,
+        "additionalProperties": _NULL,
         "properties": {
             "messages": {"type": "array", "items": message, "minItems": 1},
             "max_completion_tokens": {"type": "integer", "minimum": 1},
@@ -258,8 +261,13 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         "required": ["id", "object", "created", "model", "choices", "usage"],
         "properties": {"choices": {"type": "array"}, "usage": {"type": "object"}},
     }
+    named = _get("The model, by its name", "200")
+    named["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    unknown = _error("422", "generator") | {"description": "There is no model of this name."}
+    named["responses"]["404"] = unknown
     return {
         "/v1/models": {"get": _get("The model that is served", "200")},
+        "/v1/models/{model}": {"get": named},
         "/layers": {"get": _get("Layers, modes and thresholds of the model", "200")},
         "/v1/completions": {"post": _post("Go on with a text", text, answer, "generator")},
         "/v1/chat/completions": {"post": _post("Answer a conversation", chat, answer, "generator")},

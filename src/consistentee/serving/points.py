@@ -6,6 +6,7 @@ its operating points is the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 from consistentee.errors import SettingError
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.models.operating_points import FULL_DEPTH_POINT, SAVED_POINT
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 
-FULL_DEPTH_POINT = "full-depth"
-SAVED_POINT = "saved"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,22 @@ class ServedPoint:
 
 
 def served_points(engine: Engine) -> dict[str, ServedPoint]:
-    """All points of a model by name, its saved rule first."""
+    """All points of a model by name, its saved rule first; one of the model's with a name of ours is left out."""
     model = engine.saved.model
     if not isinstance(model, EarlyExitForSequenceClassification):
         return {FULL_DEPTH_POINT: ServedPoint(FULL_DEPTH_POINT, ExitRule.full_depth(), 0.0, 1.0)}
     # Nobody exits by it, and unlike `ExitRule.full_depth` earlier classifiers keep their share in the last prediction.
     nobody = ExitRule("confidence", EXIT_CRITERIA["confidence"].thresholds.high)
     full = ServedPoint(FULL_DEPTH_POINT, nobody, 0.0, 1.0)
-    known: Mapping[str, Mapping[str, Any]] = model.config.operating_points or {}
+    known: dict[str, Mapping[str, Any]] = dict(model.config.operating_points or {})
+    for name in (FULL_DEPTH_POINT, SAVED_POINT):
+        if known.pop(name, None) is not None:
+            _log.warning(
+                'The operating point "%s" of model "%s" is not served: the server\'s own has this name. Calibrate it '
+                "anew under another one.",
+                name,
+                engine.saved.name,
+            )
     points = {
         name: ServedPoint(name, engine.rule(operating_point=name), *_promise(entry.get("certificate") or {}))
         for name, entry in known.items()

@@ -64,6 +64,11 @@ def refuse(message: str, status: int = 422, kind: str = "Validation") -> NoRetur
     raise RefusedRequest(status, kind, message)
 
 
+def shutting_down() -> RefusedRequest:
+    """What is told to whom the server's end leaves no time for."""
+    return RefusedRequest(503, "Unhealthy", "The server is shutting down.")
+
+
 def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 
@@ -104,8 +109,8 @@ def take(
 
 
 def check_names(values: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise RefusedRequest for a field that is not known: it would have no effect."""
-    unknown = next((name for name in values if name not in known), None)
+    """Raise RefusedRequest for a field that is not known, as it would have no effect; null is as if it were missing."""
+    unknown = next((name for name, value in values.items() if name not in known and value is not None), None)
     if unknown is not None:
         refuse(f"{_shown(unknown)} is no field of this request; it has: {', '.join(known)}.")
 

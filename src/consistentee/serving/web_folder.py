@@ -18,7 +18,7 @@ from typing import Any
 
 from consistentee.errors import SettingError
 from consistentee.inference.encoder.scheduler import ExitRule
-from consistentee.models.loaded import LoadedClassifier
+from consistentee.models.loaded import LoadedClassifier, short_name
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.export import GRAPH_FILE, WEIGHTS_FILE, Exported, export_onnx, require_replaceable
 from consistentee.serving.descriptions import describe_classifier
@@ -92,7 +92,7 @@ def _description(saved: LoadedClassifier, config: Mapping[str, Any]) -> dict[str
         same = [name for name, point in points.items() if point.rule == rule]
         first = same[0] if same else "exported"
         points = {first: points.get(first) or ServedPoint(first, rule), **points}
-    name = saved.name.rstrip("/").split("/")[-1]
+    name = short_name(saved.name)
     return describe_classifier(engine, points, name=name, first=first, criterion=criterion)
 
 

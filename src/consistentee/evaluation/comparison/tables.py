@@ -74,11 +74,11 @@ def markdown_page(summary: Mapping[str, Any]) -> str:
     percent = f"{100 * summary['confidence']:g} %"
     parts = [
         "# Comparison",
-        f"Brackets hold {percent} bootstrap intervals ({summary['resamples']:,} draws of the rows, and of the seeds "
-        "where there are several); differences are paired on the same rows and seeds. Area: mean over layer speed-ups "
-        "from 1x to 4x, on a logarithmic axis, of the best accuracy at that speed-up or more. Accuracy at a speed-up "
-        "and layers saved at a loss sweep the threshold on the reported rows, for all alike; *at the validation "
-        "threshold* nothing was chosen on them. Losses and differences are in points of accuracy.",
+        f"Brackets hold {percent} bootstrap intervals ({summary['resamples']:,} draws of the rows, with Student's t "
+        "over seeds where there are several); differences are paired on the same rows and seeds. Area: mean over layer "
+        "speed-ups from 1x to 4x, on a logarithmic axis, of the best accuracy at that speed-up or more. Accuracy at "
+        "a speed-up and layers saved at a loss sweep the threshold on the reported rows, for all alike; *at the "
+        "validation threshold* nothing was chosen on them. Losses and differences are in points of accuracy.",
     ]
     parts += map(markdown_sheet, comparison_sheets(summary))
     return "\n\n".join([*parts, made_on(summary["environments"])]) + "\n"

@@ -94,6 +94,14 @@ def test_choose_threshold_falls_back_to_the_best():
     assert choose_threshold(points, 0.95) == 0.6
 
 
+def test_choose_threshold_falls_back_to_full_depth_where_that_reaches_the_floor():
+    """Smoothed with the shallower points beside it full depth would not reach it, and others would be smoother."""
+    accuracies = [0.5] * 30 + [0.895] * 6 + [0.88] * 3 + [0.9]
+    points = [point(i / 40, accuracy, 1 + i / 4) for i, accuracy in enumerate(accuracies)]
+    assert choose_threshold(points, 0.9) == 39 / 40
+    assert choose_threshold(points, 0.91) == 35 / 40  # nothing reaches it: the best smoothed
+
+
 def test_choose_threshold_passes_over_a_lucky_bump():
     accuracies = [0.70, 0.71, 0.72, 0.91, 0.74, 0.75, 0.76, *[0.90] * 33]
     points = [point(i / 40, accuracy, 1 + i / 4) for i, accuracy in enumerate(accuracies)]

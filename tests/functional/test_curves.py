@@ -297,6 +297,20 @@ def test_a_margin_takes_the_loss_to_be_higher_by_its_standard_errors(lost, won, 
     assert threshold_within(points, scores, correct, "policy", max_loss=0.0) == (0.0 if won >= lost else 1.0)
 
 
+@pytest.mark.parametrize("rows, loss", [(200, 0.005), (1000, 0.005), (100, 0.01), (1000, 0.01), (500, 0.02)])
+def test_losing_exactly_what_is_allowed_is_allowed(rows: int, loss: float):
+    lost = round(rows * loss)
+    scores = torch.tensor([[0.75, torch.inf]]).expand(rows, 2)
+    for right in range(rows // 2, rows + 1):
+        correct = torch.zeros(rows, 2, dtype=torch.bool)
+        correct[:right, 1] = True
+        correct[: right - lost, 0] = True
+        points = curve_of_thresholds(scores, correct, [0.5, 1.0])
+        assert points[0].accuracy == (right - lost) / rows
+        assert threshold_within(points, scores, correct, "policy", max_loss=loss) == 0.5, right
+        assert threshold_within(points, scores, correct, "policy", max_loss=loss - 1e-6) == 1.0, right
+
+
 def test_several_losses_are_each_what_one_alone_is():
     generator = torch.Generator().manual_seed(3)
     scores, correct = torch.rand(200, 5, generator=generator), torch.rand(200, 5, generator=generator) < 0.7

@@ -62,11 +62,11 @@ def trade_off_curve(
 
 def curve_of_thresholds(scores: Tensor, correct: Tensor, thresholds: Iterable[float]) -> list[CurvePoint]:
     """Accuracy and mean exit layer at each of some thresholds."""
-    num_layers, correct = scores.shape[1], correct.float()
+    num_layers, correct = scores.shape[1], correct.double()
     points: list[CurvePoint] = []
     for threshold in thresholds:
         exit_layer = choose_exit_layer(scores, threshold)
-        mean = float(exit_layer.float().mean())
+        mean = float(exit_layer.double().mean())
         accuracy = float(correct.gather(1, exit_layer[:, None] - 1).mean())
         points.append(CurvePoint(threshold, accuracy, mean, num_layers / mean))
     return points
@@ -212,10 +212,11 @@ def choose_threshold(
 
     Args:
         points: the curve.
-        floor: of the quality.
+        floor: of the quality; what misses it by `ROUNDING` reaches it.
         qualities: one a point, such as another metric; None takes the points' accuracy.
         smoothing: over how many; 1 for points that are no neighbours.
     """
+    floor -= ROUNDING
     qualities = [point.accuracy for point in points] if qualities is None else qualities
     ordered = sorted(zip(points, qualities, strict=True), key=lambda pair: pair[0].mean_exit_layer)
     half = min(smoothing // 2, len(ordered) // 8)
@@ -278,7 +279,7 @@ def thresholds_within(
         quality: what an exit layer for every instance, (instances,) int64, is worth; None takes the accuracy.
     """
     smoothing = 1 if EXIT_CRITERIA[criterion].is_static else SMOOTHING
-    best = float(correct[:, -1].float().mean())
+    best = float(correct[:, -1].double().mean())
     if quality is not None:
         best = quality(torch.full((len(correct),), correct.shape[1]))
     qualities: list[float] = []

@@ -172,18 +172,29 @@ def finished_cell(cell: PlannedCell, output_dir: Path) -> Cell | None:
     path = cell_path(output_dir, cell)
     if not path.is_file():
         return None
-    kept, planned = read_cell(path), _identity(cell)
+    kept = read_cell(path)
+    check_same_cell(f"The kept cell {path}", kept, planned_identity(cell))
+    return kept
+
+
+def check_same_cell(whose: str, kept: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise SettingError unless both are of one training and measured on the same rows.
+
+    Args:
+        whose: what the kept one is, for the message.
+        kept: a cell, or what `planned_identity` said of it.
+        other: the same of the one that is wanted.
+    """
     try:
-        check_same_run(f"The kept cell {path}", kept, planned, ClassificationTrainingConfig().to_dict())
+        check_same_run(whose, kept, other, ClassificationTrainingConfig().to_dict())
     except ValueError as error:
         raise SettingError(
             f"{str(error).partition(' Resume with')[0]} Give the same, or another --output-dir."
         ) from error
-    if kept["evaluation"]["fingerprint"] != planned["evaluation"]["fingerprint"]:
+    if kept["evaluation"]["fingerprint"] != other["evaluation"]["fingerprint"]:
         raise SettingError(
-            f"The kept cell {path} was measured on other evaluation rows. Give the same, or another --output-dir."
+            f"{whose} was measured on other evaluation rows. Give the same, or another --output-dir."
         )
-    return kept
 
 
 def check_comparable(cells: Sequence[Cell]) -> None:
@@ -212,7 +223,7 @@ def check_comparable(cells: Sequence[Cell]) -> None:
 
 
 def planned_identity(cell: PlannedCell) -> Cell:
-    """What `check_comparable` reads of a cell, before it is run."""
+    """What `check_comparable` and `check_same_cell` read of a cell, before it is run."""
     return {**_identity(cell), "set": cell.data.name, "label": cell.method.label, "seed": cell.seed}
 
 

@@ -105,7 +105,7 @@ def chosen_on_validation(
     floor = plain["validation"]["accuracy"] if loss is None else own - loss
     threshold = choose_threshold(points, floor, shy)
     reported = cell["criteria"][cell["criterion"]]["curve"]
-    _, accuracy, mean = next((at for at in reported if at[0] >= threshold * (1 - 1e-5)), reported[-1])
+    _, accuracy, mean = next((at for at in reported if at[0] >= threshold), reported[-1])
     return accuracy - plain["accuracy"], mean / depth
 
 

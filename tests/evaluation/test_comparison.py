@@ -73,6 +73,17 @@ def test_figures_are_kept_with_six_digits() -> None:
     }
 
 
+def test_thresholds_and_settings_are_kept_whole() -> None:
+    close = [0.99999991, 0.99999993]
+    cell = {"curve": [[at, 0.123456789, 3.0] for at in close], "at": {"threshold": close[0]}}
+    kept = rounded(cell | {"config": {"learning_rate": 0.000123456789}, "validation": {"curve": []}})
+    assert [point[:2] for point in kept["curve"]] == [[at, 0.123457] for at in close]
+    assert kept["at"]["threshold"] == close[0]
+    assert kept["config"] == {"learning_rate": 0.000123456789}
+    drawn = rounded({"curve": [{"threshold": at, "accuracy": 0.123456789} for at in close]})
+    assert drawn["curve"][1] == {"threshold": close[1], "accuracy": 0.123457}
+
+
 # --- Figures of draws, against rows that are really repeated ---------------------------------------
 
 

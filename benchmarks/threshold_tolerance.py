@@ -70,23 +70,24 @@ def outcomes_of_rules(
     last_right = unpack_bits(cell["correct"], count, depth)[:, -1]
     lost = 100 * (last_right.mean() - outcomes.correct.mean(0))
     share = outcomes.layers.mean(0) / depth
-    place = {threshold: number for number, threshold in enumerate(outcomes.thresholds)}
     generator = np.random.default_rng(seed)
     chosen: dict[tuple[float, float], list[int]] = {rule: [] for rule in RULES}
     for _ in range(draws):
         drawn = generator.integers(count, size=rows)
         right, reference = outcomes.correct[drawn], last_right[drawn]
         points = [
-            CurvePoint(threshold, float(accuracy), float(mean), float(depth / mean))
-            for threshold, accuracy, mean in zip(
-                outcomes.thresholds, right.mean(0), outcomes.layers[drawn].mean(0), strict=True
+            CurvePoint(
+                place, float(accuracy), float(mean), float(depth / mean)
+            )  # rounded thresholds may be equal
+            for place, (accuracy, mean) in enumerate(
+                zip(right.mean(0), outcomes.layers[drawn].mean(0), strict=True)
             )
         ]
         differ = (right != reference[:, None]).sum(0)
         for max_loss, margin in RULES:
             shy = right.mean(0) - margin * (np.sqrt(differ + 1) - 1) / rows
-            threshold = choose_threshold(points, float(reference.mean()) - max_loss, shy.tolist())
-            chosen[max_loss, margin].append(place[threshold])
+            place = choose_threshold(points, float(reference.mean()) - max_loss, shy.tolist())
+            chosen[max_loss, margin].append(int(place))
     return {
         rule: (
             float(lost[at].mean()),

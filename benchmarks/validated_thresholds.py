@@ -103,9 +103,9 @@ def chosen_on_validation(
     ]
     own = validation["full_depth_accuracy"]
     floor = plain["validation"]["accuracy"] if loss is None else own - loss
-    threshold = choose_threshold(points, floor - 1e-9, shy)
+    threshold = choose_threshold(points, floor, shy)
     reported = cell["criteria"][cell["criterion"]]["curve"]
-    _, accuracy, mean = next((at for at in reported if at[0] >= threshold * (1 - 1e-5)), reported[-1])
+    _, accuracy, mean = next((at for at in reported if at[0] >= threshold), reported[-1])
     return accuracy - plain["accuracy"], mean / depth
 
 

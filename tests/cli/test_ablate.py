@@ -79,3 +79,10 @@ def test_questions_are_asked_and_answered(
     assert "Remove its cell, so that it is trained anew" in capsys.readouterr().err
     assert main(["ablate", *options, "--render"]) == 0
     assert main(["ablate", *options, *data, "--render"]) == 2
+
+    study.write_text(found)  # of a model whose cell is gone, and that would be trained with other settings
+    (tmp_path / "out" / "cells" / "small_rows_consistent_1.json").unlink()
+    capsys.readouterr()
+    assert main(["ablate", *options, *data, "--weight-decay", "0.5"]) == 2
+    said = capsys.readouterr().err
+    assert f"The model of the study {study} has weight_decay = 0.01, this one 0.5." in said

@@ -151,6 +151,10 @@ def test_what_is_finished_is_left_alone_and_other_settings_are_refused(
         capsys.readouterr()
         assert run(place, *more) == 2
         assert message in capsys.readouterr().err
+    assert (
+        run(place, "--seeds", "3", "--weight-decay", "0.5") == 1
+    )  # they would be averaged with those of seed 1
+    assert "(seed 1) must share weight_decay, got 0.5 and 0.01." in capsys.readouterr().err
     assert place.cells() == before
 
 

@@ -60,6 +60,16 @@ def test_what_a_tolerance_buys_is_read_off_a_cell(cells: list[dict[str, Any]]) -
     assert not tolerance.usable(next(cell for cell in cells if cell["label"] == "plain"))
 
 
+def test_a_tolerance_tells_points_with_one_rounded_threshold_apart(cells: list[dict[str, Any]]) -> None:
+    tolerance = script("threshold_tolerance")
+    cell = next(cell for cell in cells if cell["label"] == "consistent" and tolerance.usable(cell))
+    found = tolerance.outcomes_of_rules(cell, 250, 5, 0)
+    figures = cell["criteria"]["policy"]
+    alike = figures | {"curve": [[0.999999, *point[1:]] for point in figures["curve"]]}
+    other = cell | {"criteria": cell["criteria"] | {"policy": alike}}
+    assert tolerance.outcomes_of_rules(other, 250, 5, 0) == found
+
+
 def test_the_table_of_validated_thresholds_is_that_of_the_cells(cells: list[dict[str, Any]]) -> None:
     lines = script("validated_thresholds").table(cells, "consistent")
     assert len(lines) == 12

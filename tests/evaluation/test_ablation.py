@@ -226,6 +226,28 @@ def test_answers_are_written_as_tables_json_and_a_picture(folder: Path, small_st
     assert plot_ablation(summary, folder / "picture.svg").read_text().count("consistent:uniform_reward") == 1
 
 
+def test_a_study_of_another_model_is_refused(folder: Path, small_study: Studied) -> None:
+    (folder / "studies").mkdir()
+    file = folder / "studies" / "small_rte_consistent_1_policy_rows.json"
+    study = {"backbone": "small", "set": "rte", "seed": 1} | policy_rows_study(small_study)
+    kept = next(cell for cell in _cells() if (cell["label"], cell["seed"]) == ("consistent", 1))
+    whose = {key: kept[key] for key in ("kind", "method", "backbone", "backbone_fingerprint", "config")}
+    whose |= {key: kept[key] for key in ("data", "evaluation")}
+    file.write_text(json.dumps(study | {"cell": whose}))
+    found = render_answers(folder, questions=["policy_rows"], resamples=20)["questions"]["policy_rows"]
+    assert found["policy_rows"][0].keys() == study.keys()  # whose it is stays in the file
+    other = whose | {"config": whose["config"] | {"warmup_epochs": 9.0}}
+    file.write_text(json.dumps(study | {"cell": other}))
+    with pytest.raises(
+        SettingError, match=r"The model of the study .*policy_rows\.json has warmup_epochs = 9.0"
+    ):
+        render_answers(folder, questions=["policy_rows"], resamples=20)
+    other = whose | {"evaluation": {"fingerprint": "others", "num_examples": ROWS}}
+    file.write_text(json.dumps(study | {"cell": other}))
+    with pytest.raises(SettingError, match=r"policy_rows\.json was measured on other evaluation rows"):
+        render_answers(folder, questions=["policy_rows"], resamples=20)
+
+
 def test_broken_or_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "studies").mkdir()
     (folder / "studies" / "small_rte_consistent_1_estimator.json").write_text("{")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from compared_cells import CONFIG, LAYERS, ROWS, cell_of
 from consistentee.errors import DataError, SettingError
+from consistentee.evaluation.comparison.cells import check_comparable
 from consistentee.evaluation.comparison.compare import render, seconds_left
 from consistentee.evaluation.comparison.measuring import (
     pack_bits,
@@ -70,6 +71,17 @@ def test_figures_are_kept_with_six_digits() -> None:
         "b": [1e-9],
         "c": None,
     }
+
+
+def test_thresholds_and_settings_are_kept_whole() -> None:
+    close = [0.99999991, 0.99999993]
+    cell = {"curve": [[at, 0.123456789, 3.0] for at in close], "at": {"threshold": close[0]}}
+    kept = rounded(cell | {"config": {"learning_rate": 0.000123456789}, "validation": {"curve": []}})
+    assert [point[:2] for point in kept["curve"]] == [[at, 0.123457] for at in close]
+    assert kept["at"]["threshold"] == close[0]
+    assert kept["config"] == {"learning_rate": 0.000123456789}
+    drawn = rounded({"curve": [{"threshold": at, "accuracy": 0.123456789} for at in close]})
+    assert drawn["curve"][1] == {"threshold": close[1], "accuracy": 0.123457}
 
 
 # --- Figures of draws, against rows that are really repeated ---------------------------------------
@@ -245,6 +257,48 @@ def test_cells_that_cannot_be_compared_are_refused(changes: dict[str, Any], mess
         summarise([cell_of("plain"), cell_of("deebert", **changes)], resamples=20)
 
 
+@pytest.mark.parametrize(
+    "label, changes, message",
+    [
+        (
+            "consistent",
+            {"learning_rate": 1e-7},
+            r'"rte" with consistent \(seed 2\) and consistent \(seed 1\) must share learning_rate, got 1e-07 and',
+        ),
+        ("plain", {"batch_size": 256}, "must share batch_size, got 256 and"),
+        ("consistent", {"warmup_epochs": 0.0, "rounds": 6}, "must share warmup_epochs, got 0.0 and 2.0"),
+        (
+            "deebert",
+            {"threshold_margin": 3.0},
+            r"deebert \(seed 2\) and consistent .* share threshold_margin",
+        ),
+        ("deebert", {"parse_special_tokens": True}, "must share parse_special_tokens, got True and False"),
+    ],
+)
+def test_cells_with_other_settings_are_no_seeds_of_one_method(
+    label: str, changes: dict[str, Any], message: str
+) -> None:
+    cells = [cell_of("plain"), cell_of("consistent"), cell_of(label, 2, config=CONFIG | changes)]
+    with pytest.raises(DataError, match=message):
+        summarise(cells, resamples=20)
+
+
+def test_seeds_may_differ_in_settings_that_their_method_never_reads() -> None:
+    cells = [
+        cell_of("plain"),
+        cell_of("plain", 2, config=CONFIG | {"threshold_margin": 3.0, "patience": 9, "seed": 2}),
+        cell_of("deebert"),  # of an earlier version, without the settings that came later
+        cell_of("deebert", 2, config=CONFIG | {"max_disk_mb": 1.0, "batch_size": 32, "seed": 2}),
+    ]
+    assert [entry["seeds"] for entry in summarise(cells, resamples=20)["summary"]] == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("folder", ["compare", "ablate"])
+def test_the_published_cells_are_comparable(folder: str) -> None:
+    kept = (Path(__file__).parents[2] / "benchmarks" / "results" / folder).glob("*.json")
+    check_comparable([json.loads(path.read_text()) for path in kept])
+
+
 def test_unknown_criteria_and_too_few_draws_are_refused() -> None:
     with pytest.raises(SettingError, match='criteria must be all, or among policy, patience, got "luck"'):
         summarise([cell_of("deebert")], criteria=["luck"])
@@ -299,6 +353,7 @@ def test_methods_have_the_reference_first_and_settings_of_their_own(tmp_path: Pa
         (["deebert"], {"deebrt": {}}, 'Settings are given for "deebrt", which is not among the methods'),
         (["deebert"], {"deebert": {"hed": "attention"}}, 'deebert: "hed" is not a training setting'),
         (["deebert"], {"deebert": {"seed": 5}}, "deebert: seed must be the same for all"),
+        (["deebert"], {"deebert": {"threshold_margin": 0}}, "deebert: threshold_margin must be the same"),
         (["deebert"], {"deebert": {"max_length": 64}}, "deebert: max_length must be the same for all"),
         (["deebert"], {"deebert": {"warmup_epochs": 9}}, "must be the same for all methods .* got 10"),
         (["dee bert"], {}, "methods must be written NAME or NAME:VARIANT"),

@@ -69,7 +69,7 @@ def test_the_sentence_names_the_best_and_the_baseline(page: Element, summary: di
     assert f"{100 * base['difference_to_plain']['mean']:+.1f} points".replace("-", "−") in said
 
 
-def test_methods_are_ranked_by_area(page: Element, summary: dict[str, Any]) -> None:
+def test_methods_with_the_same_seeds_are_ranked_by_area(page: Element, summary: dict[str, Any]) -> None:
     rows = page.one("section", id="ranking").one("table").rows()[1:]
     areas = [float(row[1].split()[0]) for row in rows]
     assert areas == sorted(areas, reverse=True)
@@ -80,6 +80,36 @@ def test_methods_are_ranked_by_area(page: Element, summary: dict[str, Any]) -> N
         entry = entry_of(summary, method, criterion[:-1] or None, None)
         low, high = entry["area"]["interval"]
         assert row[1] == f"{100 * entry['area']['mean']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def test_seeds_that_only_some_methods_have_rank_nobody(tmp_path: Path) -> None:
+    cells = [cell_of("plain", seed, skill=0.8) for seed in (1, 2)]
+    cells += [cell_of("consistent", 1, skill=0.95), cell_of("consistent", 2, skill=0.6)]
+    cells += [
+        cell_of("deebert", 1, skill=0.85)
+    ]  # above the mean of `consistent`, below it on the seed of both
+    summary = summarise(cells, resamples=50, criteria=["patience"])
+    ours, other = (entry_of(summary, method, "policy", "rte") for method in ("consistent", "deebert"))
+    assert other["area"]["mean"] > ours["area"]["mean"]
+    assert other["difference"]["area"]["mean"] < 0
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps(summary), encoding="utf-8")
+    page = read_page(comparison_page(file))
+    said = page.one("p", class_="lead").text
+    assert "consistent (policy) has the largest area under the curve on the seeds that each shares" in said
+    rows = page.one("section", id="ranking").one("table").rows()
+    assert [row[:2] for row in rows] == [
+        ["method (criterion)", "seeds"],
+        ["consistent (policy)", "1 2"],
+        ["deebert (policy)", "1"],
+    ]
+    [sheet] = [sheet for sheet in comparison_sheets(summary) if "equal exits" in sheet.title]
+    assert sheet.columns[:2] == ("exits of", "seeds")
+    assert [row[:2] for row in sheet.rows] == [
+        ("consistent", "1 2"),
+        ("deebert", "1"),
+        ("mean - policy's", ""),
+    ]
 
 
 def test_all_tables_are_there(page: Element, summary: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from consistentee.data.rows import TextDataset
 from consistentee.evaluation.exit_report import ExitReport, report_exits
 from consistentee.evaluation.html_page import EMPTY, LONGEST_SHOWN, check_report_file, shown
 from consistentee.evaluation.html_report import hardness_sentence, model_page, record_page
-from consistentee.evaluation.report_figures import Example, HardnessTable
+from consistentee.evaluation.report_figures import Example, HardnessTable, recorded_point
+from consistentee.evaluation.results import AgreementEvaluation
 from consistentee.models.loaded import LoadedClassifier, load_model
 from html_pages import read_page, script_data
 from tiny import tiny_backbone, tiny_dataset, tiny_model
@@ -206,6 +207,63 @@ def test_the_record_alone_gives_less_and_says_so(saved: LoadedClassifier, report
     assert "training left in the folder's record" in page.text
     assert not list(page.all("script", id="curve"))
     assert "Other than the defaults: seed, rounds." in page.one("section", id="settings").text
+
+
+def test_agreement_with_another_model_names_it(saved: LoadedClassifier) -> None:
+    found = report_exits(saved, tiny_dataset(40).texts).evaluation
+    assert isinstance(found, AgreementEvaluation)
+    other = dataclasses.replace(
+        found,
+        agreement_with="/a/secret/place/original <b>",
+        agreement=0.8,
+        per_layer_agreement=[0.7, 0.8, 0.9],
+    )
+    page = record_page(dataclasses.replace(saved, record={"evaluation": other.summary()}))
+    said = read_page(page).one("p", class_="lead").text
+    assert "give 80.0 % of 40 texts the label of model “original <b>”" in said
+    assert "Full depth gives it to 90.0 %." in said
+    assert "/a/secret" not in page
+    _, point = recorded_point(other.summary())
+    assert point.difference == pytest.approx(-0.1)
+    assert point.difference_interval is None  # which rows exits won is not recorded
+    low, high = recorded_point(found.summary())[1].difference_interval or (0, 0)
+    assert low < found.agreement - 1 < high or found.agreement == 1
+
+
+CERTIFICATE = {"confidence": 0.95, "num_rows": 2000, "rows_source": "rows.csv", "bound": 0.0312}
+
+
+@pytest.mark.parametrize(
+    "proof, said",
+    [
+        (
+            {"goal": "max_disagreement", "target": 0.02},
+            "at most 2 points of disagreement with full depth, 95",
+        ),
+        (
+            {"goal": "max_disagreement", "target": 0.1, "reference": "/secret/original"},
+            "at most 10 points of disagreement with model “original”, 95",
+        ),
+        (
+            {"goal": "max_accuracy_loss", "target": 0.01, "reference": "original"},
+            "at most 1 point of rows lost against model “original”, 95",
+        ),
+        (
+            {"goal": "min_speedup", "target": 1.5},
+            "at 1.5× fewer layers at most 3.12 % of disagreement with full depth, 95",
+        ),
+        (
+            {"goal": "min_speedup", "target": 1.3, "clock": {"batch_size": 8, "speedup": 1.31}},
+            "at 1.3× faster on the clock at batches of 8 at most 3.12 % of disagreement with full depth, 95",
+        ),
+    ],
+)
+def test_a_certificate_says_what_was_certified(
+    saved: LoadedClassifier, report: ExitReport, proof: dict[str, Any], said: str
+) -> None:
+    point = dataclasses.replace(report.point, names=("safe",), certificate=CERTIFICATE | proof)
+    page = read_page(model_page(saved, dataclasses.replace(report, points=[*report.points[:2], point])))
+    assert f"safe has a certificate: {said} % confidence" in page.one("p", class_="certificate").text
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,14 @@ def test_choose_threshold_falls_back_to_the_best():
     assert choose_threshold(points, 0.95) == 0.6
 
 
+def test_choose_threshold_falls_back_to_full_depth_where_that_reaches_the_floor():
+    """Smoothed with the shallower points beside it full depth would not reach it, and others would be smoother."""
+    accuracies = [0.5] * 30 + [0.895] * 6 + [0.88] * 3 + [0.9]
+    points = [point(i / 40, accuracy, 1 + i / 4) for i, accuracy in enumerate(accuracies)]
+    assert choose_threshold(points, 0.9) == 39 / 40
+    assert choose_threshold(points, 0.91) == 35 / 40  # nothing reaches it: the best smoothed
+
+
 def test_choose_threshold_passes_over_a_lucky_bump():
     accuracies = [0.70, 0.71, 0.72, 0.91, 0.74, 0.75, 0.76, *[0.90] * 33]
     points = [point(i / 40, accuracy, 1 + i / 4) for i, accuracy in enumerate(accuracies)]
@@ -287,6 +295,20 @@ def test_a_margin_takes_the_loss_to_be_higher_by_its_standard_errors(lost, won, 
     )
     assert with_metric == chosen
     assert threshold_within(points, scores, correct, "policy", max_loss=0.0) == (0.0 if won >= lost else 1.0)
+
+
+@pytest.mark.parametrize("rows, loss", [(200, 0.005), (1000, 0.005), (100, 0.01), (1000, 0.01), (500, 0.02)])
+def test_losing_exactly_what_is_allowed_is_allowed(rows: int, loss: float):
+    lost = round(rows * loss)
+    scores = torch.tensor([[0.75, torch.inf]]).expand(rows, 2)
+    for right in range(rows // 2, rows + 1):
+        correct = torch.zeros(rows, 2, dtype=torch.bool)
+        correct[:right, 1] = True
+        correct[: right - lost, 0] = True
+        points = curve_of_thresholds(scores, correct, [0.5, 1.0])
+        assert points[0].accuracy == (right - lost) / rows
+        assert threshold_within(points, scores, correct, "policy", max_loss=loss) == 0.5, right
+        assert threshold_within(points, scores, correct, "policy", max_loss=loss - 1e-6) == 1.0, right
 
 
 def test_several_losses_are_each_what_one_alone_is():

@@ -32,17 +32,37 @@ def test_an_interval_of_a_paired_difference_is_that_of_the_normal_approximation(
     assert np.ptp(percentile_interval(unpaired)) > 1.5 * (high - low)
 
 
-def test_seeds_are_drawn_too_and_widen_the_interval() -> None:
-    draws = np.stack(
-        [np.zeros(2000), np.ones(2000), np.full(2000, 2.0)]
-    )  # three trainings, rows change nothing
+def test_where_rows_change_nothing_the_interval_is_students() -> None:
+    trainings = np.array([0.0, 1.0, 2.5])
+    draws = np.repeat(trainings[:, None], 2000, axis=1)
     means = mean_over_seeds(draws, seed=0)
-    assert set(np.round(means * 3).astype(int)) == set(range(7))
-    assert means.mean() == pytest.approx(1, abs=0.03)
-    assert means.std() == pytest.approx((2 / 3 / 3) ** 0.5, abs=0.02)
-    # Two methods with the same number of seeds share the draws of these: a constant difference has no width.
+    reach = 4.3027 * trainings.std(ddof=1) / 3**0.5  # the 97.5 % quantile of t with 2 degrees
+    assert percentile_interval(means) == pytest.approx((7 / 6 - reach, 7 / 6 + reach), rel=0.02)
+    # Two methods with the same number of seeds have the same order: a constant difference has no width.
     assert np.ptp(mean_over_seeds(draws + 0.5, seed=0) - means) == pytest.approx(0)
     assert (mean_over_seeds(draws[:1], seed=0) == 0).all()
+
+
+def test_where_trainings_agree_the_interval_is_that_of_rows() -> None:
+    draws = np.random.default_rng(0).normal(size=(1, 500, 2)).repeat(3, axis=0)
+    assert mean_over_seeds(draws, seed=0) == pytest.approx(draws[0])
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("deviation", [0.0, 0.05, 0.5])
+def test_intervals_over_few_seeds_cover(seeds: int, deviation: float) -> None:
+    """From rows alone to trainings alone; 95 % of 400 intervals are 380, give or take 4.4."""
+    generator = np.random.default_rng([seeds, int(100 * deviation)])
+    rows, draws, trials = 100, 200, 400
+    weights = row_weights(rows, draws, seed=0) / rows
+    hits = 0
+    for _ in range(trials):
+        trainings = generator.normal(0, deviation, seeds)
+        hard = generator.normal(0, 0.2, rows)  # rows are as hard for all trainings
+        values = trainings[:, None] + hard + generator.normal(0, 0.2, (seeds, rows))
+        low, high = percentile_interval(mean_over_seeds(values @ weights.T, seed=1))
+        hits += low <= 0 <= high
+    assert hits / trials >= 0.925
 
 
 def test_what_is_not_there_has_no_interval() -> None:

@@ -127,7 +127,7 @@ def _common(
     ]
     environments.append(("training", record.get("environment") or {}))
     environments = [(title, _flat(values)) for title, values in environments if values]
-    noun = "rows" if quality == "accuracy" else "texts"
+    noun, other = "rows" if quality == "accuracy" else "texts", evaluation.get("agreement_with")
     return {
         "title": f"{name}: exits, layers saved and {quality}",
         "eyebrow": f"Exit report · {shown(Path(source).name)}",
@@ -141,6 +141,7 @@ def _common(
         "num_examples": evaluation["num_examples"],
         "num_truncated": evaluation.get("num_truncated", 0),
         "full_depth": layers[-1].if_all,
+        "agreement_with": None if other is None else _model_of(other),
         "layers": layers,
         "exits": both_widths(exit_chart, evaluation["exit_histogram"]),
         "by_layer": both_widths(layer_chart, layers, quality),
@@ -271,25 +272,32 @@ def _certificates(point: ReportedPoint) -> Iterator[dict[str, str]]:
     proof = point.certificate
     if not proof:
         return
+    of = _model_of(proof.get("reference"))
     sure = f"{100 * proof['confidence']:g}\u00a0% confidence"
     rows = f"{proof['num_rows']:,} rows of {proof.get('rows_source') or 'unknown source'}"
     goal = {
-        "max_disagreement": "disagreement with full depth",
-        "max_accuracy_loss": "rows lost against full depth",
+        "max_disagreement": f"disagreement with {of}",
+        "max_accuracy_loss": f"rows lost against {of}",
     }
     if proof["goal"] in goal:
         points = f"{100 * proof['target']:g} point{'' if proof['target'] == 0.01 else 's'}"
         text = f"at most {points} of {goal[proof['goal']]}, {sure}, from {rows}"
     else:
-        bound = f"{100 * proof['bound']:.2f}\u00a0%"
-        text = (
-            f"at {proof['target']:g}\u00d7 fewer layers at most {bound} of disagreement, {sure}, from {rows}"
+        bound, clock = f"{100 * proof['bound']:.2f}\u00a0%", proof.get("clock")
+        faster = (
+            "fewer layers" if clock is None else f"faster on the clock at batches of {clock['batch_size']}"
         )
+        text = f"at {proof['target']:g}\u00d7 {faster} at most {bound} of disagreement with {of}, {sure}, from {rows}"
     date = f", {str(proof['date'])[:10]}" if proof.get("date") else ""
     yield {
         "names": ", ".join(point.names),
         "text": f"{text}{date}. It holds on average, for rows drawn as those were.",
     }
+
+
+def _model_of(name: str | None) -> str:
+    """Whose answers are meant: full depth's, or another model's, without the folders that it lies in."""
+    return "full depth" if name is None else f"model \u201c{shown(Path(name).name or name)}\u201d"
 
 
 def _facts(saved: LoadedClassifier, evaluation: Mapping[str, Any], source: str) -> Iterator[tuple[str, str]]:

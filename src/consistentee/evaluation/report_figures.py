@@ -61,7 +61,7 @@ class ReportedPoint:
     Args:
         names: what it is called: `default`, operating points of the model, or "".
         criterion, threshold: of it; the last layer has no criterion.
-        quality: accuracy, or without labels agreement with full depth.
+        quality: accuracy, or without labels agreement with full depth, or with the model that a record names.
         interval: of the quality, exact, at `INTERVAL_CONFIDENCE`.
         difference, difference_interval: quality minus that of full depth, on the same rows; None where not known.
         agreement: share of the rows that get the last layer's class; None where not known.
@@ -194,7 +194,7 @@ def recorded_point(evaluation: Mapping[str, Any]) -> tuple[str, ReportedPoint]:
     if classes:
         lost, won = (sum(found[name] for found in classes) for name in ("lost", "gained"))
         interval = paired_interval(won, lost, rows, INTERVAL_CONFIDENCE)
-    elif quality == "agreement":
+    elif quality == "agreement" and evaluation["per_layer_agreement"][-1] == 1:  # nothing can be won
         interval = paired_interval(0, round((1 - value) * rows), rows, INTERVAL_CONFIDENCE)
     return quality, ReportedPoint(
         names=(DEFAULT_POINT,),

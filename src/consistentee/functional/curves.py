@@ -23,7 +23,8 @@ AREA_SPEEDUPS = (1.0, 4.0)
 """Layer speed-ups between which the area under a curve is taken."""
 TOLERANCES = (0.0, 0.0025, 0.005, 0.01, 0.02)
 """Losses against the last layer, as shares, whose thresholds are noted beside the one that the settings ask for."""
-_ROUNDING = 1e-9  # a sum in another order is no loss
+ROUNDING = 1e-9
+"""What a share may miss a floor by: a sum in another order is no loss."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ def trade_off_curve(
 
 def curve_of_thresholds(scores: Tensor, correct: Tensor, thresholds: Iterable[float]) -> list[CurvePoint]:
     """Accuracy and mean exit layer at each of some thresholds."""
-    num_layers, correct = scores.shape[1], correct.float()
+    num_layers, correct = scores.shape[1], correct.double()
     points: list[CurvePoint] = []
     for threshold in thresholds:
         exit_layer = choose_exit_layer(scores, threshold)
-        mean = float(exit_layer.float().mean())
+        mean = float(exit_layer.double().mean())
         accuracy = float(correct.gather(1, exit_layer[:, None] - 1).mean())
         points.append(CurvePoint(threshold, accuracy, mean, num_layers / mean))
     return points
@@ -175,7 +176,7 @@ def best_accuracy(accuracy: Tensor, layer_speedup: Tensor, at: float) -> Tensor:
         >>> best_accuracy(torch.tensor([0.5, 0.9, 0.8]), torch.tensor([4.0, 2.0, 1.0]), 1.5)
         tensor(0.9000)
     """
-    fast = layer_speedup >= at - _ROUNDING
+    fast = layer_speedup >= at - ROUNDING
     best = accuracy.masked_fill(~fast, -math.inf).amax(-1)
     return best.masked_fill(~fast.any(-1), math.nan)
 
@@ -192,7 +193,7 @@ def layers_saved(accuracy: Tensor, layer_speedup: Tensor, floor: Tensor) -> Tens
         tensor(0.5000)
     """
     saved = 1 - 1 / layer_speedup
-    return saved.masked_fill(accuracy < floor[..., None] - _ROUNDING, 0.0).amax(-1).clamp_min(0.0)
+    return saved.masked_fill(accuracy < floor[..., None] - ROUNDING, 0.0).amax(-1).clamp_min(0.0)
 
 
 def choose_threshold(
@@ -205,14 +206,17 @@ def choose_threshold(
     """The threshold with the fewest layers whose accuracy, or other quality, stays at or above a floor.
 
     The quality is smoothed over neighbouring thresholds first: on few instances the curve has lucky bumps, and the
-    first one above the floor would be picked. If none reaches the floor, the threshold with the best smoothed quality.
+    first one above the floor would be picked. If none reaches it so, the deepest one does by itself where the floor is
+    taken from full depth: all its neighbours are shallower, and smoothed it may fall below what it is. If it does not,
+    the threshold with the best smoothed quality.
 
     Args:
         points: the curve.
-        floor: of the quality.
+        floor: of the quality; what misses it by `ROUNDING` reaches it.
         qualities: one a point, such as another metric; None takes the points' accuracy.
         smoothing: over how many; 1 for points that are no neighbours.
     """
+    floor -= ROUNDING
     qualities = [point.accuracy for point in points] if qualities is None else qualities
     ordered = sorted(zip(points, qualities, strict=True), key=lambda pair: pair[0].mean_exit_layer)
     half = min(smoothing // 2, len(ordered) // 8)
@@ -223,6 +227,9 @@ def choose_threshold(
     for (point, quality), mean in zip(ordered, smoothed, strict=True):
         if mean >= floor and quality >= floor:
             return point.threshold
+    deepest, its_quality = ordered[-1]
+    if its_quality >= floor:
+        return deepest.threshold
     return max(zip(smoothed, ordered, strict=True), key=lambda pair: pair[0])[1][0].threshold
 
 
@@ -272,7 +279,7 @@ def thresholds_within(
         quality: what an exit layer for every instance, (instances,) int64, is worth; None takes the accuracy.
     """
     smoothing = 1 if EXIT_CRITERIA[criterion].is_static else SMOOTHING
-    best = float(correct[:, -1].float().mean())
+    best = float(correct[:, -1].double().mean())
     if quality is not None:
         best = quality(torch.full((len(correct),), correct.shape[1]))
     qualities: list[float] = []

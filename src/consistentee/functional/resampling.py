@@ -1,12 +1,14 @@
 """Bootstrap intervals, paired: what is compared is drawn together, the same rows and the same seeds for all.
 
-The rows of an evaluation set are drawn with replacement, and so are the seeds of a training where there are several.
+The rows of an evaluation set are drawn with replacement. Of the seeds of a training there are too few for that: what
+others would give is added by Student's t.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 Draws = NDArray[np.float64]
 """What draws of rows give, (draws, ...), or the same of one sample."""
@@ -29,22 +31,33 @@ def row_weights(rows: int, draws: int, seed: int) -> NDArray[np.float32]:
 
 
 def mean_over_seeds(draws: Draws, seed: int) -> Draws:
-    """The mean over trainings that are drawn with replacement too.
+    """The mean over trainings on each draw of rows, with what other trainings would have added to it.
+
+    That is Student's t of n - 1 degrees times the standard error of the mean over the n trainings, s / sqrt(n): a few
+    trainings drawn with replacement would vary too little, 60 % in place of 95 % of two. Where rows change nothing the
+    percentile interval of the sum is the t interval over trainings; where trainings agree, the bootstrap's over rows.
+    Noise that a training has on its own rows is in both parts, so that intervals are rather too wide than too narrow.
 
     Args:
         draws: (seeds, draws, ...), what each training gives on each draw of rows.
-        seed: of the draws of trainings; same seed and number of trainings, same draws.
+        seed: of the order in which t's quantiles are added; same seed and number of trainings, same order.
 
     Returns:
-        (draws, ...).
+        (draws, ...); of one training its own, which say nothing of others.
+
+    Source: Student, "The probable error of a mean", Biometrika 6 (1908), for trainings; Efron and Tibshirani, 1993, for
+    rows. Difference: their sum; t at equally spaced probabilities, not at random ones.
 
     Example:
         >>> mean_over_seeds(np.ones((1, 2)), seed=0)
         array([1., 1.])
     """
     count, samples = draws.shape[:2]
-    chosen = np.random.default_rng(seed).integers(count, size=(samples, count))
-    return draws[chosen, np.arange(samples)[:, None]].mean(1)
+    if count == 1:
+        return draws[0]
+    quantiles = special.stdtrit(count - 1, (np.arange(samples) + 0.5) / samples)
+    t = np.random.default_rng(seed).permutation(quantiles).reshape(-1, *[1] * (draws.ndim - 2))
+    return draws.mean(0) + t * draws.mean(1).std(0, ddof=1) / count**0.5
 
 
 def percentile_interval(draws: Draws, confidence: float = 0.95) -> tuple[Draws, Draws]:

@@ -16,7 +16,13 @@ from consistentee.evaluation.ablation.answers import answer
 from consistentee.evaluation.ablation.pages import answers_page
 from consistentee.evaluation.ablation.questions import QUESTIONS, Question, question
 from consistentee.evaluation.ablation.studies import STUDIES, studied
-from consistentee.evaluation.comparison.cells import read_cells, run_folder
+from consistentee.evaluation.comparison.cells import (
+    Cell,
+    check_same_cell,
+    planned_identity,
+    read_cells,
+    run_folder,
+)
 from consistentee.evaluation.comparison.claims import is_shared_now, taken_in_turns
 from consistentee.evaluation.comparison.compare import compare
 from consistentee.evaluation.comparison.measuring import rounded
@@ -32,6 +38,8 @@ from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.run import Report
 
 STUDIES_FOLDER = "studies"
+_OF_CELL = "cell"
+"""Key of a study that says which model it is about."""
 ANSWERS_FILE, ANSWERS_PAGE, ANSWERS_PICTURE = "ablate.json", "ablate.md", "ablate.png"
 
 
@@ -70,8 +78,8 @@ def ablate(
         What ablate.json holds; empty after a dry run.
 
     Raises:
-        SettingError: a question that is not known, or has nothing to compare with these settings; a kept cell that was
-            made with others.
+        SettingError: a question that is not known, or has nothing to compare with these settings; a kept cell or study
+            that was made with others.
         DataError: a kept file is broken, or a study needs a model that was discarded.
         ValueError: a run's folder with other settings, backbone or data.
     """
@@ -95,7 +103,7 @@ def ablate(
         f"{cell.name}_{name}": (name, cell)
         for name in wanted
         for cell in ours
-        if not _study_path(output_dir, name, cell).is_file()
+        if not _is_studied(output_dir, name, cell)
     }
     if wanted:
         report(f"{len(wanted) * len(ours)} studies, {len(wanted) * len(ours) - len(left)} of them finished.")
@@ -103,7 +111,7 @@ def ablate(
         compare(methods=[OUR_METHOD], overrides={}, keep_models=True, keep_warm_ups=True, **run)
         with closing(taken_in_turns(left, output_dir, report)) as turns:
             for _, (name, cell) in turns:
-                if not _study_path(output_dir, name, cell).is_file():  # nor made by another command
+                if not _is_studied(output_dir, name, cell):  # nor made by another command
                     report(f"== study {name} of {cell.name}")
                     _study(asked[name], name, cell, output_dir)
         if not keep_models and not is_shared_now(output_dir):
@@ -134,13 +142,13 @@ def write_answers(output_dir: Path, asked: Mapping[str, Question], *, resamples:
         resamples: draws of the bootstrap.
 
     Raises:
-        SettingError: nothing is finished that answers any of them.
+        SettingError: nothing is finished that answers any of them, or a study is of another model than the kept cell.
         DataError: a file is broken.
     """
     cells = read_cells(output_dir)
     found: dict[str, Any] = {}
     for name, one in asked.items():
-        value = answer(one, cells, _read_studies(output_dir, name), resamples=resamples)
+        value = answer(one, cells, _read_studies(output_dir, name, cells), resamples=resamples)
         if value["differences"] or (one.further is not None and value[one.further]):
             found[name] = value
     if not found:
@@ -176,17 +184,40 @@ def _study(asked: Question, name: str, cell: PlannedCell, output_dir: Path) -> N
             remedy="Remove its cell, so that it is trained anew, or leave the question out.",
         )
     rows = studied(load_model(folder, LoadedClassifier), cell.data.train, cell.data.evaluation)
-    found = rounded(
-        {"backbone": Path(cell.backbone).name, "set": cell.data.name, "seed": cell.seed}
-        | STUDIES[str(asked.further)](rows)
-    )
+    found = {"backbone": Path(cell.backbone).name, "set": cell.data.name, "seed": cell.seed}
+    found |= {_OF_CELL: planned_identity(cell)} | rounded(STUDIES[str(asked.further)](rows))
     write_text(_study_path(output_dir, name, cell), json.dumps(found) + "\n")
     del rows
     gc.collect()
 
 
-def _read_studies(output_dir: Path, name: str) -> list[dict[str, Any]]:
-    return [_read_study(path) for path in sorted((output_dir / STUDIES_FOLDER).glob(f"[!.]*_{name}.json"))]
+def _is_studied(output_dir: Path, name: str, cell: PlannedCell) -> bool:
+    """Whether the model of this cell has been studied; SettingError where it was another one."""
+    path = _study_path(output_dir, name, cell)
+    if not path.is_file():
+        return False
+    _check_study(path, _read_study(path), planned_identity(cell))
+    return True
+
+
+def _check_study(path: Path, study: Mapping[str, Any], cell: Cell) -> None:
+    if _OF_CELL in study:  # those of earlier versions do not say whose they are
+        check_same_cell(f"The model of the study {path}", study[_OF_CELL], cell)
+
+
+def _read_studies(output_dir: Path, name: str, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Studies of a question, without what says whose they are, which must be what the kept cells are."""
+    ours = {
+        (cell["backbone"], cell["set"], cell["seed"]): cell for cell in cells if cell["label"] == OUR_METHOD
+    }
+    found: list[dict[str, Any]] = []
+    for path in sorted((output_dir / STUDIES_FOLDER).glob(f"[!.]*_{name}.json")):
+        study = _read_study(path)
+        cell = ours.get((study["backbone"], study["set"], study["seed"]))
+        if cell is not None:
+            _check_study(path, study, cell)
+        found.append({key: value for key, value in study.items() if key != _OF_CELL})
+    return found
 
 
 def _read_study(path: Path) -> dict[str, Any]:

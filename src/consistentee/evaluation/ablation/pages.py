@@ -35,10 +35,10 @@ def answers_page(summary: Mapping[str, Any]) -> str:
     parts = [
         "# Ablation",
         "One switch at a time. Differences are the variant's minus the other's, in points, on the same rows and seeds, "
-        f"with 95 % bootstrap intervals ({summary['resamples']:,} draws of the rows, and of the seeds where there are "
-        "several). Area: mean over layer speed-ups from 1x to 4x, on a logarithmic axis, of the best accuracy at that "
-        "speed-up or more. At a speed-up the threshold is swept on the reported rows, for both alike; *chosen* is the "
-        "threshold that validation chose.",
+        f"with 95 % bootstrap intervals ({summary['resamples']:,} draws of the rows, with Student's t over seeds where "
+        "there are several). Area: mean over layer speed-ups from 1x to 4x, on a logarithmic axis, of the best "
+        "accuracy at that speed-up or more. At a speed-up the threshold is swept on the reported rows, for both alike; "
+        "*chosen* is the threshold that validation chose.",
         *(markdown_sheet(sheet) for sheet in ablation_sheets(summary)),
     ]
     return "\n\n".join([*parts, made_on(summary["environments"])]) + "\n"

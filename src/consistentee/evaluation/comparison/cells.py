@@ -13,11 +13,12 @@ from typing import Any
 
 from consistentee.atomic_files import write_text
 from consistentee.backbones.loading import backbone_fingerprint
-from consistentee.config import ClassificationTrainingConfig
+from consistentee.config import RENAMED, ClassificationTrainingConfig
 from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.comparison.measuring import measure, rounded
-from consistentee.evaluation.comparison.plan import PlannedCell, backbone_name, has_exits
+from consistentee.evaluation.comparison.plan import SHARED, PlannedCell, backbone_name, has_exits
 from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.training.idle_settings import idle_settings
 from consistentee.training.run import Report
 from consistentee.training.run_folders import check_same_run
 from consistentee.training.train import train
@@ -27,6 +28,9 @@ FORM = 1
 """Version of a cell's form."""
 
 _OF_RECORD = ("warmup", "history", "best_round", "policy", "environment")
+
+_OF_PLAIN_TOO = ("max_accuracy_loss", "threshold_metric")
+"""Settings of exits that cells without any share: by them `static` is chosen among plain models."""
 
 Cell = dict[str, Any]
 
@@ -168,43 +172,84 @@ def finished_cell(cell: PlannedCell, output_dir: Path) -> Cell | None:
     path = cell_path(output_dir, cell)
     if not path.is_file():
         return None
-    kept, planned = read_cell(path), _identity(cell)
+    kept = read_cell(path)
+    check_same_cell(f"The kept cell {path}", kept, planned_identity(cell))
+    return kept
+
+
+def check_same_cell(whose: str, kept: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise SettingError unless both are of one training and measured on the same rows.
+
+    Args:
+        whose: what the kept one is, for the message.
+        kept: a cell, or what `planned_identity` said of it.
+        other: the same of the one that is wanted.
+    """
     try:
-        check_same_run(f"The kept cell {path}", kept, planned, ClassificationTrainingConfig().to_dict())
+        check_same_run(whose, kept, other, ClassificationTrainingConfig().to_dict())
     except ValueError as error:
         raise SettingError(
             f"{str(error).partition(' Resume with')[0]} Give the same, or another --output-dir."
         ) from error
-    if kept["evaluation"]["fingerprint"] != planned["evaluation"]["fingerprint"]:
+    if kept["evaluation"]["fingerprint"] != other["evaluation"]["fingerprint"]:
         raise SettingError(
-            f"The kept cell {path} was measured on other evaluation rows. Give the same, or another --output-dir."
+            f"{whose} was measured on other evaluation rows. Give the same, or another --output-dir."
         )
-    return kept
 
 
 def check_comparable(cells: Sequence[Cell]) -> None:
-    """Raise DataError unless all cells of a backbone and set had the same rows, split, budget and validation."""
-    first: dict[tuple[str, str], Cell] = {}
+    """Raise DataError unless cells differ in nothing but what is compared.
+
+    All cells of a backbone and set must have had the same rows, split, budget and validation. Those of one label are
+    seeds of one method, which must share every setting that it reads. What a cell of an earlier version lacks was at
+    its default.
+
+    Args:
+        cells: kept ones, or what `planned_identity` says of those to come.
+    """
+    first: dict[tuple[str, ...], tuple[Cell, Any]] = {}
     for cell in cells:
-        other = first.setdefault((cell["backbone"], cell["set"]), cell)
-        for what, value in _common(cell).items():
-            if value != _common(other)[what]:
+        place = (cell["backbone"], cell["set"])
+        shared = {(*place, "", what): value for what, value in _common(cell).items()}
+        shared |= {(*place, cell["label"], name): value for name, value in _settings_read(cell).items()}
+        for key, value in shared.items():
+            other, others = first.setdefault(key, (cell, value))
+            if value != others:
                 raise DataError(
-                    f'Cells of "{cell["set"]}" with {cell["label"]} and {other["label"]} must share {what}, got '
-                    f"{value} and {_common(other)[what]}.",
+                    f'Cells of "{cell["set"]}" with {_label_and_seed(cell)} and {_label_and_seed(other)} must share '
+                    f"{key[-1]}, got {value} and {others}.",
                     remedy="Remove those of one of them, or compare in another output folder.",
                 )
 
 
+def planned_identity(cell: PlannedCell) -> Cell:
+    """What `check_comparable` and `check_same_cell` read of a cell, before it is run."""
+    return {**_identity(cell), "set": cell.data.name, "label": cell.method.label, "seed": cell.seed}
+
+
+def _label_and_seed(cell: Cell) -> str:
+    return f"{cell['label']} (seed {cell['seed']})"
+
+
 def _common(cell: Cell) -> dict[str, Any]:
-    config = cell["config"]
+    """What all cells of a backbone and set share; where a method is idle about a shared setting, without it."""
+    config = _settings_read(cell) | {name: _settings(cell)[name] for name in _OF_PLAIN_TOO}
     return {
         "training rows": cell["data"]["fingerprint"],
         "evaluation rows": cell["evaluation"]["fingerprint"],
         "the backbone": cell["backbone_fingerprint"],
         "epochs": config["warmup_epochs"] + config["rounds"] * config["consistent_epochs"],
-        **{
-            name: config.get(name)
-            for name in ("validation_fraction", "max_length", "max_accuracy_loss", "threshold_metric")
-        },
+        **{name: config[name] for name in SHARED if name in config},
     }
+
+
+def _settings_read(cell: Cell) -> dict[str, Any]:
+    """Settings that the cell's method reads, without the seed."""
+    idle = idle_settings(cell["method"], classifier=True, unlabelled=False)
+    return {name: value for name, value in _settings(cell).items() if name not in idle | {"seed"}}
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """All settings, by the names that they have now."""
+    named = {RENAMED.get(name, name): value for name, value in cell["config"].items()}
+    return ClassificationTrainingConfig().to_dict() | named

@@ -13,7 +13,9 @@ from consistentee.errors import SettingError
 from consistentee.evaluation.comparison.cells import (
     CELLS,
     Cell,
+    check_comparable,
     finished_cell,
+    planned_identity,
     read_cells,
     run_cell,
     run_folder,
@@ -99,6 +101,9 @@ def compare(
     finished = {cell.name: finished_cell(cell, output_dir) for cell in cells}
     left = [cell for cell in cells if finished[cell.name] is None]
     done = [cell for cell in finished.values() if cell is not None]
+    kept_cells = read_cells(output_dir)
+    if kept_cells:  # before anything is trained that could not be shown beside them
+        check_comparable([*kept_cells, *map(planned_identity, left)])
     report(_plan_line(len(cells), left, done))
     if dry_run:
         for cell in cells:

@@ -173,12 +173,28 @@ def _unpack(text: str, size: int) -> NDArray[np.uint8]:
     return values
 
 
+_AS_THEY_ARE = ("config", "own_settings", "threshold")
+"""Keys of what is asked for or compared, not measured."""
+
+
 def rounded(value: Any) -> Any:
-    """The same with every fraction cut to six digits that count: cells are kept under version control."""
+    """The same with every fraction cut to six digits that count: cells are kept under version control.
+
+    Settings and thresholds stay as they are, those of a `curve`'s lists too, which begin with them: close to 1 many
+    differ only in later digits.
+    """
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: rounded(inner) for key, inner in value.items()}
+        return {
+            key: inner if key in _AS_THEY_ARE else _rounded_at(key, inner) for key, inner in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [rounded(inner) for inner in value]
     return value
+
+
+def _rounded_at(key: str, value: Any) -> Any:
+    if key == "curve" and all(isinstance(point, list) for point in value):
+        return [[point[0], *rounded(point[1:])] for point in value]
+    return rounded(value)

@@ -39,6 +39,9 @@ FIGURES = (
 )
 """What `figures_of_draws` gives: layers saved as shares of full depth; the gain is accuracy over the plain model's."""
 
+ENDS_OF_DIFFERENCES = np.array([[-1.0], [1.0]])
+"""What a difference of two figures can be at least and at most."""
+
 STATIC = "static"
 """What plain models of fewer layers are called together."""
 
@@ -146,6 +149,12 @@ def _within(figures: Mapping[str, Any]) -> list[int]:
     """Points of a criterion's curve by tolerance; none in cells that were made before these were noted."""
     noted = figures.get("at_tolerances") or {}
     return [int(noted[f"{loss:g}"]) for loss in TOLERANCES] if noted else []
+
+
+def ends_of_figures(depth: int) -> Draws:
+    """What each of the `FIGURES` can be at least and at most, (2, figures), with so many layers."""
+    lowest = [-1.0 if "gain" in name else 0.0 for name in FIGURES]
+    return np.array([lowest, [1 - 1 / depth if "layers_saved" in name else 1.0 for name in FIGURES]])
 
 
 def figures_of_draws(

@@ -65,6 +65,7 @@ def _page(summary: Mapping[str, Any], name: str) -> str:
         if average
         else " on ".join(reversed(places[0]))
     )
+    ranked = _ranked(first, summary)
     criteria = {run["method"]: run["criterion"] for run in runs}
     panels = [
         (f"{place[1]}, {place[0]}", both_widths(panel_chart, here, summary["reference"], methods, series))
@@ -83,8 +84,10 @@ def _page(summary: Mapping[str, Any], name: str) -> str:
         name=shown(name),
         summary=summary,
         where=where,
-        ranked=_ranked(first, summary),
-        best=_best(first),
+        ranked=ranked,
+        seeds_differ=len({one["seeds"] for one in ranked}) > 1,
+        paired=any(_is_baseline(entry, summary) for entry in first),
+        best=_best(first, summary),
         base=_baseline(first, summary),
         legend=[(series[method], _label(method, criteria[method]), criteria[method]) for method in methods],
         panels=panels,
@@ -181,23 +184,61 @@ def _entry_label(entry: Entry) -> str:
     return _label(entry["method"], entry["criterion"])
 
 
-def _best(entries: Sequence[Entry]) -> Mapping[str, Any]:
-    """The largest area, its method, and how many methods there are."""
-    known = [one for one in entries if one["shown"] and one["is_curve"] and one["area"]["mean"] is not None]
-    best = max(known, key=lambda entry: entry["area"]["mean"])
-    return {"label": _entry_label(best), "area": best["area"], "count": len(known)}
+def _is_baseline(entry: Entry, summary: Mapping[str, Any]) -> bool:
+    method, _, criterion = str(summary["baseline"]).partition("/")
+    own = entry["criterion"] == criterion if criterion else entry["own_criterion"]
+    return entry["method"] == method and own
+
+
+def _in_order(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[Entry]:
+    """Shown methods with an area, the best first: by what is paired with the baseline on the seeds that both have.
+
+    Means over the seeds that each has would rank seeds, not methods. Where there is no baseline they are all there is;
+    methods that share no seed with it come last.
+    """
+
+    def rank(entry: Entry) -> tuple[bool, float]:
+        if _is_baseline(entry, summary):
+            return False, 0.0
+        ahead = (entry["difference"] or entry)["area"]["mean"]
+        return entry["difference"] is None, -ahead
+
+    return sorted(
+        (entry for entry in entries if entry["shown"] and entry["area"]["mean"] is not None), key=rank
+    )
+
+
+def _seeds(entry: Entry, summary: Mapping[str, Any]) -> str:
+    """A method's seeds; of an average those of its sets, each list once."""
+    if entry["seeds"] is not None:
+        return " ".join(map(str, entry["seeds"]))
+    of_sets = [
+        " ".join(map(str, one["seeds"]))
+        for one in summary["summary"]
+        if [one["backbone"], one["set"]] in summary["averaged_sets"]
+        and (one["method"], one["criterion"]) == (entry["method"], entry["criterion"])
+    ]
+    return "; ".join(dict.fromkeys(of_sets))
+
+
+def _best(entries: Sequence[Entry], summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first of the ranking, and how many methods there are."""
+    known = [entry for entry in _in_order(entries, summary) if entry["is_curve"]]
+    difference = (known[0]["difference"] or {}).get("area")
+    return {
+        "label": _entry_label(known[0]),
+        "area": known[0]["area"],
+        "difference": difference,
+        "count": len(known),
+    }
 
 
 def _baseline(entries: Sequence[Entry], summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The baseline at the threshold that validation chose; None where it has none here."""
-    method, _, criterion = str(summary["baseline"]).partition("/")
     for entry in entries:
-        is_it = entry["method"] == method and (
-            entry["criterion"] == criterion if criterion else entry["own_criterion"]
-        )
         at = entry["at_validation_threshold"]
         if (
-            is_it
+            _is_baseline(entry, summary)
             and at["layer_speedup"]["mean"] is not None
             and at["difference_to_plain"]["mean"] is not None
         ):
@@ -206,9 +247,8 @@ def _baseline(entries: Sequence[Entry], summary: Mapping[str, Any]) -> Mapping[s
 
 
 def _ranked(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Shown methods, the largest area first, with each figure's strip: pixels of its interval and of its mean."""
-    known = [entry for entry in entries if entry["shown"] and entry["area"]["mean"] is not None]
-    known.sort(key=lambda entry: -entry["area"]["mean"])
+    """Shown methods in order, with each figure's strip: pixels of its interval and of its mean."""
+    known = _in_order(entries, summary)
     figures = {
         "area": [entry["area"] for entry in known],
         "difference": [(entry["difference"] or {}).get("area") for entry in known],
@@ -218,8 +258,8 @@ def _ranked(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[dict[s
     return [
         {
             "label": _entry_label(entry),
-            "is_baseline": entry["method"] == summary["baseline"].partition("/")[0]
-            and entry["own_criterion"],
+            "seeds": _seeds(entry, summary),
+            "is_baseline": _is_baseline(entry, summary),
             "is_reference": entry["method"] == summary["reference"],
             "speedup": entry["at_validation_threshold"]["layer_speedup"]["mean"],
             "saved": entry["at_validation_threshold"]["layers_saved"],

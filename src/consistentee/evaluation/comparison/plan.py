@@ -34,6 +34,7 @@ SHARED = (
     "max_length",
     "parse_special_tokens",
     "max_accuracy_loss",
+    "threshold_margin",
     "threshold_metric",
 )
 """Settings that a method cannot have of its own: rows, split, and how validation chooses."""

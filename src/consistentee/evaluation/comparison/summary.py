@@ -1,7 +1,7 @@
 """Cells become compare.json: figures of every run, means over seeds and sets with paired bootstrap intervals.
 
-Rows are drawn together for all methods of a set, and seeds for all methods of a pair, so that a difference is one of
-the same rows and trainings. The sets are taken as they are: an average is over these, not over all that might be.
+Rows are drawn together for all methods of a set, and a difference is one of the same rows and seeds. The sets are
+taken as they are: an average is over these, not over all that might be.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from consistentee.errors import SettingError
 from consistentee.evaluation.comparison.cells import Cell, check_comparable
 from consistentee.evaluation.comparison.measuring import rounded, unpack_bits
 from consistentee.evaluation.comparison.outcomes import (
+    ENDS_OF_DIFFERENCES,
     FIGURES,
     LOSSES,
     SPEEDUPS,
     STATIC,
     Outcomes,
+    ends_of_figures,
     exit_outcomes,
     figures_of_draws,
     static_outcomes,
@@ -61,10 +63,11 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Figures:
-    """Means over seeds, or over sets: (figures,) observed, and of each draw (draws, figures)."""
+    """Means over seeds, or over sets: (figures,) observed, (draws, figures) of each draw, (2, figures) what may be."""
 
     observed: Draws
     draws: Draws
+    ends: Draws
     deviation: Draws | None = None
 
 
@@ -261,14 +264,15 @@ def _set_figures(rows: SetRows, key: Key, base: Key | None) -> dict[str, _Figure
             pairs = [(rows[key][seed], rows[other][seed]) for seed in seeds]
             draws = np.stack([one.draws - two.draws for one, two in pairs])
             observed = np.stack([one.observed - two.observed for one, two in pairs])
-            figures[name] = _Figures(observed.mean(0), mean_over_seeds(draws, seed=1), _deviation(observed))
+            drawn = mean_over_seeds(draws, seed=1)
+            figures[name] = _Figures(observed.mean(0), drawn, ENDS_OF_DIFFERENCES, _deviation(observed))
     return figures
 
 
 def _over_seeds(rows: Sequence[_Measured]) -> _Figures:
     observed = np.stack([row.observed for row in rows])
     draws = mean_over_seeds(np.stack([row.draws for row in rows]), seed=1)
-    return _Figures(observed.mean(0), draws, _deviation(observed))
+    return _Figures(observed.mean(0), draws, ends_of_figures(rows[0].outcomes.depth), _deviation(observed))
 
 
 def _deviation(observed: Draws) -> Draws | None:
@@ -301,7 +305,7 @@ def _mean(figures: Sequence[_Figures]) -> _Figures:
     observed = np.mean([one.observed for one in figures], axis=0)
     # Every set's rows were drawn on their own; sets of equal size share their draws, so each is put in another order.
     draws = [np.random.default_rng(place).permutation(one.draws, axis=0) for place, one in enumerate(figures)]
-    return _Figures(observed, np.mean(draws, axis=0))
+    return _Figures(observed, np.mean(draws, axis=0), np.mean([one.ends for one in figures], axis=0))
 
 
 # --- Plain values ---------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ def _entry(figures: Mapping[str, _Figures], confidence: float) -> dict[str, Any]
 
 
 def _plain(figures: _Figures, confidence: float) -> dict[str, Any]:
-    low, high = percentile_interval(figures.draws, confidence)
+    low, high = (np.clip(end, *figures.ends) for end in percentile_interval(figures.draws, confidence))
     deviation = figures.deviation
     values = {
         name: {

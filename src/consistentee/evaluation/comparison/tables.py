@@ -44,7 +44,7 @@ def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
         shown = [entry for entry in here if entry["shown"]]
         sheets += [_curve_sheet(name, shown, summary), _threshold_sheet(name, shown, summary)]
         sheets += _tolerance_sheets(name, shown, summary)
-        if summary["criteria"]:
+        if any(entry["criterion"] for entry in here) and summary["criteria"]:
             sheets.append(_equal_exits_sheet(name, here))
     return sheets
 
@@ -74,11 +74,11 @@ def markdown_page(summary: Mapping[str, Any]) -> str:
     percent = f"{100 * summary['confidence']:g} %"
     parts = [
         "# Comparison",
-        f"Brackets hold {percent} bootstrap intervals ({summary['resamples']:,} draws of the rows, and of the seeds "
-        "where there are several); differences are paired on the same rows and seeds. Area: mean over layer speed-ups "
-        "from 1x to 4x, on a logarithmic axis, of the best accuracy at that speed-up or more. Accuracy at a speed-up "
-        "and layers saved at a loss sweep the threshold on the reported rows, for all alike; *at the validation "
-        "threshold* nothing was chosen on them. Losses and differences are in points of accuracy.",
+        f"Brackets hold {percent} bootstrap intervals ({summary['resamples']:,} draws of the rows, with Student's t "
+        "over seeds where there are several); differences are paired on the same rows and seeds. Area: mean over layer "
+        "speed-ups from 1x to 4x, on a logarithmic axis, of the best accuracy at that speed-up or more. Accuracy at "
+        "a speed-up and layers saved at a loss sweep the threshold on the reported rows, for all alike; *at the "
+        "validation threshold* nothing was chosen on them. Losses and differences are in points of accuracy.",
     ]
     parts += map(markdown_sheet, comparison_sheets(summary))
     return "\n\n".join([*parts, made_on(summary["environments"])]) + "\n"
@@ -192,25 +192,39 @@ def _equal_exits_sheet(name: str, entries: Sequence[Entry]) -> Sheet:
     """Areas of every criterion on the exits of every method; a star marks a method's own criterion."""
     of = {(entry["method"], entry["criterion"]): entry for entry in entries if entry["criterion"]}
     methods, criteria = (list(dict.fromkeys(names)) for names in zip(*of, strict=True))
+    seeds = {method: _seeds(next(of[pair] for pair in of if pair[0] == method)) for method in methods}
+    differ = len({_seeds(entry) for entry in of.values()}) > 1
     rows: list[tuple[str, ...]] = []
     for method in methods:
         found = [of.get((method, criterion)) for criterion in criteria]
         areas = [
-            NOTHING if entry is None else _percent(entry["area"]["mean"]) + "*" * entry["own_criterion"]
+            NOTHING
+            if entry is None
+            else _percent(entry["area"]["mean"])
+            + "*" * entry["own_criterion"]
+            + f" ({_seeds(entry)})" * (_seeds(entry) != seeds[method])
             for entry in found
         ]
-        rows.append((method, *areas))
+        rows.append((method, *([seeds[method]] if differ else []), *areas))
     means: list[str] = []
     for criterion in criteria:
         differences = [of[pair]["difference_on_same_exits"] for pair in of if pair[1] == criterion]
         areas_off = [one["area"]["mean"] for one in differences if one is not None]
         means.append(f"{100 * sum(areas_off) / len(areas_off):+.2f}" if areas_off else NOTHING)
-    rows.append(("mean - policy's", *means))
-    columns = ("exits of", *(criterion.replace("_", " ") for criterion in criteria))
+    rows.append(("mean - policy's", *([""] if differ else []), *means))
+    columns = (
+        "exits of",
+        *(["seeds"] if differ else []),
+        *(criterion.replace("_", " ") for criterion in criteria),
+    )
     note = (
         "* the method's own criterion. Last row: mean difference to the policy on the same exits, in points."
     )
-    return Sheet(f"{name}: area on equal exits, %", columns, rows, note, num_texts=1)
+    if differ:
+        note += (
+            " Areas of methods with other seeds are of other trainings: what is paired is in the first table."
+        )
+    return Sheet(f"{name}: area on equal exits, %", columns, rows, note, num_texts=1 + differ)
 
 
 def _seeds(entry: Entry) -> str:

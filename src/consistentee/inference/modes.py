@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -15,22 +15,26 @@ Result = TypeVar("Result")
 _DEVICES = ("cpu", "cuda", "mps")
 
 
-def inference_only(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """The function in torch's inference mode, outside of a `torch.autocast` around its call.
+@contextmanager
+def inference_without_autocast() -> Iterator[None]:
+    """Torch's inference mode, outside of a `torch.autocast` around it.
 
-    Weights are laid out for one precision, and states kept in it: operations that autocast turned to another one would
-    not fit together.
+    Weights are laid out for one precision, states are kept in it and products written into them in place: what autocast
+    turned to another one would not fit together.
     """
+    with torch.inference_mode(), ExitStack() as stack:
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def inference_only(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The function under `inference_without_autocast`."""
 
     @functools.wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        with torch.inference_mode():
-            casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
-            if not casting:
-                return function(*args, **kwargs)
-            with ExitStack() as stack:
-                for device in casting:
-                    stack.enter_context(torch.autocast(device, enabled=False))
-                return function(*args, **kwargs)
+        with inference_without_autocast():
+            return function(*args, **kwargs)
 
     return run

@@ -11,7 +11,8 @@ from transformers import LogitsProcessorList
 
 from consistentee.inference.decoder.continuous import ContinuousDecoding, CopiedStates, ExactStates
 from consistentee.inference.decoder.draws import tokens_from
-from consistentee.models.generate import GenerationOptions, decoding_rule, without_autocast
+from consistentee.inference.modes import inference_without_autocast
+from consistentee.models.generate import GenerationOptions, decoding_rule
 
 NO_TOKEN = -1
 """In place of a token that cannot be drawn, as its logits are no numbers: the row cannot go on and is to be removed."""
@@ -45,7 +46,7 @@ class ContinuousTokens:
         self._generator = options.generator
         exits = options.mode == "early-exit"
         kind = ExactStates if exits and options.skipped_states == "recompute" else CopiedStates
-        with without_autocast(self._weights.decoder.device):
+        with inference_without_autocast():
             self._decoding: ContinuousDecoding = kind(
                 self._weights,
                 decoding_rule(model, options),
@@ -65,7 +66,7 @@ class ContinuousTokens:
         """
         if not all(prompts):
             raise ValueError("prompts must hold at least one token each, got none.")
-        with without_autocast(self._weights.decoder.device):
+        with inference_without_autocast():
             outputs = self._decoding.join(prompts)
             try:
                 found = self._tokens(*outputs)
@@ -78,7 +79,7 @@ class ContinuousTokens:
 
     def step(self) -> list[RowToken]:
         """The next token of every row."""
-        with without_autocast(self._weights.decoder.device):
+        with inference_without_autocast():
             newest = torch.tensor(self._newest, device=self._weights.decoder.device)
             found = self._tokens(*self._decoding.step(newest))
         self._newest = [token for token, _ in found]
@@ -86,7 +87,7 @@ class ContinuousTokens:
 
     def remove(self, row: int) -> None:
         """A row has ended: the last one takes its place."""
-        with without_autocast(self._weights.decoder.device):
+        with inference_without_autocast():
             self._decoding.remove(row)
         last = self._newest.pop()
         if row < len(self._newest):

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -27,6 +26,7 @@ from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.inference.decoder.known_processors import RecordedEnds, stateful
 from consistentee.inference.decoder.lossless import DraftClock, LosslessDecoding
 from consistentee.inference.decoder.recompute import RecomputeDecoding
+from consistentee.inference.modes import inference_without_autocast
 
 _log = logging.getLogger(__name__)
 CAPACITY_AHEAD = 512
@@ -143,20 +143,13 @@ def generate_tokens(
             )
         else:
             loop = _lossless_loop
-    with without_autocast(input_ids.device):
+    with inference_without_autocast():
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
         streamer.end()
     sequences: Any = output.sequences.clone()  # inference tensors could not be used in training
     output.sequences = sequences
     return output if values.return_dict_in_generate else sequences
-
-
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Inference in the dtypes of the weights: decoding writes products in place, which autocast would make narrower."""
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> DraftClock:

@@ -128,7 +128,8 @@ def test_likeness_stays_within_its_range_where_layers_hardly_differ(tmp_path: Pa
     _, second = [scores.step(graph, index, name, "", history).score for index, name in enumerate(feed)]
     inputs = {name: ("float", ["rows", CLASSES + 1]) for name in feed}
     session = session_of(graph.model(inputs, {"score": (second, "float", None)}))
-    (found,) = session.run(None, {name: values.astype(np.float32) for name, values in feed.items()})
+    given = {name: values.astype(np.float32) for name, values in feed.items()}
+    found: Any = session.run(None, given)[0]
     assert found.min() >= 0
     assert found.max() == 1
     wanted = similar_patience_scores(torch.from_numpy(logits).float().transpose(0, 1))[:, 1]

@@ -184,6 +184,16 @@ def test_a_model_for_pairs_without_exits_has_one_layer_to_show(tmp_path: Any) ->
     assert got["score"] == pytest.approx(wanted.score, abs=1e-5)
 
 
+@pytest.mark.parametrize("inputs, got", [(["a"], "1"), (["a"] * 3, "3"), ([["a", "b"]] * 2, "lists")])
+def test_several_texts_are_told_what_is_taken(inputs: Any, got: str) -> None:
+    from consistentee.serving.layers_route import read_layers
+
+    message = f"inputs must be one text, or a list of two for a model for pairs, got a list of {got}."
+    with pytest.raises(RefusedRequest, match=re.escape(message)) as caught:
+        read_layers({"inputs": inputs})
+    assert caught.value.status == 422
+
+
 def test_failures_and_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     from consistentee.serving.layers_route import read_layers
 

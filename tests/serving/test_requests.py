@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -66,6 +67,17 @@ def test_bodies_that_are_no_objects(body: bytes) -> None:
     with pytest.raises(RefusedRequest, match="must be") as caught:
         read_json(body)
     assert caught.value.status in (400, 422)
+
+
+def test_values_that_are_nested_as_deep_as_they_can_be_read() -> None:
+    """To be shown in a message they would have to be written, which takes more of the stack."""
+    statuses: set[int] = set()
+    for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()):
+        body = b'{"inputs": "a", "threshold": ' + b"[" * depth + b"]" * depth + b"}"
+        with pytest.raises(RefusedRequest) as caught:
+            read_predict(read_json(body), text_pairs=None, max_batch=3)
+        statuses.add(caught.value.status)
+    assert statuses == {400, 422}
 
 
 def test_limits_are_above_zero() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,9 +31,13 @@ def read_layers(values: Mapping[str, Any]) -> PredictRequest:
         RefusedRequest: a field is wrong (422).
     """
     check_names(values, LAYERS_FIELDS)
+    one_text = "inputs must be one text, or a list of two for a model for pairs"
+    inputs = values.get("inputs")
+    if isinstance(inputs, list) and len(cast("list[object]", inputs)) != 2:
+        refuse(f"{one_text}, got a list of {len(cast('list[object]', inputs))}.")
     request = read_predict(values, text_pairs=True, max_batch=sys.maxsize)
     if request.is_batch:
-        refuse("inputs must be one text, or a list of two for a model for pairs.")
+        refuse(f"{one_text}, got a list of lists.")
     return request
 
 

@@ -240,5 +240,10 @@ def _finite(name: str, value: float) -> float:
 
 def _shown(value: object) -> str:
     """A value for a message: JSON again, cut, and of ASCII alone."""
-    text = json.dumps(value) if not isinstance(value, int) or abs(value) < 10**40 else "a very large number"
+    try:
+        text = (
+            json.dumps(value) if not isinstance(value, int) or abs(value) < 10**40 else "a very large number"
+        )
+    except RecursionError:  # it is nested deeper than it was read
+        text = "a value that is nested too deep"
     return text if len(text) <= 60 else text[:57] + "..."

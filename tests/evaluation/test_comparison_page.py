@@ -156,6 +156,21 @@ def test_the_command_writes_it(file: Path, tmp_path: Path, capsys: pytest.Captur
         )
 
 
+def test_a_comparison_of_nothing_that_exits_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps(summarise([cell_of("plain"), cell_of("plain:wide")], resamples=5)))
+    with pytest.raises(DataError, match=r"must have a method with exits, .* got plain, plain:wide"):
+        comparison_page(file)
+
+
+def test_a_set_without_exits_does_not_stand_first(tmp_path: Path) -> None:
+    cells = [cell_of("plain", name="mrpc"), cell_of("plain", name="rte"), cell_of("consistent", name="rte")]
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps(summarise(cells, criteria=["all"], resamples=5)))
+    page = read_page(comparison_page(file))
+    assert "Of 1 ways to exit early, on rte on small, consistent" in page.one("p", class_="lead").text
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"summary": [], "runs": []}'])
 def test_what_is_no_comparison_is_called_so(tmp_path: Path, text: str) -> None:
     broken = tmp_path / "compare.json"

@@ -38,12 +38,22 @@ def comparison_page(file: str | Path) -> str:
         file: its compare.json.
 
     Raises:
-        DataError: it is not what `consistentee compare` writes.
+        DataError: it is not what `consistentee compare` writes, or no method in it has exits.
     """
     path = Path(file)
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        ranked = [entry for entry in summary["summary"] if entry["is_curve"] and entry["shown"]]
+        if summary["summary"] and not ranked:
+            labels = ", ".join(summary["methods"])
+            raise DataError(
+                f"A comparison must have a method with exits, or smaller models, to be reported on, got {labels}.",
+                file=path,
+                remedy="Compare one in the same folder: consistentee compare --methods consistent ...",
+            )
         return _page(summary, path.resolve().parent.name)
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(
             f"This is no summary of a comparison ({type(error).__name__}: {error}).",
@@ -59,11 +69,10 @@ def _page(summary: Mapping[str, Any], name: str) -> str:
     methods.sort(key=lambda method: method != summary["baseline"].partition("/")[0])
     series = {method: _series(place) for place, method in enumerate(methods)}
     average = [entry for entry in entries if entry["set"] is None]
-    first = average or [entry for entry in entries if (entry["backbone"], entry["set"]) == places[0]]
+    place = next((one["backbone"], one["set"]) for one in entries if one["is_curve"] and one["shown"])
+    first = average or [entry for entry in entries if (entry["backbone"], entry["set"]) == place]
     where = (
-        f"the average of {len(summary['averaged_sets'])} sets"
-        if average
-        else " on ".join(reversed(places[0]))
+        f"the average of {len(summary['averaged_sets'])} sets" if average else " on ".join(reversed(place))
     )
     ranked = _ranked(first, summary)
     criteria = {run["method"]: run["criterion"] for run in runs}

@@ -29,7 +29,7 @@ from consistentee.data.tokenization import encode_texts
 from consistentee.evaluation.classification import run_layers
 from consistentee.evaluation.exit_choice import NOBODY_EXITS, choice_lines, choose_exit_layers
 from consistentee.evaluation.layer_times import TIMED_REPEATS, TIMED_ROWS, LayerTimes, times_on
-from consistentee.functional.curves import ROUNDING, trade_off_curve
+from consistentee.functional.curves import SUM_ERROR, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.timing import environment, paired_ratio, time_in_turn
@@ -151,7 +151,7 @@ def swept(states: Any, agrees: Tensor, criterion: str, times: LayerTimes) -> lis
         for point in trade_off_curve(scores, agrees, criterion, limit=1000)
     ]
     for asked in AGREEMENTS:
-        enough = [each for each in curve if each[0].accuracy >= asked - ROUNDING]
+        enough = [each for each in curve if each[0].accuracy >= asked - SUM_ERROR]
         point, spent = min(enough, key=lambda each: each[1])
         found.append(
             {

@@ -19,7 +19,7 @@ from consistentee.evaluation.results import (
     GenerationEvaluation,
     GenerationPoint,
 )
-from consistentee.functional.curves import ROUNDING
+from consistentee.functional.curves import SUM_ERROR
 from consistentee.functional.recall import recall_warnings
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def agreement_tables(evaluation: AgreementEvaluation) -> list[RenderableType]:
     table = _table(["layer speed-up by", *names], left=1)
     for name, curve in curves.items():
         fastest = [
-            max((at.layer_speedup for at in curve if at.agreement >= agreement - ROUNDING), default=None)
+            max((at.layer_speedup for at in curve if at.agreement >= agreement - SUM_ERROR), default=None)
             for agreement in AGREEMENTS
         ]
         table.add_row(name, *("" if speedup is None else f"{speedup:.2f}x" for speedup in fastest))

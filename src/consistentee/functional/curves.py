@@ -23,7 +23,7 @@ AREA_SPEEDUPS = (1.0, 4.0)
 """Layer speed-ups between which the area under a curve is taken."""
 TOLERANCES = (0.0, 0.0025, 0.005, 0.01, 0.02)
 """Losses against the last layer, as shares, whose thresholds are noted beside the one that the settings ask for."""
-ROUNDING = 1e-9
+SUM_ERROR = 1e-9
 """What a share may miss a floor by: a sum in another order is no loss."""
 
 
@@ -176,7 +176,7 @@ def best_accuracy(accuracy: Tensor, layer_speedup: Tensor, at: float) -> Tensor:
         >>> best_accuracy(torch.tensor([0.5, 0.9, 0.8]), torch.tensor([4.0, 2.0, 1.0]), 1.5)
         tensor(0.9000)
     """
-    fast = layer_speedup >= at - ROUNDING
+    fast = layer_speedup >= at - SUM_ERROR
     best = accuracy.masked_fill(~fast, -math.inf).amax(-1)
     return best.masked_fill(~fast.any(-1), math.nan)
 
@@ -193,7 +193,7 @@ def layers_saved(accuracy: Tensor, layer_speedup: Tensor, floor: Tensor) -> Tens
         tensor(0.5000)
     """
     saved = 1 - 1 / layer_speedup
-    return saved.masked_fill(accuracy < floor[..., None] - ROUNDING, 0.0).amax(-1).clamp_min(0.0)
+    return saved.masked_fill(accuracy < floor[..., None] - SUM_ERROR, 0.0).amax(-1).clamp_min(0.0)
 
 
 def choose_threshold(
@@ -212,11 +212,11 @@ def choose_threshold(
 
     Args:
         points: the curve.
-        floor: of the quality; what misses it by `ROUNDING` reaches it.
+        floor: of the quality; what misses it by `SUM_ERROR` reaches it.
         qualities: one a point, such as another metric; None takes the points' accuracy.
         smoothing: over how many; 1 for points that are no neighbours.
     """
-    floor -= ROUNDING
+    floor -= SUM_ERROR
     qualities = [point.accuracy for point in points] if qualities is None else qualities
     ordered = sorted(zip(points, qualities, strict=True), key=lambda pair: pair[0].mean_exit_layer)
     half = min(smoothing // 2, len(ordered) // 8)

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from consistentee import Engine, LoadedGenerator, TextGenerator, load_model
-from consistentee.training.methods import METHODS, method_of
+from consistentee.config import ClassificationTrainingConfig
+from consistentee.errors import SettingError
+from consistentee.functional.tables import CLASSIFICATION
+from consistentee.training.methods import METHODS, check_method, method_of
 from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import train
 from quick import quick_config, read_record, weight_bytes
@@ -149,6 +152,21 @@ def test_an_interrupted_run_goes_on(
             config=quick_config(warmup_epochs=2.0, rounds=2, consistent_epochs=1.0, checkpoint_every=1),
             resume=True,
         )
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.labels])
+def test_forgetting_is_counted_by_methods_that_warm_up_alone(name: str) -> None:
+    settings = ClassificationTrainingConfig(hardness="forgetting_events", num_layers=2)
+    if name in ("consistent", "plain", "static"):
+        check_method(name, CLASSIFICATION, settings)
+        return
+    with pytest.raises(
+        SettingError, match=rf"^hardness must be another one than .* for the method {name}, which"
+    ):
+        check_method(name, CLASSIFICATION, settings)
+    check_method(name, CLASSIFICATION, ClassificationTrainingConfig(hardness="el2n"))
+    uniform = ClassificationTrainingConfig(hardness="forgetting_events", reward="uniform")
+    check_method(name, CLASSIFICATION, uniform)
 
 
 def test_the_command_line_offers_the_methods_with_exits() -> None:

@@ -100,3 +100,9 @@ def check_method(name: str, task: str, settings: Any) -> None:
     for setting in method.needs:
         if getattr(settings, setting) is None:
             raise SettingError(f"{setting} must be given for the method {name}, got none.")
+    counts = method.warms_up or getattr(settings, "reward", None) != "hardness"
+    if method.exits and not counts and settings.hardness == "forgetting_events":
+        raise SettingError(
+            f"hardness must be another one than forgetting_events for the method {name}, which has no warm-up to count "
+            "them in. Take memorized_layer, or --method consistent."
+        )

@@ -35,6 +35,9 @@ CLIENT_GONE = 499
 SEND_SECONDS = 30.0
 """Time that a part of an answer has to go out; a client that does not read it by then counts as gone."""
 
+LAST_WORD_SECONDS = 2.0
+"""Time in which requests that the server's end has cancelled are told so."""
+
 SHORTEST_TOKEN = 8
 """Characters of a bearer token; a shorter one is no secret."""
 
@@ -258,13 +261,22 @@ class JsonRoute:
     Args:
         service: behind it.
         handle: takes the body, `receive` (to see whether the client is still there) and `send`.
+        tasks: those that answer, for as long as they do.
     """
 
-    def __init__(self, service: Service, handle: Handler) -> None:
-        self._service, self._handle = service, handle
+    def __init__(self, service: Service, handle: Handler, tasks: set[Any]) -> None:
+        self._service, self._handle, self._tasks = service, handle, tasks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._tasks.discard(task)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = is_whole = False
 
         async def seen(message: MutableMapping[str, Any]) -> None:
@@ -357,12 +369,16 @@ def build_app(
             json_bytes(body), error.status_code, headers=error.headers, media_type=JSON_TYPE
         )
 
+    tasks: set[Any] = set()
+
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         service.start()
         on_start()
         yield
         await service.stop()
+        if tasks:  # they tell the last clients that the server ends
+            await asyncio.wait(tasks, timeout=LAST_WORD_SECONDS)
 
     async def front(_: Any) -> Any:
         return responses.Response(playground, media_type="text/html", headers=playground_headers)
@@ -378,7 +394,7 @@ def build_app(
     routes = [routing.Route(path, page, methods=["GET"]) for path, page in pages.items()]
     routes += [
         # A class: Starlette hands it the request as it is.
-        routing.Route(path, JsonRoute(service, handle), methods=["POST"])
+        routing.Route(path, JsonRoute(service, handle, tasks), methods=["POST"])
         for path, handle in handlers.items()
     ]
     app = applications.Starlette(

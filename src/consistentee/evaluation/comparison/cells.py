@@ -251,5 +251,6 @@ def _settings_read(cell: Cell) -> dict[str, Any]:
 
 def _settings(cell: Cell) -> dict[str, Any]:
     """All settings, by the names that they have now."""
-    named = {RENAMED.get(name, name): value for name, value in cell["config"].items()}
+    config: Mapping[str, Any] = cell["config"]
+    named = {RENAMED.get(name, name): value for name, value in config.items()}
     return ClassificationTrainingConfig().to_dict() | named

@@ -148,7 +148,7 @@ def _own_output(found: os.stat_result) -> int | None:
 def _take_over_permissions(temporary: Path, target: Path) -> None:
     """Those of the file that is replaced, its owner too where we may; else those of any new file."""
     if not target.exists():
-        temporary.chmod(0o666 & ~_umask())
+        give_usual_permissions(temporary)
         return
     before = target.stat()
     now = temporary.stat()
@@ -156,6 +156,11 @@ def _take_over_permissions(temporary: Path, target: Path) -> None:
         with suppress(OSError):
             os.chown(temporary, before.st_uid, before.st_gid)
     temporary.chmod(before.st_mode & 0o777)
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Those of any new file, whatever it was written with."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -27,6 +27,7 @@ Reward = Literal["hardness", "uniform"]
 RewardLoss = Literal["cross_entropy", "error"]
 LayerCostMode = Literal["range", "each"]
 HardnessMeasure = Literal["memorized_layer", "forgetting_events", "final_loss", "entropy", "el2n", "uniform"]
+RetrofitHardness = Literal["memorized_layer", "final_loss", "entropy", "el2n", "uniform"]
 ThresholdMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 Criterion = Literal[
     "policy",
@@ -172,7 +173,7 @@ class TrainingConfig:
     """Default thresholds may lose this much validation accuracy (0.01 = one point), of rows or of tokens, against the
     last layer. 0 for none."""
     threshold_margin: float = 0.5
-    """Standard errors that the loss of a default threshold keeps clear of `max_accuracy_loss`: few validation rows make
+    """Standard errors that the loss of a default threshold keeps clear of what is allowed: few rows to choose on make
     it shyer. 0 takes their word for it."""
 
     # Run
@@ -330,6 +331,8 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     """Texts that the certificate rests on, at most, and at most a tenth."""
     report_texts: int = 5_000
     """Texts that figures are reported on, at most, and at most a tenth."""
+    hardness: RetrofitHardness = "memorized_layer"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Measure behind the `hardness` reward; forgetting events are counted in a warm-up on labelled rows alone."""
 
     def __post_init__(self) -> None:
         if self.passes is None:

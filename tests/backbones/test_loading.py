@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,6 +103,15 @@ def test_missing_folders(kind: Kind, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match=r"must be a folder, got a file"):
         kind.load(tmp_path / "file")
+
+
+def test_weights_that_may_not_be_read(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind.build(kind.config()).save_pretrained(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK or "safetensors" not in str(path))
+    with pytest.raises(
+        PermissionError, match=r"model.safetensors\" must be readable for this user\. .* chmod a\+r"
+    ):
+        kind.load(tmp_path)
 
 
 def test_a_name_that_the_hub_does_not_give(kind: Kind, tmp_path: Path) -> None:

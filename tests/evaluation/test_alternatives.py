@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from consistentee.cli import main as cli
-from consistentee.errors import SettingError
+from consistentee.errors import MissingExtraError, SettingError
 from consistentee.evaluation import alternatives
 from consistentee.evaluation.alternatives import AlternativeRow, measure_alternatives
 from consistentee.evaluation.alternatives_view import alternatives_table, plot_alternatives, verdicts
@@ -134,6 +135,15 @@ def test_other_classes_are_refused(folders: dict[str, Path]) -> None:
         measure_alternatives(
             opened(folders["model"]), ROWS.texts, None, others=[opened(folders["alien"])], repeats=1
         )
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])
+def test_others_are_not_left_out_without_a_word(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"needs {module}, which is not installed"):
+        measure_alternatives(opened(folders["model"]), ROWS.texts, None, repeats=1)
 
 
 def test_nothing_to_measure_with(folders: dict[str, Path]) -> None:

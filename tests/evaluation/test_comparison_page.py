@@ -12,11 +12,12 @@ import pytest
 from browser import Browser
 from compared_cells import cell_of
 from consistentee.cli.main import main
+from consistentee.cli.terminal import show_tables
 from consistentee.errors import DataError
 from consistentee.evaluation.comparison.page import comparison_page
 from consistentee.evaluation.comparison.picture import chosen_point
 from consistentee.evaluation.comparison.summary import summarise
-from consistentee.evaluation.comparison.tables import comparison_sheets
+from consistentee.evaluation.comparison.tables import Sheet, comparison_sheets, terminal_sheets
 from html_pages import Element, read_page
 
 HOSTILE = "</script><b>set"
@@ -154,6 +155,21 @@ def test_the_command_writes_it(file: Path, tmp_path: Path, capsys: pytest.Captur
         assert (
             f"{option[0]} goes with a model, and {file.parent} holds a comparison." in capsys.readouterr().err
         )
+
+
+def test_no_figure_is_cut_where_there_is_no_terminal(
+    summary: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("exits of", *(f"confident criterion {number}" for number in range(14)))
+    rows = [(f"weighted_sum:mean-pooled{row}", *[f"-1{row}.{row}4*"] * 14) for row in range(3)]
+    sheets = [*comparison_sheets(summary), Sheet("wide", columns, rows, num_texts=1)]
+    show_tables(terminal_sheets(sheets))
+    printed = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed
+    lines = [line.split() for line in printed.splitlines()]
+    for sheet in sheets:
+        for row in sheet.rows:  # all of it on one line
+            assert [part for cell in row for part in cell.split()] in lines, row
 
 
 def test_a_comparison_of_nothing_that_exits_is_said(tmp_path: Path) -> None:

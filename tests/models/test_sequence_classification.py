@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -483,6 +484,15 @@ def test_another_number_of_classes(backbone_folder: Callable[[str], Path], tmp_p
         same = weight.shape == saved[name].shape
         assert weight.equal(saved[name]) if same else weight.abs().max() < 1, name
     assert model(**batch_of(TEXTS)).logits.shape == (len(TEXTS), 3)
+
+
+def test_who_may_read_the_folder_may_read_its_weights(build: Build, tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        build().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("*.safetensors")} == {0o640}
 
 
 def test_push_to_hub_is_hugging_faces_own():

@@ -173,6 +173,12 @@ def test_there_is_one_epoch(changes: dict[str, Any], got: str) -> None:
     assert quick_retrofit(warmup_epochs=0.5, rounds=1).rounds == 1  # of no epochs
 
 
+def test_forgetting_events_have_no_warm_up_to_be_counted_in() -> None:
+    with pytest.raises(ValueError, match=r"hardness must be one of .*got \"forgetting_events\""):
+        quick_retrofit(hardness="forgetting_events")
+    assert quick_retrofit(hardness="el2n").hardness == "el2n"
+
+
 def test_what_cannot_be_retrofitted_says_so(plain: Path, retrofitted: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must be at least 40, got 39"):
         retrofit(model=plain, texts=TEXTS[:39], output_dir=tmp_path / "few")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,7 @@ def model_source(name_or_path: str | Path, what: str = "Backbone", subfolder: st
 
     Raises:
         FileNotFoundError: it is neither, or the folder lacks its config or its weights.
+        PermissionError: this user may not read the weights.
         ValueError: the weights are pickled.
     """
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
@@ -181,7 +183,13 @@ def _check_files(folder: Path, what: str) -> None:
         raise FileNotFoundError(
             f'{what} folder "{folder}" has no config.json. Give a folder written by save_pretrained().'
         )
-    if any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        if not os.access(path, os.R_OK):
+            raise PermissionError(
+                f'{what} file "{path}" must be readable for this user. Let its owner say: chmod a+r {path}'
+            )
+    if weights:
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:

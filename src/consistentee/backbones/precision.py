@@ -23,12 +23,10 @@ def cast_parameters(model: Module, dtype: torch.dtype) -> Module:
     Returns:
         The same model.
     """
-    kept = [
-        (module, name, module._buffers[name])
-        for module in model.modules()
-        for name in module._non_persistent_buffers_set
-    ]
+    saved = model.state_dict().keys()
+    kept = [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
     model.to(dtype)
-    for module, name, buffer in kept:
-        module._buffers[name] = buffer
+    for path, buffer in kept:
+        module, _, name = path.rpartition(".")
+        setattr(model.get_submodule(module), name, buffer)
     return model

@@ -17,7 +17,7 @@ from consistentee.cli.compare import (
     shared_settings,
 )
 from consistentee.cli.options import Flag, SettingOptions
-from consistentee.cli.terminal import check_plot_file, console, say
+from consistentee.cli.terminal import check_plot_file, say, show_tables
 from consistentee.errors import MissingExtraError, UsageError
 
 
@@ -96,7 +96,7 @@ def _show(summary: Mapping[str, Any], output_dir: Path, plot: Path | None) -> No
     from consistentee.evaluation.ablation.picture import plot_ablation
     from consistentee.evaluation.comparison.tables import terminal_sheets
 
-    console().print(terminal_sheets(ablation_sheets(summary)))
+    show_tables(terminal_sheets(ablation_sheets(summary)))
     say(f"Figures written to {output_dir / ANSWERS_FILE}, tables to {output_dir / ANSWERS_PAGE}")
     try:
         say(f"Picture written to {plot_ablation(summary, plot or output_dir / ANSWERS_PICTURE)}")

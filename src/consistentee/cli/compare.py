@@ -23,7 +23,7 @@ from consistentee.cli.options import (
     read_recipe,
     training_config,
 )
-from consistentee.cli.terminal import check_plot_file, console, say
+from consistentee.cli.terminal import check_plot_file, say, show_tables
 from consistentee.data.recipes import Recipe
 from consistentee.errors import MissingExtraError, UsageError
 
@@ -152,7 +152,7 @@ def _show(summary: Mapping[str, Any], output_dir: Path, plot: Path | None) -> No
     from consistentee.evaluation.comparison.picture import plot_comparison
     from consistentee.evaluation.comparison.tables import terminal_tables
 
-    console().print(terminal_tables(summary))
+    show_tables(terminal_tables(summary))
     say(f"Figures written to {output_dir / SUMMARY_FILE}, tables to {output_dir / PAGE_FILE}")
     try:
         say(f"Picture written to {plot_comparison(summary, plot or output_dir / PICTURE_FILE)}")

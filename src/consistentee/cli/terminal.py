@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from consistentee.atomic_files import atomic_path, is_replaceable, open_in_place
 from consistentee.errors import UsageError
@@ -136,6 +136,15 @@ def tuned_note(config: Any) -> str:
 def console() -> Console:
     """Standard output; wide enough for our tables where it is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def show_tables(tables: RenderableType) -> None:
+    """Tables on standard output; where that is not a terminal, as wide as their figures are."""
+    place = console()
+    if not sys.stdout.isatty():
+        without_end = place.options.update(max_width=10_000)
+        place.width = max(place.width, place.measure(tables, options=without_end).minimum)
+    place.print(tables)
 
 
 def say(message: str) -> None:

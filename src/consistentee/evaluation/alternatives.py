@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from consistentee.data.tokenization import encode_texts
-from consistentee.errors import SettingError
+from consistentee.errors import SettingError, require_extra
 from consistentee.evaluation.speed import (
     Amount,
     Competitors,
@@ -42,6 +41,7 @@ from consistentee.inference.encoder.onnx_backend import has_onnxruntime
 from consistentee.inference.encoder.onnx_builder import GraphStyle
 from consistentee.inference.encoder.onnx_runner import OnnxExitRunner, has_graph
 from consistentee.inference.encoder.onnx_sessions import full_model_graph, full_model_session, make_session
+from consistentee.inference.encoder.packed_layers import LAYER_PARTS
 from consistentee.inference.encoder.prepacked_linear import has_int8
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.inference.timing import environment, synchronised_seconds
@@ -143,6 +143,7 @@ def measure_alternatives(
 
     Raises:
         SettingError: no texts, a model without exits, or another model with other classes.
+        MissingExtraError: ONNX Runtime is not installed: without it others at full depth would be left out.
     """
     if not texts:
         raise SettingError("There must be at least one text to measure with, got none.")
@@ -247,8 +248,16 @@ def _other_ways(
 
 
 def _has_whole_graph(model: Any) -> bool:
-    """Whether ONNX Runtime can be had for the whole model."""
-    return model.device.type == "cpu" and has_onnxruntime(model) and find_spec("onnxscript") is not None
+    """Whether ONNX Runtime can run the whole model, of this type and on this device.
+
+    Raises:
+        MissingExtraError: it could, and is not installed.
+    """
+    if model.device.type != "cpu" or model.backbone.config.model_type not in LAYER_PARTS:
+        return False
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        require_extra("onnx", module)
+    return has_onnxruntime(model)
 
 
 def _classes(saved: LoadedClassifier, other: LoadedClassifier) -> NDArray[np.int64]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from consistentee.atomic_files import give_usual_permissions
 from consistentee.functional.criteria import check_fitted, check_threshold
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.configuration import BackboneConfig
@@ -31,6 +33,13 @@ class BackboneModel(PreTrainedModel):
     def num_layers(self) -> int:
         """Number of layers, hence of possible exits."""
         return self.config.num_hidden_layers
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's; others may read weights like any new file, where safetensors lets their owner alone."""
+        saved: Any = super().save_pretrained(save_directory, *args, **kwargs)
+        for path in Path(save_directory).glob("*.safetensors"):
+            give_usual_permissions(path)
+        return saved
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embeddings."""

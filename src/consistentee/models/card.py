@@ -192,7 +192,7 @@ def _validated(validation: Mapping[str, Any], accuracy: str) -> TableRows:
 
 def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     return [
-        (name, f"{point['threshold']:.4g}", _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
+        (name, f"{point['threshold']:.6g}", _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
     ]
 

@@ -55,12 +55,20 @@ def terminal_tables(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def terminal_sheets(sheets: Sequence[Sheet]) -> RenderableType:
-    """Tables for a rich console."""
+    """Tables for a rich console: where figures have no room side by side, they go on below."""
     parts: list[RenderableType] = []
     for sheet in sheets:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=sheet.title, title_justify="left")
         for place, name in enumerate(sheet.columns):
-            table.add_column(name, justify="left" if place < sheet.num_texts else "right", no_wrap=place == 0)
+            is_text = place < sheet.num_texts
+            least = None if is_text else max((len(row[place]) for row in sheet.rows), default=0)
+            table.add_column(
+                name,
+                justify="left" if is_text else "right",
+                no_wrap=place == 0,
+                min_width=least,
+                overflow="fold",  # a figure is never cut
+            )
         for row in sheet.rows:
             table.add_row(*row)
         parts.append(table)

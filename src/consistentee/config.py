@@ -331,7 +331,7 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
     """Texts that the certificate rests on, at most, and at most a tenth."""
     report_texts: int = 5_000
     """Texts that figures are reported on, at most, and at most a tenth."""
-    hardness: RetrofitHardness = "memorized_layer"  # pyright: ignore[reportIncompatibleVariableOverride]
+    hardness: RetrofitHardness = "memorized_layer"
     """Measure behind the `hardness` reward; forgetting events are counted in a warm-up on labelled rows alone."""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group
+from rich.table import Table
 
 from consistentee.atomic_files import atomic_path, is_replaceable, open_in_place
 from consistentee.errors import UsageError
@@ -138,13 +139,14 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def show_tables(tables: RenderableType) -> None:
-    """Tables on standard output; where that is not a terminal, as wide as their figures are."""
+def show_tables(group: Group) -> None:
+    """Tables, and texts between them, on standard output; where that is not a terminal, as wide as the widest table."""
     place = console()
     if not sys.stdout.isatty():
         without_end = place.options.update(max_width=10_000)
-        place.width = max(place.width, place.measure(tables, options=without_end).minimum)
-    place.print(tables)
+        tables = [part for part in group.renderables if isinstance(part, Table)]
+        place.width = max(place.width, *(place.measure(part, options=without_end).maximum for part in tables))
+    place.print(group)
 
 
 def say(message: str) -> None:

@@ -49,24 +49,22 @@ def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
     return sheets
 
 
-def terminal_tables(summary: Mapping[str, Any]) -> RenderableType:
-    """The tables for a rich console, at most 120 columns wide where labels are short."""
+def terminal_tables(summary: Mapping[str, Any]) -> Group:
+    """All tables of a comparison for a rich console."""
     return terminal_sheets(comparison_sheets(summary))
 
 
-def terminal_sheets(sheets: Sequence[Sheet]) -> RenderableType:
-    """Tables for a rich console: where figures have no room side by side, they go on below."""
+def terminal_sheets(sheets: Sequence[Sheet]) -> Group:
+    """Tables for a rich console, with notes between them: what has no room in its column goes on below."""
     parts: list[RenderableType] = []
     for sheet in sheets:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=sheet.title, title_justify="left")
         for place, name in enumerate(sheet.columns):
             is_text = place < sheet.num_texts
-            least = None if is_text else max((len(row[place]) for row in sheet.rows), default=0)
             table.add_column(
                 name,
                 justify="left" if is_text else "right",
                 no_wrap=place == 0,
-                min_width=least,
                 overflow="fold",  # a figure is never cut
             )
         for row in sheet.rows:

@@ -70,6 +70,12 @@ def test_criteria_by_hand():
     assert patience_scores(logits).tolist() == [[1.0, 1.0, 2.0]]
 
 
+def test_entropy_scores_stay_between_zero_and_one():
+    scores = entropy_scores(torch.linspace(-1e-3, 1e-3, 2000)[:, None] * torch.linspace(-1, 1, 7))
+    assert scores.min() >= 0
+    assert entropy_scores(torch.zeros(20, 3, 11)).eq(0).logical_not().sum() == 0
+
+
 def test_entropy_scores_span_zero_to_one():
     scores = entropy_scores(torch.tensor([[[0.0, 0.0, 0.0], [100.0, 0.0, 0.0]]]))
     torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0]]))

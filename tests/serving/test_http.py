@@ -89,6 +89,22 @@ def test_forms_of_text_embeddings_inference(engine: Engine, client: httpx.Client
     assert (refused.status_code, refused.json()["error_type"]) == (413, "Validation")
 
 
+def test_a_model_that_cuts_on_the_left_is_asked_for_that(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.saved.tokenizer, "truncation_side", "left")
+    texts = {"inputs": "bad " * 100 + "good " * 50}
+    with running(classifier_app(ClassifierService(engine, limits=LIMITS))) as url:
+        cut = [
+            httpx.post(f"{url}/predict", json={**texts, **more}).json()
+            for more in ({}, {"truncation_direction": "Left"}, {"truncation_direction": "left"})
+        ]
+        refused = httpx.post(f"{url}/predict", json={**texts, "truncation_direction": "Right"})
+    assert (cut[0][0]["truncated"], cut[1], cut[2]) == (True, cut[0], cut[0])
+    assert refused.status_code == 422
+    assert refused.json()["error"].startswith('truncation_direction must be "Left", as this model cuts')
+
+
 def test_a_threshold_of_the_request(engine: Engine, client: httpx.Client) -> None:
     for threshold in (0.0, 0.5, 0.999):
         items = client.post("/predict", json={"inputs": TEXTS[1], "threshold": threshold}).json()

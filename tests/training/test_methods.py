@@ -13,8 +13,9 @@ import torch
 from consistentee import Engine, LoadedGenerator, TextGenerator, load_model
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.errors import SettingError
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.tables import CLASSIFICATION
-from consistentee.training.methods import METHODS, check_method, method_of
+from consistentee.training.methods import METHODS, PUBLISHED_NAMES, check_method, method_of
 from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import train
 from quick import quick_config, read_record, weight_bytes
@@ -29,10 +30,38 @@ def test_every_method_is_there_and_says_where_it_comes_from() -> None:
         assert callable(method.load())
         assert not method.labels or method_of(name) is method
         assert method.source
-    with pytest.raises(
-        ValueError, match=r'method must be one of consistent, deebert, .*, static, got "pabee"'
-    ):
-        method_of("pabee")
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("pabee", " It is weighted_sum with the exit criterion patience."),
+        ("F-PABEE", " It is weighted_sum with the exit criterion similar_patience."),
+        ("ConsistentEE", " It is consistent with the exit criterion policy."),
+        (
+            "entropy",
+            " That is an exit criterion, and no training: the exits of several methods can be read by it.",
+        ),
+        ("retrofit", " It learns from texts alone: consistentee retrofit."),
+        ("DeeBERT", ' Did you mean "deebert"?'),
+        ("consistant", ' Did you mean "consistent"?'),
+        ("something", ""),
+    ],
+)
+def test_a_name_that_is_no_methods(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match="method must be one of") as caught:
+        method_of(name)
+    *_, told = str(caught.value).partition(
+        f"consistent, deebert, weighted_sum, right_tool, fastbert, berxit, palbert, "
+        f'sweet, cosee, nsp, beem, plain, static, got "{name}".'
+    )
+    assert told == meant
+
+
+def test_names_of_papers_mean_methods_and_criteria() -> None:
+    for method, criterion in PUBLISHED_NAMES.values():
+        assert method_of(method).exits
+        assert criterion in EXIT_CRITERIA
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,8 @@ def entropy_scores(logits: Tensor) -> Tensor:
     Source: DeeBERT (arXiv:2004.12993) and FastBERT (arXiv:2004.02178); ours is 1 - FastBERT's "speed" uncertainty.
     """
     log_probs = logits.float().log_softmax(-1)
-    return 1 + (log_probs.exp() * log_probs).sum(-1) / torch.log(torch.tensor(float(logits.shape[-1])))
+    negative_entropy = (log_probs.exp() * log_probs).sum(-1)
+    return (1 + negative_entropy / math.log(logits.shape[-1])).clamp(0, 1)  # rounding goes beyond
 
 
 def patience_scores(layer_logits: Tensor) -> Tensor:

@@ -130,7 +130,11 @@ def _classifier(limits: ServerLimits) -> dict[str, Any]:
                 "two texts is a pair.",
             },
             "truncate": {"type": "boolean", "default": True, "description": "Cut a text that is too long."},
-            "truncation_direction": {"type": "string", "enum": ["Right", "right"]},
+            "truncation_direction": {
+                "type": "string",
+                "enum": ["Right", "right", "Left", "left"],
+                "description": "The side that the model cuts, as clients send it; the other is refused.",
+            },
             "raw_scores": {"type": "boolean", "default": False, "description": "Logits, not probabilities."},
             "operating_point": {"type": "string", "description": "By name, in place of the server's."},
             "threshold": {"type": "number", "description": "Exit score above which a text exits."},

@@ -13,11 +13,16 @@ from consistentee.serving.requests import PredictRequest, read_json, read_predic
 
 def predict_handler(service: ClassifierService) -> Handler:
     """What answers `POST /predict`."""
-    labels = service.engine.saved.label_names
-    text_pairs, max_batch = service.engine.saved.text_pairs, service.limits.max_batch
+    saved = service.engine.saved
+    labels = saved.label_names
+    how: dict[str, Any] = {
+        "text_pairs": saved.text_pairs,
+        "max_batch": service.limits.max_batch,
+        "truncation_side": saved.tokenizer.truncation_side,
+    }
 
     async def handle(body: bytes, receive: Receive, send: Send) -> None:
-        request = read_predict(read_json(body), text_pairs=text_pairs, max_batch=max_batch)
+        request = read_predict(read_json(body), **how)
         scored = await unless_gone(receive, service.predict(request))
         answers = [_items(text, labels, request) for text in scored]
         await send_json(send, answers if request.is_batch else answers[0])

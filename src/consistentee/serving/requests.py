@@ -148,7 +148,9 @@ PREDICT_FIELDS = (
 )
 
 
-def read_predict(values: Mapping[str, Any], *, text_pairs: bool | None, max_batch: int) -> PredictRequest:
+def read_predict(
+    values: Mapping[str, Any], *, text_pairs: bool | None, max_batch: int, truncation_side: str = "right"
+) -> PredictRequest:
     """A request to classify in the form of text-embeddings-inference, or of the hub's inference API.
 
     `inputs` is a text, a list of texts, or a list of lists of one text or two. Of a model for pairs a list of two texts
@@ -159,6 +161,7 @@ def read_predict(values: Mapping[str, Any], *, text_pairs: bool | None, max_batc
         values: of the body.
         text_pairs: whether the model takes pairs; None where it does not say.
         max_batch: texts at most.
+        truncation_side: where the model's tokenizer cuts, left or right.
 
     Raises:
         RefusedRequest: a field is wrong (422), or there are too many texts (413).
@@ -171,9 +174,10 @@ def read_predict(values: Mapping[str, Any], *, text_pairs: bool | None, max_batc
         refuse(f"inputs must hold at most {max_batch} texts, got {len(texts)}. Send several requests.", 413)
     parameters = take(values, "parameters", dict, "an object", None)
     check_names(parameters or {}, ("top_k", "function_to_apply"))
-    direction = take(values, "truncation_direction", str, "a string", "Right")
-    if direction.lower() != "right":
-        refuse(f'truncation_direction must be "Right", got {_shown(direction)}.')
+    direction = take(values, "truncation_direction", str, "a string", truncation_side)
+    if direction.lower() != truncation_side:
+        side = truncation_side.capitalize()
+        refuse(f'truncation_direction must be "{side}", as this model cuts, got {_shown(direction)}.')
     threshold = take(values, "threshold", (int, float), "a number", None)
     return PredictRequest(
         texts,

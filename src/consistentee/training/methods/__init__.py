@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from consistentee.errors import SettingError
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.tables import BOTH_TASKS, CLASSIFICATION, GENERATION
 
 
@@ -67,6 +69,17 @@ METHODS = {
     "retrofit": Method("retrofit", "ours: exits for a model that is not to change", labels=False),
 }
 
+PUBLISHED_NAMES = {
+    "consistentee": ("consistent", "policy"),
+    "pabee": ("weighted_sum", "patience"),
+    "pcee": ("weighted_sum", "confident_patience"),
+    "fpabee": ("weighted_sum", "similar_patience"),
+    "lte": ("berxit", "learnt_to_exit"),
+    "qexit": ("palbert", "quantile"),
+    "cap": ("nsp", "cap"),
+}
+"""Names of papers that are no rows here, in small letters alone: the method that trains so, and the exit criterion."""
+
 
 def method_of(name: str) -> Method:
     """A method that learns from labels, by name.
@@ -76,8 +89,22 @@ def method_of(name: str) -> Method:
     """
     known = [row for row, method in METHODS.items() if method.labels]
     if name not in known:
-        raise ValueError(f'method must be one of {", ".join(known)}, got "{name}".')
+        raise ValueError(f'method must be one of {", ".join(known)}, got "{name}".{_meant(name, known)}')
     return METHODS[name]
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """Another sentence for who took something else's name for a method's."""
+    plain = "".join(letter for letter in name.lower() if letter.isalnum())
+    if plain in PUBLISHED_NAMES:
+        method, criterion = PUBLISHED_NAMES[plain]
+        return f" It is {method} with the exit criterion {criterion}."
+    if name in METHODS:
+        return f" It learns from texts alone: consistentee {name}."
+    if name in EXIT_CRITERIA:
+        return " That is an exit criterion, and no training: the exits of several methods can be read by it."
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""
 
 
 def check_method(name: str, task: str, settings: Any) -> None:

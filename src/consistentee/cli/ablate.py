@@ -16,7 +16,7 @@ from consistentee.cli.compare import (
     compared_sets,
     shared_settings,
 )
-from consistentee.cli.options import Flag, SettingOptions
+from consistentee.cli.options import ClassifierSettingOptions, Flag
 from consistentee.cli.terminal import check_plot_file, say, show_tables
 from consistentee.errors import MissingExtraError, UsageError
 
@@ -34,7 +34,7 @@ def ablate_command(
     dry_run: Flag = False,
     render: Flag = False,
     data: ComparedDataOptions | None = None,
-    settings: SettingOptions | None = None,
+    settings: ClassifierSettingOptions | None = None,
     debug: Flag = False,
 ) -> None:
     """Ask what each part of the method gives: one switch at a time, on the same rows, split, seeds and budget.

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from consistentee.cli.data import known_task
-from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind, kind_of_model
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, AnyCriterion, Kind, kind_of_model
 from consistentee.cli.options import Columns, Flag, check_column_count
 from consistentee.cli.terminal import (
     announced,
@@ -22,7 +22,6 @@ from consistentee.cli.terminal import (
     say,
     usage,
 )
-from consistentee.config import Criterion, GenerationCriterion
 from consistentee.errors import UsageError
 from consistentee.evaluation.time_budget import TimeBudget
 
@@ -87,7 +86,7 @@ class BenchmarkOptions:
     labels: int = 2
     classifier_hidden_size: int | None = None
     exit_distribution: str | None = None
-    criterion: Criterion | GenerationCriterion | None = None
+    criterion: AnyCriterion | None = None
     threshold: float | None = None
     operating_point: str | None = None
     batch_sizes: str | None = None

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
-from consistentee.cli.options import DataOptions, Flag, check_one_or_two
+from consistentee.cli.options import Flag, RowOptions, check_one_or_two
 from consistentee.cli.terminal import at_least_one, check_json_file, save_figures, say, tuned_note, usage
 from consistentee.config import Criterion
 from consistentee.data.files import TO_CERTIFY
@@ -23,7 +23,7 @@ def calibrate(
     model: str,
     *,
     file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    data: DataOptions | None = None,
+    data: RowOptions | None = None,
     max_disagreement: float | None = None,
     max_accuracy_loss: float | None = None,
     min_speedup: float | None = None,
@@ -75,7 +75,7 @@ def calibrate(
     at_least_one(batch_size=batch_size, max_samples=max_samples)
     check_json_file(json_file)
     goal, target = _goal(max_disagreement, max_accuracy_loss, min_speedup, confidence)
-    data = data or DataOptions()
+    data = data or RowOptions()
     _check_rows(file, data, goal)
     if kind_of_model(model) is not CLASSIFIERS:
         raise UsageError(
@@ -267,7 +267,7 @@ def _goal(
     return goal, value
 
 
-def _check_rows(file: str | None, data: DataOptions, goal: str) -> None:
+def _check_rows(file: str | None, data: RowOptions, goal: str) -> None:
     """Raise UsageError for rows in two ways, or without the labels that a goal needs."""
     check_one_or_two(data.text_columns)
     if file is None:
@@ -281,7 +281,7 @@ def _check_rows(file: str | None, data: DataOptions, goal: str) -> None:
     data.check_kind(CLASSIFIERS)
 
 
-def _rows(file: str | None, data: DataOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:
+def _rows(file: str | None, data: RowOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:
     """Labelled rows, or texts, drawn at random where there are more than are wanted; and where they come from."""
     if file is not None:
         return read_all_texts(file, data.text_columns, saved, max_samples, TO_CERTIFY)

@@ -16,9 +16,9 @@ from consistentee.cli.kinds import CLASSIFIERS
 from consistentee.cli.options import (
     DATA,
     NOT_GIVEN,
+    ClassifierSettingOptions,
     Columns,
     Flag,
-    SettingOptions,
     TrainingDataOptions,
     read_recipe,
     training_config,
@@ -75,7 +75,7 @@ def compare_command(
     dry_run: Flag = False,
     render: Flag = False,
     data: ComparedDataOptions | None = None,
-    settings: SettingOptions | None = None,
+    settings: ClassifierSettingOptions | None = None,
     debug: Flag = False,
 ) -> None:
     """Compare ways to train exits: same backbone, rows, split, seeds, budget and validation for all.

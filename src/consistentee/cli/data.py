@@ -10,7 +10,7 @@ from typing import Any
 
 from consistentee.atomic_files import write_text
 from consistentee.cli.kinds import GENERATORS, Kind
-from consistentee.cli.options import DataOptions, TrainingDataOptions, check_column_count
+from consistentee.cli.options import RowOptions, TrainingDataOptions, check_column_count
 from consistentee.data.files import TO_ANSWER, read_texts
 from consistentee.data.generation import INPUT_COLUMNS, PROMPT_COLUMNS, RESPONSE_COLUMNS
 from consistentee.data.recipes import Recipe
@@ -78,9 +78,7 @@ def training_data(options: TrainingDataOptions, recipe: Recipe, kind: Kind, seed
     return TrainingData(task, train.max_samples(options.max_train_samples, seed), evaluation, held_out)
 
 
-def evaluation_data(
-    options: DataOptions, kind: Kind, model_task: str | None, **model: tuple[str, ...]
-) -> Any:
+def evaluation_data(options: RowOptions, kind: Kind, model_task: str | None, **model: tuple[str, ...]) -> Any:
     """Load the rows to evaluate a saved model on.
 
     Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from consistentee.cli.data import evaluation_data, read_all_texts
-from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, Kind, kind_of_model
-from consistentee.cli.options import DataOptions, Flag, check_one_or_two
+from consistentee.cli.kinds import CLASSIFIERS, GENERATORS, AnyCriterion, Kind, kind_of_model
+from consistentee.cli.options import DataOptions, Flag, RowOptions, check_one_or_two
 from consistentee.cli.terminal import (
     at_least_one,
     check_json_file,
@@ -22,10 +22,9 @@ from consistentee.cli.terminal import (
     tuned_note,
     usage,
 )
-from consistentee.config import Criterion, GenerationCriterion, GenerationMode
+from consistentee.config import GenerationMode
 from consistentee.errors import UsageError
 
-AnyCriterion = Literal[Criterion, GenerationCriterion]
 TO_GENERATE = Group("Text generators", sort_key=2)
 
 
@@ -170,7 +169,7 @@ def evaluate_classifier(
     return evaluation, rows.source
 
 
-def check_texts_alone(data: DataOptions, reference: str | None = None) -> None:
+def check_texts_alone(data: RowOptions, reference: str | None = None) -> None:
     """Raise UsageError for labelled rows beside --texts, or what needs them: a reference, where it is given here."""
     check_one_or_two(data.text_columns)
     given = {

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from consistentee.config import (
     ClassificationTrainingConfig,
@@ -17,6 +17,8 @@ from consistentee.config import (
 )
 from consistentee.data.tasks import ClassificationTask, GenerationTask, is_generation_task
 from consistentee.errors import UsageError
+
+AnyCriterion = Literal[Criterion, GenerationCriterion]
 
 
 def _later(path: str) -> Callable[..., Any]:

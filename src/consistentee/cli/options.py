@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from consistentee.errors import UsageError
 
 DATA = Group("Data", sort_key=1)
 SETTINGS = Group("Settings (also keys of a recipe)", sort_key=3)
+NO_RECIPE = Group("Settings", sort_key=3)
 SETTINGS_OF_KINDS = (
     Group("Settings of classifiers only", sort_key=4),
     Group("Settings of text generators only", sort_key=5),
@@ -42,20 +45,16 @@ class Unchecked:
 
 @Parameter(name="*", group=DATA)
 @dataclass(frozen=True)
-class DataOptions:
-    """Which rows to read: a task by name, or files of one's own.
+class RowOptions:
+    """Which rows of a classifier to read: a task by name, or a file of one's own.
 
     Args:
-        task: A task by name: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow; to generate text: alpaca,
-            dolly, cnndm, xsum.
+        task: A task by name: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow.
         data_dir: The task's local folder; without it the task comes from the model hub.
         eval_file: Rows to report on: CSV, TSV, JSON, Parquet, a `datasets` folder, or a data set of the hub,
             hf:user/name (with /config and :split where it has several).
-        text_columns: To classify: the column of the text, or the two columns of a pair.
-        label_column: To classify: the column of the label.
-        prompt_column: To generate: the column of the instruction. [default: the usual names]
-        input_column: To generate: the column of what the instruction is about. [default: the usual names]
-        response_column: To generate: the column of the text to generate. [default: the usual names]
+        text_columns: The column of the text, or the two columns of a pair.
+        label_column: The column of the label.
     """
 
     task: str | None = None
@@ -63,13 +62,10 @@ class DataOptions:
     eval_file: Path | None = None
     text_columns: Columns = None
     label_column: str | None = None
-    prompt_column: str | None = None
-    input_column: str | None = None
-    response_column: str | None = None
 
     def columns(self, kind: Kind) -> dict[str, Any]:
         """The columns of a kind of rows by name, None for those that are not given."""
-        return {name: getattr(self, name) for name in kind.columns}
+        return {name: getattr(self, name, None) for name in kind.columns}
 
     def has_columns(self, kind: Kind) -> bool:
         """Whether columns of a kind of rows are given."""
@@ -93,10 +89,33 @@ class DataOptions:
         if file is None and self.has_columns(kind):
             raise UsageError(f"{kind.column_options} go with {file_option}; a task knows its own.")
         if file is not None and kind.columns_needed and not all(self.columns(kind).values()):
-            raise UsageError(
-                f"{file_option} needs {kind.column_options} to classify, or --response-column to generate text."
-            )
+            either = isinstance(self, DataOptions)
+            others = " to classify, or --response-column to generate text" if either else ""
+            raise UsageError(f"{file_option} needs {kind.column_options}{others}.")
         check_one_or_two(self.text_columns)
+
+
+@Parameter(name="*", group=DATA)
+@dataclass(frozen=True)
+class DataOptions(RowOptions):
+    """Which rows of either kind to read: a task by name, or files of one's own.
+
+    Args:
+        task: A task by name: sst2, mrpc, rte, qnli, qqp, mnli, cola, m-cid, stackoverflow; to generate text: alpaca,
+            dolly, cnndm, xsum.
+        text_columns: To classify: the column of the text, or the two columns of a pair.
+        label_column: To classify: the column of the label.
+        prompt_column: To generate: the column of the instruction. [default: the usual names]
+        input_column: To generate: the column of what the instruction is about. [default: the usual names]
+        response_column: To generate: the column of the text to generate. [default: the usual names]
+    """
+
+    task: str | None = None
+    text_columns: Columns = None
+    label_column: str | None = None
+    prompt_column: str | None = None
+    input_column: str | None = None
+    response_column: str | None = None
 
 
 @Parameter(name="*", group=DATA)
@@ -145,6 +164,7 @@ class TrainingDataOptions(DataOptions):
         return kind
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a class, or of a base's field; empty where the source is not at hand."""
     return {
@@ -155,31 +175,29 @@ def field_docs(cls: type) -> dict[str, str]:
     }
 
 
-def _setting_options() -> type:
-    """A dataclass with every field of both training configs, `NOT_GIVEN` where the command line does not give it."""
-    classes = [kind.config_class for kind in MODEL_KINDS]
+def _setting_options(name: str, *kinds: Kind) -> type:
+    """A dataclass with every field of the training configs, `NOT_GIVEN` where the command line does not give it."""
+    classes = [kind.config_class for kind in kinds]
     hints = [get_type_hints(cls) for cls in classes]
     docs = [field_docs(cls) for cls in classes]
     defaults = [{field.name: field.default for field in dataclasses.fields(cls)} for cls in classes]
     fields: list[tuple[str, Any, Any]] = []
-    for name in dict.fromkeys([*defaults[0], *defaults[1]]):
-        of = [kind for kind in (0, 1) if name in defaults[kind]]
-        hint = _either(hints[0][name], hints[1][name]) if len(of) == 2 else hints[of[0]][name]
-        shown = [shown_default(defaults[kind][name]) for kind in of]
+    for field in dict.fromkeys(itertools.chain(*defaults)):
+        of = [index for index, known in enumerate(defaults) if field in known]
+        hint = functools.reduce(_either, (hints[index][field] for index in of))
+        shown = [shown_default(defaults[index][field]) for index in of]
         default = f" [default: {shown[0]}]" if shown[0] else ""
         if shown[-1] != shown[0]:
             default += f" [default to generate text: {shown[-1]}]"
         parameter = Parameter(
-            help=docs[of[0]].get(name, "") + default,
-            group=SETTINGS if len(of) == 2 else SETTINGS_OF_KINDS[of[0]],
+            help=docs[of[0]].get(field, "") + default,
+            group=SETTINGS if len(of) == len(kinds) else SETTINGS_OF_KINDS[of[0]],
             show_default=False,
             negative=None if hint is bool else (),
-            consume_multiple=isinstance(defaults[of[0]][name], tuple),
+            consume_multiple=isinstance(defaults[of[0]][field], tuple),
         )
-        fields.append((name, Annotated[hint, Unchecked(), parameter], NOT_GIVEN))
-    options = dataclasses.make_dataclass(
-        "SettingOptions", fields, frozen=True, namespace={"__module__": __name__}
-    )
+        fields.append((field, Annotated[hint, Unchecked(), parameter], NOT_GIVEN))
+    options = dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__module__": __name__})
     return Parameter(name="*")(options)
 
 
@@ -201,9 +219,10 @@ def _either(first: Any, second: Any) -> Any:
 
 
 if TYPE_CHECKING:
-    SettingOptions = ClassificationTrainingConfig
+    SettingOptions = ClassifierSettingOptions = ClassificationTrainingConfig
 else:
-    SettingOptions = _setting_options()
+    SettingOptions = _setting_options("SettingOptions", *MODEL_KINDS)
+    ClassifierSettingOptions = _setting_options("ClassifierSettingOptions", CLASSIFIERS)
 
 
 def training_config(

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.evaluate import check_texts_alone
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
-from consistentee.cli.options import DATA, DataOptions, Flag
+from consistentee.cli.options import DATA, Flag, RowOptions
 from consistentee.cli.terminal import at_least_one, say, usage
 from consistentee.config import Criterion
 from consistentee.errors import UsageError
@@ -23,7 +23,7 @@ def report_command(
     /,
     *,
     output: Path,
-    data: DataOptions | None = None,
+    data: RowOptions | None = None,
     texts: Annotated[str | None, Parameter(allow_leading_hyphen=True, group=DATA)] = None,
     max_samples: Annotated[int | None, Parameter(group=DATA)] = None,
     criterion: Annotated[list[Criterion] | None, Parameter(consume_multiple=True)] = None,
@@ -59,7 +59,7 @@ def report_command(
         debug: Show tracebacks and the messages of other libraries.
     """
     at_least_one(batch_size=batch_size, max_samples=max_samples)
-    data, summary = data or DataOptions(), Path(folder) / "compare.json"
+    data, summary = data or RowOptions(), Path(folder) / "compare.json"
     rows_given = {"texts": texts, **dataclasses.asdict(data)}
     needing_rows = {
         "max_samples": max_samples,
@@ -113,7 +113,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
-def _rows(texts: str | None, data: DataOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:
+def _rows(texts: str | None, data: RowOptions, saved: Any, max_samples: int | None) -> tuple[Any, str]:
     """Labelled rows, or texts; and where they come from."""
     if texts is not None:
         return read_all_texts(texts, data.text_columns, saved, max_samples)

@@ -15,8 +15,8 @@ from rich.text import Text
 from consistentee.cli.effects import check_tuning
 from consistentee.cli.options import (
     DATA,
+    NO_RECIPE,
     NOT_GIVEN,
-    SETTINGS,
     Columns,
     Flag,
     Unchecked,
@@ -59,7 +59,7 @@ def _retrofit_options() -> type:
         shown = shown_default(defaults[name])
         parameter = Parameter(
             help=docs.get(name, "") + (f" [default: {shown}]" if shown else ""),
-            group=SETTINGS,
+            group=NO_RECIPE,
             show_default=False,
             negative=None if hints[name] is bool else (),
             consume_multiple=isinstance(defaults[name], tuple),

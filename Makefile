@@ -40,7 +40,7 @@ test: $(STAMP) $(NODE_STAMP) ## run the tests; those of exported graphs in Node 
 	@$(RUN) pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-masked: $(STAMP) ## run the numeric tests as on a processor with AVX2 and no more
-	@$(MASK) $(RUN) pytest -q -n $(WORKERS) --dist worksteal --ignore-glob='tests/inference/test_onnx*' $(ARGS) $(NUMERIC)
+	@$(MASK) $(RUN) pytest -q -n $(WORKERS) --dist worksteal --ignore-glob='tests/inference/test_onnx*' --ignore=tests/models/test_card.py $(ARGS) $(NUMERIC)
 
 test-lowest: $(LOWEST)/.installed ## run the quick tests with the lowest versions of all dependencies (Python 3.10 to 3.12)
 	@$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow and not network' $(ARGS)

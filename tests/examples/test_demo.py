@@ -6,7 +6,6 @@ import io
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -96,15 +95,25 @@ def test_a_demo_takes_no_folder_of_others(tmp_path: Path) -> None:
         ("--output-dir full", 1, "demo: Output folder full holds"),
     ],
 )
-def test_failures_are_a_line(words: str, code: int, message: str, tmp_path: Path) -> None:
+def test_failures_are_a_line(
+    words: str,
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    script = Path(demo.__file__)
-    done = subprocess.run(
-        [sys.executable, script, *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code
-    assert message in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [demo.__file__, *words.split()])
+    for setting in ("_quieten_libraries", "limit_threads"):  # of the whole process
+        monkeypatch.setattr(demo, setting, lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(demo.main())
+    assert ended.value.code == code
+    *_, line = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 class TestProgram:

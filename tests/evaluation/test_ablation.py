@@ -135,6 +135,17 @@ def test_rounds_are_means_over_the_runs_that_got_there() -> None:
     assert ours[0]["reward"] == pytest.approx(-0.3)
 
 
+def test_rounds_are_of_the_runs_that_all_methods_have() -> None:
+    cells = _cells()
+    fewer = [cell for cell in cells if (cell["label"], cell["seed"]) != (UNIFORM, 2)]
+    found = {(one["method"], one["round"]): one for one in rounds(question("reward", {}), fewer)}
+    assert {one["runs"] for one in found.values()} == {1}
+    assert set(found) == {(label, number) for label in (UNIFORM, "consistent") for number in (0, 1)}
+    assert found["consistent", 0]["reward"] == pytest.approx(-0.2)
+    alone = rounds(question("reward", {}), [cell for cell in cells if cell["label"] != UNIFORM])
+    assert [(one["method"], one["runs"]) for one in alone] == [("consistent", runs) for runs in (2, 2, 1)]
+
+
 # --- Studies --------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,7 +91,7 @@ def thirds(question: Question, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         the validation threshold `accuracy` and `exit_layer`, means over seeds.
     """
     found: list[dict[str, Any]] = []
-    for (backbone, name), of_set in _by_set(question, cells).items():
+    for (backbone, name), of_set in _by_set(question.labels, cells).items():
         memorized = np.mean([_memorized_layers(cell) for cell in of_set], axis=0)
         parts = np.array_split(np.argsort(memorized, kind="stable"), len(THIRDS))
         for label in question.labels:
@@ -112,15 +113,15 @@ def thirds(question: Question, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return found
 
 
-def _by_set(question: Question, cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
-    """The question's cells by backbone and set, of the seeds that all its methods have."""
+def _by_set(labels: Sequence[str], cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """The cells of some methods by backbone and set, of the seeds that all of them have."""
     grouped: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
-        if cell["label"] in question.labels:
+        if cell["label"] in labels:
             grouped[cell["backbone"], cell["set"]].append(cell)
     found: dict[tuple[str, str], list[Cell]] = {}
     for place, of_set in grouped.items():
-        seeds = [{cell["seed"] for cell in of_set if cell["label"] == label} for label in question.labels]
+        seeds = [{cell["seed"] for cell in of_set if cell["label"] == label} for label in labels]
         shared = set.intersection(*seeds)
         if shared:
             found[place] = [cell for cell in of_set if cell["seed"] in shared]
@@ -152,25 +153,28 @@ def _figures_of_rows(cell: Cell, rows: np.ndarray[Any, Any]) -> dict[str, float]
 
 
 def rounds(question: Question, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """What each round came to on validation rows, means over sets and seeds.
+    """What each round came to on validation rows, means over the sets and seeds that all methods which are there have.
 
     Returns:
         Plain values: `method`, `round`, `runs` (how many got there), `changed_exits` (share of the rows that exit at
         another layer than a round before), `score` of the policy's curve, `reward`, `full_depth_accuracy`.
     """
     found: list[dict[str, Any]] = []
-    for label in question.labels:
-        histories = [cell["history"] for cell in cells if cell["label"] == label]
+    there = {cell["label"] for cell in cells}
+    labels = [label for label in question.labels if label in there]
+    paired = list(itertools.chain.from_iterable(_by_set(labels, cells).values()))
+    for label in labels:
+        histories = [cell["history"] for cell in paired if cell["label"] == label]
         for number in range(max(map(len, histories), default=0)):
-            there = [history[number] for history in histories if len(history) > number]
+            runs = [history[number] for history in histories if len(history) > number]
             figures = {
-                "changed_exits": [entry.get("changed_exits") for entry in there],
-                "score": [entry["score"] for entry in there],
-                "reward": [entry["reward"] for entry in there],
-                "full_depth_accuracy": [entry["per_layer_accuracy"][-1] for entry in there],
+                "changed_exits": [entry.get("changed_exits") for entry in runs],
+                "score": [entry["score"] for entry in runs],
+                "reward": [entry["reward"] for entry in runs],
+                "full_depth_accuracy": [entry["per_layer_accuracy"][-1] for entry in runs],
             }
             found.append(
-                {"method": label, "round": number, "runs": len(there)}
+                {"method": label, "round": number, "runs": len(runs)}
                 | {
                     name: None if None in values else float(np.mean(values))
                     for name, values in figures.items()

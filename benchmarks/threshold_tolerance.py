@@ -1,6 +1,7 @@
 """What default thresholds lose and save, by `max_accuracy_loss` and `threshold_margin`: from kept cells of `compare`.
 
-    python benchmarks/threshold_tolerance.py benchmarks/results/compare --sets m-cid sst2 [--rows 250 1000] [--draws 60]
+    python benchmarks/threshold_tolerance.py benchmarks/results/compare --sets m-cid sst2 [--backbone e5-12l] \
+        [--rows 250 1000] [--draws 60]
 
 A cell knows where each reported row exits at each threshold of the policy, and whether it is right there. Each draw
 takes so many of these rows, with replacement, for validation rows, and chooses a threshold by the rule; all rows are
@@ -36,13 +37,14 @@ def main() -> None:
     )
     parser.add_argument("cells", type=Path)
     parser.add_argument("--sets", nargs="+", required=True)
+    parser.add_argument("--backbone", default="e5-12l")
     parser.add_argument("--rows", type=int, nargs="+", default=[250, 1000])
     parser.add_argument("--draws", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     cells = [cell for cell in read_cells(options.cells) if cell["seed"] == 1 and usable(cell)]
     for name in options.sets:
-        ours = [cell for cell in cells if cell["set"] == name]
+        ours = [cell for cell in cells if (cell["backbone"], cell["set"]) == (options.backbone, name)]
         print(f"{name}: {len(ours)} cells")
         for rows in options.rows:
             found = [outcomes_of_rules(cell, rows, options.draws, options.seed) for cell in ours]

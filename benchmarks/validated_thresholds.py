@@ -1,6 +1,7 @@
 """What rules of choosing a threshold give on reported rows, from the curves of validation rows that cells keep.
 
-    python benchmarks/validated_thresholds.py CELLS [--methods consistent] [--sets m-cid sst2] [--seeds 2]
+    python benchmarks/validated_thresholds.py CELLS [--methods consistent] [--sets m-cid sst2] [--seeds 2] \
+        [--backbones e5-12l]
 
 A cell of `compare` keeps what each threshold of its own criterion gave on validation rows (`validation.curve`), and
 where each reported row exits. A rule is a floor of the validation accuracy and a margin: `own - 0.5` is half a point
@@ -33,7 +34,7 @@ Found = tuple[float, float]
 
 
 def main() -> None:
-    """Print a table for each method."""
+    """Print a table for each backbone and method."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,18 +42,21 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["consistent"])
     parser.add_argument("--sets", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--backbones", nargs="+", help="by default all, a table each")
     options = parser.parse_args()
     cells = read_cells(options.cells)
     if options.sets:
         cells = [cell for cell in cells if cell["set"] in options.sets]
     if options.seeds:
         cells = [cell for cell in cells if cell["seed"] in options.seeds]
-    for method in options.methods:
-        print("\n".join(table(cells, method)))
+    for backbone in options.backbones or sorted({cell["backbone"] for cell in cells}):
+        for method in options.methods:
+            print("\n".join([f"{backbone}, {method}:", "", *table(cells, method, backbone), ""]))
 
 
-def table(cells: Sequence[Mapping[str, Any]], method: str) -> list[str]:
+def table(cells: Sequence[Mapping[str, Any]], method: str, backbone: str) -> list[str]:
     """A row a rule, a column a set, and their mean: lines of Markdown."""
+    cells = [cell for cell in cells if cell["backbone"] == backbone]
     plain = {(cell["set"], cell["seed"]): cell for cell in cells if cell["label"] == "plain"}
     by_set: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:

@@ -7,10 +7,10 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from consistentee.config import Criterion
 from consistentee.errors import SettingError
-from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.tables import BOTH_TASKS, CLASSIFICATION, GENERATION
 
 
@@ -101,7 +101,7 @@ def _meant(name: str, known: list[str]) -> str:
         return f" It is {method} with the exit criterion {criterion}."
     if name in METHODS:
         return f" It learns from texts alone: consistentee {name}."
-    if name in EXIT_CRITERIA:
+    if name in get_args(Criterion):
         return " That is an exit criterion, and no training: the exits of several methods can be read by it."
     close = difflib.get_close_matches(name.lower(), known, n=1)
     return f' Did you mean "{close[0]}"?' if close else ""

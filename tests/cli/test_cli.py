@@ -161,6 +161,10 @@ class TestUsage:
             ),
             ("train --output-dir o --backbone b --task sst", 'Did you mean "sst2"'),
             ("train --output-dir o --backbone b --task sst2 --head none", "Choose from"),
+            (
+                "train --output-dir o --backbone b --task sst2 --method pabee",
+                "It is weighted_sum with the exit",
+            ),
             ("train --output-dir o --backbone b --task sst2 --batch-size many", "unable to convert"),
             (
                 "train --output-dir o --backbone b --task sst2 --batch-size 0",

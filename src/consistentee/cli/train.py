@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -25,10 +25,14 @@ from consistentee.errors import UsageError
 from consistentee.functional.tables import CLASSIFICATION, GENERATION
 from consistentee.training.methods import METHODS, check_method, method_of
 
-_Method = Literal[
-    "consistent", "deebert", "weighted_sum", "right_tool", "fastbert", "berxit", "palbert", "sweet", "cosee", "nsp",
-    "beem", "static",
-]  # fmt: skip
+_LEARNT = ", ".join(name for name, row in METHODS.items() if row.labels)
+_Method = Annotated[  # by name, and not by a list of types: what is no method is told what it may mean
+    str | None,
+    Parameter(
+        help="How to train: by ConsistentEE, or by another one to compare with (docs/methods). "
+        f"[default: the recipe's, else consistent] [choices: {_LEARNT}]"
+    ),
+]
 
 
 def train_command(
@@ -36,7 +40,7 @@ def train_command(
     output_dir: Path,
     backbone: str | None = None,
     config: Path | None = None,
-    method: _Method | None = None,
+    method: _Method = None,
     unlabelled_file: Annotated[
         list[str] | None, Parameter(consume_multiple=True, negative=(), group=DATA)
     ] = None,
@@ -55,8 +59,7 @@ def train_command(
         output_dir: Where checkpoints and the finished model go.
         backbone: Encoder, or causal language model, to start from: a name on the model hub or a local folder.
         config: Recipe (YAML) with settings; options given here override it.
-        method: How to train: by ConsistentEE, or by another one to compare with (docs/methods).
-            [default: the recipe's, else consistent]
+        method: How to train, by name.
         unlabelled_file: Texts without labels for a classifier's exits and policy, which learn to agree with its last
             layer on them: files in every form that `predict` reads; "-" is standard input. Columns are those of
             --text-columns, or the usual names. Of a data set with several splits, "train" is read. Duplicates and rows

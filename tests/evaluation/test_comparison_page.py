@@ -116,12 +116,61 @@ def test_seeds_that_only_some_methods_have_rank_nobody(tmp_path: Path) -> None:
 def test_all_tables_are_there(page: Element, summary: dict[str, Any]) -> None:
     sheets = comparison_sheets(summary)
     tables = [table.rows() for table in page.one("section", id="tables").all("table")]
-    assert len(tables) == len(sheets) == 12
+    assert len(tables) == len(sheets) == 14
     for table, sheet in zip(tables, sheets, strict=True):
         assert table[0] == list(sheet.columns)
         assert [[cell.replace("\u2212", "-") for cell in row] for row in table[1:]] == [
             list(row) for row in sheet.rows
         ]
+
+
+def test_several_sets_are_seen_at_a_glance(page: Element, summary: dict[str, Any]) -> None:
+    areas, criteria = comparison_sheets(summary)[:2]
+    assert areas.columns == ("method", "criterion", "rte", HOSTILE)
+    rows = {row[:2]: row[2:] for row in areas.rows}
+    assert next(iter(rows)) == ("consistent", "policy")
+    for (method, criterion), values in rows.items():
+        for name, value in zip(areas.columns[2:], values, strict=True):
+            entry = entry_of(summary, method, None if criterion == "-" else criterion, name)
+            if method == "consistent":
+                assert value == f"{100 * entry['area']['mean']:.1f}"
+                continue
+            off = entry["difference"]["area"]
+            sure = off["interval"][0] > 0 or off["interval"][1] < 0
+            assert value == f"{100 * off['mean']:+.1f}" + "*" * sure
+    own = [sheet for sheet in comparison_sheets(summary) if sheet.title.endswith("area on equal exits, %")]
+    assert criteria.columns == ("criterion", "rte", HOSTILE)
+    assert criteria.rows == [("patience", own[0].rows[-1][2], own[1].rows[-1][2])]
+    opened = [one for one in page.one("section", id="tables").all("details") if "open" in one.attributes]
+    assert [one.one("summary").text for one in opened] == ["All sets"]
+
+
+def test_a_star_is_where_zero_is_outside(summary: dict[str, Any]) -> None:
+    changed = json.loads(json.dumps(summary))
+    for name, interval in (("rte", [-0.03, -0.01]), (HOSTILE, [-0.03, 0.01])):
+        off = entry_of(changed, "deebert", "policy", name)["difference"]["area"]
+        off["mean"], off["interval"] = -0.02, interval
+    row = next(row for row in comparison_sheets(changed)[0].rows if row[:2] == ("deebert", "policy"))
+    assert row[2:] == ("-2.0*", "-2.0")
+
+
+def test_what_a_set_lacks_is_no_figure_at_a_glance() -> None:
+    cells = [cell_of("consistent", name=name) for name in ("rte", "sst2")]
+    cells += [cell_of("deebert", 2, name="rte"), cell_of("nsp", name="sst2")]  # no seed that `consistent` has
+    areas = comparison_sheets(summarise(cells, resamples=5))[0]
+    rows = {row[0]: row[2:] for row in areas.rows}
+    assert rows["deebert"] == ("-", "-")
+    assert rows["nsp"][0] == "-" != rows["nsp"][1]
+    others = comparison_sheets(summarise(cells[2:], resamples=5))[0]  # nothing that differences are taken to
+    assert others.title == "All sets: area, %"
+    assert [row[0] for row in others.rows] == ["deebert", "nsp"]
+    other = comparison_sheets(summarise(cells, baseline="consistent/patience", resamples=5))[0]
+    assert [row[:2] for row in other.rows][:2] == [("consistent", "patience"), ("consistent", "policy")]
+    assert other.rows[1][2][0] in "+-"
+    one_set = comparison_sheets(summarise(cells[:1], resamples=5))
+    assert not any(sheet.title.startswith("All sets") for sheet in one_set)
+    cells = [cell_of("consistent"), cell_of("consistent", backbone="large")]
+    assert comparison_sheets(summarise(cells, resamples=5))[0].columns[2:] == ("rte, small", "rte, large")
 
 
 def test_chosen_points_are_where_validation_put_them(page: Element, summary: dict[str, Any]) -> None:
@@ -215,3 +264,29 @@ def test_in_a_browser(browser: Browser, file: Path, tmp_path: Path, width: int, 
     assert (
         browser.value("document.querySelectorAll('#legend button')[1].getAttribute('aria-pressed')") == "true"
     )
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_ticks_leave_the_labels_of_axes_alone(
+    browser: Browser, summary: dict[str, Any], tmp_path: Path, width: int
+) -> None:
+    close = json.loads(json.dumps(summary))
+    for run in close["runs"]:  # all within a point, so that ticks need decimals
+        for figures in (run, *run["criteria"].values()):
+            for point in (*figures.get("curve", []), figures["at_validation_threshold"]):
+                point["accuracy"] = 0.91 + 0.004 * point["accuracy"]
+        run["plain_accuracy"] = 0.91 + 0.004 * run["plain_accuracy"]
+    (tmp_path / "compare.json").write_text(json.dumps(close), encoding="utf-8")
+    path = tmp_path / "report.html"
+    path.write_text(comparison_page(tmp_path / "compare.json"), encoding="utf-8")
+    browser.open(path, width=width)
+    texts = browser.value("[...document.querySelectorAll('.panels .ytick')].map(one => one.textContent)")
+    assert max(map(len, texts)) >= 4, texts
+    gaps = browser.value(
+        "[...document.querySelectorAll('.panels svg')].filter(one => one.getBoundingClientRect().width)"
+        ".flatMap(chart => [...chart.querySelectorAll('.ytick')].map(tick =>"
+        " tick.getBoundingClientRect().left"
+        " - chart.querySelector('.label.side').getBoundingClientRect().right))"
+    )
+    assert gaps
+    assert min(gaps) >= 0

@@ -19,6 +19,12 @@ SERIES = 8
 
 SPEEDUP_TICKS = (1, 1.5, 2, 3, 4, 6, 12)
 PERCENT_TOPS = (2, 5, 10, 20, 30, 40, 60, 80, 100)
+BESIDE_TICKS = 27
+"""Pixels of the axis' label, turned, and between it, the ticks' texts and the plot."""
+
+DIGIT = 7.7
+"""Pixels of a digit, 12 px high, in the widest of the fonts that the style sheet names."""
+
 BarBox = tuple[float, float, float, float]
 """Pixels: x, y, width, height."""
 
@@ -89,6 +95,12 @@ def number(value: float) -> str:
     return f"{value:g}".replace("-", "\u2212")
 
 
+def left_of(y_ticks: Sequence[tuple[float, str]], least: int) -> int:
+    """Pixels left of a plot: at least so many, and enough that no tick's text runs into the label beside it."""
+    longest = max((len(text) for _, text in y_ticks), default=0)
+    return max(least, BESIDE_TICKS + math.ceil(DIGIT * longest))
+
+
 def both_widths(make: Any, *args: Any) -> list[Chart]:
     """The chart for wide pages and the one for narrow ones."""
     return [make(*args, narrow=False), make(*args, narrow=True)]
@@ -119,8 +131,10 @@ def trade_off_chart(report: ExitReport, *, narrow: bool) -> Chart:
     low, high = max(min(shown), best - USEFUL), max(shown)
     room = max(0.06 * (high - low), 0.25)
     width, height = (340, 290) if narrow else (690, 400)
-    x = Scale(0, 100 * (1 - 1 / depth) + (1 if depth > 1 else 1e-3), 46 if narrow else 52, width - 12)
     y = Scale(low - room, min(high + room, max(100.0, high)) + 1e-9, height - 44, 42)
+    y_ticks = [(y(tick), number(tick)) for tick in nice_ticks(y.low, y.high, 6)]
+    left = left_of(y_ticks, 46 if narrow else 52)
+    x = Scale(0, 100 * (1 - 1 / depth) + (1 if depth > 1 else 1e-3), left, width - 12)
     band = sorted(
         (100 * (1 - point.mean_exit_layer / depth), 100 * interval[0], 100 * interval[1])
         for point, interval in zip(evaluation.curve, report.intervals, strict=True)
@@ -134,7 +148,7 @@ def trade_off_chart(report: ExitReport, *, narrow: bool) -> Chart:
         x=x,
         y=y,
         x_ticks=[(x(tick), number(tick)) for tick in nice_ticks(0, x.high, 5 if narrow else 10)],
-        y_ticks=[(y(tick), number(tick)) for tick in nice_ticks(y.low, y.high, 6)],
+        y_ticks=y_ticks,
         top_ticks=[(x(100 * (1 - 1 / tick)), f"{tick:g}\u00d7") for tick in speedups],
         x_label="layers saved (%)",
         y_label=f"{report.quality} (%)",
@@ -176,8 +190,9 @@ def exit_chart(histogram: Sequence[int], *, narrow: bool) -> Chart:
     shares = [100 * count / total for count in histogram]
     top = next(top for top in PERCENT_TOPS if top >= min(max(shares), 100))
     width, height = (340, 220) if narrow else (400, 400)
-    x = Scale(0.5, depth + 0.5, 40 if narrow else 44, width - 6)
     y = Scale(0, top, height - 44, 26 if narrow else 42)
+    y_ticks = [(y(share * top), number(share * top)) for share in (0, 0.5, 1)]
+    x = Scale(0.5, depth + 0.5, left_of(y_ticks, 40 if narrow else 44), width - 6)
     return Chart(
         kind="exits",
         width=width,
@@ -185,7 +200,7 @@ def exit_chart(histogram: Sequence[int], *, narrow: bool) -> Chart:
         x=x,
         y=y,
         x_ticks=[(x(layer), str(layer)) for layer in layer_ticks(depth)],
-        y_ticks=[(y(share * top), number(share * top)) for share in (0, 0.5, 1)],
+        y_ticks=y_ticks,
         x_label="exit layer",
         y_label="share that exits (%)",
         parts={"bars": _bars(shares, x, y), "labelled": depth <= (12 if narrow else 16)},
@@ -226,8 +241,9 @@ def layer_chart(layers: Sequence[LayerFigures], quality: str, *, narrow: bool) -
     low, high = min(shown), max(shown)
     room = max(0.08 * (high - low), 0.5)
     width, height = (340, 260) if narrow else (690, 320)
-    x = Scale(0.5, depth + 0.5, 46 if narrow else 52, width - 12)
     y = Scale(max(0.0, low - room), min(100.0, high + room) + 1e-9, height - 44, 14)
+    y_ticks = [(y(tick), number(tick)) for tick in nice_ticks(y.low, y.high, 6)]
+    x = Scale(0.5, depth + 0.5, left_of(y_ticks, 46 if narrow else 52), width - 12)
     marks = [
         {"x": x(layer), "y": y(value), "top": y(min(end, y.high)), "bottom": y(max(start, y.low))}
         for layer, value, start, end in dots
@@ -239,7 +255,7 @@ def layer_chart(layers: Sequence[LayerFigures], quality: str, *, narrow: bool) -
         x=x,
         y=y,
         x_ticks=[(x(layer), str(layer)) for layer in layer_ticks(depth)],
-        y_ticks=[(y(tick), number(tick)) for tick in nice_ticks(y.low, y.high, 6)],
+        y_ticks=y_ticks,
         x_label="layer",
         y_label=f"{quality} (%)",
         parts={

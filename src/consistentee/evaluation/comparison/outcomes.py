@@ -21,6 +21,9 @@ from consistentee.functional.resampling import Draws
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
 """Layer speed-ups at which accuracies are given."""
 
+SAME_EXITS = "policy"
+"""The criterion that the others on the same exits are compared with."""
+
 LOSSES = (0.0, 0.005, 0.01, 0.02)
 """Accuracy that may be lost against the plain model, as shares."""
 

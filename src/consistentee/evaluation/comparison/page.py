@@ -20,9 +20,17 @@ from consistentee.evaluation.comparison.picture import (
     mean_points,
     seed_band,
 )
-from consistentee.evaluation.comparison.tables import Entry, Sheet, comparison_sheets
+from consistentee.evaluation.comparison.tables import Entry, Sheet, comparison_sheets, is_baseline
 from consistentee.evaluation.html_page import render_page, shown
-from consistentee.evaluation.svg_charts import Chart, Scale, both_widths, nice_ticks, number, polyline
+from consistentee.evaluation.svg_charts import (
+    Chart,
+    Scale,
+    both_widths,
+    left_of,
+    nice_ticks,
+    number,
+    polyline,
+)
 
 METHOD_SERIES = 16
 """Colours and dashes that the style sheet has for methods; the baseline's is the first."""
@@ -95,13 +103,13 @@ def _page(summary: Mapping[str, Any], name: str) -> str:
         where=where,
         ranked=ranked,
         seeds_differ=len({one["seeds"] for one in ranked}) > 1,
-        paired=any(_is_baseline(entry, summary) for entry in first),
+        paired=any(is_baseline(entry, summary) for entry in first),
         best=_best(first, summary),
         base=_baseline(first, summary),
         legend=[(series[method], _label(method, criteria[method]), criteria[method]) for method in methods],
         panels=panels,
         sheets=sheets,
-        open_sheets=list(sheets)[-1],
+        open_sheets=next(iter(sheets)),
         made=_made(summary["environments"]),
         minus=lambda text: re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text),
     )
@@ -120,7 +128,6 @@ def panel_chart(
         narrow: whether it is for narrow pages.
     """
     width, height = (340, 260) if narrow else (540, 320)
-    x = Scale(0, math.log(FASTEST), 46, width - 10)
     lines = {method: [run for run in runs if run["method"] == method] for method in methods}
     lines = {method: of_method for method, of_method in lines.items() if of_method}
     curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
@@ -138,6 +145,8 @@ def panel_chart(
     low, high = max(min(heights), max(heights) - SHOWN_BELOW), max(heights)
     room = max(0.06 * (high - low), 0.3)
     y = Scale(low - room, high + room, height - 44, 12)
+    y_ticks = [(y(tick), number(tick)) for tick in nice_ticks(y.low, y.high, 6)]
+    x = Scale(0, math.log(FASTEST), left_of(y_ticks, 46), width - 10)
 
     def points(at: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
         return [(math.log(speedup), value) for speedup, value in zip(at, values, strict=True)]
@@ -154,7 +163,7 @@ def panel_chart(
         x=x,
         y=y,
         x_ticks=[(x(math.log(tick)), f"{tick:g}\u00d7") for tick in TICKS],
-        y_ticks=[(y(tick), number(tick)) for tick in nice_ticks(y.low, y.high, 6)],
+        y_ticks=y_ticks,
         x_label="layer speed-up",
         y_label="accuracy (%)",
         parts={
@@ -193,12 +202,6 @@ def _entry_label(entry: Entry) -> str:
     return _label(entry["method"], entry["criterion"])
 
 
-def _is_baseline(entry: Entry, summary: Mapping[str, Any]) -> bool:
-    method, _, criterion = str(summary["baseline"]).partition("/")
-    own = entry["criterion"] == criterion if criterion else entry["own_criterion"]
-    return entry["method"] == method and own
-
-
 def _in_order(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[Entry]:
     """Shown methods with an area, the best first: by what is paired with the baseline on the seeds that both have.
 
@@ -207,7 +210,7 @@ def _in_order(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[Entr
     """
 
     def rank(entry: Entry) -> tuple[bool, float]:
-        if _is_baseline(entry, summary):
+        if is_baseline(entry, summary):
             return False, 0.0
         ahead = (entry["difference"] or entry)["area"]["mean"]
         return entry["difference"] is None, -ahead
@@ -247,7 +250,7 @@ def _baseline(entries: Sequence[Entry], summary: Mapping[str, Any]) -> Mapping[s
     for entry in entries:
         at = entry["at_validation_threshold"]
         if (
-            _is_baseline(entry, summary)
+            is_baseline(entry, summary)
             and at["layer_speedup"]["mean"] is not None
             and at["difference_to_plain"]["mean"] is not None
         ):
@@ -268,7 +271,7 @@ def _ranked(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[dict[s
         {
             "label": _entry_label(entry),
             "seeds": _seeds(entry, summary),
-            "is_baseline": _is_baseline(entry, summary),
+            "is_baseline": is_baseline(entry, summary),
             "is_reference": entry["method"] == summary["reference"],
             "speedup": entry["at_validation_threshold"]["layer_speedup"]["mean"],
             "saved": entry["at_validation_threshold"]["layers_saved"],

@@ -20,6 +20,7 @@ from consistentee.evaluation.comparison.outcomes import (
     ENDS_OF_DIFFERENCES,
     FIGURES,
     LOSSES,
+    SAME_EXITS,
     SPEEDUPS,
     STATIC,
     Outcomes,
@@ -32,9 +33,6 @@ from consistentee.evaluation.comparison.plan import OUR_METHOD, REFERENCE
 from consistentee.functional.curves import TOLERANCES
 from consistentee.functional.resampling import Draws, mean_over_seeds, percentile_interval, row_weights
 from consistentee.training.methods import METHODS
-
-SAME_EXITS = "policy"
-"""The criterion that the others on the same exits are compared with."""
 
 Key = tuple[str, str]
 """Label of a method, and criterion ("" of a model without exits)."""

@@ -11,10 +11,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from consistentee.evaluation.comparison.outcomes import STATIC
+from consistentee.evaluation.comparison.outcomes import SAME_EXITS, STATIC
 
 Entry = Mapping[str, Any]
+Place = tuple[str | None, str | None]
+"""Backbone and set; both None of an average."""
+
 NOTHING = "-"
+ALL_SETS = "All sets"
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,15 @@ class Sheet:
 def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
     """All tables of a summary.
 
-    For every set and for their average: the curve and the chosen thresholds of each method with its own criterion, what
-    validation chooses where it is allowed a loss, where cells say it, then all criteria on equal exits where several
-    were asked for.
+    Of several sets first what each method and criterion gives set by set. Then for every set and for their average: the
+    curve and the chosen thresholds of each method with its own criterion, what validation chooses where it is allowed a
+    loss, where cells say it, then all criteria on equal exits where several were asked for.
     """
     entries: Sequence[Entry] = summary["summary"]
-    places = list(dict.fromkeys((entry["backbone"], entry["set"]) for entry in entries))
-    sheets: list[Sheet] = []
+    places = list(dict.fromkeys(map(_place, entries)))
+    sheets = _overview_sheets([place for place in places if place[1] is not None], summary)
     for place in places:
-        here = [entry for entry in entries if (entry["backbone"], entry["set"]) == place]
+        here = [entry for entry in entries if _place(entry) == place]
         name = _place_name(place, summary)
         shown = [entry for entry in here if entry["shown"]]
         sheets += [_curve_sheet(name, shown, summary), _threshold_sheet(name, shown, summary)]
@@ -50,8 +54,9 @@ def comparison_sheets(summary: Mapping[str, Any]) -> list[Sheet]:
 
 
 def terminal_tables(summary: Mapping[str, Any]) -> Group:
-    """All tables of a comparison for a rich console."""
-    return terminal_sheets(comparison_sheets(summary))
+    """All tables of a comparison for a rich console, those of all sets last: the end is what one sees."""
+    sheets = comparison_sheets(summary)
+    return terminal_sheets(sorted(sheets, key=lambda sheet: sheet.title.startswith(ALL_SETS)))
 
 
 def terminal_sheets(sheets: Sequence[Sheet]) -> Group:
@@ -110,7 +115,90 @@ def made_on(environments: Sequence[Mapping[str, Any]]) -> str:
     return "Made on " + "; ".join(made) + "."
 
 
-def _place_name(place: tuple[str | None, str | None], summary: Mapping[str, Any]) -> str:
+def is_baseline(entry: Entry, summary: Mapping[str, Any]) -> bool:
+    """Whether differences are taken to this method and criterion."""
+    method, _, criterion = str(summary["baseline"]).partition("/")
+    own = entry["criterion"] == criterion if criterion else entry["own_criterion"]
+    return entry["method"] == method and own
+
+
+def _overview_sheets(places: Sequence[Place], summary: Mapping[str, Any]) -> list[Sheet]:
+    """Areas of all methods, then of all criteria on equal exits, with a column for each set; none for a single set."""
+    if len(places) < 2:
+        return []
+    one_backbone = len({backbone for backbone, _ in places}) == 1
+    names = [str(name) if one_backbone else f"{name}, {backbone}" for backbone, name in places]
+    of_places = [[entry for entry in summary["summary"] if _place(entry) == place] for place in places]
+    return [
+        _areas_by_set(names, of_places, summary),
+        *(_criteria_by_set(names, of_places) if summary["criteria"] else []),
+    ]
+
+
+def _areas_by_set(
+    names: Sequence[str], of_places: Sequence[Sequence[Entry]], summary: Mapping[str, Any]
+) -> Sheet:
+    found: dict[tuple[str, str], dict[str, Entry]] = {}
+    for name, entries in zip(names, of_places, strict=True):
+        for entry in entries:
+            if entry["is_curve"] and (entry["shown"] or is_baseline(entry, summary)):
+                found.setdefault((entry["method"], entry["criterion"] or NOTHING), {})[name] = entry
+    paired = [
+        key for key, of_key in found.items() if any(is_baseline(one, summary) for one in of_key.values())
+    ]
+    keys = sorted(found, key=lambda key: key not in paired)  # the baseline first
+    if paired:
+        title = f"{ALL_SETS}: area minus {summary['baseline']}'s, points; its own in %"
+        note = "Paired on the seeds that both have. * zero is outside the interval."
+    else:
+        title, note = f"{ALL_SETS}: area, %", ""
+    rows = [
+        (*key, *(_area_of(found[key].get(name), with_area=key in paired or not paired) for name in names))
+        for key in keys
+    ]
+    return Sheet(title, ("method", "criterion", *names), rows, note)
+
+
+def _area_of(entry: Entry | None, *, with_area: bool) -> str:
+    """An area in %, or points of difference with a star where zero is outside their interval."""
+    if entry is None:
+        return NOTHING
+    if with_area:
+        return _percent(entry["area"]["mean"])
+    difference = (entry["difference"] or {}).get("area")
+    if difference is None or difference["mean"] is None:
+        return NOTHING
+    low, high = difference["interval"]
+    sure = low is not None and not low <= 0 <= high
+    return _in_points(difference["mean"]) + "*" * sure
+
+
+def _criteria_by_set(names: Sequence[str], of_places: Sequence[Sequence[Entry]]) -> list[Sheet]:
+    offs = [_off_policy(entries) for entries in of_places]
+    criteria = dict.fromkeys(name for off in offs for name in off if name != SAME_EXITS)
+    if not criteria:
+        return []
+    rows = [(name.replace("_", " "), *(off.get(name, NOTHING) for off in offs)) for name in criteria]
+    title = f"{ALL_SETS}: criteria on equal exits, area minus {SAME_EXITS}'s, points"
+    note = "Means over the exits of all methods that a set has."
+    return [Sheet(title, ("criterion", *names), rows, note, num_texts=1)]
+
+
+def _off_policy(entries: Sequence[Entry]) -> dict[str, str]:
+    """Of each criterion the mean difference of areas to the policy on the same exits, where both are there."""
+    found: dict[str, list[float]] = {}
+    for entry in entries:
+        difference = entry["difference_on_same_exits"]
+        if entry["criterion"] and difference is not None:
+            found.setdefault(entry["criterion"], []).append(difference["area"]["mean"])
+    return {name: f"{100 * sum(values) / len(values):+.2f}" for name, values in found.items()}
+
+
+def _place(entry: Entry) -> Place:
+    return entry["backbone"], entry["set"]
+
+
+def _place_name(place: Place, summary: Mapping[str, Any]) -> str:
     if place[1] is None:
         sets = [" ".join(pair) for pair in summary["averaged_sets"]]
         return f"Average over {len(sets)} sets ({', '.join(sets)})"
@@ -212,12 +300,14 @@ def _equal_exits_sheet(name: str, entries: Sequence[Entry]) -> Sheet:
             for entry in found
         ]
         rows.append((method, *([seeds[method]] if differ else []), *areas))
-    means: list[str] = []
-    for criterion in criteria:
-        differences = [of[pair]["difference_on_same_exits"] for pair in of if pair[1] == criterion]
-        areas_off = [one["area"]["mean"] for one in differences if one is not None]
-        means.append(f"{100 * sum(areas_off) / len(areas_off):+.2f}" if areas_off else NOTHING)
-    rows.append(("mean - policy's", *([""] if differ else []), *means))
+    off = _off_policy(entries)
+    rows.append(
+        (
+            f"mean - {SAME_EXITS}'s",
+            *([""] if differ else []),
+            *(off.get(criterion, NOTHING) for criterion in criteria),
+        )
+    )
     columns = (
         "exits of",
         *(["seeds"] if differ else []),

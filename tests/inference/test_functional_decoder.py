@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
+from consistentee.backbones.decoders import CACHE
 from consistentee.inference.decoder import functional_decoder
 from consistentee.inference.decoder.functional_decoder import (
     FunctionalDecoder,
@@ -187,8 +188,11 @@ def test_forward_is_the_backbones(model_type: str) -> None:
     theirs = model.backbone(input_ids, attention_mask=mask, labels=input_ids)
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.loss, theirs.loss)
-    cached = model(input_ids, past_key_values=DynamicCache(config=model.backbone.config), use_cache=True)
-    assert cached.past_key_values.get_seq_length() == 6
+    for name in {"cache", CACHE}:  # the newer name does with any version
+        kept = DynamicCache(config=model.backbone.config)
+        cached = model(input_ids, attention_mask=mask, use_cache=True, **{name: kept})
+        assert cached[CACHE] is kept
+        assert kept.get_seq_length() == 6
 
 
 # --- Weights that change --------------------------------------------------------------------------

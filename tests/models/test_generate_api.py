@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from consistentee.backbones.decoders import CACHE
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.models.configuration import EarlyExitCausalLMConfig
 from consistentee.models.generate import EarlyExitGenerateOutput
@@ -337,13 +338,12 @@ def test_inputs_that_exits_cannot_serve_are_refused(mode: str) -> None:
         model.generate(inputs_embeds=model.get_input_embeddings()(input_ids), attention_mask=mask, **options)
     cache = DynamicCache(config=model.backbone.config)
     with torch.no_grad():
-        model.backbone(input_ids[:1, :3], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"^past_key_values must be empty with exits: "):
-        model.generate(input_ids=input_ids[:1], past_key_values=cache, **options)
-    empty = model.generate(
-        input_ids=input_ids[:1], past_key_values=DynamicCache(config=model.backbone.config), **options
-    )
-    assert empty.shape == (1, 10)
+        model.backbone(input_ids[:1, :3], **{CACHE: cache})
+    for name in {"cache", CACHE}:
+        with pytest.raises(ValueError, match=f"^{name} must be empty with exits: "):
+            model.generate(input_ids=input_ids[:1], **{name: cache}, **options)
+        empty = DynamicCache(config=model.backbone.config)
+        assert model.generate(input_ids=input_ids[:1], **{name: empty}, **options).shape == (1, 10)
 
 
 @pytest.mark.parametrize(

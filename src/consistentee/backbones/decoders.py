@@ -8,6 +8,7 @@ needs to know where norms and projections lie: `LayerParts`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -72,7 +73,6 @@ class DecoderArchitecture:
         layers, embeddings, final_norm: paths inside the base model.
         norm: kind of the norms: `rms`, `rms_plus_one` (weights are stored minus one) or `layer`.
         positions: path of a table of learned positions, "" where positions are rotary.
-        cache_argument: what the layer calls its cache.
         rotary_per_layer_type: sliding and full layers rotate by different angles.
         load_options: what transformers' Auto classes are told.
     """
@@ -85,10 +85,14 @@ class DecoderArchitecture:
     final_norm: str = "norm"
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     positions: str = ""
-    cache_argument: str = "past_key_values"
     rotary_per_layer_type: bool = False
     load_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
+
+CACHES = ("cache", "past_key_values")
+"""What transformers calls keys and values that are kept, since 5.24 and before."""
+CACHE = next(name for name in CACHES if name in signature(create_causal_mask).parameters)
+"""What the installed version calls them."""
 
 _LLAMA = LayerParts(
     input_norm="input_layernorm",
@@ -156,7 +160,6 @@ _ROWS = (
         embeddings="embed_in",
         final_norm="final_layer_norm",
         norm="layer",
-        cache_argument="layer_past",
     ),
     DecoderArchitecture("gemma2", _GEMMA2, norm="rms_plus_one"),
     DecoderArchitecture("gemma3_text", _GEMMA3, norm="rms_plus_one", rotary_per_layer_type=True),
@@ -327,11 +330,11 @@ def decoder_state(
     make_mask = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
     masks = {
         kind: make_mask[kind](
-            config=model.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=None,  # packed sequences are told by it; there are none here
+            model.config,
+            hidden_states,
+            attention_mask,
+            None,  # no cache
+            None,  # nor positions, which tell of packed sequences
         )
         for kind in dict.fromkeys(layer_types(model.config))
     }
@@ -353,7 +356,6 @@ def run_decoder_layer(
     layer = decoder_layers(model)[layer_index]
     kind = layer_types(model.config)[layer_index]
     options = {"attention_mask": state.masks[kind], "position_ids": state.position_ids, "use_cache": False}
-    options[decoder_architecture(model.config).cache_argument] = None
     if state.rotary[kind] is not None:
         options["position_embeddings"] = state.rotary[kind]
     if checkpointed and torch.is_grad_enabled():

@@ -123,7 +123,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -137,7 +137,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         Args:
             input_ids: (batch, tokens), int64.
             attention_mask: (batch, tokens), 1 for real tokens.
-            position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep: as in Hugging Face.
+            position_ids, cache, inputs_embeds, use_cache, logits_to_keep: as in Hugging Face, where the cache is
+                called `past_key_values` before transformers 5.24; that name does with any version, too.
             labels: (batch, tokens), -100 where nothing is to be learnt; gives a loss.
             objective: a training loss (`generation.objectives`) that is called in place of the full model, as
                 `objective(model, input_ids, attention_mask, labels)`: wrappers for several processes need losses to be
@@ -149,11 +150,12 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         """
         if objective is not None:
             return objective(self, cast(Tensor, input_ids), attention_mask, cast(Tensor, labels))
+        if cache is not None:
+            kwargs[decoders.CACHE] = cache
         return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,

@@ -289,7 +289,7 @@ class EarlyExitCausalLMConfig(ExitConfig):
     sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
     backbone_key: ClassVar[str] = "decoder_config"
     backbone_type: ClassVar[str] = "llama"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     policy_input: ClassVar[str] = "state"
 
     decoder_config: PreTrainedConfig | dict[str, Any] | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
+from consistentee.backbones.decoders import CACHES
 from consistentee.backbones.limits import longest_input
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice
@@ -124,7 +125,7 @@ def generate_tokens(
                 generation_config=generation_config,
                 streamer=streamer,
                 attention_mask=attention_mask,
-                **{name: value for name, value in model_kwargs.items() if name != "past_key_values"},
+                **{name: value for name, value in model_kwargs.items() if name not in CACHES},
             )
         if not values.return_dict_in_generate:
             return found
@@ -418,11 +419,12 @@ def _check_search(config: Any, options: GenerationOptions) -> None:
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict[str, Any]) -> None:
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds does not go with exits. Give input_ids.")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            "past_key_values must be empty with exits: skipped layers fill a cache of their own. Give whole prompts."
-        )
+    for name in CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"{name} must be empty with exits: skipped layers fill a cache of their own. Give whole prompts."
+            )
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids must hold at least one token per row, got none.")
     if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):

@@ -14,6 +14,7 @@ pytest.importorskip("onnxruntime")
 import onnx
 import onnx.reference
 from onnxruntime import InferenceSession, SessionOptions
+from onnxruntime import __version__ as runtime_version
 from test_packed_layers import build
 
 from consistentee.errors import SettingError
@@ -24,6 +25,7 @@ from consistentee.inference.encoder.onnx_builder import Graph, GraphStyle, Weigh
 from consistentee.inference.encoder.onnx_exits import ExitGraph
 from consistentee.inference.encoder.onnx_scores import History, OnnxExitScores
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
+from consistentee.pipelines.export import READS_NESTED
 from tiny import fit_at_random
 
 CLASSES = 3
@@ -285,6 +287,10 @@ def test_what_has_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         graph_of(model, "policy")
 
 
+@pytest.mark.skipif(
+    tuple(map(int, runtime_version.split(".")[:2])) < READS_NESTED,
+    reason="older versions of onnxruntime open it for hours",
+)
 def test_thirty_layers_can_be_read(tmp_path: Path) -> None:
     from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
     from tiny import tiny_backbone

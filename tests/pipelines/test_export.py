@@ -232,6 +232,27 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "version, layers, opens", [("1.28.0", 3, False), ("1.28.0", 2, True), ("1.29.0", 3, True)]
+)
+def test_an_onnxruntime_that_would_open_it_for_hours(
+    version: str, layers: int, opens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    monkeypatch.setattr(export, "MOST_LAYERS_BEFORE", 2)
+    saved = load_model(tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", layers=layers)))
+    texts = [("one text",), ("and another",)]
+    if opens:
+        assert export_onnx(saved, tmp_path / "out", compare_texts=texts).compared == len(texts)
+        return
+    with pytest.raises(
+        SettingError, match=r"^onnxruntime must be 1.29 or newer .* got 1.28.0, which takes twice"
+    ):
+        export_onnx(saved, tmp_path / "out", compare_texts=texts)
+    assert not (tmp_path / "out").exists()
+    assert export_onnx(saved, tmp_path / "out").compared == 0
+
+
 def test_folders_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"))
     saved = load_model(model, LoadedClassifier, device="cpu")

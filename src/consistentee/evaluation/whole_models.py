@@ -95,12 +95,17 @@ def int8_session(graph: bytes) -> Any:
     Raises:
         MissingExtraError: onnx or onnxruntime is not installed.
     """
+    onnx: Any = require_extra("onnx", "onnx")
     quantization: Any = require_extra("onnx", "onnxruntime.quantization")
     pre: Any = require_extra("onnx", "onnxruntime.quantization.shape_inference")
     with tempfile.TemporaryDirectory() as folder:
         whole, prepared, small = (str(Path(folder, f"{name}.onnx")) for name in ("whole", "prepared", "int8"))
         Path(whole).write_bytes(graph)
         pre.quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+        optimised = onnx.load(prepared)
+        # Its shapes are from before, and onnxruntime up to 1.23 takes them for what is there now.
+        optimised.graph.ClearField("value_info")
+        onnx.save(optimised, prepared)
         flags = environment(torch.device("cpu"))["cpu_flags"]
         quantization.quantize_dynamic(
             prepared,

@@ -19,7 +19,7 @@ import torch
 from consistentee import __version__
 from consistentee.atomic_files import make_folder, sync_tree
 from consistentee.data.tokenization import encode_texts
-from consistentee.errors import SettingError
+from consistentee.errors import SettingError, require_extra
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.onnx_builder import HIGHEST_OPSET, OPSET, GraphStyle, WeightFile
 from consistentee.inference.encoder.onnx_exits import EXIT_LAYER, LOGITS, THRESHOLD, ExitGraph
@@ -32,6 +32,8 @@ from consistentee.pipelines.layouts import require_own_classifier
 
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 MADE_BY = "consistentee export"
+READS_NESTED, MOST_LAYERS_BEFORE = (1, 29), 12
+"""onnxruntime before it opens graphs with exits, one `If` inside another, in time that doubles with each layer."""
 FILES = (GRAPH_FILE, WEIGHTS_FILE, "tokenizer.json", "config.json", "README.md")
 WEB_FILES = (
     "index.html",
@@ -125,6 +127,8 @@ def export_onnx(
     if saved.has_exits:
         criterion, limit = saved.exit_rule(criterion, threshold, operating_point)
         scores = OnnxExitScores.of(model, criterion)
+        if compare_texts:
+            _require_reader(model.num_layers)
     elif any(value is not None for value in (criterion, threshold, operating_point)):
         raise SettingError(
             f'Model "{saved.name}" has no exits: criterion, threshold and operating point must not be given.'
@@ -317,6 +321,18 @@ def _readme(saved: LoadedClassifier, config: Mapping[str, Any]) -> str:
 
 
 # --- Comparison -----------------------------------------------------------------------------------
+
+
+def _require_reader(num_layers: int) -> None:
+    """Raise SettingError where the installed onnxruntime would take minutes, or for ever, to open so many layers."""
+    found = str(require_extra("onnx", "onnxruntime").__version__)
+    if num_layers > MOST_LAYERS_BEFORE and tuple(map(int, found.split(".")[:2])) < READS_NESTED:
+        newer = ".".join(map(str, READS_NESTED))
+        raise SettingError(
+            f"onnxruntime must be {newer} or newer to compare a graph of {num_layers} layers with the engine, got "
+            f"{found}, which takes twice as long to open it for each layer more. Install onnxruntime>={newer}, or "
+            "leave the texts to compare out."
+        )
 
 
 def _compare(

@@ -123,7 +123,8 @@ class Graph:
         names = self._names(outputs)
         domain = {"domain": FUSED} if fused else {}
         self._whole.uses_fused |= fused
-        node = self._onnx.helper.make_node(kind, list(inputs), names, **domain, **attributes)
+        # Named: fusions of onnxruntime 1.20 call what they make of nodes without names alike, and refuse it then.
+        node = self._onnx.helper.make_node(kind, list(inputs), names, names[0], **domain, **attributes)
         self._proto.node.append(node)
         return names
 

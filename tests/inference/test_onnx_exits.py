@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,23 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
     options.log_severity_level = 3
     found = InferenceSession(str(path), options).run(None, feed)
     assert_same(found, oracle(model, feed, "policy", 0.5))
+
+
+def nodes_of(graph: Any) -> Iterator[Any]:
+    """Of a graph and of what stands inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_of(attribute.g)
+
+
+def test_operators_have_names_of_their_own(tmp_path: Path) -> None:
+    model = build(tmp_path, "bert")
+    names = [node.name for node in nodes_of(graph_of(model, "policy").graph)]
+    assert len(names) > 100
+    assert all(names)
+    assert len(names) == len(set(names))
 
 
 def test_what_has_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,8 @@ class Graph:
 
     def choose(self, condition: str, outputs: int) -> tuple[list[str], Graph, Graph]:
         """An `If`: the names of its outputs, and both branches, to be filled and to be ended by `give`."""
-        node = self._proto.node.add(op_type="If", input=[condition], output=self._names(outputs))
+        names = self._names(outputs)
+        node = self._proto.node.add(op_type="If", name=names[0], input=[condition], output=names)
         branches: list[Graph] = []
         for name in ("then_branch", "else_branch"):
             attribute = node.attribute.add(name=name, type=self._onnx.AttributeProto.GRAPH)
@@ -205,7 +206,7 @@ class Graph:
         for name, (kind, shape) in inputs.items():
             self._proto.input.append(self._value_info(name, kind, shape))
         for name, (value, kind, shape) in outputs.items():
-            self._proto.node.append(self._onnx.helper.make_node("Identity", [value], [name]))
+            self._proto.node.append(self._onnx.helper.make_node("Identity", [value], [name], name))
             self._proto.output.append(self._value_info(name, kind, shape))
         helper = self._onnx.helper
         opsets = [helper.make_opsetid("", self.style.opset)]

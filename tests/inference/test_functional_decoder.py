@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from consistentee.backbones.decoders import CACHE
+from consistentee.backbones.decoders import CACHE, CACHES
 from consistentee.inference.decoder import functional_decoder
 from consistentee.inference.decoder.functional_decoder import (
     FunctionalDecoder,
@@ -179,6 +179,7 @@ def test_windows_and_caps_matter() -> None:  # or equality above would show noth
     assert not torch.equal(inverse, text("gpt2", scale_attn_by_inverse_layer_idx=False))
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @EVERY_TYPE
 @torch.no_grad()
 def test_forward_is_the_backbones(model_type: str) -> None:
@@ -188,7 +189,7 @@ def test_forward_is_the_backbones(model_type: str) -> None:
     theirs = model.backbone(input_ids, attention_mask=mask, labels=input_ids)
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.loss, theirs.loss)
-    for name in {"cache", CACHE}:  # the newer name does with any version
+    for name in CACHES:  # either does with any version
         kept = DynamicCache(config=model.backbone.config)
         cached = model(input_ids, attention_mask=mask, use_cache=True, **{name: kept})
         assert cached[CACHE] is kept

@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 from test_packed_layers import LAYERS, LENGTHS, alone, build, token_rows
 
 from consistentee.evaluation.precision import candidates
-from consistentee.inference.encoder import onnx_backend, onnx_sessions
+from consistentee.inference.encoder import onnx_backend, onnx_runner, onnx_sessions
 from consistentee.inference.encoder.onnx_backend import BoundOnnxBackend, OnnxBackend
 from consistentee.inference.encoder.onnx_runner import OnnxExitRunner
 from consistentee.inference.encoder.onnx_sessions import full_model_session
@@ -125,6 +125,24 @@ def test_engine_on_it(tmp_path: Path) -> None:
     assert ("onnxruntime", "float32") in candidates(engine.saved.model, "auto", "auto")
     assert candidates(engine.saved.model, "float32", "onnxruntime") == (("onnxruntime", "float32"),)
     assert engine.run([], batch_size=1, rule=ExitRule.full_depth()).labels == []
+
+
+def test_layer_by_layer_where_the_graph_would_open_for_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"), initial_exit_bias=0.0)
+    engine, older = (Engine.from_pretrained(folder, device="cpu", backend="onnxruntime") for _ in range(2))
+    rows, rule = token_rows(engine.saved.model), ExitRule("policy", 0.5)
+    monkeypatch.setattr(onnx_runner, "MOST_LAYERS_BEFORE", 2)
+    monkeypatch.setattr("onnxruntime.__version__", "1.29.0")
+    wanted = engine.run(rows, batch_size=4, rule=rule)
+    monkeypatch.setattr("onnxruntime.__version__", "1.28.0")
+    found = older.run(rows, batch_size=4, rule=rule)
+    assert (found.labels, found.exit_layers) == (wanted.labels, wanted.exit_layers)
+    assert engine._runners["policy", False] is not None
+    assert older._runners["policy", False] is None
+    monkeypatch.setattr(onnx_runner, "MOST_LAYERS_BEFORE", 3)
+    assert onnx_runner.has_graph(older.saved.model, rule)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])

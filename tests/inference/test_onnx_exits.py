@@ -15,7 +15,6 @@ pytest.importorskip("onnxruntime")
 import onnx
 import onnx.reference
 from onnxruntime import InferenceSession, SessionOptions
-from onnxruntime import __version__ as runtime_version
 from test_packed_layers import build
 
 from consistentee.errors import SettingError
@@ -24,9 +23,9 @@ from consistentee.functional.signals import similar_patience_scores
 from consistentee.inference.encoder import onnx_exits
 from consistentee.inference.encoder.onnx_builder import Graph, GraphStyle, WeightFile
 from consistentee.inference.encoder.onnx_exits import ExitGraph
+from consistentee.inference.encoder.onnx_runner import opens_nested
 from consistentee.inference.encoder.onnx_scores import History, OnnxExitScores
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
-from consistentee.pipelines.export import READS_NESTED
 from tiny import fit_at_random
 
 CLASSES = 3
@@ -306,8 +305,7 @@ def test_what_has_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(
-    tuple(map(int, runtime_version.split(".")[:2])) < READS_NESTED,
-    reason="older versions of onnxruntime open it for hours",
+    not opens_nested(onnx_exits.MOST_LAYERS), reason="older versions of onnxruntime open it for hours"
 )
 def test_thirty_layers_can_be_read(tmp_path: Path) -> None:
     from consistentee.models.sequence_classification import EarlyExitForSequenceClassification

@@ -25,6 +25,7 @@ from browser import Browser
 from consistentee.cli.main import main
 from consistentee.data.classification import load_task
 from consistentee.errors import SettingError
+from consistentee.inference.encoder import onnx_runner
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.operating_points import save_operating_point
 from consistentee.pipelines import export
@@ -239,14 +240,15 @@ def test_an_onnxruntime_that_would_open_it_for_hours(
     version: str, layers: int, opens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnxruntime.__version__", version)
-    monkeypatch.setattr(export, "MOST_LAYERS_BEFORE", 2)
+    monkeypatch.setattr(onnx_runner, "MOST_LAYERS_BEFORE", 2)
     saved = load_model(tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", layers=layers)))
     texts = [("one text",), ("and another",)]
     if opens:
         assert export_onnx(saved, tmp_path / "out", compare_texts=texts).compared == len(texts)
         return
     with pytest.raises(
-        SettingError, match=r"^onnxruntime must be 1.29 or newer .* got 1.28.0, which takes twice"
+        SettingError,
+        match=r"^compare_texts needs onnxruntime 1.29 or newer for a model of 3 layers, got 1.28.0, ",
     ):
         export_onnx(saved, tmp_path / "out", compare_texts=texts)
     assert not (tmp_path / "out").exists()

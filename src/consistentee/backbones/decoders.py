@@ -22,6 +22,10 @@ from consistentee.backbones.limits import longest_input
 from consistentee.backbones.loading import load_pretrained, unsupported_type
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+CACHES = ("cache", "past_key_values")
+"""What transformers calls keys and values that are kept, since 5.24 and before."""
+CACHE = next(name for name in CACHES if name in signature(create_causal_mask).parameters)
+"""What the installed version calls them."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,6 @@ class DecoderArchitecture:
     rotary_per_layer_type: bool = False
     load_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
-
-CACHES = ("cache", "past_key_values")
-"""What transformers calls keys and values that are kept, since 5.24 and before."""
-CACHE = next(name for name in CACHES if name in signature(create_causal_mask).parameters)
-"""What the installed version calls them."""
 
 _LLAMA = LayerParts(
     input_norm="input_layernorm",

@@ -103,7 +103,7 @@ def int8_session(graph: bytes) -> Any:
         Path(whole).write_bytes(graph)
         pre.quant_pre_process(whole, prepared, skip_symbolic_shape=True)
         optimised = onnx.load(prepared)
-        # Its shapes are from before, and onnxruntime up to 1.23 takes them for what is there now.
+        # Its shapes are from before the optimisation, and older versions of onnxruntime take them for those of now.
         optimised.graph.ClearField("value_info")
         onnx.save(optimised, prepared)
         flags = environment(torch.device("cpu"))["cpu_flags"]

@@ -138,7 +138,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             input_ids: (batch, tokens), int64.
             attention_mask: (batch, tokens), 1 for real tokens.
             position_ids, cache, inputs_embeds, use_cache, logits_to_keep: as in Hugging Face, where the cache is
-                called `past_key_values` before transformers 5.24; that name does with any version, too.
+                called `past_key_values` before transformers 5.24; both names do with any version.
             labels: (batch, tokens), -100 where nothing is to be learnt; gives a loss.
             objective: a training loss (`generation.objectives`) that is called in place of the full model, as
                 `objective(model, input_ids, attention_mask, labels)`: wrappers for several processes need losses to be

@@ -23,7 +23,7 @@ from consistentee.errors import SettingError, require_extra
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.onnx_builder import HIGHEST_OPSET, OPSET, GraphStyle, WeightFile
 from consistentee.inference.encoder.onnx_exits import EXIT_LAYER, LOGITS, THRESHOLD, ExitGraph
-from consistentee.inference.encoder.onnx_runner import graph_feed
+from consistentee.inference.encoder.onnx_runner import OPENS_NESTED, graph_feed, opens_nested
 from consistentee.inference.encoder.onnx_scores import OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import make_session
 from consistentee.models.loaded import LoadedClassifier
@@ -32,8 +32,6 @@ from consistentee.pipelines.layouts import require_own_classifier
 
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 MADE_BY = "consistentee export"
-READS_NESTED, MOST_LAYERS_BEFORE = (1, 29), 12
-"""onnxruntime before it opens graphs with exits, one `If` inside another, in time that doubles with each layer."""
 FILES = (GRAPH_FILE, WEIGHTS_FILE, "tokenizer.json", "config.json", "README.md")
 WEB_FILES = (
     "index.html",
@@ -114,7 +112,8 @@ def export_onnx(
         add_files: writes more of `EXPORTED_FILES` into the folder; takes the folder and what `config.json` says.
 
     Raises:
-        SettingError: what cannot be exported, a setting out of its range, or a folder that holds something else.
+        SettingError: what cannot be exported, a setting out of its range, a folder that holds something else, or
+            texts to compare on where the installed onnxruntime would not open the graph within minutes.
         MissingExtraError: onnx or onnxruntime is not installed.
     """
     if not OPSET <= opset <= HIGHEST_OPSET:
@@ -127,8 +126,14 @@ def export_onnx(
     if saved.has_exits:
         criterion, limit = saved.exit_rule(criterion, threshold, operating_point)
         scores = OnnxExitScores.of(model, criterion)
-        if compare_texts:
-            _require_reader(model.num_layers)
+        if compare_texts and not opens_nested(model.num_layers):
+            newer = ".".join(map(str, OPENS_NESTED))
+            raise SettingError(
+                f"compare_texts needs onnxruntime {newer} or newer for a model of {model.num_layers} layers, got "
+                f"{require_extra('onnx', 'onnxruntime').__version__}, which takes about twice as long to open its "
+                "graph for each layer more. "
+                f'Install "onnxruntime>={newer}", or give no texts to compare (--calibration-file).'
+            )
     elif any(value is not None for value in (criterion, threshold, operating_point)):
         raise SettingError(
             f'Model "{saved.name}" has no exits: criterion, threshold and operating point must not be given.'
@@ -321,18 +326,6 @@ def _readme(saved: LoadedClassifier, config: Mapping[str, Any]) -> str:
 
 
 # --- Comparison -----------------------------------------------------------------------------------
-
-
-def _require_reader(num_layers: int) -> None:
-    """Raise SettingError where the installed onnxruntime would take minutes, or for ever, to open so many layers."""
-    found = str(require_extra("onnx", "onnxruntime").__version__)
-    if num_layers > MOST_LAYERS_BEFORE and tuple(map(int, found.split(".")[:2])) < READS_NESTED:
-        newer = ".".join(map(str, READS_NESTED))
-        raise SettingError(
-            f"onnxruntime must be {newer} or newer to compare a graph of {num_layers} layers with the engine, got "
-            f"{found}, which takes twice as long to open it for each layer more. Install onnxruntime>={newer}, or "
-            "leave the texts to compare out."
-        )
 
 
 def _compare(

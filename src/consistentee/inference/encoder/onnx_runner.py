@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from consistentee.errors import require_extra
 from consistentee.inference.encoder.backend import Answers, EncoderParts, TokenRow
 from consistentee.inference.encoder.incremental_scores import Floats, log_softmax
 from consistentee.inference.encoder.onnx_builder import GraphStyle
@@ -18,13 +19,29 @@ from consistentee.inference.encoder.onnx_scores import OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import MAX_SEGMENT_BYTES, make_session
 from consistentee.inference.encoder.scheduler import BATCH_TOKENS, ExitRule
 
+OPENS_NESTED, MOST_LAYERS_BEFORE = (1, 29), 12
+"""onnxruntime that opens graphs with exits, one `If` inside another, at once; and how many layers earlier ones open in
+seconds: their time about doubles with each layer."""
+
+
+def opens_nested(num_layers: int) -> bool:
+    """Whether the installed onnxruntime opens a graph of so many layers with exits within seconds.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    version = str(require_extra("onnx", "onnxruntime").__version__)
+    return num_layers <= MOST_LAYERS_BEFORE or tuple(map(int, version.split(".")[:2])) >= OPENS_NESTED
+
 
 def has_graph(model: EncoderParts, rule: ExitRule) -> bool:
-    """Whether a model's exits under a rule can be one graph that is held in memory."""
+    """Whether a model's exits under a rule can be one graph that is held in memory and that onnxruntime opens."""
     policy: Any = getattr(model, "policy", None)
     if policy is None or rule.criterion is None or model.num_layers > MOST_LAYERS:
         return False
     if rule.criterion in ("policy", "quantile") and policy.reads_signals:
+        return False
+    if not opens_nested(model.num_layers):
         return False
     parameters = (p for part in (model.backbone, model.classifiers) for p in part.parameters())
     return 4 * sum(p.numel() for p in parameters) < MAX_SEGMENT_BYTES

@@ -23,9 +23,11 @@ from consistentee.models.sequence_classification import EarlyExitForSequenceClas
 
 def graph_of(layers: int) -> bytes:
     """The serialized graph of a model with so many layers."""
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
-    config = EarlyExitConfig(encoder_config=BertConfig(num_hidden_layers=layers, **shape), num_labels=2)
-    model: Any = EarlyExitForSequenceClassification(config).eval()
+    encoder = BertConfig(
+        num_hidden_layers=layers, hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=64
+    )
+    options: dict[str, Any] = {"encoder_config": encoder, "num_labels": 2}
+    model: Any = EarlyExitForSequenceClassification(EarlyExitConfig(**options)).eval()
     graph: Any = ExitGraph(model, OnnxExitScores.of(model, "static"), num_classes=2).build()
     return cast(bytes, graph.SerializeToString())
 

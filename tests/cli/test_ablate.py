@@ -34,6 +34,7 @@ def test_questions_are_asked_and_answered(
     assert names == {"small_rows_consistent_1", "small_rows_plain_1", "small_rows_consistent-seen_rows_1"}
     assert {path.name for path in (tmp_path / "out" / "runs").iterdir()} == set()  # they were discarded
     assert not (tmp_path / "out" / "warm-ups").exists()
+    assert not list((tmp_path / "out").glob("compare.*"))  # which are for `compare` to write
     warmed_up = capsys.readouterr().out.count("The warm-up is that of a training that began alike")
     assert warmed_up == 1  # `consistent` warms up for both
     alone = ["--methods", "consistent:seen_rows", "--settings", str(tmp_path / "seen.yaml")]
@@ -52,8 +53,12 @@ def test_questions_are_asked_and_answered(
     assert [point["rows"] for point in summary["policy_rows"][0]["areas"]] == [5, 10, 20]
     assert (tmp_path / "out" / "ablate.png").stat().st_size > 10_000
 
+    assert main(["compare", "--render", "--output-dir", str(tmp_path / "out"), "--criteria", "all"]) == 0
+    compared = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("compare.*")}
+    assert compared.keys() == {"compare.json", "compare.md", "compare.png"}
     capsys.readouterr()
     assert main(["ablate", *options, *data]) == 0  # all is there
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("compare.*")} == compared
     printed = capsys.readouterr().out
     assert "1 studies, 1 of them finished" in printed
     assert "3 of them finished" in printed

@@ -24,7 +24,7 @@ from consistentee.evaluation.comparison.cells import (
     run_folder,
 )
 from consistentee.evaluation.comparison.claims import is_shared_now, taken_in_turns
-from consistentee.evaluation.comparison.compare import compare
+from consistentee.evaluation.comparison.compare import run_cells
 from consistentee.evaluation.comparison.measuring import rounded
 from consistentee.evaluation.comparison.plan import (
     OUR_METHOD,
@@ -86,17 +86,11 @@ def ablate(
     output_dir, shared = Path(output_dir), dict(settings or {})
     asked = _asked(questions, shared)
     variants = {label: own for one in asked.values() for label, own in one.settings.items()}
-    run = {
-        "backbones": backbones,
-        "sets": sets,
-        "output_dir": output_dir,
-        "seeds": seeds,
-        "settings": shared,
-        "resamples": 2,  # the comparison's own page is a by-product
-        "dry_run": dry_run,
-        "report": report,
-    }
-    first = planned_cells(backbones, sets, compared_methods([OUR_METHOD], shared, {}), seeds, shared)
+
+    def planned(labels: Sequence[str], own: Mapping[str, Mapping[str, Any]]) -> list[PlannedCell]:
+        return planned_cells(backbones, sets, compared_methods(labels, shared, own), seeds, shared)
+
+    first = planned([OUR_METHOD], {})
     ours = [cell for cell in first if cell.method.name == OUR_METHOD]
     wanted = [name for name, one in asked.items() if one.further in STUDIES]
     left = {
@@ -108,7 +102,7 @@ def ablate(
     if wanted:
         report(f"{len(wanted) * len(ours)} studies, {len(wanted) * len(ours) - len(left)} of them finished.")
     if left and not dry_run:  # they need our models, which may go afterwards
-        compare(methods=[OUR_METHOD], overrides={}, keep_models=True, keep_warm_ups=True, **run)
+        run_cells(first, output_dir, keep_warm_ups=True, report=report)
         with closing(taken_in_turns(left, output_dir, report)) as turns:
             for _, (name, cell) in turns:
                 if not _is_studied(output_dir, name, cell):  # nor made by another command
@@ -118,7 +112,8 @@ def ablate(
             for cell in first:
                 shutil.rmtree(run_folder(output_dir, cell), ignore_errors=True)
     labels = dict.fromkeys([OUR_METHOD, *(label for one in asked.values() for label in one.labels)])
-    compare(methods=list(labels), overrides=variants, keep_models=keep_models, **run)
+    cells = planned(list(labels), variants)
+    run_cells(cells, output_dir, keep_models=keep_models, dry_run=dry_run, report=report)
     return {} if dry_run else write_answers(output_dir, asked, resamples=resamples)
 
 

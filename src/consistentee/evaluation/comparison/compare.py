@@ -98,6 +98,29 @@ def compare(
     output_dir, shared = Path(output_dir), dict(settings or {})
     described = compared_methods(methods, shared, overrides or {}, None if recipes is None else Path(recipes))
     cells = planned_cells(backbones, sets, described, seeds, shared)
+    run_cells(
+        cells,
+        output_dir,
+        keep_models=keep_models,
+        keep_warm_ups=keep_warm_ups,
+        dry_run=dry_run,
+        report=report,
+    )
+    if dry_run:
+        return {}
+    return render(output_dir, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
+
+
+def run_cells(
+    cells: Sequence[PlannedCell],
+    output_dir: Path,
+    *,
+    keep_models: bool = True,
+    keep_warm_ups: bool = False,
+    dry_run: bool = False,
+    report: Report,
+) -> None:
+    """Train and measure what is not there yet, and sum up nothing; arguments and errors as of `compare`."""
     finished = {cell.name: finished_cell(cell, output_dir) for cell in cells}
     left = [cell for cell in cells if finished[cell.name] is None]
     done = [cell for cell in finished.values() if cell is not None]
@@ -108,7 +131,7 @@ def compare(
     if dry_run:
         for cell in cells:
             report(f"  {cell.name}: {_state(cell, finished[cell.name], output_dir)}")
-        return {}
+        return
     warm_up_dir = output_dir / WARM_UPS
     shares = keep_warm_ups or warm_up_dir.is_dir()
     sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.warm_up is not None}
@@ -127,7 +150,6 @@ def compare(
             report(f"{kept['seconds']:.0f} s. {_left_line(behind, done, before)}")
     if not keep_models and not is_shared_now(output_dir):
         discard(warm_up_dir)
-    return render(output_dir, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
 
 
 def render(

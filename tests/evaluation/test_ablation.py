@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from compared_cells import LAYERS, ROWS, cell_of
+from compared_cells import CONFIG, LAYERS, ROWS, cell_of
+from consistentee.cli.main import main
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.ablation.ablate import render_answers
@@ -214,11 +215,7 @@ def test_numbers_of_rows_double_up_to_all() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "cells").mkdir()
-    for cell in _cells():
-        name = f"small_rte_{cell['label'].replace(':', '-')}_{cell['seed']}"
-        (tmp_path / "cells" / f"{name}.json").write_text(json.dumps(cell))
-    return tmp_path
+    return _keep(tmp_path, _cells())
 
 
 def test_answers_are_written_as_tables_json_and_a_picture(folder: Path, small_study: Studied) -> None:
@@ -235,6 +232,81 @@ def test_answers_are_written_as_tables_json_and_a_picture(folder: Path, small_st
         assert all(len(row) == len(sheet.columns) for row in sheet.rows)
     assert "| 32 |" in page
     assert plot_ablation(summary, folder / "picture.svg").read_text().count("consistent:uniform_reward") == 1
+
+
+def _keep(folder: Path, cells: list[dict[str, Any]]) -> Path:
+    (folder / "cells").mkdir(parents=True)
+    for cell in cells:
+        name = f"small_{cell['set']}_{cell['label'].replace(':', '-')}_{cell['seed']}"
+        (folder / "cells" / f"{name}.json").write_text(json.dumps(cell))
+    return folder
+
+
+def _cells_in_rounds(rounds: int, name: str = "rte", epochs: float = 0.5) -> list[dict[str, Any]]:
+    """What the question `rounds` has run where the method goes through so many."""
+    config = CONFIG | {"rounds": rounds, "consistent_epochs": epochs}
+    twice = {"rounds": 2 * rounds, "consistent_epochs": epochs / 2, "patience": 2 * rounds}
+    of_labels = {
+        "plain": config,
+        "consistent": config,
+        "consistent:one_round": config | {"rounds": 1, "consistent_epochs": rounds * epochs},
+        f"consistent:{2 * rounds}_rounds": config | twice,
+    }
+    return [
+        cell_of(label, seed, name=name, config=own, history=_history(seed))
+        for label, own in of_labels.items()
+        for seed in (1, 2)
+    ]
+
+
+def test_answers_alone_take_the_settings_that_cells_were_made_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = _keep(tmp_path / "out", _cells_in_rounds(3))
+    found = render_answers(out, questions=["rounds"], resamples=10)["questions"]["rounds"]
+    variants = ["consistent:one_round", "consistent:6_rounds"]
+    assert [one["variant"] for one in found["differences"]] == variants
+    assert {one["method"] for one in found["rounds"]} == {"consistent", *variants}
+    again = render_answers(out, questions=["rounds"], settings={"rounds": 3}, resamples=10)
+    assert again["questions"]["rounds"] == found
+
+    written = (out / "ablate.json").read_bytes()
+    message = r"rounds must be that of the kept cells of consistent, 3 on rte \(small\), got 2\. Leave it out"
+    with pytest.raises(SettingError, match=message):
+        render_answers(out, questions=["rounds"], settings={"rounds": 2}, resamples=10)
+    command = ["ablate", "--render", "--questions", "rounds", "--output-dir", str(out), "--resamples", "10"]
+    assert main([*command, "--rounds", "2"]) == 2  # the default, said aloud
+    assert "got 2. Leave it out" in capsys.readouterr().err
+    assert (out / "ablate.json").read_bytes() == written
+    assert main([*command, "--rounds", "3"]) == 0
+    assert json.loads((out / "ablate.json").read_bytes())["questions"]["rounds"] == found
+    assert render_answers(out, settings={"max_disk_mb": 1.0}, resamples=10)  # which nothing of it reads
+
+
+def test_sets_with_other_variants_are_not_answered_in_one(tmp_path: Path) -> None:
+    cells = [*_cells_in_rounds(3), *_cells_in_rounds(2, "mrpc")]
+    out = _keep(tmp_path / "out", cells)
+    message = (
+        r'"rounds" must have the same variants on all sets, got consistent:one_round, consistent:4_rounds on '
+        r"mrpc \(small\) and consistent:one_round, consistent:6_rounds on rte"
+    )
+    with pytest.raises(SettingError, match=message):
+        render_answers(out, questions=["rounds"], resamples=10)
+    longer = _keep(tmp_path / "longer", [*_cells_in_rounds(3), *_cells_in_rounds(3, "mrpc", epochs=1.0)])
+    found = render_answers(longer, questions=["rounds"], resamples=10)["questions"]["rounds"]
+    assert {one["set"] for one in found["differences"]} == {"rte", "mrpc", None}
+
+
+def test_a_question_that_kept_cells_leave_nothing_to_compare_is_left_out(tmp_path: Path) -> None:
+    cells = _cells_in_rounds(3)
+    for cell in cells:
+        cell["config"] = cell["config"] | {"reward": "uniform"}
+    out = _keep(tmp_path / "out", cells)
+    assert list(render_answers(out, resamples=10)["questions"]) == ["rounds"]
+    with pytest.raises(SettingError, match='"reward" has nothing to compare: all methods have consistent:uni'):
+        render_answers(out, questions=["reward"], resamples=10)
+    with pytest.raises(SettingError, match="questions must be among"):
+        render_answers(out, questions=["rounds", "mood"], resamples=10)
 
 
 def test_a_study_of_another_model_is_refused(folder: Path, small_study: Studied) -> None:

@@ -56,7 +56,8 @@ def ablate_command(
         plot: The picture, PNG, PDF or SVG. [default: ablate.png in the output folder]
         discard_models: Remove a run's folder once its cell is measured, and studied where a question needs that.
         dry_run: List the cells and what state they are in, and stop.
-        render: Answer anew from the cells and studies that are there, without training.
+        render: Answer anew from the cells and studies that are there, without training, with the settings that they
+            were made with.
         debug: Show tracebacks and the messages of other libraries.
     """
     check_plot_file(plot)

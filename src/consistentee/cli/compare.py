@@ -190,8 +190,8 @@ def shared_settings(settings: Any, recipe_file: Path | None) -> dict[str, Any]:
         raise UsageError("--seed is of a single training. Give --seeds.")
     recipe = read_recipe(recipe_file, TrainingDataOptions()) if recipe_file is not None else Recipe()
     chosen = training_config(settings, Recipe(settings=recipe.settings)).to_dict()
-    defaults = CLASSIFIERS.config_class().to_dict()
-    return {name: value for name, value in chosen.items() if value != defaults[name] and name != "seed"}
+    named = {name for name, value in given.items() if value is not NOT_GIVEN} | recipe.settings.keys()
+    return {name: value for name, value in chosen.items() if name in named and name != "seed"}
 
 
 def compared_sets(data: ComparedDataOptions) -> list[Any]:

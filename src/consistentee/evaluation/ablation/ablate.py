@@ -13,8 +13,9 @@ from typing import Any
 from consistentee.atomic_files import write_text
 from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.ablation.answers import answer
+from consistentee.evaluation.ablation.kept import kept_questions
 from consistentee.evaluation.ablation.pages import answers_page
-from consistentee.evaluation.ablation.questions import QUESTIONS, Question, question
+from consistentee.evaluation.ablation.questions import QUESTIONS, Question, check_questions, question
 from consistentee.evaluation.ablation.studies import STUDIES, studied
 from consistentee.evaluation.comparison.cells import (
     Cell,
@@ -84,7 +85,8 @@ def ablate(
         ValueError: a run's folder with other settings, backbone or data.
     """
     output_dir, shared = Path(output_dir), dict(settings or {})
-    asked = _asked(questions, shared)
+    check_questions(questions)
+    asked = {name: question(name, shared) for name in questions}
     variants = {label: own for one in asked.values() for label, own in one.settings.items()}
 
     def planned(labels: Sequence[str], own: Mapping[str, Mapping[str, Any]]) -> list[PlannedCell]:
@@ -124,8 +126,20 @@ def render_answers(
     settings: Mapping[str, Any] | None = None,
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Write ablate.json and ablate.md from what is there, without training; arguments as of `ablate`."""
-    return write_answers(Path(output_dir), _asked(questions, dict(settings or {})), resamples=resamples)
+    """Write ablate.json and ablate.md from what is there, without training.
+
+    Args:
+        output_dir: where cells and studies are.
+        questions: names, of `QUESTIONS`.
+        settings: the kept cells' own are taken; those that are given must be among these.
+        resamples: draws of the bootstrap.
+
+    Raises:
+        SettingError: as of `kept_questions` and `write_answers`.
+        DataError: a file is broken.
+    """
+    asked = kept_questions(questions, read_cells(Path(output_dir)), settings or {})
+    return write_answers(Path(output_dir), asked, resamples=resamples)
 
 
 def write_answers(output_dir: Path, asked: Mapping[str, Question], *, resamples: int) -> dict[str, Any]:
@@ -155,14 +169,6 @@ def write_answers(output_dir: Path, asked: Mapping[str, Question], *, resamples:
     write_text(output_dir / ANSWERS_FILE, json.dumps(summary, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(output_dir / ANSWERS_PAGE, answers_page(summary))
     return summary
-
-
-def _asked(questions: Sequence[str], shared: Mapping[str, Any]) -> dict[str, Question]:
-    if not questions or len(set(questions)) < len(questions):
-        raise SettingError(
-            f"questions must be at least one, each once, got {', '.join(questions) or 'none'}."
-        )
-    return {name: question(name, shared) for name in questions}
 
 
 def _study_path(output_dir: Path, name: str, cell: PlannedCell) -> Path:

@@ -5,7 +5,7 @@ To add one, write its row; what it finds beside paired differences is a function
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,6 +98,15 @@ QUESTIONS = tuple(_SWITCHES)
 """Names of all questions."""
 
 
+def check_questions(names: Sequence[str]) -> None:
+    """Raise SettingError unless these are questions, at least one, and each once."""
+    if not names or len(set(names)) < len(names):
+        raise SettingError(f"questions must be at least one, each once, got {', '.join(names) or 'none'}.")
+    for name in names:
+        if name not in _SWITCHES:
+            raise SettingError(f'questions must be among {", ".join(QUESTIONS)}, got "{name}".')
+
+
 def question(name: str, shared: Mapping[str, Any]) -> Question:
     """A question by its name, with settings that keep the shared budget.
 
@@ -108,8 +117,7 @@ def question(name: str, shared: Mapping[str, Any]) -> Question:
     Raises:
         SettingError: there is no such question, or the shared settings leave it none of its variants.
     """
-    if name not in _SWITCHES:
-        raise SettingError(f'questions must be among {", ".join(QUESTIONS)}, got "{name}".')
+    check_questions([name])
     switch = _SWITCHES[name]
     config = ClassificationTrainingConfig.from_dict(dict(shared))
     variants: dict[str, Mapping[str, Any]] = dict(switch.variants)

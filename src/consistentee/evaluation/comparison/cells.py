@@ -211,7 +211,7 @@ def check_comparable(cells: Sequence[Cell]) -> None:
     for cell in cells:
         place = (cell["backbone"], cell["set"])
         shared = {(*place, "", what): value for what, value in _common(cell).items()}
-        shared |= {(*place, cell["label"], name): value for name, value in _settings_read(cell).items()}
+        shared |= {(*place, cell["label"], name): value for name, value in settings_read(cell).items()}
         for key, value in shared.items():
             other, others = first.setdefault(key, (cell, value))
             if value != others:
@@ -233,7 +233,7 @@ def _label_and_seed(cell: Cell) -> str:
 
 def _common(cell: Cell) -> dict[str, Any]:
     """What all cells of a backbone and set share; where a method is idle about a shared setting, without it."""
-    config = _settings_read(cell) | {name: _settings(cell)[name] for name in _OF_PLAIN_TOO}
+    config = settings_read(cell) | {name: _settings(cell)[name] for name in _OF_PLAIN_TOO}
     return {
         "training rows": cell["data"]["fingerprint"],
         "evaluation rows": cell["evaluation"]["fingerprint"],
@@ -243,7 +243,7 @@ def _common(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _settings_read(cell: Cell) -> dict[str, Any]:
+def settings_read(cell: Cell) -> dict[str, Any]:
     """Settings that the cell's method reads, without the seed."""
     idle = idle_settings(cell["method"], classifier=True, unlabelled=False)
     return {name: value for name, value in _settings(cell).items() if name not in idle | {"seed"}}

@@ -113,6 +113,28 @@ def test_seeds_that_only_some_methods_have_rank_nobody(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("names", [("rte",), ("rte", "mrpc")])
+def test_a_baseline_without_exits_ranks_by_area(tmp_path: Path, names: tuple[str, ...]) -> None:
+    cells = [
+        cell_of(label, seed, name=name, skill=skill)
+        for label, skill in (("plain", 0.8), ("consistent", 0.7), ("deebert", 0.9))
+        for seed in (1, 2)
+        for name in names
+    ]
+    summary = summarise(cells, baseline="plain", resamples=20)
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps(summary), encoding="utf-8")
+    page = read_page(comparison_page(file))
+    rows = page.one("section", id="ranking").one("table").rows()
+    assert [row[0] for row in rows] == ["method (criterion)", "deebert (policy)", "consistent (policy)"]
+    said = page.one("p", class_="lead").text
+    assert "deebert (policy) has the largest area under the curve, " in said
+    assert "against plain" not in said
+    heads = [cell for table in page.all("table") for cell in table.rows()[0]]
+    assert not [head for head in heads if head.startswith("area ") and "plain" in head]
+    assert "accuracy minus plain’s at the validation threshold, points" in heads
+
+
 def test_all_tables_are_there(page: Element, summary: dict[str, Any]) -> None:
     sheets = comparison_sheets(summary)
     tables = [table.rows() for table in page.one("section", id="tables").all("table")]
@@ -240,7 +262,9 @@ def test_a_set_without_exits_does_not_stand_first(tmp_path: Path) -> None:
 def test_what_is_no_comparison_is_called_so(tmp_path: Path, text: str) -> None:
     broken = tmp_path / "compare.json"
     broken.write_text(text)
-    with pytest.raises(DataError, match=r"no summary of a comparison .* consistentee compare --render"):
+    with pytest.raises(
+        DataError, match=r"no summary of a comparison .* with the --baseline, .* --render --output-dir"
+    ):
         comparison_page(broken)
 
 

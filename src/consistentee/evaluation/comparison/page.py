@@ -66,7 +66,8 @@ def comparison_page(file: str | Path) -> str:
         raise DataError(
             f"This is no summary of a comparison ({type(error).__name__}: {error}).",
             file=path,
-            remedy=f"Write it anew: consistentee compare --render --output-dir {path.parent}",
+            remedy="Write it anew, with the --baseline, --criteria and --also that it had: consistentee compare "
+            f"--render --output-dir {path.parent}",
         ) from error
 
 
@@ -103,7 +104,7 @@ def _page(summary: Mapping[str, Any], name: str) -> str:
         where=where,
         ranked=ranked,
         seeds_differ=len({one["seeds"] for one in ranked}) > 1,
-        paired=any(is_baseline(entry, summary) for entry in first),
+        paired=any(is_baseline(entry, summary) and _has_area(entry) for entry in first),
         best=_best(first, summary),
         base=_baseline(first, summary),
         legend=[(series[method], _label(method, criteria[method]), criteria[method]) for method in methods],
@@ -202,22 +203,30 @@ def _entry_label(entry: Entry) -> str:
     return _label(entry["method"], entry["criterion"])
 
 
+def _has_area(entry: Entry) -> bool:
+    return entry["area"]["mean"] is not None
+
+
+def _ahead(entry: Entry) -> Mapping[str, Any] | None:
+    """How far an area is from the baseline's, on the seeds that both have; None where one of them has no area."""
+    difference = entry["difference"]
+    return None if difference is None or not _has_area(difference) else difference["area"]
+
+
 def _in_order(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[Entry]:
     """Shown methods with an area, the best first: by what is paired with the baseline on the seeds that both have.
 
-    Means over the seeds that each has would rank seeds, not methods. Where there is no baseline they are all there is;
-    methods that share no seed with it come last.
+    Means over the seeds that each has would rank seeds, not methods. They are all there is where there is no baseline,
+    or one without an area; methods that share no seed with it come last.
     """
 
     def rank(entry: Entry) -> tuple[bool, float]:
         if is_baseline(entry, summary):
             return False, 0.0
-        ahead = (entry["difference"] or entry)["area"]["mean"]
-        return entry["difference"] is None, -ahead
+        ahead = _ahead(entry)
+        return ahead is None, -(ahead or entry["area"])["mean"]
 
-    return sorted(
-        (entry for entry in entries if entry["shown"] and entry["area"]["mean"] is not None), key=rank
-    )
+    return sorted((entry for entry in entries if entry["shown"] and _has_area(entry)), key=rank)
 
 
 def _seeds(entry: Entry, summary: Mapping[str, Any]) -> str:
@@ -236,21 +245,21 @@ def _seeds(entry: Entry, summary: Mapping[str, Any]) -> str:
 def _best(entries: Sequence[Entry], summary: Mapping[str, Any]) -> Mapping[str, Any]:
     """The first of the ranking, and how many methods there are."""
     known = [entry for entry in _in_order(entries, summary) if entry["is_curve"]]
-    difference = (known[0]["difference"] or {}).get("area")
     return {
         "label": _entry_label(known[0]),
         "area": known[0]["area"],
-        "difference": difference,
+        "difference": _ahead(known[0]),
         "count": len(known),
     }
 
 
 def _baseline(entries: Sequence[Entry], summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The baseline at the threshold that validation chose; None where it has none here."""
+    """The baseline at the threshold that validation chose; None where it has none here, as without exits."""
     for entry in entries:
         at = entry["at_validation_threshold"]
         if (
             is_baseline(entry, summary)
+            and entry["is_curve"]
             and at["layer_speedup"]["mean"] is not None
             and at["difference_to_plain"]["mean"] is not None
         ):
@@ -263,7 +272,7 @@ def _ranked(entries: Sequence[Entry], summary: Mapping[str, Any]) -> list[dict[s
     known = _in_order(entries, summary)
     figures = {
         "area": [entry["area"] for entry in known],
-        "difference": [(entry["difference"] or {}).get("area") for entry in known],
+        "difference": [_ahead(entry) for entry in known],
         "gain": [entry["at_validation_threshold"]["difference_to_plain"] for entry in known],
     }
     strips = {name: _strips(values) for name, values in figures.items()}

@@ -207,14 +207,15 @@ def _place_name(place: Place, summary: Mapping[str, Any]) -> str:
 
 def _curve_sheet(name: str, entries: Sequence[Entry], summary: Mapping[str, Any]) -> Sheet:
     speedups = [f"{speedup:g}" for speedup in summary["speedups"]]
-    columns = ("method", "criterion", "seeds", "area", f"area - {summary['baseline']}'s")
+    flat = any(is_baseline(entry, summary) and not entry["is_curve"] for entry in entries)  # it has no area
+    columns = ("method", "criterion", "seeds", "area", *([] if flat else [f"area - {summary['baseline']}'s"]))
     rows = [
         (
             entry["method"],
             entry["criterion"] or NOTHING,
             _seeds(entry),
             _with_interval(entry["area"]),
-            _difference(entry["difference"], "area"),
+            *([] if flat else [_difference(entry["difference"], "area")]),
             *(_percent(entry["accuracy_at_speedup"][speedup]["mean"]) for speedup in speedups),
         )
         for entry in entries

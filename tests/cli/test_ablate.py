@@ -26,6 +26,8 @@ def test_questions_are_asked_and_answered(
         if name not in ("layer_costs", "policy_input"):
             data += [f"--{name.replace('_', '-')}", str(value)]
 
+    assert main(["ablate", *options[:-1], "1", *data]) == 2
+    assert "resamples must be at least 2, got 1." in capsys.readouterr().err
     assert main(["ablate", *options, *data, "--dry-run"]) == 0
     assert "1 studies, 0 of them finished" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

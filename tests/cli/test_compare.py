@@ -158,11 +158,75 @@ def test_what_is_finished_is_left_alone_and_other_settings_are_refused(
     assert place.cells() == before
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["run", "dry_run"])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--resamples", "1"], "resamples must be at least 2, got 1."),
+        (["--criteria", "policy", "polcy"], "criteria must be all, or among policy, confidence, "),
+        (["--baseline", "deberta"], 'baseline must be among plain, deebert, got "deberta".'),
+        (["--baseline", "static"], 'baseline must be among plain, deebert, got "static".'),
+        (["--baseline", "deebert/polcy"], 'got "deebert/polcy".'),
+        (
+            ["--baseline", "plain/policy"],
+            'baseline must name a criterion of "plain", none, got "plain/policy".',
+        ),
+        (
+            ["--also", "consistent/policy"],
+            "also must name METHOD/CRITERION, with a method among deebert, and a",
+        ),
+        (["--also", "deebert/polcy"], 'got "deebert/polcy".'),
+        (["--threshold-metric", "f1"], "three: threshold_metric f1 needs a task with two classes, got 3."),
+    ],
+)
+def test_what_could_not_be_summed_up_is_refused_before_anything_is_trained(
+    place: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    message: str,
+    dry_run: list[str],
+) -> None:
+    def no_training(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is to be trained")
+
+    monkeypatch.setattr(comparing, "run_cell", no_training)
+    three = ["text,label", *(f"film {number},{'abc'[number % 3]}" for number in range(60))]
+    (tmp_path / "three.csv").write_text("\n".join(three))
+    options = ["--methods", "deebert", "--output-dir", str(tmp_path / "out"), *place.options]
+    if "--resamples" in more:
+        at = options.index("--resamples")
+        del options[at : at + 2]
+    if "--threshold-metric" in more:
+        options[options.index("--train-file") + 1] = str(tmp_path / "three.csv")
+        at = options.index("--eval-file")
+        del options[at : at + 2]
+    assert main(["compare", *options, *more, *dry_run]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "cells" not in said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reading_may_speak_of_kept_cells(place: Place, interrupted: int, tmp_path: Path) -> None:
+    shutil.copytree(place.root / "out" / "cells", tmp_path / "out" / "cells")
+    where = ["--output-dir", str(tmp_path / "out"), "--seeds", "1", "--dry-run"]
+    reading = ["--baseline", "deebert/entropy", "--also", "deebert/patience", "--criteria", "energy"]
+    assert main(["compare", *place.options, "--methods", "consistent", *where, *reading]) == 0
+    smaller = ["--methods", "static:2", "--baseline", "static"]
+    assert main(["compare", *place.options, *where, *smaller]) == 0
+    assert main(["compare", *place.options, *where, *smaller[:2], "--baseline", "static:2"]) == 2
+
+
 def test_tables_come_from_cells_alone(
     place: Place, interrupted: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(place.root / "out" / "cells", tmp_path / "cells")
     picture = tmp_path / "picture.pdf"
+    assert main(["compare", "--render", "--output-dir", str(tmp_path), "--baseline", "consitent"]) == 2
+    assert 'baseline must be among deebert, plain, got "consitent".' in capsys.readouterr().err
+    assert not (tmp_path / "compare.json").exists()
     assert main(["compare", "--render", "--output-dir", str(tmp_path), "--plot", str(picture)]) == 0
     assert "rows, small: at the validation threshold, and layers saved" in capsys.readouterr().out
     assert picture.stat().st_size > 5000

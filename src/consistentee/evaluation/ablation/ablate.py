@@ -34,6 +34,7 @@ from consistentee.evaluation.comparison.plan import (
     compared_methods,
     planned_cells,
 )
+from consistentee.evaluation.comparison.reading import check_resamples
 from consistentee.evaluation.comparison.summary import environments
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.run import Report
@@ -85,6 +86,7 @@ def ablate(
         ValueError: a run's folder with other settings, backbone or data.
     """
     output_dir, shared = Path(output_dir), dict(settings or {})
+    check_resamples(resamples)
     check_questions(questions)
     asked = {name: question(name, shared) for name in questions}
     variants = {label: own for one in asked.values() for label, own in one.settings.items()}

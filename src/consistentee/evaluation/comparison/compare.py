@@ -31,6 +31,7 @@ from consistentee.evaluation.comparison.plan import (
     sharing_cells,
     work_left,
 )
+from consistentee.evaluation.comparison.reading import check_kept_baseline, check_reading
 from consistentee.evaluation.comparison.summary import summarise
 from consistentee.evaluation.comparison.tables import markdown_page
 from consistentee.progress import duration
@@ -92,12 +93,20 @@ def compare(
 
     Raises:
         DataError: a kept file is no cell, or cells cannot be compared.
-        SettingError: methods or settings that make no sense, or a kept cell that was made with others.
+        SettingError: methods or settings that make no sense, a kept cell that was made with others, or a baseline,
+            criterion or method of `also` that no cell will have.
         ValueError: a run's folder with other settings, backbone or data.
     """
     output_dir, shared = Path(output_dir), dict(settings or {})
     described = compared_methods(methods, shared, overrides or {}, None if recipes is None else Path(recipes))
     cells = planned_cells(backbones, sets, described, seeds, shared)
+    reading: dict[str, Any] = {
+        "baseline": baseline,
+        "criteria": criteria,
+        "also": also,
+        "resamples": resamples,
+    }
+    check_reading(cells, read_cells(output_dir), **reading)
     run_cells(
         cells,
         output_dir,
@@ -108,7 +117,7 @@ def compare(
     )
     if dry_run:
         return {}
-    return render(output_dir, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
+    return render(output_dir, **reading)
 
 
 def run_cells(
@@ -170,7 +179,7 @@ def render(
 
     Raises:
         DataError: a file is no cell, or cells cannot be compared.
-        SettingError: there is no cell, or none of a method.
+        SettingError: there is no cell, or none of a method, of the baseline or of a criterion.
     """
     output_dir = Path(output_dir)
     cells = read_cells(output_dir)
@@ -181,6 +190,7 @@ def render(
         cells = [cell for cell in cells if cell["label"] in methods or not cell["criterion"]]
     if not cells:
         raise SettingError(f"{output_dir / CELLS} must hold at least one finished cell, got none.")
+    check_kept_baseline(cells, baseline)
     summary = summarise(cells, baseline=baseline, criteria=criteria, also=also, resamples=resamples)
     write_text(output_dir / SUMMARY_FILE, _json_text(summary))
     write_text(output_dir / PAGE_FILE, markdown_page(summary))

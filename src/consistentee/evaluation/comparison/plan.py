@@ -15,6 +15,7 @@ from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.recipes import load_recipe
 from consistentee.data.rows import TextDataset
 from consistentee.errors import SettingError, require_seed
+from consistentee.functional.metrics import check_threshold_metric
 from consistentee.functional.tables import CLASSIFICATION
 from consistentee.training.methods import METHODS, check_method, method_of
 from consistentee.training.warm_ups import warm_up_settings
@@ -215,7 +216,8 @@ def planned_cells(
     """All cells, seed by seed, so that whatever is finished early is a whole comparison.
 
     Raises:
-        SettingError: two backbones or sets of one name, a seed twice or out of range, or none of something.
+        SettingError: two backbones or sets of one name, a seed twice or out of range, none of something, or a set whose
+            classes the metric of thresholds does not fit.
     """
     for what, names in (
         ("backbones", [backbone_name(backbone) for backbone in backbones]),
@@ -231,6 +233,9 @@ def planned_cells(
             require_seed(seed)
     except ValueError as error:
         raise SettingError(str(error)) from error
+    metric = ClassificationTrainingConfig.from_dict(dict(shared)).threshold_metric
+    for data in sets:
+        _check_metric(metric, data)
     return [
         PlannedCell(backbone, data, method, seed, {**shared, **method.settings})
         for seed in seeds
@@ -238,6 +243,13 @@ def planned_cells(
         for data in sets
         for method in methods
     ]
+
+
+def _check_metric(metric: str, data: ComparedSet) -> None:
+    try:
+        check_threshold_metric(metric, len(data.train.label_names))
+    except ValueError as error:
+        raise SettingError(f"{data.name}: {error}") from error
 
 
 def sharing_cells(cells: Sequence[PlannedCell]) -> list[PlannedCell]:

@@ -30,6 +30,7 @@ from consistentee.evaluation.comparison.outcomes import (
     static_outcomes,
 )
 from consistentee.evaluation.comparison.plan import OUR_METHOD, REFERENCE
+from consistentee.evaluation.comparison.reading import check_resamples
 from consistentee.functional.curves import TOLERANCES
 from consistentee.functional.resampling import Draws, mean_over_seeds, percentile_interval, row_weights
 from consistentee.training.methods import METHODS
@@ -100,8 +101,7 @@ def summarise(
         DataError: cells that cannot be compared.
         SettingError: a criterion that no cell has, or a number of draws below 2.
     """
-    if resamples < 2:
-        raise SettingError(f"resamples must be at least 2, got {resamples}.")
+    check_resamples(resamples)
     check_comparable(cells)
     shown = [_pair(text, cells) for text in also]
     named = [criterion for _, _, criterion in [baseline.partition("/")] if criterion]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from consistentee.evaluation.ablation.questions import QUESTIONS, question
 from consistentee.evaluation.ablation.studies import Studied, gradient_study, policy_rows_study, row_counts
 from consistentee.evaluation.comparison.measuring import unpack_bits, unpack_exits
 from consistentee.evaluation.comparison.plan import compared_methods
+from consistentee.evaluation.comparison.tables import Sheet
 from consistentee.functional.hardness import memorized_layer
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.training.instances import Instances
@@ -196,6 +198,31 @@ def test_a_sampled_gradient_has_less_noise_the_more_rollouts(small_study: Studie
     assert all(fit["seconds"] > 0 for fit in found["fits"].values())
 
 
+def test_a_batch_of_all_rows_has_no_noise(small_study: Studied, folder: Path) -> None:
+    whole = gradient_study(replace(small_study, batch_size=400))
+    assert [whole["noise"][stage]["batch_noise"] for stage in ("untrained", "fitted")] == [None, None]
+    assert whole["noise"]["fitted"]["sampling_noise"]["1"] > 0
+    (folder / "studies").mkdir()
+
+    def noise_sheet(seed: int, study: dict[str, Any]) -> Sheet:
+        value = {"backbone": "small", "set": "rte", "seed": seed} | study
+        file = folder / "studies" / f"small_rte_consistent_{seed}_estimator.json"
+        file.write_text(json.dumps(value))
+        summary = render_answers(folder, questions=["estimator"], resamples=20)
+        [sheet] = [sheet for sheet in ablation_sheets(summary) if "noise" in sheet.title]
+        return sheet
+
+    sheet = noise_sheet(1, whole)
+    assert {row[2:] for row in sheet.rows} == {("-", "-")}
+    assert "Without 1 of 1 models, whose batch is all held-out rows" in sheet.note
+    study = gradient_study(small_study)
+    sheet = noise_sheet(2, study)
+    assert "Without 1 of 2 models, whose batch is all held-out rows" in sheet.note
+    noise = study["noise"]["fitted"]
+    share = f"{noise['sampling_noise']['8'] / noise['batch_noise']:.3f}"
+    assert ("fitted", "8", share, f"{share} to {share}") in sheet.rows
+
+
 def test_a_policy_gains_with_the_rows_it_learns_from(small_study: Studied) -> None:
     found = policy_rows_study(small_study)
     assert [point["rows"] for point in found["areas"]] == [100, 200, 400]
@@ -303,7 +330,9 @@ def test_a_question_that_kept_cells_leave_nothing_to_compare_is_left_out(tmp_pat
         cell["config"] = cell["config"] | {"reward": "uniform"}
     out = _keep(tmp_path / "out", cells)
     assert list(render_answers(out, resamples=10)["questions"]) == ["rounds"]
-    with pytest.raises(SettingError, match='"reward" has nothing to compare: all methods have consistent:uni'):
+    with pytest.raises(
+        SettingError, match='"reward" has nothing to compare: all methods have consistent:uni'
+    ):
         render_answers(out, questions=["reward"], resamples=10)
     with pytest.raises(SettingError, match="questions must be among"):
         render_answers(out, questions=["rounds", "mood"], resamples=10)

@@ -113,8 +113,11 @@ def _gradient_sheets(name: str, entries: Sequence[Mapping[str, Any]]) -> list[Sh
     for stage in ("untrained", "fitted"):
         parts = [entry["noise"][stage] for entry in entries]
         for k in parts[0]["sampling_noise"]:
-            shares = [part["sampling_noise"][k] / part["batch_noise"] for part in parts]
-            noise_rows.append((stage, k, f"{np.mean(shares):.3f}", f"{min(shares):.3f} to {max(shares):.3f}"))
+            shares = [
+                part["sampling_noise"][k] / part["batch_noise"] for part in parts if part["batch_noise"]
+            ]
+            span = f"{min(shares):.3f} to {max(shares):.3f}" if shares else NOTHING
+            noise_rows.append((stage, k, f"{np.mean(shares):.3f}" if shares else NOTHING, span))
     fits: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for entry in entries:
         exact = entry["fits"]["exact"]
@@ -129,12 +132,18 @@ def _gradient_sheets(name: str, entries: Sequence[Mapping[str, Any]]) -> list[Sh
         )
         for k, values in fits.items()
     ]
+    note = "Mean squared distance to the batch's exact gradient, over that of the batch's to all rows'."
+    whole = sum(not entry["noise"]["fitted"]["batch_noise"] for entry in entries)
+    if whole:
+        note += (
+            f" Without {whole} of {len(entries)} models, whose batch is all held-out rows and has no noise."
+        )
     return [
         Sheet(
             f"{name}: noise of a sampled gradient, over that of a batch",
             ("policy", "K", "mean", "over models"),
             noise_rows,
-            "Mean squared distance to the batch's exact gradient, over that of the batch's to all rows'.",
+            note,
             num_texts=1,
         ),
         Sheet(

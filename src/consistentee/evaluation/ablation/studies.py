@@ -123,7 +123,8 @@ def gradient_study(rows: Studied) -> dict[str, Any]:
 
     Returns:
         Plain values: `noise` with an entry for a policy that is untrained and one that is fitted (`squared_gradient`,
-        `batch_noise`, `sampling_noise` by K), and `fits`, by `exact` and K: `area` and `seconds`.
+        `batch_noise`, None where a batch is all rows, `sampling_noise` by K), and `fits`, by `exact` and K: `area` and
+        `seconds`.
     """
     stages = {"untrained": rows.new_policy(rows.seed), "fitted": rows.fitted()}
     noise = {name: _gradient_noise(rows, policy.eval()) for name, policy in stages.items()}
@@ -196,7 +197,7 @@ def _gradient_noise(rows: Studied, policy: PolicyNetwork) -> dict[str, Any]:
             sampling_noise[k] += [float((gradient(chosen, k) - exact).square().sum()) for _ in range(DRAWS)]
     return {
         "squared_gradient": float(everything.square().sum()),
-        "batch_noise": sum(batch_noise) / len(batch_noise),
+        "batch_noise": None if size == len(instances) else sum(batch_noise) / len(batch_noise),
         "sampling_noise": {str(k): sum(values) / len(values) for k, values in sampling_noise.items()},
     }
 

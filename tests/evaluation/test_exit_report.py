@@ -101,7 +101,7 @@ def test_operating_points(saved: LoadedClassifier, report: ExitReport) -> None:
     assert report.point.names == ("default",)
     careful = named["confidence", 0.6]
     assert careful.names == ("careful",)
-    assert careful.certificate == {"goal": "max_disagreement"}
+    assert careful.certificates == (("careful", {"goal": "max_disagreement"}),)
     again = report_exits(saved, ROWS, operating_point="careful")
     assert again.point == careful
     assert again.evaluation.criterion == "confidence"

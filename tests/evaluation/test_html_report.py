@@ -261,9 +261,29 @@ CERTIFICATE = {"confidence": 0.95, "num_rows": 2000, "rows_source": "rows.csv", 
 def test_a_certificate_says_what_was_certified(
     saved: LoadedClassifier, report: ExitReport, proof: dict[str, Any], said: str
 ) -> None:
-    point = dataclasses.replace(report.point, names=("safe",), certificate=CERTIFICATE | proof)
+    point = dataclasses.replace(report.point, names=("safe",), certificates=(("safe", CERTIFICATE | proof),))
     page = read_page(model_page(saved, dataclasses.replace(report, points=[*report.points[:2], point])))
     assert f"safe has a certificate: {said} % confidence" in page.one("p", class_="certificate").text
+
+
+def test_points_at_one_threshold_have_a_certificate_each(
+    saved: LoadedClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = {"criterion": "confidence", "threshold": 0.6}
+    proof = CERTIFICATE | {"goal": "max_disagreement"}
+    points = {
+        "strict": point | {"certificate": proof | {"target": 0.02}},
+        "loose": point | {"certificate": proof | {"target": 0.05}},
+        "bare": point,
+    }
+    monkeypatch.setattr(saved.early_exit_model.config, "operating_points", points)
+    rows = dataclasses.replace(tiny_dataset(30, seed=4), label_names=LABELS)
+    page = read_page(model_page(saved, report_exits(saved, rows)))
+    said = [line.text.partition(" of ")[0] for line in page.all("p", class_="certificate")]
+    assert said == [
+        "strict has a certificate: at most 2 points",
+        "loose has a certificate: at most 5 points",
+    ]
 
 
 @pytest.mark.parametrize(

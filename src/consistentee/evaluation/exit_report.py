@@ -139,8 +139,8 @@ def report_exits(
     own = outcomes_of(criterion, limit)
     full_depth = replace(own, exit_layer=torch.full_like(own.exit_layer, num_layers))
     points = [point_of(("full depth",), "", None, full_depth)]
-    for names, rule, at, certificate in _rules(saved, criterion, limit, operating_point, others):
-        points.append(point_of(names, rule, at, outcomes_of(rule, at), certificate))
+    for names, rule, at, certificates in _rules(saved, criterion, limit, operating_point, others):
+        points.append(point_of(names, rule, at, outcomes_of(rule, at), certificates))
     right, right_at_exit = own.right, own.at_exit(own.right)
     exits = [choose_exit_layer(own.scores, point.threshold) for point in evaluation.curve]
     quality = "accuracy" if labelled else "agreement"
@@ -176,11 +176,11 @@ def _rules(
     threshold: float,
     operating_point: str | None,
     others: Sequence[str],
-) -> Iterator[tuple[tuple[str, ...], str, float, Mapping[str, Any] | None]]:
-    """Names, criterion, threshold and certificate of what is reported, and of what the model has besides."""
+) -> Iterator[tuple[tuple[str, ...], str, float, tuple[tuple[str, Mapping[str, Any]], ...]]]:
+    """Names, criterion, threshold and certificates by name of what is reported, and of what the model has besides."""
     config: Any = saved.early_exit_model.config
     rules: dict[tuple[str, float], list[str]] = defaultdict(list)
-    certificates: dict[tuple[str, float], Mapping[str, Any]] = {}
+    certificates: dict[tuple[str, float], list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
     rules[criterion, threshold] += [] if operating_point is None else [operating_point]
     rules[config.criterion, config.threshold].append(DEFAULT_POINT)
     for name, point in (config.operating_points or {}).items():
@@ -188,10 +188,10 @@ def _rules(
         if name not in rules[rule]:
             rules[rule].append(name)
         if point.get("certificate"):
-            certificates[rule] = point["certificate"]
+            certificates[rule].append((name, point["certificate"]))
     for name in others:
         known = saved.known_threshold(name)
         if known is not None:
             rules.setdefault((name, known), [])
     for (rule, at), names in rules.items():
-        yield tuple(names), rule, at, certificates.get((rule, at))
+        yield tuple(names), rule, at, tuple(certificates[rule, at])

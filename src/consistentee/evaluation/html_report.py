@@ -268,10 +268,16 @@ def _hardness_rows(table: HardnessTable) -> Iterator[tuple[int | str, int, float
 
 
 def _certificates(point: ReportedPoint) -> Iterator[dict[str, str]]:
-    """What was proved of an operating point, in words."""
-    proof = point.certificate
-    if not proof:
-        return
+    """What was proved of operating points, in words."""
+    for name, proof in point.certificates:
+        date = f", {str(proof['date'])[:10]}" if proof.get("date") else ""
+        yield {
+            "name": name,
+            "text": f"{_proved(proof)}{date}. It holds on average, for rows drawn as those were.",
+        }
+
+
+def _proved(proof: Mapping[str, Any]) -> str:
     of = _model_of(proof.get("reference"))
     sure = f"{100 * proof['confidence']:g}\u00a0% confidence"
     rows = f"{proof['num_rows']:,} rows of {proof.get('rows_source') or 'unknown source'}"
@@ -281,18 +287,10 @@ def _certificates(point: ReportedPoint) -> Iterator[dict[str, str]]:
     }
     if proof["goal"] in goal:
         points = f"{100 * proof['target']:g} point{'' if proof['target'] == 0.01 else 's'}"
-        text = f"at most {points} of {goal[proof['goal']]}, {sure}, from {rows}"
-    else:
-        bound, clock = f"{100 * proof['bound']:.2f}\u00a0%", proof.get("clock")
-        faster = (
-            "fewer layers" if clock is None else f"faster on the clock at batches of {clock['batch_size']}"
-        )
-        text = f"at {proof['target']:g}\u00d7 {faster} at most {bound} of disagreement with {of}, {sure}, from {rows}"
-    date = f", {str(proof['date'])[:10]}" if proof.get("date") else ""
-    yield {
-        "names": ", ".join(point.names),
-        "text": f"{text}{date}. It holds on average, for rows drawn as those were.",
-    }
+        return f"at most {points} of {goal[proof['goal']]}, {sure}, from {rows}"
+    bound, clock = f"{100 * proof['bound']:.2f}\u00a0%", proof.get("clock")
+    faster = "fewer layers" if clock is None else f"faster on the clock at batches of {clock['batch_size']}"
+    return f"at {proof['target']:g}\u00d7 {faster} at most {bound} of disagreement with {of}, {sure}, from {rows}"
 
 
 def _model_of(name: str | None) -> str:

@@ -66,7 +66,7 @@ class ReportedPoint:
         difference, difference_interval: quality minus that of full depth, on the same rows; None where not known.
         agreement: share of the rows that get the last layer's class; None where not known.
         mean_exit_layer, layer_speedup, layers_saved: as of an evaluation.
-        certificate: of an operating point with one.
+        certificates: of the operating points at this threshold that have one, with their names.
     """
 
     names: tuple[str, ...]
@@ -80,7 +80,7 @@ class ReportedPoint:
     mean_exit_layer: float
     layer_speedup: float
     layers_saved: float
-    certificate: Mapping[str, Any] | None = None
+    certificates: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def point_of(
     criterion: str,
     threshold: float | None,
     outcomes: RowOutcomes,
-    certificate: Mapping[str, Any] | None = None,
+    certificates: tuple[tuple[str, Mapping[str, Any]], ...] = (),
 ) -> ReportedPoint:
     """What one threshold gives, from every row's outcome; other arguments as of `ReportedPoint`."""
     right, at_full_depth = outcomes.at_exit(outcomes.right), outcomes.right[:, -1]
@@ -284,7 +284,7 @@ def point_of(
         mean_exit_layer=mean,
         layer_speedup=num_layers / mean,
         layers_saved=1 - mean / num_layers,
-        certificate=certificate,
+        certificates=certificates,
     )
 
 

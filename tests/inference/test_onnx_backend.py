@@ -12,10 +12,13 @@ pytest.importorskip("onnxruntime")
 
 from test_packed_layers import LAYERS, LENGTHS, alone, build, token_rows
 
+from consistentee.errors import SettingError
 from consistentee.evaluation.precision import candidates
+from consistentee.functional.criteria import CRITERIA
 from consistentee.inference.encoder import onnx_backend, onnx_runner, onnx_sessions
 from consistentee.inference.encoder.onnx_backend import BoundOnnxBackend, OnnxBackend
 from consistentee.inference.encoder.onnx_runner import OnnxExitRunner
+from consistentee.inference.encoder.onnx_scores import ONNX_SCORES, OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import full_model_session
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS
 from consistentee.inference.encoder.scheduler import BATCH_TOKENS, ExitRule, run_rows
@@ -143,6 +146,26 @@ def test_layer_by_layer_where_the_graph_would_open_for_hours(
     assert older._runners["policy", False] is None
     monkeypatch.setattr(onnx_runner, "MOST_LAYERS_BEFORE", 3)
     assert onnx_runner.has_graph(older.saved.model, rule)
+
+
+def test_a_criterion_without_a_graph_goes_layer_by_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(ONNX_SCORES) == set(CRITERIA)
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"), initial_exit_bias=0.0)
+    engine, other = (Engine.from_pretrained(folder, device="cpu", backend="onnxruntime") for _ in range(2))
+    model, rule = engine.saved.model, ExitRule("entropy", 0.02)
+    rows = token_rows(model)
+    wanted = engine.run(rows, batch_size=4, rule=rule)
+    assert onnx_runner.has_graph(model, rule)
+    monkeypatch.delitem(ONNX_SCORES, "entropy")
+    assert not onnx_runner.has_graph(model, rule)
+    found = other.run(rows, batch_size=4, rule=rule)
+    assert (found.labels, found.exit_layers) == (wanted.labels, wanted.exit_layers)
+    assert other._runners["entropy", False] is None
+    message = r'criterion "entropy" has no graph\. Write its row of ONNX_SCORES in inference/encoder/onnx_scores\.py'
+    with pytest.raises(SettingError, match=message):
+        OnnxExitScores.of(model, "entropy")
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])

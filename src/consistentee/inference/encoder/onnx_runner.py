@@ -15,7 +15,7 @@ from consistentee.inference.encoder.incremental_scores import Floats, log_softma
 from consistentee.inference.encoder.onnx_builder import GraphStyle
 from consistentee.inference.encoder.onnx_exits import EXIT_LAYERS, MASK, MOST_LAYERS, THRESHOLD, ExitGraph
 from consistentee.inference.encoder.onnx_graphs import IDS, TYPES
-from consistentee.inference.encoder.onnx_scores import OnnxExitScores
+from consistentee.inference.encoder.onnx_scores import ONNX_SCORES, OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import MAX_SEGMENT_BYTES, make_session
 from consistentee.inference.encoder.scheduler import BATCH_TOKENS, ExitRule
 
@@ -37,7 +37,7 @@ def opens_nested(num_layers: int) -> bool:
 def has_graph(model: EncoderParts, rule: ExitRule) -> bool:
     """Whether a model's exits under a rule can be one graph that is held in memory and that onnxruntime opens."""
     policy: Any = getattr(model, "policy", None)
-    if policy is None or rule.criterion is None or model.num_layers > MOST_LAYERS:
+    if policy is None or rule.criterion not in ONNX_SCORES or model.num_layers > MOST_LAYERS:
         return False
     if rule.criterion in ("policy", "quantile") and policy.reads_signals:
         return False

@@ -79,7 +79,7 @@ class OnnxExitScores:
         has_exit: (layers,), which layers have an exit; None: all.
 
     Raises:
-        SettingError: a policy of 0.1.0 that reads several signals.
+        SettingError: a criterion without a row of `ONNX_SCORES`, or a policy of 0.1.0 that reads several signals.
     """
 
     def __init__(
@@ -96,7 +96,12 @@ class OnnxExitScores:
         self._has_exit = has_exit
         self._classes, self._decay = num_classes, float(ensemble_decay)
         self._width = policy.state_output.shape[1] if policy.reads_state else 0
-        self._score = _SCORES[criterion]
+        if criterion not in ONNX_SCORES:
+            raise SettingError(
+                f'criterion "{criterion}" has no graph. Write its row of ONNX_SCORES in '
+                "inference/encoder/onnx_scores.py, or take another criterion, such as confidence."
+            )
+        self._score = ONNX_SCORES[criterion]
         if policy.reads_signals and self._score in (_policy, _quantile):
             raise SettingError(
                 f'criterion "{criterion}" of a policy that reads "{policy.policy_input}", as those of 0.1.0 did, has '
@@ -358,7 +363,7 @@ def _filled(graph: Graph, at: _Exit, value: float) -> str:
     return graph.op("Expand", graph.constant(np.array([[value]], dtype=np.float32)), shape)
 
 
-_SCORES: dict[str, Callable[[OnnxExitScores, Graph, _Exit], str]] = {
+ONNX_SCORES: dict[str, Callable[[OnnxExitScores, Graph, _Exit], str]] = {
     "policy": _policy,
     "confidence": _confidence,
     "entropy": _entropy,
@@ -373,3 +378,4 @@ _SCORES: dict[str, Callable[[OnnxExitScores, Graph, _Exit], str]] = {
     "quantile": _quantile,
     "static": _static,
 }
+"""What adds a criterion's score of one layer to a graph, (rows, 1); one without a row runs layer by layer alone."""

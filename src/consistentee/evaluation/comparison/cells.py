@@ -30,7 +30,7 @@ FORM = 1
 _OF_RECORD = ("warmup", "history", "best_round", "policy", "environment")
 
 _OF_PLAIN_TOO = ("max_accuracy_loss", "threshold_metric")
-"""Settings of exits that cells without any share: by them `static` is chosen among plain models."""
+"""Settings of exits that cells without any share: `static` is chosen among plain models within the same loss."""
 
 Cell = dict[str, Any]
 

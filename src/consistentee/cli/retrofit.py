@@ -192,13 +192,13 @@ def read_texts_of(
 ) -> Iterator[tuple[str, ...]]:
     """Texts of several files, for a model; labels of those with columns are noted on the way."""
     from consistentee.backbones.loading import read_config
-    from consistentee.data.files import TO_LEARN, has_columns, is_stream, read_texts
+    from consistentee.data.files import TO_LEARN, may_have_columns, read_texts
 
     pairs = read_config(model, "Model").get("text_pairs")
     check_column_count(columns, pairs, model)
     for file in files:
         say_reading(file, "texts")
-        on_row = labels.note if labels is not None and (is_stream(file) or has_columns(file)) else None
+        on_row = labels.note if labels is not None and may_have_columns(file) else None
         yield from read_texts(file, columns, pairs=pairs, splits=TO_LEARN, on_row=on_row)
 
 

@@ -5,6 +5,7 @@ Every complaint names the file, the row counted from 1, and what to do. How line
 
 from __future__ import annotations
 
+import csv
 import itertools
 import logging
 import os
@@ -86,7 +87,8 @@ def read_source(
     source: Source,
     read: Callable[[Table], Iterator[T]],
     *,
-    named: bool,
+    columns: Sequence[str] = (),
+    plain_too: bool = False,
     pairs: bool | None = None,
     splits: Sequence[str] = TO_ANSWER,
 ) -> Iterator[T]:
@@ -99,7 +101,9 @@ def read_source(
             lines if it starts with "{", an array if with "[{", else plain text, or, where columns are named, a table
             with a header line (TSV if that has a tab). Plain text is one column, "text", or two, "text_a" and "text_b".
         read: Takes the table.
-        named: Whether columns are named.
+        columns: Those that are named.
+        plain_too: Whether a stream whose first line does not hold them all is plain text, rather than a table that
+            lacks them.
         pairs: Whether a tab in plain text separates the two texts of a pair; None lets the first line decide.
         splits: Where there are several splits, the first of these that is there is read, and a warning says which.
 
@@ -131,10 +135,10 @@ def read_source(
     def of_stream() -> Iterator[T]:
         first = list(itertools.islice(lines, 1))
         begin = first[0][1] if first else ""
-        table_format = "text" if not named else "tsv" if "\t" in begin else "csv"
-        file_format = _json_format(begin) or table_format
+        file_format = _json_format(begin) or _line_format(begin, columns, plain_too)
         rows = parse(itertools.chain(first, lines), file, file_format, pairs=pairs)
-        yield from read(Table(file, rows, "row" if file_format == "json array" else "line"))
+        unit = "row" if file_format == "json array" else "line"
+        yield from read(Table(file, rows, unit, is_plain=file_format == "text"))
 
     return of_stream()
 
@@ -146,18 +150,18 @@ def is_stream(source: str) -> bool:
     )
 
 
-def has_columns(source: str) -> bool:
-    """Whether a file or data set by name has columns; plain text has none, and a stream as it is read."""
-    if is_stream(source):
-        return False
+def may_have_columns(source: str) -> bool:
+    """Whether a file, data set or stream by name may have columns: all but files of plain text."""
     path = Path(source)
-    return source.startswith(HUB_PREFIX) or path.suffix.lower() in FORMATS or path.is_dir()
+    is_known = source.startswith(HUB_PREFIX) or path.suffix.lower() in FORMATS or path.is_dir()
+    return is_known or is_stream(source)
 
 
 def read_texts(
     source: Source,
     text_columns: Sequence[str] | None = None,
     *,
+    plain_too: bool = False,
     pairs: bool | None = None,
     splits: Sequence[str] = TO_ANSWER,
     on_row: Callable[[Table, int, Mapping[str, Any]], object] | None = None,
@@ -167,6 +171,7 @@ def read_texts(
     Args:
         source: As in `read_source`.
         text_columns: One or two columns; by default the first of KNOWN_TEXT_COLUMNS that the input has.
+        plain_too: As in `read_source`.
         pairs: Whether every row is a pair of texts. If not, a tab is part of a text. None lets the input decide.
         splits: As in `read_source`.
         on_row: Called with table, number and values of every row, before its texts are given.
@@ -186,7 +191,7 @@ def read_texts(
 
     def texts(table: Table) -> Iterator[tuple[str, ...]]:
         columns, table = table.with_columns()
-        taken = text_columns or next(
+        taken = (None if table.is_plain else text_columns) or next(
             (
                 known
                 for known in KNOWN_TEXT_COLUMNS
@@ -205,7 +210,9 @@ def read_texts(
                 on_row(table, row, values)
             yield found
 
-    return read_source(source, texts, named=text_columns is not None, pairs=pairs, splits=splits)
+    return read_source(
+        source, texts, columns=text_columns or (), plain_too=plain_too, pairs=pairs, splits=splits
+    )
 
 
 def _json_format(begin: str) -> str | None:
@@ -213,6 +220,21 @@ def _json_format(begin: str) -> str | None:
     if begin.lstrip().startswith("{"):
         return "jsonl"
     return "json array" if _ARRAY_BEGINS.match(begin) else None
+
+
+def _line_format(begin: str, columns: Sequence[str], plain_too: bool) -> str:
+    """The format of a text that is no JSON, by its first line: "tsv" or "csv" if columns are named, else "text"."""
+    if not columns:
+        return "text"
+    file_format = "tsv" if "\t" in begin else "csv"
+    if plain_too:
+        try:
+            (header,) = [begin.split("\t")] if file_format == "tsv" else csv.reader([begin])
+        except (ValueError, csv.Error):  # no header is that long
+            return "text"
+        if not set(columns) <= {name.strip() for name in header}:
+            return "text"
+    return file_format
 
 
 def _text_table(
@@ -230,4 +252,4 @@ def _text_table(
         if begin.lstrip().startswith(b"["):
             file_format, unit = "json array", "row"
     rows = parse(file_lines(path), str(path), file_format, header, skipped, pairs)
-    return Table(str(path), rows, unit, skipped=skipped)
+    return Table(str(path), rows, unit, skipped=skipped, is_plain=file_format == "text")

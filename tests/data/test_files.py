@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from consistentee.data.files import is_stream, may_have_columns, open_table, read_texts
+from consistentee.data.generation import read_prompts
 from consistentee.errors import DataError
 
 
@@ -234,6 +235,18 @@ def test_read_texts_with_columns_named(tmp_path: Path) -> None:
         list(read_texts(path, ["head"]))
     with pytest.raises(ValueError, match="one column or two, got 3"):
         read_texts(path, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("name", ["a.tab", "a.txt", "a"])
+def test_plain_text_has_no_columns_to_name(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path / name, "text\tlabel\none\t1\n")
+    message = rf"{name}: It is plain text, with a text on each line and no columns\. Name none, or give a file .*\.tsv"
+    with pytest.raises(DataError, match=message):
+        read_texts(path, ["text"], pairs=False)
+    with pytest.raises(DataError, match=message):
+        read_prompts(path, prompt_column="text")
+    assert list(read_texts(path, pairs=False)) == [("text\tlabel",), ("one\t1",)]
+    assert list(read_texts(io.BytesIO(path.read_bytes()), ["text"])) == [("one",)]
 
 
 def test_read_texts_of_parquet(tmp_path: Path) -> None:

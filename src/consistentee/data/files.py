@@ -108,7 +108,7 @@ def read_source(
         splits: Where there are several splits, the first of these that is there is read, and a warning says which.
 
     Raises:
-        DataError: A file that is missing; others as they are read.
+        DataError: A file that is missing, or columns of a file of plain text; others as they are read.
     """
     if not isinstance(source, (str, os.PathLike)):
         file = str(getattr(source, "name", "the stream"))
@@ -127,9 +127,13 @@ def read_source(
             remedy = 'Check the path, or give "-" for standard input.'
             raise DataError("There is no such file.", file=path, remedy=remedy)
         if path.is_file():
-            return read(
-                open_table(path) if path.suffix.lower() in FORMATS else _text_table(path, pairs=pairs)
-            )
+            if path.suffix.lower() in FORMATS:
+                return read(open_table(path))
+            if columns:
+                problem = "It is plain text, with a text on each line and no columns."
+                remedy = f"Name none, or give a file of columns, which ends in {', '.join(FORMATS)}."
+                raise DataError(problem, file=path, remedy=remedy)
+            return read(_text_table(path, pairs=pairs))
         file, lines = str(path), file_lines(path)
 
     def of_stream() -> Iterator[T]:
@@ -180,8 +184,8 @@ def read_texts(
         Tuples of one text, or of two for pairs; the same number throughout.
 
     Raises:
-        DataError: A file that is missing or empty, a row that is broken or whose text is empty, bytes that are no text
-            (`encodings`), or no column that can be taken for the text.
+        DataError: A file that is missing or empty, columns of a file of plain text, a row that is broken or whose text
+            is empty, bytes that are no text (`encodings`), or no column that can be taken for the text.
     """
     if text_columns is not None and len(text_columns) not in (1, 2):
         raise ValueError(f"text_columns must be one column or two, got {len(text_columns)}.")

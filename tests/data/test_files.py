@@ -103,6 +103,43 @@ def test_parquet_with_a_feature_type_of_a_later_datasets(tmp_path: Path, stored:
     assert list(read_texts(tmp_path / "a.parquet")) == [("a",), ("b",)]
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": ["a", "b"]},
+        {"text": ["a", "b"], "label": ["yes", "no"]},
+        {"text": ["a", "b"], "label": [1.0, 0.0]},
+    ],
+    ids=["without", "names", "floats"],
+)
+def test_parquet_whose_label_is_not_what_datasets_wrote(tmp_path: Path, columns: dict[str, list]) -> None:
+    rows = labelled_parquet(tmp_path / "a.parquet", columns)
+    table = open_table(tmp_path / "a.parquet")
+    assert table.class_labels == {}
+    assert [values for _, values in table.rows] == rows.to_pylist()
+
+
+def test_parquet_with_a_class_without_a_name(tmp_path: Path) -> None:
+    labelled_parquet(tmp_path / "a.parquet", {"text": ["a", "b"], "label": [1, 2]})
+    message = (
+        r'a\.parquet, row 2: Class 2 of column "label" has no name; the file names 2 classes: "no", "yes"\.'
+    )
+    with pytest.raises(DataError, match=message):
+        rows_of(tmp_path / "a.parquet")
+
+
+def labelled_parquet(path: Path, columns: dict[str, list]) -> pyarrow.Table:
+    """A file whose metadata say that it has texts and classes."""
+    stored = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"_type": "ClassLabel", "names": ["no", "yes"]},
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": stored}})}
+    rows = pyarrow.table(columns).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(rows, path)
+    return rows
+
+
 @pytest.mark.parametrize("metadata", ["", "[1]", '{"info": null}', '{"info": {"features": [1]}}'])
 def test_parquet_with_metadata_that_are_no_features(tmp_path: Path, metadata: str) -> None:
     rows = pyarrow.table({"text": ["a"]}).replace_schema_metadata({"huggingface": metadata})

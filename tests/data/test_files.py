@@ -331,6 +331,16 @@ def test_read_texts_of_a_pipe(
         assert list(read_texts(tmp_path / "pipe", columns)) == expected
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="descriptors by name")
+def test_a_descriptor_by_name_is_the_stream_itself(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '{"text": "one"}\n')
+    with path.open("rb") as stream:
+        for name in (f"/dev/fd/{stream.fileno()}", f"/proc/self/fd/{stream.fileno()}"):
+            assert is_stream(name)
+            assert list(read_texts(name)) == [("one",)]
+            assert list(read_texts(name, ["text"])) == [("one",)]
+
+
 def test_read_texts_of_a_datasets_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "rows")

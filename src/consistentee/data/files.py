@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 Source = str | os.PathLike[str] | IO[str] | IO[bytes]
 
+_DESCRIPTOR = re.compile(r"/dev/stdin|/dev/fd/\d+|/proc/\w+/fd/\d+")  # they seem to be the file behind them
 _ARRAY_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
 
 KNOWN_TEXT_COLUMNS = (
@@ -126,7 +127,7 @@ def read_source(
         if not path.exists():
             remedy = 'Check the path, or give "-" for standard input.'
             raise DataError("There is no such file.", file=path, remedy=remedy)
-        if path.is_file():
+        if not is_stream(os.fspath(source)):
             if path.suffix.lower() in FORMATS:
                 return read(open_table(path))
             if columns:
@@ -148,10 +149,11 @@ def read_source(
 
 
 def is_stream(source: str) -> bool:
-    """Whether it can be read once only: standard input, a pipe or a device."""
-    return source == "-" or (
-        Path(source).exists() and not Path(source).is_file() and not Path(source).is_dir()
-    )
+    """Whether it can be read once only: standard input, also by its name, a pipe or a device."""
+    path = Path(source)
+    if source == "-" or _DESCRIPTOR.fullmatch(source):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def may_have_columns(source: str) -> bool:

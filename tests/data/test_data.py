@@ -54,6 +54,11 @@ def test_max_samples_keeps_the_classes_their_shares_and_the_rows_their_order() -
         data.max_samples(0)
 
 
+def test_fingerprint_of_half_a_surrogate_pair() -> None:
+    data = TextDataset([("a\ud83d",), ("b",)], [0, 1], ("n", "y"), "here")
+    assert data.fingerprint() != data.select([1, 1]).fingerprint()
+
+
 # stratified_split
 
 

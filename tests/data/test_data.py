@@ -387,6 +387,19 @@ def test_a_number_in_several_spellings_is_one_class(tmp_path: Path) -> None:
         load_files(mixed, None, ["text"], "y")
 
 
+@pytest.mark.parametrize("labels", [["1.2", "3.4", "5", "1.2"], ["0.5", "1e-3", "-.5", "+7."]])
+def test_numbers_on_a_scale_are_no_classes(tmp_path: Path, labels: list[str]) -> None:
+    lines = [f"{number},{label}" for number, label in enumerate(labels)]
+    file = write(tmp_path / "rows.csv", "text,y", *lines)
+    message = rf'rows\.csv, line 2: Label "{labels[0]}" is not a whole number, .* Give classes, not numbers on a scale'
+    with pytest.raises(DataError, match=message):
+        load_files(file, None, ["text"], "y")
+    names = sorted(set(labels))
+    assert load_files(file, None, ["text"], "y", names)[0].label_names == tuple(names)
+    named = write(tmp_path / "named.csv", "text,y", *lines, "c,other")
+    assert "other" in load_files(named, None, ["text"], "y")[0].label_names
+
+
 def test_labels_that_differ_in_case_only_stay_apart(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.csv", "text,y", "a,us", "b,US", "c,us")
     train, _ = load_files(file, None, ["text"], "y")

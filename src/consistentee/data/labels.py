@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
 
 
@@ -87,6 +88,19 @@ def numbers_as_written_once(labels: Iterable[str]) -> dict[str, str]:
         len(set(numbers)) == len(distinct) and not any("." in label for label in distinct)
     )
     return {label: label if keep else str(number) for label, number in zip(distinct, numbers, strict=True)}
+
+
+def number_on_a_scale(labels: Iterable[str]) -> str | None:
+    """The first label that is no whole number, if all of them are numbers; else None.
+
+    Example:
+        >>> number_on_a_scale(["1", "2.5"]), number_on_a_scale(["1", "2"]), number_on_a_scale(["2.5", "many"])
+        ('2.5', None, None)
+    """
+    distinct = list(dict.fromkeys(labels))
+    if not all(map(_NUMBER.fullmatch, distinct)):
+        return None
+    return next((label for label in distinct if whole_number(label) is None), None)
 
 
 def same_number_twice(labels: Iterable[str]) -> tuple[str, str] | None:

@@ -202,6 +202,19 @@ def test_qnli_with_the_dev_file_only(tmp_path: Path) -> None:
         load_task("qnli", tmp_path, need_train=True)
 
 
+@pytest.mark.parametrize("header", ["text\tlabel", "label\tsentence", "\ufeffsentence\tlabel "])
+def test_cola_with_a_header_line(tmp_path: Path, header: str) -> None:
+    texts_first = header.split("\t")[1].strip() == "label"
+    rows = [("fine", "1"), ("odd one", "0")]
+    for split in ("train", "dev"):
+        write(
+            tmp_path / f"{split}.tsv", header, *("\t".join(row if texts_first else row[::-1]) for row in rows)
+        )
+    train, evaluation = load_task("cola", tmp_path)
+    assert (train.texts, train.labels) == ([("fine",), ("odd one",)], [1, 0])
+    assert train.texts == evaluation.texts
+
+
 def test_a_models_own_label_order(tmp_path: Path) -> None:
     _, evaluation = load_task("rte", glue_folder(tmp_path), label_names=["not_entailment", "entailment"])
     assert evaluation.labels == [0, 1]

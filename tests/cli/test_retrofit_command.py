@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from consistentee.cli.main import main
+from consistentee.cli.retrofit import read_texts_of
+from consistentee.data.classification import NotedLabels
 from consistentee.functional.criteria import CRITERIA
 from consistentee.models.loaded import load_model
 from consistentee.training.train import finetune
@@ -117,6 +119,16 @@ def test_texts_of_standard_input(
         assert main([*command, *QUICK.split(), "--json", str(figures)]) == 0
         found.append(json.loads(figures.read_text()))
     assert found[0]["curve"] == found[1]["curve"]
+
+
+def test_plain_text_beside_named_columns(original: Path, tmp_path: Path) -> None:
+    rows, lines = tmp_path / "rows.csv", tmp_path / "lines.txt"
+    rows.write_text("review,label\none,0\n")
+    lines.write_text("two, three\n")
+    noted = NotedLabels(["review"], "label")
+    found = list(read_texts_of(str(original), [str(rows), str(lines)], ["review"], noted))
+    assert found == [("one",), ("two, three",)]
+    assert noted.classes_of(found, ["0", "1"]) == {("one",): 0}
 
 
 def test_labels_where_there_are_some(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from consistentee.cli.main import main
 from consistentee.cli.train import unlabelled_texts
+from consistentee.data.rows import TextDataset
+from consistentee.errors import DataError
 from tiny import tiny_backbone, tiny_dataset, write_csv
 from tiny_training import tiny_decoder
 
@@ -61,6 +64,40 @@ def test_columns_are_those_of_tables_alone(tmp_path: Path) -> None:
     assert list(found) == [("a",), ("b",), ("three",)]
     usual = unlabelled_texts([str(table)], None, TRAIN, REPORTED)
     assert list(usual) == [("one",), ("two",)]
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ('id,review\n1,"one, two"\n2,three\n', ["one, two", "three"]),
+        ("review\tid\none\t1\ntwo\t2\n", ["one", "two"]),
+        ('{"id": 1, "review": "one"}\n{"id": 2, "review": "two"}\n', ["one", "two"]),
+        ('[{"review": "one"},\n {"review": "two"}]', ["one", "two"]),
+        ("a review, one\ntwo\n", ["a review, one", "two"]),
+        ("one\ttwo\nthree\n", ["one\ttwo", "three"]),
+        ("x" * 200_000 + "\ntwo\n", ["x" * 200_000, "two"]),
+    ],
+    ids=["csv", "tsv", "json lines", "json array", "plain text", "plain text with tabs", "long lines"],
+)
+def test_standard_input_is_a_table_where_it_has_the_columns(
+    content: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    found = unlabelled_texts(["-"], ["review"], TRAIN, REPORTED)
+    assert list(found) == [(text,) for text in expected]
+
+
+def test_pairs_of_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = TextDataset([("a", "b")], [0], ("n", "y"), "")
+    for content in ("q\ty\ta\none\t1\ttwo\n", "one\ttwo\n", "a,q\ntwo,one\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        assert list(unlabelled_texts(["-"], ["q", "a"], pairs, pairs)) == [("one", "two")]
+
+
+def test_objects_of_standard_input_have_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "one"}\n')))
+    with pytest.raises(DataError, match='line 1: There is no column "review"'):
+        list(unlabelled_texts(["-"], ["review"], TRAIN, REPORTED))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,11 @@ def test_max_samples_keeps_the_classes_their_shares_and_the_rows_their_order() -
         data.max_samples(0)
 
 
+def test_fingerprint_of_half_a_surrogate_pair() -> None:
+    data = TextDataset([("a\ud83d",), ("b",)], [0, 1], ("n", "y"), "here")
+    assert data.fingerprint() != data.select([1, 1]).fingerprint()
+
+
 # stratified_split
 
 
@@ -195,6 +200,19 @@ def test_qnli_with_the_dev_file_only(tmp_path: Path) -> None:
         DataError, match=r'There is no training file of task "qnli" to train on\. Put train\.tsv or'
     ):
         load_task("qnli", tmp_path, need_train=True)
+
+
+@pytest.mark.parametrize("header", ["text\tlabel", "label\tsentence", "\ufeffsentence\tlabel "])
+def test_cola_with_a_header_line(tmp_path: Path, header: str) -> None:
+    texts_first = header.split("\t")[1].strip() == "label"
+    rows = [("fine", "1"), ("odd one", "0")]
+    for split in ("train", "dev"):
+        write(
+            tmp_path / f"{split}.tsv", header, *("\t".join(row if texts_first else row[::-1]) for row in rows)
+        )
+    train, evaluation = load_task("cola", tmp_path)
+    assert (train.texts, train.labels) == ([("fine",), ("odd one",)], [1, 0])
+    assert train.texts == evaluation.texts
 
 
 def test_a_models_own_label_order(tmp_path: Path) -> None:
@@ -380,6 +398,19 @@ def test_a_number_in_several_spellings_is_one_class(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=message):
         load_files(mixed, None, ["text"], "y")
+
+
+@pytest.mark.parametrize("labels", [["1.2", "3.4", "5", "1.2"], ["0.5", "1e-3", "-.5", "+7."]])
+def test_numbers_on_a_scale_are_no_classes(tmp_path: Path, labels: list[str]) -> None:
+    lines = [f"{number},{label}" for number, label in enumerate(labels)]
+    file = write(tmp_path / "rows.csv", "text,y", *lines)
+    message = rf'rows\.csv, line 2: Label "{labels[0]}" is not a whole number, .* Give classes, not numbers on a scale'
+    with pytest.raises(DataError, match=message):
+        load_files(file, None, ["text"], "y")
+    names = sorted(set(labels))
+    assert load_files(file, None, ["text"], "y", names)[0].label_names == tuple(names)
+    named = write(tmp_path / "named.csv", "text,y", *lines, "c,other")
+    assert "other" in load_files(named, None, ["text"], "y")[0].label_names
 
 
 def test_labels_that_differ_in_case_only_stay_apart(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +110,37 @@ def test_damaged_files() -> None:
         DataError, match=r"line 2: There are bytes that are not UTF-16: .* damaged there, or cut"
     ):
         lines_of("a\nb\n".encode("utf-16")[:-1])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (gzip.compress(b"a text\n" * 99), r"compressed by gzip\. Unpack it, .*: zcat FILE \|"),
+        (bz2.compress(b"a text\n" * 99), r"compressed by bzip2\. Unpack it, .*: bzcat FILE \|"),
+        (lzma.compress(b"a text\n" * 99), r"compressed by xz\. Unpack it, .*: xzcat FILE \|"),
+        (b"\x28\xb5\x2f\xfd\x04\x58", r"compressed by zstd\. Unpack it, .*: zstdcat FILE \|"),
+        (
+            b"PK\x03\x04\x14\x00\x00",
+            r"a ZIP archive, as spreadsheets are, .* Unpack it; save a spreadsheet as CSV",
+        ),
+        (
+            b"ARROW1\x00\x00\xff",
+            r"an Arrow file, .* Give the whole folder that datasets saved, or write Parquet",
+        ),
+        (b"\xff\xff\xff\xff\x98\x01\x00\x00", r"an Arrow file, and no text"),
+        (b"PAR1\x15\x04\x15", r"a Parquet file, .* Let its name end in \.parquet"),
+    ],
+)
+def test_what_is_no_text_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    for name in ("a.txt", "a.csv"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}: It is {message}"):
+            list(file_lines(tmp_path / name))
+
+
+def test_texts_that_begin_like_files_of_bytes() -> None:
+    for text in ("BZh is a name\n", "PAR1 and ARROW1\n", "ARROW1\n", "PK\n"):
+        assert lines_of(text.encode()) == [text]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])

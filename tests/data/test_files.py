@@ -16,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from consistentee.data.files import has_columns, is_stream, open_table, read_texts
+from consistentee.data.files import is_stream, may_have_columns, open_table, read_texts
+from consistentee.data.generation import read_prompts
 from consistentee.errors import DataError
 
 
@@ -100,6 +101,43 @@ def test_parquet_with_a_feature_type_of_a_later_datasets(tmp_path: Path, stored:
     table = open_table(tmp_path / "a.parquet")
     assert list(table.rows) == [(1, {"text": "a", "label": "yes"}), (2, {"text": "b", "label": None})]
     assert list(read_texts(tmp_path / "a.parquet")) == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": ["a", "b"]},
+        {"text": ["a", "b"], "label": ["yes", "no"]},
+        {"text": ["a", "b"], "label": [1.0, 0.0]},
+    ],
+    ids=["without", "names", "floats"],
+)
+def test_parquet_whose_label_is_not_what_datasets_wrote(tmp_path: Path, columns: dict[str, list]) -> None:
+    rows = labelled_parquet(tmp_path / "a.parquet", columns)
+    table = open_table(tmp_path / "a.parquet")
+    assert table.class_labels == {}
+    assert [values for _, values in table.rows] == rows.to_pylist()
+
+
+def test_parquet_with_a_class_without_a_name(tmp_path: Path) -> None:
+    labelled_parquet(tmp_path / "a.parquet", {"text": ["a", "b"], "label": [1, 2]})
+    message = (
+        r'a\.parquet, row 2: Class 2 of column "label" has no name; the file names 2 classes: "no", "yes"\.'
+    )
+    with pytest.raises(DataError, match=message):
+        rows_of(tmp_path / "a.parquet")
+
+
+def labelled_parquet(path: Path, columns: dict[str, list]) -> pyarrow.Table:
+    """A file whose metadata say that it has texts and classes."""
+    stored = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"_type": "ClassLabel", "names": ["no", "yes"]},
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": stored}})}
+    rows = pyarrow.table(columns).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(rows, path)
+    return rows
 
 
 @pytest.mark.parametrize("metadata", ["", "[1]", '{"info": null}', '{"info": {"features": [1]}}'])
@@ -236,6 +274,18 @@ def test_read_texts_with_columns_named(tmp_path: Path) -> None:
         read_texts(path, ["a", "b", "c"])
 
 
+@pytest.mark.parametrize("name", ["a.tab", "a.txt", "a"])
+def test_plain_text_has_no_columns_to_name(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path / name, "text\tlabel\none\t1\n")
+    message = rf"{name}: It is plain text, with a text on each line and no columns\. Name none, or give a file .*\.tsv"
+    with pytest.raises(DataError, match=message):
+        read_texts(path, ["text"], pairs=False)
+    with pytest.raises(DataError, match=message):
+        read_prompts(path, prompt_column="text")
+    assert list(read_texts(path, pairs=False)) == [("text\tlabel",), ("one\t1",)]
+    assert list(read_texts(io.BytesIO(path.read_bytes()), ["text"])) == [("one",)]
+
+
 def test_read_texts_of_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"sentence": ["a", "b"]}), tmp_path / "a.parquet")
     assert list(read_texts(tmp_path / "a.parquet")) == [("a",), ("b",)]
@@ -281,13 +331,23 @@ def test_read_texts_of_a_pipe(
         assert list(read_texts(tmp_path / "pipe", columns)) == expected
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="descriptors by name")
+def test_a_descriptor_by_name_is_the_stream_itself(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '{"text": "one"}\n')
+    with path.open("rb") as stream:
+        for name in (f"/dev/fd/{stream.fileno()}", f"/proc/self/fd/{stream.fileno()}"):
+            assert is_stream(name)
+            assert list(read_texts(name)) == [("one",)]
+            assert list(read_texts(name, ["text"])) == [("one",)]
+
+
 def test_read_texts_of_a_datasets_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "rows")
     assert list(read_texts(tmp_path / "rows")) == [("a",)]
     assert caplog.messages == [f'Of the splits of {tmp_path / "rows"}, "test" is read.']
     assert list(read_texts(tmp_path / "rows" / "train")) == [("a",), ("b",)]
-    assert has_columns(str(tmp_path / "rows"))
+    assert may_have_columns(str(tmp_path / "rows"))
 
 
 def test_read_texts_never_holds_the_input() -> None:

@@ -14,7 +14,7 @@ from consistentee.cli.train import unlabelled_texts
 from consistentee.data.classification import NotedLabels, load_files
 from consistentee.data.files import TO_CERTIFY, TO_LEARN, open_table, read_texts
 from consistentee.data.generation import load_generation_files, read_prompts
-from consistentee.data.hub import HubSource, hub_source
+from consistentee.data.hub import HubSource, hub_source, table_of
 from consistentee.data.rows import TextDataset
 from consistentee.errors import DataError
 from tiny import tiny_classifier
@@ -105,6 +105,50 @@ def test_what_learns_or_certifies_takes_its_own_splits(
     assert caplog.messages == []
     with pytest.raises(DataError, match=r'It has only the splits "train"\. Name one of them'):
         read_texts(source, splits=TO_CERTIFY)
+
+
+FORMATTED = {
+    **{name: {"type": name} for name in ("torch", "numpy", "pandas", "arrow")},
+    "columns": {"type": "torch", "columns": ["ids", "label"]},
+}
+
+
+@pytest.mark.parametrize("form", FORMATTED)
+def test_a_folder_saved_with_a_format(form: str, tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["n", "y"]),
+            "ids": datasets.List(datasets.Value("int64")),
+        }
+    )
+    rows = datasets.Dataset.from_dict({**ROWS, "label": [0, 1, -1], "ids": [[1], [2], []]}, features=features)
+    rows.set_format(**FORMATTED[form])
+    rows.save_to_disk(tmp_path / "rows")
+    assert list(open_table(tmp_path / "rows").rows) == [
+        (1, {"text": "a", "label": "n", "ids": [1]}),
+        (2, {"text": "b", "label": "y", "ids": [2]}),
+        (3, {"text": "c", "label": None, "ids": []}),
+    ]
+    assert list(read_texts(tmp_path / "rows")) == [("a",), ("b",), ("c",)]
+
+
+def test_recordings_beside_texts_are_not_decoded(tmp_path: Path) -> None:
+    media = [{"bytes": b"none", "path": None}] * 3
+    rows = datasets.Dataset.from_dict({**ROWS, "sound": media, "picture": media})
+    rows = rows.cast_column("sound", datasets.Audio()).cast_column("picture", datasets.Image())
+    rows.save_to_disk(tmp_path / "rows")
+    train, _ = load_files(tmp_path / "rows", None, ["text"], "label")
+    assert train is not None
+    assert (train.texts, train.labels) == ([("a",), ("b",), ("c",)], [0, 1, 0])
+
+
+def test_rows_that_are_chosen_or_streamed() -> None:
+    rows = datasets.Dataset.from_dict({"text": [str(number) for number in range(3000)]})
+    chosen = table_of(rows.select(range(2999, -1, -2)), "here").rows
+    assert list(chosen)[-1] == (1500, {"text": "1"})
+    streamed = table_of(rows.to_iterable_dataset(), "here").rows
+    assert list(streamed)[-1] == (3000, {"text": "2999"})
 
 
 def test_a_name_is_asked_for_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

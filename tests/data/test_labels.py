@@ -20,6 +20,10 @@ from consistentee.data.labels import match_labels, numbers_as_written_once, same
         (["1.0"], ["1", "01"], {}),
         (["1.5", "one"], ["1", "2"], {}),
         (["Straße"], ["STRASSE"], {"Straße": 0}),
+        (["cafe\u0301", "CAF\u00c9"], ["tea", "caf\u00e9"], {}),  # either could be another word
+        (["cafe\u0301"], ["tea", "caf\u00e9"], {"cafe\u0301": 1}),
+        (["caf\u00e9"], ["tea", "Cafe\u0301"], {"caf\u00e9": 1}),
+        (["caf\u00e9", "cafe\u0301"], ["caf\u00e9"], {"caf\u00e9": 0}),
     ],
 )
 def test_match_labels(labels: list[str], names: list[str], wanted: dict[str, int]) -> None:

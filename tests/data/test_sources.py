@@ -65,6 +65,45 @@ def test_files_by_the_beginning_of_their_names(
 
 
 @KINDS
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_shards_are_read_one_after_the_other(
+    load: Callable[..., Any], name: str, asked: dict[str, str], rows: Any, ending: str, tmp_path: Path
+) -> None:
+    def shard(split: str, number: int, count: int, *values: dict[str, str]) -> Path:
+        path = write(tmp_path / f"{split}-{number:05}-of-{count:05}.jsonl", asked, *values)
+        if ending == ".jsonl":
+            return path
+        table = datasets.Dataset.from_list([{**asked, **row} for row in values])
+        table.to_parquet(path.with_suffix(ending))
+        path.unlink()
+        return path.with_suffix(ending)
+
+    shard("dev", 0, 1, *rows)
+    shards = [shard("train", number, 3, rows[number % 2]) for number in (2, 0, 1)]
+    train, evaluation = load(name, tmp_path)
+    learned = train.labels if name == "rte" else train.references
+    expected = evaluation.labels if name == "rte" else evaluation.references
+    assert learned == [expected[0], expected[1], expected[0]]
+    assert train.source == str(tmp_path / f"train-*-of-00003{ending}")
+    shards[2].unlink()
+    message = rf'Of 3 shards there are missing "train-00001-of-00003{ending}"\. Put all of them there'
+    with pytest.raises(DataError, match=message):
+        load(name, tmp_path)
+    shards[1].unlink()
+    with pytest.raises(DataError, match=r'missing "train-00000-of.*", "train-00001-of'):
+        load(name, tmp_path)
+
+
+def test_a_broken_row_of_shards_is_told_by_its_place_in_all(tmp_path: Path) -> None:
+    asked = {"sentence1": "a", "sentence2": "b"}
+    for number, label in enumerate(("entailment", "not_entailment", "neither")):
+        write(tmp_path / f"train-{number:05}-of-00003.jsonl", asked, {"label": label})
+    write(tmp_path / "dev.jsonl", asked, {"label": "entailment"})
+    with pytest.raises(DataError, match=r'train-\*-of-00003\.jsonl, row 3: Label "neither"'):
+        load_task("rte", tmp_path)
+
+
+@KINDS
 def test_a_file_without_what_is_learned_is_passed_over(
     load: Callable[..., Any], name: str, asked: dict[str, str], rows: Any, tmp_path: Path
 ) -> None:

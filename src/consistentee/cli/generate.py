@@ -15,7 +15,7 @@ from consistentee.cli.kinds import GENERATORS
 from consistentee.cli.options import Flag
 from consistentee.cli.terminal import at_least_one, console, say, say_reading, text_stream, usage
 from consistentee.config import GenerationCriterion, GenerationMode, SkippedStates
-from consistentee.data.files import has_columns, is_stream
+from consistentee.data.files import may_have_columns
 from consistentee.data.hub import FORMATS
 from consistentee.errors import UsageError
 
@@ -164,8 +164,7 @@ def _check_prompt_options(
         raise UsageError("--input goes with --prompt; a file has a column for it, see --input-column.")
     if prompt is not None and (prompt_column or input_column):
         raise UsageError("--prompt-column and --input-column go with a file, not with --prompt.")
-    columns = file is None or is_stream(file) or has_columns(file)
-    if not columns and (prompt_column or input_column):
+    if file is not None and not may_have_columns(file) and (prompt_column or input_column):
         raise UsageError(
             f"--prompt-column and --input-column go with a file of columns ({', '.join(FORMATS)}), and {file} has a "
             "prompt on each line."

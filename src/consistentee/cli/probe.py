@@ -35,7 +35,8 @@ def probe_command(
             hub.
         texts: Files of texts in every form that `predict` reads; "-" is standard input. Of a data set with several
             splits, "train" is read.
-        text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
+        text_columns: The column of the text, or the two columns of a pair; files of plain text have none. [default:
+            the usual names]
         seconds: Time to keep to, about; texts are read as it allows.
         seed: Of everything drawn.
         json_file: Write all figures to this file.

@@ -107,7 +107,8 @@ def retrofit_command(
         texts: Files of texts in every form that `predict` reads; "-" is standard input. Of a data set with several
             splits, "train" is read. Duplicates are dropped.
         output_dir: Where checkpoints and the finished model go.
-        text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
+        text_columns: The column of the text, or the two columns of a pair; files of plain text have none. [default:
+            the usual names]
         label_column: The column of the label, where there is one: accuracy is reported as well. Nothing learns from it;
             rows may have none, and plain text has none.
         max_texts: Read at most so many different texts.
@@ -190,16 +191,23 @@ LONG = ("curve", "other_criteria", "disagreements", "environment", "speed")
 def read_texts_of(
     model: str, files: list[str], columns: list[str] | None, labels: NotedLabels | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Texts of several files, for a model; labels of those with columns are noted on the way."""
+    """Texts of several files, for a model; of those with columns labels are noted on the way.
+
+    Args:
+        model: whose texts are single or pairs.
+        files: as `predict` reads them; "-" is standard input.
+        columns: of the texts; files of plain text have none.
+        labels: collects the labels.
+    """
     from consistentee.backbones.loading import read_config
-    from consistentee.data.files import TO_LEARN, has_columns, is_stream, read_texts
+    from consistentee.data.files import TO_LEARN, may_have_columns, read_texts
 
     pairs = read_config(model, "Model").get("text_pairs")
     check_column_count(columns, pairs, model)
     for file in files:
         say_reading(file, "texts")
-        on_row = labels.note if labels is not None and (is_stream(file) or has_columns(file)) else None
-        yield from read_texts(file, columns, pairs=pairs, splits=TO_LEARN, on_row=on_row)
+        named, note = (columns, labels and labels.note) if may_have_columns(file) else (None, None)
+        yield from read_texts(file, named, pairs=pairs, splits=TO_LEARN, on_row=note)
 
 
 def _tables(report: Any) -> Iterator[Any]:

@@ -62,8 +62,9 @@ def train_command(
         method: How to train, by name.
         unlabelled_file: Texts without labels for a classifier's exits and policy, which learn to agree with its last
             layer on them: files in every form that `predict` reads; "-" is standard input. Columns are those of
-            --text-columns, or the usual names. Of a data set with several splits, "train" is read. Duplicates and rows
-            that are labelled or reported on are dropped.
+            --text-columns, or the usual names; standard input is a table if its first line holds the named ones, else
+            plain text. Of a data set with several splits, "train" is read. Duplicates and rows that are labelled or
+            reported on are dropped.
         warm_up_dir: Folder of warm-ups that trainings share: settings of policy, reward and rounds are tried without
             warming up again. The first training leaves its warm-up there, others that begin alike go on from it.
         resume: Go on from the last checkpoint in the output folder.
@@ -171,19 +172,19 @@ def unlabelled_texts(
 
     Args:
         files: as `predict` reads them; "-" is standard input.
-        columns: of the labelled rows; plain text has none.
+        columns: of the labelled rows; plain text has none. A stream is a table if its first line holds them.
         train: labelled rows, which are single texts or pairs.
         evaluation: rows to report on.
     """
     from accelerate import PartialState
 
-    from consistentee.data.files import TO_LEARN, has_columns, read_texts
+    from consistentee.data.files import TO_LEARN, may_have_columns, read_texts
 
     reported, dropped = set(evaluation.texts), 0
     for file in files:
         say_reading(file, "texts")
-        named, pairs = columns if has_columns(file) else None, len(train.texts[0]) == 2
-        for text in read_texts(file, named, pairs=pairs, splits=TO_LEARN):
+        named, pairs = columns if may_have_columns(file) else None, len(train.texts[0]) == 2
+        for text in read_texts(file, named, plain_too=True, pairs=pairs, splits=TO_LEARN):
             if text in reported:
                 dropped += 1
             else:

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from consistentee.data.files import open_table
-from consistentee.data.labels import match_labels, numbers_as_written_once, same_number_twice
+from consistentee.data.labels import (
+    match_labels,
+    number_on_a_scale,
+    numbers_as_written_once,
+    same_number_twice,
+)
 from consistentee.data.parsing import quoted
 from consistentee.data.rows import TextDataset
 from consistentee.data.sources import no_training_rows, task_tables
@@ -209,6 +214,7 @@ def _labelled(
 ) -> TextDataset:
     labels = rows.labels
     if label_names is None and rows.declared_names is None:
+        _require_classes(rows)
         labels = _one_spelling(rows)
     seen = Counter(labels)
     names = label_names or rows.declared_names or _learned_names(seen)
@@ -231,6 +237,15 @@ def _labelled(
             "Give rows of at least two classes; check the label column.",
         )
     return TextDataset(rows.texts, [index_of[label] for label in labels], names, rows.table.file)
+
+
+def _require_classes(rows: _Rows) -> None:
+    """Raise a DataError where the labels are numbers that are not all whole."""
+    label = number_on_a_scale(rows.labels)
+    if label is not None:
+        problem = f'Label "{label}" is not a whole number, and all labels are numbers.'
+        row = rows.numbers[rows.labels.index(label)]
+        raise rows.table.error(row, problem, "Give classes, not numbers on a scale.")
 
 
 def _one_spelling(rows: _Rows) -> list[str]:

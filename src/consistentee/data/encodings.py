@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,33 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+
+_NO_TEXT: dict[re.Pattern[bytes], tuple[str, str]] = {
+    re.compile(begin, re.DOTALL): (
+        f"It is compressed by {name}.",
+        f"Unpack it, or give its text on standard input: {command} FILE | consistentee predict MODEL -.",
+    )
+    for begin, name, command in (
+        (rb"\x1f\x8b", "gzip", "zcat"),
+        (rb"BZh[1-9]1AY&SY", "bzip2", "bzcat"),
+        (rb"\xfd7zXZ\0", "xz", "xzcat"),
+        (rb"\x28\xb5\x2f\xfd", "zstd", "zstdcat"),
+    )
+} | {
+    re.compile(rb"PK\x03\x04"): (
+        "It is a ZIP archive, as spreadsheets are, and no text.",
+        "Unpack it; save a spreadsheet as CSV.",
+    ),
+    re.compile(rb"ARROW1\0|\xff{4}"): (
+        "It is an Arrow file, and no text.",
+        "Give the whole folder that datasets saved, or write Parquet.",
+    ),
+    re.compile(rb"PAR1[\0-\x08\x0e-\x1f]"): (
+        "It is a Parquet file, and no text.",
+        "Let its name end in .parquet.",
+    ),
+}
+"""How files begin that are no text: what they are, and what to do."""
 
 _MOSTLY = 0.3  # share of zero bytes from which a text has two bytes a character
 
@@ -72,8 +100,11 @@ def _encoding(first: bytes, file: str) -> str | None:
     """The encoding that the first line's byte-order mark names, None for UTF-8.
 
     Raises:
-        DataError: There is none, and every other byte is zero.
+        DataError: There is none, and every other byte is zero, or it is the beginning of no text at all.
     """
+    for begin, (problem, remedy) in _NO_TEXT.items():
+        if begin.match(first):
+            raise DataError(problem, file=file, remedy=remedy)
     for mark, encoding in _BOMS.items():
         if first.startswith(mark):
             return encoding

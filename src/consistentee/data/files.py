@@ -5,6 +5,7 @@ Every complaint names the file, the row counted from 1, and what to do. How line
 
 from __future__ import annotations
 
+import csv
 import itertools
 import logging
 import os
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 Source = str | os.PathLike[str] | IO[str] | IO[bytes]
 
+_DESCRIPTOR = re.compile(r"/dev/stdin|/dev/fd/\d+|/proc/\w+/fd/\d+")  # they seem to be the file behind them
 _ARRAY_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
 
 KNOWN_TEXT_COLUMNS = (
@@ -86,7 +88,8 @@ def read_source(
     source: Source,
     read: Callable[[Table], Iterator[T]],
     *,
-    named: bool,
+    columns: Sequence[str] = (),
+    plain_too: bool = False,
     pairs: bool | None = None,
     splits: Sequence[str] = TO_ANSWER,
 ) -> Iterator[T]:
@@ -99,12 +102,14 @@ def read_source(
             lines if it starts with "{", an array if with "[{", else plain text, or, where columns are named, a table
             with a header line (TSV if that has a tab). Plain text is one column, "text", or two, "text_a" and "text_b".
         read: Takes the table.
-        named: Whether columns are named.
+        columns: Those that are named.
+        plain_too: Whether a stream whose first line does not hold them all is plain text, rather than a table that
+            lacks them.
         pairs: Whether a tab in plain text separates the two texts of a pair; None lets the first line decide.
         splits: Where there are several splits, the first of these that is there is read, and a warning says which.
 
     Raises:
-        DataError: A file that is missing; others as they are read.
+        DataError: A file that is missing, or columns of a file of plain text; others as they are read.
     """
     if not isinstance(source, (str, os.PathLike)):
         file = str(getattr(source, "name", "the stream"))
@@ -122,42 +127,47 @@ def read_source(
         if not path.exists():
             remedy = 'Check the path, or give "-" for standard input.'
             raise DataError("There is no such file.", file=path, remedy=remedy)
-        if path.is_file():
-            return read(
-                open_table(path) if path.suffix.lower() in FORMATS else _text_table(path, pairs=pairs)
-            )
+        if not is_stream(os.fspath(source)):
+            if path.suffix.lower() in FORMATS:
+                return read(open_table(path))
+            if columns:
+                problem = "It is plain text, with a text on each line and no columns."
+                remedy = f"Name none, or give a file of columns, which ends in {', '.join(FORMATS)}."
+                raise DataError(problem, file=path, remedy=remedy)
+            return read(_text_table(path, pairs=pairs))
         file, lines = str(path), file_lines(path)
 
     def of_stream() -> Iterator[T]:
         first = list(itertools.islice(lines, 1))
         begin = first[0][1] if first else ""
-        table_format = "text" if not named else "tsv" if "\t" in begin else "csv"
-        file_format = _json_format(begin) or table_format
+        file_format = _json_format(begin) or _line_format(begin, columns, plain_too)
         rows = parse(itertools.chain(first, lines), file, file_format, pairs=pairs)
-        yield from read(Table(file, rows, "row" if file_format == "json array" else "line"))
+        unit = "row" if file_format == "json array" else "line"
+        yield from read(Table(file, rows, unit, is_plain=file_format == "text"))
 
     return of_stream()
 
 
 def is_stream(source: str) -> bool:
-    """Whether it can be read once only: standard input, a pipe or a device."""
-    return source == "-" or (
-        Path(source).exists() and not Path(source).is_file() and not Path(source).is_dir()
-    )
-
-
-def has_columns(source: str) -> bool:
-    """Whether a file or data set by name has columns; plain text has none, and a stream as it is read."""
-    if is_stream(source):
-        return False
+    """Whether it can be read once only: standard input, also by its name, a pipe or a device."""
     path = Path(source)
-    return source.startswith(HUB_PREFIX) or path.suffix.lower() in FORMATS or path.is_dir()
+    if source == "-" or _DESCRIPTOR.fullmatch(source):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def may_have_columns(source: str) -> bool:
+    """Whether a file, data set or stream by name may have columns: all but files of plain text."""
+    path = Path(source)
+    is_known = source.startswith(HUB_PREFIX) or path.suffix.lower() in FORMATS or path.is_dir()
+    return is_known or is_stream(source)
 
 
 def read_texts(
     source: Source,
     text_columns: Sequence[str] | None = None,
     *,
+    plain_too: bool = False,
     pairs: bool | None = None,
     splits: Sequence[str] = TO_ANSWER,
     on_row: Callable[[Table, int, Mapping[str, Any]], object] | None = None,
@@ -167,6 +177,7 @@ def read_texts(
     Args:
         source: As in `read_source`.
         text_columns: One or two columns; by default the first of KNOWN_TEXT_COLUMNS that the input has.
+        plain_too: As in `read_source`.
         pairs: Whether every row is a pair of texts. If not, a tab is part of a text. None lets the input decide.
         splits: As in `read_source`.
         on_row: Called with table, number and values of every row, before its texts are given.
@@ -175,8 +186,8 @@ def read_texts(
         Tuples of one text, or of two for pairs; the same number throughout.
 
     Raises:
-        DataError: A file that is missing or empty, a row that is broken or whose text is empty, bytes that are no text
-            (`encodings`), or no column that can be taken for the text.
+        DataError: A file that is missing or empty, columns of a file of plain text, a row that is broken or whose text
+            is empty, bytes that are no text (`encodings`), or no column that can be taken for the text.
     """
     if text_columns is not None and len(text_columns) not in (1, 2):
         raise ValueError(f"text_columns must be one column or two, got {len(text_columns)}.")
@@ -186,7 +197,7 @@ def read_texts(
 
     def texts(table: Table) -> Iterator[tuple[str, ...]]:
         columns, table = table.with_columns()
-        taken = text_columns or next(
+        taken = (None if table.is_plain else text_columns) or next(
             (
                 known
                 for known in KNOWN_TEXT_COLUMNS
@@ -205,7 +216,9 @@ def read_texts(
                 on_row(table, row, values)
             yield found
 
-    return read_source(source, texts, named=text_columns is not None, pairs=pairs, splits=splits)
+    return read_source(
+        source, texts, columns=text_columns or (), plain_too=plain_too, pairs=pairs, splits=splits
+    )
 
 
 def _json_format(begin: str) -> str | None:
@@ -213,6 +226,21 @@ def _json_format(begin: str) -> str | None:
     if begin.lstrip().startswith("{"):
         return "jsonl"
     return "json array" if _ARRAY_BEGINS.match(begin) else None
+
+
+def _line_format(begin: str, columns: Sequence[str], plain_too: bool) -> str:
+    """The format of a text that is no JSON, by its first line: "tsv" or "csv" if columns are named, else "text"."""
+    if not columns:
+        return "text"
+    file_format = "tsv" if "\t" in begin else "csv"
+    if plain_too:
+        try:
+            (header,) = [begin.split("\t")] if file_format == "tsv" else csv.reader([begin])
+        except (ValueError, csv.Error):  # no header is that long
+            return "text"
+        if not set(columns) <= {name.strip() for name in header}:
+            return "text"
+    return file_format
 
 
 def _text_table(
@@ -230,4 +258,4 @@ def _text_table(
         if begin.lstrip().startswith(b"["):
             file_format, unit = "json array", "row"
     rows = parse(file_lines(path), str(path), file_format, header, skipped, pairs)
-    return Table(str(path), rows, unit, skipped=skipped)
+    return Table(str(path), rows, unit, skipped=skipped, is_plain=file_format == "text")

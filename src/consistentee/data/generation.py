@@ -156,7 +156,8 @@ def read_prompts(
         DataError: A file that is missing or empty, a row that is broken or whose prompt is empty.
     """
     prompts = partial(_prompts, prompt_column=prompt_column, input_column=input_column)
-    return read_source(source, prompts, named=bool(prompt_column or input_column), pairs=False)
+    columns = [column for column in (prompt_column, input_column) if column]
+    return read_source(source, prompts, columns=columns, pairs=False)
 
 
 def _prompts(table: Table, prompt_column: str | None, input_column: str | None) -> Iterator[dict[str, str]]:

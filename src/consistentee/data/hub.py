@@ -76,9 +76,10 @@ def hub_source(path: str | os.PathLike[str]) -> HubSource | None:
 def table_of(dataset: Dataset, file: str, *, skip_broken: bool = False) -> Table:
     """The rows of a `datasets.Dataset`, with class indices turned into class names (-1, no label, into None)."""
     names = _declared_names(dataset.features)
-    return Table(
-        file, _named_classes(enumerate(dataset, start=1), names), "row", names, [] if skip_broken else None
-    )
+    stored = dataset.with_format("arrow")  # all columns as they are: nothing is decoded or made a tensor
+    batches = stored.iter(batch_size=128)  # rows may hold pictures
+    rows = enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
+    return Table(file, _named_classes(rows, names, file), "row", names, [] if skip_broken else None)
 
 
 def parquet_table(path: Path) -> Table:
@@ -92,14 +93,17 @@ def parquet_table(path: Path) -> Table:
         raise DataError(
             f"This is not a Parquet file: {error}.", file=path, remedy="Check the file."
         ) from None
-    names = _declared_names(_stored_features(file.schema_arrow.metadata))
+    schema = file.schema_arrow  # whose columns may have changed since `datasets` described them
+    features = _stored_features(schema.metadata)
+    indices = {field.name for field in schema if pyarrow.types.is_integer(field.type)}
+    names = _declared_names({column: features[column] for column in features if column in indices})
 
     def rows() -> Numbered:
         with file:
             batches = file.iter_batches(batch_size=1024)
             yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
 
-    return Table(str(path), _named_classes(rows(), names), "row", names)
+    return Table(str(path), _named_classes(rows(), names, str(path)), "row", names)
 
 
 def datasets_folder(path: Path, splits: Sequence[str]) -> Table:
@@ -171,12 +175,21 @@ def _declared_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _named_classes(rows: Iterable[tuple[int, Any]], names: Mapping[str, tuple[str, ...]]) -> Numbered:
+def _named_classes(
+    rows: Iterable[tuple[int, Any]], names: Mapping[str, tuple[str, ...]], file: str
+) -> Numbered:
     for number, values in rows:
-        named = {
-            column: by_index[values[column]] if values[column] is not None and values[column] >= 0 else None
-            for column, by_index in names.items()
-        }
+        named: dict[str, str | None] = {}
+        for column, by_index in names.items():
+            index = values[column]
+            if index is not None and index >= len(by_index):
+                problem = (
+                    f'Class {index} of column "{column}" has no name; the file names {len(by_index)} classes: '
+                    f"{quoted(by_index)}."
+                )
+                remedy = "Correct the label, or write the file without metadata (replace_schema_metadata of pyarrow)."
+                raise DataError(problem, file=file, row=number, unit="row", remedy=remedy)
+            named[column] = by_index[index] if index is not None and index >= 0 else None
         yield number, {**values, **named}
 
 

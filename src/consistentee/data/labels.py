@@ -1,16 +1,18 @@
 """Labels as data write them, and the names of classes: which label means which class.
 
 A label means the class whose name it spells exactly. What no name spells may still be the same whole number (`1.0` and
-`01` for `1`), or the same word in other letters (`Positive` for `positive`), but only where nothing is merged by that:
-`us` and `US` stay two.
+`01` for `1`), or the same word in other letters (`Positive` for `positive`, an accent as a character of its own for a
+letter with it), but only where nothing is merged by that: `us` and `US` stay two.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
 
 
@@ -45,19 +47,23 @@ def match_labels(labels: Iterable[str], classes: Mapping[str, int]) -> dict[str,
     by_folded: dict[str, list[int]] = {}
     for name, index in classes.items():
         by_number.setdefault(whole_number(name), set()).add(index)
-        by_folded.setdefault(name.casefold(), []).append(index)
-    folded = Counter(label.casefold() for label in distinct)
+        by_folded.setdefault(_folded(name), []).append(index)
+    folded = Counter(map(_folded, distinct))
     matched: dict[str, int] = {}
     for label in distinct:
-        number, same = whole_number(label), by_folded.get(label.casefold(), [])
+        number, same = whole_number(label), by_folded.get(_folded(label), [])
         if label in classes:
             matched[label] = classes[label]
         elif number is not None:
             if len(indices := by_number.get(number, set())) == 1:
                 matched[label] = next(iter(indices))
-        elif len(same) == 1 and folded[label.casefold()] == 1:
+        elif len(same) == 1 and folded[_folded(label)] == 1:
             matched[label] = same[0]
     return matched
+
+
+def _folded(label: str) -> str:
+    return unicodedata.normalize("NFC", label.casefold())
 
 
 def numbers_as_written_once(labels: Iterable[str]) -> dict[str, str]:
@@ -82,6 +88,19 @@ def numbers_as_written_once(labels: Iterable[str]) -> dict[str, str]:
         len(set(numbers)) == len(distinct) and not any("." in label for label in distinct)
     )
     return {label: label if keep else str(number) for label, number in zip(distinct, numbers, strict=True)}
+
+
+def number_on_a_scale(labels: Iterable[str]) -> str | None:
+    """The first label that is no whole number, if all of them are numbers; else None.
+
+    Example:
+        >>> number_on_a_scale(["1", "2.5"]), number_on_a_scale(["1", "2"]), number_on_a_scale(["2.5", "many"])
+        ('2.5', None, None)
+    """
+    distinct = list(dict.fromkeys(labels))
+    if not all(map(_NUMBER.fullmatch, distinct)):
+        return None
+    return next((label for label in distinct if whole_number(label) is None), None)
 
 
 def same_number_twice(labels: Iterable[str]) -> tuple[str, str] | None:

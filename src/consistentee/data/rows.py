@@ -45,7 +45,7 @@ class _Rows(ABC):
         """Hash of all rows, and of label names: two runs with the same one saw the same data."""
         digest = hashlib.sha256()
         for parts in self._parts():
-            digest.update("\x1f".join(parts).encode() + b"\x1e")
+            digest.update("\x1f".join(parts).encode("utf-8", "surrogatepass") + b"\x1e")
         return digest.hexdigest()[:16]
 
     def _lists(self) -> dict[str, list[Any]]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from consistentee.data.encodings import file_lines
 from consistentee.data.files import open_table
 from consistentee.data.hub import table_of
-from consistentee.data.parsing import quoted
+from consistentee.data.parsing import Numbered, quoted
 from consistentee.data.tables import Table
 from consistentee.data.tasks import ClassificationTask, GenerationTask, plain_name
 from consistentee.errors import DataError
 
 LOCAL_ENDINGS = (".tsv", ".jsonl", ".csv", ".parquet", ".json")
+
+_SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 
 AnyTask = ClassificationTask | GenerationTask
 
@@ -24,6 +30,7 @@ def task_tables(task: AnyTask, data_dir: str | os.PathLike[str] | None) -> tuple
     A folder inside `data_dir` that has the task's name comes before `data_dir` itself. In a folder a file is the one of
     its name ("train", "dev"), else the only one whose name begins so, what is to be learned in it before one without
     (GLUE-like test files have no labels); for tasks that cut evaluation rows from training rows also the only file.
+    The shards of a file (`train-00000-of-00002.parquet`) are read as one.
 
     Args:
         task: A row of `tasks.TASKS`.
@@ -82,7 +89,7 @@ def _local_tables(task: AnyTask, root: Path) -> tuple[Table | None, Table | None
         train = _first_table(task, files, ("train",))
         evaluation = _first_table(task, files, task.evaluation_files)
         if cuts and train is None and evaluation is None and len(_without_notes(files)) == 1:
-            train = _open(task, _without_notes(files)[0])
+            train = _open(task, _without_notes(files))
         if evaluation is not None or (cuts and train is not None):
             return train, evaluation
     stems = (*(["train"] if cuts else []), *task.evaluation_files)
@@ -97,23 +104,49 @@ def _local_tables(task: AnyTask, root: Path) -> tuple[Table | None, Table | None
 def _first_table(task: AnyTask, files: Sequence[Path], stems: Sequence[str]) -> Table | None:
     """The first file of these names that is there, one that has what is to be learned before one without."""
     without: Table | None = None
-    for path in (path for stem in stems for path in _files_of(files, stem)):
-        columns, table = _open(task, path).with_columns()
+    for paths in (paths for stem in stems for paths in _files_of(files, stem)):
+        columns, table = _open(task, paths).with_columns()
         if any(layout.needed[-1] in columns for layout in task.layouts):
             return table
         without = without or table
     return without
 
 
-def _files_of(files: Sequence[Path], stem: str) -> list[Path]:
-    """The files whose name is the stem, or the only one whose name begins with it."""
+def _files_of(files: Sequence[Path], stem: str) -> list[Sequence[Path]]:
+    """The files whose name is the stem, or the only one, or the shards, whose name begins with it."""
     exact = [path for path in files if path.stem.lower() == stem]
     begin = [path for path in _without_notes(files) if path.stem.lower().startswith(stem)]
+    shards = [] if exact else _shards(begin)
+    if shards:
+        return [shards]
     if len(begin) > 1 and not exact:
         remedy = f"Keep one, or name the one to read {stem}{begin[0].suffix}."
         names = quoted(sorted(path.name for path in begin))
         raise DataError(f"Several files begin with {stem}: {names}.", file=begin[0].parent, remedy=remedy)
-    return exact or begin
+    return [[path] for path in exact or begin]
+
+
+def _shards(files: Sequence[Path]) -> list[Path]:
+    """The shards of one file in their order, none where the files are something else.
+
+    Raises:
+        DataError: Some of them are missing.
+    """
+    found = [match for path in files if (match := _SHARD.fullmatch(path.name))]
+    if (
+        not found
+        or len(found) < len(files)
+        or len({match.group("name", "count", "ending") for match in found}) > 1
+    ):
+        return []
+    name, count, ending = found[0].group("name", "count", "ending")
+    wanted = [files[0].with_name(f"{name}-{number:05}-of-{count}{ending}") for number in range(int(count))]
+    missing = [path.name for path in wanted if path not in files]
+    if missing:
+        problem = f"Of {int(count)} shards there are missing {quoted(missing)}."
+        remedy = "Put all of them there, or give one file with all rows."
+        raise DataError(problem, file=files[0].parent, remedy=remedy)
+    return wanted
 
 
 def _without_notes(files: Sequence[Path]) -> Sequence[Path]:
@@ -121,6 +154,27 @@ def _without_notes(files: Sequence[Path]) -> Sequence[Path]:
     return [path for path in files if path.suffix.lower() != ".json"] or files
 
 
-def _open(task: AnyTask, path: Path) -> Table:
+def _open(task: AnyTask, paths: Sequence[Path]) -> Table:
+    """The rows of a file, or of its shards, which are then counted through."""
+    first = _open_one(task, paths[0])
+    if len(paths) == 1:
+        return first
+
+    def rows() -> Numbered:
+        numbers = itertools.count(1)
+        for table in itertools.chain([first], (_open_one(task, path) for path in paths[1:])):
+            yield from ((next(numbers), values) for _, values in table.rows)
+            if first.skipped is not None and table is not first:
+                first.skipped.extend(table.skipped or ())
+
+    name = re.sub(r"-\d{5}-of-", "-*-of-", paths[0].name)
+    return replace(first, file=str(paths[0].with_name(name)), rows=rows(), unit="row")
+
+
+def _open_one(task: AnyTask, path: Path) -> Table:
     header = task.local_header if path.suffix.lower() == ".tsv" else None
+    if header is not None:
+        names = {name.strip() for name in next(file_lines(path), (1, ""))[1].split("\t")}
+        if any(set(layout.needed) <= names for layout in task.layouts):
+            header = None
     return open_table(path, header=header, skip_broken=task.skip_broken_rows)

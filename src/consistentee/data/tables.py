@@ -40,6 +40,7 @@ class Table:
         class_labels: Class names by column, where the file itself declares them (`datasets.ClassLabel`).
         skipped: Collects the errors of broken rows, which are then left out; None raises the first.
         split: The split that was taken of several; None where there is one, or one was named.
+        is_plain: Whether it is plain text, whose columns have no names of its own.
     """
 
     file: str
@@ -48,6 +49,7 @@ class Table:
     class_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     skipped: list[DataError] | None = None
     split: str | None = None
+    is_plain: bool = False
 
     def error(self, row: int | None, problem: str, remedy: str) -> DataError:
         """The error that is to be raised about a row of this table."""

@@ -161,7 +161,13 @@ class LoadedClassifier(LoadedModel[EarlyExitForSequenceClassification]):
     criteria = CRITERIA
 
     def _prepare_tokenizer(self) -> None:
-        read_special_tokens(self.tokenizer, bool(getattr(self.model.config, "parse_special_tokens", False)))
+        if isinstance(self.model.config, EncoderClassifierConfig):
+            read_special_tokens(self.tokenizer, self.model.config.parse_special_tokens)
+
+    @property
+    def parse_special_tokens(self) -> bool:
+        """Whether special tokens that a text spells are special tokens to it; of a plain model its tokenizer says."""
+        return not self.tokenizer.split_special_tokens
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -171,7 +172,10 @@ def retrofit_task(
     """Open the model, unless it is, and read the texts; arguments and errors as of `retrofit` and `part_texts`."""
     original = original or load_model(model, LoadedClassifier)
     check_single_label(original.model.config, str(model))
-    read_special_tokens(original.tokenizer, config.parse_special_tokens)
+    if config.parse_special_tokens is None:
+        config = replace(config, parse_special_tokens=original.parse_special_tokens)
+    else:
+        read_special_tokens(original.tokenizer, config.parse_special_tokens)
     longest = min(config.max_length, original.max_length)
     spooled = SpooledTexts.read(texts, original.tokenizer, longest, source=source, max_texts=max_texts)
     original.check_texts(2 if spooled.text_pairs else 1, f"each row of {source}")

@@ -135,7 +135,7 @@ def evaluate_agreement(
     )
     answers = None
     if reference is not None:
-        answers = predict_classes(reference, rows, batch_size=batch_size, progress=progress)
+        answers = predict_classes(reference, rows, beside=saved, batch_size=batch_size, progress=progress)
     evaluation = agreement_of_layers(
         outputs.layer_logits,
         outputs.exit_probs,

@@ -270,7 +270,7 @@ def calibrate_model(
         logits, labels = logits[..., class_columns(saved, dataset.label_names)], states.labels
     answers = None
     if reference is not None:
-        answers = predict_classes(reference, dataset, batch_size=batch_size, progress=progress)
+        answers = predict_classes(reference, dataset, beside=saved, batch_size=batch_size, progress=progress)
     found = calibrate_layers(
         logits,
         states.exit_probs,

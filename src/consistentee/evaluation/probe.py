@@ -184,7 +184,7 @@ def _seconds_of_a_text(
     """What the model takes for one text, in batches."""
     if not texts:
         return 1.0  # reading says what is wrong
-    rows, _ = encode_texts(texts, original.tokenizer, min(max_length, original.max_length))
+    rows, _ = encode_texts(texts, original.tokenizer, min(max_length, original.longest))
     rows.sort(key=lambda row: len(row["input_ids"]))
     batch = dict(original.tokenizer.pad(rows[:: max(1, len(rows) // WARM_UP)], return_tensors="pt"))
     batch = {name: value.to(original.model.device) for name, value in batch.items()}

@@ -176,7 +176,7 @@ def retrofit_task(
         config = replace(config, parse_special_tokens=original.parse_special_tokens)
     else:
         read_special_tokens(original.tokenizer, config.parse_special_tokens)
-    longest = min(config.max_length, original.max_length)
+    longest = min(config.max_length, original.longest)
     spooled = SpooledTexts.read(texts, original.tokenizer, longest, source=source, max_texts=max_texts)
     original.check_texts(2 if spooled.text_pairs else 1, f"each row of {source}")
     return RetrofitTraining(config, spooled, original, **shares)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
+import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -38,6 +41,46 @@ def test_text_dataset_selects_rows() -> None:
     assert data.select([2, 0]) == TextDataset([("c",), ("a",)], [0, 0], ("n", "y"), "here")
     with pytest.raises(ValueError, match="equally many, got 1 and 2"):
         TextDataset([("a",)], [0, 1], ("n", "y"), "here")
+
+
+def test_text_dataset_takes_strings_and_what_is_like_a_list() -> None:
+    data = TextDataset([("a",), ("b",)], [0, 1], ("n", "y"), "here")
+    assert TextDataset(cast(Any, ["a", "b"]), [0, 1], ("n", "y"), "here") == data
+    again = TextDataset(cast(Any, pandas.Series(["a", "b"])), cast(Any, np.array([0, 1])), ("n", "y"), "here")
+    assert again == data
+    assert again.fingerprint() == data.fingerprint()
+    assert len(data.select([])) == 0
+
+
+@pytest.mark.parametrize(
+    "texts, labels, message",
+    [
+        ("ab", [0, 1], "texts must be a list of texts, got one text. Put it into a list."),
+        (
+            {"a": 1, "b": 2},
+            [0, 1],
+            "texts must be a list of texts, got columns by name (dict). Give a column",
+        ),
+        ([("a",), (None,)], [0, 1], "here, row 2: Texts must be strings or pairs of strings, got (None,)."),
+        (
+            [("a",), ("a", "b", "c")],
+            [0, 1],
+            "here, row 2: Texts must be strings or pairs of strings, got ('a',",
+        ),
+        (
+            [("a",), ("a", "b")],
+            [0, 1],
+            "here, row 2: Rows must be all single texts or all pairs, got a pair where",
+        ),
+        ([("a",), ("b",)], [0, -1], "here, row 2: The label must be a class index from 0 to 1, got -1. Give"),
+        ([("a",), ("b",)], [2, 1], "here, row 1: The label must be a class index from 0 to 1, got 2."),
+        ([("a",), ("b",)], [0, "y"], "here, row 2: The label must be a class index from 0 to 1, got 'y'."),
+        ([("a",), ("b",)], [0, None], "here, row 2: The label must be a class index from 0 to 1, got None."),
+    ],
+)
+def test_rows_that_are_none(texts: Any, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TextDataset(texts, labels, ("n", "y"), "here")
 
 
 def test_max_samples_keeps_the_classes_their_shares_and_the_rows_their_order() -> None:

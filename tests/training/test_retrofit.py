@@ -104,6 +104,13 @@ def test_special_tokens_in_texts_are_what_they_are_to_the_model(
     assert torch.equal(logits, expected) == (parse is None)
 
 
+def test_strings_are_texts(plain: Path) -> None:
+    config = quick_retrofit()
+    of_tuples = exits_task(plain, TEXTS, config, source="texts")
+    of_strings = exits_task(plain, [text for (text,) in TEXTS], config, source="texts")
+    assert of_strings.data.fingerprint() == of_tuples.data.fingerprint()
+
+
 def test_a_plain_model_reads_texts_as_its_tokenizer_does(tmp_path: Path) -> None:
     folder = tiny_classifier(tmp_path)
     saved = load_model(folder, LoadedClassifier)

@@ -18,7 +18,7 @@ from consistentee.config import (
     TrainingConfig,
 )
 from consistentee.data.literal import read_special_tokens
-from consistentee.data.rows import InstructionDataset, TextDataset
+from consistentee.data.rows import InstructionDataset, Text, TextDataset
 from consistentee.data.spooled import SpooledTexts
 from consistentee.errors import SettingError
 from consistentee.models.keeps_original import check_single_label
@@ -41,7 +41,7 @@ def train(
     config: TrainingConfig | None = None,
     task: str | None = None,
     method: str = "consistent",
-    unlabelled: Iterable[tuple[str, ...]] | None = None,
+    unlabelled: Iterable[Text] | None = None,
     warm_up_dir: str | Path | None = None,
     resume: bool = False,
     report: Report = lambda message: None,
@@ -126,7 +126,7 @@ def finetune(
 def retrofit(
     *,
     model: str | Path,
-    texts: Iterable[tuple[str, ...]],
+    texts: Iterable[Text],
     output_dir: str | Path,
     config: RetrofitConfig | None = None,
     source: str = "texts",
@@ -140,7 +140,7 @@ def retrofit(
 
     Args:
         model: hub name or local folder of a Hugging Face sequence classifier, or of a plain model of ours.
-        texts: tuples of one text or two; duplicates are dropped.
+        texts: strings, or tuples of one text or two; duplicates are dropped.
         output_dir, resume, report: as in `train`.
         config: settings.
         source: where the texts come from, for the record.
@@ -161,7 +161,7 @@ def retrofit(
 
 def retrofit_task(
     model: str | Path,
-    texts: Iterable[tuple[str, ...]],
+    texts: Iterable[Text],
     config: RetrofitConfig,
     *,
     source: str,
@@ -208,7 +208,7 @@ def start_retrofit(
 def _task_of(
     data: TextDataset | InstructionDataset,
     config: TrainingConfig | None,
-    unlabelled: Iterable[tuple[str, ...]] | None,
+    unlabelled: Iterable[Text] | None,
     backbone: str | Path,
 ) -> TrainingTask:
     """The task of the data, with its settings."""

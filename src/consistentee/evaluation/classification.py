@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
 from consistentee.data.batches import TokenizedDataset, collate
-from consistentee.data.labels import match_labels
+from consistentee.data.labels import is_nameless, match_labels
 from consistentee.data.parsing import quoted
 from consistentee.data.rows import TextDataset
 from consistentee.data.tasks import TASKS, ClassificationTask
@@ -331,8 +331,7 @@ def class_columns(saved: LoadedClassifier, label_names: Sequence[str]) -> list[i
     Raises:
         ValueError: the names do not agree.
     """
-    nameless = all(name == f"LABEL_{index}" for index, name in enumerate(saved.label_names))
-    known = label_names[: len(saved.label_names)] if nameless else saved.label_names
+    known = label_names[: len(saved.label_names)] if is_nameless(saved.label_names) else saved.label_names
     found = match_labels(label_names, {name: index for index, name in enumerate(known)})
     columns = [found[name] for name in label_names if name in found]
     if sorted(columns) != list(range(len(saved.label_names))) or len(columns) != len(label_names):

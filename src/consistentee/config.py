@@ -303,11 +303,11 @@ class RetrofitConfig(AdapterSettings, ClassificationTrainingConfig):
 
     max_length: int = 512
     """Tokens of an input at most, and no more than the model takes; longer ones are cut, as the model cuts them."""
-    batch_size: int = 32
+    parse_special_tokens: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Take special tokens that a text spells, such as [SEP], for special tokens; by default as the model does."""
     warmup_epochs: float = 1.0
     rounds: int = 0
     consistent_epochs: float = 0.0
-    num_queries: int = 4
     classifier_hidden_size: int | None = 64
     policy_hidden_size: int = 64
     policy_dropout: float = 0.0

@@ -366,7 +366,10 @@ class TestTrain:
     ) -> None:
         (tmp_path / "r.yaml").write_text("task: sst2\n", encoding="utf-8")
         for name, rows in (("train", 20), ("dev", 10)):
-            texts = [f"{text}\t{label}" for (text,), label in zip(*_columns(tiny_dataset(rows)), strict=True)]
+            texts = [
+                f"{text}\t{label}"
+                for (text,), label in zip(*_columns(tiny_dataset(rows, seed=rows)), strict=True)
+            ]
             (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *texts]), encoding="utf-8")
         outcome = call(
             *("train", "--config", tmp_path / "r.yaml", "--data-dir", tmp_path, "--backbone", files.backbone),
@@ -377,6 +380,43 @@ class TestTrain:
         assert training[0]["resume"] is True
         assert len(training[0]["train_data"]) == 12
         assert "On 10 rows that training has not seen" in outcome.out
+
+    def test_rows_that_are_there_twice_are_counted(
+        self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]
+    ) -> None:
+        rows = tiny_dataset(60, seed=1)
+        twice = write_csv(tmp_path / "twice.csv", rows.select([*range(60), *range(60)]))
+        command = (
+            "train",
+            "--backbone",
+            files.backbone,
+            *COLUMNS,
+            "--validation-fraction",
+            0.25,
+            "--train-file",
+        )
+        outcome = call(*command, twice, "--output-dir", tmp_path / "o")
+        assert outcome.code == 0, outcome.err
+        lines = (tmp_path / "o" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+        held_out = [json.loads(line) for line in lines]
+        train = training[0]["train_data"]
+        seen = sum((row["text"],) in train.texts for row in held_out)
+        assert 6 < seen <= 12
+        assert f"On 12 rows, {seen} of which are also in the training rows ({twice}):" in outcome.out
+        kept, held = train.split(0.25, 0)
+        copies = sum(train.texts[row] in train.select(kept).texts for row in held)
+        said = f"{copies} of the 27 validation rows are also in the rows that the model learns from."
+        assert said in outcome.out
+        assert json.loads((tmp_path / "o" / RECORD_FILE).read_text())["evaluation"]["num_seen"] == seen
+        card = (tmp_path / "o" / "README.md").read_text(encoding="utf-8")
+        assert f"Measured on 12 rows, {seen} of which are also in the training rows." in card
+        outcome = call(*command, files.train, "--eval-file", files.train, "--output-dir", tmp_path / "same")
+        assert f"On 60 rows, 60 of which are also in the training rows ({files.train}):" in outcome.out
+        outcome = call(
+            *command, files.train, "--eval-file", files.evaluation, "--output-dir", tmp_path / "other"
+        )
+        assert "On 30 rows that training has not seen" in outcome.out
+        assert "validation rows" not in outcome.out
 
     def test_figures_go_into_the_folder(
         self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]

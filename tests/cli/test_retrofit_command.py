@@ -173,6 +173,33 @@ def test_too_few_texts_certify_nothing_and_it_is_said(
     assert "not certified" in out
 
 
+def test_another_report_forgets_the_one_before(
+    original: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "exits"
+    command = ["retrofit", str(original), "--texts", str(texts), "--output-dir", str(folder), *QUICK.split()]
+    command += ["--max-disagreement", "0.3", "--confidence"]
+    assert main([*command, "0.9"]) == 0
+    certified = json.loads((folder / "config.json").read_text())
+    assert certified["operating_points"]["certified"]["threshold"] == certified["threshold"]
+    of_the_policy = json.loads((folder / "training_record.json").read_text())["thresholds"]["policy"]
+    assert certified["threshold"] != of_the_policy
+    capsys.readouterr()
+    assert main([*command, "0.99999999999", "--resume"]) == 0
+    assert "The threshold is the one that the policy's own texts suggest." in capsys.readouterr().out
+    after = json.loads((folder / "config.json").read_text())
+    assert after["threshold"] == of_the_policy
+    assert not after["operating_points"]
+    another = {"criterion": "policy", "threshold": 0.5, "certificate": {"rows_fingerprint": "others"}}
+    (folder / "config.json").write_text(json.dumps({**after, "operating_points": {"certified": another}}))
+    assert main([*command, "0.99999999999", "--resume"]) == 0  # one that `calibrate` made of other rows
+    assert load_model(folder).early_exit_model.config.operating_points == {"certified": another}
+    assert main([*command, "0.9", "--resume"]) == 0
+    assert json.loads((folder / "config.json").read_text()) == certified | {
+        "operating_points": json.loads((folder / "config.json").read_text())["operating_points"]
+    }
+
+
 def test_a_tuned_backbone_is_held_to_the_original(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
+import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from consistentee.data.classification import load_files, load_task
+from consistentee.data.classification import NotedLabels, load_files, load_task
+from consistentee.data.files import read_texts
 from consistentee.data.rows import TextDataset, stratified_split
 from consistentee.data.tasks import get_task
 from consistentee.errors import DataError
@@ -38,6 +42,46 @@ def test_text_dataset_selects_rows() -> None:
     assert data.select([2, 0]) == TextDataset([("c",), ("a",)], [0, 0], ("n", "y"), "here")
     with pytest.raises(ValueError, match="equally many, got 1 and 2"):
         TextDataset([("a",)], [0, 1], ("n", "y"), "here")
+
+
+def test_text_dataset_takes_strings_and_what_is_like_a_list() -> None:
+    data = TextDataset([("a",), ("b",)], [0, 1], ("n", "y"), "here")
+    assert TextDataset(cast(Any, ["a", "b"]), [0, 1], ("n", "y"), "here") == data
+    again = TextDataset(cast(Any, pandas.Series(["a", "b"])), cast(Any, np.array([0, 1])), ("n", "y"), "here")
+    assert again == data
+    assert again.fingerprint() == data.fingerprint()
+    assert len(data.select([])) == 0
+
+
+@pytest.mark.parametrize(
+    "texts, labels, message",
+    [
+        ("ab", [0, 1], "texts must be a list of texts, got one text. Put it into a list."),
+        (
+            {"a": 1, "b": 2},
+            [0, 1],
+            "texts must be a list of texts, got columns by name (dict). Give a column",
+        ),
+        ([("a",), (None,)], [0, 1], "here, row 2: Texts must be strings or pairs of strings, got (None,)."),
+        (
+            [("a",), ("a", "b", "c")],
+            [0, 1],
+            "here, row 2: Texts must be strings or pairs of strings, got ('a',",
+        ),
+        (
+            [("a",), ("a", "b")],
+            [0, 1],
+            "here, row 2: Rows must be all single texts or all pairs, got a pair where",
+        ),
+        ([("a",), ("b",)], [0, -1], "here, row 2: The label must be a class index from 0 to 1, got -1. Give"),
+        ([("a",), ("b",)], [2, 1], "here, row 1: The label must be a class index from 0 to 1, got 2."),
+        ([("a",), ("b",)], [0, "y"], "here, row 2: The label must be a class index from 0 to 1, got 'y'."),
+        ([("a",), ("b",)], [0, None], "here, row 2: The label must be a class index from 0 to 1, got None."),
+    ],
+)
+def test_rows_that_are_none(texts: Any, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TextDataset(texts, labels, ("n", "y"), "here")
 
 
 def test_max_samples_keeps_the_classes_their_shares_and_the_rows_their_order() -> None:
@@ -358,6 +402,38 @@ def test_class_names_that_the_file_declares_keep_their_order(tmp_path: Path, end
     rows.save_to_disk(path) if ending == "folder" else pyarrow.parquet.write_table(rows.data.table, path)
     train, _ = load_files(path, None, ["text"], "y")
     assert (train.label_names, train.labels) == (tuple(names), [1, 0])
+
+
+NAMELESS = ("LABEL_0", "LABEL_1")
+
+
+def test_classes_of_a_model_without_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "dev.csv", "text,y", "a,1", "b,0", "c,1.0", "d,LABEL_0")
+    _, rows = load_files(None, path, ["text"], "y", NAMELESS)
+    assert (rows.label_names, rows.labels) == (NAMELESS, [1, 0, 1, 0])
+    with pytest.raises(DataError, match='Label "2" is not known; known labels: "LABEL_0", "LABEL_1"'):
+        load_files(None, write(tmp_path / "two.csv", "text,y", "a,1", "b,2"), ["text"], "y", NAMELESS)
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "y": datasets.ClassLabel(names=["worse", "better"])}
+    )
+    declared = datasets.Dataset.from_dict({"text": ["a", "b"], "y": [1, 0]}, features=features)
+    declared.save_to_disk(tmp_path / "declared")
+    for file, wanted in ((path, {("a",): 1, ("b",): 0}), (tmp_path / "declared", {("a",): 1, ("b",): 0})):
+        _, rows = load_files(None, file, ["text"], "y", NAMELESS)
+        assert (rows.label_names, rows.labels[:2]) == (NAMELESS, [1, 0])
+        noted = NotedLabels(["text"], "y")
+        texts = list(read_texts(file, ["text"], on_row=noted.note))
+        assert noted.classes_of(texts[:2], NAMELESS) == wanted
+    with pytest.raises(DataError, match='Label "1" is not known; known labels: "no", "yes"'):
+        load_files(None, path, ["text"], "y", ("no", "yes"))
+
+
+def test_a_task_and_a_model_without_names(tmp_path: Path) -> None:
+    write(tmp_path / "dev.tsv", "sentence\tlabel", "a film\t1", "a plot\t0")
+    write(tmp_path / "train.tsv", "sentence\tlabel", "a film\tpositive", "a plot\tnegative")
+    train, rows = load_task("sst2", tmp_path, label_names=NAMELESS)
+    assert train is not None
+    assert (rows.labels, train.labels, rows.label_names) == ([1, 0], [1, 0], NAMELESS)
 
 
 def test_a_saved_folder_with_splits(tmp_path: Path) -> None:

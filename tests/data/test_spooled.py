@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -75,6 +76,24 @@ def test_a_fingerprint_is_of_all_texts_in_their_order() -> None:
     prints = {read(texts).fingerprint() for texts in (TEXTS, TEXTS[::-1], TEXTS[:-1], [*TEXTS, ("y",)])}
     assert len(prints) == 4
     assert read(TEXTS).fingerprint() in prints
+
+
+def test_strings_are_texts_and_not_their_letters() -> None:
+    tuples = SpooledTexts.read([("film",), ("good",)], tiny_tokenizer(), 32, source="s")
+    strings = SpooledTexts.read(["film", "good"], tiny_tokenizer(), 32, source="s")
+    assert strings.fingerprint() == tuples.fingerprint()
+    assert strings.text(1) == ("good",)
+    with pytest.raises(ValueError, match=r"must be tuples of one text or two, got a string"):
+        encode_texts(cast(Any, ["film", "good"]), tiny_tokenizer(), 32)
+
+
+def test_pairs_far_behind_single_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spooled, "READ_AT_ONCE", 2)
+    texts = [("a",), ("b",), ("c", "d")]
+    with pytest.raises(
+        DataError, match="s, row 3: Rows must be all single texts or all pairs, got a pair where"
+    ):
+        SpooledTexts.read(texts, tiny_tokenizer(), 32, source="s")
 
 
 def test_some_of_the_rows_are_a_data_set() -> None:

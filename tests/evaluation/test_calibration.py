@@ -296,6 +296,10 @@ def test_agreement_of_a_saved_model(saved: LoadedClassifier) -> None:
     assert found.environment["dtype"] == "float32"
     with pytest.raises(ValueError, match="at least one text"):
         evaluate_agreement(saved, [])
+    of_strings = evaluate_agreement(
+        saved, [text for (text,) in rows.texts], criteria=["confidence"], threshold=0.6
+    )
+    assert of_strings.curve == found.curve
 
 
 def test_a_dataset_of_the_wrong_classes(saved: LoadedClassifier) -> None:

@@ -59,6 +59,8 @@ def test_places_on_a_disk_are_not_published(backbone: str) -> None:
 def test_figures_of_an_evaluation() -> None:
     card = model_card({**RECORD, "evaluation": evaluation()})
     assert "Measured on 4 rows that training has not seen." in card
+    copies = model_card({**RECORD, "evaluation": {**evaluation(), "num_seen": 3}})
+    assert "Measured on 4 rows, 3 of which are also in the training rows." in copies
     assert "| mean exit layer | 1.75 of 3 |" in card
     assert "| difference, paired | +0.0 points (standard error 0.0) |" in card
     assert "| 1 | 2 | 100.0 % | 100.0 % |" in card

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, pipeline
@@ -115,6 +116,15 @@ def test_complaints_say_which_text(engine: Engine) -> None:
             engine.predict([("good", "é 😀") if isinstance(row, tuple) else "é 😀", row])
     with pytest.raises(ValueError, match="texts must be a list of texts, got one text"):
         engine.predict("good")
+    for table in ({"text": "good", "text_pair": "bad"}, pandas.DataFrame({"text": ["good", "bad"]})):
+        with pytest.raises(
+            ValueError, match=rf"got columns by name \({type(table).__name__}\)\. Give a column"
+        ):
+            engine.predict(table)
+    column = pandas.Series(["good", "bad"])
+    assert [one.label for one in engine.predict(column)] == [
+        one.label for one in engine.predict(["good", "bad"])
+    ]
 
 
 def test_options_are_checked_before_anything_is_read(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer
 
 from consistentee.cli.main import main
 from consistentee.errors import DataError, SettingError
@@ -98,6 +102,26 @@ def test_another_model_of_the_same_name(model: Path, engine: Engine, tmp_path: P
     assert model_fingerprint(load_model(other, LoadedClassifier)) != fingerprint
     with pytest.raises(SettingError, match="must be the same on all nodes"):
         BlockPredictor(str(other), fingerprint=fingerprint)
+
+
+def test_another_tokenizer_is_another_model(model: Path, tmp_path: Path) -> None:
+    def fingerprint(folder: Path) -> str:
+        saved = load_model(folder, LoadedClassifier)
+        found = model_fingerprint(saved)
+        Engine(saved).predict(["good film", "bad"])
+        assert model_fingerprint(saved) == found  # a call leaves its length and padding behind
+        return found
+
+    folders = [Path(shutil.copytree(model, tmp_path / str(number))) for number in range(4)]
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+    tokenizers[0].backend_tokenizer.normalizer = BertNormalizer(lowercase=False)
+    tokenizers[1].backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizers[2].truncation_side = tokenizers[2].init_kwargs["truncation_side"] = "left"
+    for folder, tokenizer in zip(folders, tokenizers, strict=True):
+        tokenizer.save_pretrained(folder)
+    found = [fingerprint(folder) for folder in folders]
+    assert len(set(found)) == 4
+    assert found[3] == fingerprint(model)  # wherever it lies
 
 
 @pytest.mark.parametrize(

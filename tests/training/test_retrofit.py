@@ -11,15 +11,17 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from consistentee.errors import DataError, SettingError
-from consistentee.models.loaded import load_model
+from consistentee.evaluation.agreement import evaluate_agreement
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.cached_states import CachedStates
 from consistentee.training.states import run_all_layers
 from consistentee.training.steps import OptimizerSteps
 from consistentee.training.tasks import retrofit as retrofit_task
 from consistentee.training.tasks.retrofit import part_texts
 from consistentee.training.train import finetune, retrofit, train
+from consistentee.training.train import retrofit_task as exits_task
 from quick import quick_config, quick_retrofit, read_weights, stop_at, weight_bytes
-from tiny import tiny_backbone, tiny_classifier, tiny_dataset
+from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_tokenizer
 
 TEXTS = tiny_dataset(400, seed=5).texts
 
@@ -65,6 +67,94 @@ def test_exits_come_to_agree_with_it(plain: Path, retrofitted: Path) -> None:
     assert agreement[:-1].min() > guess + 0.1
     divergence = (output.layer_logits[:, :-1].softmax(-1) - output.logits.softmax(-1)[:, None]).abs().mean()
     assert divergence < 0.25  # its distribution, not its answers alone
+
+
+@pytest.mark.parametrize(
+    "kind, parse", [("Hugging Face", None), ("Hugging Face", False), ("parsing", None), ("literal", None)]
+)
+def test_special_tokens_in_texts_are_what_they_are_to_the_model(
+    kind: str, parse: bool | None, tmp_path: Path
+) -> None:
+    if kind == "Hugging Face":
+        original = tiny_classifier(tmp_path / "original", layers=3)
+    else:
+        values = {"parse_special_tokens": kind == "parsing", "text_pairs": False}
+        original = tiny_full_depth_model(
+            tmp_path / "original", tiny_backbone(tmp_path / "backbone"), **values
+        )
+        load_model(original).tokenizer.save_pretrained(original)  # as training saves it
+    texts = [(f"good film {row} [SEP] bad plot",) for row in range(60)]
+    config = quick_retrofit(parse_special_tokens=parse)
+    folder = retrofit(model=original, texts=texts, output_dir=tmp_path / "m", config=config)
+    parsed = kind != "literal" and parse is None
+    saved: Any = load_model(folder)
+    assert saved.model.config.parse_special_tokens is parsed
+    record = json.loads((folder / "training_record.json").read_text())
+    assert record["config"]["parse_special_tokens"] is parsed
+
+    questions = [text for (text,) in texts[:4]]
+    batch = AutoTokenizer.from_pretrained(original)(questions, padding=True, return_tensors="pt")
+    for tokenizer in (saved.tokenizer, AutoTokenizer.from_pretrained(folder)):
+        rows = tokenizer(questions, padding=True, return_tensors="pt")
+        assert torch.equal(rows["input_ids"], batch["input_ids"]) == (parse is None)
+        assert (rows["input_ids"][0] == tokenizer.sep_token_id).sum() == 1 + parsed
+    with torch.no_grad():
+        expected = AutoModelForSequenceClassification.from_pretrained(original)(**batch).logits
+        logits = saved.model(**rows, criterion="confidence", threshold=1.0).logits
+    assert torch.equal(logits, expected) == (parse is None)
+
+
+def test_strings_are_texts(plain: Path) -> None:
+    config = quick_retrofit()
+    of_tuples = exits_task(plain, TEXTS, config, source="texts")
+    of_strings = exits_task(plain, [text for (text,) in TEXTS], config, source="texts")
+    assert of_strings.data.fingerprint() == of_tuples.data.fingerprint()
+
+
+def test_a_plain_model_reads_texts_as_its_tokenizer_does(tmp_path: Path) -> None:
+    folder = tiny_classifier(tmp_path)
+    saved = load_model(folder, LoadedClassifier)
+    assert saved.parse_special_tokens
+    its_own = AutoTokenizer.from_pretrained(folder)
+    assert saved.tokenizer("good [SEP] film")["input_ids"] == its_own("good [SEP] film")["input_ids"]
+    its_own.split_special_tokens = its_own.init_kwargs["split_special_tokens"] = True  # what is saved
+    its_own.save_pretrained(folder)
+    assert not load_model(folder, LoadedClassifier).parse_special_tokens
+
+
+@pytest.mark.parametrize("model_type, longest", [("modernbert", 700), ("bert", 600), ("deberta-v2", 2048)])
+def test_inputs_are_as_long_as_the_model_takes(model_type: str, longest: int, tmp_path: Path) -> None:
+    values = {"max_position_embeddings": longest, "position_biased_input": False}
+    original = tiny_classifier(tmp_path / "original", model_type, layers=2, **values)
+    tiny_tokenizer(model_type, 2048).save_pretrained(original)
+    texts = [(" ".join(["film"] * 750) + f" {row}",) for row in range(42)]
+    lengths = []
+    for asked in (100, 650, 4096):
+        task = exits_task(original, texts, quick_retrofit(max_length=asked), source="texts")
+        lengths.append(int(task.data.lengths.max()))
+    assert lengths == [100, min(650, longest), min(longest, 750 + 2 + 2)]
+    assert load_model(original, LoadedClassifier).max_length == 512
+
+
+def test_a_model_is_compared_at_the_length_of_its_exits(tmp_path: Path) -> None:
+    original = tiny_classifier(tmp_path / "original", "modernbert", layers=2, max_position_embeddings=700)
+    tiny_tokenizer("modernbert", 2048).save_pretrained(original)
+    texts = [(" ".join([("good", "bad")[row % 2]] * 600) + f" {row}",) for row in range(42)]
+    config = quick_retrofit(max_length=640)
+    folder = retrofit(model=original, texts=texts, output_dir=tmp_path / "m", config=config)
+    saved, reference = load_model(folder, LoadedClassifier), load_model(original, LoadedClassifier)
+    assert saved.max_length == 640
+    assert reference.length_beside(saved) == 640
+    assert saved.length_beside(reference) == 640
+    seen: list[int] = []
+    reference.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    evaluation = evaluate_agreement(
+        saved, texts[:4], criteria=["confidence"], threshold=1.0, reference=reference
+    )
+    assert evaluation.agreement == 1.0
+    assert max(seen) == 602 + 1
 
 
 def test_the_record_and_the_card_name_the_original(plain: Path, retrofitted: Path) -> None:

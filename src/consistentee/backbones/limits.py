@@ -24,6 +24,9 @@ FROM_ZERO = ("bert", "distilbert", "albert", "electra", "gpt2")
 BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 """Types whose first token stands behind the padding's entry: two of 514 positions are never a token's."""
 
+ROTARY = ("modernbert",)
+"""Encoders without such a table, which were made for a number of tokens all the same."""
+
 MPNET_PADDING = 1  # whatever its configuration says
 
 

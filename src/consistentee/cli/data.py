@@ -78,6 +78,18 @@ def training_data(options: TrainingDataOptions, recipe: Recipe, kind: Kind, seed
     return TrainingData(task, train.max_samples(options.max_train_samples, seed), evaluation, held_out)
 
 
+def num_copies(rows: AnyRows, others: AnyRows) -> int:
+    """How many rows have the texts of one of others, whatever their labels."""
+    known = set(_contents(others))
+    return sum(content in known for content in _contents(rows))
+
+
+def _contents(rows: AnyRows) -> Sequence[Any]:
+    if isinstance(rows, TextDataset):
+        return rows.texts
+    return list(zip(rows.prompts(), rows.references, strict=True))
+
+
 def evaluation_data(options: RowOptions, kind: Kind, model_task: str | None, **model: tuple[str, ...]) -> Any:
     """Load the rows to evaluate a saved model on.
 

@@ -61,7 +61,7 @@ def _retrofit_options() -> type:
             help=docs.get(name, "") + (f" [default: {shown}]" if shown else ""),
             group=NO_RECIPE,
             show_default=False,
-            negative=None if hints[name] is bool else (),
+            negative=None if hints[name] in (bool, bool | None) else (),
             consume_multiple=isinstance(defaults[name], tuple),
         )
         fields.append((name, Annotated[hints[name], Unchecked(), parameter], NOT_GIVEN))

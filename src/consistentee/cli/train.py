@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from consistentee.cli.data import save_held_out, training_data
+from consistentee.cli.data import num_copies, save_held_out, training_data
 from consistentee.cli.effects import Command
 from consistentee.cli.kinds import CLASSIFIERS, GENERATORS
 from consistentee.cli.options import (
@@ -106,7 +106,7 @@ def _run(
     unlabelled_files: list[str] | None = None,
     warm_up_dir: Path | None = None,
 ) -> None:
-    """Train or fine-tune, then evaluate on rows that training has not seen and put the figures into the folder."""
+    """Train or fine-tune, then evaluate on the rows to report on and put the figures into the folder."""
     data = data or TrainingDataOptions()
     recipe = read_recipe(recipe_file, data)
     method = method or recipe.method or "consistent"
@@ -138,6 +138,13 @@ def _run(
     metric = getattr(config, "threshold_metric", None)
     if metric is not None and command == "train":
         usage(lambda: check_threshold_metric(metric, len(rows.train.label_names)))
+    is_main = PartialState().is_main_process
+    kept, held = rows.train.split(config.validation_fraction, config.seed)
+    copies = num_copies(rows.train.select(held), rows.train.select(kept))
+    if copies and is_main:
+        say(
+            f"{copies:,} of the {len(held):,} validation rows are also in the rows that the model learns from."
+        )
     folder = train(
         backbone=backbone,
         train_data=rows.train,
@@ -152,17 +159,22 @@ def _run(
         resume=resume,
         report=say,
     )
-    is_main = PartialState().is_main_process
     evaluation = rows.evaluation.max_samples(kind.reported_rows, config.seed)
+    copies = num_copies(evaluation, rows.train)
     if is_main:
         if rows.held_out:
             path = save_held_out(folder, rows.evaluation, data)
             say(f"The rows to report on were cut from the training file; they are in {path}")
         drawn = f" of {len(rows.evaluation):,}" if len(evaluation) < len(rows.evaluation) else ""
-        say(f"On {len(evaluation):,}{drawn} rows that training has not seen ({rows.evaluation.source}):")
+        seen = (
+            f", {copies:,} of which are also in the training rows"
+            if copies
+            else " that training has not seen"
+        )
+        say(f"On {len(evaluation):,}{drawn} rows{seen} ({rows.evaluation.source}):")
     figures = kind.commands["report"](folder, evaluation, command, config, is_main)
     if is_main:
-        record_evaluation(folder, figures)
+        record_evaluation(folder, {**figures, "num_seen": copies} if copies else figures)
 
 
 def unlabelled_texts(

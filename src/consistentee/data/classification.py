@@ -12,7 +12,9 @@ from typing import Any
 
 from consistentee.data.files import open_table
 from consistentee.data.labels import (
+    is_nameless,
     match_labels,
+    names_of_nameless,
     number_on_a_scale,
     numbers_as_written_once,
     same_number_twice,
@@ -52,18 +54,22 @@ def load_task(
     """
     task = get_task(name)
     names = tuple(label_names) if label_names is not None else task.label_names
+    aliases = task.label_aliases
+    if names and task.label_names and is_nameless(names) and len(names) == len(task.label_names):
+        own = dict(zip(task.label_names, names, strict=True))
+        aliases = own | {alias: own[name] for alias, name in aliases.items()}
     train_table, evaluation_table = task_tables(task, data_dir)
     if train_table is None and (need_train or names is None):
         reason = "to train on" if need_train else "to learn the label names from"
         raise no_training_rows(task, data_dir, reason)
     train = None
     if train_table is not None:
-        train = _labelled(_read(train_table, task.layouts), names, task.label_aliases, training=True)
+        train = _labelled(_read(train_table, task.layouts), names, aliases, training=True)
         names = train.label_names
     if evaluation_table is None:
         raise DataError(f'There are no evaluation rows of task "{task.name}".', file=data_dir)
     evaluation = _read(evaluation_table, task.layouts)
-    return train, _labelled(evaluation, names, task.label_aliases, training=False)
+    return train, _labelled(evaluation, names, aliases, training=False)
 
 
 def load_files(
@@ -152,7 +158,12 @@ class NotedLabels:
         Raises:
             DataError: A label is not among the names, whosever it is.
         """
-        index_of = match_labels(self._first, {name: index for index, name in enumerate(label_names)})
+        classes = {name: index for index, name in enumerate(label_names)}
+        declared = {table.class_labels.get(self.label_column) for table, _ in self._first.values()}
+        aliases = names_of_nameless(label_names, declared.pop() if len(declared) == 1 else None)
+        index_of = match_labels(
+            self._first, {alias: classes[name] for alias, name in aliases.items()} | classes
+        )
         for label, (table, row) in self._first.items():
             if label not in index_of:
                 problem = f'Label "{label}" is not known; known labels: {quoted(label_names)}.'
@@ -221,6 +232,7 @@ def _labelled(
     if len(set(names)) < len(names):
         raise ValueError(f"label_names must differ, got {quoted(names)}.")
     classes = {name: index for index, name in enumerate(names)}
+    aliases = {**names_of_nameless(names, rows.declared_names), **aliases}
     known = match_labels(aliases.values(), classes)  # a model may write the task's names in other letters
     written = {alias: known[name] for alias, name in aliases.items() if name in known}
     index_of = match_labels(seen, written | classes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
@@ -116,3 +116,28 @@ def same_number_twice(labels: Iterable[str]) -> tuple[str, str] | None:
         if number is not None and first.setdefault(number, label) != label:
             return first[number], label
     return None
+
+
+def is_nameless(label_names: Sequence[str]) -> bool:
+    """Whether classes have no names but those that Hugging Face gives them: `LABEL_0`, `LABEL_1`, ..."""
+    return all(name == f"LABEL_{index}" for index, name in enumerate(label_names))
+
+
+def names_of_nameless(label_names: Sequence[str], declared: Sequence[str] | None) -> dict[str, str]:
+    """What data may call classes that have no names: none for others.
+
+    Args:
+        label_names: Class names by index, of a model.
+        declared: Names that the data declare, which are taken in their order where they are as many; else indices are.
+
+    Example:
+        >>> names_of_nameless(["LABEL_0", "LABEL_1"], None)
+        {'0': 'LABEL_0', '1': 'LABEL_1'}
+        >>> names_of_nameless(["LABEL_0", "LABEL_1"], ["no", "yes"]), names_of_nameless(["no", "yes"], None)
+        ({'no': 'LABEL_0', 'yes': 'LABEL_1'}, {})
+    """
+    if not is_nameless(label_names):
+        return {}
+    if declared is None or len(declared) != len(label_names):
+        declared = [str(index) for index in range(len(label_names))]
+    return dict(zip(declared, label_names, strict=True))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,47 @@ from typing_extensions import Self
 
 from consistentee.data.templates import Turn
 from consistentee.errors import DataError
+
+Text = str | tuple[str, ...]
+"""What users give for a row of texts: one, or a pair."""
+
+
+def require_texts(texts: object) -> None:
+    """Raise ValueError for what is no list of texts: a loop over one string gives letters, over a table its columns."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of texts, got one text. Put it into a list.")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        raise ValueError(
+            f"texts must be a list of texts, got columns by name ({type(texts).__name__}). Give a column, such as "
+            'table["text"], or of pairs zip(table["text_a"], table["text_b"]).'
+        )
+
+
+def text_rows(texts: Iterable[Text], source: str) -> Iterator[tuple[str, ...]]:
+    """Texts as tuples, all of one or all of two.
+
+    Args:
+        texts: strings, or tuples or lists of one or two.
+        source: where they come from, for messages.
+
+    Raises:
+        DataError: one of them is something else, or is a pair beside single texts.
+        ValueError: they are one text, or a table.
+    """
+    require_texts(texts)
+    width = None
+    for number, given in enumerate(texts, start=1):
+        row = given if isinstance(given, tuple) else tuple(given) if isinstance(given, list) else (given,)
+        if len(row) not in (1, 2) or not all(isinstance(text, str) for text in row):
+            problem = f"Texts must be strings or pairs of strings, got {given!r:.60}."
+            remedy = "Correct it, or leave the row out."
+            raise DataError(problem, file=source, row=number, unit="row", remedy=remedy)
+        if len(row) != (width := width or len(row)):
+            got = "a pair" if width == 1 else "a single text"
+            problem = f"Rows must be all single texts or all pairs, got {got} where the first is none."
+            remedy = "Keep single texts and pairs apart."
+            raise DataError(problem, file=source, row=number, unit="row", remedy=remedy)
+        yield row
 
 
 class _Rows(ABC):
@@ -66,10 +108,14 @@ class TextDataset(_Rows):
     """Labelled texts, or pairs of texts.
 
     Args:
-        texts: One tuple a row, of one text or of two.
+        texts: One tuple a row, of one text or of two; a string becomes a tuple of one.
         labels: (rows,) class indices into `label_names`.
         label_names: Class names by index.
         source: Where the rows come from, for messages and records.
+
+    Raises:
+        DataError: A text is none, single texts stand beside pairs, or a label is no class.
+        ValueError: Texts and labels are not equally many, or the texts are one string or a table.
     """
 
     texts: list[tuple[str, ...]]
@@ -78,10 +124,18 @@ class TextDataset(_Rows):
     source: str
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "texts", list(text_rows(self.texts, self.source)))
         if len(self.texts) != len(self.labels):
             raise ValueError(
                 f"texts and labels must be equally many, got {len(self.texts)} and {len(self.labels)}."
             )
+        classes = len(self.label_names)
+        for row, label in enumerate(self.labels, start=1):
+            if not isinstance(label, SupportsIndex) or not 0 <= operator.index(label) < classes:
+                problem = f"The label must be a class index from 0 to {classes - 1}, got {label!r:.60}."
+                remedy = "Give indices into label_names, and leave out rows without a label."
+                raise DataError(problem, file=self.source, row=row, unit="row", remedy=remedy)
+        object.__setattr__(self, "labels", [operator.index(label) for label in self.labels])
 
     def split(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
         """Split the rows in two, every class with its share, as `stratified_split` does."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from consistentee.data.rows import Text, text_rows
 from consistentee.data.tokenization import encode_texts
 from consistentee.errors import DataError
 
@@ -59,7 +60,7 @@ class SpooledTexts:
     @classmethod
     def read(
         cls,
-        texts: Iterable[tuple[str, ...]],
+        texts: Iterable[Text],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         *,
@@ -70,19 +71,19 @@ class SpooledTexts:
         """Read texts to their end, or until there are enough.
 
         Args:
-            texts: tuples of one text, or all of two.
+            texts: strings or tuples of one text, or all pairs.
             tokenizer, max_length: as in `encode_texts`.
             source: where they come from.
             max_texts: different ones, at most.
             known: texts that are dropped.
 
         Raises:
-            DataError: there is none, or one of which no token is left.
+            DataError: there is none, or one of which no token is left; single texts stand beside pairs.
         """
         self = cls(source)
         known_digests = set(map(text_digest, known))
         lengths, cut, token_ends, text_ends = array("q"), array("b"), array("q"), array("q")
-        for part in _parts(self._new(texts, known_digests), max_texts):
+        for part in _parts(self._new(text_rows(texts, source), known_digests), max_texts):
             rows, is_cut = encode_texts(part, tokenizer, max_length)
             self._has_types, self.text_pairs = "token_type_ids" in rows[0], len(part[0]) == 2
             for row, row_texts, row_cut in zip(rows, part, is_cut, strict=True):

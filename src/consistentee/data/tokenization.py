@@ -56,10 +56,12 @@ def encode_texts(
     Raises:
         DataError: A text of which no token is left, half a character, or pairs for a tokenizer that cannot keep them
             apart.
-        ValueError: A `max_length` that leaves no room for text.
+        ValueError: A `max_length` that leaves no room for text, or strings in place of tuples.
     """
     if not texts:
         return [], []
+    if any(isinstance(row, str) for row in texts):
+        raise ValueError('texts must be tuples of one text or two, got a string. Give ("a text",) for it.')
     pair = len(texts[0]) == 2
     if any(len(row) != len(texts[0]) for row in texts):
         raise ValueError("texts must be all single texts or all pairs, got both.")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from consistentee.data.rows import TextDataset
+from consistentee.data.rows import Text, TextDataset, text_rows
 from consistentee.evaluation.classification import predict_classes, run_layers
 from consistentee.evaluation.results import (
     AgreementEvaluation,
@@ -94,7 +94,7 @@ def agreement_of_layers(
 
 def evaluate_agreement(
     saved: LoadedClassifier,
-    texts: Sequence[tuple[str, ...]],
+    texts: Sequence[Text],
     *,
     criteria: Sequence[str] = (),
     threshold: float | None = None,
@@ -109,7 +109,7 @@ def evaluate_agreement(
 
     Args:
         saved: the model, from `load_model`.
-        texts: tuples of one text, or of two for pairs.
+        texts: strings or tuples of one text, or of two for pairs.
         criteria: exit criteria; the first is reported, the others are drawn beside it. None given: the saved one.
         threshold: of the first criterion; None takes the saved one.
         operating_point: in place of criterion and threshold, one that `consistentee calibrate` saved, by name.
@@ -127,15 +127,15 @@ def evaluate_agreement(
     model = saved.early_exit_model
     criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold, operating_point)
     others = {name: saved.known_threshold(name) for name in criteria[1:]}
-    if not texts:
-        raise ValueError("There must be at least one text to evaluate on, got none.")
     rows = unlabelled_rows(texts, saved.label_names, source)
+    if not len(rows):
+        raise ValueError("There must be at least one text to evaluate on, got none.")
     outputs, num_truncated = states or run_layers(
         saved, rows, batch_size=batch_size, description="evaluating" if progress else None
     )
     answers = None
     if reference is not None:
-        answers = predict_classes(reference, rows, batch_size=batch_size, progress=progress)
+        answers = predict_classes(reference, rows, beside=saved, batch_size=batch_size, progress=progress)
     evaluation = agreement_of_layers(
         outputs.layer_logits,
         outputs.exit_probs,
@@ -154,10 +154,11 @@ def evaluate_agreement(
 
 
 def unlabelled_rows(
-    texts: Sequence[tuple[str, ...]], label_names: tuple[str, ...], source: str = "texts"
+    texts: Sequence[Text], label_names: tuple[str, ...], source: str = "texts"
 ) -> TextDataset:
     """Texts as rows whose labels nobody reads."""
-    return TextDataset(list(texts), [0] * len(texts), label_names, source)
+    rows = list(text_rows(texts, source))
+    return TextDataset(rows, [0] * len(rows), label_names, source)
 
 
 def _curve(scores: Tensor, agree: Tensor, criterion: str) -> list[AgreementPoint]:

@@ -234,7 +234,7 @@ def _other_ways(
         model, depth, name = cast(Any, other.model), other.num_hidden_layers, short_name(other.name)
         if names.count(name) > 1:
             name = other.name
-        rows, _ = encode_texts(texts, other.tokenizer, other.max_length)
+        rows, _ = encode_texts(texts, other.tokenizer, other.length_beside(saved))
         if isinstance(model, EarlyExitForSequenceClassification):
             engine = Engine(other)
             answer = _by_engine(engine, engine.rule(), to_ours)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistentee.data.rows import TextDataset, split_rows
+from consistentee.data.rows import Text, TextDataset, split_rows
 from consistentee.data.sketches import seen_share
 from consistentee.errors import DataError
 from consistentee.evaluation.agreement import unlabelled_rows
@@ -221,7 +221,7 @@ def calibrate_layers(
 
 def calibrate_model(
     saved: LoadedClassifier,
-    rows: TextDataset | Sequence[tuple[str, ...]],
+    rows: TextDataset | Sequence[Text],
     *,
     goal: str,
     target: float,
@@ -270,7 +270,7 @@ def calibrate_model(
         logits, labels = logits[..., class_columns(saved, dataset.label_names)], states.labels
     answers = None
     if reference is not None:
-        answers = predict_classes(reference, dataset, batch_size=batch_size, progress=progress)
+        answers = predict_classes(reference, dataset, beside=saved, batch_size=batch_size, progress=progress)
     found = calibrate_layers(
         logits,
         states.exit_probs,

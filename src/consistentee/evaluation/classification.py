@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
 from consistentee.data.batches import TokenizedDataset, collate
-from consistentee.data.labels import match_labels
+from consistentee.data.labels import is_nameless, match_labels
 from consistentee.data.parsing import quoted
 from consistentee.data.rows import TextDataset
 from consistentee.data.tasks import TASKS, ClassificationTask
@@ -151,7 +151,7 @@ def evaluate_model(
     outputs, num_truncated = states or run_layers(
         saved, dataset, batch_size=batch_size, description="evaluating" if progress else None
     )
-    others_run = None if reference is None else _run(reference, dataset, batch_size, progress)
+    others_run = None if reference is None else _run(reference, dataset, saved, batch_size, progress)
     evaluation = evaluate_layers(
         outputs.layer_logits[..., columns],
         outputs.exit_probs,
@@ -235,10 +235,13 @@ def run_tokenized(
     )
 
 
-def _tokenized(saved: LoadedClassifier, dataset: TextDataset) -> TokenizedDataset:
-    """The rows as a model takes them; it is said how many were cut."""
-    rows = tokenize(dataset, saved.tokenizer, saved.max_length)
-    texts = f'texts were longer than the {saved.max_length} tokens of model "{saved.name}"'
+def _tokenized(
+    saved: LoadedClassifier, dataset: TextDataset, max_length: int | None = None
+) -> TokenizedDataset:
+    """The rows as a model takes them, at its own length or at a given one; it is said how many were cut."""
+    max_length = max_length or saved.max_length
+    rows = tokenize(dataset, saved.tokenizer, max_length)
+    texts = f'texts were longer than the {max_length} tokens of model "{saved.name}"'
     say_cuts(rows.num_truncated, len(rows), texts, LONGER_TRAINING)
     return rows
 
@@ -252,13 +255,19 @@ def _reference_name(reference: LoadedClassifier) -> str:
 
 
 def predict_classes(
-    saved: LoadedClassifier, dataset: TextDataset, *, batch_size: int = 64, progress: bool = False
+    saved: LoadedClassifier,
+    dataset: TextDataset,
+    *,
+    beside: LoadedClassifier | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> Tensor:
     """Classes that a model, ours or any Hugging Face classifier, predicts.
 
     Args:
         saved: the model, from `load_model`.
         dataset: rows; their labels are not read.
+        beside: the model that it is compared with, which may read longer rows.
         batch_size: rows per step.
         progress: whether to show how far it is.
 
@@ -268,17 +277,21 @@ def predict_classes(
     Raises:
         ValueError: the label names do not agree.
     """
-    return _run(saved, dataset, batch_size, progress)[0]
+    return _run(saved, dataset, beside, batch_size, progress)[0]
 
 
 @torch.no_grad()
 def _run(
-    saved: LoadedClassifier, dataset: TextDataset, batch_size: int, progress: bool
+    saved: LoadedClassifier,
+    dataset: TextDataset,
+    beside: LoadedClassifier | None,
+    batch_size: int,
+    progress: bool,
 ) -> tuple[Tensor, float | None]:
     """What `predict_classes` gives, and the mean exit layer; None where the number of layers is not known."""
     columns = class_columns(saved, dataset.label_names)
     saved.check_texts(len(dataset.texts[0]), f"each row of {dataset.source}")
-    rows = _tokenized(saved, dataset)
+    rows = _tokenized(saved, dataset, None if beside is None else saved.length_beside(beside))
     order = np.argsort(-rows.lengths, kind="stable")
     predictions = torch.empty(len(rows), dtype=torch.int64)
     layers: list[Tensor] = []
@@ -318,8 +331,7 @@ def class_columns(saved: LoadedClassifier, label_names: Sequence[str]) -> list[i
     Raises:
         ValueError: the names do not agree.
     """
-    nameless = all(name == f"LABEL_{index}" for index, name in enumerate(saved.label_names))
-    known = label_names[: len(saved.label_names)] if nameless else saved.label_names
+    known = label_names[: len(saved.label_names)] if is_nameless(saved.label_names) else saved.label_names
     found = match_labels(label_names, {name: index for index, name in enumerate(known)})
     columns = [found[name] for name in label_names if name in found]
     if sorted(columns) != list(range(len(saved.label_names))) or len(columns) != len(label_names):

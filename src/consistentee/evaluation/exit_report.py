@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from consistentee.data.rows import TextDataset
+from consistentee.data.rows import Text, TextDataset
 from consistentee.evaluation.agreement import evaluate_agreement, unlabelled_rows
 from consistentee.evaluation.classification import class_columns, evaluate_model, run_layers
 from consistentee.evaluation.report_figures import (
@@ -78,7 +78,7 @@ class ExitReport:
 
 def report_exits(
     saved: LoadedClassifier,
-    rows: TextDataset | Sequence[tuple[str, ...]],
+    rows: TextDataset | Sequence[Text],
     *,
     criteria: Sequence[str] = (),
     threshold: float | None = None,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from consistentee.config import RetrofitConfig
+from consistentee.data.rows import Text, text_rows
 from consistentee.data.tokenization import encode_texts
 from consistentee.evaluation.speed_classification import ClassificationSpeedRow, measure_speed
 from consistentee.evaluation.time_budget import TimeBudget
@@ -83,7 +84,7 @@ class ProbeReport:
 
 def probe(
     model: str | Path,
-    texts: Iterable[tuple[str, ...]],
+    texts: Iterable[Text],
     *,
     seconds: float = 120.0,
     seed: int = 0,
@@ -109,7 +110,7 @@ def probe(
         seed=seed, policy_epochs=20, policy_folds=3, max_cache_mb=512.0, batch_size=16, exit_min_steps=100
     )
     original = load_model(model, LoadedClassifier)
-    rows = iter(texts)
+    rows = text_rows(texts, "texts")
     first = list(itertools.islice(rows, 4 * WARM_UP))
     cost = _seconds_of_a_text(original, first, config.max_length)
     count = int(min(max(0.6 * seconds / (PASSES_OF_BACKBONE * cost), FEWEST), MOST))
@@ -184,7 +185,7 @@ def _seconds_of_a_text(
     """What the model takes for one text, in batches."""
     if not texts:
         return 1.0  # reading says what is wrong
-    rows, _ = encode_texts(texts, original.tokenizer, min(max_length, original.max_length))
+    rows, _ = encode_texts(texts, original.tokenizer, min(max_length, original.longest))
     rows.sort(key=lambda row: len(row["input_ids"]))
     batch = dict(original.tokenizer.pad(rows[:: max(1, len(rows) // WARM_UP)], return_tensors="pt"))
     batch = {name: value.to(original.model.device) for name, value in batch.items()}

@@ -168,8 +168,8 @@ def report_retrofit(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         environment=environment(saved.model.device),
     )
-    if found.threshold is not None:
-        threshold = found.threshold
+    learnt = saved.record.get("thresholds") or {}  # the configuration may have that of an earlier report
+    threshold = learnt.get(criterion, threshold) if found.threshold is None else found.threshold
     states = run_tokenized(saved, reported, description="report" if progress else None)
     logits = states.layer_logits[:, -1] if original is None else teacher_logits(original, reported)
     others = {name: saved.known_threshold(name) for name in saved.criteria if name != criterion}
@@ -291,9 +291,21 @@ def time_exits(
 
 
 def keep_threshold(folder: str | Path, report: RetrofitReport) -> None:
-    """Make the report's threshold the one that a saved folder exits by; a certified one gets a name, too."""
+    """Make the report's threshold the one that a saved folder exits by; a certified one gets a name, too.
+
+    Where none is certified, that of an earlier report on the same rows goes.
+    """
     path = Path(folder) / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**values, "threshold": report.evaluation.threshold})
+    values["threshold"] = report.evaluation.threshold
+    points = dict(values.get("operating_points") or {})
+    proof = points.get(CERTIFIED, {}).get("certificate") or {}
+    if (
+        not report.calibration.certified
+        and proof.get("rows_fingerprint") == report.calibration.rows_fingerprint
+    ):
+        del points[CERTIFIED]
+        values["operating_points"] = points or None
+    write_json(path, values)
     if report.calibration.certified:
         save_operating_point(folder, CERTIFIED, report.calibration.operating_point(), overwrite=True)

@@ -108,7 +108,7 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
         original=original,
         exits_only=bool((record.get("config") or {}).get("exits_only")),
         needs_package=exits or not generates,
-        evaluation_rows=_count(evaluation, "rows"),
+        evaluation_rows=_count(evaluation, "rows") + _seen(evaluation),
         exit_rule=" Exit rule: {criterion} above {threshold}.".format(**rule) if rule else "",
         evaluated=_table(("figure", "value"), _evaluated(evaluation, metrics, generates)),
         by_layer=_table(
@@ -276,6 +276,11 @@ def _table(header: Sequence[str], rows: TableRows) -> str:
 
 def _count(figures: Mapping[str, Any], of: str) -> str:
     return f"{figures['num_examples']:,} {of}" if "num_examples" in figures else of
+
+
+def _seen(figures: Mapping[str, Any]) -> str:
+    seen = figures.get("num_seen")
+    return f", {seen:,} of which are also in the training rows" if seen else " that training has not seen"
 
 
 def _percent(share: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typing_extensions import TypeVar
 
 from consistentee.backbones.decoders import keep_soft_cap
-from consistentee.backbones.limits import check_tokenizer, longest_input
+from consistentee.backbones.limits import ROTARY, check_tokenizer, longest_input
 from consistentee.backbones.loading import load_pretrained, load_tokenizer, read_config
 from consistentee.data.literal import read_special_tokens
 from consistentee.data.tasks import TASKS, GenerationTask
@@ -161,7 +162,13 @@ class LoadedClassifier(LoadedModel[EarlyExitForSequenceClassification]):
     criteria = CRITERIA
 
     def _prepare_tokenizer(self) -> None:
-        read_special_tokens(self.tokenizer, bool(getattr(self.model.config, "parse_special_tokens", False)))
+        if isinstance(self.model.config, EncoderClassifierConfig):
+            read_special_tokens(self.tokenizer, self.model.config.parse_special_tokens)
+
+    @property
+    def parse_special_tokens(self) -> bool:
+        """Whether special tokens that a text spells are special tokens to it; of a plain model its tokenizer says."""
+        return not self.tokenizer.split_special_tokens
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -196,15 +203,23 @@ class LoadedClassifier(LoadedModel[EarlyExitForSequenceClassification]):
 
     @property
     def max_length(self) -> int:
-        """Tokens per input: what it was trained with, else what its tokenizer allows, at most 512.
+        """Tokens per input: what it was trained with, else as many as it takes, at most 512."""
+        if isinstance(self.model.config, EncoderClassifierConfig):
+            return self.longest
+        return min(self.longest, 512)
 
-        Never more than the model has positions for.
-        """
+    @property
+    def longest(self) -> int:
+        """Tokens that an input may have: what it was trained with, else what tokenizer and positions allow."""
         config = self.model.config
         if isinstance(config, EncoderClassifierConfig):
             return config.max_input_length
-        longest = longest_input(config)
-        return min(int(self.tokenizer.model_max_length), 512, *([] if longest is None else [longest]))
+        positions = config.max_position_embeddings if config.model_type in ROTARY else longest_input(config)
+        return min(int(self.tokenizer.model_max_length), positions or sys.maxsize)
+
+    def length_beside(self, other: LoadedClassifier) -> int:
+        """Tokens per input where it is compared with another model: its own, or the other's that are more."""
+        return max(self.max_length, min(self.longest, other.max_length))
 
 
 class LoadedGenerator(LoadedModel[EarlyExitForCausalLM]):

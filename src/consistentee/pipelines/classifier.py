@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import torch
 
+from consistentee.data.rows import Text, require_texts
 from consistentee.data.tokenization import encode_texts
 from consistentee.errors import require_characters
 from consistentee.functional.criteria import EXIT_CRITERIA
@@ -53,7 +54,6 @@ FIRST_WINDOW_ROWS = 64
 """Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
 
 
-Text = str | tuple[str, ...]
 _CHANGES = attrgetter("_version")
 
 
@@ -429,8 +429,7 @@ Predictor = Engine
 
 def _checked(texts: Iterable[Text]) -> Iterator[tuple[str, ...]]:
     """Tuples of texts, each known to be there."""
-    if isinstance(texts, str):
-        raise ValueError("texts must be a list of texts, got one text. Put it into a list.")
+    require_texts(texts)
     for position, row in enumerate(texts, start=1):
         parts = tuple(row) if isinstance(row, (tuple, list)) else (row,)
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):

@@ -140,9 +140,29 @@ def model_fingerprint(saved: LoadedClassifier) -> str:
     for name, tensor in sorted(saved.model.state_dict().items()):
         digest.update(f"\x1e{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    vocabulary = saved.tokenizer.get_vocab()
-    digest.update(json.dumps(vocabulary, sort_keys=True).encode())
+    digest.update(json.dumps(_how_texts_are_read(saved), sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _how_texts_are_read(saved: LoadedClassifier) -> dict[str, Any]:
+    """All of a tokenizer that decides on token ids, as plain values; no paths, and nothing that a call sets."""
+    tokenizer = saved.tokenizer
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        of_kind = {name: value for name, value in parts.items() if name not in ("truncation", "padding")}
+    else:
+        settings = {
+            name: value
+            for name, value in tokenizer.init_kwargs.items()
+            if not name.endswith(("_file", "name_or_path"))
+        }
+        of_kind = {"vocabulary": tokenizer.get_vocab(), "settings": settings}
+    return {
+        **of_kind,
+        "max_length": saved.max_length,
+        "truncation_side": tokenizer.truncation_side,
+        "split_special_tokens": tokenizer.split_special_tokens,
+    }
 
 
 class BlockFolder:

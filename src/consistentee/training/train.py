@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from consistentee.config import (
     TrainingConfig,
 )
 from consistentee.data.literal import read_special_tokens
-from consistentee.data.rows import InstructionDataset, TextDataset
+from consistentee.data.rows import InstructionDataset, Text, TextDataset
 from consistentee.data.spooled import SpooledTexts
 from consistentee.errors import SettingError
 from consistentee.models.keeps_original import check_single_label
@@ -40,7 +41,7 @@ def train(
     config: TrainingConfig | None = None,
     task: str | None = None,
     method: str = "consistent",
-    unlabelled: Iterable[tuple[str, ...]] | None = None,
+    unlabelled: Iterable[Text] | None = None,
     warm_up_dir: str | Path | None = None,
     resume: bool = False,
     report: Report = lambda message: None,
@@ -125,7 +126,7 @@ def finetune(
 def retrofit(
     *,
     model: str | Path,
-    texts: Iterable[tuple[str, ...]],
+    texts: Iterable[Text],
     output_dir: str | Path,
     config: RetrofitConfig | None = None,
     source: str = "texts",
@@ -139,7 +140,7 @@ def retrofit(
 
     Args:
         model: hub name or local folder of a Hugging Face sequence classifier, or of a plain model of ours.
-        texts: tuples of one text or two; duplicates are dropped.
+        texts: strings, or tuples of one text or two; duplicates are dropped.
         output_dir, resume, report: as in `train`.
         config: settings.
         source: where the texts come from, for the record.
@@ -160,7 +161,7 @@ def retrofit(
 
 def retrofit_task(
     model: str | Path,
-    texts: Iterable[tuple[str, ...]],
+    texts: Iterable[Text],
     config: RetrofitConfig,
     *,
     source: str,
@@ -171,8 +172,11 @@ def retrofit_task(
     """Open the model, unless it is, and read the texts; arguments and errors as of `retrofit` and `part_texts`."""
     original = original or load_model(model, LoadedClassifier)
     check_single_label(original.model.config, str(model))
-    read_special_tokens(original.tokenizer, config.parse_special_tokens)
-    longest = min(config.max_length, original.max_length)
+    if config.parse_special_tokens is None:
+        config = replace(config, parse_special_tokens=original.parse_special_tokens)
+    else:
+        read_special_tokens(original.tokenizer, config.parse_special_tokens)
+    longest = min(config.max_length, original.longest)
     spooled = SpooledTexts.read(texts, original.tokenizer, longest, source=source, max_texts=max_texts)
     original.check_texts(2 if spooled.text_pairs else 1, f"each row of {source}")
     return RetrofitTraining(config, spooled, original, **shares)
@@ -204,7 +208,7 @@ def start_retrofit(
 def _task_of(
     data: TextDataset | InstructionDataset,
     config: TrainingConfig | None,
-    unlabelled: Iterable[tuple[str, ...]] | None,
+    unlabelled: Iterable[Text] | None,
     backbone: str | Path,
 ) -> TrainingTask:
     """The task of the data, with its settings."""

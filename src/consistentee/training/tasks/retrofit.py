@@ -141,8 +141,8 @@ class RetrofitTraining(ClassificationTraining):
             policy_hidden_size=config.policy_hidden_size,
             policy_dropout=config.policy_dropout,
             initial_exit_bias=config.initial_exit_bias,
-            max_length=min(config.max_length, self.original.max_length),
-            parse_special_tokens=config.parse_special_tokens,
+            max_length=min(config.max_length, self.original.longest),
+            parse_special_tokens=self.original.parse_special_tokens,
             text_pairs=self.data.text_pairs,
             exits_only=config.exits_only,
             original={

@@ -21,7 +21,7 @@ from consistentee.backbones.limits import LONGER_TRAINING, say_cuts, training_le
 from consistentee.backbones.loading import load_config, load_tokenizer
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.literal import read_special_tokens
-from consistentee.data.rows import TextDataset
+from consistentee.data.rows import Text, TextDataset
 from consistentee.data.sketches import text_sketch
 from consistentee.data.spooled import JoinedRows, SpooledRows, SpooledTexts
 from consistentee.errors import DataError
@@ -66,7 +66,7 @@ class UnlabelledTraining(ClassificationTraining):
         cls,
         config: ClassificationTrainingConfig,
         data: TextDataset,
-        texts: Iterable[tuple[str, ...]],
+        texts: Iterable[Text],
         backbone: str | Path,
     ) -> UnlabelledTraining:
         """Read the texts, cut and tokenized as the labelled rows will be; those that are among them are dropped.

@@ -77,7 +77,7 @@ def adding_function(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tens
 
 
 def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[Any, ...]:
-    """Tells whether weights were replaced or changed in place since.
+    """Tells whether weights were replaced or changed in place since, or adapters switched.
 
     Args:
         model: whose weights.
@@ -89,7 +89,17 @@ def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[A
         for weight in model.parameters()
     )
     read = torch.stack([_checksum(weight) for weight in copied]).tolist() if copied else []
-    return (*counted, *read)
+    return (*counted, *_adapter_states(model), *read)
+
+
+def _adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Which adapters are switched on in each of peft's modules."""
+    states: list[tuple[Any, ...]] = []
+    for module in model.modules():
+        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a method of models
+            own: Any = module
+            states.append((own.disable_adapters, *own.active_adapters, None, *own.merged_adapters))
+    return states
 
 
 def _checksum(weight: Tensor) -> Tensor:

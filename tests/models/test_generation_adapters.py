@@ -1,0 +1,102 @@
+"""Text generators with peft's adapters: `generate` runs what is switched on, and refuses what it cannot run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from consistentee.models.causal_lm import EarlyExitForCausalLM
+from tiny_decoders import generate, prompt, tiny_exit_model
+
+NEW = 10
+PROMPTS = [prompt(5), prompt(3, 1)]
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # peft asks transformers by an old name
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+def adapter(*targets: str, **values: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=32,
+        target_modules=list(targets),
+        init_lora_weights=False,
+        **values,
+    )
+
+
+def with_adapters(model: EarlyExitForCausalLM, *configs: Any) -> Any:
+    """Adapters "one", "two", ... with random weights, the first switched on."""
+    torch.manual_seed(3)
+    adapted: Any = peft.get_peft_model(model, configs[0], adapter_name="one")
+    for name, config in zip(("two", "three"), configs[1:], strict=False):
+        adapted.add_adapter(name, config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name or "ln_tuning_layers" in name:
+                weight.add_(torch.randn_like(weight), alpha=0.3)
+    return adapted.eval()
+
+
+def written(model: Any, mode: str, **options: Any) -> list[Any]:
+    output = generate(model, PROMPTS, NEW, mode=mode, **options)
+    return [output.sequences.tolist(), output.exit_layers.tolist()]
+
+
+def full_depth(model: EarlyExitForCausalLM) -> Any:
+    """Hugging Face's own loop through all layers."""
+    return generate(model.backbone, PROMPTS, NEW).sequences.tolist()
+
+
+class TestSwitching:
+    """What is laid out for decoding follows the adapters."""
+
+    @pytest.mark.parametrize(
+        "kept", [["lm_head"], ["exit_heads", "policy"], ["confidence_classifier"], ["input_layernorm"]]
+    )
+    def test_generate_sees_it(self, kept: list[str]) -> None:
+        model = tiny_exit_model("llama")
+        base = copy.deepcopy(model)
+        configs = [adapter("q_proj", modules_to_save=kept) for _ in range(2)]
+        adapted = with_adapters(model, *configs, adapter("q_proj"))
+        criterion = "confidence_classifier" if kept == ["confidence_classifier"] else "policy"
+        how: list[dict[str, Any]] = [
+            {"mode": "early-exit", "criterion": criterion, "threshold": 0.5},
+            {"mode": "full"},
+            {"mode": "lossless"},
+        ]
+
+        def texts() -> list[Any]:
+            assert (full := written(model, "full")[0]) == full_depth(model)
+            assert written(model, "lossless")[0] == full
+            return [written(adapted, **options) for options in how]
+
+        def fresh() -> list[Any]:
+            model._weights = None
+            return texts()
+
+        seen = {}
+        for name in ("one", "two", "three", "one"):  # the third has none of its own
+            adapted.set_adapter(name)
+            seen[name] = texts()
+            assert fresh() == seen[name]
+        assert len({str(found) for found in seen.values()}) == 3
+        with adapted.disable_adapter():
+            off = texts()
+        assert off == [written(base, **options) for options in how]
+        assert texts() == seen["one"]
+
+    def test_nothing_is_laid_out_twice_while_all_stays(self) -> None:
+        model = tiny_exit_model("llama")
+        adapted = with_adapters(model, adapter("q_proj", modules_to_save=["lm_head"]))
+        first = model.exit_weights()
+        adapted.set_adapter("one")
+        assert model.exit_weights() is first

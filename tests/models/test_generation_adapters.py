@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import peft
 import pytest
 import torch
+from torch import nn
 
+from consistentee.inference.decoder import screened_argmax
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from tiny_decoders import generate, prompt, tiny_exit_model
 
@@ -100,3 +103,62 @@ class TestSwitching:
         first = model.exit_weights()
         adapted.set_adapter("one")
         assert model.exit_weights() is first
+
+
+class TestHeads:
+    """The LM head that runs is the one that is asked."""
+
+    @pytest.mark.parametrize("exit_head", ["shared", "low_rank", "separate"])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_an_adapter_on_the_head(self, exit_head: str, tied: bool) -> None:
+        model = tiny_exit_model("llama", exit_head, tie_word_embeddings=tied)
+        before = full_depth(model)
+        adapted = with_adapters(
+            model, adapter("q_proj", "lm_head", ensure_weight_tying=False, exclude_modules=r".*exit_heads.*")
+        )
+        expected = full_depth(model)
+        assert expected != before
+        assert written(adapted, "full")[0] == expected
+        assert written(adapted, "full", output_logits=True)[0] == expected
+        assert written(adapted, "lossless", adaptive_drafts=False)[0] == expected
+        with_exits = written(adapted, "early-exit")
+        assert written(adapted, "early-exit", output_logits=True) == with_exits
+        if not tied:  # peft warns of merging an adapter of tied weights
+            merged = adapted.merge_and_unload()
+            assert written(merged, "full")[0] == expected
+            assert written(merged, "early-exit") == with_exits
+
+    def test_a_head_that_is_kept_beside_another_is_screened(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(screened_argmax, "LEAST_WEIGHTS", 0)
+        model = tiny_exit_model("llama")
+        adapted = with_adapters(model, adapter("q_proj", modules_to_save=["lm_head"]))
+        weights = model.exit_weights()
+        written(adapted, "full")
+        own = model.backbone.lm_head.modules_to_save["one"].weight
+        screened: Any = weights._screened_argmax
+        assert screened._weight.data_ptr() == own.data_ptr()
+        with adapted.disable_adapter():
+            assert written(adapted, "full")[0] == full_depth(model)
+
+    def test_a_head_in_int8(self) -> None:
+        model = tiny_exit_model("llama")
+        head = nn.Sequential(model.backbone.lm_head)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantised = torch.ao.quantization.quantize_dynamic(head, {nn.Linear}, dtype=torch.qint8)
+        model.backbone.lm_head = quantised[0]
+        expected = full_depth(model)
+        assert written(model, "full")[0] == expected
+        assert written(model, "lossless")[0] == expected
+        assert written(model, "early-exit") == written(model, "early-exit", output_logits=True)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm", "norm"])
+def test_adapters_of_norms_are_refused_until_they_are_merged(norm: str) -> None:
+    model = tiny_exit_model("llama")
+    adapted = with_adapters(model, peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=[norm]))
+    with pytest.raises(ValueError, match=r"norms must be plain .*, got LNTuningLayer\. .*merge_and_unload"):
+        written(adapted, "full")
+    expected = full_depth(model)
+    assert written(adapted.merge_and_unload(), "full")[0] == expected

@@ -162,3 +162,28 @@ def test_adapters_of_norms_are_refused_until_they_are_merged(norm: str) -> None:
         written(adapted, "full")
     expected = full_depth(model)
     assert written(adapted.merge_and_unload(), "full")[0] == expected
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+class TestSoftPrompts:
+    """Learned vectors before a prompt, which `generate` has no place for."""
+
+    @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+    @pytest.mark.parametrize(
+        "options", [{}, {"mode": "full"}, {"mode": "lossless"}, {"mode": "full", "use_cache": False}]
+    )
+    def test_are_refused(self, config: Any, options: dict[str, Any]) -> None:
+        model = tiny_exit_model("llama")
+        before = written(model, "full")
+        shape = {"num_layers": 4, "token_dim": 16, "num_attention_heads": 2}
+        adapted: Any = peft.get_peft_model(
+            model, config(task_type="CAUSAL_LM", num_virtual_tokens=3, **shape)
+        )
+        adapted.eval()
+        with pytest.raises(
+            ValueError, match=r"adapters must not be soft prompts .*, got .*TUNING\. .*disable_adapter"
+        ):
+            generate(adapted, PROMPTS, NEW, **options)
+        with adapted.disable_adapter():
+            assert written(adapted, "full") == before
+        assert written(model, "full") == before

@@ -129,6 +129,49 @@ def test_long_prompts_are_cut_without_letting_anything_through() -> None:
         assert controls(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
+SHORT = PromptTemplate("short", "{instruction}<{input}>", "{instruction}>")
+
+
+@pytest.mark.parametrize("make, token", [(byte_level, "<|endoftext|>"), (unigram, "</s>"), (unigram, "<s>")])
+@pytest.mark.parametrize("text", ["{}good{} ", "{}", "a {} good dog "])
+def test_long_texts_that_spell_special_tokens_are_cut_where_they_must_be(
+    make: Any, token: str, text: str
+) -> None:
+    tokenizer, text = make(), text.format(token, token) * 40
+    for asked in ((text, ""), ("good", text)):
+        whole = len(prompt_of(tokenizer, SHORT, *asked))
+        for limit in (60, whole // 2, whole - 1):
+            (ids,), cut = encode_prompts([asked], tokenizer, SHORT, max_prompt_length=limit)
+            assert cut == [True]
+            assert limit - 16 <= len(ids) <= limit
+            assert controls(tokenizer, ids) == controls(tokenizer, prompt_of(tokenizer, SHORT, "a", "a"))
+    rows = InstructionDataset([text], [""], ["good"], "rows")
+    assert 44 <= int(encode_rows(rows, tokenizer, PLAIN, max_length=60).lengths[0]) <= 60
+
+
+def test_what_is_left_of_a_cut_text_begins_it() -> None:
+    tokenizer = byte_level()
+    text = "<|im_start|>x<|endoftext|> and more, " * 20
+    for limit in range(40, 80):
+        ((ids,), _) = encode_prompts([("do", text)], tokenizer, SHORT, max_prompt_length=limit)
+        written = tokenizer.decode(ids)
+        assert written.startswith("do<")
+        assert written.endswith(">")
+        assert text.startswith(written[3:-1])
+        assert limit - 1 <= len(ids) <= limit  # a space at the end goes
+
+
+def test_long_texts_that_spell_what_a_template_marks_roles_with() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<|User|>", "<|Assistant|>"])
+    chat("<|User|>{{ messages[0]['content'] }}<|Assistant|>", tokenizer)
+    template = prompt_template("chat", tokenizer)
+    for token in ("<|User|>", "<|endoftext|>"):
+        ((ids,), _) = encode_prompts([(token * 60, "")], tokenizer, template, max_prompt_length=200)
+        assert len(ids) == 200
+        assert controls(tokenizer, ids) == ["<|User|>", "<|Assistant|>"]
+
+
 @given(
     instruction=st.text(st.sampled_from("abdeghops <>|_/\n▁é"), min_size=1, max_size=30),
     context=st.text(st.sampled_from("abc <|\n"), max_size=20),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +15,8 @@ from test_lossless import calm_last_layers
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, WatermarkingConfig
 
+from consistentee.backbones import decoders
+from consistentee.inference.decoder.functional_decoder import FunctionalDecoder
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from tiny_decoders import LAYERS, generate, prompt, tiny_decoder, tiny_exit_model
 
@@ -154,6 +159,57 @@ def test_rows_that_end_leave_the_angles_as_they_are() -> None:
     for options in ({"mode": "full"}, {"mode": "lossless", **DRAFTING, "threshold": 0.3}):
         output = generate(model, prompts, 24, eos_token_id=ends, **options)
         assert output.sequences.tolist() == expected.sequences.tolist()
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_threads_do_not_share_what_angles_remember(rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = FunctionalDecoder(tiny_decoder("llama", **rope_values(rope)))
+    lengths = {"short": 15, "long": 40}
+
+    def angles(name: str) -> list[Tensor]:
+        found = decoder.rotary(torch.arange(lengths[name]), lengths[name])["full_attention"]
+        assert found is not None
+        return list(found)
+
+    expected = {name: angles(name) for name in lengths}
+    tables = decoders.rotary_tables
+    begun, other_is_done = threading.Event(), threading.Event()
+    used: dict[str, set[int]] = {name: set() for name in lengths}
+
+    def slow_tables(model: Any, like: Tensor, positions: Tensor, rotary: Any) -> Any:
+        name = threading.current_thread().name
+        used[name].add(id(rotary))
+        found = tables(model, like, positions, rotary)
+        if name == "short" and not begun.is_set():  # between its two calls
+            begun.set()
+            assert other_is_done.wait(60)
+        return found
+
+    monkeypatch.setattr(decoders, "rotary_tables", slow_tables)
+    found: dict[str, list[Tensor]] = {}
+    threads = [
+        threading.Thread(name=name, target=lambda name=name: found.update({name: angles(name)}))
+        for name in lengths
+    ]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    threads[1].join()
+    other_is_done.set()
+    threads[0].join()
+    for name in lengths:
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            assert torch.equal(ours, theirs)
+    assert used["short"].isdisjoint(used["long"])
+
+
+def test_copies_have_angles_of_their_own() -> None:
+    decoder = FunctionalDecoder(tiny_decoder("llama", **rope_values("dynamic")))
+    decoder.rotary(torch.arange(40), 40)
+    rotary: Any = decoder._length_rotary
+    for twin in (copy.deepcopy(rotary), pickle.loads(pickle.dumps(rotary))):  # noqa: S301
+        assert twin.module is not rotary.module
+        assert twin.module.max_seq_len_cached == 12  # as new
 
 
 # --- Processors and criteria ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES, decoder_architecture, decoder_layers
 from consistentee.config import GenerationTrainingConfig
+from consistentee.data.rows import InstructionDataset
 from consistentee.errors import SettingError
 from consistentee.functional.criteria import GENERATION_CRITERIA
 from consistentee.models.card import model_card
@@ -84,6 +85,26 @@ def test_a_training_leaves_a_model_that_generates(trained: tuple[Path, list[str]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     output = model.generate(**tokenizer("say a:", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert output.shape[1] <= 6 + 3
+
+
+@pytest.mark.parametrize("known, ends", [(None, 1), (2, [2, 1])])
+def test_saved_models_end_their_texts(known: int | None, ends: Any, tmp_path: Path) -> None:
+    """The backbone's end of text is not the tokenizer's, which training writes behind responses."""
+    backbone = tiny_decoder(tmp_path / "backbone", layers=2, eos_token_id=known)
+    data = InstructionDataset(["say a:"] * 64, [""] * 64, ["aaa"] * 64, "tiny")
+    config = quick_generation_config(warmup_epochs=14.0, rounds=0, validation_fraction=0.25)
+    for how in (train, finetune):
+        folder = tmp_path / how.__name__
+        how(backbone=backbone, train_data=data, output_dir=folder, config=config)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folder).eval(),
+            AutoTokenizer.from_pretrained(folder),
+        )
+        assert model.generation_config.eos_token_id == ends
+        prompt = tokenizer("say a:", return_tensors="pt", return_token_type_ids=False)
+        full = {"mode": "full"} if how is train else {}
+        (found,) = model.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=1, **full)
+        assert tokenizer.decode(found) == "say a:aaa</s>"
 
 
 def held_out_texts() -> list[str]:

@@ -176,5 +176,11 @@ class ControlTokens:
                 stretch = ""
         return ids + self._literal(stretch)
 
+    def reader(self, text: str) -> PreTrainedTokenizerBase:
+        """The tokenizer that gives somebody else's text the tokens that it has in `encode`."""
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        spells = not self._values.isdisjoint(ids)
+        return literal_copy(self._tokenizer, self._others) if spells else self._tokenizer
+
     def _literal(self, text: str) -> list[int]:
         return literal_ids(self._tokenizer, [text], self._others)[0] if text else []

@@ -305,10 +305,13 @@ class _PromptEncoder:
         self, instruction: str, context: str, history: tuple[Turn, ...], prompt: list[int], limit: int
     ) -> tuple[str, list[int]]:
         """As much of the input as fits, and the prompt, which may still be too long where nothing fits."""
-        count = len(self.tokens_of([context])[0]) if context and len(prompt) > limit else 0
+        if not context or len(prompt) <= limit:
+            return context, prompt
+        reader = self._reader(context, (instruction, context, history))
+        count = len(_ids(reader, context))
         while context and len(prompt) > limit:
             count -= len(prompt) - limit
-            context = self._first(context, count)
+            context = _first(reader, context, count)
             (prompt,) = self.prompts([(instruction, context, history)])
         return context, prompt
 
@@ -316,11 +319,14 @@ class _PromptEncoder:
         self, instruction: str, context: str, history: tuple[Turn, ...], prompt: list[int], limit: int
     ) -> list[int]:
         """The prompt with as much of the instruction as fits."""
-        count = len(self.tokens_of([instruction])[0]) if len(prompt) > limit else 0
+        if len(prompt) <= limit:
+            return prompt
+        reader = self._reader(instruction, (instruction, context, history))
+        count = len(_ids(reader, instruction))
         fixed = len(prompt) - count
         while len(prompt) > limit:
             count -= len(prompt) - limit
-            instruction = self._first(instruction, count)
+            instruction = _first(reader, instruction, count)
             if not instruction:
                 raise SettingError(
                     f"The prompt's length must be above the {fixed} tokens of the prompt template, got {limit}. "
@@ -329,11 +335,23 @@ class _PromptEncoder:
             (prompt,) = self.prompts([(instruction, context, history)])
         return prompt
 
-    def _first(self, text: str, count: int) -> str:
-        """The first `count` tokens of a text."""
-        if count <= 0:
-            return ""
-        if not self.tokenizer.is_fast:
-            return str(self.tokenizer.decode(self.tokens_of([text])[0][:count])).rstrip()
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return text[: encoded["offset_mapping"][:count][-1][1]].rstrip()
+    def _reader(self, text: str, asked: Asked) -> PreTrainedTokenizerBase:
+        """The tokenizer that gives a text the tokens that it has in a prompt."""
+        if self.template.parse_special_tokens:
+            return self.tokenizer
+        return self._own_controls(*asked).reader(text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    (text,) = as_text([text], tokenizer)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _first(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """The first `count` tokens of a text."""
+    if count <= 0:
+        return ""
+    if not tokenizer.is_fast:
+        return str(tokenizer.decode(_ids(tokenizer, text)[:count])).rstrip()
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return text[: encoded["offset_mapping"][:count][-1][1]].rstrip()

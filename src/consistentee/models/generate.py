@@ -109,6 +109,7 @@ def generate_tokens(
     model_kwargs.pop("tokenizer", None)  # for stop strings, which are among the criteria by now
     values: Any = generation_config
     _check_search(values, options)
+    _check_adapters(model)
     if not values.use_cache:
         if options.mode != "full":
             raise ValueError(
@@ -414,6 +415,16 @@ def _check_search(config: Any, options: GenerationOptions) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise ValueError(f"{name} must be False with exits, got True: skipped layers have none.")
+
+
+def _check_adapters(model: Any) -> None:
+    caller = getattr(model.prepare_inputs_for_generation, "__self__", None)  # peft's, while it generates
+    adapter: Any = getattr(caller, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"adapters must not be soft prompts with exits, got {adapter.peft_type.value}. Generate inside "
+            "disable_adapter(), or train LoRA adapters."
+        )
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict[str, Any]) -> None:

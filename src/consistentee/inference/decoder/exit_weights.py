@@ -15,7 +15,7 @@ from consistentee.inference.decoder.functional_decoder import Affine, Functional
 from consistentee.inference.decoder.kv_cache import DecoderCache
 from consistentee.inference.decoder.screened_argmax import ScreenedArgmax
 from consistentee.inference.decoder.state_propagation import StatePropagation
-from consistentee.inference.decoder.weights import Map, affine_norm, weight_signature
+from consistentee.inference.decoder.weights import Map, active_module, affine_norm, weight_signature
 
 
 class ExitWeights:
@@ -90,12 +90,13 @@ class ExitWeights:
 
     def greedy(self, normed: Tensor, exit_layers: Sequence[int]) -> Tensor:
         """The most probable token of each exit, (tokens,); arguments as in `logits`."""
-        if not self.heads.head_is_shared:
+        backbone = self.model.backbone
+        head = active_module(decoders.lm_head(backbone))
+        if not self.heads.head_is_shared or type(head) is not nn.Linear:  # an adapter, or int8
             return self.logits(normed, exit_layers).argmax(-1)
         if self._screened_argmax is None:
-            backbone = self.model.backbone
             self._screened_argmax = ScreenedArgmax(
-                decoders.lm_head(backbone), lambda logits: decoders.soften_logits(backbone, logits)
+                head, lambda logits: decoders.soften_logits(backbone, logits)
             )
         if self.heads.kind == "low_rank":
             normed = self._each_layer(normed, exit_layers, self.heads.adapted)

@@ -12,6 +12,7 @@ attention's output.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -265,11 +266,9 @@ class FunctionalDecoder:
         self.layer_types = kinds
         self.sliding_window = decoders.sliding_window(model.config)
         self.signature = weight_signature(model)
-        self._length_rotary: Any = (
-            None  # a copy: it remembers how long texts were, and the model's own must not
-        )
+        self._length_rotary: _LengthRotary | None = None
         if decoders.rotary_depends_on_length(model):
-            self._length_rotary = copy.deepcopy(decoders.decoder_base(model).rotary_emb)
+            self._length_rotary = _LengthRotary(copy.deepcopy(decoders.decoder_base(model).rotary_emb))
         weight = decoders.decoder_base(model).get_submodule(row.embeddings).weight
         self.dtype, self.device = weight.dtype, weight.device
         self._plain_embedding = (
@@ -333,10 +332,10 @@ class FunctionalDecoder:
 
     def _angles(self, positions: Tensor, length: int | None) -> dict[str, Rotary | None]:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        rotary = self._length_rotary
-        if length is None:
+        if self._length_rotary is None or length is None:
             tables = decoders.rotary_tables(self.model, like, positions[None])
         else:
+            rotary = self._length_rotary.module
             # The first call lets it forget longer texts; the second is told the length by one more position.
             decoders.rotary_tables(self.model, like, torch.zeros_like(positions[None]), rotary)
             longest = torch.cat([positions, positions.new_tensor([length - 1])])
@@ -345,6 +344,21 @@ class FunctionalDecoder:
                 for kind, table in decoders.rotary_tables(self.model, like, longest[None], rotary).items()
             }
         return {kind: None if table is None else signed_rotary(*table) for kind, table in tables.items()}
+
+
+class _LengthRotary(threading.local):
+    """A module of angles that remembers how long texts were: each thread's own copy.
+
+    Args:
+        fresh: what is copied; it is not run itself.
+    """
+
+    def __init__(self, fresh: nn.Module) -> None:  # called anew in every thread
+        self.fresh = fresh
+        self.module = copy.deepcopy(fresh)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.fresh,)
 
 
 def signed_rotary(cos: Tensor, sin: Tensor) -> Rotary:

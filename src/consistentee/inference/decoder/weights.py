@@ -14,8 +14,8 @@ Map = Callable[[Tensor], Tensor]
 
 
 def norm_function(module: nn.Module, kind: str) -> Map:
-    """A norm as a function of (..., size)."""
-    norm: Any = module
+    """A norm as a function of (..., size); raises ValueError for an adapter."""
+    norm: Any = _plain_norm(module)
     if kind == "layer":
         shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
         return lambda states: functional.layer_norm(states, shape, weight, bias, eps)
@@ -38,10 +38,20 @@ def unit_norm(size: int, kind: str, epsilon: float) -> Map:
 
 
 def affine_norm(norm: Any, kind: str) -> tuple[Tensor, Tensor | None]:
-    """The rest of a norm: factors and shift (None for RMS norms), each (size,)."""
+    """The rest of a norm: factors and shift (None for RMS norms), each (size,); raises ValueError for an adapter."""
+    norm = _plain_norm(norm)
     if kind == "layer":
         return norm.weight.detach(), norm.bias.detach()
     return rms_weight(norm, kind), None
+
+
+def _plain_norm(norm: Any) -> Any:
+    if hasattr(norm, "base_layer"):  # peft's mark
+        raise ValueError(
+            f"norms must be plain to generate with exits, got {type(norm).__name__}. "
+            "Merge the adapter first: merge_and_unload()."
+        )
+    return norm
 
 
 def rms_weight(norm: Any, kind: str) -> Tensor:
@@ -76,8 +86,17 @@ def adding_function(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tens
     return lambda residual, states: run(states) if residual is None else residual + run(states)
 
 
+def active_module(module: Any) -> Any:
+    """The module that runs where peft keeps others beside it (`modules_to_save`); any other module itself."""
+    kept = getattr(module, "modules_to_save", None)
+    if not isinstance(kept, nn.ModuleDict):
+        return module
+    active: list[str] = [] if module.disable_adapters else module.active_adapters[:1]
+    return kept[active[0]] if active and active[0] in kept else module.original_module
+
+
 def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[Any, ...]:
-    """Tells whether weights were replaced or changed in place since.
+    """Tells whether weights were replaced or changed in place since, or adapters switched.
 
     Args:
         model: whose weights.
@@ -89,7 +108,17 @@ def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[A
         for weight in model.parameters()
     )
     read = torch.stack([_checksum(weight) for weight in copied]).tolist() if copied else []
-    return (*counted, *read)
+    return (*counted, *_adapter_states(model), *read)
+
+
+def _adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Which adapters are switched on in each of peft's modules."""
+    states: list[tuple[Any, ...]] = []
+    for module in model.modules():
+        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a method of models
+            own: Any = module
+            states.append((own.disable_adapters, *own.active_adapters, None, *own.merged_adapters))
+    return states
 
 
 def _checksum(weight: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ class GenerationTraining:
         kept, held = self.data.split(config.validation_fraction, config.seed)
         lengths = {"max_length": max_length, "max_prompt_length": config.max_prompt_length}
         train_rows = encode_rows(self.data.select(kept), tokenizer, template, **lengths)
+        end_texts_with(model, cast(int, tokenizer.eos_token_id))
         counts = response_counts(
             torch.from_numpy(train_rows.lengths), torch.from_numpy(train_rows.prompt_lengths)
         )
@@ -269,6 +270,16 @@ class GenerationTraining:
         config.criterion, config.threshold = criterion, thresholds.pop(criterion)
         config.thresholds = thresholds
         return run.model
+
+
+def end_texts_with(model: EarlyExitForCausalLM, token: int) -> None:
+    """Let `generate`, of a model and of its backbone, end a text at a token too: the one behind responses."""
+    for config in (model.generation_config, model.backbone.generation_config):
+        values: Any = config
+        known = getattr(values, "eos_token_id", None)
+        ends = [*known] if isinstance(known, (list, tuple)) else [known]
+        if values is not None and token not in ends:
+            values.eos_token_id = token if known is None else [*ends, token]
 
 
 def first_exit_layer(wanted: int | None, num_layers: int) -> int:

@@ -207,6 +207,7 @@ class Run:
         warm_up_dir: where warm-ups are kept for trainings that begin alike; None where this one shares none.
         stage: steps behind all of `steps`, on other rows and with an optimizer of their own, while they are the ones
             that are taken.
+        let_go: leaves the output folder to other runs; `save` calls it, and whoever stops the run before.
     """
 
     kind: str
@@ -222,6 +223,7 @@ class Run:
     progress: dict[str, Any]
     warm_up_dir: Path | None = None
     stage: OptimizerSteps | None = None
+    let_go: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._left_in_stage: tuple[int, Any] | None = (
@@ -408,6 +410,7 @@ class Run:
             checkpoints.place_model(self.output_dir, last=RECORD_FILE)
             checkpoints.remove_checkpoints(self.output_dir)
         self.accelerator.wait_for_everyone()
+            self.let_go()
         if self.config.tracker != "none":
             for tracker in self.accelerator.trackers:  # `end_training` would also part the processes for good
                 tracker.finish()

@@ -7,6 +7,7 @@ this library. A resumed run has the settings, backbone and data of the one befor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,21 @@ def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
     return "nothing"
 
 
+@dataclass(frozen=True)
+class OpenedFolder:
+    """An output folder in which a run can begin or go on.
+
+    Attributes:
+        accelerator: of the run.
+        newest: its last checkpoint, or None.
+        let_go: leaves the folder to other runs.
+    """
+
+    accelerator: Accelerator
+    newest: Path | None
+    let_go: Callable[[], None]
+
+
 def open_output(
     output_dir: Path,
     *,
@@ -64,8 +80,8 @@ def open_output(
     resume: bool,
     report: Callable[[str], None],
     new_accelerator: Callable[[], Accelerator],
-) -> tuple[Accelerator, Path | None] | None:
-    """The accelerator of a run and its newest checkpoint, or None if the folder holds that run's finished model.
+) -> OpenedFolder | None:
+    """Keep an output folder to a run, or None if it holds that run's finished model.
 
     Args:
         output_dir: the run's folder.
@@ -73,13 +89,40 @@ def open_output(
         defaults: of the settings, for those that a run of an earlier version did not have.
         resume: whether to go on with what is there.
         report: is told of a finished model.
-        new_accelerator: makes it.
+        new_accelerator: makes the run's accelerator.
 
     Raises:
-        FileExistsError: the folder holds another run and `resume` is not set, or something of anybody else's.
+        FileExistsError: the folder holds another run and `resume` is not set, another run is in it now, or something of
+            anybody else's.
         ValueError: it holds a run with other settings, backbone or data, or it is the backbone's.
     """
-    contents = check_output_dir(output_dir, identity["backbone"])
+    finished = check_output_dir(output_dir, identity["backbone"]) == "finished"
+    accelerator = new_accelerator()
+    holds = accelerator.is_main_process and not (finished and not (output_dir / checkpoints.FOLDER).is_dir())
+    let_go = checkpoints.hold(output_dir) if holds else lambda: None
+    try:
+        contents, _ = _look(output_dir, identity, defaults, resume)
+        accelerator.wait_for_everyone()  # until all have looked
+        if accelerator.is_main_process:
+            checkpoints.take_over_earlier(output_dir)
+            if contents == "finished":  # the run may have ended just before it removed them
+                checkpoints.remove_checkpoints(output_dir)
+                report(f"{output_dir} holds a finished model: nothing to resume.")
+        accelerator.wait_for_everyone()
+    except BaseException:
+        let_go()
+        raise
+    if contents == "finished":
+        let_go()
+        return None
+    return OpenedFolder(accelerator, checkpoints.latest_checkpoint(output_dir), let_go)
+
+
+def _look(
+    output_dir: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any], resume: bool
+) -> tuple[Contents, Path | None]:
+    """What a folder holds, and the newest checkpoint in it; errors as of `open_output`."""
+    contents, newest = check_output_dir(output_dir, identity["backbone"]), None
     if contents == "finished":
         if not resume:
             raise FileExistsError(
@@ -96,15 +139,7 @@ def open_output(
         if newest is not None:
             saved = checkpoints.read_progress(newest)["identity"]
             check_same_run(f"The unfinished run in {output_dir}", saved, identity, defaults)
-    accelerator = new_accelerator()
-    accelerator.wait_for_everyone()  # until all have looked
-    if accelerator.is_main_process:
-        checkpoints.take_over_earlier(output_dir)
-        if contents == "finished":  # the run may have ended just before it removed them
-            checkpoints.remove_checkpoints(output_dir)
-            report(f"{output_dir} holds a finished model: nothing to resume.")
-    accelerator.wait_for_everyone()
-    return None if contents == "finished" else (accelerator, checkpoints.latest_checkpoint(output_dir))
+    return contents, newest
 
 
 def run_identity(
@@ -229,4 +264,5 @@ def _is_just_begun(path: Path) -> bool:
     """Whether it is what a run leaves that is killed while it claims a folder."""
     if path.name != checkpoints.FOLDER or not path.is_dir():
         return False
-    return all(inside.match(f".{Path(checkpoints.MARKER).stem}.*") for inside in path.iterdir())
+    left = (checkpoints.LOCK, f".{Path(checkpoints.MARKER).stem}.*")
+    return all(any(map(inside.match, left)) for inside in path.iterdir())

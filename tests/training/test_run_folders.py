@@ -337,6 +337,22 @@ def test_a_record_of_the_first_version_is_compared_by_what_it_has(kind: Kind, tm
         kind.run(folder, backbone=tmp_path / "elsewhere", resume=True)
 
 
+def test_there_is_no_room_for_the_model(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, config = tmp_path / "m", kind.config(checkpoint_every=1)
+
+    def fill(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("consistentee.training.run.write_model_card", fill)
+        with pytest.raises(
+            OSError, match=r"m could not be written to, .* Make room, then go on with --resume\."
+        ):
+            kind.run(folder, config=config)
+    kind.run(folder, config=config, resume=True)
+    assert not (folder / checkpoints.FOLDER).exists()
+
+
 # Two runs in one folder.
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from consistentee.atomic_files import make_folder, remove_files, sync, sync_tree, write_json
+from consistentee.atomic_files import make_folder, remove_files, room_in, sync, sync_tree, write_json
 from consistentee.training.locks import release_and_remove, try_lock
 
 FOLDER = "consistentee-checkpoints"
@@ -95,15 +95,24 @@ def save_checkpoint(
     optimizer: dict[str, Any],
     progress: dict[str, Any],
 ) -> None:
-    """Write checkpoint `number` (rising within a run) and remove the ones before it."""
+    """Write checkpoint `number` (rising within a run) and remove the ones before it.
+
+    Raises:
+        OSError: there is no room for it; those before it are still there.
+    """
     folder = output_dir / FOLDER
     final, partial = folder / f"{number:09d}", folder / f"{number:09d}.partial"
     remove_files(partial, CHECKPOINT_FILES)
-    make_folder(partial)
-    save_file(_separate(weights), partial / WEIGHTS)
-    torch.save(optimizer, partial / OPTIMIZER)
-    write_json(partial / PROGRESS, progress)
-    sync_tree(partial)
+    try:
+        with room_in(folder):
+            make_folder(partial)
+            save_file(_separate(weights), partial / WEIGHTS)
+            torch.save(optimizer, partial / OPTIMIZER)
+            write_json(partial / PROGRESS, progress)
+            sync_tree(partial)
+    except OSError:
+        remove_files(partial, CHECKPOINT_FILES)
+        raise
     remove_files(final, CHECKPOINT_FILES)
     os.replace(partial, final)
     sync(folder)
@@ -162,8 +171,13 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write weights atomically as safetensors."""
     make_folder(path.parent)
     partial = path.with_suffix(".partial")
-    save_file(_separate(weights), partial)
-    sync(partial)
+    try:
+        with room_in(path.parent):
+            save_file(_separate(weights), partial)
+            sync(partial)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)
     sync(path.parent)
 

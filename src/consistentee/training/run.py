@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from consistentee.atomic_files import write_json
+from consistentee.atomic_files import room_in, write_json
 from consistentee.config import TrainingConfig
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.inference.timing import environment
@@ -403,14 +403,15 @@ class Run:
                 **record,
             }
             staged = self.output_dir / checkpoints.FOLDER / checkpoints.STAGING
-            model.save_pretrained(staged)
-            self.parts.tokenizer.save_pretrained(staged)
-            write_model_card(staged, record)
-            write_json(staged / RECORD_FILE, record)
-            checkpoints.place_model(self.output_dir, last=RECORD_FILE)
+            with room_in(self.output_dir):
+                model.save_pretrained(staged)
+                self.parts.tokenizer.save_pretrained(staged)
+                write_model_card(staged, record)
+                write_json(staged / RECORD_FILE, record)
+                checkpoints.place_model(self.output_dir, last=RECORD_FILE)
             checkpoints.remove_checkpoints(self.output_dir)
-        self.accelerator.wait_for_everyone()
             self.let_go()
+        self.accelerator.wait_for_everyone()
         if self.config.tracker != "none":
             for tracker in self.accelerator.trackers:  # `end_training` would also part the processes for good
                 tracker.finish()

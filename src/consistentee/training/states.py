@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from consistentee.atomic_files import room_in
 from consistentee.data.batches import TokenizedDataset
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.losses import layer_losses
@@ -252,6 +253,7 @@ def state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_d
     """Room for states, float16: in memory, or beyond the limit in a memory-mapped file that has no name.
 
     Raises:
+        OSError: there is no room for that file.
         ValueError: if the states exceed the limit and there is no `scratch_dir`.
     """
     size = 2 * math.prod(shape)  # bytes
@@ -264,7 +266,7 @@ def state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_d
         )
     scratch_dir.mkdir(parents=True, exist_ok=True)
     # A file without a name goes when the last tensor on it goes, however the process ends.
-    with tempfile.TemporaryFile(dir=scratch_dir) as file:
+    with room_in(scratch_dir), tempfile.TemporaryFile(dir=scratch_dir) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while writing
             os.posix_fallocate(file.fileno(), 0, size)
         return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -101,6 +104,35 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
         sync(place.parent)
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Around what a run writes into a folder: a full disk is said to be one, whatever the writer calls it.
+
+    Raises:
+        OSError: there is no room, or no more of a user's share.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_lack_of_room(error):
+            raise
+        there = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+        free, cause = shutil.disk_usage(there).free, str(error).strip().splitlines()[0]
+        raise OSError(
+            getattr(error, "errno", None) or errno.ENOSPC,
+            f"{folder} could not be written to, {free / 1e6:,.0f} MB are free there: {cause}. Make room, then go on "
+            "with --resume.",
+        ) from error
+
+
+def _is_lack_of_room(error: Exception) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    codes = re.findall(r"os error (\d+)", str(error))  # of safetensors
+    return "inline_container" in str(error) or any(int(code) in full for code in codes)  # the former of torch
 
 
 def sync(path: Path) -> None:

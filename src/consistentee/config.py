@@ -103,7 +103,7 @@ class TrainingConfig:
     batch_size: int = 32
     """Rows per optimizer step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: int = 1
-    """Parts a batch is cut into to save memory; does not change the result."""
+    """Parts a batch is cut into to save memory: the same result, but for layers and exits of text that each draws."""
     learning_rate: float = 5e-5
     """Peak learning rate of the backbone, or of its adapters, in the warm-up."""
     consistent_learning_rate: float | None = None

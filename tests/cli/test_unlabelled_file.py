@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from accelerate.state import PartialState
 
 from consistentee.cli.main import main
 from consistentee.cli.train import unlabelled_texts
 from consistentee.data.rows import TextDataset
-from consistentee.errors import DataError
+from consistentee.errors import DataError, UsageError
 from tiny import tiny_backbone, tiny_dataset, write_csv
 from tiny_training import tiny_decoder
 
@@ -54,6 +55,25 @@ def test_a_table_and_plain_text(files: Path, tmp_path: Path, capsys: pytest.Capt
     assert "4 unlabelled texts are among the rows to report on and are left out." in out
     assert "With unlabelled texts: validation score " in out
     assert record["evaluation"]["num_examples"] == 30
+
+
+def test_who_speaks_is_known_before_accelerate_sets_processes_up(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, said in (
+        ("1", ""),
+        ("0", "4 unlabelled texts are among the rows to report on and are left out.\n"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert list(unlabelled_texts([str(files / "more.txt")], None, TRAIN, REPORTED))
+        assert capsys.readouterr().out == said
+        assert PartialState._shared_state == {}
+
+
+def test_standard_input_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="Standard input can be read by one process only, and there are 2"):
+        list(unlabelled_texts(["-"], None, TRAIN, REPORTED))
 
 
 def test_columns_are_those_of_tables_alone(tmp_path: Path) -> None:

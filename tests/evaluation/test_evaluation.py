@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
@@ -206,6 +207,15 @@ def test_agrees_with_real_exits(saved: LoadedClassifier, criterion: str, thresho
     assert evaluation.mean_exit_layer == pytest.approx(sum(layers) / 50)
     assert evaluation.exit_histogram == [layers.count(layer) for layer in (1, 2, 3)]
     assert set(evaluation.metrics) == {"accuracy", "f1", "matthews"}
+
+
+def test_a_model_on_the_cpu_beside_a_training_on_a_gpu(saved: LoadedClassifier) -> None:
+    dataset = tiny_dataset(20)
+    expected = evaluate_model(saved, dataset).accuracy
+    assert PartialState._shared_state["_cpu"] is False  # a training after this takes a GPU
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["device"] = torch.device("cuda:0")
+    assert evaluate_model(saved, dataset).accuracy == expected
 
 
 def test_label_order_of_the_data_does_not_matter(saved: LoadedClassifier) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from consistentee.training import checkpoints
@@ -108,6 +110,43 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(
     assert load_checkpoint(folder)[2] == {"step": 1}
     save(tmp_path, 2, step=2)  # and the next write clears up
     assert [path.name for path in (tmp_path / checkpoints.FOLDER).iterdir()] == ["000000002"]
+
+
+FULL = {
+    "save_file": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "torch.save": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8\nframe #0"),
+    "write_json": OSError(errno.ENOSPC, "No space left on device"),
+    "sync_tree": OSError(errno.EDQUOT, "Disk quota exceeded"),
+}
+
+
+@pytest.mark.parametrize("writer", FULL)
+def test_a_full_disk_is_said_to_be_one_and_leaves_the_checkpoint_before(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save(tmp_path, 1, step=1)
+
+    def fill(*_: Any, **__: Any) -> None:
+        raise FULL[writer]
+
+    monkeypatch.setattr(f"consistentee.training.checkpoints.{writer}", fill)
+    said = r"consistentee-checkpoints could not be written to, [\d,]+ MB are free there: [^\n]+\. Make room, then go on"
+    with pytest.raises(OSError, match=said):
+        save(tmp_path, 2, step=2)
+    assert [path.name for path in (tmp_path / checkpoints.FOLDER).iterdir()] == ["000000001"]
+    if writer == "save_file":
+        with pytest.raises(OSError, match=r"with --resume\.$"):
+            save_weights(tmp_path / "best.safetensors", {})
+        assert not list(tmp_path.glob("best*"))
+
+
+def test_other_errors_of_a_writer_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("consistentee.training.checkpoints.torch.save", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        save(tmp_path, 1)
 
 
 def test_a_folder_without_progress_is_not_complete(tmp_path: Path):

@@ -429,6 +429,21 @@ def test_a_generator_of_one_layer_gets_no_exits(tmp_path: Path) -> None:
     run(finetune, shallow, tmp_path / "plain")
 
 
+def test_too_few_rows_are_refused_before_the_first_step(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OptimizerSteps, "_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(
+        ValueError, match=r"rows must be at least 2, got 1 of 10 rows\. .*validation_fraction"
+    ):
+        train(
+            backbone=backbone,
+            train_data=tiny_instructions(10),
+            output_dir=tmp_path / "m",
+            config=quick_generation_config(validation_fraction=0.1),
+        )
+
+
 def test_a_frozen_backbone_is_not_fine_tuned(backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="backbone_training must be full or lora to fine-tune the plain model"

@@ -17,6 +17,7 @@ from consistentee.evaluation.classification import evaluate_model, evaluate_plai
 from consistentee.functional.exits import exit_distribution
 from consistentee.functional.losses import geometric_prior, layer_losses, weighted_sum_loss
 from consistentee.models.loaded import LoadedClassifier
+from consistentee.training import policy_phase
 from consistentee.training.idle_settings import OF_POLICY_FITS, idle_settings
 from consistentee.training.methods import METHODS
 from consistentee.training.run import Run
@@ -115,6 +116,22 @@ def test_runs_on_the_papers_heads_and_resumes_to_the_same_bits(
             run_method(method, backbone, tmp_path / "parts", **changes)
     run_method(method, backbone, tmp_path / "parts", resume=True, **changes)
     assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["weighted_sum", "palbert", "deebert"])
+def test_steps_are_not_taken_again_for_the_thresholds(
+    method: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_method(method, backbone, tmp_path / "whole", policy_input="auto", policy_dropout=0.3)
+    with monkeypatch.context() as patched:
+        stop_at(patched, policy_phase, "choose_policy", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run_method(method, backbone, tmp_path / "parts", policy_input="auto", policy_dropout=0.3)
+    with monkeypatch.context() as patched:
+        patched.setattr(OptimizerSteps, "_step", lambda *_: pytest.fail("a step was taken again"))
+        run_method(method, backbone, tmp_path / "parts", resume=True, policy_input="auto", policy_dropout=0.3)
+    assert weight_bytes(tmp_path / "parts") == weight_bytes(tmp_path / "whole")
+    assert read_record(tmp_path / "parts") == read_record(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("method", ["fastbert", "palbert", "sweet", "cosee"])

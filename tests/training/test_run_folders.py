@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -333,3 +335,75 @@ def test_a_record_of_the_first_version_is_compared_by_what_it_has(kind: Kind, tm
         kind.run(folder, config=kind.config(max_grad_norm=9.0), resume=True)
     with pytest.raises(ValueError, match="has backbone = "):
         kind.run(folder, backbone=tmp_path / "elsewhere", resume=True)
+
+
+def test_there_is_no_room_for_the_model(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, config = tmp_path / "m", kind.config(checkpoint_every=1)
+
+    def fill(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("consistentee.training.run.write_model_card", fill)
+        with pytest.raises(
+            OSError, match=r"m could not be written to, .* Make room, then go on with --resume\."
+        ):
+            kind.run(folder, config=config)
+    kind.run(folder, config=config, resume=True)
+    assert not (folder / checkpoints.FOLDER).exists()
+
+
+# Two runs in one folder.
+
+
+@pytest.mark.parametrize("resume, when", [(False, r"\d steps"), (True, "Round 0|Epoch 1")])
+def test_a_second_run_waits_for_the_first(kind: Kind, tmp_path: Path, resume: bool, when: str) -> None:
+    folder, refused = tmp_path / "m", list[str]()
+
+    def say(line: str) -> None:
+        if not refused and re.search(when, line):
+            with pytest.raises(FileExistsError) as error:
+                kind.run(folder, resume=resume)
+            refused.append(str(error.value))
+
+    kind.run(folder, report=say)
+    assert refused == [f"Output folder {folder} is in use by another run. Wait for it, or choose another."]
+    assert weight_bytes(folder) == weight_bytes(kind.run(tmp_path / "alone"))
+    assert not (folder / checkpoints.FOLDER).exists()
+
+
+def test_a_folder_is_free_after_an_error(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "m"
+    with monkeypatch.context() as patch:
+        patch.setattr("consistentee.training.train.set_seed", lambda seed: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            kind.run(folder)
+    assert not folder.exists()
+    interrupt(kind, folder, monkeypatch)
+    assert not (folder / checkpoints.FOLDER / checkpoints.LOCK).exists()
+    checkpoints.hold(folder)()
+    kind.run(folder, config=kind.config(checkpoint_every=1), resume=True)
+
+
+def test_the_lock_of_a_killed_run_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / checkpoints.FOLDER).mkdir()
+    (tmp_path / checkpoints.FOLDER / checkpoints.LOCK).touch()
+    assert check_output_dir(tmp_path, None) == "nothing"
+    let_go = checkpoints.hold(tmp_path)
+    with pytest.raises(FileExistsError, match="is in use by another run"):
+        checkpoints.hold(tmp_path)
+    let_go()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")])
+def test_where_there_are_no_locks_runs_go_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def lock(path: Path) -> None:
+        path.touch()
+        raise error
+
+    monkeypatch.setattr(checkpoints, "try_lock", lock)
+    checkpoints.hold(tmp_path / "new")()
+    assert list(tmp_path.iterdir()) == []

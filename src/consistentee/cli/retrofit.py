@@ -28,8 +28,10 @@ from consistentee.cli.options import (
 from consistentee.cli.terminal import (
     at_least_one,
     check_json_file,
+    check_one_reader,
     check_plot_file,
     console,
+    is_first_process,
     save_figures,
     say,
     say_reading,
@@ -133,7 +135,9 @@ def retrofit_command(
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
     config = usage(lambda: RetrofitConfig.from_dict({**given, "max_accuracy_loss": max_disagreement}))
     check_tuning(given, config)
-    from consistentee.evaluation.retrofit import keep_threshold, report_retrofit
+    from accelerate import PartialState
+
+    from consistentee.evaluation.retrofit import SPEED_SECONDS, keep_threshold, report_retrofit
     from consistentee.models.loaded import LoadedClassifier, load_model
     from consistentee.models.record import record_evaluation
     from consistentee.training.run_folders import check_output_dir
@@ -151,15 +155,17 @@ def retrofit_command(
         model, read_texts_of(model, texts, text_columns, noted), config, source=source, max_texts=max_texts
     )
     dropped = task.data.num_duplicates
-    say(f"{len(task.data):,} different texts" + (f", {dropped:,} duplicates dropped" if dropped else ""))
+    if is_first_process():
+        say(f"{len(task.data):,} different texts" + (f", {dropped:,} duplicates dropped" if dropped else ""))
     calibration, reported = task.held_rows()
     labels = None
     if noted is not None:  # before the training, which a wrong label is not to cost
         labels = noted.classes_of(map(reported.text, range(len(reported))), task.original.label_names)
-        if not labels:
+        if not labels and is_first_process():
             say(f'No text to report on has a label in column "{label_column}": accuracy is not reported.')
     folder = run_retrofit(task, output_dir, resume=resume, report=say)
-    saved = load_model(folder, LoadedClassifier)
+    saved = load_model(folder, LoadedClassifier, device=PartialState().device)
+    is_main = is_first_process()
     report = report_retrofit(
         saved,
         calibration=calibration,
@@ -170,8 +176,11 @@ def retrofit_command(
         confidence=confidence,
         original=task.original if task.is_tuned else None,
         labels=labels,
-        progress=True,
+        speed_seconds=SPEED_SECONDS if is_main else None,
+        progress=is_main,
     )
+    if not is_main:
+        return
     report = dataclasses.replace(report, seconds=time.perf_counter() - start)
     keep_threshold(folder, report)
     figures = report.to_dict()
@@ -205,6 +214,7 @@ def read_texts_of(
     pairs = read_config(model, "Model").get("text_pairs")
     check_column_count(columns, pairs, model)
     for file in files:
+        check_one_reader(file)
         say_reading(file, "texts")
         named, note = (columns, labels and labels.note) if may_have_columns(file) else (None, None)
         yield from read_texts(file, named, pairs=pairs, splits=TO_LEARN, on_row=note)

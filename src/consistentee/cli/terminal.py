@@ -239,6 +239,24 @@ def say_reading(file: str, what: str) -> None:
         sys.stderr.write(f"Reading {what} from standard input, one a line; end with Ctrl-D.\n")
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that a launcher has started; asked before accelerate has set them up."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_one_reader(file: str) -> None:
+    """Raise UsageError where several processes would share what can be read once only."""
+    from consistentee.data.files import is_stream
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and is_stream(file):
+        name = "Standard input" if file == "-" else f'"{file}"'
+        raise UsageError(
+            f"{name} can be read by one process only, and there are {processes}. Save the texts to a file, and give "
+            "that."
+        )
+
+
 def check_plot_file(path: Path | None) -> None:
     """Raise before the work, not after it, unless a picture can be drawn into the file."""
     if path is not None:

@@ -19,7 +19,7 @@ from consistentee.cli.options import (
     read_recipe,
     training_config,
 )
-from consistentee.cli.terminal import console, say, say_reading, usage
+from consistentee.cli.terminal import check_one_reader, console, is_first_process, say, say_reading, usage
 from consistentee.config import TrainingConfig
 from consistentee.errors import UsageError
 from consistentee.functional.tables import CLASSIFICATION, GENERATION
@@ -188,12 +188,11 @@ def unlabelled_texts(
         train: labelled rows, which are single texts or pairs.
         evaluation: rows to report on.
     """
-    from accelerate import PartialState
-
     from consistentee.data.files import TO_LEARN, may_have_columns, read_texts
 
     reported, dropped = set(evaluation.texts), 0
     for file in files:
+        check_one_reader(file)
         say_reading(file, "texts")
         named, pairs = columns if may_have_columns(file) else None, len(train.texts[0]) == 2
         for text in read_texts(file, named, plain_too=True, pairs=pairs, splits=TO_LEARN):
@@ -201,7 +200,7 @@ def unlabelled_texts(
                 dropped += 1
             else:
                 yield text
-    if dropped and PartialState().is_main_process:
+    if dropped and is_first_process():
         say(f"{dropped:,} unlabelled texts are among the rows to report on and are left out.")
 
 

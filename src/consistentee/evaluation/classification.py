@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification, EarlyExitOutput
 from consistentee.progress import track
 from consistentee.training.states import LayerStates, run_all_layers
+from consistentee.training.steps import default_accelerator
 
 
 def evaluate_layers(
@@ -223,13 +223,12 @@ def run_tokenized(
 ) -> LayerStates:
     """As `run_layers`, of rows that are tokenized: a `TokenizedDataset` or `SpooledRows`."""
     model = saved.early_exit_model
-    accelerator = Accelerator(cpu=model.device.type == "cpu", kwargs_handlers=[AutocastKwargs(enabled=False)])
     return run_all_layers(
         model,
         rows,
         collate=partial(collate, tokenizer=saved.tokenizer),
         batch_size=batch_size,
-        accelerator=accelerator,
+        accelerator=default_accelerator(kwargs_handlers=[AutocastKwargs(enabled=False)]),
         keep_pooled=keep_pooled,
         description=description,
     )

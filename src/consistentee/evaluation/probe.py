@@ -126,6 +126,7 @@ def probe(
     )
     with tempfile.TemporaryDirectory(prefix="consistentee-probe-") as folder:
         run = cast(Run, start_retrofit(task, Path(folder) / "run", report=report))  # the folder is new
+        run.let_go()  # and nobody else's
         run.take_steps(run.steps.total_steps, task.weighted_sum(), phase="exits")
         phase = run_policy_phase(run, "policy", try_all=True)
         probs, correct = phase.choice.exit_probs, phase.data.judged_instances.correct

@@ -40,7 +40,7 @@ MOST_DISAGREEMENTS = 20
 LEAST_SPEEDUP = 1.15
 """Layer speed-up below which exits are said not to be worth it."""
 
-SPEED_ROWS = 256
+SPEED_ROWS, SPEED_SECONDS = 256, 20.0
 
 CERTIFIED = "certified"
 """Name of the operating point with the certificate."""
@@ -128,7 +128,7 @@ def report_retrofit(
     confidence: float = 0.95,
     original: LoadedClassifier | None = None,
     labels: Mapping[tuple[str, ...], int] | None = None,
-    speed_seconds: float | None = 20.0,
+    speed_seconds: float | None = SPEED_SECONDS,
     progress: bool = False,
 ) -> RetrofitReport:
     """Choose the threshold that calibration rows certify, and measure it on others.

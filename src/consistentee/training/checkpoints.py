@@ -9,8 +9,11 @@ module writes is ever deleted, by its name.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,48 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from consistentee.atomic_files import make_folder, remove_files, sync, sync_tree, write_json
+from consistentee.atomic_files import make_folder, remove_files, room_in, sync, sync_tree, write_json
+from consistentee.training.locks import release_and_remove, try_lock
 
 FOLDER = "consistentee-checkpoints"
 EARLIER_FOLDER = "checkpoints"
 """Its name in version 0.1.0."""
-MARKER, BEST, STAGING = "run.json", "best.safetensors", "model"
+MARKER, BEST, STAGING, LOCK = "run.json", "best.safetensors", "model", "run.lock"
 WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
 CHECKPOINT_FILES = (WEIGHTS, OPTIMIZER, PROGRESS)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def hold(output_dir: Path) -> Callable[[], None]:
+    """Keep an output folder to one run, where its file system knows locks; gives what lets go of it.
+
+    Raises:
+        FileExistsError: another run has it.
+    """
+    is_new, folder = not output_dir.exists(), output_dir / FOLDER
+    make_folder(folder)
+    path, lock = folder / LOCK, None
+    try:
+        lock = try_lock(path)
+        if lock is None:
+            raise FileExistsError(
+                f"Output folder {output_dir} is in use by another run. Wait for it, or choose another."
+            )
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+
+    def let_go() -> None:
+        if lock is None:
+            path.unlink(missing_ok=True)
+        elif lock.is_locked:
+            release_and_remove(lock)
+        with suppress(OSError):  # it is not there, or something is in it
+            folder.rmdir()
+            if is_new:
+                output_dir.rmdir()
+
+    return let_go
 
 
 def claim(output_dir: Path) -> None:
@@ -58,15 +95,24 @@ def save_checkpoint(
     optimizer: dict[str, Any],
     progress: dict[str, Any],
 ) -> None:
-    """Write checkpoint `number` (rising within a run) and remove the ones before it."""
+    """Write checkpoint `number` (rising within a run) and remove the ones before it.
+
+    Raises:
+        OSError: there is no room for it; those before it are still there.
+    """
     folder = output_dir / FOLDER
     final, partial = folder / f"{number:09d}", folder / f"{number:09d}.partial"
     remove_files(partial, CHECKPOINT_FILES)
-    make_folder(partial)
-    save_file(_separate(weights), partial / WEIGHTS)
-    torch.save(optimizer, partial / OPTIMIZER)
-    write_json(partial / PROGRESS, progress)
-    sync_tree(partial)
+    try:
+        with room_in(folder):
+            make_folder(partial)
+            save_file(_separate(weights), partial / WEIGHTS)
+            torch.save(optimizer, partial / OPTIMIZER)
+            write_json(partial / PROGRESS, progress)
+            sync_tree(partial)
+    except OSError:
+        remove_files(partial, CHECKPOINT_FILES)
+        raise
     remove_files(final, CHECKPOINT_FILES)
     os.replace(partial, final)
     sync(folder)
@@ -125,8 +171,13 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write weights atomically as safetensors."""
     make_folder(path.parent)
     partial = path.with_suffix(".partial")
-    save_file(_separate(weights), partial)
-    sync(partial)
+    try:
+        with room_in(path.parent):
+            save_file(_separate(weights), partial)
+            sync(partial)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)
     sync(path.parent)
 

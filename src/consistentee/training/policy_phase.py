@@ -328,6 +328,7 @@ def finish_exits(run: Run, criterion: str, *, keep_policy: bool = False) -> Any:
     Returns:
         The folder.
     """
+    run.checkpoint()
     phase = run_policy_phase(run, "thresholds", try_all=True, keep_policy=keep_policy)
     record_round(run, 0, phase)
     return finish_run(run, phase, criterion)

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from consistentee.atomic_files import write_json
+from consistentee.atomic_files import room_in, write_json
 from consistentee.config import TrainingConfig
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.inference.timing import environment
@@ -207,6 +207,7 @@ class Run:
         warm_up_dir: where warm-ups are kept for trainings that begin alike; None where this one shares none.
         stage: steps behind all of `steps`, on other rows and with an optimizer of their own, while they are the ones
             that are taken.
+        let_go: leaves the output folder to other runs; `save` calls it, and whoever stops the run before.
     """
 
     kind: str
@@ -222,6 +223,7 @@ class Run:
     progress: dict[str, Any]
     warm_up_dir: Path | None = None
     stage: OptimizerSteps | None = None
+    let_go: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._left_in_stage: tuple[int, Any] | None = (
@@ -401,12 +403,14 @@ class Run:
                 **record,
             }
             staged = self.output_dir / checkpoints.FOLDER / checkpoints.STAGING
-            model.save_pretrained(staged)
-            self.parts.tokenizer.save_pretrained(staged)
-            write_model_card(staged, record)
-            write_json(staged / RECORD_FILE, record)
-            checkpoints.place_model(self.output_dir, last=RECORD_FILE)
+            with room_in(self.output_dir):
+                model.save_pretrained(staged)
+                self.parts.tokenizer.save_pretrained(staged)
+                write_model_card(staged, record)
+                write_json(staged / RECORD_FILE, record)
+                checkpoints.place_model(self.output_dir, last=RECORD_FILE)
             checkpoints.remove_checkpoints(self.output_dir)
+            self.let_go()
         self.accelerator.wait_for_everyone()
         if self.config.tracker != "none":
             for tracker in self.accelerator.trackers:  # `end_training` would also part the processes for good

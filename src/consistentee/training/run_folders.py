@@ -7,10 +7,12 @@ this library. A resumed run has the settings, backbone and data of the one befor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import RENAMED
@@ -56,6 +58,21 @@ def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
     return "nothing"
 
 
+@dataclass(frozen=True)
+class OpenedFolder:
+    """An output folder in which a run can begin or go on.
+
+    Attributes:
+        accelerator: of the run.
+        newest: its last checkpoint, or None.
+        let_go: leaves the folder to other runs.
+    """
+
+    accelerator: Accelerator
+    newest: Path | None
+    let_go: Callable[[], None]
+
+
 def open_output(
     output_dir: Path,
     *,
@@ -64,8 +81,8 @@ def open_output(
     resume: bool,
     report: Callable[[str], None],
     new_accelerator: Callable[[], Accelerator],
-) -> tuple[Accelerator, Path | None] | None:
-    """The accelerator of a run and its newest checkpoint, or None if the folder holds that run's finished model.
+) -> OpenedFolder | None:
+    """Keep an output folder to a run, or None if it holds that run's finished model.
 
     Args:
         output_dir: the run's folder.
@@ -73,13 +90,94 @@ def open_output(
         defaults: of the settings, for those that a run of an earlier version did not have.
         resume: whether to go on with what is there.
         report: is told of a finished model.
-        new_accelerator: makes it.
+        new_accelerator: makes the run's accelerator.
 
     Raises:
-        FileExistsError: the folder holds another run and `resume` is not set, or something of anybody else's.
-        ValueError: it holds a run with other settings, backbone or data, or it is the backbone's.
+        FileExistsError: the folder holds another run and `resume` is not set, another run is in it now, or something of
+            anybody else's.
+        ValueError: it holds a run with other settings, backbone or data, it is the backbone's, or processes differ.
     """
-    contents = check_output_dir(output_dir, identity["backbone"])
+    finished = check_output_dir(output_dir, identity["backbone"]) == "finished"
+    accelerator = new_accelerator()
+    holds = accelerator.is_main_process and not (finished and not (output_dir / checkpoints.FOLDER).is_dir())
+    let_go, contents, newest, problem = _nothing, None, None, None
+    try:
+        if holds:
+            let_go = checkpoints.hold(output_dir)
+        contents, newest = _look(output_dir, identity, defaults, resume)
+    except (OSError, ValueError) as error:
+        problem = error
+    try:
+        _check_processes(accelerator, (contents, newest and newest.name), identity, defaults, problem)
+        if accelerator.is_main_process:
+            checkpoints.take_over_earlier(output_dir)
+            if contents == "finished":  # the run may have ended just before it removed them
+                checkpoints.remove_checkpoints(output_dir)
+                report(f"{output_dir} holds a finished model: nothing to resume.")
+        accelerator.wait_for_everyone()
+    except BaseException:
+        let_go()
+        raise
+    if contents == "finished":
+        let_go()
+        return None
+    return OpenedFolder(accelerator, checkpoints.latest_checkpoint(output_dir), let_go)
+
+
+def _nothing() -> None:
+    """What lets go of a folder that another process holds."""
+
+
+def _check_processes(
+    accelerator: Accelerator,
+    found: tuple[Contents | None, str | None],
+    identity: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    problem: Exception | None,
+) -> None:
+    """Wait until all processes have looked; raise in all of them what one has found, or wherein they differ.
+
+    Args:
+        accelerator: of this process.
+        found: what the folder holds, and the name of the newest checkpoint.
+        identity, defaults: as of `open_output`.
+        problem: why this process cannot begin.
+    """
+    if problem is None and accelerator.num_processes == 1:
+        return
+    mine = {"found": found, "identity": identity, "problem": None if problem is None else str(problem)}
+    every: list[Any] = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    if problem is not None:
+        raise problem
+    for number, other in enumerate(every):
+        if other["problem"] is not None:
+            raise ValueError(f"Process {number} cannot begin: {other['problem']}")
+    for number, other in enumerate(every[1:], start=1):
+        differing = _differences(every[0]["identity"], other["identity"], defaults)
+        if differing:
+            listed = "; ".join(f"{name} = {one}, in process {number} {two}" for name, one, two in differing)
+            raise ValueError(
+                f"All processes must be given the same settings, backbone and data, got in process 0 {listed}. Save "
+                "texts that come from a stream, or at random, to a file, and give that."
+            )
+        if other["found"] != every[0]["found"]:
+            raise ValueError(
+                f"All processes must find the same in the output folder, got in process 0 {_words(every[0]['found'])}, "
+                f"in process {number} {_words(other['found'])}. Give a folder that all of them see."
+            )
+
+
+def _words(found: tuple[Contents, str | None]) -> str:
+    contents, newest = found
+    what = {"nothing": "nothing", "unfinished": "an unfinished run", "finished": "a finished model"}[contents]
+    return what if newest is None else f"{what} with checkpoint {newest}"
+
+
+def _look(
+    output_dir: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any], resume: bool
+) -> tuple[Contents, Path | None]:
+    """What a folder holds, and the newest checkpoint in it; errors as of `open_output`."""
+    contents, newest = check_output_dir(output_dir, identity["backbone"]), None
     if contents == "finished":
         if not resume:
             raise FileExistsError(
@@ -96,15 +194,7 @@ def open_output(
         if newest is not None:
             saved = checkpoints.read_progress(newest)["identity"]
             check_same_run(f"The unfinished run in {output_dir}", saved, identity, defaults)
-    accelerator = new_accelerator()
-    accelerator.wait_for_everyone()  # until all have looked
-    if accelerator.is_main_process:
-        checkpoints.take_over_earlier(output_dir)
-        if contents == "finished":  # the run may have ended just before it removed them
-            checkpoints.remove_checkpoints(output_dir)
-            report(f"{output_dir} holds a finished model: nothing to resume.")
-    accelerator.wait_for_everyone()
-    return None if contents == "finished" else (accelerator, checkpoints.latest_checkpoint(output_dir))
+    return contents, newest
 
 
 def run_identity(
@@ -148,6 +238,18 @@ def check_same_run(
         current: identity of this one.
         defaults: of the settings, for those that a run of an earlier version did not have.
     """
+    differing = _differences(saved, current, defaults)
+    if differing:
+        listed = "; ".join(f"{name} = {before}, this one {now}" for name, before, now in differing)
+        raise ValueError(
+            f"{whose} has {listed}. Resume with the same settings, backbone and data, or choose another output folder."
+        )
+
+
+def _differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Wherein two identities are not the same run's: name, the one's and the other's; as of `check_same_run`."""
 
     def shown(name: str, of: Mapping[str, Any]) -> Any:
         if name == "backbone":
@@ -177,7 +279,7 @@ def check_same_run(
         classifier=not current["kind"].endswith(f"_{GENERATION}"),
         unlabelled="unlabelled_fingerprint" in current["data"],
     )
-    names = [
+    names = (
         name
         for name in (
             "kind",
@@ -188,14 +290,8 @@ def check_same_run(
             *(setting for setting in current["config"] if setting not in idle),
         )
         if differs(name)
-    ]
-    if names:
-        listed = "; ".join(
-            f"{name} = {shown(name, saved)}, this one {shown(name, current)}" for name in names
-        )
-        raise ValueError(
-            f"{whose} has {listed}. Resume with the same settings, backbone and data, or choose another output folder."
-        )
+    )
+    return [(name, shown(name, saved), shown(name, current)) for name in names]
 
 
 def _check_apart(output_dir: Path, backbone: Path) -> None:
@@ -229,4 +325,5 @@ def _is_just_begun(path: Path) -> bool:
     """Whether it is what a run leaves that is killed while it claims a folder."""
     if path.name != checkpoints.FOLDER or not path.is_dir():
         return False
-    return all(inside.match(f".{Path(checkpoints.MARKER).stem}.*") for inside in path.iterdir())
+    left = (checkpoints.LOCK, f".{Path(checkpoints.MARKER).stem}.*")
+    return all(any(map(inside.match, left)) for inside in path.iterdir())

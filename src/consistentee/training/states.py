@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from consistentee.atomic_files import room_in
 from consistentee.data.batches import TokenizedDataset
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.losses import layer_losses
 from consistentee.heads.exit_signals import SIGNALS
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.progress import track
-from consistentee.training.steps import Collate
+from consistentee.training.steps import Collate, default_accelerator
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def run_all_layers(
     Raises:
         ValueError: if the states exceed the limit and there is no `scratch_dir`.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or default_accelerator()
     rows, layers, classes = len(dataset), model.num_layers, cast(int, model.config.num_labels)
     results = {
         "classifier_logits": torch.empty(rows, layers, classes),
@@ -161,7 +162,7 @@ def run_full_depth(
     Arguments as in `run_all_layers`.
     """
     results = {"logits": torch.empty(len(dataset), cast(int, model.config.num_labels))}
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or default_accelerator()
 
     def full_depth(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": model(**inputs).logits}
@@ -187,7 +188,7 @@ def _run_rows(
         for mine, padding in row_shares(dataset.lengths, batch_size, accelerator, description):
             batch = collate([dataset[row] for row in mine + padding])
             inputs = {
-                name: batch[name].to(accelerator.device)
+                name: batch[name].to(model.device)
                 for name in ("input_ids", "attention_mask", "token_type_ids")
                 if name in batch
             }
@@ -234,10 +235,16 @@ def gather_into(
         index: (rows of this process,), their places, -1 for what has none.
         accelerator: whose processes take part.
     """
-    places = cast(Tensor, accelerator.gather(index.to(accelerator.device))).cpu()
+
+    def of_all(value: Tensor) -> Tensor:
+        if accelerator.num_processes == 1:
+            return value.cpu()
+        return cast(Tensor, accelerator.gather(value.to(accelerator.device))).cpu()
+
+    places = of_all(index)
     real = places >= 0
     for name, value in output.items():
-        gathered = cast(Tensor, accelerator.gather(value.float().contiguous())).cpu()
+        gathered = of_all(value.float().contiguous())
         if name in results:
             results[name][places[real]] = gathered[real].to(results[name].dtype)
 
@@ -246,6 +253,7 @@ def state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_d
     """Room for states, float16: in memory, or beyond the limit in a memory-mapped file that has no name.
 
     Raises:
+        OSError: there is no room for that file.
         ValueError: if the states exceed the limit and there is no `scratch_dir`.
     """
     size = 2 * math.prod(shape)  # bytes
@@ -258,7 +266,7 @@ def state_storage(shape: tuple[int, int, int], memory_limit_mb: float, scratch_d
         )
     scratch_dir.mkdir(parents=True, exist_ok=True)
     # A file without a name goes when the last tensor on it goes, however the process ends.
-    with tempfile.TemporaryFile(dir=scratch_dir) as file:
+    with room_in(scratch_dir), tempfile.TemporaryFile(dir=scratch_dir) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while writing
             os.posix_fallocate(file.fileno(), 0, size)
         return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))

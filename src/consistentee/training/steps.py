@@ -91,8 +91,7 @@ def make_accelerator(
             )
     # A run before this one in the same process may have had another precision, to which accelerate would hold this one.
     AcceleratorState._reset_state()
-    return Accelerator(
-        cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available(),
+    return default_accelerator(
         mixed_precision=resolve_precision(mixed_precision),
         log_with=None if tracker == "none" else tracker,
         project_dir=output_dir,
@@ -102,6 +101,15 @@ def make_accelerator(
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
         ],
     )
+
+
+def default_accelerator(**options: Any) -> Accelerator:
+    """An accelerator with the processes that a launcher has started, on a GPU if there is one.
+
+    Also for a model on the CPU: the device that the first one in a process is told holds for all after it.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(cpu=several and not torch.accelerator.is_available(), **options)
 
 
 def resolve_precision(mixed_precision: str) -> str:

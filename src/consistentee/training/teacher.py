@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from consistentee.data.batches import collate
 from consistentee.data.spooled import SpooledRows
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.training.states import run_full_depth
+from consistentee.training.steps import default_accelerator
 
 
 def teacher_logits(
@@ -31,7 +31,7 @@ def teacher_logits(
         rows: tokenized by its tokenizer.
         description: label of the progress bar; none without it.
     """
-    accelerator = Accelerator(kwargs_handlers=[AutocastKwargs(enabled=False)])
+    accelerator = default_accelerator(kwargs_handlers=[AutocastKwargs(enabled=False)])
     original.model.to(accelerator.device)
     return run_full_depth(
         original.model,

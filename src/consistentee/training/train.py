@@ -25,7 +25,7 @@ from consistentee.models.keeps_original import check_single_label
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.methods import METHODS, check_method, method_of
 from consistentee.training.run import Report, Run, TrainingTask
-from consistentee.training.run_folders import open_output, run_identity
+from consistentee.training.run_folders import OpenedFolder, open_output, run_identity
 from consistentee.training.steps import OptimizerSteps, Rows, make_accelerator, parameter_groups
 from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.tasks.generation import GenerationTraining
@@ -97,7 +97,7 @@ def train(
         report=report,
         warm_up_dir=None if warm_up_dir is None else Path(warm_up_dir),
     )
-    return Path(output_dir) if run is None else row.load()(run)
+    return Path(output_dir) if run is None else _run_method(run, method)
 
 
 def finetune(
@@ -187,7 +187,7 @@ def run_retrofit(
 ) -> Path:
     """Train what `retrofit_task` made; arguments as of `retrofit`."""
     run = start_retrofit(task, output_dir, resume=resume, report=report)
-    return Path(output_dir) if run is None else METHODS["retrofit"].load()(run)
+    return Path(output_dir) if run is None else _run_method(run, "retrofit")
 
 
 def start_retrofit(
@@ -203,6 +203,14 @@ def start_retrofit(
         resume=resume,
         report=report,
     )
+
+
+def _run_method(run: Run, method: str) -> Path:
+    """From the run's first step to its saved model, or to whatever stops it."""
+    try:
+        return METHODS[method].load()(run)
+    finally:
+        run.let_go()
 
 
 def _task_of(
@@ -241,7 +249,10 @@ def start_run(
     report: Report,
     warm_up_dir: Path | None = None,
 ) -> Run | None:
-    """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished."""
+    """Load everything a run needs, and go back to its last checkpoint if it is resumed. None if it has finished.
+
+    The run has its output folder to itself until `Run.let_go`.
+    """
     output_dir, config, exits = Path(output_dir), task.config, METHODS[method].exits
     kind = ("early_exit" if exits else "full_depth") + task.suffix
     texts = task.unlabelled if isinstance(task, UnlabelledTraining) else None
@@ -268,7 +279,41 @@ def start_run(
     )
     if opened is None:
         return None
-    accelerator, newest = opened
+    try:
+        run = _new_run(
+            task,
+            method,
+            backbone=backbone,
+            task_name=task_name,
+            output_dir=output_dir,
+            report=report,
+            warm_up_dir=warm_up_dir,
+            kind=kind,
+            identity=identity,
+            opened=opened,
+        )
+        run.begin(opened.newest, resume=resume)
+    except BaseException:
+        opened.let_go()
+        raise
+    return run
+
+
+def _new_run(
+    task: TrainingTask,
+    method: str,
+    *,
+    backbone: str | Path,
+    task_name: str | None,
+    output_dir: Path,
+    report: Report,
+    warm_up_dir: Path | None,
+    kind: str,
+    identity: dict[str, Any],
+    opened: OpenedFolder,
+) -> Run:
+    """A run before its first step, in an opened folder."""
+    config, exits, accelerator = task.config, METHODS[method].exits, opened.accelerator
     set_seed(config.seed)
     parts = task.prepare(backbone, task_name, exits=exits)
     if METHODS[method].joint_policy:
@@ -285,7 +330,7 @@ def start_run(
         parts.model = accelerator.unwrap_model(prepared)
     else:
         parts.model.to(accelerator.device)
-    run = Run(
+    return Run(
         kind=kind,
         config=config,
         task=task,
@@ -341,6 +386,5 @@ def start_run(
             "taken_over": None,
         },
         warm_up_dir=warm_up_dir,
+        let_go=opened.let_go,
     )
-    run.begin(newest, resume=resume)
-    return run

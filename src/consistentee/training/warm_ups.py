@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consistentee.atomic_files import make_folder
+from consistentee.atomic_files import make_folder, room_in
 from consistentee.training import checkpoints
 from consistentee.training.run import Run
 
@@ -63,8 +63,13 @@ def keep(run: Run, seconds: float) -> None:
     folder = _folder(run)
     if folder is not None and run.accelerator.is_main_process and not checkpoints.is_claimed(folder):
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        checkpoints.claim(partial)
-        run.write_checkpoint(partial, {"seconds": seconds})
+        try:
+            with room_in(folder.parent):
+                checkpoints.claim(partial)
+            run.write_checkpoint(partial, {"seconds": seconds})
+        except OSError:
+            _remove(partial)
+            raise
         try:
             os.rename(partial, folder)
         except OSError:  # another run came first
@@ -107,5 +112,5 @@ def _name(run: Run, settings: Mapping[str, Any]) -> str:
 
 def _remove(folder: Path) -> None:
     checkpoints.remove_checkpoints(folder)
-    if not any(folder.iterdir()):
+    if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

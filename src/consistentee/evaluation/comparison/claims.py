@@ -7,9 +7,8 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from consistentee.atomic_files import make_folder
+from consistentee.training.locks import try_lock
 from consistentee.training.run import Report
 
 LOCKS = ".locks"
@@ -38,7 +37,7 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
     while waiting:
         of_others: dict[str, T] = {}
         for name, piece in waiting.items():
-            lock = _try_lock(folder / f"{name}.lock")
+            lock = try_lock(folder / f"{name}.lock")
             if lock is None:
                 of_others[name] = piece
                 continue
@@ -57,18 +56,8 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
 def is_shared_now(output_dir: Path) -> bool:
     """Whether other processes work on something in a folder."""
     for path in (output_dir / LOCKS).glob("*.lock"):
-        lock = _try_lock(path)
+        lock = try_lock(path)
         if lock is None:
             return True
         lock.release()
     return False
-
-
-def _try_lock(path: Path) -> BaseFileLock | None:
-    """A lock that is held now; None where another holds it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    return lock

@@ -112,6 +112,11 @@ class GenerationTraining:
                 model.backbone, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout
             )
         kept, held = self.data.split(config.validation_fraction, config.seed)
+        if exits and len(held) < 2:
+            raise ValueError(
+                f"validation rows must be at least 2, got {len(held)} of {len(self.data)} rows. "
+                "Give more rows, or a higher validation_fraction."
+            )
         lengths = {"max_length": max_length, "max_prompt_length": config.max_prompt_length}
         train_rows = encode_rows(self.data.select(kept), tokenizer, template, **lengths)
         end_texts_with(model, cast(int, tokenizer.eos_token_id))

@@ -24,7 +24,7 @@ from consistentee.data.batches import TokenizedPrompts
 from consistentee.functional.criteria import EXIT_CRITERIA, GENERATION_CRITERIA
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.training.states import gather_into, row_shares, state_storage
-from consistentee.training.steps import Collate
+from consistentee.training.steps import Collate, default_accelerator
 from consistentee.training.tasks.token_objectives import response_counts
 
 _OF_TOKENS = {name: EXIT_CRITERIA[name] for name in GENERATION_CRITERIA}
@@ -117,7 +117,7 @@ def run_token_states(
     Raises:
         ValueError: there is no response token, or the states exceed the limit and there is no `scratch_dir`.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or default_accelerator()
     rows, positions = draw_tokens(dataset, max_tokens, seed)
     if len(rows) == 0:
         raise ValueError("dataset must hold response tokens, got none. Give texts with longer responses.")
@@ -148,9 +148,9 @@ def run_token_states(
             with accelerator.autocast():
                 output = _exits_of(
                     model,
-                    {name: value.to(accelerator.device) for name, value in batch.items()},
-                    at_row.to(accelerator.device),
-                    at_position.to(accelerator.device),
+                    {name: value.to(model.device) for name, value in batch.items()},
+                    at_row.to(model.device),
+                    at_position.to(model.device),
                     first_exit=model.num_layers - layers,
                     logit_rows=logit_rows,
                     keep_pooled=keep_pooled,

@@ -186,7 +186,8 @@ def test_a_tuned_model_is_said_to_be_tuned_from_it() -> None:
         "confidence": 0.95,
         "reference": "user/sentiment",
     }
-    card = model_card(record, {"safe": {"criterion": "policy", "threshold": 0.5, "certificate": certificate}})
+    safe = {"criterion": "policy", "threshold": 0.5, "certificate": certificate}
+    card = model_card(record, {"operating_points": {"safe": safe}})
     assert "Tuned from `user/sentiment` (LoRA adapters, merged) to give its answers early" in card
     assert "full depth is not the original" in card
     assert "as it was" not in card

@@ -10,7 +10,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from consistentee.atomic_files import write_text
-from consistentee.models.operating_points import Points, read_operating_points
+from consistentee.models.operating_points import (
+    Points,
+    read_operating_points,
+    read_saved_config,
+    require_operating_points,
+)
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -36,7 +41,7 @@ def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> Path:
         The file.
     """
     path = Path(folder) / CARD_FILE
-    write_text(path, model_card(record, read_operating_points(folder)))
+    write_text(path, model_card(record, read_saved_config(folder)))
     return path
 
 
@@ -59,12 +64,21 @@ def enter_operating_points(folder: str | Path) -> None:
     write_text(path, card)
 
 
-def model_card(record: Mapping[str, Any], operating_points: Points | None = None) -> str:
-    """The text of the card, Markdown with YAML front matter."""
+def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> str:
+    """The text of the card, Markdown with YAML front matter.
+
+    Args:
+        record: the training record.
+        config: what the folder's `config.json` holds, whose exits, exit rule and operating points count.
+    """
+    config = config or {}
+    points: Points = config.get("operating_points") or {}
+    require_operating_points(points)
+    exit_layers: Sequence[int] | None = config.get("exit_layers")
     kind, task = str(record.get("kind")), record.get("task")
     generates, exits = kind.endswith("_generation"), not kind.startswith("full_depth")
     evaluation, validation = record.get("evaluation") or {}, record.get("validation") or {}
-    thresholds: Mapping[str, float] = record.get("thresholds") or {}
+    thresholds: Mapping[str, float] = {} if exit_layers else record.get("thresholds") or {}
     backbone = str(record.get("backbone") or ("a language model" if generates else "an encoder"))
     base_model = backbone if _is_hub_name(backbone) else None
     backbone = _short_name(backbone)
@@ -105,6 +119,7 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
         backbone=backbone,
         generates=generates,
         exits=exits,
+        after=_places(exit_layers),
         original=original,
         exits_only=bool((record.get("config") or {}).get("exits_only")),
         needs_package=exits or not generates,
@@ -125,7 +140,7 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
             ("figure", "value"), _validated(validation, "token accuracy" if generates else "accuracy")
         ),
         by_rule=_table(("exit rule", "threshold", "token accuracy", "mean exit layer"), _by_rule(validation)),
-        operating_points=_section(operating_points) if operating_points else "",
+        operating_points=_section(points) if points else "",
         pairs=(record.get("data") or {}).get("text_pairs"),
         threshold=other_threshold(thresholds.get("policy", 0.5)),
         by_loss=_table(
@@ -140,6 +155,14 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
 def other_threshold(threshold: float) -> float:
     """A policy threshold clearly on the other side of the given one, to show what turning the dial does."""
     return 0.5 if threshold > 0.6 else 0.9
+
+
+def _places(exit_layers: Sequence[int] | None) -> str:
+    """Where the exits are, in words."""
+    if not exit_layers:
+        return "after every layer"
+    *first, last = map(str, exit_layers)
+    return f"after layers {', '.join(first)} and {last}" if first else f"after layer {last}"
 
 
 TableRows = list[tuple[str, ...]]

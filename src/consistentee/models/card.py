@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from consistentee.atomic_files import write_text
+from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.models.operating_points import (
     Points,
     read_operating_points,
@@ -79,6 +80,8 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     generates, exits = kind.endswith("_generation"), not kind.startswith("full_depth")
     evaluation, validation = record.get("evaluation") or {}, record.get("validation") or {}
     thresholds: Mapping[str, float] = {} if exit_layers else record.get("thresholds") or {}
+    criterion, threshold = _exit_rule(record, config)
+    by_loss = (validation.get("tolerances") or {}).get(criterion, ())
     backbone = str(record.get("backbone") or ("a language model" if generates else "an encoder"))
     base_model = backbone if _is_hub_name(backbone) else None
     backbone = _short_name(backbone)
@@ -120,6 +123,9 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         generates=generates,
         exits=exits,
         after=_places(exit_layers),
+        criterion=criterion,
+        decider="a policy" if criterion == "policy" else f"the exit rule `{criterion}`",
+        method=record.get("method") or "consistent",  # the only one before records said it
         original=original,
         exits_only=bool((record.get("config") or {}).get("exits_only")),
         needs_package=exits or not generates,
@@ -142,9 +148,10 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         by_rule=_table(("exit rule", "threshold", "token accuracy", "mean exit layer"), _by_rule(validation)),
         operating_points=_section(points) if points else "",
         pairs=(record.get("data") or {}).get("text_pairs"),
-        threshold=other_threshold(thresholds.get("policy", 0.5)),
+        threshold=f"{other_threshold(criterion, threshold, [at['threshold'] for at in by_loss]):.4g}",
         by_loss=_table(
-            ("loss allowed, points", "threshold", "loss there", "layer speed-up"), _by_loss(validation)
+            ("loss allowed, points", "threshold", "loss there", "layer speed-up"),
+            _by_loss(by_loss, validation),
         ),
         thresholds=", ".join(f"{name} {value:.4g}" for name, value in thresholds.items()),
         training="\n".join(_training(record)),
@@ -152,9 +159,33 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     return f"{card}\n"
 
 
-def other_threshold(threshold: float) -> float:
-    """A policy threshold clearly on the other side of the given one, to show what turning the dial does."""
-    return 0.5 if threshold > 0.6 else 0.9
+def other_threshold(criterion: str, threshold: float, measured: Sequence[float] = ()) -> float:
+    """Another threshold of an exit criterion than the given one, to show what turning the dial does.
+
+    Args:
+        criterion: of either task.
+        threshold: the given one.
+        measured: thresholds that validation knows, by the loss allowed; the last that differs is taken.
+    """
+    scale = EXIT_CRITERIA[criterion].thresholds
+    if scale.layers:
+        (least,) = scale.whole(1)
+        return threshold - 1 if threshold - 1 >= least else threshold + 1
+    for other in reversed(measured):
+        if f"{other:.4g}" != f"{threshold:.4g}":
+            return other
+    span = scale.high - scale.low
+    return scale.low + (0.5 if threshold > scale.low + 0.6 * span else 0.9) * span
+
+
+def _exit_rule(record: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, float]:
+    """Criterion and threshold that the model has exits by: the folder's, else those of the training."""
+    loss = (record.get("validation") or {}).get("loss") or {}
+    criterion = str(config.get("criterion") or loss.get("criterion") or "policy")
+    threshold = config.get("threshold")
+    if threshold is None:
+        threshold = (record.get("thresholds") or {}).get(criterion, 0.5)
+    return criterion, float(threshold)
 
 
 def _places(exit_layers: Sequence[int] | None) -> str:
@@ -220,11 +251,8 @@ def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     ]
 
 
-def _by_loss(validation: Mapping[str, Any]) -> TableRows:
+def _by_loss(points: Sequence[Mapping[str, Any]], validation: Mapping[str, Any]) -> TableRows:
     """What the fastest threshold within each loss gave on validation rows, by the model's own exit rule."""
-    if "tolerances" not in validation:
-        return []
-    criterion = (validation.get("loss") or {}).get("criterion", "policy")
     return [
         (
             f"{100 * at['max_loss']:g}",
@@ -232,7 +260,7 @@ def _by_loss(validation: Mapping[str, Any]) -> TableRows:
             f"{100 * (validation['full_depth_accuracy'] - at['accuracy']):.2f}",
             f"{at['layer_speedup']:.2f}x",
         )
-        for at in validation["tolerances"].get(criterion, ())
+        for at in points
     ]
 
 

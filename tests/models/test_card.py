@@ -152,6 +152,25 @@ def test_the_other_threshold_is_one_that_was_measured() -> None:
     assert "| 0 | 0.81 | 0.00 | 1.50x |" in card
 
 
+def test_what_validation_measured_has_its_name() -> None:
+    criteria = {"policy": {"threshold": 0.5, "accuracy": 0.9, "mean_exit_layer": 2.0}}
+    record = {"backbone": "user/sentiment", "validation": {"accuracy": 0.9, "criteria": criteria}}
+    original = {"name": "user/sentiment", "revision": None, "license": None, "fingerprint": None}
+    kinds = {
+        "accuracy": {"kind": "early_exit"},
+        "agreement with the original": {"kind": "early_exit", "method": "retrofit", "original": original},
+        "token accuracy": {"kind": "early_exit_generation"},
+    }
+    for quality, kind in kinds.items():
+        card = model_card({**record, **kind})
+        assert f"| {quality} | 90.0 % |" in card
+        assert f"| exit rule | threshold | {quality} | mean exit layer |" in card
+        assert front_matter(card).get("metrics") == (["accuracy"] if quality == "accuracy" else None)
+    measured = {**record, **kinds["agreement with the original"], "evaluation": {"accuracy": 0.8}}
+    assert front_matter(model_card(measured))["metrics"] == ["accuracy"]  # there were labels
+    assert "metrics" not in front_matter(model_card({"kind": "early_exit"}))
+
+
 def test_plain_model() -> None:
     figures = {"num_examples": 872, "accuracy": 0.925, "metrics": {"matthews": 0.85}}
     card = model_card({"kind": "full_depth", "backbone": "an-encoder", "evaluation": figures})

@@ -86,9 +86,11 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     base_model = backbone if _is_hub_name(backbone) else None
     backbone = _short_name(backbone)
     original: Mapping[str, Any] = record.get("original") or {}
+    quality = "token accuracy" if generates else "agreement with the original" if original else "accuracy"
     pipeline_tag = "text-generation" if generates else "text-classification"
     metrics = {name: evaluation[name] for name in ("accuracy",) if evaluation.get(name) is not None}
     metrics |= evaluation.get("metrics") or {}
+    has_accuracy = "accuracy" in metrics or ("accuracy" in validation and quality == "accuracy")
     speed = {name: evaluation[name] for name in ("layer_speedup",) if name in evaluation}
     results = [
         EvalResult(
@@ -107,7 +109,7 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         pipeline_tag=pipeline_tag,
         license=original.get("license"),
         tags=["consistentee", "early-exit", pipeline_tag] if exits else [pipeline_tag],
-        metrics=None if generates else ["accuracy"],
+        metrics=["accuracy"] if has_accuracy and not generates else None,
         **({"model_name": name, "eval_results": results} if results else {}),
     )
     words = ("Early-exit" if exits else "Plain", "language model" if generates else "classifier")
@@ -142,10 +144,8 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
             if generates
             else "validation rows",
         ),
-        validated=_table(
-            ("figure", "value"), _validated(validation, "token accuracy" if generates else "accuracy")
-        ),
-        by_rule=_table(("exit rule", "threshold", "token accuracy", "mean exit layer"), _by_rule(validation)),
+        validated=_table(("figure", "value"), _validated(validation, quality)),
+        by_rule=_table(("exit rule", "threshold", quality, "mean exit layer"), _by_rule(validation)),
         operating_points=_section(points) if points else "",
         pairs=(record.get("data") or {}).get("text_pairs"),
         threshold=f"{other_threshold(criterion, threshold, [at['threshold'] for at in by_loss]):.4g}",
@@ -233,11 +233,11 @@ def _by_layer(evaluation: Mapping[str, Any]) -> TableRows:
     ]
 
 
-def _validated(validation: Mapping[str, Any], accuracy: str) -> TableRows:
+def _validated(validation: Mapping[str, Any], quality: str) -> TableRows:
     """What selection saw: a little too good to be a measurement."""
     shown = {
-        "accuracy": (accuracy, _percent),
-        "full_depth_accuracy": (f"{accuracy} of the last layer", _percent),
+        "accuracy": (quality, _percent),
+        "full_depth_accuracy": (f"{quality} of the last layer", _percent),
         "mean_exit_layer": ("mean exit layer", "{:.2f}".format),
         "layer_speedup": ("layer speed-up", "{:.2f}x".format),
     }

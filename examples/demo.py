@@ -274,7 +274,8 @@ def next_commands(output_dir: Path, program: str, threshold: float) -> list[str]
     columns = "--text-columns text --label-column label"
     return [
         f'echo "A film to remember." | {program} predict {folder["model"]}',
-        f"{program} predict {folder['model']} {folder['evaluation.tsv']} --threshold {other_threshold(threshold)}",
+        f"{program} predict {folder['model']} {folder['evaluation.tsv']} "
+        f"--threshold {other_threshold('policy', threshold)}",
         f"{program} evaluate {folder['model']} --eval-file {folder['evaluation.tsv']} {columns} "
         f"--reference {folder['plain']}",
         f"{program} train --backbone {folder['backbone']} --train-file {folder['train.tsv']} {columns} "

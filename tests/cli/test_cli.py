@@ -232,10 +232,25 @@ class TestUsage:
 
     def test_answers_before_torch_is_imported(self) -> None:
         code = (
-            "import sys; sys.argv = ['/usr/bin/consistentee']; from consistentee.cli.main import main\n"
+            "import sys; sys.argv = ['/usr/bin/consistentee']; import consistentee.cli.start\n"
+            "from consistentee.cli.main import main\n"
             "assert main(['--help']) == 0 and main(['train']) == 2 and 'torch' not in sys.modules\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+    def test_interrupted_while_it_is_imported(self) -> None:
+        code = (
+            "import sys; sys.argv = ['/usr/bin/consistentee', '--help']\n"
+            "class Interrupted:\n"
+            "    def find_spec(self, name, *_):\n"
+            "        if name == 'cyclopts': raise KeyboardInterrupt\n"
+            "sys.meta_path.insert(0, Interrupted())\n"
+            "from consistentee.cli.start import run_command_line; sys.exit(run_command_line())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (130, "consistentee: Interrupted.\n")
+        project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+        assert '\nconsistentee = "consistentee.cli.start:run_command_line"\n' in project
 
 
 class TestFailures:

@@ -20,8 +20,10 @@ from consistentee.evaluation.calibration import calibrate_layers
 from consistentee.evaluation.classification import evaluate_model, run_layers
 from consistentee.evaluation.exit_choice import choose_exit_layers, time_choice
 from consistentee.evaluation.layer_times import LayerTimes, clock_of, measure_layer_times
+from consistentee.models.card import CARD_FILE
 from consistentee.models.exit_subsets import save_with_exit_layers, with_exit_layers
 from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.models.record import RECORD_FILE, read_record, record_evaluation
 from consistentee.pipelines.classifier import Engine
 from tiny import save, tiny_backbone, tiny_dataset, tiny_model
 
@@ -308,6 +310,43 @@ def test_the_folder_of_a_subset(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="must be new or empty"):
         save_with_exit_layers(source, copied, [4], "fast", point)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_folder_of_a_subset_has_no_figures_of_all_exits(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in the record nor in the card: they were measured with exits that are no longer there."""
+    source, copied = shutil.copytree(folder, tmp_path / "source"), tmp_path / "copy"
+    layers = {
+        "exit_histogram": [9, 1, 0, 0],
+        "exit_accuracy": [0.5, 1, None, None],
+        "per_layer_accuracy": [0.5] * 4,
+    }
+    figures = {"num_examples": 10, "accuracy": 0.5, "mean_exit_layer": 1.1, "layer_speedup": 3.6}
+    validation = {"num_examples": 40, "accuracy": 0.6, "tolerances": {"policy": []}}
+    evaluation = {**layers, **figures, "num_hidden_layers": 4, "criterion": "policy", "threshold": 0.0}
+    record = {"kind": "early_exit", "method": "consistent", "thresholds": {"policy": 0.1, "patience": 2.5}}
+    record |= {"validation": validation, "data": {"text_sketch": "ab"}}
+    (source / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
+    record_evaluation(source, evaluation)
+    assert "layer_speedup" in (source / CARD_FILE).read_text(encoding="utf-8")
+    save_with_exit_layers(source, copied, [2, 4], "fast", {"criterion": "confidence", "threshold": 0.6})
+    known = read_record(copied)
+    assert known["thresholds"] == {"confidence": 0.6}
+    assert known["exit_layers"] == [2, 4]
+    assert not known["evaluation"]
+    assert not known["validation"]
+    assert known["data"] == {"text_sketch": "ab"}
+    card = (copied / CARD_FILE).read_text(encoding="utf-8")
+    assert "layer_speedup" not in card
+    assert "Not evaluated on unseen rows yet" in card
+    assert "after layers 2 and 4" in card
+    assert "after every layer" not in card
+    assert "Thresholds chosen on validation rows" not in card
+    assert "| fast | confidence > 0.6 |" in card
+    assert main(["report", str(copied), "--output", str(tmp_path / "page.html")]) == 1
+    assert "holds no figures by layer to report on. Give rows" in capsys.readouterr().err
+    assert load_model(copied, LoadedClassifier).known_threshold("policy") is None
 
 
 def test_the_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from consistentee.evaluation.classification import evaluate_layers
+from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, GENERATION_CRITERIA, check_threshold
 from consistentee.models.card import model_card, write_model_card
+from consistentee.training.methods import METHODS
 
 RECORD: dict[str, Any] = {
     "kind": "early_exit",
@@ -114,6 +117,62 @@ def test_thresholds_by_the_loss_that_is_allowed() -> None:
     assert "loss allowed" not in model_card(RECORD)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_who_trained_it_and_what_it_exits_by(method: str) -> None:
+    exits, common = METHODS[method].exits, {"backbone": "somebody/a-model", "method": method}
+    for criterion in CRITERIA:
+        scale = EXIT_CRITERIA[criterion].thresholds
+        for threshold in scale.whole(4) if scale.layers else (scale.low, 0.3, 0.7, scale.high):
+            rule = {"criterion": criterion, "threshold": threshold}
+            card = model_card({**common, "kind": "early_exit" if exits else "full_depth"}, rule)
+            assert ("ConsistentEE way" in card) == (method == "consistent")
+            if not exits:
+                assert "threshold" not in card
+                continue
+            assert (f"by method `{method}`" in card) == (method != "consistent")
+            assert ("policy" in card) == (criterion == "policy")
+            assert (f"the exit rule `{criterion}`" in card) == (criterion != "policy")
+            (typed,) = set(re.findall(r"threshold[= ]([\d.e-]+)", card))
+            assert check_threshold(float(typed), criterion) != threshold
+    for criterion in GENERATION_CRITERIA if exits else ():
+        rule = {"criterion": criterion, "threshold": 1.0}
+        card = model_card({**common, "kind": "early_exit_generation"}, rule)
+        assert ("ConsistentEE way" in card) == (method == "consistent")
+        assert ("an exit and a policy after every layer" in card) == (criterion == "policy")
+        assert (f"the exit rule `{criterion}`" in card) == (criterion != "policy")
+
+
+def test_the_other_threshold_is_one_that_was_measured() -> None:
+    points = [
+        {"max_loss": loss, "threshold": threshold, "accuracy": 0.9, "layer_speedup": 1.5}
+        for loss, threshold in ((0.0, 0.81), (0.01, 0.72), (0.02, 0.81))
+    ]
+    validation = {"full_depth_accuracy": 0.9, "tolerances": {"entropy": points}}
+    record = {**RECORD, "method": "deebert", "validation": validation}
+    card = model_card(record, {"criterion": "entropy", "threshold": 0.81})
+    assert "threshold=0.72)" in card
+    assert "| 0 | 0.81 | 0.00 | 1.50x |" in card
+
+
+def test_what_validation_measured_has_its_name() -> None:
+    criteria = {"policy": {"threshold": 0.5, "accuracy": 0.9, "mean_exit_layer": 2.0}}
+    record = {"backbone": "user/sentiment", "validation": {"accuracy": 0.9, "criteria": criteria}}
+    original = {"name": "user/sentiment", "revision": None, "license": None, "fingerprint": None}
+    kinds = {
+        "accuracy": {"kind": "early_exit"},
+        "agreement with the original": {"kind": "early_exit", "method": "retrofit", "original": original},
+        "token accuracy": {"kind": "early_exit_generation"},
+    }
+    for quality, kind in kinds.items():
+        card = model_card({**record, **kind})
+        assert f"| {quality} | 90.0 % |" in card
+        assert f"| exit rule | threshold | {quality} | mean exit layer |" in card
+        assert front_matter(card).get("metrics") == (["accuracy"] if quality == "accuracy" else None)
+    measured = {**record, **kinds["agreement with the original"], "evaluation": {"accuracy": 0.8}}
+    assert front_matter(model_card(measured))["metrics"] == ["accuracy"]  # there were labels
+    assert "metrics" not in front_matter(model_card({"kind": "early_exit"}))
+
+
 def test_plain_model() -> None:
     figures = {"num_examples": 872, "accuracy": 0.925, "metrics": {"matthews": 0.85}}
     card = model_card({"kind": "full_depth", "backbone": "an-encoder", "evaluation": figures})
@@ -188,7 +247,8 @@ def test_a_tuned_model_is_said_to_be_tuned_from_it() -> None:
         "confidence": 0.95,
         "reference": "user/sentiment",
     }
-    card = model_card(record, {"safe": {"criterion": "policy", "threshold": 0.5, "certificate": certificate}})
+    safe = {"criterion": "policy", "threshold": 0.5, "certificate": certificate}
+    card = model_card(record, {"operating_points": {"safe": safe}})
     assert "Tuned from `user/sentiment` (LoRA adapters, merged) to give its answers early" in card
     assert "full depth is not the original" in card
     assert "as it was" not in card

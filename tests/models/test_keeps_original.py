@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from consistentee.backbones.loading import backbone_fingerprint
+from consistentee.cli.main import main
 from consistentee.models.configuration import EarlyExitConfig
 from consistentee.models.loaded import load_model
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
@@ -167,3 +169,21 @@ def test_exits_that_are_not_complete_are_refused(folders: tuple[Path, Path, Any]
 def test_exits_without_an_original_make_no_sense() -> None:
     with pytest.raises(ValueError, match="exits_only must be False for a model without an original"):
         EarlyExitConfig(exits_only=True)
+
+
+def test_an_original_that_has_moved_is_named_with_the_remedy(
+    folders: tuple[Path, Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, exits, _ = folders
+    elsewhere = original.rename(tmp_path / "elsewhere")
+    assert main(["predict", str(exits), "a text", "--output", str(tmp_path / "o.jsonl")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f'holds the exits alone, and the model that they are for, "{original}", cannot be opened' in said
+    assert "Put it there, or write its place into original.name of config.json" in said
+    with pytest.raises(OSError, match="holds the exits alone"):
+        EarlyExitForSequenceClassification.from_pretrained(exits)
+    EarlyExitForSequenceClassification.from_pretrained(exits, original=elsewhere)
+    config = json.loads((exits / "config.json").read_text(encoding="utf-8"))
+    config["original"]["name"] = str(elsewhere)  # the remedy
+    (exits / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert len(Engine.from_pretrained(exits).predict(TEXTS)) == len(TEXTS)

@@ -238,6 +238,32 @@ def test_training_mode_runs_all_layers(build: Build):
     assert model.train()(**batch, all_layers=False).layer_logits is None
 
 
+def test_labels_count_alike_on_every_path(build: Build, backbone_folder: Callable[[str], Path]):
+    """One a row, in a column as well; rows with -100 count for nothing."""
+    model, batch, labels = build(), batch_of(TEXTS), torch.arange(7) % 3
+    plain = FullDepthForSequenceClassification.from_backbone(backbone_folder("bert"), num_labels=3)
+    paths = (
+        lambda labels, **rows: model(**rows, labels=labels, all_layers=True).loss,
+        lambda labels, **rows: model(**rows, labels=labels).loss,
+        lambda labels, **rows: plain(**rows, labels=labels).loss,
+    )
+    some = labels.clone()
+    some[2:4] = -100
+    counted = some != -100
+    for loss in paths:
+        expected = loss(labels, **batch)
+        for given in (labels[:, None], labels.int()):
+            assert torch.equal(loss(given, **batch), expected)
+        kept = {name: value[counted] for name, value in batch.items()}
+        torch.testing.assert_close(loss(some, **batch), loss(labels[counted], **kept))
+        assert loss(torch.full((7,), -100), **batch).isnan()
+        for given, got in ((labels[:2], r"\(2,\)"), (torch.zeros(7, 3), r"\(7, 3\) of torch.float32")):
+            with pytest.raises(
+                ValueError, match=f"labels must be a class for each of the 7 inputs, .*got {got}"
+            ):
+                loss(given, **batch)
+
+
 def test_labels_give_a_loss(build: Build):
     model = build()
     batch, labels = batch_of(TEXTS), torch.arange(7) % 3

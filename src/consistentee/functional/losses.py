@@ -13,6 +13,42 @@ from torch.nn import functional
 
 from consistentee.functional.exits import exit_distribution, log_exit_distribution
 
+UNLABELLED = -100
+"""A label that counts for nothing, as in torch's cross-entropy."""
+
+
+def flat_labels(labels: Tensor | None, batch: int) -> Tensor | None:
+    """Labels of a batch as losses take them, (batch,), int64; None where there are none.
+
+    Args:
+        labels: whole numbers, (batch,) or (batch, 1).
+        batch: number of inputs.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if labels is None:
+        return None
+    if labels.numel() != batch or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be a class for each of the {batch} inputs, whole numbers of shape ({batch},) or "
+            f"({batch}, 1), got {tuple(labels.shape)} of {labels.dtype}."
+        )
+    return labels.reshape(-1).long()
+
+
+def mean_of_labelled(losses: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the rows whose label is not -100; NaN where there is none.
+
+    Args:
+        losses: (batch,), 0 where the label is -100.
+        labels: (batch,), int64.
+
+    Returns:
+        A scalar; where all rows count, their mean to the last bit.
+    """
+    return losses.mean() * (len(labels) / (labels != UNLABELLED).sum())
+
 
 def layer_losses(layer_logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of every internal classifier.

@@ -10,7 +10,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from consistentee.atomic_files import write_text
-from consistentee.models.operating_points import Points, read_operating_points
+from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.models.operating_points import (
+    Points,
+    read_operating_points,
+    read_saved_config,
+    require_operating_points,
+)
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -36,7 +42,7 @@ def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> Path:
         The file.
     """
     path = Path(folder) / CARD_FILE
-    write_text(path, model_card(record, read_operating_points(folder)))
+    write_text(path, model_card(record, read_saved_config(folder)))
     return path
 
 
@@ -59,19 +65,32 @@ def enter_operating_points(folder: str | Path) -> None:
     write_text(path, card)
 
 
-def model_card(record: Mapping[str, Any], operating_points: Points | None = None) -> str:
-    """The text of the card, Markdown with YAML front matter."""
+def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> str:
+    """The text of the card, Markdown with YAML front matter.
+
+    Args:
+        record: the training record.
+        config: what the folder's `config.json` holds, whose exits, exit rule and operating points count.
+    """
+    config = config or {}
+    points: Points = config.get("operating_points") or {}
+    require_operating_points(points)
+    exit_layers: Sequence[int] | None = config.get("exit_layers")
     kind, task = str(record.get("kind")), record.get("task")
     generates, exits = kind.endswith("_generation"), not kind.startswith("full_depth")
     evaluation, validation = record.get("evaluation") or {}, record.get("validation") or {}
-    thresholds: Mapping[str, float] = record.get("thresholds") or {}
+    thresholds: Mapping[str, float] = {} if exit_layers else record.get("thresholds") or {}
+    criterion, threshold = _exit_rule(record, config)
+    by_loss = (validation.get("tolerances") or {}).get(criterion, ())
     backbone = str(record.get("backbone") or ("a language model" if generates else "an encoder"))
     base_model = backbone if _is_hub_name(backbone) else None
     backbone = _short_name(backbone)
     original: Mapping[str, Any] = record.get("original") or {}
+    quality = "token accuracy" if generates else "agreement with the original" if original else "accuracy"
     pipeline_tag = "text-generation" if generates else "text-classification"
     metrics = {name: evaluation[name] for name in ("accuracy",) if evaluation.get(name) is not None}
     metrics |= evaluation.get("metrics") or {}
+    has_accuracy = "accuracy" in metrics or ("accuracy" in validation and quality == "accuracy")
     speed = {name: evaluation[name] for name in ("layer_speedup",) if name in evaluation}
     results = [
         EvalResult(
@@ -90,7 +109,7 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
         pipeline_tag=pipeline_tag,
         license=original.get("license"),
         tags=["consistentee", "early-exit", pipeline_tag] if exits else [pipeline_tag],
-        metrics=None if generates else ["accuracy"],
+        metrics=["accuracy"] if has_accuracy and not generates else None,
         **({"model_name": name, "eval_results": results} if results else {}),
     )
     words = ("Early-exit" if exits else "Plain", "language model" if generates else "classifier")
@@ -105,6 +124,10 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
         backbone=backbone,
         generates=generates,
         exits=exits,
+        after=_places(exit_layers),
+        criterion=criterion,
+        decider="a policy" if criterion == "policy" else f"the exit rule `{criterion}`",
+        method=record.get("method") or "consistent",  # the only one before records said it
         original=original,
         exits_only=bool((record.get("config") or {}).get("exits_only")),
         needs_package=exits or not generates,
@@ -121,15 +144,14 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
             if generates
             else "validation rows",
         ),
-        validated=_table(
-            ("figure", "value"), _validated(validation, "token accuracy" if generates else "accuracy")
-        ),
-        by_rule=_table(("exit rule", "threshold", "token accuracy", "mean exit layer"), _by_rule(validation)),
-        operating_points=_section(operating_points) if operating_points else "",
+        validated=_table(("figure", "value"), _validated(validation, quality)),
+        by_rule=_table(("exit rule", "threshold", quality, "mean exit layer"), _by_rule(validation)),
+        operating_points=_section(points) if points else "",
         pairs=(record.get("data") or {}).get("text_pairs"),
-        threshold=other_threshold(thresholds.get("policy", 0.5)),
+        threshold=f"{other_threshold(criterion, threshold, [at['threshold'] for at in by_loss]):.4g}",
         by_loss=_table(
-            ("loss allowed, points", "threshold", "loss there", "layer speed-up"), _by_loss(validation)
+            ("loss allowed, points", "threshold", "loss there", "layer speed-up"),
+            _by_loss(by_loss, validation),
         ),
         thresholds=", ".join(f"{name} {value:.4g}" for name, value in thresholds.items()),
         training="\n".join(_training(record)),
@@ -137,9 +159,41 @@ def model_card(record: Mapping[str, Any], operating_points: Points | None = None
     return f"{card}\n"
 
 
-def other_threshold(threshold: float) -> float:
-    """A policy threshold clearly on the other side of the given one, to show what turning the dial does."""
-    return 0.5 if threshold > 0.6 else 0.9
+def other_threshold(criterion: str, threshold: float, measured: Sequence[float] = ()) -> float:
+    """Another threshold of an exit criterion than the given one, to show what turning the dial does.
+
+    Args:
+        criterion: of either task.
+        threshold: the given one.
+        measured: thresholds that validation knows, by the loss allowed; the last that differs is taken.
+    """
+    scale = EXIT_CRITERIA[criterion].thresholds
+    if scale.layers:
+        (least,) = scale.whole(1)
+        return threshold - 1 if threshold - 1 >= least else threshold + 1
+    for other in reversed(measured):
+        if f"{other:.4g}" != f"{threshold:.4g}":
+            return other
+    span = scale.high - scale.low
+    return scale.low + (0.5 if threshold > scale.low + 0.6 * span else 0.9) * span
+
+
+def _exit_rule(record: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, float]:
+    """Criterion and threshold that the model has exits by: the folder's, else those of the training."""
+    loss = (record.get("validation") or {}).get("loss") or {}
+    criterion = str(config.get("criterion") or loss.get("criterion") or "policy")
+    threshold = config.get("threshold")
+    if threshold is None:
+        threshold = (record.get("thresholds") or {}).get(criterion, 0.5)
+    return criterion, float(threshold)
+
+
+def _places(exit_layers: Sequence[int] | None) -> str:
+    """Where the exits are, in words."""
+    if not exit_layers:
+        return "after every layer"
+    *first, last = map(str, exit_layers)
+    return f"after layers {', '.join(first)} and {last}" if first else f"after layer {last}"
 
 
 TableRows = list[tuple[str, ...]]
@@ -179,11 +233,11 @@ def _by_layer(evaluation: Mapping[str, Any]) -> TableRows:
     ]
 
 
-def _validated(validation: Mapping[str, Any], accuracy: str) -> TableRows:
+def _validated(validation: Mapping[str, Any], quality: str) -> TableRows:
     """What selection saw: a little too good to be a measurement."""
     shown = {
-        "accuracy": (accuracy, _percent),
-        "full_depth_accuracy": (f"{accuracy} of the last layer", _percent),
+        "accuracy": (quality, _percent),
+        "full_depth_accuracy": (f"{quality} of the last layer", _percent),
         "mean_exit_layer": ("mean exit layer", "{:.2f}".format),
         "layer_speedup": ("layer speed-up", "{:.2f}x".format),
     }
@@ -197,11 +251,8 @@ def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     ]
 
 
-def _by_loss(validation: Mapping[str, Any]) -> TableRows:
+def _by_loss(points: Sequence[Mapping[str, Any]], validation: Mapping[str, Any]) -> TableRows:
     """What the fastest threshold within each loss gave on validation rows, by the model's own exit rule."""
-    if "tolerances" not in validation:
-        return []
-    criterion = (validation.get("loss") or {}).get("criterion", "policy")
     return [
         (
             f"{100 * at['max_loss']:g}",
@@ -209,7 +260,7 @@ def _by_loss(validation: Mapping[str, Any]) -> TableRows:
             f"{100 * (validation['full_depth_accuracy'] - at['accuracy']):.2f}",
             f"{at['layer_speedup']:.2f}x",
         )
-        for at in validation["tolerances"].get(criterion, ())
+        for at in points
     ]
 
 

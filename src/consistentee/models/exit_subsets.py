@@ -14,9 +14,10 @@ from typing import Any
 
 from consistentee.atomic_files import make_folder, sync_tree
 from consistentee.errors import SettingError
+from consistentee.models.card import write_model_card
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.operating_points import CONFIG_FILE
-from consistentee.models.record import RECORD_FILE
+from consistentee.models.record import RECORD_FILE, read_record
 
 
 def with_exit_layers(saved: LoadedClassifier, layers: Sequence[int] | None) -> LoadedClassifier:
@@ -51,7 +52,7 @@ def save_with_exit_layers(
     """Copy a model's folder, with exits on these layers alone and one operating point; whole or not at all.
 
     The point becomes the default rule as well. Other points and thresholds are left behind, as they were found with
-    exits on other layers.
+    exits on other layers, and so are the figures of validation and evaluation; the card is written anew.
 
     Args:
         source: the model's folder; its files are copied, folders in it are not.
@@ -79,7 +80,13 @@ def save_with_exit_layers(
             operating_points={name: dict(point)},
         )
         if (place / RECORD_FILE).is_file():
-            _change(place / RECORD_FILE, thresholds={point["criterion"]: point["threshold"]})
+            found = {
+                "thresholds": {point["criterion"]: point["threshold"]},
+                "validation": {},
+                "evaluation": {},
+            }
+            _change(place / RECORD_FILE, exit_layers=list(layers), **found)
+            write_model_card(place, read_record(place))
         sync_tree(place)
         require_new_folder(folder)
         os.replace(place, folder)

@@ -143,6 +143,7 @@ class KeepsOriginal(BackboneModel):
 
         Raises:
             ValueError: the original is not what it was.
+            OSError: there is no such folder, or no original.
         """
         config = kwargs.get("config")
         if not isinstance(config, EarlyExitConfig):
@@ -170,6 +171,12 @@ class KeepsOriginal(BackboneModel):
             parts = _open_unchanged(name, known, options)
         except _NotTheOriginal as error:
             raise ValueError(f'Model "{folder}" holds exits for "{name}", {error}') from error
+        except OSError as error:
+            raise OSError(
+                f'Model "{folder}" holds the exits alone, and the model that they are for, "{name}", cannot be opened. '
+                "Put it there, or write its place into original.name of config.json, or give it in Python: "
+                f"EarlyExitForSequenceClassification.from_pretrained(..., original=...). ({error})"
+            ) from error
         config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
         model = cls._on(parts, config)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}

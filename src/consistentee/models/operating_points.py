@@ -96,12 +96,15 @@ def point_or_rule(
 
 def read_operating_points(folder: str | Path) -> dict[str, Any]:
     """The operating points of a model folder; none where it has no configuration."""
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        return {}
-    points: object = json.loads(path.read_text(encoding="utf-8")).get("operating_points")
+    points: object = read_saved_config(folder).get("operating_points")
     require_operating_points(points)
     return dict(cast("Points", points or {}))
+
+
+def read_saved_config(folder: str | Path) -> dict[str, Any]:
+    """What the configuration of a model folder holds; nothing where it has none."""
+    path = Path(folder) / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def save_operating_point(

@@ -25,7 +25,7 @@ from consistentee.backbones import encoders as backbones
 from consistentee.backbones.cutting import keep_first_layers
 from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
-from consistentee.functional.losses import layer_losses, weighted_sum_loss
+from consistentee.functional.losses import flat_labels, layer_losses, mean_of_labelled, weighted_sum_loss
 from consistentee.functional.tables import CLASSIFICATION
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.exit_signals import ExitSignals, LearntToExit
@@ -175,7 +175,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             input_ids: (batch, tokens), int64; None with `inputs_embeds`.
             attention_mask: (batch, tokens), 1 for real tokens; all ones if missing.
             token_type_ids: (batch, tokens), for backbones that have them.
-            labels: (batch,), int64; a loss is returned if given.
+            labels: (batch,) or (batch, 1), int64; a loss is returned if given, in which -100 counts for nothing.
             inputs_embeds: (batch, tokens, embedding size), what the token embeddings gave, in place of `input_ids`.
             threshold: in place of the saved one.
             criterion: one of `criteria.CRITERIA`, in place of the saved one. A criterion other than the saved one needs
@@ -185,16 +185,18 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             return_dict: False returns a tuple of the fields that are set.
 
         Raises:
-            ValueError: if the threshold does not fit the criterion, or rows are longer than the backbone's positions.
+            ValueError: if the threshold does not fit the criterion, rows are longer than the backbone's positions, or
+                labels are not one a row.
         """
         _refuse_inner_states(output_attentions, output_hidden_states)
         rule, limit = self.criterion_and_threshold(criterion, threshold)
         state = backbones.embed(self.backbone, input_ids, attention_mask, token_type_ids, inputs_embeds)
+        labels = flat_labels(labels, len(state.hidden_states))
         if self.training if all_layers is None else all_layers:
             output = self._run_all_layers(state, rule, limit)
             if labels is not None:
                 losses = layer_losses(cast(Tensor, output.classifier_logits), labels)
-                output.loss = weighted_sum_loss(losses).mean()
+                output.loss = mean_of_labelled(weighted_sum_loss(losses), labels)
         else:
             output = self._run_with_exits(state, rule, limit)
             if labels is not None:
@@ -380,7 +382,7 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
         for index in range(self.num_layers):
             state = backbones.run_layer(self.backbone, index, state)
         _, logits = self.classifiers(0, state.hidden_states, state.attention_mask)
-        logits = logits.float()
+        logits, labels = logits.float(), flat_labels(labels, len(logits))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output

@@ -346,6 +346,26 @@ def test_a_text_that_has_ended_frees_its_place_however_slowly_it_is_read(generat
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
+@pytest.mark.parametrize("mode", ["full", "lossless"])
+def test_a_text_that_the_servers_end_cuts_off_is_not_whole(generator: TextGenerator, mode: str) -> None:
+    if mode == "lossless" and not generator.saved.has_exits:
+        pytest.skip("plain models have no such mode")
+    service = GeneratorService(generator)
+    options = generator.check(DecodingOptions(mode=mode))
+
+    async def work() -> None:
+        service.start()
+        read = service.texts([generator.encode_text("do this")], [200], options)
+        await anext(read)
+        await service.stop()
+        with pytest.raises(RefusedRequest, match="shutting down") as caught:
+            [event async for event in read]
+        assert caught.value.status == 503
+        assert service._unanswered == 0
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_a_client_that_does_not_read_counts_as_gone(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch, is_stream: bool

@@ -17,6 +17,7 @@ from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.openapi import openapi_description
 from consistentee.serving.playground import playground_page
 from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits, shutting_down
+from consistentee.serving.waiting import within
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ async def read_body(receive: Receive, headers: Sequence[tuple[bytes, bytes]], li
                 return b"".join(parts)
 
     try:
-        return await asyncio.wait_for(whole(), limits.body_seconds)
+        return await within(whole(), limits.body_seconds)
     except asyncio.TimeoutError:
         message = f"The body must arrive within {limits.body_seconds:g} seconds."
         raise RefusedRequest(408, "Validation", message) from None
@@ -283,7 +284,7 @@ class JsonRoute:
             nonlocal began, is_whole
             began = True
             try:
-                await asyncio.wait_for(send(message), SEND_SECONDS)
+                await within(send(message), SEND_SECONDS)
             except asyncio.TimeoutError:
                 raise ClientGone from None
             is_whole = message["type"] == "http.response.body" and not message.get("more_body")

@@ -23,6 +23,7 @@ from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.requests import RefusedRequest, ServerLimits, shutting_down
 from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
+from consistentee.serving.waiting import within
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class GeneratorService:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread; texts that wait are refused, those being written are cut off."""
+        """End the thread; texts that wait are refused, and so are those being written, where they are."""
         with self._changed:
             self._ends = True
             self._changed.notify()
@@ -211,7 +212,7 @@ class GeneratorService:
 
     async def _first(self, events: asyncio.Queue[TokenEvent], accepted: float) -> TokenEvent:
         try:
-            return await asyncio.wait_for(events.get(), max(0.0, self._seconds_left(accepted)))
+            return await within(events.get(), max(0.0, self._seconds_left(accepted)))
         except asyncio.TimeoutError:
             raise self._too_late() from None
 
@@ -328,7 +329,7 @@ class GeneratorService:
     def _prompt(self, job: _Job, written: set[_Job]) -> JoiningPrompt:
         def on_end(reason: str) -> None:
             written.discard(job)
-            self._tell(job, finish_reason=reason)
+            self._tell_end(job, reason)
 
         def on_error(error: Exception) -> None:
             written.discard(job)
@@ -359,7 +360,7 @@ class GeneratorService:
                 [job.token_ids for job in jobs],
                 [job.limit for job in jobs],
                 on_token=lambda row, piece, layer: self._tell_token(jobs[row], piece, layer),
-                on_end=lambda row, reason: self._tell(jobs[row], finish_reason=reason),
+                on_end=lambda row, reason: self._tell_end(jobs[row], reason),
                 is_gone=lambda row: jobs[row].is_gone or self._ends,
                 options=replace(options, max_new_tokens=None),
             )
@@ -372,6 +373,13 @@ class GeneratorService:
             self.metrics.waited.observe(time.perf_counter() - job.accepted)
         self.metrics.exit_layers.observe(layer)
         self._tell(job, piece=piece, exit_layer=layer)
+
+    def _tell_end(self, job: _Job, reason: str) -> None:
+        """A text has ended; one that the server's end cuts off is not whole."""
+        if self._ends and reason == "length":
+            self._tell(job, error=shutting_down())
+        else:
+            self._tell(job, finish_reason=reason)
 
     def _fail(self, jobs: Collection[_Job], error: Exception) -> None:
         """Tell prompts that they have failed; call it where the error is caught."""

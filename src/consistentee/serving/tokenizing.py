@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from consistentee.serving.waiting import within
+
 Result = TypeVar("Result")
 
 LONG_TEXTS = 4_000
@@ -34,4 +36,4 @@ class TokenizingThread:
             asyncio.TimeoutError: it took longer.
         """
         future = asyncio.get_running_loop().run_in_executor(self._thread, tokenize)
-        return await asyncio.wait_for(future, max(0.0, seconds))
+        return await within(future, max(0.0, seconds))

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.pipelines.classifier import Engine
-from consistentee.serving.audit import Auditor
+from consistentee.serving.audit import AUDIT_CONFIDENCE, Auditor
 from consistentee.serving.classification import ClassifierService
-from consistentee.serving.points import safer_point, served_points
+from consistentee.serving.points import ServedPoint, safer_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits
 from served import HeldPool, failing
 from tiny import LABEL_NAMES, tiny_backbone, tiny_dataset, tiny_model
@@ -340,6 +341,41 @@ def test_shifted_traffic_makes_the_server_step_back(engine: Engine, caplog: pyte
     names = [point.name for point, _ in service.auditor.steps_back]
     assert names[0] == "fast"
     assert all(bounds.lower > (point.max_disagreement or 0) for point, bounds in service.auditor.steps_back)
+
+
+@pytest.mark.parametrize(
+    "certificates, in_force",
+    [
+        ([(0.01, 0.9), (None, None), (0.01, 0.95)], [(0.01, 0.9), (0.01, 0.9), (0.01, 0.95)]),
+        ([(0.01, 0.9), (0.5, 0.8), (0.005, 0.95)], [(0.01, 0.9), (0.01, 0.9), (0.005, 0.95)]),
+        ([(0.01, 0.9), (None, None), (0.5, 0.8)], [(0.01, 0.9)] * 3),
+    ],
+)
+def test_what_was_promised_holds_at_safer_points(
+    certificates: list[tuple[float | None, float | None]], in_force: list[tuple[float, float]]
+) -> None:
+    """A third of the texts disagree at every point: only full depth keeps the promise."""
+    steps = list(enumerate(certificates, start=4))
+    known = [ServedPoint(str(step), ExitRule("policy", step / 10), *promise) for step, promise in steps]
+    full = ServedPoint("full-depth", ExitRule("confidence", 1.0), 0.0, 1.0)
+    points = {point.name: point for point in (*known, full)}
+    auditor = Auditor(points, known[0], 1.0, seed=0)
+    seen = [(auditor.allowed, auditor.bounds.confidence)]
+    seen += [
+        (auditor.allowed, auditor.bounds.confidence)
+        for row in range(1_000)
+        if auditor.draws(auditor.point) and auditor.add(auditor.point, row % 3 == 0)
+    ]
+    assert seen == [*in_force, (0.0, AUDIT_CONFIDENCE)]
+    assert [point for point, _ in auditor.steps_back] == known
+    assert (auditor.point, auditor.watches) == (full, False)
+
+
+def test_without_a_certificate_nothing_is_left(engine: Engine) -> None:
+    points = served_points(engine)
+    auditor = Auditor(points, points["saved"], 1.0, seed=0)
+    assert not any(auditor.add(points["saved"], True) for _ in range(100))
+    assert auditor.allowed is None
 
 
 def test_draws_are_of_the_share(engine: Engine) -> None:

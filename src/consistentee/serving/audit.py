@@ -3,7 +3,8 @@
 A share of the texts, drawn at random, goes on through the layers that it skipped after its answer has gone out. Whether
 the last layer says the same class is a loss of 0 or 1; `LossBounds` bounds its expectation at all times. Where the
 lower bound exceeds what the operating point's certificate allows, the traffic is proven to be unlike the rows that it
-was calibrated on, and the server takes the next safer point, where counting begins anew.
+was calibrated on, and the server takes the next safer point, where counting begins anew. What was promised holds there
+too: whether that point has no certificate or one that allows more, it is left by the strictest one so far.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Auditor:
 
     Attributes:
         point: in force.
+        allowed: disagreement by the strictest certificate of the points so far; None where none had one.
+        confidence: of that certificate.
         bounds: of the disagreement at this point.
         steps_back: points that were left, with their bounds.
 
@@ -49,8 +52,10 @@ class Auditor:
         if not 0 <= share <= 1:
             raise SettingError(f"audit must be a share of the texts in [0, 1], got {share:g}.")
         self._points, self._rng = points, np.random.default_rng(seed)
-        self.share, self.point = share, point
-        self.bounds = self._new_bounds()
+        self.share = share
+        self.allowed: float | None = None
+        self.confidence: float | None = None
+        self._take(point)
         self.steps_back: list[tuple[ServedPoint, LossBounds]] = []
 
     @property
@@ -75,14 +80,17 @@ class Auditor:
         if point != self.point:
             return False
         self.bounds.add(disagrees)
-        allowed = point.max_disagreement
-        if allowed is None or self.bounds.lower <= allowed:
+        if self.allowed is None or self.bounds.lower <= self.allowed:
             return False
         self.steps_back.append((point, self.bounds))
-        self.point = safer_point(self._points, point)
-        self.bounds = self._new_bounds()
+        self._take(safer_point(self._points, point))
         return True
 
-    def _new_bounds(self) -> LossBounds:
-        confidence = self.point.confidence
-        return LossBounds(AUDIT_CONFIDENCE if confidence is None or confidence >= 1 else confidence)
+    def _take(self, point: ServedPoint) -> None:
+        """Another point is in force."""
+        self.point = point
+        promised = point.max_disagreement
+        if promised is not None and (self.allowed is None or promised <= self.allowed):
+            self.allowed, self.confidence = promised, point.confidence
+        confidence = self.confidence
+        self.bounds = LossBounds(AUDIT_CONFIDENCE if confidence is None or confidence >= 1 else confidence)

@@ -357,18 +357,18 @@ class ClassifierService:
                 pending.future.set_result(answer)
 
     def _audit(self, pending: _Pending, label: int) -> None:
-        point, disagrees = pending.point, label != pending.label
+        point, disagrees, allowed = pending.point, label != pending.label, self.auditor.allowed
         self.metrics.audited.labels(point.name).inc()
         self.metrics.disagreed.labels(point.name).inc(int(disagrees))
         if self.auditor.add(point, disagrees):
             left, bounds = self.auditor.steps_back[-1]
             self.metrics.steps_back.inc()
             _log.warning(
-                "Operating point %s is left for %s: its certificate allows a disagreement of %.4g, and the traffic "
-                "has at least %.4g (%d of %d audited texts).",
+                "Operating point %s is left for %s: a certificate allows a disagreement of %.4g, and the traffic has "
+                "at least %.4g (%d of %d audited texts).",
                 left.name,
                 self.auditor.point.name,
-                left.max_disagreement,
+                allowed,
                 bounds.lower,
                 bounds.losses,
                 bounds.rows,
@@ -377,8 +377,8 @@ class ClassifierService:
         self._show_bounds()
 
     def _show_point(self) -> None:
-        point = self.auditor.point
-        self.metrics.set_point(point.name, point.max_disagreement, point.confidence)
+        auditor = self.auditor
+        self.metrics.set_point(auditor.point.name, auditor.allowed, auditor.confidence)
         self._show_bounds()
 
     def _show_bounds(self) -> None:

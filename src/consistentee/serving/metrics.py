@@ -57,11 +57,11 @@ class ServerMetrics:
         self.promised = self._make(
             client.Gauge,
             "certificate_max_disagreement",
-            "Share of texts that may differ from full depth, by the certificate in force.",
+            "Share of texts that may differ from full depth, by the strictest certificate that was in force.",
             ("operating_point",),
         )
         self.confidence = self._make(
-            client.Gauge, "certificate_confidence", "Of the certificate in force.", ("operating_point",)
+            client.Gauge, "certificate_confidence", "Of that certificate.", ("operating_point",)
         )
         self.audited = self._make(
             client.Counter, "audited", "Texts compared with full depth.", ("operating_point",)

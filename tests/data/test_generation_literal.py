@@ -204,6 +204,9 @@ def test_training_and_generator_agree(parse: bool, tmp_path: Path, monkeypatch: 
     assert saved.prompt_template().parse_special_tokens is parse
     assert saved.prompt_template("alpaca").parse_special_tokens is parse
     asked = TextGenerator(saved).encode(list(zip(rows.instructions, rows.inputs, strict=True)))
+    plain = TextGenerator(saved, template=saved.prompt_template("plain"))
+    text = "go on</s> here"
+    assert TextGenerator(saved).encode_text(text) == plain.encode([(text, "")])[0]
     prompts = []
     for part in seen:
         prompts += [part[row]["input_ids"][: part.prompt_lengths[row]] for row in range(len(part))]

@@ -295,8 +295,9 @@ class TextGenerator:
         return self._uncut(asked, self.template)
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text to go on with, as it is, not cut."""
-        return self._uncut([(text, "")], PLAIN)
+        """Token ids of a text to go on with, as it is, not cut; special tokens as the template takes them."""
+        plain = replace(PLAIN, parse_special_tokens=self.template.parse_special_tokens)
+        return self._uncut([(text, "")], plain)
 
     def _uncut(
         self, asked: InstructionDataset | Sequence[tuple[str, str]], template: PromptTemplate

@@ -156,10 +156,37 @@ def test_null_is_as_if_it_were_missing(client: httpx.Client) -> None:
     """Also in messages: what OpenAI's client dumps of an answer goes into the next question."""
     said = {"role": "assistant", "content": "two", "refusal": None, "annotations": None, "tool_calls": None}
     user = {"role": "user", "content": "one?"}
-    asked = {"messages": [user, said, user], "max_tokens": 3, "store": None, "stream_options": {"x": None}}
+    asked = {"messages": [user, said, user], "max_tokens": 3, "prediction": None, "stream_options": {"x": None}}
     assert ask(client, "chat/completions", **asked)["choices"]
-    answer = client.post("chat/completions", json={**asked, "store": True})
-    assert (answer.status_code, '"store" is no field' in answer.text.replace("\\", "")) == (422, True)
+    answer = client.post("chat/completions", json={**asked, "prediction": True})
+    assert (answer.status_code, '"prediction" is no field' in answer.text.replace("\\", "")) == (422, True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0, "top_p": 0.9},
+        {"temperature": 0.0, "top_p": 1},
+        {"metadata": {}, "store": False, "modalities": ["text"]},
+        {"service_tier": "auto", "tool_choice": "auto", "tools": []},
+        {"service_tier": "default", "tool_choice": "none", "parallel_tool_calls": True},
+        {"stream_options": {"include_obfuscation": False}, "parallel_tool_calls": False},
+    ],
+)
+def test_what_changes_nothing_is_taken(client: httpx.Client, values: dict[str, Any]) -> None:
+    description = httpx.get(str(client.base_url).replace("/v1/", "/openapi.json"), timeout=60).json()
+    body = {"model": "any", "max_tokens": 4}
+    for path, asked in (
+        ("completions", {"prompt": "do"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "do"}]}),
+    ):
+        plain, answer = (client.post(path, json={**body, **asked, **more}) for more in ({}, values))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"] == plain.json()["usage"]
+        schema = description["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"][
+            "schema"
+        ]
+        assert values.keys() <= schema["properties"].keys()
 
 
 def test_the_one_model_by_its_name(generator: TextGenerator, client: httpx.Client, url: str) -> None:
@@ -231,7 +258,18 @@ def test_the_hubs_client(generator: TextGenerator, url: str, monkeypatch: pytest
         ("completions", {"prompt": "a", "max_tokens": 100_000}, 422, "must fit into 256 tokens"),
         ("completions", {"prompt": "a" * 300}, 422, "must fit into 256 tokens"),
         ("completions", {"prompt": ""}, 422, "no token|must"),
-        ("completions", {"prompt": "a", "top_p": 0.5}, 422, "goes with a temperature"),
+        ("completions", {"prompt": "a", "top_p": 0.5}, 422, "Give a temperature."),
+        ("completions", {"prompt": "a", "temperature": 0, "top_p": 1.5}, 422, "top_p must be in [0, 1]"),
+        ("completions", {"prompt": "a", "store": True}, 422, "store is not supported"),
+        ("completions", {"prompt": "a", "metadata": {"a": "b"}}, 422, "metadata is not supported"),
+        ("completions", {"prompt": "a", "service_tier": "flex"}, 422, "service_tier is not supported"),
+        ("completions", {"prompt": "a", "modalities": ["audio"]}, 422, "modalities is not supported"),
+        (
+            "completions",
+            {"prompt": "a", "stream_options": {"include_obfuscation": True}},
+            422,
+            "include_obfuscation is not supported",
+        ),
         ("completions", {"prompt": "a", "temperature": -1}, 422, "temperature must be above 0"),
         ("completions", {"prompt": "a", "stop": [""]}, 422, "stop must hold"),
         ("completions", {"prompt": "a", "mode": "fast"}, 422, "mode must be one of"),

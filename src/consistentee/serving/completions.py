@@ -32,6 +32,7 @@ from consistentee.serving.app import (
 from consistentee.serving.descriptions import describe_generator
 from consistentee.serving.generation import GeneratorService, TokenEvent
 from consistentee.serving.requests import (
+    NEUTRAL_FIELDS,
     RefusedRequest,
     check_names,
     read_json,
@@ -41,22 +42,6 @@ from consistentee.serving.requests import (
 )
 
 MOST_STOPS = 16
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "response_format": ({"type": "text"},),
-}
-"""Fields of OpenAI's that are taken where they change nothing."""
-
 _SHARED = (
     "model",
     "max_tokens",
@@ -117,8 +102,8 @@ async def read_text_request(
     """
     accepted = time.perf_counter()
     own = ("messages", "max_completion_tokens") if is_chat else ("prompt",)
-    check_names(values, (*own, *_SHARED, *_NEUTRAL))
-    for name, kept in _NEUTRAL.items():
+    check_names(values, (*own, *_SHARED, *NEUTRAL_FIELDS))
+    for name, kept in NEUTRAL_FIELDS.items():
         if values.get(name) is not None and values[name] not in kept:
             refuse(f"{name} is not supported: leave it out.")
     options = _options(values)
@@ -153,7 +138,9 @@ async def read_text_request(
         refuse(f"prompts must have at most {service.limits.max_tokens} tokens together.", 413)
     is_stream = take(values, "stream", bool, "true or false", False)
     stream_options = take(values, "stream_options", dict, "an object", {})
-    check_names(stream_options, ("include_usage",))
+    check_names(stream_options, ("include_usage", "include_obfuscation"))
+    if take(stream_options, "include_obfuscation", bool, "true or false", False):
+        refuse("include_obfuscation is not supported: leave it out.")
     with_usage = take(stream_options, "include_usage", bool, "true or false", False)
     return TextRequest(prompts, limits, options, is_chat, is_stream, with_usage, accepted)
 
@@ -180,10 +167,12 @@ def _options(values: Mapping[str, Any]) -> DecodingOptions:
     stops = [stop] if isinstance(stop, str) else stop
     if len(stops) > MOST_STOPS or not all(isinstance(text, str) and text for text in stops):
         refuse(f"stop must hold at most {MOST_STOPS} strings of at least one character.")
+    if temperature is None and (top_p or 1) != 1:
+        refuse("top_p goes with a temperature: without one the likeliest token is taken. Give a temperature.")
     temperature = 0.0 if temperature is None else temperature
     draws = not 0 <= temperature < LEAST_TEMPERATURE
-    if not temperature and (top_p or 1) != 1:
-        refuse("top_p goes with a temperature above 0: without one the likeliest token is taken.")
+    if not draws and not 0 <= (top_p or 0) <= 1:  # else it changes nothing
+        refuse("top_p must be in [0, 1].")
     try:
         return DecodingOptions(
             mode=take(values, "mode", str, "a string", None),

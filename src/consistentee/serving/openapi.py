@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from consistentee.functional.criteria import GENERATION_CRITERIA
-from consistentee.serving.requests import JSON_TYPE, ServerLimits
+from consistentee.serving.requests import JSON_TYPE, NEUTRAL_FIELDS, ServerLimits
 
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 _NULL = {"type": "null"}
@@ -211,7 +211,12 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         "model": {"type": "string", "description": "Not used: one model is served."},
         "max_tokens": {"type": "integer", "minimum": 1},
         "temperature": {"type": "number", "minimum": 0, "maximum": 2, "description": "0 (default): greedy."},
-        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "top_p": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": 1,
+            "description": "Only with a temperature; of 0 it changes nothing.",
+        },
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
         "stop": {
             "oneOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}],
@@ -220,7 +225,10 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         "stream": {"type": "boolean", "default": False},
         "stream_options": {
             "type": "object",
-            "properties": {"include_usage": {"type": "boolean"}},
+            "properties": {
+                "include_usage": {"type": "boolean"},
+                "include_obfuscation": {"type": "boolean", "enum": [False]},
+            },
             "additionalProperties": _NULL,
         },
         "threshold": {"type": "number", "description": "Exit score above which a token exits."},
@@ -230,8 +238,8 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
             "enum": list(GENERATION_CRITERIA),
             "description": "Exit rule, in place of the saved one.",
         },
-        "n": {"type": "integer", "enum": [1]},
         "user": {"type": "string"},
+        **{name: {"enum": list(values)} for name, values in NEUTRAL_FIELDS.items()},
     }
     message = {
         "type": "object",

@@ -14,6 +14,27 @@ from consistentee.errors import SettingError
 
 JSON_TYPE = "application/json"
 
+NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
+"""Fields of OpenAI's that are taken where they change nothing, and the values at which they do."""
+
 
 @dataclass(frozen=True)
 class ServerLimits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -49,3 +51,33 @@ def byte_level() -> PreTrainedTokenizerFast:
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return tokenizer
+
+
+def spaced(*words: str) -> PreTrainedTokenizerFast:
+    """As Llama 2's: the space in front of a text is dropped, and letters that are not known are bytes.
+
+    Args:
+        *words: of the vocabulary beside letters, the first ones.
+    """
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyzR:,."]
+    symbols = [
+        *words[:1],
+        "<unk>",
+        "<s>",
+        "</s>",
+        *words[1:],
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *letters,
+    ]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    model = models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    strip: Any = decoders.Strip(" ", 1, 0)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    backend.decoder = decoders.Sequence(steps)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **names)

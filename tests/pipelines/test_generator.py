@@ -16,8 +16,9 @@ from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.decoding_options import DecodingOptions
 from consistentee.pipelines.generator import TextGenerator
 from consistentee.pipelines.pieces import PieceDecoder, decode_pieces
+from consistentee.pipelines.stops import StopTexts
 from saved_generators import TEMPLATE, generator_folder, plain_folder, tiny_rows
-from tiny_tokenizers import byte_tokenizer
+from tiny_tokenizers import byte_tokenizer, spaced
 
 PROMPTS = list(zip(tiny_rows(11).instructions, tiny_rows(11).inputs, strict=True))
 
@@ -64,6 +65,18 @@ class TestPieces:
         tokenizer = byte_tokenizer()
         inside = tokenizer("hi")["input_ids"]
         assert decode_pieces(tokenizer, [0, *inside, 1]) == ["", "h", "i", ""]
+
+    @pytest.mark.parametrize("prompt", ["rivers:", "r", "日本語", "a日本", "rivers: 日", "日 r"])
+    def test_of_a_text_that_goes_on(self, prompt: str) -> None:
+        """The space in front stays, and a window that begins inside a character breaks none behind it."""
+        tokenizer = spaced("▁the")
+        before = tokenizer(prompt)["input_ids"]
+        for text in (" the rivers", "本 語", " 日本", "s, and"):
+            token_ids = tokenizer(prompt + text)["input_ids"][len(before) :]
+            assert "".join(decode_pieces(tokenizer, token_ids, before=before)) == text
+            criterion = StopTexts(tokenizer, [text[1:3]], len(before), before=[before])
+            ended = criterion(torch.tensor([[*before, *token_ids]]), None)
+            assert ended.tolist() == [True]
 
     def test_what_is_left_over_comes_at_the_end(self) -> None:
         tokenizer = byte_tokenizer()

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from huggingface_hub import InferenceClient
 
 from consistentee.data.templates import PLAIN
@@ -25,6 +26,8 @@ from consistentee.serving.generation import GeneratorService
 from consistentee.serving.requests import RefusedRequest, ServerLimits
 from saved_generators import TEMPLATE, generator_folder, plain_folder
 from served import running
+from tiny_decoders import tiny_decoder
+from tiny_tokenizers import spaced
 
 PROMPTS = ["do this", "très bien", "1, 2 and", "name a river or two, please"]
 
@@ -156,7 +159,12 @@ def test_null_is_as_if_it_were_missing(client: httpx.Client) -> None:
     """Also in messages: what OpenAI's client dumps of an answer goes into the next question."""
     said = {"role": "assistant", "content": "two", "refusal": None, "annotations": None, "tool_calls": None}
     user = {"role": "user", "content": "one?"}
-    asked = {"messages": [user, said, user], "max_tokens": 3, "prediction": None, "stream_options": {"x": None}}
+    asked = {
+        "messages": [user, said, user],
+        "max_tokens": 3,
+        "prediction": None,
+        "stream_options": {"x": None},
+    }
     assert ask(client, "chat/completions", **asked)["choices"]
     answer = client.post("chat/completions", json={**asked, "prediction": True})
     assert (answer.status_code, '"prediction" is no field' in answer.text.replace("\\", "")) == (422, True)
@@ -476,6 +484,37 @@ class _With:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_text_that_goes_on_keeps_its_first_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins: bool
+) -> None:
+    tokenizer = spaced("▁the")
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    model = tiny_decoder("llama", **sizes, pad_token_id=3, eos_token_id=3, bos_token_id=2)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # all logits are equal: it writes "▁the" again and again
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generator = TextGenerator(load_model(tmp_path, LoadedGenerator, device="cpu"), template=TEMPLATE)
+    if not joins:
+        monkeypatch.setattr("consistentee.serving.generation.can_join", lambda *_: False)
+    with running(generator_app(GeneratorService(generator))) as address:
+
+        def answer(path: str, **values: Any) -> Any:
+            body = {"model": "any", "max_tokens": 2, **values}
+            return httpx.post(f"{address}/v1/{path}", json=body, timeout=60).json()["choices"][0]
+
+        assert answer("completions", prompt="Rivers:")["text"] == " the the"
+        stopped = answer("completions", prompt="Rivers:", stop=[" the"])
+        assert (stopped["text"], stopped["finish_reason"], len(stopped["exit_layers"])) == ("", "stop", 1)
+        asked = answer("chat/completions", messages=[{"role": "user", "content": "Rivers:"}])
+        assert asked["message"]["content"] == "the the"  # a text of its own
+        body = {"model": "any", "max_tokens": 2, "prompt": "Rivers:", "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as lines:
+            events = [line[6:] for line in lines.iter_lines() if line.startswith("data: {")]
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == " the the"
 
 
 def test_lossless_and_drawn_texts(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class JoiningPrompt:
         on_end: is told why the text has ended: `stop`, `end` or `length`.
         on_error: is told what went wrong with this text alone; the others go on.
         is_gone: whether nobody waits for the text any more, so that it ends without a word.
+        goes_on: whether the text goes on with the prompt; else it is one of its own, as behind a template.
     """
 
     token_ids: Sequence[int]
@@ -32,6 +33,7 @@ class JoiningPrompt:
     on_end: Callable[[str], object]
     on_error: Callable[[Exception], object]
     is_gone: Callable[[], bool] = lambda: False
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class ContinuousTexts:
             self._text_ends,
             prompt.on_token,
             prompt.on_end,
+            prompt.token_ids if prompt.goes_on else (),
         )
 
     def _put(self, begun: int, tokens: Sequence[RowToken]) -> None:

@@ -251,6 +251,7 @@ class TextGenerator:
         on_token: OnRowToken,
         on_end: OnRowEnd,
         is_gone: Callable[[int], bool] = lambda row: False,
+        go_on: Sequence[bool] = (),
         options: DecodingOptions,
     ) -> None:
         """Write several texts together, telling of every token as soon as it is certain, and of every end.
@@ -261,6 +262,7 @@ class TextGenerator:
             on_token: is told the row, the token's piece of the text and its exit layer, as in `stream`.
             on_end: is told a row that has ended, and why.
             is_gone: whether nobody waits for a row any more, so that it ends.
+            go_on: (rows,) whether each goes on with its prompt, as in `JoiningPrompt`; none does where it is empty.
             options: how to generate.
 
         Raises:
@@ -269,11 +271,13 @@ class TextGenerator:
         options = self.check(merged_options(options, {"max_new_tokens": max(limits)}))
         draws = seeded_draws(options, self.saved.model.device)
         ends = text_ends(self.saved.model, self._tokenizer, options.stop)
+        before = [prompt if on else () for prompt, on in zip(prompts, go_on, strict=True)] if go_on else []
+        layers = self.saved.num_hidden_layers
         streams = RowStreams(
-            self._tokenizer, self.saved.num_hidden_layers, limits, ends, on_token=on_token, on_end=on_end
+            self._tokenizer, layers, limits, ends, on_token=on_token, on_end=on_end, before=before
         )
         bounds = RowLimits(max(map(len, prompts)), limits, is_gone)
-        self._batch([("", "")] * len(prompts), prompts, options, draws, streams, [bounds])
+        self._batch([("", "")] * len(prompts), prompts, options, draws, streams, [bounds], before)
 
     def continuous_texts(self, options: DecodingOptions) -> ContinuousTexts:
         """Texts that are written together in one way, and that others join between two tokens.
@@ -368,6 +372,7 @@ class TextGenerator:
         draws: torch.Generator | None,
         streamer: PieceStreamer | RowStreams | None = None,
         criteria: Sequence[TextCriteria] = (),
+        before: Sequence[Sequence[int]] = (),
     ) -> list[GeneratedText]:
         self._go_on_after_fork()
         saved, model = self.saved, self.saved.model
@@ -379,7 +384,7 @@ class TextGenerator:
             names = ("mode", "criterion", "threshold", "skipped_states")
             exits = {"generator": draws, **{name: getattr(options, name) for name in names}}
         if stops:
-            criteria = [*criteria, StopTexts(self._tokenizer, stops, input_ids.shape[1], ends)]
+            criteria = [*criteria, StopTexts(self._tokenizer, stops, input_ids.shape[1], ends, before)]
         if criteria:
             exits["stopping_criteria"] = StoppingCriteriaList(criteria)
         start = synchronised_seconds(model.device)
@@ -403,7 +408,7 @@ class TextGenerator:
         ):
             exited = [layer for layer in row_layers if layer]  # 0 marks padding behind the end
             token_ids = row[: len(exited) if exited else _length(row, ends)]
-            pieces = decode_pieces(self._tokenizer, token_ids, ends)
+            pieces = decode_pieces(self._tokenizer, token_ids, ends, before[number] if before else ())
             stopped = cut_at_stop(pieces, stops)
             if stopped is not None:
                 pieces, token_ids = stopped, token_ids[: len(stopped)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+BEFORE = 8
+"""Tokens that are looked at before a text that goes on with another."""
+
 _BROKEN = "\ufffd"  # what a tokenizer makes of bytes that are no whole character
 
 
@@ -28,14 +31,15 @@ class PieceDecoder:
     Args:
         tokenizer: a Hugging Face tokenizer.
         ends: token ids that end a text.
+        before: of the text that this one goes on with; some tokenizers drop the space that a text begins with.
     """
 
-    def __init__(self, tokenizer: Any, ends: Collection[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, ends: Collection[int] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._without_text = {*tokens_without_text(tokenizer, ends).values(), *ends}
-        self._ids: list[int] = []
+        self._ids = text_before(tokenizer, before, self._without_text)
         self._start = 0  # decoding begins here, so that a space before a word is not lost
-        self._read = 0  # the pieces so far are of the ids before here
+        self._read = len(self._ids)  # the pieces so far are of the ids before here
 
     def put(self, token_id: int) -> str:
         """The text that this token completes; "" where it is part of a character that goes on."""
@@ -59,16 +63,33 @@ class PieceDecoder:
         return piece
 
     def _rest(self) -> str:
-        before = self._decoded(self._ids[self._start : self._read])
-        return self._decoded(self._ids[self._start :])[len(before) :]
-
-    def _decoded(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)) if token_ids else ""
+        before = _decoded(self._tokenizer, self._ids[self._start : self._read])
+        return _decoded(self._tokenizer, self._ids[self._start :])[len(before) :]
 
 
-def decode_pieces(tokenizer: Any, token_ids: Sequence[int], ends: Collection[int] = ()) -> list[str]:
+def text_before(tokenizer: Any, token_ids: Sequence[int], without_text: Collection[int]) -> list[int]:
+    """The last tokens of a text that another one goes on with, from a whole character on.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        token_ids: of the text.
+        without_text: token ids that are no text.
+    """
+    newest = [token for token in token_ids[-BEFORE:] if token not in without_text]
+    while newest and _decoded(tokenizer, newest).startswith(_BROKEN):
+        newest.pop(0)  # part of a character, which would break the bytes behind it as well
+    return newest
+
+
+def _decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)) if token_ids else ""
+
+
+def decode_pieces(
+    tokenizer: Any, token_ids: Sequence[int], ends: Collection[int] = (), before: Sequence[int] = ()
+) -> list[str]:
     """Pieces of a whole text, one for each token id, see `PieceDecoder`."""
-    decoder = PieceDecoder(tokenizer, ends)
+    decoder = PieceDecoder(tokenizer, ends, before)
     pieces = [decoder.put(token_id) for token_id in token_ids]
     if pieces:
         pieces[-1] += decoder.end()

@@ -53,6 +53,7 @@ class RowStream:
         text_ends: what else ends it.
         on_token: is told every token.
         on_end: is told why it has ended.
+        before: token ids of the text that it goes on with.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class RowStream:
         text_ends: TextEnds,
         on_token: OnToken,
         on_end: Callable[[str], object],
+        before: Sequence[int] = (),
     ) -> None:
         self._limit, self._text_ends, self._on_end = limit, text_ends, on_end
         self._stream = PieceStreamer(
-            PieceDecoder(tokenizer, text_ends.ends), on_token, num_layers, text_ends.stops
+            PieceDecoder(tokenizer, text_ends.ends, before), on_token, num_layers, text_ends.stops
         )
         self._stream.put(torch.empty(0))  # the prompt, of which nothing is told
         self._count = 0
@@ -102,6 +104,7 @@ class RowStreams:
         limits: (rows,) the most tokens of each.
         text_ends: what else ends them.
         on_token, on_end: are told.
+        before: (rows, tokens) of the texts that they go on with; none for texts of their own.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class RowStreams:
         *,
         on_token: OnRowToken,
         on_end: OnRowEnd,
+        before: Sequence[Sequence[int]] = (),
     ) -> None:
         self._streams = {
             row: RowStream(
@@ -122,6 +126,7 @@ class RowStreams:
                 text_ends,
                 lambda piece, layer, row=row: on_token(row, piece, layer),
                 lambda reason, row=row: on_end(row, reason),
+                before[row] if before else (),
             )
             for row, limit in enumerate(limits)
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from consistentee.inference.decoder.known_processors import TextCriteria
-from consistentee.pipelines.pieces import decode_pieces, tokens_without_text
+from consistentee.pipelines.pieces import decode_pieces, text_before, tokens_without_text
 
 WIDER = 16
 """Tokens that are looked at beside those that a stop string can take: a text's first ones may decode to less."""
@@ -92,26 +92,35 @@ class StopTexts(TextCriteria):
         stops: stop strings, none empty.
         prompt_length: tokens before the new ones, padding among them.
         ends: token ids that end a text.
+        before: (rows, tokens) of the texts that the rows go on with; none for texts of their own.
     """
 
     def __init__(
-        self, tokenizer: Any, stops: Sequence[str], prompt_length: int, ends: Collection[int] = ()
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        prompt_length: int,
+        ends: Collection[int] = (),
+        before: Sequence[Sequence[int]] = (),
     ) -> None:
         self._tokenizer, self._stops, self._prompt_length = tokenizer, stops, prompt_length
         self._ends = ends
         self._without_text = {*tokens_without_text(tokenizer, ends).values(), *ends}
+        self._before = [text_before(tokenizer, row, self._without_text) for row in before]
         self._window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + WIDER
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         """Which rows have ended, (rows,) bool."""
         rows: list[list[int]] = input_ids[:, self._prompt_length :].tolist()
-        return torch.tensor([self._ended(row) for row in rows], device=input_ids.device)
+        before = self._before or [[]] * len(rows)
+        ended = [self._ended(row, of_row) for row, of_row in zip(rows, before, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)
 
-    def _ended(self, token_ids: list[int]) -> bool:
-        newest = [token for token in token_ids if token not in self._without_text][-self._window :]
+    def _ended(self, token_ids: list[int], before: Sequence[int]) -> bool:
+        written = [token for token in token_ids if token not in self._without_text]
+        newest = [*before, *written][-self._window :]
         text = str(self._tokenizer.decode(newest, clean_up_tokenization_spaces=False)) if newest else ""
         if find_stop(text, self._stops) is None:
             return False
-        return (
-            find_stop("".join(decode_pieces(self._tokenizer, token_ids, self._ends)), self._stops) is not None
-        )
+        pieces = decode_pieces(self._tokenizer, token_ids, self._ends, before)
+        return find_stop("".join(pieces), self._stops) is not None

@@ -243,7 +243,13 @@ def text_handler(service: GeneratorService, *, is_chat: bool) -> Handler:
     async def answer(body: bytes, send: Send) -> None:
         request = await read_text_request(read_json(body), service, is_chat=is_chat)
         found = _Answer(request, service.name)
-        events = service.texts(request.prompts, request.limits, request.options, accepted=request.accepted)
+        events = service.texts(
+            request.prompts,
+            request.limits,
+            request.options,
+            accepted=request.accepted,
+            go_on=not is_chat,
+        )
         if request.is_stream:
             await _send_stream(found, events, send)
         else:

@@ -62,6 +62,7 @@ class _Job:
     limit: int
     options: DecodingOptions
     events: asyncio.Queue[TokenEvent]
+    goes_on: bool = False
     is_gone: bool = False
     has_place: bool = True
     accepted: float = field(default_factory=time.perf_counter)
@@ -158,6 +159,7 @@ class GeneratorService:
         options: DecodingOptions,
         *,
         accepted: float | None = None,
+        go_on: bool = False,
     ) -> AsyncGenerator[TokenEvent, None]:
         """What happens to the prompts of a request, until each has ended.
 
@@ -166,6 +168,7 @@ class GeneratorService:
             limits: (prompts,) the most tokens of each text.
             options: how to write them.
             accepted: when the request was, of `time.perf_counter`; None for now.
+            go_on: whether the texts go on with the prompts, as in `JoiningPrompt`.
 
         Raises:
             RefusedRequest: the queue is full (429), the first token did not come in time (504), or it failed (424).
@@ -174,7 +177,7 @@ class GeneratorService:
         begun = time.perf_counter() if accepted is None else accepted
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         jobs = [
-            _Job(index, prompt, limit, options, events, accepted=begun)
+            _Job(index, prompt, limit, options, events, go_on, accepted=begun)
             for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
         try:
@@ -342,6 +345,7 @@ class GeneratorService:
             on_end=on_end,
             on_error=on_error,
             is_gone=lambda: job.is_gone,
+            goes_on=job.goes_on,
         )
 
     def _write_batch(self, options: DecodingOptions) -> None:
@@ -362,6 +366,7 @@ class GeneratorService:
                 on_token=lambda row, piece, layer: self._tell_token(jobs[row], piece, layer),
                 on_end=lambda row, reason: self._tell_end(jobs[row], reason),
                 is_gone=lambda row: jobs[row].is_gone or self._ends,
+                go_on=[job.goes_on for job in jobs],
                 options=replace(options, max_new_tokens=None),
             )
         except Exception as error:

@@ -205,6 +205,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         """Put another policy network into the model; the configuration follows."""
         self.config.policy_input = policy.policy_input
         self.policy = policy.to(self.device)
+        self.unseen_changes += 1
 
     def exit_logits(self, pooled: Tensor, layer_logits: Tensor) -> Tensor:
         """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""
@@ -255,6 +256,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         self.config.temperatures, self.config.layer_weights = temperatures, layer_weights
         self.config.learnt_to_exit = learnt_to_exit is not None
         self.learnt_to_exit = None if learnt_to_exit is None else learnt_to_exit.to(self.device)
+        self.unseen_changes += 1
 
     def exit_signals(self, reads: Sequence[str] | None = None) -> ExitSignals:
         """What gives what exit criteria read beside predictions and exit probabilities.

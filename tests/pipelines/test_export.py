@@ -277,6 +277,22 @@ def test_folders_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         export_onnx(saved, tmp_path / "out")
 
 
+def test_a_folder_that_has_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = load_model(tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone")), LoadedClassifier)
+    volume, link = tmp_path / "volume", tmp_path / "link"
+    volume.mkdir()
+    link.symlink_to(volume)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == volume)
+    export_onnx(saved, link)
+    first = (volume / "model.onnx").read_bytes()
+    monkeypatch.chdir(volume)
+    export_onnx(saved, ".", criterion="confidence", threshold=0.9)
+    assert (volume / "model.onnx").read_bytes() != first
+    assert sorted(os.listdir(volume)) == ["README.md", "config.json", "model.onnx", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == ["backbone", "link", "model", "volume"]
+    assert link.is_symlink()
+
+
 def test_plain_models_and_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone(tmp_path / "backbone")
     texts = tiny_dataset(20).texts

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +13,7 @@ import numpy as np
 import torch
 
 from consistentee import __version__
-from consistentee.atomic_files import make_folder, sync_tree
+from consistentee.atomic_files import atomic_folder, names_in
 from consistentee.data.tokenization import encode_texts
 from consistentee.errors import SettingError, require_extra
 from consistentee.functional.criteria import EXIT_CRITERIA
@@ -144,7 +140,7 @@ def export_onnx(
     config = _config(saved, criterion, limit, style, precision)
     if shows_layers and scores is not None:
         config["shows_layers"] = True
-    with replaced_folder(Path(folder).expanduser()) as place:
+    with atomic_folder(folder, require_replaceable, "config.json") as place:
         _write_graph(model, scores, limit, style, config, place)
         _write(place / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
         _write(
@@ -263,7 +259,7 @@ def require_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise SettingError(f'"{folder}" is a file. Give the name of a folder.')
-    found = sorted(path.name for path in folder.iterdir())
+    found = names_in(folder)
     if not found:
         return
     if set(found) <= EXPORTED_FILES and "config.json" in found:
@@ -274,30 +270,6 @@ def require_replaceable(folder: Path) -> None:
         if isinstance(values, dict) and str(values.get("made_by", "")).startswith(MADE_BY):
             return
     raise SettingError(f'Folder "{folder}" is not empty ({found[0]}, ...), and no export. Give another one.')
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, beside `folder`, whose place it takes once the block ends without an error.
-
-    Raises:
-        SettingError: there is something that is not ours to replace.
-    """
-    require_replaceable(folder)
-    make_folder(folder.parent)
-    token = secrets.token_hex(6)
-    place, before = (folder.parent / f".{folder.name}.{token}.{end}" for end in ("new", "old"))
-    place.mkdir()
-    try:
-        yield place
-        sync_tree(place)
-        require_replaceable(folder)
-        if folder.exists():
-            os.rename(folder, before)
-        os.rename(place, folder)
-    finally:
-        for leftover in (place, before):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -246,8 +246,37 @@ def tokenizer_json(saved: LoadedClassifier) -> dict[str, Any]:
     }
     if saved.tokenizer.split_special_tokens:
         # Who runs the graph need not know that special tokens in a text are text: it does not look for them.
-        values["added_tokens"] = [token for token in values["added_tokens"] if not token["special"]]
+        values["added_tokens"] = [
+            _hidden(token) if token["special"] else token
+            for token in values["added_tokens"]
+            if not token["special"] or backend.model.token_to_id(token["content"]) is None
+        ]
+    _require_ids(values, saved.name)
     return values
+
+
+def _hidden(token: Mapping[str, Any]) -> dict[str, Any]:
+    """A token that keeps its place, as ids are counted by places, under a name that no text has."""
+    return {**token, "content": f"{_PRIVATE}{token['id']}{_PRIVATE}", "special": False, "normalized": False}
+
+
+_PRIVATE = "\U0010fffd"
+"""The last character for private use."""
+
+
+def _require_ids(values: Mapping[str, Any], name: str) -> None:
+    """Raise SettingError unless whoever reads the file gives added tokens the ids that it says."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(values))
+    for token in values["added_tokens"]:
+        found = tokenizer.token_to_id(token["content"])
+        if found != token["id"]:
+            raise SettingError(
+                f'The tokenizer of "{name}" cannot be exported: its added token "{token["content"]}" must have the id '
+                f"{token['id']}, and would be read as {found}. Save the tokenizer anew, with its added tokens in the "
+                "order of their ids."
+            )
 
 
 # --- The folder -----------------------------------------------------------------------------------

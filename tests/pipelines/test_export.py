@@ -200,6 +200,7 @@ def test_texts_are_cut_on_the_side_that_the_tokenizer_says(
     rows = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     rows.no_padding()
     assert [row.ids for row in rows.encode_batch(texts.read_text().splitlines())] == wanted
+    assert "Inputs are cut to 8 tokens, on the left." in (tmp_path / "out" / "README.md").read_text()
     # The comparison is with what the folder's own tokenizer gives.
     right = tokenizer_json(engine.saved)
     right["truncation"]["direction"] = "Right"

@@ -317,6 +317,7 @@ def _readme(saved: LoadedClassifier, config: Mapping[str, Any]) -> str:
     names = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return names.render(
         **{**config, "labels": list(config["id2label"].values())},
+        cut_side=saved.tokenizer.truncation_side,
         has_types=types is not None and types.num_embeddings > 1,
         range=""
         if row is None

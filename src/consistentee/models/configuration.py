@@ -39,6 +39,28 @@ class BackboneConfig(PreTrainedConfig):
 
     task: str | None = None
 
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As Hugging Face's.
+
+        Raises:
+            ValueError: another type of model is found.
+        """
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = values.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f'Model "{pretrained_model_name_or_path}" must be of type "{cls.model_type}" here, got "{found}". '
+                + (
+                    f"Open it with {_OPENED_BY[found]}.from_pretrained()."
+                    if found in _OPENED_BY
+                    else f"Make one of it with {_MADE_BY[cls.model_type]}."
+                )
+            )
+        return values, rest
+
     def __post_init__(self, **kwargs: Any) -> None:
         nested = getattr(self, self.backbone_key)
         if not isinstance(nested, PreTrainedConfig):
@@ -319,3 +341,16 @@ class EarlyExitCausalLMConfig(ExitConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The configuration that transformers asks about heads, sizes and caches: the decoder's."""
         return self.decoder_config if isinstance(self.decoder_config, PreTrainedConfig) else self
+
+
+_OPENED_BY = {
+    EarlyExitConfig.model_type: "EarlyExitForSequenceClassification",
+    FullDepthConfig.model_type: "FullDepthForSequenceClassification",
+    EarlyExitCausalLMConfig.model_type: "EarlyExitForCausalLM",
+}
+_EXITS, _PLAIN, _GENERATOR = _OPENED_BY.values()
+_MADE_BY = {
+    EarlyExitConfig.model_type: f"{_EXITS}.from_backbone(), or from_classifier() for a fine-tuned classifier",
+    FullDepthConfig.model_type: f"{_PLAIN}.from_backbone()",
+    EarlyExitCausalLMConfig.model_type: f"{_GENERATOR}.from_backbone()",
+}

@@ -167,3 +167,18 @@ def test_exits_that_are_not_complete_are_refused(folders: tuple[Path, Path, Any]
 def test_exits_without_an_original_make_no_sense() -> None:
     with pytest.raises(ValueError, match="exits_only must be False for a model without an original"):
         EarlyExitConfig(exits_only=True)
+
+
+def test_they_know_where_they_came_from(folders: tuple[Path, Path, Any]) -> None:
+    _, exits, _ = folders
+    for model_class in (EarlyExitForSequenceClassification, AutoModelForSequenceClassification):
+        opened = model_class.from_pretrained(exits)
+        assert opened.name_or_path == opened.config.name_or_path == str(exits)
+
+
+def test_the_originals_head_decides_the_classes(folders: tuple[Path, Path, Any]) -> None:
+    original, exits, _ = folders
+    for model_class in (EarlyExitForSequenceClassification, AutoModelForSequenceClassification):
+        message = f"num_labels must be 2 for exits on .*{original.name}., got 3: the original's head decides"
+        with pytest.raises(ValueError, match=message):
+            model_class.from_pretrained(exits, num_labels=3, ignore_mismatched_sizes=True)

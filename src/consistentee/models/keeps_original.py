@@ -173,6 +173,12 @@ class KeepsOriginal(BackboneModel):
             parts = _open_unchanged(name, known, options)
         except _NotTheOriginal as error:
             raise ValueError(f'Model "{folder}" holds exits for "{name}", {error}') from error
+        if config.num_classes != parts.config.num_labels:
+            raise ValueError(
+                f'num_labels must be {parts.config.num_labels} for exits on "{name}", got {config.num_classes}: the '
+                "original's head decides the classes. Leave num_labels out."
+            )
+        config.name_or_path = folder
         config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
         model = cls._on(parts, config)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}

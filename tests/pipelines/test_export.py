@@ -173,6 +173,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["threshold"], config["operating_points"]) == (0.6, {"brisk": 0.6})
     assert (config["opset"], config["precision"], config["portable"]) == (20, "int8", True)
+    assert "Rows must be at least 1" not in (tmp_path / "out" / "README.md").read_text()
+    assert main([*command, "--precision", "int8"]) == 0
+    assert "Rows must be at least 1: on a batch" in (tmp_path / "out" / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "model", "out", "texts.txt"]
     for wrong, message in (
         (["--opset", "16"], r"opset must be in \[17, 21\], got 16"),

@@ -19,8 +19,13 @@ def npm_folder(*names: str) -> Path:
 
 
 def node() -> str:
-    """Node's program."""
+    """Node's program, where ONNX Runtime Web is installed for it."""
     npm_folder("onnxruntime-web")
+    return bare_node()
+
+
+def bare_node() -> str:
+    """Node's program."""
     program = shutil.which("node")
     if program is None:
         pytest.skip("needs Node.js")

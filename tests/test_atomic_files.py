@@ -234,3 +234,81 @@ def test_file_systems_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "fsync", refuse)
     write_text(tmp_path / "a", "x")
     assert (tmp_path / "a").read_text(encoding="utf-8") == "x"
+
+
+def write_new(folder: str | Path) -> None:
+    """Put a new `a` and `last` into a folder, unless it holds `mine`."""
+
+    def require_free(place: Path) -> None:
+        if place.exists() and "mine" in atomic.names_in(place):
+            raise ValueError("not free")
+
+    with atomic.atomic_folder(folder, require_free, "last") as place:
+        for name in ("a", "last"):
+            (place / name).write_text("new")
+
+
+def is_new(folder: Path) -> bool:
+    return {path.name: path.read_text() for path in folder.iterdir()} == {"a": "new", "last": "new"}
+
+
+@pytest.mark.parametrize("before", ["missing", "empty", "old"])
+@pytest.mark.parametrize("how", ["plain", "link", "here", "mounted", "busy", "other device"])
+def test_a_folder_is_there_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, before: str
+) -> None:
+    root = tmp_path / "root"
+    folder = root / "folder"
+    root.mkdir()
+    if before != "missing":
+        folder.mkdir()
+    if before == "old":
+        for name in ("a", "b", "last"):
+            (folder / name).write_text("old")
+    inode = folder.stat().st_ino if folder.exists() else None
+    given: Path = folder
+    if how == "link":
+        given = tmp_path / "link"
+        given.symlink_to(folder)
+    elif how == "here" and folder.exists():
+        monkeypatch.chdir(folder)
+        given = Path(".")
+    elif how == "mounted":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == folder)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == folder and how in ("busy", "other device"):
+            raise OSError(atomic.errno.EBUSY if how == "busy" else atomic.errno.EXDEV, "cannot be moved")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    write_new(given)
+    assert is_new(folder)
+    assert os.listdir(root) == ["folder"]
+    assert (tmp_path / "link").is_symlink() == (how == "link")
+    if how in ("here", "mounted", "busy", "other device") and inode is not None:
+        assert folder.stat().st_ino == inode
+    (folder / "mine").touch()
+    with pytest.raises(ValueError, match="not free"):
+        write_new(given)
+    assert sorted(os.listdir(folder)) == ["a", "last", "mine"]
+
+
+def test_an_old_folder_stays_where_the_new_one_cannot_be_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    write_new(folder)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if str(source).endswith(".new"):
+            raise OSError(atomic.errno.ENOSPC, "full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="full"):
+        write_new(folder)
+    assert is_new(folder)
+    assert os.listdir(tmp_path) == ["folder"]

@@ -1,4 +1,4 @@
-"""Files that are either there and whole, or not there: written beside their place, then moved into it.
+"""Files and folders that are either there and whole, or not there: written beside their place, then moved into it.
 
 What is to outlast a power cut is on the disk before it gets its name, and its name before anything relies on it.
 """
@@ -14,7 +14,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -96,6 +96,97 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a JSON file whole or not at all; a figure that is not finite is an error, JSON has no name for it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(
+    folder: str | os.PathLike[str], require_free: Callable[[Path], None], last: str
+) -> Iterator[Path]:
+    """A folder to write files to, which takes the place of `folder` once the block ends without an error.
+
+    Where `folder` itself cannot be replaced (a mount point, the directory that this process works in, a parent that may
+    not be written to), it stays, and the files take the places of those in it, one by one.
+
+    Args:
+        folder: to be made or replaced; folders above it are made. A symbolic link keeps pointing where it points.
+        require_free: raises for a folder that is not to be replaced; asked before the block and after it.
+        last: the file that says that the others are there.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(folder).expanduser().resolve()
+    require_free(folder)
+    make_folder(folder.parent)
+    token = secrets.token_hex(6)
+    inside = folder / f"{_WORKING}{token}"
+    place, before = (folder.parent / f".{folder.name}.{token}.{end}" for end in ("new", "old"))
+    if _has_to_stay(folder):
+        place = inside
+    place.mkdir()
+    try:
+        yield place
+        sync_tree(place)
+        require_free(folder)
+        if place != inside and not _replace_folder(folder, place, before):
+            shutil.copytree(place, inside)
+            sync_tree(inside)
+        if inside.exists():
+            _move_up(inside, folder, last)
+    finally:
+        for leftover in (place, before, inside):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder, but for what `atomic_folder` is about to write there."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(_WORKING))
+
+
+_WORKING = ".consistentee-new-"
+_CANNOT_MOVE = (errno.EBUSY, errno.EXDEV)
+"""What renaming says of a mount point, and of a folder of an image that a container runs."""
+
+
+def _has_to_stay(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    return (
+        os.path.samefile(folder, os.curdir)
+        or os.path.ismount(folder)
+        or not os.access(folder.parent, os.W_OK)
+    )
+
+
+def _replace_folder(folder: Path, place: Path, before: Path) -> bool:
+    """Put one folder in place of another, which may not be there; False where that one cannot be moved."""
+    if folder.exists():
+        try:
+            os.rename(folder, before)
+        except OSError as error:
+            if error.errno in _CANNOT_MOVE:
+                return False
+            raise
+    try:
+        os.rename(place, folder)
+    except OSError:
+        if before.exists():
+            os.rename(before, folder)
+        raise
+    return True
+
+
+def _move_up(inside: Path, folder: Path, last: str) -> None:
+    """Put the files of a folder in place of all those of the folder it is in."""
+    new = names_in(inside)
+    for name in new:
+        if name != last:
+            os.replace(inside / name, folder / name)
+    for name in set(names_in(folder)) - {*new}:
+        (folder / name).unlink()
+    sync(folder)
+    os.replace(inside / last, folder / last)
+    sync(folder)
 
 
 def make_folder(folder: Path) -> None:

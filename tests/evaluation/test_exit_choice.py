@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +296,7 @@ def test_goals_without_a_loss_allowed(saved: LoadedClassifier, rows: TextDataset
         choose_exit_layers(saved, rows, goal="min_speedup", target=2.0)
 
 
-def test_the_folder_of_a_subset(folder: Path, tmp_path: Path) -> None:
+def test_the_folder_of_a_subset(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shutil.copytree(folder, tmp_path / "source")
     (source / "consistentee-checkpoints").mkdir()
     point = {"criterion": "confidence", "threshold": 0.6, "certificate": {}}
@@ -309,6 +310,15 @@ def test_the_folder_of_a_subset(folder: Path, tmp_path: Path) -> None:
     assert layers <= {2, 4}
     with pytest.raises(SettingError, match="must be new or empty"):
         save_with_exit_layers(source, copied, [4], "fast", point)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_with_exit_layers(source, tmp_path / "link", [4], "fast", point)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_with_exit_layers(source, Path("."), [4], "fast", point)
+    assert (tmp_path / "link").is_symlink()
+    for name in ("real", "here"):
+        assert sorted(os.listdir(tmp_path / name)) == sorted(os.listdir(copied))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

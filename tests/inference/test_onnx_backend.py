@@ -26,7 +26,14 @@ from consistentee.inference.encoder.torch_backend import PackedBackend
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
-from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_model
+from tiny import (
+    tiny_backbone,
+    tiny_classifier,
+    tiny_dataset,
+    tiny_full_depth_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 CASES = [(model_type, {}, {}) for model_type in LAYER_PARTS]
 CASES += [
@@ -259,6 +266,25 @@ def test_engine_on_bound_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def original(folder: Path) -> Any:
     classifier = tiny_classifier(folder / "original")
     return EarlyExitForSequenceClassification.from_classifier(classifier, max_length=64).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@BACKENDS
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_the_head_that_a_model_came_with_in_any_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, kind: Any, dtype: torch.dtype
+) -> None:
+    folder = tiny_classifier(tmp_path / "original", model_type)
+    model = EarlyExitForSequenceClassification.from_classifier(folder, max_length=64, dtype=dtype)
+    saved = LoadedClassifier(model, tiny_tokenizer(model_type), {}, model_type)
+    texts = tiny_dataset(12, seed=6).texts
+    wanted = Engine(saved).predict(texts, threshold=1.0, criterion="confidence")
+    monkeypatch.setattr(onnx_backend, "OnnxBackend", kind)
+    engine = Engine(saved, backend="onnxruntime")
+    for batch_size in (None, 5):
+        found = engine.predict(texts, batch_size=batch_size, threshold=1.0, criterion="confidence")
+        assert [(p.label, p.exit_layer) for p in found] == [(p.label, p.exit_layer) for p in wanted]
+        assert [p.score for p in found] == pytest.approx([p.score for p in wanted], abs=1e-3)
 
 
 @pytest.mark.parametrize("model_type", ["original", "mpnet"])

@@ -187,3 +187,18 @@ def test_an_original_that_has_moved_is_named_with_the_remedy(
     config["original"]["name"] = str(elsewhere)  # the remedy
     (exits / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert len(Engine.from_pretrained(exits).predict(TEXTS)) == len(TEXTS)
+
+
+def test_they_know_where_they_came_from(folders: tuple[Path, Path, Any]) -> None:
+    _, exits, _ = folders
+    for model_class in (EarlyExitForSequenceClassification, AutoModelForSequenceClassification):
+        opened = model_class.from_pretrained(exits)
+        assert opened.name_or_path == opened.config.name_or_path == str(exits)
+
+
+def test_the_originals_head_decides_the_classes(folders: tuple[Path, Path, Any]) -> None:
+    original, exits, _ = folders
+    for model_class in (EarlyExitForSequenceClassification, AutoModelForSequenceClassification):
+        message = f"num_labels must be 2 for exits on .*{original.name}., got 3: the original's head decides"
+        with pytest.raises(ValueError, match=message):
+            model_class.from_pretrained(exits, num_labels=3, ignore_mismatched_sizes=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas
 import pytest
@@ -145,21 +147,105 @@ def test_plain_model_runs_all_its_layers(folder: Path) -> None:
         plain.predict(["good"], threshold=0.5)
 
 
+def shaken(model: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    return {name: value + 0.3 * torch.randn_like(value) for name, value in model.state_dict().items()}
+
+
+def train_with_a_fused_optimizer(model: Any) -> None:
+    model.train()
+    weights = list(model.parameters())
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    torch.optim.AdamW(weights, lr=0.3, fused=True).step()
+    model.eval()
+
+
+def train_a_part(model: Any) -> None:
+    model.policy.train()
+    weights = list(model.parameters())
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    torch.optim.AdamW(weights, lr=0.3, fused=True).step()
+    model.eval()
+
+
+def put_other_data_in_twice(model: Any) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data + 0.3
+        weight.data = weight.data.flip(0) * 1.1  # may lie where the first lay
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "load_state_dict": lambda model: model.load_state_dict(shaken(model)),
+    "assign": lambda model: model.load_state_dict(shaken(model), assign=True),
+    "fused": train_with_a_fused_optimizer,
+    "part": train_a_part,
+    "data": put_other_data_in_twice,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])
 @pytest.mark.parametrize("batch_size", [None, 1])
-def test_weights_that_change_are_followed(tmp_path: Path, model_type: str, batch_size: int | None) -> None:
+def test_weights_that_change_are_followed(
+    tmp_path: Path, model_type: str, batch_size: int | None, change: str
+) -> None:
     folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", model_type))
     saved = load_model(folder, LoadedClassifier)
     made_before = Engine(saved)
     scores = made_before.exit_scores(made_before.rule())
     before = made_before.predict(TEXTS, batch_size=batch_size)
+    saved.model.eval()
+    assert made_before.predict(TEXTS, batch_size=batch_size) == before
     assert made_before.exit_scores(made_before.rule()) is scores  # nothing is made twice
-    torch.manual_seed(5)
-    saved.model.load_state_dict(
-        {name: value + 0.3 * torch.randn_like(value) for name, value in saved.model.state_dict().items()}
-    )
+    CHANGES[change](saved.model)
     found = made_before.predict(TEXTS, batch_size=batch_size)
     assert found == Engine(saved).predict(TEXTS, batch_size=batch_size) != before
+
+
+def test_parts_put_into_the_model_are_followed(folder: Path) -> None:
+    saved = load_model(folder, LoadedClassifier)
+    model: Any = saved.model
+    engine = Engine(saved)
+    before = engine.predict(TEXTS)
+    policy = copy.deepcopy(model.policy)
+    torch.nn.init.constant_(policy.exit_bias, 9.0)
+    model.set_policy(policy)
+    assert engine.predict(TEXTS) == Engine(saved).predict(TEXTS) != before
+    found = []
+    for temperature in (1.0, 0.01):
+        model.set_fitted(temperatures=[temperature] * 3, layer_weights=None, learnt_to_exit=None)
+        found.append(engine.predict(TEXTS, criterion="calibrated_confidence", threshold=0.6))
+        assert found[-1] == Engine(saved).predict(TEXTS, criterion="calibrated_confidence", threshold=0.6)
+    assert found[0] != found[1]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
+def test_adapters_put_on_later_are_refused_until_they_are_merged(folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    saved = load_model(folder, LoadedClassifier)
+    engine = Engine(saved)
+    before = engine.predict(TEXTS)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False)
+    adapted = peft.get_peft_model(cast(Any, saved.model), lora).eval()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has adapters beside its weights, which an engine copies"):
+            engine.predict(TEXTS)
+    adapted.merge_and_unload().eval()
+    assert engine.predict(TEXTS) == Engine(saved).predict(TEXTS) != before
+
+
+def test_a_model_pickled_by_an_earlier_version_is_followed(folder: Path) -> None:
+    saved = load_model(folder, LoadedClassifier)
+    vars(saved.model).pop("unseen_changes", None)
+    engine, other = (pickle.loads(pickle.dumps(Engine(saved))) for _ in range(2))  # noqa: S301
+    before = engine.predict(TEXTS)
+    assert copy.deepcopy(other).predict(TEXTS) == before
+    train_with_a_fused_optimizer(engine.saved.model)
+    assert engine.predict(TEXTS) == Engine(engine.saved).predict(TEXTS) != other.predict(TEXTS) == before
 
 
 def test_a_model_in_training_mode_is_refused(folder: Path) -> None:

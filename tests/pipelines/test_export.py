@@ -34,7 +34,7 @@ from consistentee.pipelines.export import export_onnx, tokenizer_json
 from npm_packages import JS, node, npm_folder
 from saved_generators import generator_folder
 from served import serving_files
-from tiny import tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_model
+from tiny import save, tiny_backbone, tiny_classifier, tiny_dataset, tiny_full_depth_model, tiny_model
 
 ALONE = Path(__file__).parents[1] / "exported_alone.py"
 ROWS, REAL_ROWS, LONGEST = 64, 500, 512
@@ -173,6 +173,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["threshold"], config["operating_points"]) == (0.6, {"brisk": 0.6})
     assert (config["opset"], config["precision"], config["portable"]) == (20, "int8", True)
+    assert "Rows must be at least 1" not in (tmp_path / "out" / "README.md").read_text()
+    assert main([*command, "--precision", "int8"]) == 0
+    assert "Rows must be at least 1: on a batch" in (tmp_path / "out" / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "model", "out", "texts.txt"]
     for wrong, message in (
         (["--opset", "16"], r"opset must be in \[17, 21\], got 16"),
@@ -200,12 +203,43 @@ def test_texts_are_cut_on_the_side_that_the_tokenizer_says(
     rows = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     rows.no_padding()
     assert [row.ids for row in rows.encode_batch(texts.read_text().splitlines())] == wanted
+    assert "Inputs are cut to 8 tokens, on the left." in (tmp_path / "out" / "README.md").read_text()
     # The comparison is with what the folder's own tokenizer gives.
     right = tokenizer_json(engine.saved)
     right["truncation"]["direction"] = "Right"
     monkeypatch.setattr(export, "tokenizer_json", lambda saved: right)
     assert main(command) == 0
     assert "0 labels and 0 exit layers differ" not in capsys.readouterr().out
+
+
+def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for tokens in ("[USR]", "[URL]"), ("covid", "brexit"):
+        tokenizer.add_tokens(list(tokens), special_tokens=tokens[0] == "[USR]")
+    model: Any = load_model(folder, LoadedClassifier).model
+    model.resize_token_embeddings(len(tokenizer))
+    save(model, tokenizer, tmp_path / "added")
+    saved = load_model(tmp_path / "added", LoadedClassifier)
+    texts = [("the covid film was good",), ("brexit is bad",), ("the [USR] is [SEP] bad [URL]",)]
+    found = export_onnx(saved, tmp_path / "out", compare_texts=texts)
+    assert (found.labels_differ, found.exit_layers_differ) == (0, 0)
+    rows, _ = Engine(saved).tokenize(texts)
+    assert [
+        row["input_ids"] for row in export._tokens_of_file(tmp_path / "out" / "tokenizer.json", texts)
+    ] == [row["input_ids"] for row in rows]
+    assert rows[0]["input_ids"][2] == len(tokenizer) - 2
+    assert "[USR]" not in (tmp_path / "out" / "tokenizer.json").read_text()
+
+
+def test_added_tokens_that_would_get_other_ids_are_refused(tmp_path: Path) -> None:
+    saved = load_model(tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone")))
+    values = json.loads(saved.tokenizer.backend_tokenizer.to_str())
+    gap = {**values["added_tokens"][0], "id": len(saved.tokenizer) + 7, "content": "late", "special": False}
+    with pytest.raises(
+        SettingError, match=r'added token "late" must have the id \d+, and would be read as \d+'
+    ):
+        export._require_ids({**values, "added_tokens": [gap]}, "model")
 
 
 def test_a_threshold_that_nobody_reaches_is_a_number_of_json(tmp_path: Path) -> None:
@@ -275,6 +309,22 @@ def test_folders_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "out" / "mine.txt").touch()
     with pytest.raises(SettingError, match="and no export"):
         export_onnx(saved, tmp_path / "out")
+
+
+def test_a_folder_that_has_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = load_model(tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone")), LoadedClassifier)
+    volume, link = tmp_path / "volume", tmp_path / "link"
+    volume.mkdir()
+    link.symlink_to(volume)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == volume)
+    export_onnx(saved, link)
+    first = (volume / "model.onnx").read_bytes()
+    monkeypatch.chdir(volume)
+    export_onnx(saved, ".", criterion="confidence", threshold=0.9)
+    assert (volume / "model.onnx").read_bytes() != first
+    assert sorted(os.listdir(volume)) == ["README.md", "config.json", "model.onnx", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == ["backbone", "link", "model", "volume"]
+    assert link.is_symlink()
 
 
 def test_plain_models_and_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

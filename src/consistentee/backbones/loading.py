@@ -37,6 +37,9 @@ BACKBONE_FILES = (
 )
 """What a backbone's folder is read for: weights, configuration and tokenizer."""
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+"""Options of opening a model that say where it is found."""
+
 
 def load_pretrained(
     auto_class: Any,

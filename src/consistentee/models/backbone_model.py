@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from consistentee.atomic_files import give_usual_permissions
 from consistentee.functional.criteria import check_fitted, check_threshold
@@ -24,6 +25,8 @@ class BackboneModel(PreTrainedModel):
     _supports_flash_attn = True
     config: BackboneConfig
     backbone: PreTrainedModel
+    unseen_changes: int = 0
+    """How often weights may have changed in ways that torch does not count: a fused optimiser's, a part put in."""
 
     def __init__(self, config: BackboneConfig, *inputs: Any, **kwargs: Any) -> None:
         super().__init__(config, *inputs, **kwargs)
@@ -33,6 +36,17 @@ class BackboneModel(PreTrainedModel):
     def num_layers(self) -> int:
         """Number of layers, hence of possible exits."""
         return self.config.num_hidden_layers
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's."""
+        if mode or any(module.training for module in self.modules()):
+            self.unseen_changes += 1
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's."""
+        self.unseen_changes += 1
+        return super().load_state_dict(*args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's; others may read weights like any new file, where safetensors lets their owner alone."""

@@ -19,12 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typing_extensions import Self
 
 from consistentee.backbones import decoders
+from consistentee.backbones.precision import cast_parameters
 from consistentee.functional.tables import GENERATION
 from consistentee.heads.exit_heads import ConfidenceClassifier, ExitHeads
 from consistentee.inference.decoder import exit_rules
 from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.models.backbone_model import BackboneModel, WithExits
-from consistentee.models.configuration import EarlyExitCausalLMConfig
+from consistentee.models.configuration import EarlyExitCausalLMConfig, opening_and_fields
 from consistentee.models.generate import GenerationOptions, generate_tokens
 
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -65,23 +66,31 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
 
         Args:
             name_or_path: hub name or local folder of a supported type, or the model itself.
-            **config_values: further fields of `EarlyExitCausalLMConfig`.
+            **config_values: further fields of `EarlyExitCausalLMConfig`, and options of opening a model by its name,
+                such as `revision` or `dtype`.
 
         Raises:
-            ValueError: the type is not supported.
+            ValueError: the type is not supported, or a keyword is unknown.
             OSError: there is no such model.
         """
+        opening, config_values = opening_and_fields(cls.config_class, config_values)
         if isinstance(name_or_path, PreTrainedModel):
+            if opening:
+                raise ValueError(
+                    f"{next(iter(opening))} must not be given beside a model, which is open already."
+                )
             backbone = name_or_path
             decoders.decoder_architecture(backbone.config)
         else:
-            backbone = decoders.load_decoder(name_or_path)
+            backbone = decoders.load_decoder(name_or_path, **opening)
         inherited: dict[str, Any] = {
             "attn_implementation": backbone.config._attn_implementation,
             "tie_word_embeddings": bool(getattr(backbone.config, "tie_word_embeddings", False)),
         }
         config = EarlyExitCausalLMConfig(decoder_config=backbone.config, **inherited, **config_values)
         model = cls(config, backbone=backbone).eval()
+        if "dtype" in opening:
+            cast_parameters(model, backbone.dtype)
         if backbone.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         return model

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from consistentee.backbones.limits import longest_input
+from consistentee.backbones.loading import HUB_OPTIONS
 from consistentee.config import (
     OLD_POLICY_INPUTS,
     Criterion,
@@ -38,6 +41,28 @@ class BackboneConfig(PreTrainedConfig):
     """Model type of a dict that names none, and of None."""
 
     task: str | None = None
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As Hugging Face's.
+
+        Raises:
+            ValueError: another type of model is found.
+        """
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = values.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f'Model "{pretrained_model_name_or_path}" must be of type "{cls.model_type}" here, got "{found}". '
+                + (
+                    f"Open it with {_OPENED_BY[found]}.from_pretrained()."
+                    if found in _OPENED_BY
+                    else f"Make one of it with {_MADE_BY[cls.model_type]}."
+                )
+            )
+        return values, rest
 
     def __post_init__(self, **kwargs: Any) -> None:
         nested = getattr(self, self.backbone_key)
@@ -319,3 +344,59 @@ class EarlyExitCausalLMConfig(ExitConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The configuration that transformers asks about heads, sizes and caches: the decoder's."""
         return self.decoder_config if isinstance(self.decoder_config, PreTrainedConfig) else self
+
+
+_OPENED_BY = {
+    EarlyExitConfig.model_type: "EarlyExitForSequenceClassification",
+    FullDepthConfig.model_type: "FullDepthForSequenceClassification",
+    EarlyExitCausalLMConfig.model_type: "EarlyExitForCausalLM",
+}
+_EXITS, _PLAIN, _GENERATOR = _OPENED_BY.values()
+_MADE_BY = {
+    EarlyExitConfig.model_type: f"{_EXITS}.from_backbone(), or from_classifier() for a fine-tuned classifier",
+    FullDepthConfig.model_type: f"{_PLAIN}.from_backbone()",
+    EarlyExitCausalLMConfig.model_type: f"{_GENERATOR}.from_backbone()",
+}
+_OPENING = (*HUB_OPTIONS, "dtype", "torch_dtype", "attn_implementation")
+
+
+def opening_and_fields(config_class: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of opening a model, and fields of a configuration, apart.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    known = [*_OPENING, *(field.name for field in fields(config_class))]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f' Did you mean "{close[0]}"?' if close else ""
+            raise ValueError(
+                f'Keywords must be fields of {config_class.__name__} or options of opening a model, got "{name}".{hint}'
+            )
+    opening = {name: value for name, value in given.items() if name in _OPENING}
+    if "torch_dtype" in opening:  # its name of old
+        opening.setdefault("dtype", opening.pop("torch_dtype"))
+    return opening, {name: value for name, value in given.items() if name not in _OPENING}
+
+
+def fields_of_labels(num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:
+    """The fields that name classes, from their number or their names.
+
+    Raises:
+        ValueError: neither is given, both are and differ, or there are fewer than two.
+    """
+    if label_names is None:
+        if num_labels is None:
+            raise ValueError("num_labels or label_names must be given, got neither.")
+        label_names = [f"LABEL_{index}" for index in range(num_labels)]
+    elif num_labels is not None and num_labels != len(label_names):
+        raise ValueError(
+            f"num_labels must equal the number of label_names, got {num_labels} and {len(label_names)}."
+        )
+    if len(label_names) < 2:
+        raise ValueError(f"num_labels must be at least 2, got {len(label_names)}.")
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }

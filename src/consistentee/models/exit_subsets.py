@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from consistentee.atomic_files import make_folder, sync_tree
+from consistentee.atomic_files import atomic_folder, names_in
 from consistentee.errors import SettingError
 from consistentee.models.card import write_model_card
 from consistentee.models.loaded import LoadedClassifier
@@ -42,7 +40,7 @@ def at_full_depth(saved: LoadedClassifier) -> LoadedClassifier:
 
 def require_new_folder(folder: Path) -> None:
     """Raise SettingError unless a folder is not there yet, or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or names_in(folder)):
         raise SettingError(f'Folder "{folder}" must be new or empty. Give another one.')
 
 
@@ -64,11 +62,7 @@ def save_with_exit_layers(
         SettingError: the folder holds something.
         OSError: it cannot be written.
     """
-    require_new_folder(folder)
-    make_folder(folder.parent)
-    place = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.new"
-    place.mkdir()
-    try:
+    with atomic_folder(folder, require_new_folder, CONFIG_FILE) as place:
         for file in source.iterdir():
             if file.is_file():
                 shutil.copyfile(file, place / file.name)
@@ -87,11 +81,6 @@ def save_with_exit_layers(
             }
             _change(place / RECORD_FILE, exit_layers=list(layers), **found)
             write_model_card(place, read_record(place))
-        sync_tree(place)
-        require_new_folder(folder)
-        os.replace(place, folder)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _change(path: Path, **values: Any) -> None:

@@ -16,11 +16,11 @@ from transformers.utils import cached_file
 from typing_extensions import Self
 
 from consistentee.backbones import encoders
-from consistentee.backbones.loading import backbone_fingerprint, load_pretrained
+from consistentee.backbones.loading import HUB_OPTIONS, backbone_fingerprint, load_pretrained
 from consistentee.backbones.precision import cast_parameters
 from consistentee.heads.original_head import OURS, OriginalHead, head_modules
 from consistentee.models.backbone_model import BackboneModel
-from consistentee.models.configuration import EarlyExitConfig
+from consistentee.models.configuration import EarlyExitConfig, opening_and_fields
 
 EXITS_FILE = "model.safetensors"
 
@@ -44,13 +44,16 @@ class KeepsOriginal(BackboneModel):
         Args:
             name_or_path: hub name or local folder of a Hugging Face sequence classifier of a supported type, or of a
                 plain model that `consistentee finetune` saved.
-            **config_values: further fields of the configuration, such as `num_queries` or `classifier_hidden_size`.
+            **config_values: further fields of the configuration, such as `num_queries` or `classifier_hidden_size`, and
+                options of opening the classifier, such as `revision` or `dtype`.
 
         Raises:
-            ValueError: it has exits already, its type is not supported, or it is no classifier of one class an input.
+            ValueError: it has exits already, its type is not supported, it is no classifier of one class an input, or
+                a keyword is unknown.
             OSError: if there is no such model.
         """
-        original = _open_original(str(name_or_path), None)
+        opening, config_values = opening_and_fields(cls.config_class, config_values)
+        original = _open_original(str(name_or_path), opening)
         config = original.config
         if config.model_type == OURS:
             head_values = {key: getattr(config, key) for key in ("head", "pooling", "num_queries")}
@@ -69,7 +72,7 @@ class KeepsOriginal(BackboneModel):
             label2id=config.label2id,
             **config_values,
         )
-        return cls._on(original, new_config).eval()
+        return cast_parameters(cls._on(original, new_config), original.dtype).eval()
 
     @classmethod
     def _on(cls, original: Any, config: Any) -> Self:
@@ -177,6 +180,12 @@ class KeepsOriginal(BackboneModel):
                 "Put it there, or write its place into original.name of config.json, or give it in Python: "
                 f"EarlyExitForSequenceClassification.from_pretrained(..., original=...). ({error})"
             ) from error
+        if config.num_classes != parts.config.num_labels:
+            raise ValueError(
+                f'num_labels must be {parts.config.num_labels} for exits on "{name}", got {config.num_classes}: the '
+                "original's head decides the classes. Leave num_labels out."
+            )
+        config.name_or_path = folder
         config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
         model = cls._on(parts, config)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
@@ -191,7 +200,6 @@ class KeepsOriginal(BackboneModel):
         return cast_parameters(model, parts.dtype).to(parts.device).eval()
 
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 _ORIGINALS = ("dtype", "torch_dtype", "attn_implementation", "device_map")
 """Options of opening a model that concern the original below the exits, too."""
 _ANYWHERE = ("token", "cache_dir", "local_files_only")
@@ -214,17 +222,17 @@ def _open_unchanged(name: str, known: Mapping[str, Any], options: Mapping[str, A
             f"which is not what it was (content {str(known.get('fingerprint'))[:8]}, now {found[:8]}): the exits may "
             "be wrong about it. Run `consistentee retrofit` again, or restore it."
         )
-    return _open_original(name, known.get("revision") if found is None else None, options)
+    opening = {key: value for key, value in (options or {}).items() if key in (*_ORIGINALS, *_ANYWHERE)}
+    if "torch_dtype" in opening:  # its name of old
+        opening.setdefault("dtype", opening.pop("torch_dtype"))
+    if found is None and known.get("revision") is not None:
+        opening["revision"] = known["revision"]
+    return _open_original(name, opening)
 
 
-def _open_original(name: str, revision: str | None, options: Mapping[str, Any] | None = None) -> Any:
+def _open_original(name: str, opening: Mapping[str, Any]) -> Any:
     """The classifier that exits are for."""
-    options = {key: value for key, value in (options or {}).items() if key in (*_ORIGINALS, *_ANYWHERE)}
-    if "torch_dtype" in options:  # its name of old
-        options.setdefault("dtype", options.pop("torch_dtype"))
-    if revision is not None:
-        options["revision"] = revision
-    original: Any = load_pretrained(AutoModelForSequenceClassification, name, "Model", **options)
+    original: Any = load_pretrained(AutoModelForSequenceClassification, name, "Model", **opening)
     check_single_label(original.config, name)
     if original.config.model_type == EarlyExitConfig.model_type:
         raise ValueError(f'Model "{name}" has exits already. Give the model that it was made of.')

@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from consistentee.backbones import encoders as backbones
 from consistentee.backbones.cutting import keep_first_layers
+from consistentee.backbones.precision import cast_parameters
 from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
 from consistentee.functional.losses import flat_labels, layer_losses, mean_of_labelled, weighted_sum_loss
@@ -33,7 +34,13 @@ from consistentee.heads.original_head import build_original_head
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.auto_pipelines import register_pipeline
 from consistentee.models.backbone_model import BackboneModel, WithExits
-from consistentee.models.configuration import EarlyExitConfig, EncoderClassifierConfig, FullDepthConfig
+from consistentee.models.configuration import (
+    EarlyExitConfig,
+    EncoderClassifierConfig,
+    FullDepthConfig,
+    fields_of_labels,
+    opening_and_fields,
+)
 from consistentee.models.keeps_original import KeepsOriginal
 
 
@@ -89,14 +96,17 @@ class _EncoderClassifier(BackboneModel):
             label_names: the classes' names in order of their index.
             pooling: `cls`, `mean`, or `auto` for what suits the backbone.
             num_layers: of the backbone to keep, from the first; None keeps all.
-            **config_values: further fields of the model's configuration, such as `head` or `policy_input`.
+            **config_values: further fields of the model's configuration, such as `head` or `policy_input`, and options
+                of opening the backbone, such as `revision` or `dtype`.
 
         Raises:
-            ValueError: if the type is not supported, neither `num_labels` nor `label_names` is given, or the backbone
-                cannot be cut to `num_layers`.
+            ValueError: if the type is not supported, neither `num_labels` nor `label_names` is given, the backbone
+                cannot be cut to `num_layers`, or a keyword is unknown.
             OSError: if there is no such model.
         """
-        backbone = backbones.load_backbone(name_or_path)
+        opening, config_values = opening_and_fields(cls.config_class, config_values)
+        labels = fields_of_labels(num_labels, label_names)
+        backbone = backbones.load_backbone(name_or_path, **opening)
         if num_layers is not None:
             keep_first_layers(backbone, num_layers)
         config_class: Any = cls.config_class
@@ -105,10 +115,10 @@ class _EncoderClassifier(BackboneModel):
             # A new outer configuration would otherwise reset the backbone's.
             attn_implementation=backbone.config._attn_implementation,
             pooling=resolve_pooling(pooling, backbone),
-            **_labels(num_labels, label_names),
+            **labels,
             **config_values,
         )
-        return cls(config, backbone=backbone).eval()
+        return cast_parameters(cls(config, backbone=backbone), backbone.dtype).eval()
 
     def _new_classifiers(self, num_layers: int) -> InternalClassifiers:
         return InternalClassifiers(
@@ -207,6 +217,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         """Put another policy network into the model; the configuration follows."""
         self.config.policy_input = policy.policy_input
         self.policy = policy.to(self.device)
+        self.unseen_changes += 1
 
     def exit_logits(self, pooled: Tensor, layer_logits: Tensor) -> Tensor:
         """The policy's exit logits for all layers: pooled (batch, layers, hidden) -> (batch, layers)."""
@@ -257,6 +268,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         self.config.temperatures, self.config.layer_weights = temperatures, layer_weights
         self.config.learnt_to_exit = learnt_to_exit is not None
         self.learnt_to_exit = None if learnt_to_exit is None else learnt_to_exit.to(self.device)
+        self.unseen_changes += 1
 
     def exit_signals(self, reads: Sequence[str] | None = None) -> ExitSignals:
         """What gives what exit criteria read beside predictions and exit probabilities.
@@ -412,23 +424,6 @@ def _refuse_inner_states(*wanted: bool | None) -> None:
 def resolve_pooling(pooling: str, backbone: PreTrainedModel) -> str:
     """`cls` or `mean`: the given one, or what suits the backbone's type if `auto`."""
     return backbones.architecture_of(backbone.config).pooling if pooling == "auto" else pooling
-
-
-def _labels(num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:
-    if label_names is None:
-        if num_labels is None:
-            raise ValueError("num_labels or label_names must be given, got neither.")
-        label_names = [f"LABEL_{index}" for index in range(num_labels)]
-    elif num_labels is not None and num_labels != len(label_names):
-        raise ValueError(
-            f"num_labels must equal the number of label_names, got {num_labels} and {len(label_names)}."
-        )
-    if len(label_names) < 2:
-        raise ValueError(f"num_labels must be at least 2, got {len(label_names)}.")
-    return {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
 
 
 AutoConfig.register("consistentee", EarlyExitConfig, exist_ok=True)

@@ -21,7 +21,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -42,7 +41,12 @@ from consistentee.inference.memory import give_back_memory
 from consistentee.inference.threads import settle_after_fork
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
-from consistentee.pipelines.layouts import make_backend, require_evaluation_mode, require_own_classifier
+from consistentee.pipelines.layouts import (
+    SeenWeights,
+    make_backend,
+    require_evaluation_mode,
+    require_own_classifier,
+)
 
 BATCHES_PER_WINDOW = 64
 """Latency mode: batches that are sorted by length together; more saves padding, fewer answer earlier."""
@@ -52,9 +56,6 @@ WINDOW_ROWS = 1024
 
 FIRST_WINDOW_ROWS = 64
 """Throughput mode: the first window is small, so that answers begin early; each next one is twice as large."""
-
-
-_CHANGES = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Engine:
             not there.
 
     Weights are laid out for fast computing when an engine is made, and again at the first call after they have changed
-    (a training that went on, `load_state_dict`); a `pool` keeps those it was made of.
+    (a training that went on, `load_state_dict`, `set_policy`); a `pool` keeps those it was made of. What a fused
+    optimiser writes while the model stays in evaluation mode is not seen.
 
     Several threads may use one engine at the same time. It can be pickled, for other processes. After a fork it goes on
     with one thread (the others stay behind in the parent); on a GPU and on ONNX Runtime, which cannot, it refuses.
@@ -126,7 +128,6 @@ class Engine:
         self.saved = saved
         self._model = saved.model
         self._making = Lock()
-        self._weights = list(saved.model.parameters())
         self._lay_out(dtype, backend)
         # Others use the saved tokenizer with settings of their own, and it keeps some of them from call to call.
         self._tokenizer = copy.deepcopy(saved.tokenizer)
@@ -135,27 +136,24 @@ class Engine:
 
     def _lay_out(self, dtype: str, backend: str) -> None:
         """Make what computes of the model's weights as they are now."""
+        weights = SeenWeights(self._model)
         self._exit_scores: dict[str | None, IncrementalExitScores] = {}
         self._runners: dict[tuple[str | None, bool], OnnxExitRunner | None] = {}
         self.backend: Backend[Any] = make_backend(cast(Any, self._model), dtype, backend)
-        self._weights_changes = self._count_changes()
-
-    def _count_changes(self) -> int:
-        """How often the weights were written to; torch does not count what goes through `.data`."""
-        if any(map(torch.Tensor.is_inference, self._weights[:1])):
-            return 0
-        return sum(map(_CHANGES, self._weights))
+        self._weights = weights
 
     def _follow_model(self) -> None:
         """Lay the weights out anew where they have changed since: half of what computes are copies.
 
         Raises:
+            ValueError: the model has got adapters.
             SettingError: the model is in training mode.
         """
         require_evaluation_mode(self.saved)
-        if self._count_changes() != self._weights_changes:
+        if self._weights.have_changed():
             with self._making:
-                if self._count_changes() != self._weights_changes:
+                if self._weights.have_changed():
+                    require_own_classifier(self.saved)
                     self._lay_out(self.backend.dtype, self.backend.name)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +13,7 @@ import numpy as np
 import torch
 
 from consistentee import __version__
-from consistentee.atomic_files import make_folder, sync_tree
+from consistentee.atomic_files import atomic_folder, names_in
 from consistentee.data.tokenization import encode_texts
 from consistentee.errors import SettingError, require_extra
 from consistentee.functional.criteria import EXIT_CRITERIA
@@ -144,7 +140,7 @@ def export_onnx(
     config = _config(saved, criterion, limit, style, precision)
     if shows_layers and scores is not None:
         config["shows_layers"] = True
-    with replaced_folder(Path(folder).expanduser()) as place:
+    with atomic_folder(folder, require_replaceable, "config.json") as place:
         _write_graph(model, scores, limit, style, config, place)
         _write(place / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
         _write(
@@ -250,8 +246,37 @@ def tokenizer_json(saved: LoadedClassifier) -> dict[str, Any]:
     }
     if saved.tokenizer.split_special_tokens:
         # Who runs the graph need not know that special tokens in a text are text: it does not look for them.
-        values["added_tokens"] = [token for token in values["added_tokens"] if not token["special"]]
+        values["added_tokens"] = [
+            _hidden(token) if token["special"] else token
+            for token in values["added_tokens"]
+            if not token["special"] or backend.model.token_to_id(token["content"]) is None
+        ]
+    _require_ids(values, saved.name)
     return values
+
+
+def _hidden(token: Mapping[str, Any]) -> dict[str, Any]:
+    """A token that keeps its place, as ids are counted by places, under a name that no text has."""
+    return {**token, "content": f"{_PRIVATE}{token['id']}{_PRIVATE}", "special": False, "normalized": False}
+
+
+_PRIVATE = "\U0010fffd"
+"""The last character for private use."""
+
+
+def _require_ids(values: Mapping[str, Any], name: str) -> None:
+    """Raise SettingError unless whoever reads the file gives added tokens the ids that it says."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(values))
+    for token in values["added_tokens"]:
+        found = tokenizer.token_to_id(token["content"])
+        if found != token["id"]:
+            raise SettingError(
+                f'The tokenizer of "{name}" cannot be exported: its added token "{token["content"]}" must have the id '
+                f"{token['id']}, and would be read as {found}. Save the tokenizer anew, with its added tokens in the "
+                "order of their ids."
+            )
 
 
 # --- The folder -----------------------------------------------------------------------------------
@@ -263,7 +288,7 @@ def require_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise SettingError(f'"{folder}" is a file. Give the name of a folder.')
-    found = sorted(path.name for path in folder.iterdir())
+    found = names_in(folder)
     if not found:
         return
     if set(found) <= EXPORTED_FILES and "config.json" in found:
@@ -274,30 +299,6 @@ def require_replaceable(folder: Path) -> None:
         if isinstance(values, dict) and str(values.get("made_by", "")).startswith(MADE_BY):
             return
     raise SettingError(f'Folder "{folder}" is not empty ({found[0]}, ...), and no export. Give another one.')
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, beside `folder`, whose place it takes once the block ends without an error.
-
-    Raises:
-        SettingError: there is something that is not ours to replace.
-    """
-    require_replaceable(folder)
-    make_folder(folder.parent)
-    token = secrets.token_hex(6)
-    place, before = (folder.parent / f".{folder.name}.{token}.{end}" for end in ("new", "old"))
-    place.mkdir()
-    try:
-        yield place
-        sync_tree(place)
-        require_replaceable(folder)
-        if folder.exists():
-            os.rename(folder, before)
-        os.rename(place, folder)
-    finally:
-        for leftover in (place, before):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -316,6 +317,7 @@ def _readme(saved: LoadedClassifier, config: Mapping[str, Any]) -> str:
     names = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return names.render(
         **{**config, "labels": list(config["id2label"].values())},
+        cut_side=saved.tokenizer.truncation_side,
         has_types=types is not None and types.num_embeddings > 1,
         range=""
         if row is None

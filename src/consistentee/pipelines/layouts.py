@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
+
+from torch import Tensor, nn
 
 from consistentee.errors import SettingError
 from consistentee.inference.encoder.backend import Backend, EncoderParts
@@ -39,6 +42,44 @@ def require_evaluation_mode(saved: LoadedClassifier) -> None:
         raise SettingError(
             f'Model "{saved.name}" must be in evaluation mode, got training mode. Call model.eval().'
         )
+
+
+class SeenWeights:
+    """A model's weights as they are now, to tell later whether they have changed or were replaced.
+
+    What a training or another part brings is seen by `unseen_changes`, as torch does not count a fused optimiser's
+    writes. What is written in place through `.data` is not seen.
+
+    Args:
+        model: a model of this library.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        weights = _weights_of(model, [])
+        self._held = [weight.detach() for weight in weights]  # or others could come to lie where they lay
+        self._state = self._state_of(weights)
+
+    def have_changed(self) -> bool:
+        """Whether they are other weights, or others than they were."""
+        return self._state_of(_weights_of(self._model, [])) != self._state
+
+    def _state_of(self, weights: list[Tensor]) -> tuple[int, ...]:
+        is_counted = not any(map(Tensor.is_inference, weights[:1]))
+        writes = sum(map(_WRITES, weights)) if is_counted else 0
+        return self._model.unseen_changes, writes, hash(tuple(map(Tensor.data_ptr, weights)))
+
+
+_WRITES = attrgetter("_version")
+
+
+def _weights_of(module: nn.Module, found: list[Tensor]) -> list[Tensor]:
+    """All parameters, in a third of the time of `parameters()`: it is looked at them before every call."""
+    found += [weight for weight in module._parameters.values() if weight is not None]
+    for part in module._modules.values():
+        if part is not None:
+            _weights_of(part, found)
+    return found
 
 
 def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:

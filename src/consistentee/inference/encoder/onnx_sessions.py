@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Sequence
@@ -72,6 +73,9 @@ class OnnxSessions:
         model_type = config.model_type
         classifiers = model.classifiers
         self.pooling = pooling_of(classifiers)
+        last = classifiers.layers[-1]
+        is_original = isinstance(last, OriginalHead)
+        self._original = copy.deepcopy(last).to(device, torch.float32) if is_original else None
         types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
         self.has_types = types is not None and types.num_embeddings > 1
         self.first_position = first_position(model.backbone)
@@ -159,8 +163,7 @@ class OnnxSessions:
 
     def original_head(self, layer_index: int) -> OriginalHead | None:
         """The head that the model came with, where it sits on this layer: it runs in torch."""
-        last = self._model.classifiers.layers[-1]
-        return last if layer_index == self.num_layers - 1 and isinstance(last, OriginalHead) else None
+        return self._original if layer_index == self.num_layers - 1 else None
 
     def _index(self, layer_index: int) -> int | None:
         """Which classifier sits on a layer; a plain model's only one on the last. An original head is none."""

@@ -5,7 +5,7 @@ const source = (() => {
   const SMALLEST = "CAk6NwoQCgFhEgFiIghJZGVudGl0eRIBZ1oPCgFhEgoKCAgBEgQKAggBYg8KAWISCgoICAESBAoCCAFCBAoAEBE="; // a graph of one operator
   const ROUNDS = 3;
   let about = null;
-  let opened = null; // a promise: { ort, session, tokenizer }
+  let opened = null; // a promise: { ort, session, tokenizer, cutsLeft }
   let turn = Promise.resolve();
 
   const got = async (name) => {
@@ -49,11 +49,11 @@ const source = (() => {
     const session = await ort.InferenceSession.create(graph, options);
     const tokenizer = new Tokenizer(values, {});
     at("loading").hidden = true;
-    return { ort, session, tokenizer };
+    return { ort, session, tokenizer, cutsLeft: values.truncation.direction === "Left" };
   };
 
   /** Token ids of a text or a pair, and whether something was cut: the longer text of a pair first, as the engine does. */
-  const encode = (tokenizer, texts) => {
+  const encode = ({ tokenizer, cutsLeft }, texts) => {
     const all = tokenizer.encode(texts[0], texts.length === 2 ? { text_pair: texts[1], return_token_type_ids: true } : {});
     const types = all.token_type_ids ?? all.ids.map(() => 0);
     const lengths = texts.map((text) => tokenizer.encode(text, { add_special_tokens: false }).ids.length);
@@ -68,11 +68,12 @@ const source = (() => {
         kept[long] = room - kept[short];
       }
     }
+    const isKept = (index, which) => cutsLeft ? index >= lengths[which] - kept[which] : index < kept[which];
     const inside = (place) => { // behind the first special token stands the first text, before the last one the second
       if (place < 1 || place === all.ids.length - 1) return true;
-      if (place <= lengths[0]) return place <= kept[0];
+      if (place <= lengths[0]) return isKept(place - 1, 0);
       const second = place - (all.ids.length - 1 - (lengths[1] ?? 0));
-      return second < 0 || second < kept[1];
+      return second < 0 || isKept(second, 1);
     };
     const keep = (values) => values.filter((_, place) => inside(place));
     return { ids: keep(all.ids), types: keep(types), isCut: kept.some((length, which) => length < lengths[which]) };
@@ -135,7 +136,7 @@ const source = (() => {
     layers: async (inputs, name) => {
       const parts = await opened;
       const start = performance.now();
-      const row = encode(parts.tokenizer, typeof inputs === "string" ? [inputs] : inputs);
+      const row = encode(parts, typeof inputs === "string" ? [inputs] : inputs);
       const tokenizing = performance.now() - start;
       const { criterion, threshold } = about.operating_points.find((one) => one.name === name);
       const { found } = await run(parts, row, null, criterion);

@@ -115,7 +115,7 @@ def test_damaged_files() -> None:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (gzip.compress(b"a text\n" * 99), r"compressed by gzip\. Unpack it, .*: zcat FILE \|"),
+        (gzip.compress(b"a text\n" * 99, mtime=0), r"compressed by gzip\. Unpack it, .*: zcat FILE \|"),
         (bz2.compress(b"a text\n" * 99), r"compressed by bzip2\. Unpack it, .*: bzcat FILE \|"),
         (lzma.compress(b"a text\n" * 99), r"compressed by xz\. Unpack it, .*: xzcat FILE \|"),
         (b"\x28\xb5\x2f\xfd\x04\x58", r"compressed by zstd\. Unpack it, .*: zstdcat FILE \|"),
@@ -130,6 +130,7 @@ def test_damaged_files() -> None:
         (b"\xff\xff\xff\xff\x98\x01\x00\x00", r"an Arrow file, and no text"),
         (b"PAR1\x15\x04\x15", r"a Parquet file, .* Let its name end in \.parquet"),
     ],
+    ids=["gzip", "bzip2", "xz", "zstd", "zip", "arrow", "arrow-stream", "parquet"],
 )
 def test_what_is_no_text_is_named(content: bytes, message: str, tmp_path: Path) -> None:
     for name in ("a.txt", "a.csv"):

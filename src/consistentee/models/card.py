@@ -180,8 +180,9 @@ def other_threshold(criterion: str, threshold: float, measured: Sequence[float] 
 
 def _exit_rule(record: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, float]:
     """Criterion and threshold that the model has exits by: the folder's, else those of the training."""
-    loss = (record.get("validation") or {}).get("loss") or {}
-    criterion = str(config.get("criterion") or loss.get("criterion") or "policy")
+    loss = (record.get("validation") or {}).get("loss")
+    trained = loss.get("criterion") if isinstance(loss, Mapping) else None  # fine-tuning's is a number
+    criterion = str(config.get("criterion") or trained or "policy")
     threshold = config.get("threshold")
     if threshold is None:
         threshold = (record.get("thresholds") or {}).get(criterion, 0.5)

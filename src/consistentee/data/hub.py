@@ -77,7 +77,7 @@ def table_of(dataset: Dataset, file: str, *, skip_broken: bool = False) -> Table
     """The rows of a `datasets.Dataset`, with class indices turned into class names (-1, no label, into None)."""
     names = _declared_names(dataset.features)
     stored = dataset.with_format("arrow")  # all columns as they are: nothing is decoded or made a tensor
-    batches = stored.iter(batch_size=128)  # rows may hold pictures
+    batches: Any = stored.iter(batch_size=128)  # Arrow tables; rows may hold pictures
     rows = enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
     return Table(file, _named_classes(rows, names, file), "row", names, [] if skip_broken else None)
 

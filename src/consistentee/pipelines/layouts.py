@@ -56,13 +56,24 @@ class SeenWeights:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        weights = _weights_of(model, [])
+        self._tree: list[nn.Module] = list(model.modules())
+        self._parts, weights = self._parts_now(), self._weights_now()
         self._held = [weight.detach() for weight in weights]  # or others could come to lie where they lay
         self._state = self._state_of(weights)
 
     def have_changed(self) -> bool:
         """Whether they are other weights, or others than they were."""
-        return self._state_of(_weights_of(self._model, [])) != self._state
+        return self._parts_now() != self._parts or self._state_of(self._weights_now()) != self._state
+
+    def _parts_now(self) -> list[nn.Module | None]:
+        """What is in each module: as long as that stays, the modules are all there are."""
+        return [part for module in self._tree for part in module._modules.values()]
+
+    def _weights_now(self) -> list[Tensor]:
+        """All parameters, in a fraction of the time of `parameters()`: they are looked at before every call."""
+        return [
+            weight for module in self._tree for weight in module._parameters.values() if weight is not None
+        ]
 
     def _state_of(self, weights: list[Tensor]) -> tuple[int, ...]:
         is_counted = not any(map(Tensor.is_inference, weights[:1]))
@@ -71,15 +82,6 @@ class SeenWeights:
 
 
 _WRITES = attrgetter("_version")
-
-
-def _weights_of(module: nn.Module, found: list[Tensor]) -> list[Tensor]:
-    """All parameters, in a third of the time of `parameters()`: it is looked at them before every call."""
-    found += [weight for weight in module._parameters.values() if weight is not None]
-    for part in module._modules.values():
-        if part is not None:
-            _weights_of(part, found)
-    return found
 
 
 def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:

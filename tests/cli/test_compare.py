@@ -266,6 +266,15 @@ def test_options_that_make_no_sense_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_several_processes_are_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = [*place.options, "--output-dir", str(place.root / "two")]
+    assert main(["compare", "--methods", "deebert", *options]) == 2
+    assert "compare runs in one process" in capsys.readouterr().err
+
+
 def test_settings_of_single_methods_come_from_a_file_and_from_options(tmp_path: Path) -> None:
     from consistentee.cli.compare import _overrides
 

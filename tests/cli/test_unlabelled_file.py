@@ -70,6 +70,23 @@ def test_who_speaks_is_known_before_accelerate_sets_processes_up(
         assert PartialState._shared_state == {}
 
 
+def test_nothing_asks_for_processes_before_the_run_sets_them_up(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[dict[str, object]] = []
+
+    def begin(**_: object) -> None:
+        known.append(dict(PartialState._shared_state))
+        raise UsageError("begun")
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr("consistentee.training.train.train", begin)
+    rows = ["--train-file", str(files / "train.csv"), "--eval-file", str(files / "report.csv")]
+    rows += ["--text-columns", "text", "--label-column", "label", "--output-dir", str(tmp_path / "out")]
+    assert main(["train", "--backbone", str(tiny_backbone(tmp_path / "b", "bert")), *rows]) == 2
+    assert known == [{}]
+
+
 def test_standard_input_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="Standard input can be read by one process only, and there are 2"):

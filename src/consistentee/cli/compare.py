@@ -162,9 +162,10 @@ def _show(summary: Mapping[str, Any], output_dir: Path, plot: Path | None) -> No
 
 def check_one_process(command: str) -> None:
     """Raise UsageError where a launcher has started several."""
-    from accelerate import PartialState
+    from accelerate.utils import get_int_from_env
 
-    if PartialState().num_processes > 1:
+    # Not accelerate's state: on the CPU that takes each process for a lone one.
+    if get_int_from_env(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1) > 1:
         raise UsageError(
             f"{command} runs in one process. Start one for each part of the cells, such as one seed; they can share an "
             "output folder."

@@ -138,10 +138,9 @@ def _run(
     metric = getattr(config, "threshold_metric", None)
     if metric is not None and command == "train":
         usage(lambda: check_threshold_metric(metric, len(rows.train.label_names)))
-    is_main = PartialState().is_main_process
     kept, held = rows.train.split(config.validation_fraction, config.seed)
     copies = num_copies(rows.train.select(held), rows.train.select(kept))
-    if copies and is_main:
+    if copies and is_first_process():
         say(
             f"{copies:,} of the {len(held):,} validation rows are also in the rows that the model learns from."
         )
@@ -159,6 +158,9 @@ def _run(
         resume=resume,
         report=say,
     )
+    is_main = (
+        PartialState().is_main_process
+    )  # only now: who asks before the run has set it up is alone for good
     evaluation = rows.evaluation.max_samples(kind.reported_rows, config.seed)
     copies = num_copies(evaluation, rows.train)
     if is_main:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
+from consistentee.inference.encoder.torch_backend import torch_dtypes
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
@@ -184,6 +186,21 @@ def test_precision() -> None:
     assert resolve_precision("no") == "no"
     assert resolve_precision("bf16") == "bf16"
     assert resolve_precision("auto") in ("no", "bf16", "fp16")
+
+
+@pytest.mark.parametrize(
+    "is_native, precision, dtype", [(True, "bf16", "bfloat16"), (False, "fp16", "float16")]
+)
+def test_a_gpu_that_only_emulates_bf16_takes_fp16(
+    monkeypatch: pytest.MonkeyPatch, is_native: bool, precision: str, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or is_native
+    )
+    assert resolve_precision("auto") == precision
+    model: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda")))
+    assert torch_dtypes(model) == ("float32", dtype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

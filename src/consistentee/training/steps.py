@@ -113,13 +113,16 @@ def default_accelerator(**options: Any) -> Accelerator:
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """`no`, `bf16` or `fp16`: the given one, or for `auto` bf16 where the hardware computes in it, else `no`."""
+    """`no`, `bf16` or `fp16`: the given one, or for `auto` bf16 where the hardware computes in it, else as below.
+
+    A CUDA GPU that has bf16 by emulation alone, which is slower than float32, takes fp16; a processor `no`.
+    """
     if mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise SettingError("mixed_precision fp16 needs a GPU, and there is none. Use auto, bf16 or no.")
     if mixed_precision != "auto":
         return mixed_precision
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = torch.backends.cpu.get_cpu_capability()
     native = "AMX" in capabilities or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     return "bf16" if native and has_fast_bfloat16() else "no"

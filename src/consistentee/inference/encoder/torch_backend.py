@@ -51,7 +51,7 @@ def torch_dtypes(model: EncoderParts) -> tuple[str, ...]:
     """The dtypes that this model runs in on its device: what `auto` chooses from, float32 first."""
     device = model.backbone.device
     if device.type == "cuda":
-        half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        half = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         return ("float32", half)
     found = ["float32"]
     if device.type == "cpu" and has_fast_bfloat16():

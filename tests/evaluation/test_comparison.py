@@ -293,6 +293,16 @@ def test_seeds_may_differ_in_settings_that_their_method_never_reads() -> None:
     assert [entry["seeds"] for entry in summarise(cells, resamples=20)["summary"]] == [[1, 2], [1, 2]]
 
 
+def test_a_budget_may_be_split_so_that_its_sum_rounds_otherwise() -> None:
+    split = {"warmup_epochs": 0.6, "rounds": 3, "consistent_epochs": 0.8}
+    assert 0.6 + 3 * 0.8 != 2 + 2 * 0.5  # 3.0000000000000004
+    cells = [cell_of("plain"), cell_of("consistent"), cell_of("deebert", config=CONFIG | split)]
+    check_comparable(cells)
+    cells[-1]["config"] = CONFIG | split | {"consistent_epochs": 0.81}
+    with pytest.raises(DataError, match=r"must share epochs, got 3\.03 and 3\.0\."):
+        check_comparable(cells)
+
+
 @pytest.mark.parametrize("folder", ["compare", "ablate"])
 def test_the_published_cells_are_comparable(folder: str) -> None:
     kept = (Path(__file__).parents[2] / "benchmarks" / "results" / folder).glob("*.json")

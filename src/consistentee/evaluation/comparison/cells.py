@@ -238,7 +238,7 @@ def _common(cell: Cell) -> dict[str, Any]:
         "training rows": cell["data"]["fingerprint"],
         "evaluation rows": cell["evaluation"]["fingerprint"],
         "the backbone": cell["backbone_fingerprint"],
-        "epochs": config["warmup_epochs"] + config["rounds"] * config["consistent_epochs"],
+        "epochs": round(config["warmup_epochs"] + config["rounds"] * config["consistent_epochs"], 9),
         **{name: config[name] for name in SHARED if name in config},
     }
 

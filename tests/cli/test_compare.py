@@ -219,6 +219,16 @@ def test_a_reading_may_speak_of_kept_cells(place: Place, interrupted: int, tmp_p
     assert main(["compare", *place.options, *where, *smaller[:2], "--baseline", "static:2"]) == 2
 
 
+def test_a_comparison_of_smaller_models_alone_has_a_plain_one(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ["compare", *place.options, "--methods", "deebert", "--num-layers", "2", "--dry-run"]
+    plan += ["--output-dir", str(tmp_path / "out")]
+    assert main([*plan, "--baseline", "plain"]) == 0
+    assert main([*plan, "--baseline", "static"]) == 2
+    assert 'baseline must be among plain, deebert, got "static".' in capsys.readouterr().err
+
+
 def test_tables_come_from_cells_alone(
     place: Place, interrupted: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from consistentee.errors import SettingError
 from consistentee.evaluation.comparison.cells import Cell
 from consistentee.evaluation.comparison.outcomes import STATIC
-from consistentee.evaluation.comparison.plan import OUR_METHOD, PlannedCell, has_exits
+from consistentee.evaluation.comparison.plan import OUR_METHOD, PlannedCell, backbone_name, has_exits
 from consistentee.functional.criteria import CRITERIA
 
 Readable = Mapping[str, set[str]]
@@ -71,19 +72,29 @@ def _check_baseline(baseline: str, readable: Readable) -> None:
 
 
 def _readable(planned: Sequence[PlannedCell], kept: Sequence[Cell]) -> Readable:
-    """Methods as `summarise` names them: plain models of fewer layers are all `static`."""
+    """Methods as `summarise` names them: plain models of fewer layers than others have are all `static`."""
     found: dict[str, set[str]] = defaultdict(set)
-    for cell in planned:
-        if has_exits(cell.method.name):
-            found[cell.method.label].update(CRITERIA)
-        else:
-            found[STATIC if cell.config().num_layers else cell.method.label].update()
     depths: dict[tuple[str, str], int] = defaultdict(int)
     for cell in kept:
         place = cell["backbone"], cell["set"]
         depths[place] = max(depths[place], cell["num_hidden_layers"])
+    planned_depths: dict[tuple[str, str], float] = defaultdict(float, depths)
+    for cell in planned:
+        place = backbone_name(cell.backbone), cell.data.name
+        planned_depths[place] = max(planned_depths[place], _depth(cell))
+    for cell in planned:
+        if has_exits(cell.method.name):
+            found[cell.method.label].update(CRITERIA)
+        else:
+            place = backbone_name(cell.backbone), cell.data.name
+            found[STATIC if _depth(cell) < planned_depths[place] else cell.method.label].update()
     for cell in kept:
         is_smaller = cell["num_hidden_layers"] < depths[cell["backbone"], cell["set"]]
         name = STATIC if is_smaller and not cell["criterion"] else cell["label"]
         found[name].update(cell.get("criteria", ()))
     return found
+
+
+def _depth(cell: PlannedCell) -> float:
+    """Its layers; infinity stands for all that the backbone has."""
+    return cell.config().num_layers or math.inf

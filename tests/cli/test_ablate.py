@@ -93,3 +93,11 @@ def test_questions_are_asked_and_answered(
     assert main(["ablate", *options, *data, "--weight-decay", "0.5"]) == 2
     said = capsys.readouterr().err
     assert f"The model of the study {study} has weight_decay = 0.01, this one 0.5." in said
+
+
+@pytest.mark.parametrize("more", [["--seeds", "1"], ["--dry-run"], ["--discard-models"], ["--data-dir", "."]])
+def test_answers_alone_take_nothing_that_only_training_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    assert main(["ablate", "--output-dir", str(tmp_path / "out"), "--render", *more]) == 2
+    assert f"and {more[0]} goes without it." in capsys.readouterr().err

@@ -258,6 +258,13 @@ def test_trained_models_may_go_once_they_are_measured(place: Place) -> None:
     "more, message",
     [
         (["--render", "--backbone", "b"], "--render shows the cells that are there, and --backbone goes"),
+        (["--render", "--seeds", "1", "2"], "--render shows the cells that are there, and --seeds goes"),
+        (["--render", "--dry-run"], "and --dry-run goes without it."),
+        (["--render", "--discard-models"], "and --discard-models goes without it."),
+        (["--render", "--learning-rate", "1e-4"], "and --learning-rate goes without it."),
+        (["--render", "--settings", "s.yaml"], "and --settings goes without it."),
+        (["--render", "--set", "deebert.pooling=cls"], "and --set goes without it."),
+        (["--render", "--max-train-samples", "9"], "and --max-train-samples goes without it."),
         (["--backbone", "b", "--task", "rte"], "Give --methods and --backbone, or --render"),
         (["--methods", "deebert", "--backbone", "b", "--task", "rte", "--seed", "3"], "Give --seeds"),
         (["--methods", "deebert", "--backbone", "b"], "Give --task, or --train-file"),

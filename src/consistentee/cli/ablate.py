@@ -54,7 +54,8 @@ def ablate_command(
         config: Recipe (YAML) with settings of all methods; options given here override it.
         resamples: Draws of the bootstrap.
         plot: The picture, PNG, PDF or SVG. [default: ablate.png in the output folder]
-        discard_models: Remove a run's folder once its cell is measured, and studied where a question needs that.
+        discard_models: Remove the folder of each run of this command once its cell is measured, and studied where a
+            question needs that.
         dry_run: List the cells and what state they are in, and stop.
         render: Answer anew from the cells and studies that are there, without training, with the settings that they
             were made with.
@@ -68,7 +69,13 @@ def ablate_command(
 
     asked = questions or QUESTIONS
     if render:
-        check_nothing_to_train(backbone, data)
+        check_nothing_to_train(
+            data,
+            backbone=backbone,
+            seeds=seeds,
+            discard_models=discard_models or None,
+            dry_run=dry_run or None,
+        )
         summary = render_answers(output_dir, questions=asked, settings=shared, resamples=resamples)
     else:
         if not backbone:

@@ -102,7 +102,7 @@ def compare_command(
         recipes: Folder where NAME:VARIANT is looked for, as VARIANT/NAME.yaml or NAME_VARIANT.yaml.
         resamples: Draws of the bootstrap.
         plot: The picture, PNG, PDF or SVG. [default: compare.png in the output folder]
-        discard_models: Remove a run's folder once its cell is measured.
+        discard_models: Remove the folder of each run of this command once its cell is measured.
         dry_run: List the cells and what state they are in, and stop.
         render: Write all tables and the picture anew from the cells that are there, without training; of --methods
             alone where these are given.
@@ -117,7 +117,18 @@ def compare_command(
         "resamples": resamples,
     }
     if render:
-        check_nothing_to_train(backbone, data)
+        check_nothing_to_train(
+            data,
+            backbone=backbone,
+            seeds=seeds,
+            config=config,
+            settings=method_settings,
+            set=set_,
+            recipes=recipes,
+            discard_models=discard_models or None,
+            dry_run=dry_run or None,
+            **given_settings(settings),
+        )
         from consistentee.evaluation.comparison.compare import render as render_cells
 
         summary = render_cells(output_dir, methods=methods or (), **reading)
@@ -172,26 +183,29 @@ def check_one_process(command: str) -> None:
         )
 
 
-def check_nothing_to_train(backbone: Any, data: ComparedDataOptions) -> None:
-    """Raise UsageError where what only training needs is given beside --render."""
-    given = {
-        "--backbone": backbone,
-        "--task": data.task,
-        "--train-file": data.train_file,
-    }
-    for name, value in given.items():
+def check_nothing_to_train(data: ComparedDataOptions, **options: Any) -> None:
+    """Raise UsageError where what only training reads is given beside --render; None is what is not given."""
+    for name, value in {**options, **vars(data)}.items():
         if value is not None:
-            raise UsageError(f"--render shows the cells that are there, and {name} goes without it.")
+            raise UsageError(
+                f"--render shows the cells that are there, and --{name.replace('_', '-')} goes without it."
+            )
+
+
+def given_settings(settings: Any) -> dict[str, Any]:
+    """Training settings that the command line gives."""
+    values = {} if settings is None else vars(settings)
+    return {name: value for name, value in values.items() if value is not NOT_GIVEN}
 
 
 def shared_settings(settings: Any, recipe_file: Path | None) -> dict[str, Any]:
     """Settings of all methods, as far as they are given."""
-    given = {} if settings is None else vars(settings)
-    if given.get("seed", NOT_GIVEN) is not NOT_GIVEN:
+    given = given_settings(settings)
+    if "seed" in given:
         raise UsageError("--seed is of a single training. Give --seeds.")
     recipe = read_recipe(recipe_file, TrainingDataOptions()) if recipe_file is not None else Recipe()
     chosen = training_config(settings, Recipe(settings=recipe.settings)).to_dict()
-    named = {name for name, value in given.items() if value is not NOT_GIVEN} | recipe.settings.keys()
+    named = given.keys() | recipe.settings.keys()
     return {name: value for name, value in chosen.items() if name in named and name != "seed"}
 
 

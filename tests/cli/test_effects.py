@@ -31,6 +31,7 @@ CASES: list[tuple[type[Any], str, dict[str, Any], str, str]] = [
     (Rows, "train", {"rounds": 0, "patience": 3}, "patience", "--rounds above 0"),
     (Rows, "train", {"consistent_epochs": 0.0, "rounds": 3}, "rounds", "--consistent-epochs above 0"),
     (Rows, "train", {"policy_input": "log_odds", "policy_dropout": 0.1}, "policy_dropout", "--policy-input"),
+    (Rows, "train", {"policy_input": "log_odds", "policy_hidden_size": 8}, "policy_hidden_size", "--policy-input"),
     (Rows, "train", {"passes": 3}, "passes", "--unlabelled-file"),
     (Rows, "train", {"policy_texts": 100}, "policy_texts", "--unlabelled-file"),
     (Rows, "finetune", {"passes": 3}, "passes", "finetune does not train"),

@@ -278,6 +278,13 @@ def test_a_tuned_backbone_is_held_to_the_original(
             ["--tune-backbone", "full", "--exit-min-steps", "9"],
             "--exit-min-steps goes with --tune-backbone none",
         ),
+        (["--tune-backbone", "full", "--max-disk-mb", "9"], "--max-disk-mb goes with --tune-backbone none"),
+        (["--num-rollouts", "4"], "--num-rollouts goes with --estimator sampled"),
+        (["--reward", "uniform", "--hardness", "el2n"], "--hardness goes with --reward hardness"),
+        (
+            ["--policy-input", "log_odds", "--policy-dropout", "0.1"],
+            "--policy-dropout goes with a --policy-input",
+        ),
         (["--passes", "0"], "passes must be above 0, got 0"),
         (["--max-texts", "0"], "--max-texts must be at least 1, got 0"),
         (["--label-column", "label"], "--label-column goes with --text-columns."),

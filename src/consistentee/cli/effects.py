@@ -42,7 +42,11 @@ _CLASSIFIERS = (
     *_SHARED,
     _Rule("num_queries classifier_hidden_size", lambda c: c.head == "shared_pooler", "--head attention"),
     _Rule("pooling", lambda c: c.head == "attention", "--head shared_pooler"),
-    _Rule("policy_dropout", lambda c: c.policy_input == "log_odds", "a --policy-input that has the state"),
+    _Rule(
+        "policy_dropout policy_hidden_size",
+        lambda c: c.policy_input == "log_odds",
+        "a --policy-input that has the state",
+    ),
 )
 _GENERATORS = (
     *_SHARED,
@@ -59,9 +63,10 @@ _GENERATORS = (
     ),
 )
 _RETROFIT = (
+    *_CLASSIFIERS,
     _Rule("learning_rate", lambda c: c.tune_backbone == "none", "--tune-backbone lora or full"),
     _Rule("lora_rank lora_alpha lora_dropout", lambda c: c.tune_backbone != "lora", "--tune-backbone lora"),
-    _Rule("exit_min_steps", lambda c: c.tune_backbone != "none", "--tune-backbone none"),
+    _Rule("exit_min_steps max_disk_mb", lambda c: c.tune_backbone != "none", "--tune-backbone none"),
 )
 
 
@@ -107,8 +112,8 @@ def check_effects(
     _check_rules(given, config, rules)
 
 
-def check_tuning(given: Iterable[str], config: Any) -> None:
-    """As `check_effects`, for the settings of `retrofit` that are about tuning the backbone."""
+def check_retrofit(given: Iterable[str], config: Any) -> None:
+    """As `check_effects`, for the settings of `retrofit`."""
     _check_rules(given, config, _RETROFIT)
 
 

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from rich.console import Group
 from rich.text import Text
 
-from consistentee.cli.effects import check_tuning
+from consistentee.cli.effects import check_retrofit
 from consistentee.cli.options import (
     DATA,
     NO_RECIPE,
@@ -134,7 +134,7 @@ def retrofit_command(
     given = {} if settings is None else vars(settings)
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
     config = usage(lambda: RetrofitConfig.from_dict({**given, "max_accuracy_loss": max_disagreement}))
-    check_tuning(given, config)
+    check_retrofit(given, config)
     from accelerate import PartialState
 
     from consistentee.evaluation.retrofit import SPEED_SECONDS, keep_threshold, report_retrofit

@@ -54,6 +54,8 @@ def test_a_question_without_a_switch_to_turn_is_refused() -> None:
         SettingError, match=r'"rounds" needs a consistent phase, got 0 rounds .* Give --rounds'
     ):
         question("rounds", {"rounds": 0})
+    with pytest.raises(SettingError, match=r'"hardness" needs a reward that goes by it, got reward uniform'):
+        question("hardness", {"reward": "uniform"})  # whose trainings would all be the same
     with pytest.raises(SettingError, match=r'questions must be among reward, .*, got "mood"'):
         question("mood", {})
     assert "consistent:sampled_8" not in question("estimator", {"estimator": "sampled"}).settings

@@ -131,6 +131,11 @@ def question(name: str, shared: Mapping[str, Any]) -> Question:
     ]
     for label in same:  # the shared settings have it already
         del settings[label]
+    if name == "hardness" and config.reward != "hardness":
+        raise SettingError(
+            f'The question "hardness" needs a reward that goes by it, got reward {config.reward}. Give --reward '
+            "hardness."
+        )
     pairs = switch.pairs or tuple((label, OUR_METHOD) for label in settings)
     if not pairs or (switch.pairs and same):
         raise SettingError(

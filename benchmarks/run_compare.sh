@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The published comparison of methods: docs/results.md. Hours on a GPU, weeks on 2 cores; run it again and it goes on.
+# The published comparison of methods: docs/results-methods.md. Hours on a GPU, weeks on 2 cores; run it again and it goes on.
 #
 #     benchmarks/run_compare.sh MODELS DATA OUT [PART...]
 #

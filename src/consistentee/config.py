@@ -103,7 +103,7 @@ class TrainingConfig:
     batch_size: int = 32
     """Rows per optimizer step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: int = 1
-    """Parts a batch is cut into to save memory: the same result, but for layers and exits of text that each draws."""
+    """Parts a batch is cut into to save memory: the same result, but for what each draws (of text, and by `cosee`)."""
     learning_rate: float = 5e-5
     """Peak learning rate of the backbone, or of its adapters, in the warm-up."""
     consistent_learning_rate: float | None = None
@@ -119,7 +119,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     mixed_precision: MixedPrecision = "auto"
-    """`auto`: bf16 where the hardware computes in it, full precision elsewhere."""
+    """`auto`: bf16 where the hardware computes in it; else fp16 on a CUDA GPU, full precision on a processor."""
     group_by_length: bool = True
     """Batch inputs of similar length, so that little is padded."""
 
@@ -164,7 +164,7 @@ class TrainingConfig:
     layer_cost_warmup: float = 0.3
     """Share of a policy fit over which the layer cost rises from zero: quality first, then speed."""
     initial_exit_bias: float = -1.0
-    """Exit logit of an untrained policy; negative = go deep."""
+    """Exit logit of an untrained policy, to which one that reads log-odds adds these; negative = go deep."""
     policy_folds: int = 4
     """Folds of the cross-fitted policy, and of what other criteria fit; the tokens of one text are in one fold."""
     patience: int = 2

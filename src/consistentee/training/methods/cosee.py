@@ -9,7 +9,7 @@ It exits by energy.
 
 Source: COSEE (arXiv:2412.13236), with the constants of its release. Differences: thresholds are drawn from the range of
 the scores of the batch, where theirs is that of the epoch before, so that a step follows from its seed and number
-alone; right and wrong rows are compared within the part of a batch that a process computes at once.
+alone; a batch is here what a process computes at once of it, within which right and wrong rows are compared, too.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
               whose backbone is frozen: that is the plain model
     stage 2   the exits below, each on its own loss, for the epochs of all consistent phases; nothing else moves
 
-The full-depth model is thus exactly a fine-tuned one, and exits can be added to a model that serves already; they know
-only what its layers happen to know. It exits by entropy (tokens: by the margin of their probabilities). Thresholds of
-all criteria are chosen as after any method, for which a policy is fitted on the finished exits.
+Without an ensemble the full-depth model is thus exactly a fine-tuned one, and exits can be added to a model that serves
+already; they know only what its layers happen to know. It exits by entropy (tokens: by the margin of their
+probabilities). Thresholds of all criteria are chosen as after any method, for which a policy is fitted on the finished
+exits.
 
 Source: DeeBERT (arXiv:2004.12993). Differences: the exits' losses are summed with weights by depth, where theirs are
 equal; as no two exits share a parameter that is trained, AdamW makes nearly nothing of that. For tokens, exits of the

@@ -136,7 +136,8 @@ def retrofit(
 ) -> Path:
     """Give a fine-tuned classifier exits that imitate it, from texts without labels; see `methods/retrofit.py`.
 
-    Backbone and head stay what they are: at full depth the folder gives the model's own logits.
+    Backbone and head stay what they are, unless `tune_backbone` says otherwise: at full depth the folder gives the
+    model's own logits.
 
     Args:
         model: hub name or local folder of a Hugging Face sequence classifier, or of a plain model of ours.

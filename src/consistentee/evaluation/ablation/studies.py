@@ -160,7 +160,7 @@ STUDIES: Mapping[str, Callable[[Studied], dict[str, Any]]] = {
 
 
 def row_counts(count: int) -> Sequence[int]:
-    """Numbers of rows to learn from: 500, twice as many each time, and all; fewer than 500 are halved twice."""
+    """Numbers of rows to learn from: 500, twice as many each time, and all; fewer than 1,000 are halved twice."""
     if count < 2 * FEWEST_POLICY_ROWS:
         return sorted({max(2, count // 4), max(2, count // 2), count})
     doublings = range(int(math.log2(count / FEWEST_POLICY_ROWS)) + 1)

@@ -323,6 +323,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    original: str | Path | None = None,
 ) -> Loaded:
     """Open a saved model of either kind, ours or a plain Hugging Face one.
 
@@ -333,12 +334,14 @@ def load_model(
         kind: `LoadedClassifier` or `LoadedGenerator`, where it must be one; None takes what it is.
         device: where the model goes; None takes a GPU if there is one.
         dtype: precision, `float32`, `bfloat16` or `float16`; None takes float32.
+        original: of exits that were saved alone (`retrofit --exits-only`): where the model that they are for lies now;
+            None takes where it lay.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks config or weights.
         OSError: the hub has no such model, or a file cannot be read.
-        ValueError: it is of another kind, its weights are pickled or incomplete, its tokenizer does not fit, or there
-            is no such device or dtype.
+        ValueError: it is of another kind, its weights are pickled or incomplete, its tokenizer does not fit, there is
+            no such device or dtype, or an original that is not what it was or is not asked for.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -351,12 +354,18 @@ def load_model(
     if found is not None and kind is not None and found is not kind:
         raise ValueError(f'Model "{name}" is {found.kind}, not {kind.kind}. Use it with {found.used_by}.')
     opens: Any = found or kind
+    if original is not None and not read_config(name_or_path, "Model").get("exits_only"):
+        raise SettingError(
+            f'original goes with exits that were saved alone, and model "{name}" has all of its weights, got '
+            f'"{original}". Leave it out.'
+        )
     model: Any = load_pretrained(
         opens.auto_class,
         name_or_path,
         "Model",
         remedy=f"Give the folder of {opens.wants}.",
         dtype=dtype or torch.float32,
+        **({} if original is None else {"original": original}),
     )
     keep_soft_cap(model)
     tokenizer = load_tokenizer(name_or_path, "Model")

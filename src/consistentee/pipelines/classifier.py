@@ -173,24 +173,24 @@ class Engine:
         device: str | torch.device | None = "auto",
         dtype: str = "float32",
         backend: str = "torch",
+        original: str | Path | None = None,
     ) -> Engine:
         """Open a model folder (or a name on the hub).
 
         Args:
-            name_or_path: what `consistentee train` saved.
+            name_or_path: what `consistentee train`, `finetune` or `retrofit` saved.
             device: where to compute; `auto` (or None) takes a GPU if there is one.
             dtype: see the class.
             backend: see the class.
+            original: see `load_model`.
 
         Raises:
-            OSError: there is no such model.
-            ValueError: it is not a model of this library, or it does not run so.
+            OSError: there is no such model, or no original.
+            ValueError: it is not a model of this library, or it does not run so; an original as of `load_model`.
         """
-        return cls(
-            load_model(name_or_path, LoadedClassifier, device=None if device == "auto" else device),
-            dtype=dtype,
-            backend=backend,
-        )
+        place = None if device == "auto" else device
+        saved = load_model(name_or_path, LoadedClassifier, device=place, original=original)
+        return cls(saved, dtype=dtype, backend=backend)
 
     def predict(
         self,

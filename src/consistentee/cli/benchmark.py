@@ -53,7 +53,7 @@ class BenchmarkOptions:
         operating_point: In place of both, a name that `consistentee calibrate` gave.
         batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128; generators 1,8,32]
         throughput: Throughput mode alone, or beside the --batch-sizes given; classifiers only. [default: both]
-        lossless: Measure lossless decoding too; trained generators only.
+        lossless: Measure lossless decoding too, whose drafts exit by the same rule; trained generators only.
         serve: Measure the model behind its server under load, beside full depth and plain transformers behind the same:
             latencies and goodput at several request rates, and an overload. Classifiers with exits only.
         against: What one would take instead, beside the model in float32 and int8, with and without exits, in one table
@@ -312,8 +312,6 @@ def _check(options: BenchmarkOptions, kind: Kind, model: str | None) -> list[int
         options.against and options.data_file and options.text_columns
     ):
         raise UsageError("--label-column goes with --against, --data-file and --text-columns.")
-    if options.lossless and options.criterion not in (None, "policy"):
-        raise UsageError("--criterion goes without --lossless: what drafts is always the policy.")
     for name in ("threshold", "operating_point"):
         if options.exit_distribution is not None and name in given:
             raise UsageError(

@@ -303,6 +303,10 @@ def test_other_models_are_refused(
             "evaluate model --texts rows.txt --criterion policy learnt_to_exit",
             'criterion "learnt_to_exit" needs learnt_to_exit',
         ),
+        (
+            "report model --texts rows.txt --output r.html --criterion policy learnt_to_exit",
+            'criterion "learnt_to_exit" needs learnt_to_exit',
+        ),
         ("export model --output out --threshold 2", "threshold must be in [0, 1] for policy, got 2"),
         ("benchmark model --data-file rows.txt --operating-point a", 'no operating point "a"; it has none'),
         (

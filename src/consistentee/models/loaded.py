@@ -67,6 +67,7 @@ class LoadedModel(Generic[ExitModel]):
     kind: ClassVar[str]
     used_by: ClassVar[str]
     wants: ClassVar[str]
+    exits_by: ClassVar[str]
     auto_class: ClassVar[Any]
     architectures: ClassVar[tuple[str, ...]]
     exit_model: ClassVar[type[PreTrainedModel]]
@@ -95,7 +96,7 @@ class LoadedModel(Generic[ExitModel]):
         if not self.has_exits:
             raise ValueError(
                 f'Model "{self.name}" has no exits (it is a {type(self.model).__name__}). '
-                "Give a folder that `consistentee train` saved; a plain model can be its --reference."
+                f"{self.exits_by} a folder that `consistentee train` saved; a plain model can be its --reference."
             )
         return cast(ExitModel, self.model)
 
@@ -156,6 +157,7 @@ class LoadedClassifier(LoadedModel[EarlyExitForSequenceClassification]):
     kind = "a text classifier"
     used_by = "`consistentee predict` or `Engine`"
     wants = "a trained classifier, not of an encoder alone"
+    exits_by = "Give it exits with `consistentee retrofit`, or give"
     auto_class = AutoModelForSequenceClassification
     architectures = ("ForSequenceClassification",)
     exit_model = EarlyExitForSequenceClassification
@@ -228,6 +230,7 @@ class LoadedGenerator(LoadedModel[EarlyExitForCausalLM]):
     kind = "a text generator"
     used_by = "`consistentee generate` or `TextGenerator`"
     wants = "a whole causal language model"
+    exits_by = "Give"
     auto_class = AutoModelForCausalLM
     architectures = ("ForCausalLM", "LMHeadModel")
     exit_model = EarlyExitForCausalLM

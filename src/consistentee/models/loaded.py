@@ -362,13 +362,14 @@ def load_model(
             f'original goes with exits that were saved alone, and model "{name}" has all of its weights, got '
             f'"{original}". Leave it out.'
         )
+    place_of_original: dict[str, Any] = {} if original is None else {"original": original}
     model: Any = load_pretrained(
         opens.auto_class,
         name_or_path,
         "Model",
         remedy=f"Give the folder of {opens.wants}.",
         dtype=dtype or torch.float32,
-        **({} if original is None else {"original": original}),
+        **place_of_original,
     )
     keep_soft_cap(model)
     tokenizer = load_tokenizer(name_or_path, "Model")

@@ -127,9 +127,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# How the console script looks while the package is imported.
-_COMMAND_LINE = ("consistentee", "consistentee.exe")
-if os.path.basename(sys.argv[0] if sys.argv else "") not in _COMMAND_LINE:
+def _is_command_line() -> bool:
+    """Whether it is imported by the console script or by `python -m consistentee`, as these look at that time."""
+    program = os.path.basename(sys.argv[0] if sys.argv else "")
+    if program == "-m" and "-m" in sys.orig_argv:
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    return program in ("consistentee", "consistentee.exe")
+
+
+if not _is_command_line():
     for _name in (
         "consistentee.models.sequence_classification",
         "consistentee.models.causal_lm",

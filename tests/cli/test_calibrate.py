@@ -256,6 +256,10 @@ def test_no_point_is_replaced_unasked(call: Call, shared: Path, model: Path) -> 
         ("--file rows.txt --max-disagreement 0.1 --name full-depth", "which every server"),
         ("--file rows.txt --max-disagreement 0.1 --name saved", "which every server"),
         ("--file rows.txt --max-disagreement 0.1 --max-samples 0", "--max-samples must be at least 1"),
+        (
+            "--file rows.txt --max-disagreement 0.1 --criterion calibrated_confidence",
+            'criterion "calibrated_confidence" needs temperatures',
+        ),
     ],
 )
 def test_usage(
@@ -295,6 +299,15 @@ def test_other_models_are_refused(
         ("predict model rows.txt --operating-point a --threshold 0.5", "excludes criterion and threshold"),
         ("evaluate model --texts rows.txt --operating-point a", 'no operating point "a"; it has none'),
         ("evaluate model --texts rows.txt --task sst2", "--texts has no labels, so --task goes without it"),
+        (
+            "evaluate model --texts rows.txt --criterion policy learnt_to_exit",
+            'criterion "learnt_to_exit" needs learnt_to_exit',
+        ),
+        (
+            "report model --texts rows.txt --output r.html --criterion policy learnt_to_exit",
+            'criterion "learnt_to_exit" needs learnt_to_exit',
+        ),
+        ("export model --output out --threshold 2", "threshold must be in [0, 1] for policy, got 2"),
         ("benchmark model --data-file rows.txt --operating-point a", 'no operating point "a"; it has none'),
         (
             "benchmark model --data-file rows.txt --operating-point a --exit-distribution even",

@@ -238,17 +238,32 @@ class TestUsage:
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
-    def test_interrupted_while_it_is_imported(self) -> None:
-        code = (
-            "import sys; sys.argv = ['/usr/bin/consistentee', '--help']\n"
+    def test_interrupted_while_it_is_imported(self, tmp_path: Path) -> None:
+        interrupted = (
+            "import sys\n"
             "class Interrupted:\n"
             "    def find_spec(self, name, *_):\n"
-            "        if name == 'cyclopts': raise KeyboardInterrupt\n"
+            "        if name in ('cyclopts', 'torch'): raise KeyboardInterrupt\n"
             "sys.meta_path.insert(0, Interrupted())\n"
+        )
+        code = (
+            f"{interrupted}sys.argv = ['/usr/bin/consistentee', '--help']\n"
             "from consistentee.cli.start import run_command_line; sys.exit(run_command_line())"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (130, "consistentee: Interrupted.\n")
+        (tmp_path / "sitecustomize.py").write_text(interrupted, encoding="utf-8")
+        paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        for command, variables in (
+            (["-c", code], {}),
+            (["-m", "consistentee", "--help"], {"PYTHONPATH": paths}),
+        ):
+            done = subprocess.run(
+                [sys.executable, *command],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, **variables},
+            )
+            assert (done.returncode, done.stderr) == (130, "consistentee: Interrupted.\n")
         project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
         assert '\nconsistentee = "consistentee.cli.start:run_command_line"\n' in project
 

@@ -295,6 +295,21 @@ def test_rows_of_generation_fit_together(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_drafts_exit_by_the_rule_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = shape_generator("tiny", seed=1), set[tuple[Any, ...]]()
+    generate = model.generate
+
+    def seen(**options: Any) -> Any:
+        asked.add(tuple(options.get(name) for name in ("mode", "criterion", "threshold")))
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", seen)
+    options: dict[str, Any] = {"name": "tiny", "batch_sizes": [1], "new_tokens": 4, "repeats": 1}
+    prompts = random_token_ids(1, 5, 300, 0)
+    measure_generation_speed(model, prompts, criterion="static", threshold=2.0, lossless=True, **options)
+    assert asked == {("early-exit", "static", 2.0), ("full", None, None), ("lossless", "static", 2.0)}
+
+
 def test_a_time_to_keep_to_in_generation() -> None:
     model, said = shape_generator("tiny", seed=1), list[float]()
     options = {"name": "tiny", "batch_sizes": [1, 3], "new_tokens": 20, "repeats": 4, "announce": said.append}
@@ -381,10 +396,6 @@ def test_command_on_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (
             ["MODEL", "--data-file", "f", "--sequence-length", "9"],
             "--sequence-length goes with --config-name",
-        ),
-        (
-            ["MODEL", "--data-file", "f", "--lossless", "--criterion", "static"],
-            "--criterion goes without --loss",
         ),
         (
             ["MODEL", "--data-file", "f", "--threshold", "0.5", "--exit-distribution", "even"],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.cli.main import main
@@ -187,6 +187,30 @@ def test_an_original_that_has_moved_is_named_with_the_remedy(
     config["original"]["name"] = str(elsewhere)  # the remedy
     (exits / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert len(Engine.from_pretrained(exits).predict(TEXTS)) == len(TEXTS)
+
+
+@torch.no_grad()
+def test_every_way_to_open_them_takes_the_place_of_the_original(
+    folders: tuple[Path, Path, Any], tmp_path: Path
+) -> None:
+    original, exits, model = folders
+    moved = original.rename(tmp_path / "moved")
+    batch = AutoTokenizer.from_pretrained(moved)(TEXTS, padding=True, return_tensors="pt")
+    expected = model(**batch, all_layers=True).layer_logits
+    for opened in (
+        AutoModelForSequenceClassification.from_pretrained(exits, original=moved),
+        AutoModelForSequenceClassification.from_pretrained(exits, original=str(moved)),
+        load_model(exits, original=moved).model,
+        Engine.from_pretrained(exits, original=str(moved)).saved.model,
+    ):
+        assert torch.equal(opened(**batch, all_layers=True).layer_logits, expected)
+        assert opened.config.original["name"] == str(original)
+    options = {"original": str(moved)}
+    classify: Any = pipeline("text-classification", model=str(exits), model_kwargs=options)
+    engine = Engine.from_pretrained(exits, original=moved)
+    assert [answer["label"] for answer in classify(TEXTS)] == [one.label for one in engine.predict(TEXTS)]
+    with pytest.raises(ValueError, match=r'original goes with exits that were saved alone, .* got ".*moved"'):
+        load_model(moved, original=moved)
 
 
 def test_they_know_where_they_came_from(folders: tuple[Path, Path, Any]) -> None:

@@ -282,6 +282,13 @@ class TestGenerateTexts:
                 )
             )
 
+    @pytest.mark.parametrize("prompt", ["Name three rivers.", "Hi", ("a",), ("a", None), {"prompt": "a"}])
+    def test_what_is_no_pair_is_named_by_its_number(self, generator: TextGenerator, prompt: Any) -> None:
+        with pytest.raises(DataError, match="prompt 2: It must be an instruction and an input, got "):
+            list(generator.generate_texts([("a", ""), prompt], max_new_tokens=1))
+        with pytest.raises(ValueError, match="texts must be a list of texts, got one text"):
+            list(generator.generate_texts("Hi", max_new_tokens=1))
+
     @pytest.mark.parametrize("prompt", [("a \ud83d", ""), ("a", "é\udc80")])
     def test_half_a_character_is_named_by_its_prompt(
         self, generator: TextGenerator, prompt: tuple[str, str]

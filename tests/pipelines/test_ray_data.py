@@ -94,6 +94,11 @@ def test_batches_that_do_not_fit(model: Path, batch: Any, message: str) -> None:
         RayPredictor(model)(batch)
 
 
+def test_a_batch_has_at_least_one_row(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0\."):
+        RayPredictor(model, batch_size=0)({"text": np.array(["a"])})
+
+
 def test_another_model_of_the_same_name(model: Path, engine: Engine, tmp_path: Path) -> None:
     fingerprint = model_fingerprint(engine.saved)
     BlockPredictor(str(model), fingerprint=fingerprint)

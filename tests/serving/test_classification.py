@@ -16,7 +16,7 @@ from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import AUDIT_CONFIDENCE, Auditor
 from consistentee.serving.classification import ClassifierService
-from consistentee.serving.points import ServedPoint, safer_point, served_points
+from consistentee.serving.points import ServedPoint, named_point, safer_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits
 from served import HeldPool, failing
 from tiny import LABEL_NAMES, tiny_backbone, tiny_dataset, tiny_model
@@ -280,6 +280,23 @@ def test_the_names_of_the_servers_own_points_are_kept(
     assert points["full-depth"].max_disagreement == 0
     assert 'The operating point "full-depth" of model' in caplog.text
     assert 'The operating point "saved" of model' in caplog.text
+
+
+def test_the_saved_rule_can_be_named_where_a_point_is_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind every `retrofit` that certifies its threshold."""
+    criterion, threshold = engine.saved.exit_rule()
+    certified = {"criterion": criterion, "threshold": threshold}
+    monkeypatch.setattr(engine.saved.model.config, "operating_points", {**POINTS, "certified": certified})
+    points = served_points(engine)
+    assert set(points) == {"certified", "full-depth", *POINTS}
+    for name in (None, "saved", "certified"):
+        assert named_point(points, name, "m").name == "certified"
+    service = ClassifierService(engine, operating_point="saved")
+    assert service.auditor.point.name == "certified"
+    (answer,) = run(service, lambda: service.predict(ask(TEXTS[0], operating_point="saved")))
+    assert answer.exit_layer == engine.predict([TEXTS[0]])[0].exit_layer
 
 
 def test_the_audit_counts_every_text_once_after_its_answer(engine: Engine) -> None:

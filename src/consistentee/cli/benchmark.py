@@ -51,9 +51,10 @@ class BenchmarkOptions:
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
         operating_point: In place of both, a name that `consistentee calibrate` gave.
-        batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128; generators 1,8,32]
+        batch_sizes: Batch sizes of latency mode, separated by commas. [default: 1,8,32,128; generators 1,8,32; with
+            --against 1,32]
         throughput: Throughput mode alone, or beside the --batch-sizes given; classifiers only. [default: both]
-        lossless: Measure lossless decoding too; trained generators only.
+        lossless: Measure lossless decoding too, whose drafts exit by the same rule; trained generators only.
         serve: Measure the model behind its server under load, beside full depth and plain transformers behind the same:
             latencies and goodput at several request rates, and an overload. Classifiers with exits only.
         against: What one would take instead, beside the model in float32 and int8, with and without exits, in one table
@@ -61,15 +62,15 @@ class BenchmarkOptions:
             classifiers, such as a smaller one of `consistentee train --method static`. "usual": no others. Classifiers
             with exits only.
         num_rows: Rows to take. [default: at most 512, or enough for four batches, as --seconds allows; generators: the
-            largest batch]
+            largest batch; with --against all, of which as many are timed as --seconds allows; with --serve 1024]
         repeats: Timed repetitions, after one that is not. [default: 5, or fewer as --seconds allows]
         seconds: Time to keep to, about: rows (new tokens), repetitions and batch sizes that are not given are chosen
-            for it. [default: 60]
+            for it. [default: 60; with --serve 120]
         backend: What runs the layers: torch, onnxruntime, or auto (with a model; see dtype).
-        dtype: Precision: float32, bfloat16, float16, int8, or auto (with a model): compare them on the rows, say which
-            is the fastest that keeps the labels of float32, and measure that one.
+        dtype: Precision: float32, bfloat16, float16, or of classifiers int8 or auto (with a model): compare them on the
+            rows, say which is the fastest that keeps the labels of float32, and measure that one.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
-        threads: Threads of the CPU. [default: what torch takes]
+        threads: Threads of the CPU. [default: what torch takes; with --serve 1 for each server]
         seed: Of random weights, rows and fixed exits.
         json_file: Write all figures to this file.
         plot: Draw throughput and speed-ups into this PNG, PDF or SVG file.
@@ -312,8 +313,6 @@ def _check(options: BenchmarkOptions, kind: Kind, model: str | None) -> list[int
         options.against and options.data_file and options.text_columns
     ):
         raise UsageError("--label-column goes with --against, --data-file and --text-columns.")
-    if options.lossless and options.criterion not in (None, "policy"):
-        raise UsageError("--criterion goes without --lossless: what drafts is always the policy.")
     for name in ("threshold", "operating_point"):
         if options.exit_distribution is not None and name in given:
             raise UsageError(

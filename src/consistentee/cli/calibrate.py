@@ -82,6 +82,7 @@ def calibrate(
             f'calibrate goes with classifiers, and model "{model}" is a text generator: tokens exit one by one, and '
             "no certificate of whole texts follows from theirs."
         )
+    from consistentee.functional.criteria import check_fitted
     from consistentee.models.operating_points import (
         check_point_name,
         read_operating_points,
@@ -91,6 +92,7 @@ def calibrate(
     usage(lambda: check_point_name(name))
     saved = CLASSIFIERS.load(model)
     network, folder = saved.early_exit_model, Path(model).expanduser()
+    usage(lambda: check_fitted(criterion or network.config.criterion, network.config))
     if not folder.is_dir():
         raise UsageError(f'Model "{model}" is not a folder here, so that it cannot keep an operating point.')
     subset = _exit_layers(exit_layers, output_dir, goal, network.num_layers)

@@ -77,6 +77,8 @@ def evaluate(
     at_least_one(batch_size=batch_size, max_samples=max_samples, max_new_tokens=max_new_tokens, clock=clock)
     check_json_file(json_file)
     check_plot_file(plot)
+    from consistentee.functional.criteria import check_fitted
+
     kind = kind_of_model(model)
     saved = kind.load(model)  # first of all, so that a broken folder is called one
     of_generators = {
@@ -97,6 +99,8 @@ def evaluate(
             )
     kind.check_criteria(criterion)
     network = saved.early_exit_model  # which a plain model has not
+    for name in criterion or ():
+        usage(lambda name=name: check_fitted(name, network.config))
     first = criterion[0] if criterion else None
     if kind is GENERATORS:
         of_generators["mode"] = mode = mode or network.config.mode

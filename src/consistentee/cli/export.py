@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import Columns, Flag, check_one_or_two
-from consistentee.cli.terminal import at_least_one, say
+from consistentee.cli.terminal import at_least_one, say, usage
 from consistentee.config import Criterion
 from consistentee.errors import UsageError
 
@@ -75,6 +75,8 @@ def export_command(
     from consistentee.cli.data import read_all_texts
 
     saved = CLASSIFIERS.load(model, device="cpu")
+    if saved.has_exits:
+        usage(lambda: saved.exit_rule(criterion, threshold, operating_point))
     texts: list[tuple[str, ...]] = []
     if calibration_file is not None:
         texts, _ = read_all_texts(calibration_file, text_columns, saved, max_samples)

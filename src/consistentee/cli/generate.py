@@ -63,7 +63,8 @@ def generate(
 
     Args:
         model: Folder of a trained model, or its name on the hub.
-        file: Prompts: JSONL, CSV, TSV, Parquet, or one a line; "-" is standard input.
+        file: Prompts, one a line, CSV, TSV, JSON, Parquet, a `datasets` folder or hf:user/name (of several splits
+            "test", else "validation", else "train"); "-", or no file and no --prompt, is standard input.
         prompt: One prompt, in place of a file.
         input: What the prompt is about, if it is about a text.
         prompt_column: The column of the instruction. [default: the usual names]

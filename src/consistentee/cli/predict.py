@@ -43,15 +43,15 @@ def predict(
 
     Args:
         model: Folder of a trained model, or its name on the hub.
-        file: Texts, one a line (for a model of pairs, two separated by a tab), CSV, TSV, JSONL or Parquet; "-" is
-            standard input.
+        file: Texts, one a line (for a model of pairs, two separated by a tab), CSV, TSV, JSON, Parquet, a `datasets`
+            folder or hf:user/name (of several splits "test", else "validation", else "train"); "-" is standard input.
         text_columns: The column of the text, or the two columns of a pair. [default: the usual names]
         criterion: Exit rule. [default: the saved one]
         threshold: Leave at the first layer whose exit score exceeds it. [default: the one chosen in training]
         operating_point: In place of both, a name that `consistentee calibrate` gave.
         batch_size: Inputs that go through the model together. [default: as many as are fastest, from a growing window]
         dtype: Precision: float32, bfloat16, float16 or int8; `consistentee benchmark --dtype auto` recommends one.
-        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...; with --ray auto, cpu or cuda.
         backend: What runs the layers: torch or onnxruntime.
         output: Write here instead of to standard output; the file appears when it is complete.
         ray: Predict with many engines, on a Ray cluster or with all cores of this machine; prints when all is finished.

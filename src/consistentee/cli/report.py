@@ -71,6 +71,7 @@ def report_command(
     }
     from consistentee.evaluation.html_page import check_report_file
     from consistentee.evaluation.html_report import model_page, record_page
+    from consistentee.functional.criteria import check_fitted
 
     usage(lambda: check_report_file(output))
     if summary.is_file():
@@ -87,6 +88,8 @@ def report_command(
     elif not any(value is not None for value in rows_given.values()):
         _refuse(needing_rows, "needs rows: give --task, --eval-file or --texts.")
         return _write(output, record_page(saved))
+    for name in criterion or ():
+        usage(lambda name=name: check_fitted(name, saved.model.config))
     usage(lambda: saved.exit_rule(criterion[0] if criterion else None, threshold, operating_point))
     from consistentee.evaluation.exit_report import report_exits
 

@@ -40,14 +40,15 @@ def serve(
         model: Folder of a trained model, or its name on the hub.
         host: Address to listen on. Others than the loopback one are for networks that you trust, or with --token-file.
         port: To listen on; 0 takes a free one.
-        operating_point: When texts exit, by a name that `consistentee calibrate` gave, or full-depth. Requests may name
-            another. [default: the saved rule]
+        operating_point: When texts exit, by a name that `consistentee calibrate` gave, or full-depth, or saved (the
+            saved rule). Requests may name another. [default: saved]
         max_queue: Texts (prompts) accepted and not answered yet, at most; more are refused with 429.
         deadline_ms: A text that is not answered within this time is refused with 504. Generators: the first token.
-        token_file: File whose content every request must bear as "Authorization: Bearer ...".
+        token_file: File whose content, 8 or more characters without spaces, every request must bear as "Authorization:
+            Bearer ...".
         audit: Share of the texts that are compared with full depth after their answer went out. Where that proves that
             the certificate does not hold, the next safer operating point is taken. Classifiers only.
-        dtype: Precision: float32, bfloat16, float16 or int8.
+        dtype: Precision: float32, bfloat16, float16, or of classifiers int8.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         backend: What runs the layers of a classifier: torch or onnxruntime.
         workers: Processes that compute, each with a copy of the model and its share of the threads; one that dies is

@@ -58,6 +58,27 @@ def text_rows(texts: Iterable[Text], source: str) -> Iterator[tuple[str, ...]]:
         yield row
 
 
+def prompt_pairs(prompts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Prompts as they are, each known to be an instruction and an input.
+
+    Raises:
+        DataError: one of them is something else, such as a string.
+        ValueError: they are one text, or a table.
+    """
+    require_texts(prompts)
+    for number, asked in enumerate(prompts, start=1):
+        parts: object = asked
+        if (
+            not isinstance(parts, (tuple, list))
+            or len(parts) != 2
+            or not all(isinstance(part, str) for part in parts)
+        ):
+            problem = f"It must be an instruction and an input, got {asked!r:.60}."
+            remedy = 'Where it has no input, that is "": ("Name three rivers.", "").'
+            raise DataError(problem, row=number, unit="prompt", remedy=remedy)
+        yield asked
+
+
 class _Rows(ABC):
     """What both kinds of rows have: every field that is a list holds one value a row."""
 

@@ -134,7 +134,7 @@ def measure_generation_speed(
         batch_sizes: texts at once.
         new_tokens: tokens of every text; nobody ends earlier.
         shares: of tokens whose exit layers are fixed, by layer; None: the model's own rule decides.
-        criterion, threshold: the model's own rule; None takes the saved one.
+        criterion, threshold: the model's own rule, also of lossless drafts; None takes the saved one.
         lossless: time `lossless` mode and Hugging Face's own self-speculative decoding, too; needs trained exits to say
             anything.
         repeats: timed repetitions.
@@ -212,7 +212,7 @@ class _Texts:
             "transformers": self._transformers(),
         }
         if lossless:
-            work["engine-lossless"] = self._ours("lossless")
+            work["engine-lossless"] = self._ours("lossless", **rule)
             if self.batch_size == 1:
                 layer = max(1, self.model.num_layers // 2)
                 work[f"transformers-early-exit-{layer}"] = self._transformers(assistant_early_exit=layer)

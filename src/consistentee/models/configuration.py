@@ -258,6 +258,16 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
         if self.original_head is not None and self.head != "attention":
             raise ValueError(f'head must be attention beside an original_head, got "{self.head}".')
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As Hugging Face's; `original` beside the dictionary is a place, and for the class that opens the model."""
+        place = kwargs.pop("original", None)
+        found: Any = super().from_dict(config_dict, **kwargs)
+        if place is None or not kwargs.get("return_unused_kwargs"):
+            return found
+        config, rest = found
+        return config, {**rest, "original": place}
+
     @property
     def has_exit(self) -> list[bool]:
         """Which layers have an exit, (layers,)."""

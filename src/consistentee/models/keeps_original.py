@@ -178,7 +178,7 @@ class KeepsOriginal(BackboneModel):
             raise OSError(
                 f'Model "{folder}" holds the exits alone, and the model that they are for, "{name}", cannot be opened. '
                 "Put it there, or write its place into original.name of config.json, or give it in Python: "
-                f"EarlyExitForSequenceClassification.from_pretrained(..., original=...). ({error})"
+                f"Engine.from_pretrained(..., original=...). ({error})"
             ) from error
         if config.num_classes != parts.config.num_labels:
             raise ValueError(

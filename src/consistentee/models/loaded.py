@@ -67,6 +67,7 @@ class LoadedModel(Generic[ExitModel]):
     kind: ClassVar[str]
     used_by: ClassVar[str]
     wants: ClassVar[str]
+    exits_by: ClassVar[str]
     auto_class: ClassVar[Any]
     architectures: ClassVar[tuple[str, ...]]
     exit_model: ClassVar[type[PreTrainedModel]]
@@ -95,7 +96,7 @@ class LoadedModel(Generic[ExitModel]):
         if not self.has_exits:
             raise ValueError(
                 f'Model "{self.name}" has no exits (it is a {type(self.model).__name__}). '
-                "Give a folder that `consistentee train` saved; a plain model can be its --reference."
+                f"{self.exits_by} a folder that `consistentee train` saved; a plain model can be its --reference."
             )
         return cast(ExitModel, self.model)
 
@@ -156,6 +157,7 @@ class LoadedClassifier(LoadedModel[EarlyExitForSequenceClassification]):
     kind = "a text classifier"
     used_by = "`consistentee predict` or `Engine`"
     wants = "a trained classifier, not of an encoder alone"
+    exits_by = "Give it exits with `consistentee retrofit`, or give"
     auto_class = AutoModelForSequenceClassification
     architectures = ("ForSequenceClassification",)
     exit_model = EarlyExitForSequenceClassification
@@ -228,6 +230,7 @@ class LoadedGenerator(LoadedModel[EarlyExitForCausalLM]):
     kind = "a text generator"
     used_by = "`consistentee generate` or `TextGenerator`"
     wants = "a whole causal language model"
+    exits_by = "Give"
     auto_class = AutoModelForCausalLM
     architectures = ("ForCausalLM", "LMHeadModel")
     exit_model = EarlyExitForCausalLM
@@ -323,6 +326,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    original: str | Path | None = None,
 ) -> Loaded:
     """Open a saved model of either kind, ours or a plain Hugging Face one.
 
@@ -333,12 +337,14 @@ def load_model(
         kind: `LoadedClassifier` or `LoadedGenerator`, where it must be one; None takes what it is.
         device: where the model goes; None takes a GPU if there is one.
         dtype: precision, `float32`, `bfloat16` or `float16`; None takes float32.
+        original: of exits that were saved alone (`retrofit --exits-only`): where the model that they are for lies now;
+            None takes where it lay.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks config or weights.
         OSError: the hub has no such model, or a file cannot be read.
-        ValueError: it is of another kind, its weights are pickled or incomplete, its tokenizer does not fit, or there
-            is no such device or dtype.
+        ValueError: it is of another kind, its weights are pickled or incomplete, its tokenizer does not fit, there is
+            no such device or dtype, or an original that is not what it was or is not asked for.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -351,12 +357,19 @@ def load_model(
     if found is not None and kind is not None and found is not kind:
         raise ValueError(f'Model "{name}" is {found.kind}, not {kind.kind}. Use it with {found.used_by}.')
     opens: Any = found or kind
+    if original is not None and not read_config(name_or_path, "Model").get("exits_only"):
+        raise SettingError(
+            f'original goes with exits that were saved alone, and model "{name}" has all of its weights, got '
+            f'"{original}". Leave it out.'
+        )
+    place_of_original: dict[str, Any] = {} if original is None else {"original": original}
     model: Any = load_pretrained(
         opens.auto_class,
         name_or_path,
         "Model",
         remedy=f"Give the folder of {opens.wants}.",
         dtype=dtype or torch.float32,
+        **place_of_original,
     )
     keep_soft_cap(model)
     tokenizer = load_tokenizer(name_or_path, "Model")

@@ -173,24 +173,24 @@ class Engine:
         device: str | torch.device | None = "auto",
         dtype: str = "float32",
         backend: str = "torch",
+        original: str | Path | None = None,
     ) -> Engine:
         """Open a model folder (or a name on the hub).
 
         Args:
-            name_or_path: what `consistentee train` saved.
+            name_or_path: what `consistentee train`, `finetune` or `retrofit` saved.
             device: where to compute; `auto` (or None) takes a GPU if there is one.
             dtype: see the class.
             backend: see the class.
+            original: see `load_model`.
 
         Raises:
-            OSError: there is no such model.
-            ValueError: it is not a model of this library, or it does not run so.
+            OSError: there is no such model, or no original.
+            ValueError: it is not a model of this library, or it does not run so; an original as of `load_model`.
         """
-        return cls(
-            load_model(name_or_path, LoadedClassifier, device=None if device == "auto" else device),
-            dtype=dtype,
-            backend=backend,
-        )
+        place = None if device == "auto" else device
+        saved = load_model(name_or_path, LoadedClassifier, device=place, original=original)
+        return cls(saved, dtype=dtype, backend=backend)
 
     def predict(
         self,
@@ -261,8 +261,7 @@ class Engine:
         Yields:
             The texts of a window and their predictions, both in the order of the input.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        _check_batch_size(batch_size)
         return self._windows(
             self.checked(texts), batch_size, self.rule(criterion, threshold, operating_point)
         )
@@ -271,6 +270,7 @@ class Engine:
         self, texts: Sequence[Text], *, batch_size: int | None, rule: ExitRule
     ) -> list[Prediction]:
         """Predictions for texts that are all one window; arguments and errors as of `predict` and `run`."""
+        _check_batch_size(batch_size)
         window = list(self.checked(texts))
         return self._window(window, batch_size, rule) if window else []
 
@@ -419,6 +419,11 @@ def window_sizes(batch_size: int | None) -> Iterator[int]:
     while True:
         yield size
         size = min(2 * size, largest)
+
+
+def _check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
 
 
 Predictor = Engine

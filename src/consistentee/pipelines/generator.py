@@ -18,7 +18,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from consistentee.data.batches import pad_left
-from consistentee.data.rows import InstructionDataset
+from consistentee.data.rows import InstructionDataset, prompt_pairs
 from consistentee.data.templates import PLAIN, PromptTemplate, Turn
 from consistentee.data.tokenization import encode_prompts
 from consistentee.errors import DataError
@@ -187,13 +187,13 @@ class TextGenerator:
             One text a prompt.
 
         Raises:
-            DataError: a prompt of which no token is left.
+            DataError: a prompt of which no token is left, or that is no pair.
             ValueError: options that do not fit the model or each other; raised before anything is generated.
         """
         options = self.check(merged_options(options, values))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        return self._windows(iter(prompts), batch_size, options)
+        return self._windows(prompt_pairs(prompts), batch_size, options)
 
     def stream(
         self,

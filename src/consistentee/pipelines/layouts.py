@@ -26,7 +26,8 @@ def require_own_classifier(saved: LoadedClassifier) -> None:
     if not isinstance(saved.model, (EarlyExitForSequenceClassification, FullDepthForSequenceClassification)):
         raise ValueError(
             f'Model "{saved.name}" was not saved by this library (it is a {type(saved.model).__name__}). '
-            "Give a folder that `consistentee train` or `consistentee finetune` saved."
+            "Give it exits with `consistentee retrofit`, or give a folder that `consistentee train` or `consistentee "
+            "finetune` saved."
         )
     if any(hasattr(module, "base_layer") for module in saved.model.modules()):  # peft's mark of a layer
         raise ValueError(

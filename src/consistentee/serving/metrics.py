@@ -39,7 +39,11 @@ class ServerMetrics:
         )
         self.in_queue = self._make(client.Gauge, "queue", "Texts accepted and not answered yet.")
         self.waited = self._make(
-            client.Histogram, "answer_seconds", "From a text's acceptance to its answer.", (), LATENCY_BUCKETS
+            client.Histogram,
+            "answer_seconds",
+            "From a text's acceptance to its answer (generators: to its first token).",
+            (),
+            LATENCY_BUCKETS,
         )
         self.batch_rows = self._make(
             client.Histogram,

@@ -1,7 +1,7 @@
 """The operating points that a server knows, with what their certificates promise, and which one is safer.
 
-Beside the model's own there are `full-depth`, where nobody exits, and `saved`, the model's saved rule, unless one of
-its operating points is the same.
+Beside the model's own there are `full-depth`, where nobody exits, and `saved`, the model's saved rule. Where one of its
+operating points is the same, that one is listed in place of `saved`, which stays another name of it.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def _promise(certificate: Mapping[str, Any]) -> tuple[float | None, float | None
 
 
 def named_point(points: Mapping[str, ServedPoint], name: str | None, model: str) -> ServedPoint:
-    """A point by name; None is the first.
+    """A point by name; None is the first, and so is `saved`, whatever it is called.
 
     Raises:
         SettingError: there is none of this name.
     """
-    if name is None:
+    if name is None or name == SAVED_POINT:
         return next(iter(points.values()))
     if name not in points:
         raise SettingError(

@@ -9,10 +9,13 @@ two replicas with a `max_queue` of 512 accept 1,024 texts. Requests come through
 from pathlib import Path
 from typing import Any
 
-from consistentee.errors import require_extra
-from consistentee.models.loaded import LoadedClassifier, LoadedGenerator, load_model, model_kind
+from consistentee.backbones.loading import read_config
+from consistentee.errors import SettingError, require_choice, require_extra
+from consistentee.models.loaded import DTYPES, LoadedClassifier, LoadedGenerator, load_model, model_kind
+from consistentee.models.operating_points import FULL_DEPTH_POINT, SAVED_POINT, rule_at
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.generator import TextGenerator
+from consistentee.pipelines.layouts import BACKENDS, ENGINE_DTYPES
 from consistentee.serving.app import read_token
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.completions import generator_app
@@ -24,7 +27,7 @@ pydantic: Any = require_extra("ray", "pydantic")
 
 
 class RayServeArgs(pydantic.BaseModel):
-    """What `app_builder` takes; the first eight as of `consistentee serve`.
+    """What `app_builder` takes; the first nine as of `consistentee serve`.
 
     Args:
         model: folder of a trained model, which every node must see under this name, or its name on the hub.
@@ -58,11 +61,11 @@ def app_builder(args: RayServeArgs) -> Any:
     Raises:
         MissingExtraError: Ray Serve is not installed.
         OSError: there is no such model.
-        SettingError: the token is none that could be sent.
+        ValueError: the token is none that could be sent, or an argument does not fit the model.
     """
     serve: Any = require_extra("ray", "ray.serve")
     token = None if args.token_file is None else read_token(args.token_file, "token_file")
-    model_kind(args.model)  # raises here, not in a replica
+    _check(args)  # raises here, not in a replica
 
     def build() -> Any:
         return _asgi_app(args, token)
@@ -76,6 +79,20 @@ def app_builder(args: RayServeArgs) -> Any:
         graceful_shutdown_timeout_s=args.deadline_ms / 1000 + 10,
     )
     return deployment(serve.ingress(build)()).bind()
+
+
+def _check(args: RayServeArgs) -> None:
+    """Raise unless there is such a model and the arguments fit it; its device is the replica's affair."""
+    is_generator = model_kind(args.model) is LoadedGenerator
+    for name in ("operating_point", "audit", "backend") if is_generator else ():
+        if getattr(args, name) != RayServeArgs.model_fields[name].default:
+            raise SettingError(
+                f'{name} goes with classifiers, and model "{args.model}" is a text generator. Leave it out.'
+            )
+    require_choice("dtype", args.dtype, tuple(DTYPES) if is_generator else ENGINE_DTYPES)
+    require_choice("backend", args.backend, BACKENDS)
+    if args.operating_point not in (None, FULL_DEPTH_POINT, SAVED_POINT):
+        rule_at(read_config(args.model, "Model").get("operating_points"), args.operating_point, args.model)
 
 
 def _asgi_app(args: RayServeArgs, token: bytes | None) -> Any:

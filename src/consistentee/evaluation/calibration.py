@@ -283,7 +283,14 @@ def calibrate_model(
         answers=answers,
         times=None
         if clock_batch_size is None
-        else times_on(saved, dataset.texts, batch_size=clock_batch_size, backend=backend, progress=progress),
+        else times_on(
+            saved,
+            dataset.texts,
+            batch_size=clock_batch_size,
+            criterion=rule,
+            backend=backend,
+            progress=progress,
+        ),
         has_exit=model.config.has_exit,
     )
     return replace(

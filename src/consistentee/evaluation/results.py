@@ -24,7 +24,8 @@ class Clock:
 
     Args:
         batch_size: inputs that start together.
-        start_ms, layer_ms, exit_ms: before the first layer and after the last; of a layer; of an exit.
+        start_ms, layer_ms, exit_ms: before the first layer and after the last; of a layer; of an exit by the reported
+            criterion, as much as which those by others are taken to cost.
         full_depth_ms: of an input of the model without early exits.
         milliseconds: at the reported threshold.
         others: at the other criteria's own thresholds, where these are known.

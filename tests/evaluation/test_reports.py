@@ -129,6 +129,13 @@ def test_layers_of_the_report_add_up() -> None:
     assert ["4", "5", "25.0", "100.0"] in rows
 
 
+def test_what_layers_of_recomputed_states_are() -> None:
+    """What runs later, beside a token that goes deeper, is not counted, and that is said."""
+    shown = " ".join(" ".join(lines_of(replace(EVALUATION, mode="recompute"))).split())
+    assert "layers are counted up to a token's exit" in shown
+    assert "layers are counted" not in " ".join(lines_of(EVALUATION))
+
+
 def test_report_says_where_and_fits() -> None:
     deep = replace(
         EVALUATION, num_hidden_layers=30, metrics={**OWN.metrics, "bertscore": 0.9}, num_tokens=1_234_567

@@ -13,6 +13,7 @@ from rich.text import Text
 from consistentee.evaluation.results import (
     BASELINE,
     LAST_LAYER,
+    MODE_NOTES,
     AgreementEvaluation,
     Evaluation,
     GeneratedPoint,
@@ -35,11 +36,6 @@ METRIC_TITLES = {
     "bleu": "BLEU",
     "bertscore": "BERT-\nScore",
 }
-
-LOSSLESS_NOTE = (
-    " Lossless: all layers verified every token; drafted: the share of the tokens that came from exits, kept: the "
-    "share of the verified drafts that stayed."
-)
 
 
 def evaluation_tables(evaluation: Evaluation | AgreementEvaluation | GenerationEvaluation) -> RenderableType:
@@ -344,7 +340,7 @@ def _note(evaluation: GenerationEvaluation) -> str:
         f"{evaluation.num_examples:,} prompts, at most {evaluation.max_new_tokens} new tokens, batch size "
         f"{evaluation.batch_size}, mode {evaluation.mode}; {evaluation.num_tokens:,} tokens generated. ROUGE and the "
         "scores beside it x 100. Token accuracy and perplexity: on the references, at the same threshold."
-        + (LOSSLESS_NOTE if evaluation.mode == "lossless" else "")
+        + MODE_NOTES.get(evaluation.mode, "")
         + (f"\n{', '.join(where)}." if where else "")
     )
 

@@ -24,6 +24,7 @@ from consistentee.evaluation.speed import (
     SpeedResults,
     exit_distribution_shares,
     fixed_exit_layers,
+    latencies,
     random_token_ids,
 )
 from consistentee.evaluation.speed_classification import (
@@ -250,6 +251,13 @@ def test_a_time_to_keep_to(saved: LoadedClassifier) -> None:
         (8, 70, 3),
         (None, 70, 3),
     }
+
+
+def test_latencies_are_of_whole_batches() -> None:
+    taken = [[0.25, 0.5, 0.125], [0.5, 0.25, 0.125]]
+    assert latencies(taken, 20, 8) == (375.0, 500.0)  # the third holds the 4 rows that are left over
+    assert latencies(taken, 24, 8)[0] == 250.0
+    assert latencies([[0.125], [0.375]], 4, 8)[0] == 250.0  # there is no whole one
 
 
 def test_ratios_are_paired_by_repetition() -> None:

@@ -23,6 +23,7 @@ from consistentee.evaluation.speed import (
     Seconds,
     SpeedResults,
     Steps,
+    latencies,
     measure_in_turn,
     median_seconds,
     shared_metrics,
@@ -354,7 +355,7 @@ def _row(
     padded = sum(
         width * len(lengths[place * size : (place + 1) * size]) for place, width in enumerate(widest)
     )
-    batches = [1000 * value for repetition in seconds[way.name] for value in repetition]
+    p50, p95 = latencies(seconds[way.name], count, size)
     shared = shared_metrics(way.name, float(layers.mean()), way.num_hidden_layers, seconds, memory)
     right: dict[str, Any] = dict.fromkeys(
         ("accuracy", "accuracy_difference", "accuracy_difference_error"), None
@@ -373,8 +374,8 @@ def _row(
         batch_size=size,
         backend=way.backend,
         dtype=way.dtype,
-        latency_ms_p50=float(np.percentile(batches, 50)),
-        latency_ms_p95=float(np.percentile(batches, 95)),
+        latency_ms_p50=p50,
+        latency_ms_p95=p95,
         instances_per_second=count / median_seconds(seconds[way.name]),
         padding_share=0.0 if way.backend == "torch" else 1 - sum(lengths) / padded,
         rows=count,

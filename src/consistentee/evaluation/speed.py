@@ -206,6 +206,25 @@ def median_seconds(taken: Sequence[Sequence[float]]) -> float:
     return statistics.median(sum(repetition) for repetition in taken)
 
 
+def latencies(taken: Sequence[Sequence[float]], rows: int, batch_size: int) -> tuple[float, float]:
+    """Median and 95th percentile of the milliseconds of a batch, over all repetitions.
+
+    Rows that are left over for a smaller batch at the end do not count, unless there is no whole one.
+
+    Args:
+        taken: seconds of each batch, (repeats, batches).
+        rows: in all batches.
+        batch_size: of a whole one.
+
+    Example:
+        >>> latencies([[0.25, 0.125], [0.25, 0.125]], rows=192, batch_size=128)
+        (250.0, 250.0)
+    """
+    whole = rows // batch_size or None
+    median, high = np.percentile([1000 * value for each in taken for value in each[:whole]], [50, 95])
+    return float(median), float(high)
+
+
 def rounded_shares(shares: Sequence[float] | None) -> str | list[float]:
     """What the workload says of how exits came about: "model", or the share of each layer."""
     return "model" if shares is None else [round(share, 6) for share in shares]

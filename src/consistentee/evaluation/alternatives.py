@@ -93,6 +93,8 @@ class AlternativeRow(ClassificationSpeedRow):
     Args:
         model: short name of the model.
         has_exits: whether rows can exit early.
+        mean_exit_layer, layer_speedup: of all rows, as accuracy is.
+        efficiency: wall-clock speed-up over the layer speed-up of the rows that were timed.
         milliseconds: of an input among others of its batch, median of the repetitions.
         accuracy: share of all labelled rows that are right; None without labels.
         accuracy_difference: to plain `transformers`, from the same rows; None without labels.
@@ -357,6 +359,10 @@ def _row(
     )
     p50, p95 = latencies(seconds[way.name], count, size)
     shared = shared_metrics(way.name, float(layers.mean()), way.num_hidden_layers, seconds, memory)
+    if shared["efficiency"] is not None:  # time saved over layers saved is of the same rows
+        shared["efficiency"] = (
+            shared["wall_clock_speedup"] * float(layers[:count].mean()) / way.num_hidden_layers
+        )
     right: dict[str, Any] = dict.fromkeys(
         ("accuracy", "accuracy_difference", "accuracy_difference_error"), None
     )

@@ -37,7 +37,8 @@ class SpeedRow:
         layer_speedup: layers of the model / mean exit layer.
         wall_clock_speedup: against `engine-full-depth`, median of the repetitions' ratios.
         wall_clock_speedup_quartiles: first and third quartile of the same.
-        efficiency: wall_clock_speedup / layer_speedup, of `engine` and `onnx-graph` only.
+        efficiency: wall_clock_speedup / layer_speedup, of `engine`, and of `onnx-graph` beside an engine on ONNX
+            Runtime: else it would tell runtimes apart, not exits. None of others.
         speedup_over_transformers: likewise against `transformers`.
         peak_memory_mb: of the device, on a GPU; None on CPU, where one process holds all competitors.
         repeats: timed repetitions.
@@ -194,7 +195,7 @@ def shared_metrics(
         "layer_speedup": layer_speedup,
         "wall_clock_speedup": ratio,
         "wall_clock_speedup_quartiles": (first, third),
-        "efficiency": ratio / layer_speedup if name in ("engine", "onnx-graph") else None,
+        "efficiency": ratio / layer_speedup if name == "engine" else None,
         "speedup_over_transformers": paired_ratio(seconds["transformers"], taken)[0],
         "peak_memory_mb": memory,
         "repeats": len(taken),

@@ -350,6 +350,8 @@ class _Batches:
         if self.batch_size is not None:
             p50, p95 = latencies(seconds[name], len(self.rows), self.batch_size)
         shared = shared_metrics(name, mean_exit_layer, self.backend.num_layers, seconds, memory)
+        if name == "onnx-graph" and self.backend.name == backend:
+            shared["efficiency"] = shared["wall_clock_speedup"] / shared["layer_speedup"]
         return ClassificationSpeedRow(
             **shared,
             mode="throughput" if self.batch_size is None else "latency",

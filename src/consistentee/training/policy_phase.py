@@ -142,6 +142,7 @@ def run_policy_phase(
                     judged=data.judged,
                     judged_groups=data.judged_groups,
                     quality=data.quality,
+                    effects=data.effects,
                     on_fit=bar.update,
                 )
                 for policy_input in inputs

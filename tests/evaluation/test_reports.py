@@ -112,6 +112,12 @@ def test_criterion_without_a_threshold_is_shown_at_the_nearest_depth() -> None:
     assert not [line for line in lines_of(EVALUATION) if "confidence > 0.9" in line or "entropy" in line]
 
 
+def test_a_threshold_next_to_1_is_not_shown_as_1() -> None:
+    near = replace(EVALUATION, threshold=0.99998)
+    assert row_of(near, "policy > 0.99998 ").startswith("40.00 ")
+    assert not [line for line in lines_of(near) if "policy > 1 " in line]
+
+
 def test_criterion_without_text_shows_the_references_only() -> None:
     assert row_of(EVALUATION, "patience > 1.5, no text") == "50.00 9.75 2.00 / 4 2.00x 50.0"
 

@@ -30,7 +30,7 @@ from consistentee.evaluation.teacher_forcing import (
     teacher_forced_exits,
 )
 from consistentee.evaluation.text_metrics import text_metrics
-from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.functional.criteria import EXIT_CRITERIA, digits
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.decoding_options import DecodingOptions
@@ -201,7 +201,9 @@ def _reference_name(reference: LoadedGenerator) -> str:
     criterion, threshold = reference.exit_rule_of_mode(mode)
     if mode == "full":
         return "early-exit model, all layers"
-    return f"early-exit model, {criterion} > {threshold:.4g}" + (", lossless" if mode == "lossless" else "")
+    return f"early-exit model, {criterion} > {digits(threshold)}" + (
+        ", lossless" if mode == "lossless" else ""
+    )
 
 
 class _Texts:

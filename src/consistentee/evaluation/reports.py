@@ -20,6 +20,7 @@ from consistentee.evaluation.results import (
     GenerationEvaluation,
     GenerationPoint,
 )
+from consistentee.functional.criteria import digits
 from consistentee.functional.curves import SUM_ERROR
 from consistentee.functional.recall import recall_warnings
 
@@ -91,7 +92,7 @@ def _table(names: Sequence[str], *, left: int = 0, **options: Any) -> Table:
 
 
 def _title(criterion: str, threshold: float) -> str:
-    return f"{criterion} > {threshold:.4g}"
+    return f"{criterion} > {digits(threshold)}"
 
 
 def _depth(mean_exit_layer: float, depth: int) -> tuple[str, str, str]:

@@ -64,10 +64,10 @@ def evaluate_generation(
     """Evaluate a saved generator on prompts with references.
 
     Texts are generated greedily. Perplexity and token accuracy are of the references' tokens, each predicted from the
-    true ones before it at the layer where it exits, with states copied as in decoding. The curves are exact: as copied
-    states change with the exits, every threshold has a pass of its own. Their thresholds are equally spaced in depth by
-    the exit scores of one full-depth pass; the chosen threshold and, of another criterion, the one at which its tokens
-    exit at the depth of the first criterion, are among them.
+    true ones before it at the layer where it exits, with skipped states copied or recomputed as in decoding. The curves
+    are exact: as copied states change with the exits, every threshold has a pass of its own. Their thresholds are
+    equally spaced in depth by the exit scores of one full-depth pass; the chosen threshold and, of another criterion,
+    the one at which its tokens exit at the depth of the first criterion, are among them.
 
     Args:
         saved: the model, from `load_model`.
@@ -119,7 +119,14 @@ def evaluate_generation(
     references = reference_rows(saved, rows)
     whole = f"prompts with their references were longer than {saved.max_length} tokens"
     say_cuts(references.num_truncated, len(references), whole, LONGER_TRAINING)
-    passes = ReferencePasses(saved, references, batch_size=batch_size, progress=progress, seed=seed)
+    passes = ReferencePasses(
+        saved,
+        references,
+        skipped_states=skipped_states if mode == "early-exit" else "copy",
+        batch_size=batch_size,
+        progress=progress,
+        seed=seed,
+    )
     depths = [depth / speedup for speedup in text_speedups]
     dialled = _without([passes.threshold_for_depth(criterion, aim) for aim in depths], limit)
     curve = passes.curve(criterion, [limit, *dialled], curve_thresholds)
@@ -276,6 +283,7 @@ class _Texts:
                 tokens,
                 criterion=criterion,
                 threshold=threshold,
+                skipped_states=reference.early_exit_model.config.skipped_states,
                 batch_size=self._batch_size,
                 description=bar,
             )

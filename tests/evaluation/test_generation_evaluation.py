@@ -371,6 +371,24 @@ class TestEvaluation:
         assert f"{mean:.2f} / 4" in row
         assert f"{4 / mean:.2f}x" in row
 
+    def test_a_reference_is_judged_by_the_same_tokens(self, saved: LoadedGenerator, tmp_path: Path) -> None:
+        """Also one that was trained on shorter texts: its perplexity would be of fewer."""
+        values = {"criterion": "static", "threshold": 2.0, "max_sequence_length": 20}
+        other = load_model(generator_folder(tmp_path / "other", **values), LoadedGenerator, device="cpu")
+        assert other.max_length < int(reference_rows(saved, tiny_rows(4)).lengths.max())
+        evaluation = evaluate_generation(
+            saved,
+            tiny_rows(4),
+            criteria=["static"],
+            threshold=2.0,
+            reference=other,
+            max_new_tokens=6,
+            curve_thresholds=1,
+        )
+        assert evaluation.reference is not None
+        for name in ("perplexity", "token_accuracy"):
+            assert evaluation.reference.metrics[name] == pytest.approx(evaluation.metrics[name])
+
     def test_a_reference_has_its_own_number_of_layers(self, saved: LoadedGenerator, tmp_path: Path) -> None:
         tiny_decoder("llama", **BYTES, num_hidden_layers=2).save_pretrained(tmp_path)
         byte_tokenizer(begin=True).save_pretrained(tmp_path)

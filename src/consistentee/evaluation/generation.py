@@ -274,7 +274,7 @@ class _Texts:
         encoded, _ = self._encode(reference, generator)
         written = list(self._bar(self._run(generator, encoded, options), "reference"))
         point = self._point(written, reference, mode, criterion, threshold)
-        max_length = min(self._saved.max_length, reference.max_length)
+        max_length = min(self._saved.max_length, reference.context_length)  # the same tokens as ours
         tokens = reference_rows(reference, rows, given, max_length)
         bar = "reference, its perplexity" if self._progress else None
         if mode == "early-exit":

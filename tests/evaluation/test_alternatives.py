@@ -17,7 +17,7 @@ from rich.console import Console
 from consistentee.cli import main as cli
 from consistentee.errors import MissingExtraError, SettingError
 from consistentee.evaluation import alternatives
-from consistentee.evaluation.alternatives import AlternativeRow, measure_alternatives
+from consistentee.evaluation.alternatives import AlternativeRow, Way, measure_alternatives
 from consistentee.evaluation.alternatives_view import alternatives_table, plot_alternatives, verdicts
 from consistentee.evaluation.speed import SpeedResults
 from consistentee.inference.encoder.scheduler import ExitRule
@@ -96,6 +96,19 @@ def test_accuracy_and_agreement_are_those_of_the_engine(folders: dict[str, Path]
     for row in (rows[name] for name in ("transformers", "engine-full-depth")):
         assert row.accuracy == pytest.approx((np.array(full.labels) == truth).mean())
         assert (row.agreement, row.mean_exit_layer, row.has_exits) == (1.0, 4.0, False)
+
+
+def test_efficiency_is_of_the_rows_that_were_timed() -> None:
+    """What is right, and so the layers, is of all rows; time of the first ones alone."""
+    rows = [{"input_ids": [5, 6, 7]}] * 6
+    layers = np.array([1, 1, 2, 4, 4, 4])
+    found = {name: (np.zeros(6, np.int64), layers) for name in ("transformers", "engine")}
+    way = Way("engine", "model", "torch", "float32", 4, True, rows, lambda _: found["engine"])
+    seconds = {"engine-full-depth": [[3.0]], "transformers": [[6.0]], "engine": [[1.5]]}
+    row = alternatives._row(way, found, None, seconds, None, size=3, count=3)
+    assert (row.mean_exit_layer, row.layer_speedup) == (pytest.approx(16 / 6), pytest.approx(1.5))
+    assert (row.rows, row.wall_clock_speedup) == (3, 2.0)
+    assert row.efficiency == pytest.approx(2 / 3)  # 2 times faster for 3 times fewer layers
 
 
 def test_differences_are_paired(folders: dict[str, Path], report: Report) -> None:

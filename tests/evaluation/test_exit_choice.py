@@ -17,10 +17,11 @@ from consistentee.cli.main import main
 from consistentee.data.rows import TextDataset
 from consistentee.errors import SettingError
 from consistentee.evaluation import exit_choice, layer_times
-from consistentee.evaluation.calibration import calibrate_layers
+from consistentee.evaluation.calibration import calibrate_layers, calibrate_model
 from consistentee.evaluation.classification import evaluate_model, run_layers
 from consistentee.evaluation.exit_choice import choose_exit_layers, time_choice
-from consistentee.evaluation.layer_times import LayerTimes, clock_of, measure_layer_times
+from consistentee.evaluation.layer_times import LayerTimes, clock_of, measure_layer_times, times_on
+from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.models.card import CARD_FILE
 from consistentee.models.exit_subsets import save_with_exit_layers, with_exit_layers
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -114,6 +115,30 @@ def test_real_times(saved: LoadedClassifier, rows: TextDataset) -> None:
     assert times.layer_ms >= 0
     assert times.exit_ms >= 0
     assert times.full_depth_ms > 0
+
+
+def test_an_exit_costs_what_its_criterion_does(
+    saved: LoadedClassifier, rows: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some read the state, some nothing but logits: what is timed is the criterion that decides."""
+    asked: list[str | None] = []
+    run = Engine.run
+
+    def noting(engine: Engine, batch: Any, *, batch_size: int, rule: ExitRule) -> Any:
+        asked.append(rule.criterion)
+        return run(engine, batch, batch_size=batch_size, rule=rule)
+
+    monkeypatch.setattr(Engine, "run", noting)
+    monkeypatch.setattr(layer_times, "TIMED_ROWS", 4)
+    choose_exit_layers(saved, rows, criterion="cap", **GOAL)
+    assert set(asked) == {"cap", None}
+    asked.clear()
+    how: dict[str, Any] = {"goal": "min_speedup", "target": 1.5, "clock_batch_size": 2}
+    calibrate_model(saved, rows, criterion="energy", **how)
+    assert set(asked) == {"energy", None}
+    asked.clear()
+    times_on(saved, rows.texts, batch_size=2)
+    assert set(asked) == {saved.early_exit_model.config.criterion, None}
 
 
 def test_exits_that_cost_nothing_stay(
@@ -226,6 +251,13 @@ def test_evaluate_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layer_times, "TIMED_ROWS", 8)
+    measure, timed = layer_times.measure_layer_times, list[str]()
+
+    def noting(*args: Any, criterion: str, **options: Any) -> LayerTimes:
+        timed.append(criterion)
+        return measure(*args, criterion=criterion, **options)
+
+    monkeypatch.setattr(layer_times, "measure_layer_times", noting)
     texts = tmp_path / "rows.txt"
     texts.write_text("".join(f"{parts[0]}\n" for parts in rows.texts[:60]), encoding="utf-8")
     file, plot = tmp_path / "found.json", tmp_path / "found.svg"
@@ -243,6 +275,7 @@ def test_evaluate_in_time(
     clock = json.loads(file.read_text(encoding="utf-8"))["clock"]
     assert clock["batch_size"] == 2
     assert clock["full_depth_ms"] > 0
+    assert timed == ["confidence"]
     out = capsys.readouterr().out
     assert f"{clock['milliseconds']:.3f}" in out
     assert "On this machine, batches of 2:" in out

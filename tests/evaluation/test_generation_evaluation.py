@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,12 +80,14 @@ def evaluation(saved: LoadedGenerator, plain: LoadedGenerator) -> GenerationEval
 class TestTeacherForcedExits:
     @pytest.mark.parametrize("criterion", GENERATION_CRITERIA)
     @pytest.mark.parametrize("first, min_exit_layer", [(True, 1), (False, 1), (False, 3)])
+    @pytest.mark.parametrize("skipped_states", ["copy", "recompute"])
     def test_are_those_of_decoding(
         self,
         saved: LoadedGenerator,
         criterion: str,
         first: bool,
         min_exit_layer: int,
+        skipped_states: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A text that was generated, run again as a reference, leaves at the same layers with the same tokens."""
@@ -94,11 +97,17 @@ class TestTeacherForcedExits:
         left: set[int] = set()
         for prompt in ("go", "do it twice"):
             (text,) = TextGenerator(saved).generate_texts(
-                [(prompt, "")], criterion=criterion, threshold=threshold, max_new_tokens=14
+                [(prompt, "")],
+                criterion=criterion,
+                threshold=threshold,
+                skipped_states=skipped_states,
+                max_new_tokens=14,
             )
             prompt_ids = saved.tokenizer(TEMPLATE.render(prompt))["input_ids"]
             rows = TokenizedPrompts([prompt_ids], [text.token_ids])
-            tokens = teacher_forced_exits(saved, rows, criterion=criterion, threshold=threshold)
+            tokens = teacher_forced_exits(
+                saved, rows, criterion=criterion, threshold=threshold, skipped_states=skipped_states
+            )
             assert tokens.exit_layers.tolist() == text.exit_layers
             assert tokens.token_accuracy == 1.0
             left |= set(text.exit_layers)
@@ -243,6 +252,36 @@ class TestEvaluation:
         assert len(values["examples"]) == 5
         assert values["environment"]["dtype"] == "float32"
 
+    def test_references_are_run_as_texts_are(self, saved: LoadedGenerator, tmp_path: Path) -> None:
+        """Where skipped states are recomputed, perplexity and accuracy are of recomputed ones, a reference's too."""
+        rows = tiny_rows(6)
+        threshold = THRESHOLDS["policy"]
+        how: dict[str, Any] = {"criterion": "policy", "threshold": threshold}
+        passes = {
+            states: teacher_forced_exits(saved, reference_rows(saved, rows), **how, skipped_states=states)
+            for states in ("copy", "recompute")
+        }
+        assert passes["copy"].perplexity != pytest.approx(passes["recompute"].perplexity, rel=1e-4)
+        for states, tokens in passes.items():
+            values = {**how, "skipped_states": states}
+            other = load_model(generator_folder(tmp_path / states, **values), LoadedGenerator, device="cpu")
+            evaluation = evaluate_generation(
+                saved,
+                rows,
+                criteria=["policy"],
+                threshold=threshold,
+                skipped_states=states,
+                reference=other,
+                max_new_tokens=4,
+                curve_thresholds=1,
+            )
+            assert evaluation.metrics["perplexity"] == pytest.approx(tokens.perplexity)
+            assert evaluation.metrics["token_accuracy"] == tokens.token_accuracy
+            (point,) = [point for point in evaluation.curve if point.threshold == threshold]
+            assert point.perplexity == pytest.approx(tokens.perplexity)
+            assert evaluation.reference is not None
+            assert evaluation.reference.metrics["perplexity"] == pytest.approx(tokens.perplexity)
+
     def test_lossless_text_has_the_figures_of_all_layers(self, saved: LoadedGenerator) -> None:
         evaluation = evaluate_generation(
             saved, tiny_rows(3), mode="lossless", max_new_tokens=4, curve_thresholds=1
@@ -331,6 +370,24 @@ class TestEvaluation:
         (row,) = [line for line in console.export_text().splitlines() if name[:16] in line]
         assert f"{mean:.2f} / 4" in row
         assert f"{4 / mean:.2f}x" in row
+
+    def test_a_reference_is_judged_by_the_same_tokens(self, saved: LoadedGenerator, tmp_path: Path) -> None:
+        """Also one that was trained on shorter texts: its perplexity would be of fewer."""
+        values = {"criterion": "static", "threshold": 2.0, "max_sequence_length": 20}
+        other = load_model(generator_folder(tmp_path / "other", **values), LoadedGenerator, device="cpu")
+        assert other.max_length < int(reference_rows(saved, tiny_rows(4)).lengths.max())
+        evaluation = evaluate_generation(
+            saved,
+            tiny_rows(4),
+            criteria=["static"],
+            threshold=2.0,
+            reference=other,
+            max_new_tokens=6,
+            curve_thresholds=1,
+        )
+        assert evaluation.reference is not None
+        for name in ("perplexity", "token_accuracy"):
+            assert evaluation.reference.metrics[name] == pytest.approx(evaluation.metrics[name])
 
     def test_a_reference_has_its_own_number_of_layers(self, saved: LoadedGenerator, tmp_path: Path) -> None:
         tiny_decoder("llama", **BYTES, num_hidden_layers=2).save_pretrained(tmp_path)

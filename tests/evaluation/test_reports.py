@@ -112,6 +112,12 @@ def test_criterion_without_a_threshold_is_shown_at_the_nearest_depth() -> None:
     assert not [line for line in lines_of(EVALUATION) if "confidence > 0.9" in line or "entropy" in line]
 
 
+def test_a_threshold_next_to_1_is_not_shown_as_1() -> None:
+    near = replace(EVALUATION, threshold=0.99998)
+    assert row_of(near, "policy > 0.99998 ").startswith("40.00 ")
+    assert not [line for line in lines_of(near) if "policy > 1 " in line]
+
+
 def test_criterion_without_text_shows_the_references_only() -> None:
     assert row_of(EVALUATION, "patience > 1.5, no text") == "50.00 9.75 2.00 / 4 2.00x 50.0"
 
@@ -127,6 +133,13 @@ def test_layers_of_the_report_add_up() -> None:
     rows = [line.split() for line in lines_of(EVALUATION)]
     assert ["1", "5", "25.0", "25.0"] in rows
     assert ["4", "5", "25.0", "100.0"] in rows
+
+
+def test_what_layers_of_recomputed_states_are() -> None:
+    """What runs later, beside a token that goes deeper, is not counted, and that is said."""
+    shown = " ".join(" ".join(lines_of(replace(EVALUATION, mode="recompute"))).split())
+    assert "layers are counted up to a token's exit" in shown
+    assert "layers are counted" not in " ".join(lines_of(EVALUATION))
 
 
 def test_report_says_where_and_fits() -> None:

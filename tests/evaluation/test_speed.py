@@ -10,6 +10,7 @@ import struct
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from consistentee.evaluation.speed import (
     SpeedResults,
     exit_distribution_shares,
     fixed_exit_layers,
+    latencies,
     random_token_ids,
 )
 from consistentee.evaluation.speed_classification import (
@@ -143,7 +145,7 @@ def test_rows_of_the_report_belong_together(report: SpeedResults[ClassificationS
         assert row.mean_exit_layer == pytest.approx(2.5 if row.name in with_exits else LAYERS, abs=0.05)
         low, high = row.wall_clock_speedup_quartiles
         assert low <= row.wall_clock_speedup <= high
-        assert (row.efficiency is None) == (row.name not in with_exits)
+        assert (row.efficiency is None) == (row.name != "engine")  # the graph runs elsewhere than full depth
         assert 0 <= row.padding_share < 1
         assert row.peak_memory_mb is None
         assert row.instances_per_second > 0
@@ -159,6 +161,19 @@ def test_rows_of_the_report_belong_together(report: SpeedResults[ClassificationS
     positions = sum(width * min(8, 70 - 8 * i) for i, width in enumerate(widths))
     real = sum(len(row["input_ids"]) for row in ROWS)
     assert rows["transformers", 8].padding_share == pytest.approx(1 - real / positions)
+
+
+def test_the_graph_has_an_efficiency_beside_its_own_runtime_alone() -> None:
+    """Against the engine's full depth on torch it would be above 1, and say nothing of exits."""
+    outputs = [([], [], [1, 1, 1, 1]), ([], [], [3, 3, 3, 3])]
+    seconds = {"engine-full-depth": [[2.0, 2.0]], "transformers": [[4.0, 4.0]], "onnx-graph": [[1.25, 1.25]]}
+    for name, wanted in (("torch", None), ("onnxruntime", 0.8)):
+        backend = SimpleNamespace(name=name, num_layers=4, dtype="float32")
+        engine: Any = SimpleNamespace(backend=backend, saved=SimpleNamespace(model=None))
+        batches = speed_classification._Batches(engine, ROWS[:8], 4)
+        row = batches._row("onnx-graph", outputs, seconds, None)
+        assert (row.layer_speedup, row.wall_clock_speedup, row.efficiency) == (2.0, 1.6, wanted)
+        assert (row.latency_ms_p50, row.mode) == (1250.0, "latency")
 
 
 def test_a_plain_model_has_no_exits_to_measure(saved: LoadedClassifier) -> None:
@@ -250,6 +265,13 @@ def test_a_time_to_keep_to(saved: LoadedClassifier) -> None:
         (8, 70, 3),
         (None, 70, 3),
     }
+
+
+def test_latencies_are_of_whole_batches() -> None:
+    taken = [[0.25, 0.5, 0.125], [0.5, 0.25, 0.125]]
+    assert latencies(taken, 20, 8) == (375.0, 500.0)  # the third holds the 4 rows that are left over
+    assert latencies(taken, 24, 8)[0] == 250.0
+    assert latencies([[0.125], [0.375]], 4, 8)[0] == 250.0  # there is no whole one
 
 
 def test_ratios_are_paired_by_repetition() -> None:

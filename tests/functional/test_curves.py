@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ from consistentee.functional.curves import (
     curve_of_thresholds,
     curve_score,
     depth_thresholds,
+    effect_error,
     layers_saved,
     score_standard_error,
     threshold_within,
@@ -27,7 +30,7 @@ from consistentee.functional.curves import (
     trade_off_curve,
 )
 from consistentee.functional.exits import choose_exit_layer
-from consistentee.functional.metrics import macro_f1
+from consistentee.functional.metrics import effects_of_changes, macro_f1
 from consistentee.functional.signals import confidence_scores, static_scores
 from tiny import random_signals
 
@@ -290,11 +293,32 @@ def test_a_margin_takes_the_loss_to_be_higher_by_its_standard_errors(lost, won, 
     def quality(exit_layer: torch.Tensor) -> float:
         return float(correct.gather(1, exit_layer[:, None] - 1).float().mean())
 
-    with_metric = threshold_within(
-        points, scores, correct, "policy", max_loss=0.0, margin=0.5, quality=quality
-    )
-    assert with_metric == chosen
+    def effects(exit_layer: torch.Tensor) -> torch.Tensor:
+        differ = correct.gather(1, exit_layer[:, None] - 1).squeeze(1) != correct[:, -1]
+        return torch.full((int(differ.sum()),), 1 / rows)
+
+    how: dict[str, Any] = {"max_loss": 0.0, "margin": 0.5, "quality": quality}
+    assert threshold_within(points, scores, correct, "policy", **how) == chosen
+    assert threshold_within(points, scores, correct, "policy", **how, effects=effects) == chosen
     assert threshold_within(points, scores, correct, "policy", max_loss=0.0) == (0.0 if won >= lost else 1.0)
+
+
+def test_the_error_of_another_quality_is_that_of_what_it_loses():
+    """Of a rare class a row in a thousand moves macro F1 by points: the spread over samples says by how much."""
+    generator = np.random.default_rng(0)
+    labels = (generator.random(100_000) < 0.03).astype(int)
+    last = np.where(labels == 1, generator.random(len(labels)) < 0.5, generator.random(len(labels)) < 0.005)
+    exits = last & (generator.random(len(labels)) > 0.15)
+    exits |= (labels == 1) & (generator.random(len(labels)) < 0.03)
+    losses, errors = [], []
+    for _ in range(200):
+        rows = generator.integers(len(labels), size=1000)
+        drawn = (exits[rows].astype(int), last[rows].astype(int), labels[rows])
+        losses.append(macro_f1(drawn[1], drawn[2]) - macro_f1(drawn[0], drawn[2]))
+        errors.append(effect_error(torch.from_numpy(effects_of_changes("macro_f1", *drawn))))
+    spread = float(np.std(losses))
+    assert spread > 0.01
+    assert 0.4 * spread < float(np.mean(errors)) < 1.2 * spread  # the root that is taken is a shy one
 
 
 @pytest.mark.parametrize("rows, loss", [(200, 0.005), (1000, 0.005), (100, 0.01), (1000, 0.01), (500, 0.02)])

@@ -13,6 +13,7 @@ from consistentee.functional.metrics import (
     accuracy,
     check_threshold_metric,
     compute_metrics,
+    effects_of_changes,
     f1,
     macro_f1,
     matthews,
@@ -77,6 +78,19 @@ def test_the_metric_of_thresholds_must_fit_the_classes() -> None:
         check_threshold_metric("f1", 3)
     assert check_threshold_metric("f1", 2) == "f1"
     assert check_threshold_metric("macro_f1", 3) == "macro_f1"
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_effects_are_those_of_one_row_after_another(name: str) -> None:
+    generator = np.random.default_rng(0)
+    predictions, others, labels = generator.integers(2, size=(3, 40))
+    expected = []
+    for row in np.flatnonzero(predictions != others):
+        without = predictions.copy()
+        without[row] = others[row]
+        expected.append(METRICS[name](predictions, labels) - METRICS[name](without, labels))
+    assert effects_of_changes(name, predictions, others, labels) == pytest.approx(expected)
+    assert len(effects_of_changes(name, labels, labels, labels)) == 0
 
 
 def test_compute_metrics_keeps_the_order_and_takes_tensors() -> None:

@@ -154,6 +154,33 @@ def test_the_other_threshold_is_one_that_was_measured() -> None:
     assert "| 0 | 0.81 | 0.00 | 1.50x |" in card
 
 
+def test_thresholds_next_to_1_are_not_shown_as_1() -> None:
+    points = [
+        {
+            "max_loss": 0.0,
+            "threshold": 0.9999997,
+            "accuracy": 0.9,
+            "mean_exit_layer": 3.0,
+            "layer_speedup": 1.2,
+        },
+        {
+            "max_loss": 0.01,
+            "threshold": 0.99998,
+            "accuracy": 0.9,
+            "mean_exit_layer": 2.0,
+            "layer_speedup": 1.5,
+        },
+    ]
+    by_rule = {"confidence": {"threshold": 0.9999997, "accuracy": 0.9, "mean_exit_layer": 3.0}}
+    validation = {"full_depth_accuracy": 0.9, "criteria": by_rule, "tolerances": {"confidence": points}}
+    record = {**RECORD, "thresholds": {"confidence": 0.9999997}, "validation": validation}
+    card = model_card(record, {"criterion": "confidence", "threshold": 0.9999997})
+    assert "| 0 | 0.9999997 | 0.00 | 1.20x |" in card
+    assert "| confidence | 0.9999997 | 90.0 % | 3.00 |" in card
+    assert "by exit rule: confidence 0.9999997." in card
+    assert "threshold=0.99998)" in card
+
+
 def test_what_validation_measured_has_its_name() -> None:
     criteria = {"policy": {"threshold": 0.5, "accuracy": 0.9, "mean_exit_layer": 2.0}}
     record = {"backbone": "user/sentiment", "validation": {"accuracy": 0.9, "criteria": criteria}}

@@ -21,6 +21,7 @@ from consistentee.data.rows import TextDataset
 from consistentee.data.sketches import seen_share
 from consistentee.errors import MissingExtraError
 from consistentee.functional.criteria import CRITERIA
+from consistentee.functional.curves import effect_error, loss_error
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models import record as saved
 from consistentee.models.sequence_classification import (
@@ -252,6 +253,28 @@ def test_a_metric_for_two_classes_is_refused_for_three_before_the_work(
             config=quick_config(threshold_metric="f1"),
         )
     assert not (tmp_path / "m").exists()
+
+
+def test_another_metric_of_thresholds_has_errors_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A margin in standard errors is one in those of the metric: a rare class's rows weigh more than one in all."""
+    labels = (torch.arange(100) < 10).long()
+    logits = torch.zeros(100, 2, 2)
+    logits[:, 0, 0] = 1.0  # the first layer never says the rare class
+    logits[torch.arange(100), 1, labels] = 1.0
+    states = LayerStates(logits, logits, torch.zeros(100, 2), labels)
+    found: dict[str, Any] = {}
+    for metric in ("accuracy", "macro_f1"):
+        task = ClassificationTraining(quick_config(threshold_metric=metric), tiny_dataset(50))
+        monkeypatch.setattr(task, "_learnt", lambda run, description: (None, states))
+        found[metric] = task.policy_data(cast(Any, None), "")
+    assert (found["accuracy"].quality, found["accuracy"].effects) == (None, None)
+    exit_layer = torch.ones(100, dtype=torch.int64)
+    assert found["macro_f1"].quality(exit_layer) == pytest.approx(180 / 190 / 2)
+    effects = found["macro_f1"].effects(exit_layer)
+    one_found = (180 / 189 + 2 / 11) / 2
+    assert effects.tolist() == pytest.approx([180 / 190 / 2 - one_found] * 10)
+    assert effect_error(effects) > 9 * loss_error(10, 100)
+    assert len(found["macro_f1"].effects(2 * exit_layer)) == 0
 
 
 @pytest.mark.parametrize("consistent_epochs", [0.0, 0.4, 0.6])

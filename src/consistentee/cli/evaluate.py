@@ -166,7 +166,7 @@ def evaluate_classifier(
     if clock is not None:
         from consistentee.evaluation.layer_times import clock_of, times_on
 
-        times = times_on(saved, rows.texts, batch_size=clock, progress=True)
+        times = times_on(saved, rows.texts, batch_size=clock, criterion=evaluation.criterion, progress=True)
         has_exit = saved.model.config.has_exit
         timed = clock_of(evaluation, times, states[0].exit_scores, has_exit)
         evaluation = replace(evaluation, clock=timed)

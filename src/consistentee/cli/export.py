@@ -64,6 +64,7 @@ def export_command(
         raise UsageError(f"{given} goes with --calibration-file.")
     if npm is not None and file_format != "web":
         raise UsageError("--npm goes with --format web.")
+    from consistentee.functional.criteria import digits
     from consistentee.pipelines.export import export_onnx, require_replaceable
     from consistentee.serving.web_folder import export_web
 
@@ -92,7 +93,7 @@ def export_command(
         portable=portable,
         compare_texts=texts,
     )
-    rule = "no exits" if found.criterion is None else f"{found.criterion} > {found.threshold:.4g}"
+    rule = "no exits" if found.criterion is None else f"{found.criterion} > {digits(found.threshold)}"
     say(f"Written to {output}: model.onnx ({found.megabytes:.0f} MB, {precision}, opset {opset}, {rule}).")
     if found.compared:
         say(

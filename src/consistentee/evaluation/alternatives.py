@@ -23,6 +23,7 @@ from consistentee.evaluation.speed import (
     Seconds,
     SpeedResults,
     Steps,
+    latencies,
     measure_in_turn,
     median_seconds,
     shared_metrics,
@@ -92,6 +93,8 @@ class AlternativeRow(ClassificationSpeedRow):
     Args:
         model: short name of the model.
         has_exits: whether rows can exit early.
+        mean_exit_layer, layer_speedup: of all rows, as accuracy is.
+        efficiency: wall-clock speed-up over the layer speed-up of the rows that were timed.
         milliseconds: of an input among others of its batch, median of the repetitions.
         accuracy: share of all labelled rows that are right; None without labels.
         accuracy_difference: to plain `transformers`, from the same rows; None without labels.
@@ -354,8 +357,12 @@ def _row(
     padded = sum(
         width * len(lengths[place * size : (place + 1) * size]) for place, width in enumerate(widest)
     )
-    batches = [1000 * value for repetition in seconds[way.name] for value in repetition]
+    p50, p95 = latencies(seconds[way.name], count, size)
     shared = shared_metrics(way.name, float(layers.mean()), way.num_hidden_layers, seconds, memory)
+    if shared["efficiency"] is not None:  # time saved over layers saved is of the same rows
+        shared["efficiency"] = (
+            shared["wall_clock_speedup"] * float(layers[:count].mean()) / way.num_hidden_layers
+        )
     right: dict[str, Any] = dict.fromkeys(
         ("accuracy", "accuracy_difference", "accuracy_difference_error"), None
     )
@@ -373,8 +380,8 @@ def _row(
         batch_size=size,
         backend=way.backend,
         dtype=way.dtype,
-        latency_ms_p50=float(np.percentile(batches, 50)),
-        latency_ms_p95=float(np.percentile(batches, 95)),
+        latency_ms_p50=p50,
+        latency_ms_p95=p95,
         instances_per_second=count / median_seconds(seconds[way.name]),
         padding_share=0.0 if way.backend == "torch" else 1 - sum(lengths) / padded,
         rows=count,

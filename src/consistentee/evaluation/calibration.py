@@ -33,7 +33,7 @@ from consistentee.evaluation.classification import class_columns, predict_classe
 from consistentee.evaluation.layer_times import LayerTimes, times_on
 from consistentee.functional.bounds import smallest_certifiable_rows
 from consistentee.functional.certificates import Certified, bound_at, certify, threshold_for_speedup
-from consistentee.functional.criteria import exit_scores
+from consistentee.functional.criteria import digits, exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedClassifier
@@ -283,7 +283,14 @@ def calibrate_model(
         answers=answers,
         times=None
         if clock_batch_size is None
-        else times_on(saved, dataset.texts, batch_size=clock_batch_size, backend=backend, progress=progress),
+        else times_on(
+            saved,
+            dataset.texts,
+            batch_size=clock_batch_size,
+            criterion=rule,
+            backend=backend,
+            progress=progress,
+        ),
         has_exit=model.config.has_exit,
     )
     return replace(
@@ -390,11 +397,6 @@ NO_PROMISE = (
     "It holds on average, for rows drawn as these were. It promises nothing for a single input, for one class, for "
     "inputs that have changed since, for another dtype, or if something was chosen on these rows."
 )
-
-
-def digits(threshold: float) -> str:
-    """A threshold with as many digits as tell it from 1, at least four."""
-    return f"{threshold:.4g}" if not 0.999 < threshold < 1 else f"{threshold:.7g}"
 
 
 def _losses(goal: str, count: float) -> str:

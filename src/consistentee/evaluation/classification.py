@@ -20,7 +20,7 @@ from consistentee.data.rows import TextDataset
 from consistentee.data.tasks import TASKS, ClassificationTask
 from consistentee.data.tokenization import tokenize
 from consistentee.evaluation.results import BASELINE, Evaluation, OtherCriterion, Reference, depth_metrics
-from consistentee.functional.criteria import check_threshold, exit_scores
+from consistentee.functional.criteria import check_threshold, digits, exit_scores
 from consistentee.functional.curves import CurvePoint, trade_off_curve
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.functional.metrics import compute_metrics
@@ -250,7 +250,7 @@ def _reference_name(reference: LoadedClassifier) -> str:
     if not isinstance(reference.model, EarlyExitForSequenceClassification):
         return BASELINE
     criterion, threshold = reference.exit_rule()
-    return f"early-exit model, {criterion} > {threshold:.4g}"
+    return f"early-exit model, {criterion} > {digits(threshold)}"
 
 
 def predict_classes(

@@ -140,7 +140,9 @@ def choose_exit_layers(
         )
     whole = with_exit_layers(saved, None)
     rule = criterion or whole.early_exit_model.config.criterion
-    times = times_on(saved, rows.texts, batch_size=batch_size, backend=backend, progress=progress)
+    times = times_on(
+        saved, rows.texts, batch_size=batch_size, criterion=rule, backend=backend, progress=progress
+    )
     states, _ = run_layers(whole, rows, keep_pooled=True, description="choosing exits" if progress else None)
     subsets = _Subsets(
         whole, states, rule, goal, target, confidence, times, class_columns(whole, rows.label_names)

@@ -30,7 +30,7 @@ from consistentee.evaluation.teacher_forcing import (
     teacher_forced_exits,
 )
 from consistentee.evaluation.text_metrics import text_metrics
-from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.functional.criteria import EXIT_CRITERIA, digits
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.decoding_options import DecodingOptions
@@ -64,10 +64,10 @@ def evaluate_generation(
     """Evaluate a saved generator on prompts with references.
 
     Texts are generated greedily. Perplexity and token accuracy are of the references' tokens, each predicted from the
-    true ones before it at the layer where it exits, with states copied as in decoding. The curves are exact: as copied
-    states change with the exits, every threshold has a pass of its own. Their thresholds are equally spaced in depth by
-    the exit scores of one full-depth pass; the chosen threshold and, of another criterion, the one at which its tokens
-    exit at the depth of the first criterion, are among them.
+    true ones before it at the layer where it exits, with skipped states copied or recomputed as in decoding. The curves
+    are exact: as copied states change with the exits, every threshold has a pass of its own. Their thresholds are
+    equally spaced in depth by the exit scores of one full-depth pass; the chosen threshold and, of another criterion,
+    the one at which its tokens exit at the depth of the first criterion, are among them.
 
     Args:
         saved: the model, from `load_model`.
@@ -119,7 +119,14 @@ def evaluate_generation(
     references = reference_rows(saved, rows)
     whole = f"prompts with their references were longer than {saved.max_length} tokens"
     say_cuts(references.num_truncated, len(references), whole, LONGER_TRAINING)
-    passes = ReferencePasses(saved, references, batch_size=batch_size, progress=progress, seed=seed)
+    passes = ReferencePasses(
+        saved,
+        references,
+        skipped_states=skipped_states if mode == "early-exit" else "copy",
+        batch_size=batch_size,
+        progress=progress,
+        seed=seed,
+    )
     depths = [depth / speedup for speedup in text_speedups]
     dialled = _without([passes.threshold_for_depth(criterion, aim) for aim in depths], limit)
     curve = passes.curve(criterion, [limit, *dialled], curve_thresholds)
@@ -201,7 +208,9 @@ def _reference_name(reference: LoadedGenerator) -> str:
     criterion, threshold = reference.exit_rule_of_mode(mode)
     if mode == "full":
         return "early-exit model, all layers"
-    return f"early-exit model, {criterion} > {threshold:.4g}" + (", lossless" if mode == "lossless" else "")
+    return f"early-exit model, {criterion} > {digits(threshold)}" + (
+        ", lossless" if mode == "lossless" else ""
+    )
 
 
 class _Texts:
@@ -265,7 +274,7 @@ class _Texts:
         encoded, _ = self._encode(reference, generator)
         written = list(self._bar(self._run(generator, encoded, options), "reference"))
         point = self._point(written, reference, mode, criterion, threshold)
-        max_length = min(self._saved.max_length, reference.max_length)
+        max_length = min(self._saved.max_length, reference.context_length)  # the same tokens as ours
         tokens = reference_rows(reference, rows, given, max_length)
         bar = "reference, its perplexity" if self._progress else None
         if mode == "early-exit":
@@ -274,6 +283,7 @@ class _Texts:
                 tokens,
                 criterion=criterion,
                 threshold=threshold,
+                skipped_states=reference.early_exit_model.config.skipped_states,
                 batch_size=self._batch_size,
                 description=bar,
             )

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from consistentee import __version__
-from consistentee.evaluation.calibration import digits
 from consistentee.evaluation.svg_charts import BarBox, mini_bars
+from consistentee.functional.criteria import digits
 from consistentee.serving.html_theme import content_policy, with_theme
 
 GENERATOR = "consistentee report"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from consistentee.config import ClassificationTrainingConfig, RetrofitConfig
-from consistentee.evaluation.calibration import digits
 from consistentee.evaluation.exit_report import ExitReport, score_range
 from consistentee.evaluation.html_page import percent, render_page, shown
 from consistentee.evaluation.plots import USEFUL
@@ -28,6 +27,7 @@ from consistentee.evaluation.svg_charts import (
     layer_chart,
     trade_off_chart,
 )
+from consistentee.functional.criteria import digits
 from consistentee.functional.recall import ClassRecall, recall_warnings
 from consistentee.models.loaded import LoadedClassifier
 

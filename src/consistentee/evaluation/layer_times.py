@@ -72,6 +72,7 @@ def measure_layer_times(
     rows: Sequence[TokenRow],
     *,
     batch_size: int,
+    criterion: str = "policy",
     repeats: int = TIMED_REPEATS,
     tick: Callable[[], object] = lambda: None,
 ) -> LayerTimes:
@@ -84,6 +85,7 @@ def measure_layer_times(
         engine: of a model with exits on all layers.
         rows: tokenized, whole batches of them count.
         batch_size: inputs that start together.
+        criterion: by whose scores it is decided who exits.
         repeats: timed repetitions.
         tick: called after every pass.
 
@@ -104,8 +106,8 @@ def measure_layer_times(
         return [partial(engine.run, batch, batch_size=batch_size, rule=rule) for batch in batches]
 
     work = {
-        "first": steps(ExitRule.fixed([1] * batch_size)),
-        "last": steps(ExitRule.fixed([depth] * batch_size)),
+        "first": steps(ExitRule.fixed([1] * batch_size, criterion)),
+        "last": steps(ExitRule.fixed([depth] * batch_size, criterion)),
         "without": steps(ExitRule.full_depth()),
     }
     with torch.inference_mode():
@@ -121,6 +123,7 @@ def times_on(
     texts: Sequence[tuple[str, ...]],
     *,
     batch_size: int,
+    criterion: str | None = None,
     backend: str = "torch",
     progress: bool = False,
 ) -> LayerTimes:
@@ -130,6 +133,7 @@ def times_on(
         saved: a model with exits, on all layers or on some.
         texts: `TIMED_ROWS` of them, or one batch where that is more.
         batch_size: inputs that start together.
+        criterion: by whose scores it is decided who exits; None takes the saved one.
         backend: of the engine.
         progress: whether to show how far it is.
 
@@ -141,7 +145,11 @@ def times_on(
     title, passes = "timing layers and exits", 3 * (TIMED_REPEATS + 1)
     with show_progress(title, passes, unit="run", shown=progress) as shower:
         return measure_layer_times(
-            Engine(whole, backend=backend), encoded, batch_size=batch_size, tick=shower.update
+            Engine(whole, backend=backend),
+            encoded,
+            batch_size=batch_size,
+            criterion=criterion or whole.early_exit_model.config.criterion,
+            tick=shower.update,
         )
 
 
@@ -155,7 +163,7 @@ def clock_of(
 
     Args:
         evaluation: of a classifier.
-        times: what layers and exits cost.
+        times: what layers and exits cost, by the criterion that is reported; exits by others are taken to cost as much.
         exit_scores: gives the scores, (rows, layers), of a criterion on the rows that were evaluated.
         has_exit: (layers,), which layers of the model have an exit.
     """

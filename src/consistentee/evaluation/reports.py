@@ -13,12 +13,14 @@ from rich.text import Text
 from consistentee.evaluation.results import (
     BASELINE,
     LAST_LAYER,
+    MODE_NOTES,
     AgreementEvaluation,
     Evaluation,
     GeneratedPoint,
     GenerationEvaluation,
     GenerationPoint,
 )
+from consistentee.functional.criteria import digits
 from consistentee.functional.curves import SUM_ERROR
 from consistentee.functional.recall import recall_warnings
 
@@ -35,11 +37,6 @@ METRIC_TITLES = {
     "bleu": "BLEU",
     "bertscore": "BERT-\nScore",
 }
-
-LOSSLESS_NOTE = (
-    " Lossless: all layers verified every token; drafted: the share of the tokens that came from exits, kept: the "
-    "share of the verified drafts that stayed."
-)
 
 
 def evaluation_tables(evaluation: Evaluation | AgreementEvaluation | GenerationEvaluation) -> RenderableType:
@@ -95,7 +92,7 @@ def _table(names: Sequence[str], *, left: int = 0, **options: Any) -> Table:
 
 
 def _title(criterion: str, threshold: float) -> str:
-    return f"{criterion} > {threshold:.4g}"
+    return f"{criterion} > {digits(threshold)}"
 
 
 def _depth(mean_exit_layer: float, depth: int) -> tuple[str, str, str]:
@@ -344,7 +341,7 @@ def _note(evaluation: GenerationEvaluation) -> str:
         f"{evaluation.num_examples:,} prompts, at most {evaluation.max_new_tokens} new tokens, batch size "
         f"{evaluation.batch_size}, mode {evaluation.mode}; {evaluation.num_tokens:,} tokens generated. ROUGE and the "
         "scores beside it x 100. Token accuracy and perplexity: on the references, at the same threshold."
-        + (LOSSLESS_NOTE if evaluation.mode == "lossless" else "")
+        + MODE_NOTES.get(evaluation.mode, "")
         + (f"\n{', '.join(where)}." if where else "")
     )
 

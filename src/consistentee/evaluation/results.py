@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 BASELINE, LAST_LAYER = "plain model", "last layer, no exits"
 """What tables and pictures call a reference without exits, and the model itself with every exit at the last layer."""
 
+MODE_NOTES = {
+    "lossless": " Lossless: all layers verified every token; drafted: the share of the tokens that came from exits, "
+    "kept: the share of the verified drafts that stayed.",
+    "recompute": " Recompute: layers are counted up to a token's exit; those above it run later, beside a token that "
+    "goes deeper, and are not counted.",
+}
+"""What tables say of ways to generate."""
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -24,7 +32,8 @@ class Clock:
 
     Args:
         batch_size: inputs that start together.
-        start_ms, layer_ms, exit_ms: before the first layer and after the last; of a layer; of an exit.
+        start_ms, layer_ms, exit_ms: before the first layer and after the last; of a layer; of an exit by the reported
+            criterion, as much as which those by others are taken to cost.
         full_depth_ms: of an input of the model without early exits.
         milliseconds: at the reported threshold.
         others: at the other criteria's own thresholds, where these are known.
@@ -227,7 +236,8 @@ class GeneratedPoint:
         criterion: the exit criterion.
         threshold: a token exits at the first layer whose exit score exceeds it.
         metrics: name to value, in [0, 1]: what `text_metrics` gives; other metrics beside them are kept.
-        mean_exit_layer: mean number of layers executed for a token: in mode `lossless` all of them.
+        mean_exit_layer: mean number of layers executed for a token: in mode `lossless` all of them, in `recompute`
+            those up to its exit, though those above run later beside tokens that go deeper.
         layer_speedup: layers over mean exit layer.
         tokens_per_second: generated tokens over wall-clock seconds.
         num_tokens: generated tokens.

@@ -37,7 +37,8 @@ class SpeedRow:
         layer_speedup: layers of the model / mean exit layer.
         wall_clock_speedup: against `engine-full-depth`, median of the repetitions' ratios.
         wall_clock_speedup_quartiles: first and third quartile of the same.
-        efficiency: wall_clock_speedup / layer_speedup, of `engine` and `onnx-graph` only.
+        efficiency: wall_clock_speedup / layer_speedup, of `engine`, and of `onnx-graph` beside an engine on ONNX
+            Runtime: else it would tell runtimes apart, not exits. None of others.
         speedup_over_transformers: likewise against `transformers`.
         peak_memory_mb: of the device, on a GPU; None on CPU, where one process holds all competitors.
         repeats: timed repetitions.
@@ -194,7 +195,7 @@ def shared_metrics(
         "layer_speedup": layer_speedup,
         "wall_clock_speedup": ratio,
         "wall_clock_speedup_quartiles": (first, third),
-        "efficiency": ratio / layer_speedup if name in ("engine", "onnx-graph") else None,
+        "efficiency": ratio / layer_speedup if name == "engine" else None,
         "speedup_over_transformers": paired_ratio(seconds["transformers"], taken)[0],
         "peak_memory_mb": memory,
         "repeats": len(taken),
@@ -204,6 +205,25 @@ def shared_metrics(
 def median_seconds(taken: Sequence[Sequence[float]]) -> float:
     """Of a repetition, all its steps together."""
     return statistics.median(sum(repetition) for repetition in taken)
+
+
+def latencies(taken: Sequence[Sequence[float]], rows: int, batch_size: int) -> tuple[float, float]:
+    """Median and 95th percentile of the milliseconds of a batch, over all repetitions.
+
+    Rows that are left over for a smaller batch at the end do not count, unless there is no whole one.
+
+    Args:
+        taken: seconds of each batch, (repeats, batches).
+        rows: in all batches.
+        batch_size: of a whole one.
+
+    Example:
+        >>> latencies([[0.25, 0.125], [0.25, 0.125]], rows=192, batch_size=128)
+        (250.0, 250.0)
+    """
+    whole = rows // batch_size or None
+    median, high = np.percentile([1000 * value for each in taken for value in each[:whole]], [50, 95])
+    return float(median), float(high)
 
 
 def rounded_shares(shares: Sequence[float] | None) -> str | list[float]:

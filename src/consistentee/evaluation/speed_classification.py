@@ -28,6 +28,7 @@ from consistentee.evaluation.speed import (
     SpeedRow,
     Steps,
     fixed_exit_layers,
+    latencies,
     measure_in_turn,
     median_seconds,
     random_token_ids,
@@ -79,7 +80,7 @@ class ClassificationSpeedRow(SpeedRow):
             as `consistentee export` writes it).
         mode: `latency` or `throughput`.
         backend: what ran the layers.
-        latency_ms_p50, latency_ms_p95: of one batch; None in throughput mode.
+        latency_ms_p50, latency_ms_p95: of one whole batch; None in throughput mode.
         instances_per_second: median over the repetitions.
         padding_share: of the token positions that linear maps compute, in [0, 1).
         rows: that were measured.
@@ -335,7 +336,7 @@ class _Batches:
     def _row(
         self, name: str, outputs: list[Any], seconds: Seconds, memory: float | None
     ) -> ClassificationSpeedRow:
-        is_ours, in_batches = name.startswith("engine"), self.batch_size is not None
+        is_ours = name.startswith("engine")
         backend, dtype = name, str(storage_dtype(self.backend.dtype)).removeprefix("torch.")
         mean_exit_layer, padding = float(self.backend.num_layers), self._arrival_padding()
         if is_ours:
@@ -345,15 +346,20 @@ class _Batches:
         if name == "onnx-graph":
             backend, dtype = "onnxruntime", "float32"
             mean_exit_layer = statistics.mean(layer for *_, layers in outputs for layer in layers)
-        batches = [1000 * value for repetition in seconds[name] for value in repetition]
+        p50, p95 = None, None
+        if self.batch_size is not None:
+            p50, p95 = latencies(seconds[name], len(self.rows), self.batch_size)
+        shared = shared_metrics(name, mean_exit_layer, self.backend.num_layers, seconds, memory)
+        if name == "onnx-graph" and self.backend.name == backend:
+            shared["efficiency"] = shared["wall_clock_speedup"] / shared["layer_speedup"]
         return ClassificationSpeedRow(
-            **shared_metrics(name, mean_exit_layer, self.backend.num_layers, seconds, memory),
-            mode="latency" if in_batches else "throughput",
+            **shared,
+            mode="throughput" if self.batch_size is None else "latency",
             batch_size=self.batch_size,
             backend=backend,
             dtype=dtype,
-            latency_ms_p50=float(np.percentile(batches, 50)) if in_batches else None,
-            latency_ms_p95=float(np.percentile(batches, 95)) if in_batches else None,
+            latency_ms_p50=p50,
+            latency_ms_p95=p95,
             instances_per_second=len(self.rows) / median_seconds(seconds[name]),
             padding_share=padding,
             rows=len(self.rows),

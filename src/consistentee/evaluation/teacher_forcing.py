@@ -1,7 +1,7 @@
 """Teacher forcing under exits: references run with an exit criterion, all their tokens at once.
 
-Every token is predicted from the true ones before it. Tokens exit exactly as in decoding with copied states: prompts
-stay to the last layer, and a token that exited keeps its state through the layers above.
+Every token is predicted from the true ones before it. Tokens exit exactly as in decoding: prompts stay to the last
+layer, and a token that exited keeps its state through the layers above, or goes on where skipped states are recomputed.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def teacher_forced_exits(
     *,
     criterion: str | None,
     threshold: float = math.inf,
+    skipped_states: str = "copy",
     batch_size: int = 8,
     description: str | None = None,
 ) -> TeacherForcedTokens:
@@ -117,6 +118,7 @@ def teacher_forced_exits(
         rows: prompts with responses.
         criterion: exit rule; None for all layers.
         threshold: a token exits at the first layer whose exit score exceeds it.
+        skipped_states: `copy` or `recompute`, as in decoding.
         batch_size: rows per step; does not change the result.
         description: of a progress bar; None for none.
 
@@ -132,7 +134,9 @@ def teacher_forced_exits(
     for input_ids, mask, labels, predicts in _batches(saved, rows, batch_size, description):
         may_leave = _may_leave(model, predicts)
         decide = _decider(model, criterion, threshold, may_leave)
-        normed, exit_layer = model.exit_pass(input_ids, mask, may_leave, decide)
+        normed, exit_layer = model.exit_pass(
+            input_ids, mask, may_leave, decide, skipped_states=skipped_states
+        )
         targets = labels.roll(-1, 1)[predicts]  # (tokens,): position t predicts token t + 1
         states, layers = normed[predicts], exit_layer[predicts]
         for start in range(0, len(states), LOGIT_ROWS):
@@ -210,6 +214,7 @@ class ReferencePasses:
     Args:
         saved: a model with exits.
         rows: prompts with references.
+        skipped_states: `copy` or `recompute`.
         batch_size: rows per step.
         progress: whether to show how far each pass is.
         seed: of the rows whose scores are looked at.
@@ -220,11 +225,13 @@ class ReferencePasses:
         saved: LoadedGenerator,
         rows: TokenizedPrompts,
         *,
+        skipped_states: str = "copy",
         batch_size: int = 8,
         progress: bool = False,
         seed: int = 0,
     ) -> None:
         self._saved, self._rows, self._batch_size = saved, rows, batch_size
+        self._skipped_states = skipped_states
         self._progress, self._seed = progress, seed
         self._scores: dict[str, Tensor] = {}
         self._known: dict[tuple[str, float], TeacherForcedTokens] = {}
@@ -306,6 +313,7 @@ class ReferencePasses:
             self._rows,
             criterion=criterion,
             threshold=threshold,
+            skipped_states=self._skipped_states,
             batch_size=self._batch_size,
             description=self._title(title),
         )

@@ -330,6 +330,18 @@ def _not_fitted(criterion: str) -> str:
     )
 
 
+def digits(threshold: float, count: int = 4) -> str:
+    """A threshold as shown: with so many digits, and near 1 with as many as tell it from 1, where nobody exits early.
+
+    Example:
+        >>> digits(0.83215), digits(0.999983), digits(1 - 2**-25), digits(1.0)
+        ('0.8321', '0.999983', '0.99999997', '1')
+    """
+    if 0.999 < threshold < 1:
+        count = 7 if threshold < 0.9999999 else 9
+    return f"{threshold:.{count}g}"
+
+
 def check_threshold(threshold: float, criterion: str = "policy", task: str | None = None) -> float:
     """Return the threshold as a float, or raise if the criterion cannot use it.
 

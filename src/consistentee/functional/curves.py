@@ -242,15 +242,23 @@ def threshold_within(
     max_loss: float,
     margin: float = 0.0,
     quality: Callable[[Tensor], float] | None = None,
+    effects: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """The threshold with the fewest layers that loses no more quality than allowed against the last layer.
 
     Args:
         max_loss: what may be lost, 0.01 for a point.
-        points, scores, correct, criterion, margin, quality: as of `thresholds_within`.
+        points, scores, correct, criterion, margin, quality, effects: as of `thresholds_within`.
     """
     return thresholds_within(
-        points, scores, correct, criterion, max_losses=(max_loss,), margin=margin, quality=quality
+        points,
+        scores,
+        correct,
+        criterion,
+        max_losses=(max_loss,),
+        margin=margin,
+        quality=quality,
+        effects=effects,
     )[0]
 
 
@@ -263,12 +271,13 @@ def thresholds_within(
     max_losses: Sequence[float],
     margin: float = 0.0,
     quality: Callable[[Tensor], float] | None = None,
+    effects: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float]:
     """The threshold with the fewest layers that loses no more quality than allowed, for each of some losses.
 
     With a `margin` the loss that instances show is taken to be higher by so many of its standard errors: the fewer
-    instances, the shyer the threshold. The error (`loss_error`) vanishes where exits change nothing, so that full depth
-    always qualifies.
+    instances, the shyer the threshold. The error (`loss_error`, of another quality `effect_error`) vanishes where exits
+    change nothing, so that full depth always qualifies.
 
     Args:
         points: the curve of these scores.
@@ -277,6 +286,8 @@ def thresholds_within(
         max_losses: what may be lost against the last layer, 0.01 for a point.
         margin: standard errors of the loss to keep clear of it.
         quality: what an exit layer for every instance, (instances,) int64, is worth; None takes the accuracy.
+        effects: by how much each instance that exits change moves the quality, (changed,); None: one instance in all,
+            as of the accuracy.
     """
     smoothing = 1 if EXIT_CRITERIA[criterion].is_static else SMOOTHING
     best = float(correct[:, -1].double().mean())
@@ -288,7 +299,10 @@ def thresholds_within(
         if quality is not None or margin:
             exit_layer = choose_exit_layer(scores, point.threshold)
             value = value if quality is None else quality(exit_layer)
-            value -= margin * loss_error(changed_by_exits(exit_layer, correct), len(correct))
+            if effects is None:
+                value -= margin * loss_error(changed_by_exits(exit_layer, correct), len(correct))
+            elif margin:
+                value -= margin * effect_error(effects(exit_layer))
         qualities.append(value)
     return [choose_threshold(points, best - loss, qualities, smoothing=smoothing) for loss in max_losses]
 
@@ -306,6 +320,22 @@ def changed_by_exits(exit_layer: Tensor, correct: Tensor) -> int:
 def loss_error(changed: int, instances: int) -> float:
     """Standard error of the accuracy that exits lose, from `changed_by_exits`; 0 where exits change nothing."""
     return (math.sqrt(changed + 1) - 1) / instances
+
+
+def effect_error(effects: Tensor) -> float:
+    """Standard error of another quality that exits lose, from what each instance that they change moves it by.
+
+    Args:
+        effects: (changed,); of the accuracy all would be one instance in all, and this is `loss_error`.
+
+    Example:
+        >>> effect_error(torch.tensor([0.25, -0.25, 0.25])), loss_error(3, 4)
+        (0.25, 0.25)
+    """
+    moving = effects[effects != 0].double()
+    if not len(moving):
+        return 0.0
+    return float(moving.square().mean().sqrt()) * (math.sqrt(len(moving) + 1) - 1)
 
 
 def threshold_for_depth(scores: Tensor, mean_exit_layer: float, criterion: str) -> float:

@@ -90,6 +90,9 @@ def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
     return covariance / float(np.sqrt(spread))
 
 
+MOST_KINDS = 64
+"""Kinds of rows whose effect on a metric is asked for: each takes as long as the metric."""
+
 METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "accuracy": accuracy,
     "f1": f1,
@@ -138,6 +141,44 @@ def compute_metrics(names: Sequence[str], predictions: ArrayLike, labels: ArrayL
         {'accuracy': 0.75, 'f1': 0.8}
     """
     return {name: METRICS[name](predictions, labels) for name in check_metrics(names)}
+
+
+def effects_of_changes(
+    name: str, predictions: ArrayLike, others: ArrayLike, labels: ArrayLike
+) -> NDArray[np.float64]:
+    """By how much each row whose class differs from that of other predictions moves a metric.
+
+    Of more than `MOST_KINDS` kinds of such rows some stand for those that are like them in the label.
+
+    Args:
+        name: Name from METRICS.
+        predictions: (rows,) integer class indices.
+        others: (rows,) integer class indices.
+        labels: (rows,) integer class indices.
+
+    Returns:
+        (rows that differ,), the metric of the predictions less what it were with this row's other class.
+
+    Example:
+        >>> effects_of_changes("accuracy", [1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 0, 0])
+        array([-0.25, -0.25])
+    """
+    given, other, actual = np.asarray(predictions), np.asarray(others), np.asarray(labels)
+    changed = np.flatnonzero(given != other)
+    if not len(changed):
+        return np.empty(0)
+    whole = METRICS[name](given, actual)
+    # Rows that are alike in label and both classes move it alike.
+    alike = np.stack([actual, given, other])[:, changed]
+    _, first, kind = np.unique(alike, axis=1, return_index=True, return_inverse=True)
+    asked = np.unique(np.linspace(0, len(first) - 1, min(len(first), MOST_KINDS)).round().astype(int))
+    effects: list[float] = []
+    for row in changed[first[asked]]:
+        without = given.copy()
+        without[row] = other[row]
+        effects.append(whole - METRICS[name](without, actual))
+    nearest = np.searchsorted(asked, np.arange(len(first)))
+    return np.array(effects)[nearest][kind.reshape(-1)]
 
 
 def check_threshold_metric(name: str, num_classes: int) -> str:

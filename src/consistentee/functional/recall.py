@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from consistentee.functional.criteria import digits
+
 RARE_SHARE = 0.2
 """A class with fewer than this share of an even part of the rows is rare: below 10 % of two classes, 1 % of twenty."""
 
@@ -98,7 +100,7 @@ def recall_warnings(
     lines = [
         f'recall of class "{found.label}" ({found.num_examples:,} rows) falls from '
         f"{100 * (found.full_depth_recall or 0):.1f} % at full depth to {100 * (found.recall or 0):.1f} % at threshold "
-        f"{threshold:.4g}. {remedy}."
+        f"{digits(threshold)}. {remedy}."
         for found in fallen[:NAMED]
     ]
     if len(fallen) > NAMED:

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from consistentee.atomic_files import write_text
-from consistentee.functional.criteria import EXIT_CRITERIA
+from consistentee.functional.criteria import EXIT_CRITERIA, digits
 from consistentee.models.operating_points import (
     Points,
     read_operating_points,
@@ -113,9 +113,7 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         **({"model_name": name, "eval_results": results} if results else {}),
     )
     words = ("Early-exit" if exits else "Plain", "language model" if generates else "classifier")
-    rule = (
-        {**evaluation, "threshold": f"{evaluation['threshold']:.4g}"} if "threshold" in evaluation else None
-    )
+    rule = {**evaluation, "threshold": digits(evaluation["threshold"])} if "threshold" in evaluation else None
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
@@ -148,12 +146,12 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         by_rule=_table(("exit rule", "threshold", quality, "mean exit layer"), _by_rule(validation)),
         operating_points=_section(points) if points else "",
         pairs=(record.get("data") or {}).get("text_pairs"),
-        threshold=f"{other_threshold(criterion, threshold, [at['threshold'] for at in by_loss]):.4g}",
+        threshold=digits(other_threshold(criterion, threshold, [at["threshold"] for at in by_loss])),
         by_loss=_table(
             ("loss allowed, points", "threshold", "loss there", "layer speed-up"),
             _by_loss(by_loss, validation),
         ),
-        thresholds=", ".join(f"{name} {value:.4g}" for name, value in thresholds.items()),
+        thresholds=", ".join(f"{name} {digits(value)}" for name, value in thresholds.items()),
         training="\n".join(_training(record)),
     )
     return f"{card}\n"
@@ -172,7 +170,7 @@ def other_threshold(criterion: str, threshold: float, measured: Sequence[float] 
         (least,) = scale.whole(1)
         return threshold - 1 if threshold - 1 >= least else threshold + 1
     for other in reversed(measured):
-        if f"{other:.4g}" != f"{threshold:.4g}":
+        if digits(other) != digits(threshold):
             return other
     span = scale.high - scale.low
     return scale.low + (0.5 if threshold > scale.low + 0.6 * span else 0.9) * span
@@ -247,7 +245,7 @@ def _validated(validation: Mapping[str, Any], quality: str) -> TableRows:
 
 def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     return [
-        (name, f"{point['threshold']:.6g}", _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
+        (name, digits(point["threshold"], 6), _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
     ]
 
@@ -257,7 +255,7 @@ def _by_loss(points: Sequence[Mapping[str, Any]], validation: Mapping[str, Any])
     return [
         (
             f"{100 * at['max_loss']:g}",
-            f"{at['threshold']:.6g}",
+            digits(at["threshold"], 6),
             f"{100 * (validation['full_depth_accuracy'] - at['accuracy']):.2f}",
             f"{at['layer_speedup']:.2f}x",
         )
@@ -290,7 +288,7 @@ def _operating_point(name: str, point: Mapping[str, Any]) -> tuple[str, ...]:
             f"confidence {100 * proof['confidence']:g} %, {proof.get('date', 'no date')})"
         )
     speed = f"{proof['layer_speedup']:.2f}x" if "layer_speedup" in proof else ""
-    return name, f"{point['criterion']} > {point['threshold']:.6g}", certified, speed
+    return name, f"{point['criterion']} > {digits(point['threshold'], 6)}", certified, speed
 
 
 def _training(record: Mapping[str, Any]) -> list[str]:

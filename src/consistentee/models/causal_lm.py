@@ -2,7 +2,8 @@
 
 `forward` is the full model's, Hugging Face's own. `generate` is Hugging Face's too, with real exits while decoding.
 `exit_pass` runs given texts with exits, all tokens at once: a token that has exited keeps its state through the deeper
-layers, so that later tokens attend to exactly the keys and values that decoding would have copied.
+layers, so that later tokens attend to exactly the keys and values that decoding would have copied (or, where these are
+recomputed, goes on through them).
 """
 
 from __future__ import annotations
@@ -180,6 +181,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         attention_mask: Tensor | None,
         may_exit: Tensor,
         decide: Decide,
+        *,
+        skipped_states: str = "copy",
     ) -> tuple[Tensor, Tensor]:
         """Run given texts with exits, all tokens at once.
 
@@ -188,6 +191,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             attention_mask: (batch, tokens), or None.
             may_exit: (batch, tokens) bool: tokens that the exits are for. Prompts stay to the last layer.
             decide: which tokens exit after a layer; asked for all tokens, those that have exited among them.
+            skipped_states: what a token that has exited leaves at the layers above: its state at the exit (`copy`), or
+                what the full model would have there (`recompute`).
 
         Returns:
             States behind the exit's norm, (batch, tokens, hidden), and exit layers, (batch, tokens), 1-based.
@@ -201,7 +206,9 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             after = decoders.run_decoder_layer(
                 self.backbone, index, state, checkpointed=self.checkpoint_layers
             )
-            state.hidden_states = torch.where(inside[..., None], after, before)
+            state.hidden_states = after
+            if skipped_states == "copy":
+                state.hidden_states = torch.where(inside[..., None], after, before)
             normed = self.exit_norm(index, state.hidden_states)
             if index == self.num_layers - 1:
                 exits = inside

@@ -184,6 +184,7 @@ def choose_policy(
     judged: Instances | None = None,
     judged_groups: int | None = None,
     quality: Callable[[Tensor], float] | None = None,
+    effects: Callable[[Tensor], Tensor] | None = None,
     on_fit: Callable[[], object] = lambda: None,
 ) -> PolicyChoice:
     """Fit a policy for the range of costs or one at each, judge it on instances it has not seen, and choose.
@@ -195,7 +196,7 @@ def choose_policy(
         fits: what is fitted for other criteria, which has not seen what it scores; None for nothing.
         judged: other instances to judge by; None cross-fits on `instances`.
         judged_groups: in cross-fitting, so many of the first groups are judged, the others are only learnt from.
-        quality: what exit layers of the judged instances are worth (`curves.threshold_within`).
+        quality, effects: what exit layers of the judged instances are worth (`curves.thresholds_within`).
         on_fit: called after each fit, to move a progress bar.
     """
     fits, device = fits or CriterionFits(), search.device
@@ -259,6 +260,7 @@ def choose_policy(
             max_losses=(search.max_loss, *TOLERANCES),
             margin=search.margin,
             quality=quality,
+            effects=effects,
         )
         by_threshold = {point.threshold: point for point in points}
         at_thresholds[criterion], *at_others = (by_threshold[threshold] for threshold in thresholds)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from consistentee.config import TrainingConfig
 from consistentee.functional.bounds import paired_interval
+from consistentee.functional.criteria import digits
 from consistentee.functional.curves import (
     TOLERANCES,
     changed_by_exits,
@@ -142,6 +143,7 @@ def run_policy_phase(
                     judged=data.judged,
                     judged_groups=data.judged_groups,
                     quality=data.quality,
+                    effects=data.effects,
                     on_fit=bar.update,
                 )
                 for policy_input in inputs
@@ -260,7 +262,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     )
     for name, at in choice.at_thresholds.items():
         run.say(
-            f"  {name}: threshold {at.threshold:.4f}, {run.task.measure} {at.accuracy:.4f}, mean exit layer "
+            f"  {name}: threshold {digits(at.threshold)}, {run.task.measure} {at.accuracy:.4f}, mean exit layer "
             f"{at.mean_exit_layer:.2f}"
         )
     bought = ", ".join(

@@ -73,6 +73,7 @@ class PolicyInstances:
         judged_groups: in cross-fitting, so many of the first groups are judged; None judges all.
         states: the pass that the judged instances come from, for the task's own figures.
         quality: what exit layers of the judged instances are worth, (instances,) -> float; None: the share right.
+        effects: what each instance that exits change moves it by, (instances,) -> (changed,); None: as of that share.
         fill_up: whether other criteria are fitted on all that the policy learns from, not on the judged instances
             alone, which are then the first of them.
         max_loss: what a threshold may lose of it against the last layer; None: what the settings say.
@@ -83,6 +84,7 @@ class PolicyInstances:
     judged_groups: int | None
     states: Any
     quality: Callable[[Tensor], float] | None = None
+    effects: Callable[[Tensor], Tensor] | None = None
     fill_up: bool = False
     max_loss: float | None = None
 

@@ -53,9 +53,9 @@ class ExitRule:
         return cls(None)
 
     @classmethod
-    def fixed(cls, exit_layers: Sequence[int]) -> ExitRule:
-        """Every row exits where it is told to; the policy is computed all the same."""
-        return cls("policy", exit_layers=tuple(exit_layers))
+    def fixed(cls, exit_layers: Sequence[int], criterion: str = "policy") -> ExitRule:
+        """Every row exits where it is told to; the criterion is computed all the same."""
+        return cls(criterion, exit_layers=tuple(exit_layers))
 
     def never_exits(self, num_layers: int) -> bool:
         """Whether no score can exceed the threshold before the last layer."""

@@ -24,7 +24,7 @@ from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA
 from consistentee.functional.exits import choose_exit_layer, exit_distribution, log_odds
 from consistentee.functional.hardness import hardness, memorized_layer
 from consistentee.functional.losses import consistent_loss, layer_losses, weighted_sum_loss
-from consistentee.functional.metrics import METRICS, check_threshold_metric
+from consistentee.functional.metrics import METRICS, check_threshold_metric, effects_of_changes
 from consistentee.functional.recall import recall_by_class, recall_warnings
 from consistentee.functional.rewards import reward_losses
 from consistentee.functional.tables import CLASSIFICATION
@@ -213,7 +213,7 @@ class ClassificationTraining:
         if self._policy_rows is not None:
             states = self._states(run, run.parts.validation, f"{description}: validation", keep_pooled=True)
             judged = self._uncounted(states)
-        return PolicyInstances(learnt, judged, None, states, self._quality(states))
+        return PolicyInstances(learnt, judged, None, states, **self._qualities(states))
 
     def _learnt(self, run: Run, description: str) -> tuple[Instances, LayerStates]:
         """What the policy learns from, and the pass over its labelled rows."""
@@ -249,17 +249,23 @@ class ClassificationTraining:
             description=description,
         )
 
-    def _quality(self, states: LayerStates) -> Callable[[Tensor], float] | None:
-        """What exit layers are worth by the configured metric; None for the accuracy."""
-        if self.config.threshold_metric == "accuracy":
-            return None
-        measure, labels = METRICS[self.config.threshold_metric], states.labels.numpy()
+    def _qualities(self, states: LayerStates) -> dict[str, Callable[[Tensor], Any]]:
+        """`quality` and `effects` of exit layers by the configured metric; nothing for the accuracy."""
+        metric, labels = self.config.threshold_metric, states.labels.numpy()
+        if metric == "accuracy":
+            return {}
         predictions = states.layer_logits.argmax(-1)
+        last = predictions[:, -1].numpy()
 
-        def quality(exit_layer: Tensor) -> float:
-            return measure(predictions.gather(1, exit_layer[:, None] - 1).squeeze(1).numpy(), labels)
+        def given(exit_layer: Tensor) -> Any:
+            return predictions.gather(1, exit_layer[:, None] - 1).squeeze(1).numpy()
 
-        return quality
+        return {
+            "quality": lambda exit_layer: METRICS[metric](given(exit_layer), labels),
+            "effects": lambda exit_layer: torch.from_numpy(
+                effects_of_changes(metric, given(exit_layer), last, labels)
+            ),
+        }
 
     def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
         """As `TrainingTask` says."""

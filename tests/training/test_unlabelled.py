@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,36 @@ def test_a_run_that_stops_among_the_texts_goes_on_to_the_same_end(
     train(**values, unlabelled=TEXTS, resume=True)
     with pytest.raises(ValueError, match="has unlabelled texts"):
         train(**values, resume=True)
+
+
+def test_a_disk_that_has_no_room_for_the_states_of_texts_costs_no_rounds(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"backbone": backbone, "train_data": ROWS, "unlabelled": TEXTS}
+    short = {"warmup_epochs": 1.0, "checkpoint_every": 2}
+    less = {"config": config(**short, max_disk_mb=0.0)}
+    alone = train(**values, **less, output_dir=tmp_path / "alone")
+    values["output_dir"] = tmp_path / "m"
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(OSError, match=r"MB are free\. Make room, or give a lower max_disk_mb"):
+            train(**values, config=config(**short))
+    with pytest.raises(ValueError, match=r"has passes = 2, this one 3\."):
+        train(**values, config=config(**short, max_disk_mb=0.0, passes=3), resume=True)
+    with monkeypatch.context() as patched:
+        stop_at(patched, OptimizerSteps, "_step", 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(**values, **less, resume=True)
+    with pytest.raises(
+        ValueError, match=r"has max_disk_mb = 0\.0, this one 8192\.0\."
+    ):  # it has learnt from texts
+        train(**values, config=config(**short), resume=True)
+    assert weight_bytes(train(**values, **less, resume=True)) == weight_bytes(alone)
+    assert read_record(tmp_path / "m") == read_record(alone)
 
 
 def test_texts_among_the_labelled_rows_and_duplicates_are_dropped(backbone: Path) -> None:

@@ -192,9 +192,16 @@ def _look(
             )
         newest = newest or checkpoints.latest_earlier(output_dir)
         if newest is not None:
-            saved = checkpoints.read_progress(newest)["identity"]
-            check_same_run(f"The unfinished run in {output_dir}", saved, identity, defaults)
+            progress = checkpoints.read_progress(newest)
+            whose, unread = f"The unfinished run in {output_dir}", _unread(progress)
+            check_same_run(whose, progress["identity"], identity, defaults, unread=unread)
     return contents, newest
+
+
+def _unread(progress: Mapping[str, Any]) -> frozenset[str]:
+    """Settings that an unfinished run has read nothing of yet: room for the states of texts without labels."""
+    has_texts = "unlabelled_fingerprint" in progress["identity"]["data"]
+    return frozenset({"max_disk_mb"} if has_texts and not progress.get("stage_step") else ())
 
 
 def run_identity(
@@ -226,7 +233,12 @@ def run_identity(
 
 
 def check_same_run(
-    whose: str, saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
+    whose: str,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    unread: frozenset[str] = frozenset(),
 ) -> None:
     """Raise ValueError unless both are the same run; the message names all that differs.
 
@@ -237,8 +249,9 @@ def check_same_run(
         saved: identity of a run, as `run_identity` gives it; further keys are not read.
         current: identity of this one.
         defaults: of the settings, for those that a run of an earlier version did not have.
+        unread: names of further settings that may differ.
     """
-    differing = _differences(saved, current, defaults)
+    differing = _differences(saved, current, defaults, unread)
     if differing:
         listed = "; ".join(f"{name} = {before}, this one {now}" for name, before, now in differing)
         raise ValueError(
@@ -247,7 +260,10 @@ def check_same_run(
 
 
 def _differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    unread: frozenset[str] = frozenset(),
 ) -> list[tuple[str, Any, Any]]:
     """Wherein two identities are not the same run's: name, the one's and the other's; as of `check_same_run`."""
 
@@ -274,7 +290,7 @@ def _differences(
         return shown(name, saved) != shown(name, current)
 
     same_kind = saved["kind"] == current["kind"]
-    idle = idle_settings(
+    idle = unread | idle_settings(
         current["method"],
         classifier=not current["kind"].endswith(f"_{GENERATION}"),
         unlabelled="unlabelled_fingerprint" in current["data"],

@@ -93,7 +93,7 @@ def export_command(
         portable=portable,
         compare_texts=texts,
     )
-    rule = "no exits" if found.criterion is None else f"{found.criterion} > {digits(found.threshold)}"
+    rule = "no exits" if found.threshold is None else f"{found.criterion} > {digits(found.threshold)}"
     say(f"Written to {output}: model.onnx ({found.megabytes:.0f} MB, {precision}, opset {opset}, {rule}).")
     if found.compared:
         say(

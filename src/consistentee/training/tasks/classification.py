@@ -213,7 +213,8 @@ class ClassificationTraining:
         if self._policy_rows is not None:
             states = self._states(run, run.parts.validation, f"{description}: validation", keep_pooled=True)
             judged = self._uncounted(states)
-        return PolicyInstances(learnt, judged, None, states, **self._qualities(states))
+        quality, effects = self._qualities(states)
+        return PolicyInstances(learnt, judged, None, states, quality, effects)
 
     def _learnt(self, run: Run, description: str) -> tuple[Instances, LayerStates]:
         """What the policy learns from, and the pass over its labelled rows."""
@@ -249,23 +250,26 @@ class ClassificationTraining:
             description=description,
         )
 
-    def _qualities(self, states: LayerStates) -> dict[str, Callable[[Tensor], Any]]:
-        """`quality` and `effects` of exit layers by the configured metric; nothing for the accuracy."""
+    def _qualities(
+        self, states: LayerStates
+    ) -> tuple[Callable[[Tensor], float] | None, Callable[[Tensor], Tensor] | None]:
+        """`quality` and `effects` of exit layers by the configured metric; None and None for the accuracy."""
         metric, labels = self.config.threshold_metric, states.labels.numpy()
         if metric == "accuracy":
-            return {}
+            return None, None
         predictions = states.layer_logits.argmax(-1)
         last = predictions[:, -1].numpy()
 
         def given(exit_layer: Tensor) -> Any:
             return predictions.gather(1, exit_layer[:, None] - 1).squeeze(1).numpy()
 
-        return {
-            "quality": lambda exit_layer: METRICS[metric](given(exit_layer), labels),
-            "effects": lambda exit_layer: torch.from_numpy(
-                effects_of_changes(metric, given(exit_layer), last, labels)
-            ),
-        }
+        def quality(exit_layer: Tensor) -> float:
+            return METRICS[metric](given(exit_layer), labels)
+
+        def effects(exit_layer: Tensor) -> Tensor:
+            return torch.from_numpy(effects_of_changes(metric, given(exit_layer), last, labels))
+
+        return quality, effects
 
     def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
         """As `TrainingTask` says."""

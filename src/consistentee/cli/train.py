@@ -158,9 +158,8 @@ def _run(
         resume=resume,
         report=say,
     )
-    is_main = (
-        PartialState().is_main_process
-    )  # only now: who asks before the run has set it up is alone for good
+    # Only now: who asks before the run has set it up is alone for good.
+    is_main = PartialState().is_main_process
     evaluation = rows.evaluation.max_samples(kind.reported_rows, config.seed)
     copies = num_copies(evaluation, rows.train)
     if is_main:

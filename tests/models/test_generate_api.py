@@ -101,6 +101,18 @@ def test_output_object(mode: str) -> None:
     assert (output.drafted is None) == (output.accepted is None) == (mode != "lossless")
 
 
+@pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
+def test_what_comes_back_may_be_changed_and_trained_with(mode: str) -> None:
+    kept = {} if mode == "lossless" else {"output_scores": True, "output_logits": True}
+    output = generate(exit_model(), PROMPTS, NEW, mode=mode, **kept)
+    kept_parts = [part for name in kept for part in output[name.removeprefix("output_")]]
+    for value in (output.sequences, output.exit_layers, *kept_parts):
+        assert not value.is_inference()
+    costs = torch.zeros(LAYERS + 1, requires_grad=True)
+    costs[output.exit_layers].sum().backward()
+    output.exit_layers.sub_(1)
+
+
 def test_output_object_without_a_cache() -> None:
     whole = generate(exit_model(), PROMPTS, NEW, mode="full", use_cache=False)
     assert isinstance(whole, EarlyExitGenerateOutput)

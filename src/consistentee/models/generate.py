@@ -150,9 +150,7 @@ def generate_tokens(
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
         streamer.end()
-    sequences: Any = output.sequences.clone()  # inference tensors could not be used in training
-    output.sequences = sequences
-    return output if values.return_dict_in_generate else sequences
+    return output if values.return_dict_in_generate else output.sequences
 
 
 def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> DraftClock:
@@ -223,10 +221,10 @@ def _token_loop(
             if rows is not None:  # processors know rows by their place in the batch
                 logits = logits.new_zeros(batch, logits.shape[-1]).index_copy_(0, rows, logits)
             if config.output_logits and keeps:
-                raw.append(logits)
+                raw.append(_kept(logits))
             logits = logits_processor(input_ids, logits)
             if config.output_scores and keeps:
-                scores.append(logits)
+                scores.append(_kept(logits))
             tokens = tokens_from(logits, do_sample=config.do_sample, generator=options.generator)
             tokens = tokens if rows is None else tokens[rows]
         if rows is not None:
@@ -249,10 +247,10 @@ def _token_loop(
     if options.mode == "lossless":
         drafts = {"drafted": 0, "accepted": 0, "drafted_by_row": [0] * batch, "accepted_by_row": [0] * batch}
     return EarlyExitGenerateOutput(
-        sequences=input_ids,  # pyright: ignore[reportArgumentType]
+        sequences=_kept(input_ids),  # pyright: ignore[reportArgumentType]
         scores=tuple(scores) or None,  # pyright: ignore[reportArgumentType]
         logits=tuple(raw) or None,  # pyright: ignore[reportArgumentType]
-        exit_layers=torch.stack(layers, dim=1),
+        exit_layers=_kept(torch.stack(layers, dim=1)),
         **drafts,
     )
 
@@ -340,8 +338,8 @@ def _lossless_loop(
         tokens[row, : len(drafted.tokens)] = torch.tensor(drafted.tokens, device=device)
         layers[row, : len(drafted.tokens)] = torch.tensor(drafted.exit_layers, device=device)
     return EarlyExitGenerateOutput(
-        sequences=torch.cat([input_ids, tokens], dim=1),  # pyright: ignore[reportArgumentType]
-        exit_layers=layers,
+        sequences=_kept(torch.cat([input_ids, tokens], dim=1)),  # pyright: ignore[reportArgumentType]
+        exit_layers=_kept(layers),
         drafted=sum(verified),
         accepted=sum(accepted),
         drafted_by_row=verified,
@@ -391,6 +389,12 @@ def _stream(streamer: Any, tokens: Tensor, layers: Tensor) -> None:
     if hasattr(streamer, "put_exit_layers"):
         streamer.put_exit_layers(layers.cpu())
     streamer.put(tokens.cpu())
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy for the caller, who may change it and train with it; tensors of the inference mode take neither."""
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _pad_token(config: Any) -> int:

@@ -101,6 +101,18 @@ def test_output_object(mode: str) -> None:
     assert (output.drafted is None) == (output.accepted is None) == (mode != "lossless")
 
 
+@pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
+def test_what_comes_back_may_be_changed_and_trained_with(mode: str) -> None:
+    kept = {} if mode == "lossless" else {"output_scores": True, "output_logits": True}
+    output = generate(exit_model(), PROMPTS, NEW, mode=mode, **kept)
+    kept_parts = [part for name in kept for part in output[name.removeprefix("output_")]]
+    for value in (output.sequences, output.exit_layers, *kept_parts):
+        assert not value.is_inference()
+    costs = torch.zeros(LAYERS + 1, requires_grad=True)
+    costs[output.exit_layers].sum().backward()
+    output.exit_layers.sub_(1)
+
+
 def test_output_object_without_a_cache() -> None:
     whole = generate(exit_model(), PROMPTS, NEW, mode="full", use_cache=False)
     assert isinstance(whole, EarlyExitGenerateOutput)
@@ -289,6 +301,13 @@ def test_saved_defaults_are_used() -> None:
         assert generate(early, PROMPTS, NEW).exit_layers.unique().tolist() == [1]
 
 
+def test_as_an_assistant_of_another_model() -> None:
+    large, (input_ids, mask) = tiny_decoder("llama", seed=9), left_padded_batch(PROMPTS[:1])
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
+    expected = large.generate(input_ids, **options)
+    assert torch.equal(large.generate(input_ids, assistant_model=exit_model(), **options), expected)
+
+
 # --- Refused --------------------------------------------------------------------------------------
 
 
@@ -300,6 +319,21 @@ def test_saved_defaults_are_used() -> None:
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens does not go with exits, got 3. "),
         ({"assistant_model": "itself"}, "assistant_model does not go with exits. Leave it out; "),
         ({"assistant_early_exit": 2}, "assistant_early_exit does not go with exits. "),
+        ({"force_words_ids": [[5]]}, "force_words_ids does not go with exits, got [[5]]. "),
+        ({"constraints": ["own"]}, "constraints does not go with exits, got ['own']. "),
+        ({"use_mtp": True}, "use_mtp does not go with exits, got True. "),
+        (
+            {"cache_implementation": "paged"},
+            "cache_implementation must be dynamic or static with exits, got paged: ",
+        ),
+        (
+            {"cache_implementation": "quantized"},
+            "cache_implementation must be dynamic or static with exits, ",
+        ),
+        (
+            {"generation_config": GenerationConfig(cache_implementation="offloaded")},
+            "cache_implementation must be dynamic or static with exits, got offloaded: ",
+        ),
         ({"custom_generate": "own/loop"}, "custom_generate does not go with exits. "),
         ({"output_attentions": True}, "output_attentions must be False with exits, got True: "),
         ({"output_hidden_states": True}, "output_hidden_states must be False with exits, got True: "),
@@ -335,8 +369,20 @@ def test_inputs_that_exits_cannot_serve_are_refused(mode: str) -> None:
         ValueError, match=r"^attention_mask must have its padding on the left, got zeros behind ones."
     ):
         model.generate(input_ids=input_ids.flip(1), attention_mask=mask.flip(1), **options)
+    with pytest.raises(
+        ValueError, match=r"^attention_mask must have the shape of input_ids, \(2, 6\), got \(2, 5\)"
+    ):
+        model.generate(input_ids=input_ids, attention_mask=mask[:, 1:], **options)
     with pytest.raises(ValueError, match=r"^inputs_embeds does not go with exits. Give input_ids.$"):
         model.generate(inputs_embeds=model.get_input_embeddings()(input_ids), attention_mask=mask, **options)
+    counted = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]])
+    kept = {"input_ids": input_ids, "attention_mask": mask}
+    expected = model.generate(**kept, **options)
+    assert torch.equal(model.generate(**kept, position_ids=counted, **options), expected)
+    with pytest.raises(
+        ValueError, match=r"^position_ids must count the tokens of each row from 0 with exits, "
+    ):
+        model.generate(**kept, position_ids=counted + 3, **options)
     cache = DynamicCache(config=model.backbone.config)
     with torch.no_grad():
         model.backbone(input_ids[:1, :3], **{CACHE: cache})

@@ -240,6 +240,8 @@ class TestGenerateTexts:
             "output_logits": True,
             "output_attentions": True,
             "output_hidden_states": True,
+            "assistant_early_exit": 2,
+            "force_words_ids": [[5]],
         }.items():
             setattr(config, name, value)
             again = list(generator.generate_texts(PROMPTS[:3], **values))

@@ -260,6 +260,7 @@ def test_the_hubs_client(generator: TextGenerator, url: str, monkeypatch: pytest
     "path, values, status, message",
     [
         ("completions", {"prompt": "a", "n": 2}, 422, "n is not supported"),
+        ("completions", {"prompt": "a", "logprobs": 0}, 422, "logprobs is not supported"),
         ("completions", {"prompt": "a", "best_off": 1}, 422, "best_off"),
         ("completions", {"prompt": [1, 2]}, 422, "prompt must be a string"),
         ("completions", {"prompt": ["a"] * 100}, 413, "at most 64 prompts"),

@@ -28,6 +28,7 @@ from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.models.backbone_model import BackboneModel, WithExits
 from consistentee.models.configuration import EarlyExitCausalLMConfig, opening_and_fields
 from consistentee.models.generate import GenerationOptions, generate_tokens
+from consistentee.models.generation_checks import check_cache
 
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens exit, bool."""
@@ -322,8 +323,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             **kwargs: as in Hugging Face.
 
         Raises:
-            ValueError: beams, assistants and other ways to search that exits cannot serve; sampling in `lossless` mode;
-                options that make no sense.
+            ValueError: beams, assistants and other ways to search that exits cannot serve; caches that save memory;
+                sampling in `lossless` mode; options that make no sense.
         """
         options = self.generation_options(
             mode=mode,
@@ -343,6 +344,9 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
                 raise ValueError(
                     f'{name} does not go with exits. Leave it out; mode="lossless" drafts with the model\'s own exits.'
                 )
+        check_cache(
+            kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
+        )
         return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
             inputs, generation_config, custom_generate=partial(generate_tokens, options=options), **kwargs
         )

@@ -28,6 +28,7 @@ from consistentee.inference.decoder.known_processors import RecordedEnds, statef
 from consistentee.inference.decoder.lossless import DraftClock, LosslessDecoding
 from consistentee.inference.decoder.recompute import RecomputeDecoding
 from consistentee.inference.modes import inference_without_autocast
+from consistentee.models.generation_checks import check_adapters, check_inputs, check_search
 
 _log = logging.getLogger(__name__)
 CAPACITY_AHEAD = 512
@@ -108,8 +109,8 @@ def generate_tokens(
     attention_mask: Tensor | None = model_kwargs.pop("attention_mask", None)
     model_kwargs.pop("tokenizer", None)  # for stop strings, which are among the criteria by now
     values: Any = generation_config
-    _check_search(values, options)
-    _check_adapters(model)
+    check_search(values, options.mode)
+    check_adapters(model)
     if not values.use_cache:
         if options.mode != "full":
             raise ValueError(
@@ -132,7 +133,7 @@ def generate_tokens(
             return found
         layers: Any = model.num_layers * torch.stack(ends.running, dim=1)
         return EarlyExitGenerateOutput(**found, exit_layers=layers)
-    _check_inputs(input_ids, attention_mask, model_kwargs)
+    check_inputs(input_ids, attention_mask, model_kwargs)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     loop = _token_loop
     if options.mode == "lossless":
@@ -149,9 +150,7 @@ def generate_tokens(
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
         streamer.end()
-    sequences: Any = output.sequences.clone()  # inference tensors could not be used in training
-    output.sequences = sequences
-    return output if values.return_dict_in_generate else sequences
+    return output if values.return_dict_in_generate else output.sequences
 
 
 def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> DraftClock:
@@ -222,10 +221,10 @@ def _token_loop(
             if rows is not None:  # processors know rows by their place in the batch
                 logits = logits.new_zeros(batch, logits.shape[-1]).index_copy_(0, rows, logits)
             if config.output_logits and keeps:
-                raw.append(logits)
+                raw.append(_kept(logits))
             logits = logits_processor(input_ids, logits)
             if config.output_scores and keeps:
-                scores.append(logits)
+                scores.append(_kept(logits))
             tokens = tokens_from(logits, do_sample=config.do_sample, generator=options.generator)
             tokens = tokens if rows is None else tokens[rows]
         if rows is not None:
@@ -248,10 +247,10 @@ def _token_loop(
     if options.mode == "lossless":
         drafts = {"drafted": 0, "accepted": 0, "drafted_by_row": [0] * batch, "accepted_by_row": [0] * batch}
     return EarlyExitGenerateOutput(
-        sequences=input_ids,  # pyright: ignore[reportArgumentType]
+        sequences=_kept(input_ids),  # pyright: ignore[reportArgumentType]
         scores=tuple(scores) or None,  # pyright: ignore[reportArgumentType]
         logits=tuple(raw) or None,  # pyright: ignore[reportArgumentType]
-        exit_layers=torch.stack(layers, dim=1),
+        exit_layers=_kept(torch.stack(layers, dim=1)),
         **drafts,
     )
 
@@ -339,8 +338,8 @@ def _lossless_loop(
         tokens[row, : len(drafted.tokens)] = torch.tensor(drafted.tokens, device=device)
         layers[row, : len(drafted.tokens)] = torch.tensor(drafted.exit_layers, device=device)
     return EarlyExitGenerateOutput(
-        sequences=torch.cat([input_ids, tokens], dim=1),  # pyright: ignore[reportArgumentType]
-        exit_layers=layers,
+        sequences=_kept(torch.cat([input_ids, tokens], dim=1)),  # pyright: ignore[reportArgumentType]
+        exit_layers=_kept(layers),
         drafted=sum(verified),
         accepted=sum(accepted),
         drafted_by_row=verified,
@@ -392,54 +391,12 @@ def _stream(streamer: Any, tokens: Tensor, layers: Tensor) -> None:
     streamer.put(tokens.cpu())
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy for the caller, who may change it and train with it; tensors of the inference mode take neither."""
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def _pad_token(config: Any) -> int:
     pad = config._pad_token_tensor
     return 0 if pad is None else int(pad)
-
-
-def _check_search(config: Any, options: GenerationOptions) -> None:
-    if (config.num_beams or 1) > 1:
-        raise ValueError(
-            f"num_beams must be 1 with exits, got {config.num_beams}: beams of one text would exit at different "
-            "layers and could not share their keys and values. Take num_beams=1, or the backbone's own generate."
-        )
-    for name in ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if getattr(config, name, None):
-            raise ValueError(f"{name} does not go with exits, got {getattr(config, name)}. Leave it out.")
-    if config.do_sample and options.mode == "lossless":
-        raise ValueError('do_sample must be False in mode "lossless", got True: it verifies greedy text.')
-    if options.mode == "lossless" and (config.output_scores or config.output_logits):
-        raise ValueError(
-            'output_scores and output_logits must be False in mode "lossless", which keeps no logits.'
-        )
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name, None):
-            raise ValueError(f"{name} must be False with exits, got True: skipped layers have none.")
-
-
-def _check_adapters(model: Any) -> None:
-    caller = getattr(model.prepare_inputs_for_generation, "__self__", None)  # peft's, while it generates
-    adapter: Any = getattr(caller, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        raise ValueError(
-            f"adapters must not be soft prompts with exits, got {adapter.peft_type.value}. Generate inside "
-            "disable_adapter(), or train LoRA adapters."
-        )
-
-
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict[str, Any]) -> None:
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds does not go with exits. Give input_ids.")
-    for name in CACHES:
-        cache = model_kwargs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                f"{name} must be empty with exits: skipped layers fill a cache of their own. Give whole prompts."
-            )
-    if input_ids.shape[1] == 0:
-        raise ValueError("input_ids must hold at least one token per row, got none.")
-    if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
-        raise ValueError(
-            "attention_mask must have its padding on the left, got zeros behind ones. "
-            'Set tokenizer.padding_side = "left".'
-        )

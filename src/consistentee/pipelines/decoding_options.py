@@ -46,6 +46,9 @@ SHAPING = (
     "penalty_alpha",
     "dola_layers",
     "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "constraints",
+    "force_words_ids",
 )
 """Settings of transformers that change which tokens are taken: off unless an option asks for them, whatever a model's
 own `generation_config` says, and so is transformers' default of the 50 likeliest."""

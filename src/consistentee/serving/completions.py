@@ -106,6 +106,8 @@ async def read_text_request(
     for name, kept in NEUTRAL_FIELDS.items():
         if values.get(name) is not None and values[name] not in kept:
             refuse(f"{name} is not supported: leave it out.")
+    if not is_chat and values.get("logprobs") == 0 and values["logprobs"] is not False:
+        refuse("logprobs is not supported: leave it out.")  # 0 asks for those of the tokens that were taken
     options = _options(values)
     try:
         options = service.generator.check(options)

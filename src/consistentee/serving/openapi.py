@@ -256,7 +256,7 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         "type": "object",
         "required": ["model", "prompt"],
         "additionalProperties": _NULL,
-        "properties": {"prompt": {"oneOf": [_TEXT, prompts]}, **common},
+        "properties": {"prompt": {"oneOf": [_TEXT, prompts]}, **common, "logprobs": {"enum": [False]}},
     }
     chat = {
         "type": "object",

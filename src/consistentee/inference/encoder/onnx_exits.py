@@ -26,8 +26,9 @@ from consistentee.inference.encoder.onnx_graphs import (
     AttentionInputs,
     add_embeddings,
     add_layer,
+    add_positions,
     composed_attention,
-    first_position,
+    padding_position,
 )
 from consistentee.inference.encoder.onnx_heads import add_classifier, add_original_head, pooling_of
 from consistentee.inference.encoder.onnx_scores import History, OnnxExitScores
@@ -187,9 +188,11 @@ class ExitGraph:
         ids, mask, *types = (
             _first(graph, name, width, [1]) for name in (IDS, MASK, *([TYPES] if self._has_types else []))
         )
-        start = graph.constant(np.array(first_position(self._model.backbone), np.int64))
-        one = graph.constant(np.array(1, np.int64))
-        positions = graph.op("Range", start, graph.op("Add", start, widest), one)
+        zero, one = (graph.constant(np.array(number, np.int64)) for number in (0, 1))
+        padding = padding_position(self._model.backbone)
+        positions = (
+            graph.op("Range", zero, widest, one) if padding is None else add_positions(graph, ids, padding)
+        )
         states = add_embeddings(
             graph, self._model.backbone, ids=ids, positions=positions, types=types[0] if types else ""
         )
@@ -211,7 +214,6 @@ class ExitGraph:
                 self._position_bias(widest), has_rows=False, width_axes=(2, 3)
             )
         if self._scores is not None:
-            zero = graph.constant(np.array(0, np.int64))
             count = graph.op("Squeeze", rows, graph.constant([0]))
             order = graph.op("Unsqueeze", graph.op("Range", zero, count, one), graph.constant([1]))
             carried[ORDER] = _Carried(order, "int64")

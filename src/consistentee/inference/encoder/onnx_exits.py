@@ -78,6 +78,7 @@ class ExitGraph:
         weights: where the weights go; None keeps them in the graph.
         fixed_exits: whether rows exit where `EXIT_LAYERS` says, to study speed; the scores are computed all the same.
         shows_layers: whether what each layer says is given as well; needs scores.
+        token_types: whether rows bring them, to a model that tells them apart; else all tokens are of type 0.
 
     Raises:
         SettingError: a model of another type, or of too many layers.
@@ -93,6 +94,7 @@ class ExitGraph:
         weights: WeightFile | None = None,
         fixed_exits: bool = False,
         shows_layers: bool = False,
+        token_types: bool = True,
     ) -> None:
         config: Any = model.backbone.config
         if config.model_type not in LAYER_PARTS:
@@ -116,7 +118,7 @@ class ExitGraph:
         last = model.classifiers.layers[-1]
         self._original = last if isinstance(last, OriginalHead) else None
         types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
-        self._has_types = types is not None and types.num_embeddings > 1
+        self._has_types = token_types and types is not None and types.num_embeddings > 1
 
     def build(self, threshold: float | None = 0.0) -> Any:
         """The graph, a protobuf message.

@@ -214,15 +214,16 @@ def _saved_weights(folder: str, hub: Mapping[str, Any]) -> dict[str, torch.Tenso
     Raises:
         OSError: there are none.
     """
+    paths: Any
     try:
         paths = [cached_file(folder, SAFE_WEIGHTS_NAME, **hub)]
     except OSError as error:
         try:
-            index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **hub)
+            index: Any = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **hub)
         except OSError:
             raise error from None
         paths, _ = get_checkpoint_shard_files(folder, index, **hub)
-    return {name: weight for path in paths for name, weight in load_file(cast(str, path)).items()}
+    return {name: weight for path in paths for name, weight in load_file(path).items()}
 
 
 def _open_unchanged(name: str, known: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:

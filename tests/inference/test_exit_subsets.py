@@ -16,6 +16,7 @@ from consistentee.functional.exits import choose_exit_layer, ensemble_layers
 from consistentee.inference.encoder.layer_pool import LayerPool, PoolRow
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.models.loaded import LoadedClassifier
+from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.layer_views import view_layers
 from tiny import fit_at_random
@@ -181,3 +182,18 @@ def test_wrong_layers(model: Any, wrong: list[int]) -> None:
         ValueError, match="exit_layers must be rising numbers of layers from 1 on, 4, the last"
     ):
         type(model.config)(**values)
+
+
+def test_wrong_layers_beside_a_folder_and_set_later(model: Any, tmp_path: Path) -> None:
+    """Nothing would be written for rows that reach the last layer without an exit there."""
+    model.save_pretrained(tmp_path)
+    message = "exit_layers must be rising numbers of layers from 1 on, 4, the last"
+    with pytest.raises(ValueError, match=message):
+        EarlyExitForSequenceClassification.from_pretrained(tmp_path, exit_layers=[2])
+    with pytest.raises(ValueError, match=r"ensemble_decay must be in \[0, 1\), got 2.0"):
+        EarlyExitForSequenceClassification.from_pretrained(tmp_path, ensemble_decay=2.0)
+    changed = EarlyExitForSequenceClassification.from_pretrained(tmp_path, exit_layers=[2, 4])
+    assert changed.config.has_exit == [False, True, False, True]
+    changed.config.exit_layers = [2]
+    with pytest.raises(ValueError, match=message):
+        changed(torch.tensor([[5, 6, 7]]))

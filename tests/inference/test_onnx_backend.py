@@ -83,6 +83,20 @@ def test_layers_and_classifiers(
 
 
 @BACKENDS
+@pytest.mark.parametrize("model_type", ["roberta", "mpnet"])
+@torch.no_grad()
+def test_padding_ids_inside_a_text_take_no_position(tmp_path: Path, kind: Any, model_type: str) -> None:
+    """A text can spell the padding token, and by its id it may be another one, which every text may hold."""
+    model = build(tmp_path, model_type)
+    rows = [{"input_ids": ids} for ids in ([5, 1, 7, 1, 1, 9], [1, 8, 9], [4])]
+    backend = kind(model)
+    batch = backend.run_all_layers(backend.start(rows))
+    for row, tokens in enumerate(rows):
+        found = states_of(batch, row, len(tokens["input_ids"]))
+        torch.testing.assert_close(found, alone(model, tokens)[-1], atol=1e-4, rtol=1e-4)
+
+
+@BACKENDS
 @torch.no_grad()
 def test_rows_leave_join_and_shed_padding(tmp_path: Path, kind: Any) -> None:
     model = build(tmp_path, "mpnet")

@@ -226,6 +226,17 @@ def test_the_reference_evaluator_agrees(tmp_path: Path, name: str) -> None:
     assert_same(found, oracle(model, feed, "policy", threshold))
 
 
+@pytest.mark.parametrize("style", [GraphStyle(), PORTABLE], ids=["fused", "portable"])
+@pytest.mark.parametrize("name", ["roberta", "mpnet"])
+def test_padding_ids_inside_a_text_take_no_position(tmp_path: Path, name: str, style: GraphStyle) -> None:
+    model = build(tmp_path, name)
+    feed = feed_of(model, 20)
+    feed["input_ids"][:, 1] = 1
+    threshold = median_score(model, feed, "policy")
+    proto = graph_of(model, "policy", threshold, style=style)
+    assert_same(session_of(proto).run(None, feed), oracle(model, feed, "policy", threshold))
+
+
 @pytest.mark.parametrize("opset", [17, 18, 21])
 def test_versions_of_the_operators(tmp_path: Path, opset: int) -> None:
     model = build(tmp_path, "mpnet")

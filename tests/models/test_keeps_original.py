@@ -63,6 +63,19 @@ def test_exits_alone_are_small_and_come_back(folders: tuple[Path, Path, Any], tm
     assert load_file(tmp_path / "half" / "model.safetensors").keys() == saved.keys()
 
 
+def test_exits_alone_in_shards_come_back(folders: tuple[Path, Path, Any], tmp_path: Path) -> None:
+    """`max_shard_size` splits large exits as it does all weights."""
+    _, exits, model = folders
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len([*(tmp_path / "shards").glob("model-*-of-*.safetensors")]) > 1
+    found = EarlyExitForSequenceClassification.from_pretrained(tmp_path / "shards").state_dict()
+    for name, weight in load_file(exits / "model.safetensors").items():
+        assert torch.equal(found[name], weight), name
+    (tmp_path / "shards" / "model.safetensors.index.json").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        EarlyExitForSequenceClassification.from_pretrained(tmp_path / "shards")
+
+
 def trained(model: Any, batch: Any) -> Any:
     """The model after two steps of all its weights, in evaluation mode."""
     model.train()

@@ -26,6 +26,7 @@ from consistentee.cli.main import main
 from consistentee.data.classification import load_task
 from consistentee.errors import SettingError
 from consistentee.inference.encoder import onnx_runner
+from consistentee.inference.encoder.onnx_sessions import make_session
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.operating_points import save_operating_point
 from consistentee.pipelines import export
@@ -210,6 +211,22 @@ def test_texts_are_cut_on_the_side_that_the_tokenizer_says(
     monkeypatch.setattr(export, "tokenizer_json", lambda saved: right)
     assert main(command) == 0
     assert "0 labels and 0 exit layers differ" not in capsys.readouterr().out
+
+
+def test_token_types_that_the_tokenizer_does_not_give(tmp_path: Path) -> None:
+    """The graph does not ask for them: tokenizer.json alone would count the second text of a pair as type 1."""
+    backbone = tiny_backbone(tmp_path / "backbone", "roberta", type_vocab_size=2)
+    torch.manual_seed(3)
+    model = tiny_model(tmp_path / "model", backbone, text_pairs=True)
+    saved = load_model(model, LoadedClassifier, device="cpu")
+    assert "token_type_ids" not in saved.tokenizer.model_input_names
+    texts = [text for (text,) in tiny_dataset(24).texts]
+    pairs = [*zip(texts, reversed(texts), strict=True)]
+    found = export_onnx(saved, tmp_path / "out", criterion="confidence", threshold=0.6, compare_texts=pairs)
+    assert (found.labels_differ, found.exit_layers_differ) == (0, 0)
+    session = make_session(str(tmp_path / "out" / "model.onnx"), torch.device("cpu"))
+    assert [given.name for given in session.get_inputs()] == ["input_ids", "attention_mask"]
+    assert "`token_type_ids`" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:

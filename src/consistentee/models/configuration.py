@@ -170,6 +170,22 @@ class EncoderClassifierConfig(BackboneConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As Hugging Face's.
+
+        Raises:
+            ValueError: a field breaks its rule, whether in the dictionary or beside it.
+        """
+        found: Any = super().from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        config._check()  # those beside it were set afterwards
+        return found
+
+    def _check(self) -> None:
+        """Raise ValueError for a field that breaks its rule."""
         require_choice("head", self.head, get_args(Head))
         require_choice("pooling", self.pooling, ("cls", "mean"))
         require_range("head_dropout", self.head_dropout, 0, 1, open_end=True)
@@ -229,8 +245,8 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
     learnt_to_exit: bool = False
     exit_layers: list[int] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+    def _check(self) -> None:
+        super()._check()
         if self.exit_layers is not None:
             check_exit_layers(self.exit_layers, self.num_hidden_layers)
         require_choice("policy_input", self.policy_input, (*get_args(PolicyInput), *OLD_POLICY_INPUTS))
@@ -270,7 +286,13 @@ class EarlyExitConfig(EncoderClassifierConfig, ExitConfig):
 
     @property
     def has_exit(self) -> list[bool]:
-        """Which layers have an exit, (layers,)."""
+        """Which layers have an exit, (layers,).
+
+        Raises:
+            ValueError: `exit_layers` was set to what no model can have.
+        """
+        if self.exit_layers is not None:
+            check_exit_layers(self.exit_layers, self.num_hidden_layers)
         every = range(1, self.num_hidden_layers + 1)
         return [self.exit_layers is None or layer in self.exit_layers for layer in every]
 

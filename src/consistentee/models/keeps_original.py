@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 from typing_extensions import Self
 
 from consistentee.backbones import encoders
@@ -21,8 +22,6 @@ from consistentee.backbones.precision import cast_parameters
 from consistentee.heads.original_head import OURS, OriginalHead, head_modules
 from consistentee.models.backbone_model import BackboneModel
 from consistentee.models.configuration import EarlyExitConfig, opening_and_fields
-
-EXITS_FILE = "model.safetensors"
 
 _LOG = logging.getLogger(__name__)
 
@@ -189,7 +188,7 @@ class KeepsOriginal(BackboneModel):
         config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
         model = cls._on(parts, config)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        weights = load_file(cast(str, cached_file(folder, EXITS_FILE, **hub)))
+        weights = _saved_weights(folder, hub)
         missing = set(model.exit_names()) - weights.keys()
         if missing:
             raise ValueError(
@@ -207,6 +206,24 @@ _ANYWHERE = ("token", "cache_dir", "local_files_only")
 
 class _NotTheOriginal(ValueError):
     """Another model lies where the original lay."""
+
+
+def _saved_weights(folder: str, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a folder or a name on the hub by name, whether one file holds them or several shards.
+
+    Raises:
+        OSError: there are none.
+    """
+    paths: Any
+    try:
+        paths = [cached_file(folder, SAFE_WEIGHTS_NAME, **hub)]
+    except OSError as error:
+        try:
+            index: Any = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **hub)
+        except OSError:
+            raise error from None
+        paths, _ = get_checkpoint_shard_files(folder, index, **hub)
+    return {name: weight for path in paths for name, weight in load_file(path).items()}
 
 
 def _open_unchanged(name: str, known: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:

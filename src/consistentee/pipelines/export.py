@@ -88,7 +88,7 @@ def export_onnx(
 ) -> Exported:
     """Write a model as one ONNX graph, with what is needed to use it; the folder appears when it is complete.
 
-    Inputs of the graph are `input_ids`, `attention_mask` and, where the model has them, `token_type_ids`, (rows, width)
+    Inputs of the graph are `input_ids`, `attention_mask` and, where rows have them, `token_type_ids`, (rows, width)
     int64, padded on the right with zeros; and, if wanted, `threshold`, a float32 scalar. Outputs are `logits`, (rows,
     classes) float32, and `exit_layer`, (rows,) int64, layers executed.
 
@@ -141,7 +141,7 @@ def export_onnx(
     if shows_layers and scores is not None:
         config["shows_layers"] = True
     with atomic_folder(folder, require_replaceable, "config.json") as place:
-        _write_graph(model, scores, limit, style, config, place)
+        _write_graph(saved, scores, limit, style, config, place)
         _write(place / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
         _write(
             place / "config.json", json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -155,7 +155,7 @@ def export_onnx(
 
 
 def _write_graph(
-    model: Any,
+    saved: LoadedClassifier,
     scores: OnnxExitScores | None,
     threshold: float | None,
     style: GraphStyle,
@@ -163,11 +163,12 @@ def _write_graph(
     place: Path,
 ) -> None:
     """The graph, and its weights beside it where they are too many."""
-    shows_layers = bool(config.get("shows_layers"))
+    model, shows_layers = cast(Any, saved.model), bool(config.get("shows_layers"))
     how: dict[str, Any] = {
         "num_classes": model.config.num_classes,
         "style": style,
         "shows_layers": shows_layers,
+        "token_types": _has_types(saved),
     }
     default = None if shows_layers else threshold or 0.0
     is_large = 4 * sum(parameter.numel() for parameter in model.parameters()) > MOST_BYTES
@@ -181,6 +182,21 @@ def _write_graph(
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     with (place / GRAPH_FILE).open("wb") as stream:
         stream.write(proto.SerializeToString())
+
+
+def _has_types(saved: LoadedClassifier) -> bool:
+    """Whether rows have token types: the model tells them apart, and its tokenizer gives them.
+
+    A tokenizer.json counts the second text of a pair as type 1 whether transformers' tokenizer gives types or not.
+    """
+    types: Any = getattr(
+        cast(Any, saved.model).backbone.get_submodule("embeddings"), "token_type_embeddings", None
+    )
+    return (
+        types is not None
+        and types.num_embeddings > 1
+        and "token_type_ids" in saved.tokenizer.model_input_names
+    )
 
 
 def _config(
@@ -311,14 +327,11 @@ def _readme(saved: LoadedClassifier, config: Mapping[str, Any]) -> str:
 
     text = resources.files("consistentee.pipelines").joinpath("export_readme.md.jinja").read_text("utf-8")
     row = EXIT_CRITERIA.get(str(config["criterion"]))
-    types: Any = getattr(
-        cast(Any, saved.model).backbone.get_submodule("embeddings"), "token_type_embeddings", None
-    )
     names = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return names.render(
         **{**config, "labels": list(config["id2label"].values())},
         cut_side=saved.tokenizer.truncation_side,
-        has_types=types is not None and types.num_embeddings > 1,
+        has_types=_has_types(saved),
         range=""
         if row is None
         else row.thresholds.layers or f"{row.thresholds.low:g} to {row.thresholds.high:g}",

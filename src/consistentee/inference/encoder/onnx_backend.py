@@ -384,10 +384,15 @@ NUMPY_KINDS = {torch.float32: np.float32, torch.int32: np.int32, torch.int64: np
 
 
 def embedding_feed(rows: Sequence[TokenRow], sessions: OnnxSessions) -> dict[str, NDArray[np.int64]]:
-    """What the embeddings' session reads: (rows, width) each, padded with zeros, and (1, width) positions."""
+    """What the embeddings' session reads: (rows, width) each, padded with zeros, and positions."""
     width = max(len(row["input_ids"]) for row in rows)
-    positions = np.arange(sessions.first_position, sessions.first_position + width)[None]
-    feed = {IDS: _padded([row["input_ids"] for row in rows], width), POSITIONS: positions}
+    ids, padding = _padded([row["input_ids"] for row in rows], width), sessions.padding_position
+    if padding is None:
+        positions = np.arange(width, dtype=np.int64)[None]
+    else:
+        counts = (ids != padding).astype(np.int64)
+        positions = counts.cumsum(1) * counts + padding
+    feed = {IDS: ids, POSITIONS: positions}
     if sessions.has_types:
         feed[TYPES] = _padded([row.get("token_type_ids", ()) for row in rows], width)
     return feed

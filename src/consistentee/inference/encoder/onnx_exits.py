@@ -26,8 +26,9 @@ from consistentee.inference.encoder.onnx_graphs import (
     AttentionInputs,
     add_embeddings,
     add_layer,
+    add_positions,
     composed_attention,
-    first_position,
+    padding_position,
 )
 from consistentee.inference.encoder.onnx_heads import add_classifier, add_original_head, pooling_of
 from consistentee.inference.encoder.onnx_scores import History, OnnxExitScores
@@ -77,6 +78,7 @@ class ExitGraph:
         weights: where the weights go; None keeps them in the graph.
         fixed_exits: whether rows exit where `EXIT_LAYERS` says, to study speed; the scores are computed all the same.
         shows_layers: whether what each layer says is given as well; needs scores.
+        token_types: whether rows bring them, to a model that tells them apart; else all tokens are of type 0.
 
     Raises:
         SettingError: a model of another type, or of too many layers.
@@ -92,6 +94,7 @@ class ExitGraph:
         weights: WeightFile | None = None,
         fixed_exits: bool = False,
         shows_layers: bool = False,
+        token_types: bool = True,
     ) -> None:
         config: Any = model.backbone.config
         if config.model_type not in LAYER_PARTS:
@@ -115,7 +118,7 @@ class ExitGraph:
         last = model.classifiers.layers[-1]
         self._original = last if isinstance(last, OriginalHead) else None
         types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
-        self._has_types = types is not None and types.num_embeddings > 1
+        self._has_types = token_types and types is not None and types.num_embeddings > 1
 
     def build(self, threshold: float | None = 0.0) -> Any:
         """The graph, a protobuf message.
@@ -187,9 +190,11 @@ class ExitGraph:
         ids, mask, *types = (
             _first(graph, name, width, [1]) for name in (IDS, MASK, *([TYPES] if self._has_types else []))
         )
-        start = graph.constant(np.array(first_position(self._model.backbone), np.int64))
-        one = graph.constant(np.array(1, np.int64))
-        positions = graph.op("Range", start, graph.op("Add", start, widest), one)
+        zero, one = (graph.constant(np.array(number, np.int64)) for number in (0, 1))
+        padding = padding_position(self._model.backbone)
+        positions = (
+            graph.op("Range", zero, widest, one) if padding is None else add_positions(graph, ids, padding)
+        )
         states = add_embeddings(
             graph, self._model.backbone, ids=ids, positions=positions, types=types[0] if types else ""
         )
@@ -211,7 +216,6 @@ class ExitGraph:
                 self._position_bias(widest), has_rows=False, width_axes=(2, 3)
             )
         if self._scores is not None:
-            zero = graph.constant(np.array(0, np.int64))
             count = graph.op("Squeeze", rows, graph.constant([0]))
             order = graph.op("Unsqueeze", graph.op("Range", zero, count, one), graph.constant([1]))
             carried[ORDER] = _Carried(order, "int64")

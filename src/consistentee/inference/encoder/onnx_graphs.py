@@ -26,7 +26,7 @@ HIDDEN, LENGTHS, POSITION_BIAS, TOKENS = "hidden_states", "lengths", "position_b
 """Values: (rows, width, hidden); (rows,) int32; (1, heads, width, width); what pooling needs to know of the tokens."""
 
 IDS, POSITIONS, TYPES = "input_ids", "positions", "token_type_ids"
-"""Inputs of the embeddings, int64: (rows, width); (1, width); (rows, width)."""
+"""Inputs of the embeddings, int64: (rows, width); (1, width), or (rows, width) where ids decide; (rows, width)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def add_embeddings(
         graph: to add to.
         backbone: of a type in `LAYER_PARTS`.
         ids: (rows, width) int64.
-        positions: (1, width) or (width,) int64.
+        positions: (rows, width), (1, width) or (width,) int64.
         types: (rows, width) int64; "": every token is of type 0.
 
     Returns:
@@ -81,11 +81,28 @@ def add_embeddings(
     return graph.op("Add", mapped, graph.constant(projection.bias))
 
 
-def first_position(backbone: PreTrainedModel) -> int:
-    """Where a model begins to count positions: roberta and its kin behind the padding id."""
+def padding_position(backbone: PreTrainedModel) -> int | None:
+    """The padding id of roberta and its kin, which is its position as well; the other tokens count on from there.
+
+    None for a model whose positions do not depend on the ids.
+    """
     if backbone.config.model_type in BEHIND_PADDING:
-        return int(cast(Any, backbone.get_submodule("embeddings")).padding_idx) + 1
-    return 0
+        return int(cast(Any, backbone.get_submodule("embeddings")).padding_idx)
+    return None
+
+
+def add_positions(graph: Graph, ids: str, padding: int) -> str:
+    """Positions as roberta and its kin count them, (rows, width): a padding id takes none, also inside a text.
+
+    Args:
+        graph: to add to.
+        ids: (rows, width) int64.
+        padding: of `padding_position`.
+    """
+    number = graph.constant(np.array(padding, np.int64))
+    counts = graph.op("Cast", graph.op("Not", graph.op("Equal", ids, number)), to=7)
+    passed = graph.op("CumSum", counts, graph.constant(np.array(1, np.int64)))
+    return graph.op("Add", graph.op("Mul", passed, counts), number)
 
 
 def add_layer(

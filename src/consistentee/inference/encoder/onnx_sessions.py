@@ -30,7 +30,7 @@ from consistentee.inference.encoder.onnx_graphs import (
     add_embeddings,
     add_layer,
     check_layer,
-    first_position,
+    padding_position,
 )
 from consistentee.inference.encoder.onnx_heads import add_classifier, pooling_of
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PositionBias, inner_layers
@@ -63,7 +63,7 @@ class OnnxSessions:
             token's share of the mean), or None, for classifiers that need none.
         num_features, pooled_size: numbers of a row of `EXIT_FEATURES` and of `POOLED`.
         position_bias: mpnet's, or None.
-        first_position: where positions begin to count.
+        padding_position: see `onnx_graphs`; positions are (rows, width) then, else (1, width).
     """
 
     def __init__(self, model: EncoderParts, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class OnnxSessions:
         self._original = copy.deepcopy(last).to(device, torch.float32) if is_original else None
         types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
         self.has_types = types is not None and types.num_embeddings > 1
-        self.first_position = first_position(model.backbone)
+        self.padding_position = padding_position(model.backbone)
         self.position_bias = (
             PositionBias(model.backbone, "float32", device) if model_type == "mpnet" else None
         )
@@ -195,7 +195,8 @@ class OnnxSessions:
     def _embedding_session(self) -> Any:
         graph = Graph()
         value = add_embeddings(graph, self._model.backbone, types=TYPES if self.has_types else "")
-        inputs: Inputs = {IDS: ("int64", ("rows", "width")), POSITIONS: ("int64", (1, "width"))}
+        counted = 1 if self.padding_position is None else "rows"
+        inputs: Inputs = {IDS: ("int64", ("rows", "width")), POSITIONS: ("int64", (counted, "width"))}
         if self.has_types:
             inputs[TYPES] = ("int64", ("rows", "width"))
         return self._session(graph, inputs, {OUTPUT: value})

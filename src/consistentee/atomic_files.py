@@ -255,8 +255,16 @@ def remove_files(folder: Path, names: tuple[str, ...]) -> None:
         plain = Path(name)
         for leftover in folder.glob(f".{plain.stem}.*{plain.suffix}"):
             leftover.unlink(missing_ok=True)
+        if plain.suffix == ".safetensors":
+            remove_unfinished_weights(folder)
     with suppress(OSError):  # it is not there, or something is in it
         folder.rmdir()
+
+
+def remove_unfinished_weights(folder: Path) -> None:
+    """Delete what safetensors left in a folder where it was killed: it names a file `.tmp` and six letters at first."""
+    for leftover in folder.glob(".tmp" + "[0-9A-Za-z]" * 6):
+        leftover.unlink(missing_ok=True)
 
 
 def _own_output(found: os.stat_result) -> int | None:

@@ -182,6 +182,33 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
         load_checkpoint(folder)
 
 
+def test_weights_whose_writing_was_killed_do_not_pile_up(tmp_path: Path):
+    save(tmp_path, 1)
+    own = tmp_path / checkpoints.FOLDER
+    unfinished = [own / "000000002.partial" / ".tmpX2dmz8", own / ".tmpdytkr0"]
+    unfinished[0].parent.mkdir()
+    for path in unfinished:
+        path.write_bytes(b"half")
+    save(tmp_path, 2)
+    assert sorted(path.name for path in own.rglob("*")) == [
+        ".tmpdytkr0",
+        "000000002",
+        *checkpoints.CHECKPOINT_FILES,
+    ]
+    save_weights(own / checkpoints.BEST, {})
+    assert not unfinished[1].exists()
+    checkpoints.write_marker(tmp_path, ["model.safetensors"])
+    (own / checkpoints.STAGING).mkdir()
+    for path in (
+        own / ".tmpAAAAAA",
+        own / "000000002" / ".tmpBBBBBB",
+        own / checkpoints.STAGING / ".tmpCCCCCC",
+    ):
+        path.write_bytes(b"half")
+    remove_checkpoints(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_remove_checkpoints(tmp_path: Path):
     save(tmp_path, 1)
     (tmp_path / "model.safetensors").write_bytes(b"")

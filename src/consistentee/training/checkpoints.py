@@ -21,7 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from consistentee.atomic_files import make_folder, remove_files, room_in, sync, sync_tree, write_json
+from consistentee.atomic_files import (
+    make_folder,
+    remove_files,
+    remove_unfinished_weights,
+    room_in,
+    sync,
+    sync_tree,
+    write_json,
+)
 from consistentee.training.locks import release_and_remove, try_lock
 
 FOLDER = "consistentee-checkpoints"
@@ -170,6 +178,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write weights atomically as safetensors."""
     make_folder(path.parent)
+    remove_unfinished_weights(path.parent)
     partial = path.with_suffix(".partial")
     try:
         with room_in(path.parent):

@@ -32,6 +32,7 @@ CONFIG = quick_config(
     head_dropout=0.3,
     policy_input="auto",
     policy_epochs=1,
+    max_grad_norm=0.1,
     checkpoint_every=3,
 )  # epochs of 2 steps: warm-up to step 4, the consistent phase to step 8; checkpoints at 3 and 6, and after each phase
 INTERRUPTED = 130
@@ -65,6 +66,7 @@ CASES = {
     "warm-up, Ctrl-C": Interruption(OptimizerSteps, "_step", 4, signal.SIGINT),
     "policy": Interruption(policy_phase, "choose_policy", 2),
     "best weights kept, not yet a checkpoint": Interruption(consistent, "record_round", 1),
+    "policy fitted": Interruption(OptimizerSteps, "_step", 5),
     "consistent phase": Interruption(OptimizerSteps, "_step", 8),
     "writing a checkpoint": Interruption(checkpoints, "write_json", 6),
     "final policy": Interruption(policy_phase, "choose_policy", 4),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -40,6 +42,28 @@ def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
         write_half()
     assert path.read_text(encoding="utf-8") == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_named_with_its_folder(tmp_path: Path) -> None:
+    def write(error: OSError) -> None:
+        with atomic_path(tmp_path / "a.txt"):
+            raise error
+
+    said = r"could not be written to, [\d,]+ MB are free there: .*No space left.*\. Make room, or give"
+    with pytest.raises(OSError, match=re.escape(str(tmp_path)) + " " + said):
+        write(OSError(errno.ENOSPC, "No space left on device"))
+    for other in (
+        OSError(errno.ENOSPC, "No space left on device", "elsewhere"),
+        OSError(errno.EIO, "Input/output error"),
+    ):
+        with pytest.raises(OSError, match=re.escape(str(other))):
+            write(other)
+    with (
+        pytest.raises(OSError, match=r"No space left on device\. Make room, then go on with --resume\.$"),
+        atomic.room_in(tmp_path),
+    ):
+        write(OSError(errno.ENOSPC, "No space left on device"))  # the run's remedy counts
+    assert os.listdir(tmp_path) == []
 
 
 def test_permissions_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> None:

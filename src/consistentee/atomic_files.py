@@ -52,9 +52,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.parent / f".{target.stem}.{secrets.token_hex(6)}{target.suffix}"
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        yield temporary
-        _take_over_permissions(temporary, target)
-        sync(temporary)
+        with room_in(target.parent, "Make room, or give a file on another disk.", named=False):
+            yield temporary
+            _take_over_permissions(temporary, target)
+            sync(temporary)
         os.replace(temporary, target)
         sync(target.parent)
     finally:
@@ -197,25 +198,54 @@ def make_folder(folder: Path) -> None:
         sync(place.parent)
 
 
+class FullDiskError(OSError):
+    """There is no room, or no more of a user's share; the message says where."""
+
+
 @contextmanager
-def room_in(folder: Path) -> Iterator[None]:
-    """Around what a run writes into a folder: a full disk is said to be one, whatever the writer calls it.
+def room_in(
+    folder: Path, remedy: str = "Make room, then go on with --resume.", *, named: bool = True
+) -> Iterator[None]:
+    """Around what is written into a folder: a full disk is said to be one, whatever the writer calls it.
+
+    Args:
+        folder: to be named.
+        remedy: a sentence.
+        named: whether errors that name a folder or a file already are to name this one.
 
     Raises:
-        OSError: there is no room, or no more of a user's share.
+        FullDiskError: there is no room.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_lack_of_room(error):
+        if not _is_lack_of_room(error) or (not named and _names_a_place(error)):
             raise
+        found = error.__cause__ if isinstance(error, FullDiskError) and error.__cause__ else error
         there = next((place for place in (folder, *folder.parents) if place.exists()), Path())
-        free, cause = shutil.disk_usage(there).free, str(error).strip().splitlines()[0]
-        raise OSError(
+        free, cause = shutil.disk_usage(there).free, str(found).strip().splitlines()[0]
+        raise FullDiskError(
             getattr(error, "errno", None) or errno.ENOSPC,
-            f"{folder} could not be written to, {free / 1e6:,.0f} MB are free there: {cause}. Make room, then go on "
-            "with --resume.",
-        ) from error
+            f"{folder} could not be written to, {free / 1e6:,.0f} MB are free there: {cause}. {remedy}",
+        ) from found
+
+
+@contextmanager
+def room_for_temporary_files(*files: IO[bytes]) -> Iterator[None]:
+    """`room_in`, for Python's folder of temporary files; files that found none are closed."""
+    remedy = "Make room, or name a folder on another disk in the variable TMPDIR."
+    with room_in(Path(tempfile.gettempdir()), remedy):
+        try:
+            yield
+        except OSError:
+            for file in files:
+                with suppress(OSError):  # it would write the rest once more
+                    file.close()
+            raise
+
+
+def _names_a_place(error: Exception) -> bool:
+    return isinstance(error, FullDiskError) or getattr(error, "filename", None) is not None
 
 
 def _is_lack_of_room(error: Exception) -> bool:
@@ -255,8 +285,16 @@ def remove_files(folder: Path, names: tuple[str, ...]) -> None:
         plain = Path(name)
         for leftover in folder.glob(f".{plain.stem}.*{plain.suffix}"):
             leftover.unlink(missing_ok=True)
+        if plain.suffix == ".safetensors":
+            remove_unfinished_weights(folder)
     with suppress(OSError):  # it is not there, or something is in it
         folder.rmdir()
+
+
+def remove_unfinished_weights(folder: Path) -> None:
+    """Delete what safetensors left in a folder where it was killed: it names a file `.tmp` and six letters at first."""
+    for leftover in folder.glob(".tmp" + "[0-9A-Za-z]" * 6):
+        leftover.unlink(missing_ok=True)
 
 
 def _own_output(found: os.stat_result) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,19 @@ def test_rows_come_back_as_they_were_tokenized(monkeypatch: pytest.MonkeyPatch) 
     assert found.cut.tolist() == cut
     assert found.lengths.tolist() == [len(row["input_ids"]) for row in rows]
     assert [found.text(row) for row in (4, 0, 2, 3, 1)] == [TEXTS[row] for row in (4, 0, 2, 3, 1)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("texts", [TEXTS, [(f"film {number} " * 9,) for number in range(400)]])
+def test_a_full_folder_for_temporary_files_is_named_once(
+    texts: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spooled.tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    with pytest.raises(
+        OSError, match=r"could not be written to, .* No space left on device\. Make room, or .* TMPDIR\.$"
+    ):
+        read(texts)
+    gc.collect()  # what is left to be written is not tried once more
 
 
 def test_pairs_and_types() -> None:

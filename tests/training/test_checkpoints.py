@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from consistentee.errors import DataError
 from consistentee.training import checkpoints
 from consistentee.training.checkpoints import (
     latest_checkpoint,
@@ -178,8 +178,55 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
     folder = latest_checkpoint(tmp_path)
     assert folder is not None
     torch.save({"optimizer": Harmful()}, folder / "optimizer.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(DataError, match=r"The checkpoint is broken \(Weights only load failed"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", checkpoints.CHECKPOINT_FILES)
+def test_a_broken_checkpoint_is_named_wherever_it_was_cut_off(name: str, tmp_path: Path):
+    save(tmp_path, 1, step=1)
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    path = folder / name
+    whole = path.read_bytes()
+    ends = {0, 1, 4, 7, 8, 9, 30, 64, len(whole) // 2, len(whole) - 8, len(whole) - 1}
+    for end in (end for end in sorted(ends) if end < len(whole.rstrip())):
+        path.write_bytes(whole[:end])
+        with pytest.raises(
+            DataError, match=rf"{name}: The checkpoint is broken \(.+\)\. .* remove .*000000001: the run"
+        ):
+            load_checkpoint(folder)
+    path.unlink()
+    if name != checkpoints.PROGRESS:
+        with pytest.raises(DataError, match=r"is broken \(.*No such file.* remove"):
+            load_checkpoint(folder)
+
+
+def test_weights_whose_writing_was_killed_do_not_pile_up(tmp_path: Path):
+    save(tmp_path, 1)
+    own = tmp_path / checkpoints.FOLDER
+    unfinished = [own / "000000002.partial" / ".tmpX2dmz8", own / ".tmpdytkr0"]
+    unfinished[0].parent.mkdir()
+    for path in unfinished:
+        path.write_bytes(b"half")
+    save(tmp_path, 2)
+    assert sorted(path.name for path in own.rglob("*")) == [
+        ".tmpdytkr0",
+        "000000002",
+        *checkpoints.CHECKPOINT_FILES,
+    ]
+    save_weights(own / checkpoints.BEST, {})
+    assert not unfinished[1].exists()
+    checkpoints.write_marker(tmp_path, ["model.safetensors"])
+    (own / checkpoints.STAGING).mkdir()
+    for path in (
+        own / ".tmpAAAAAA",
+        own / "000000002" / ".tmpBBBBBB",
+        own / checkpoints.STAGING / ".tmpCCCCCC",
+    ):
+        path.write_bytes(b"half")
+    remove_checkpoints(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_remove_checkpoints(tmp_path: Path):

@@ -176,6 +176,7 @@ def test_a_policy_learns_to_exit_at_the_first_right_layer(estimator: str, hard: 
     exit_layer = choose_exit_layer(policy_exit_probs(policy, fresh), 0.5)
     assert (exit_layer == first_right).float().mean() > 0.97
     assert not policy.training
+    assert all(parameter.grad is None for parameter in policy.parameters())
 
 
 @pytest.mark.parametrize("policy_input", ["log_odds", "state+log_odds"])
@@ -321,6 +322,7 @@ def test_a_network_learns_to_foretell():
     network = fit_foretelling(ConfidenceClassifier(LAYERS, HIDDEN), instances.states, target, **settings)
     assert torch.equal(network(instances.states.float()) > 0, target)
     assert not network.training
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_missing_states_are_an_error():

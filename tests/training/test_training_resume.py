@@ -65,6 +65,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
         ("warm-up, Ctrl-C", 3),
         ("policy", 4),
         ("best weights kept, not yet a checkpoint", 4),
+        ("policy fitted", 4),
         ("consistent phase", 6),
         ("final policy", 8),
         ("writing the model", 8),

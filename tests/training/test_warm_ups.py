@@ -15,6 +15,7 @@ from consistentee.data.rows import InstructionDataset, TextDataset
 from consistentee.errors import SettingError
 from consistentee.training import checkpoints, warm_ups
 from consistentee.training.methods import consistent
+from consistentee.training.run import Run
 from consistentee.training.train import train
 from quick import quick_config, read_record, stop_at, weight_bytes
 from tiny import tiny_backbone, tiny_dataset
@@ -286,6 +287,22 @@ def test_who_comes_second_leaves_nothing(
 
     monkeypatch.setattr(warm_ups.os, "rename", taken)
     rows(tmp_path / "model", quick_config(**ROWS), tmp_path / "warm-ups")
+    assert list((tmp_path / "warm-ups").iterdir()) == []
+
+
+def test_ctrl_c_while_a_warm_up_is_written_leaves_none(
+    rows: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Run.write_checkpoint
+
+    def stopped(run: Run, folder: Path, identity: dict[str, Any]) -> None:
+        write(run, folder, identity)
+        if "seconds" in identity:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "write_checkpoint", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        rows(tmp_path / "model", quick_config(**ROWS), tmp_path / "warm-ups")
     assert list((tmp_path / "warm-ups").iterdir()) == []
 
 

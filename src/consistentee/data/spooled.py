@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from consistentee.atomic_files import room_for_temporary_files
 from consistentee.data.rows import Text, text_rows
 from consistentee.data.tokenization import encode_texts
 from consistentee.errors import DataError
@@ -79,6 +80,7 @@ class SpooledTexts:
 
         Raises:
             DataError: there is none, or one of which no token is left; single texts stand beside pairs.
+            FullDiskError: there is no room for them in the folder for temporary files.
         """
         self = cls(source)
         known_digests = set(map(text_digest, known))
@@ -86,16 +88,20 @@ class SpooledTexts:
         for part in _parts(self._new(text_rows(texts, source), known_digests), max_texts):
             rows, is_cut = encode_texts(part, tokenizer, max_length)
             self._has_types, self.text_pairs = "token_type_ids" in rows[0], len(part[0]) == 2
-            for row, row_texts, row_cut in zip(rows, part, is_cut, strict=True):
-                numbers = [*row["input_ids"], *row.get("token_type_ids", ())]
-                line = json.dumps(row_texts, ensure_ascii=False).encode("utf-8", "surrogatepass")
-                self._tokens.write(np.asarray(numbers, dtype=np.int32).tobytes())
-                self._texts.write(line)
-                self._digest.update(line + b"\n")
-                lengths.append(len(row["input_ids"]))
-                cut.append(row_cut)
-                token_ends.append((token_ends[-1] if token_ends else 0) + len(numbers))
-                text_ends.append((text_ends[-1] if text_ends else 0) + len(line))
+            with room_for_temporary_files(self._tokens, self._texts):
+                for row, row_texts, row_cut in zip(rows, part, is_cut, strict=True):
+                    numbers = [*row["input_ids"], *row.get("token_type_ids", ())]
+                    line = json.dumps(row_texts, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                    self._tokens.write(np.asarray(numbers, dtype=np.int32).tobytes())
+                    self._texts.write(line)
+                    self._digest.update(line + b"\n")
+                    lengths.append(len(row["input_ids"]))
+                    cut.append(row_cut)
+                    token_ends.append((token_ends[-1] if token_ends else 0) + len(numbers))
+                    text_ends.append((text_ends[-1] if text_ends else 0) + len(line))
+        with room_for_temporary_files(self._tokens, self._texts):
+            self._tokens.flush()
+            self._texts.flush()
         if not lengths:
             beside = f" but {self.num_known:,} that are known already" if self.num_known else ""
             raise DataError(f"{source} holds no text{beside}.", remedy="Give files with texts.")

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 
 from consistentee import __version__
-from consistentee.atomic_files import make_folder, write_json, write_text
+from consistentee.atomic_files import make_folder, room_for_temporary_files, write_json, write_text
 from consistentee.errors import DataError, SettingError, require_extra
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.pipelines.classifier import WINDOW_ROWS, Engine, Prediction, window_sizes
@@ -65,10 +65,12 @@ class NumberedRows:
                 self.text_columns = ("text_a", "text_b")
             block = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in window)
             digest.update(block)
-            self._file.write(block)
+            with room_for_temporary_files(self._file):
+                self._file.write(block)
             self.sizes.append(len(window))
             self._ends.append(self._ends[-1] + len(block))
-        self._file.flush()
+        with room_for_temporary_files(self._file):
+            self._file.flush()
         self.digest = digest.hexdigest()[:16]
 
     def items(self, blocks: Iterable[int]) -> list[dict[str, int]]:

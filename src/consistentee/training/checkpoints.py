@@ -12,16 +12,27 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from consistentee.atomic_files import make_folder, remove_files, room_in, sync, sync_tree, write_json
+from consistentee.atomic_files import (
+    make_folder,
+    remove_files,
+    remove_unfinished_weights,
+    room_in,
+    sync,
+    sync_tree,
+    write_json,
+)
+from consistentee.errors import DataError
 from consistentee.training.locks import release_and_remove, try_lock
 
 FOLDER = "consistentee-checkpoints"
@@ -157,19 +168,51 @@ def _earlier_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Weights, optimizer state and progress of a checkpoint folder."""
-    optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    return load_file(folder / WEIGHTS), optimizer, read_progress(folder)
+    """Weights, optimizer state and progress of a checkpoint folder; DataError where a file of it is broken."""
+    with _whole(folder / OPTIMIZER):
+        optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    with _whole(folder / WEIGHTS):
+        weights = load_file(folder / WEIGHTS)
+    return weights, optimizer, read_progress(folder)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The progress that a checkpoint folder keeps."""
-    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    """The progress that a checkpoint folder keeps; DataError where it is broken."""
+    with _whole(folder / PROGRESS):
+        progress: object = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        if not isinstance(progress, dict):
+            raise ValueError("no object")
+    return cast("dict[str, Any]", progress)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Around reading a file of a checkpoint: a broken one is named, whatever its reader calls it.
+
+    Raises:
+        DataError: the file is missing, cut off or changed.
+    """
+    try:
+        yield
+    except (OSError, ValueError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        if isinstance(error, OSError) and not missing and error.errno != errno.EINVAL:
+            raise  # the disk's own
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # there is no memory, for one
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"The checkpoint is broken ({cause}).",
+            file=path,
+            remedy=f"Restore the file, or remove {path.parent}: the run then goes on from the checkpoint before, or "
+            "begins anew where there is none.",
+        ) from error
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write weights atomically as safetensors."""
     make_folder(path.parent)
+    remove_unfinished_weights(path.parent)
     partial = path.with_suffix(".partial")
     try:
         with room_in(path.parent):
@@ -184,7 +227,8 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Read weights that `save_weights` wrote."""
-    return load_file(path)
+    with _whole(path):
+        return load_file(path)
 
 
 def place_model(output_dir: Path, last: str) -> None:

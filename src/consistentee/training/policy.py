@@ -108,6 +108,7 @@ def fit_policy(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
             optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # a model's steps would count them when they clip gradients
     return policy.cpu().eval()
 
 
@@ -150,6 +151,7 @@ def fit_foretelling(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return network.cpu().eval()
 
 

@@ -67,7 +67,7 @@ def keep(run: Run, seconds: float) -> None:
             with room_in(folder.parent):
                 checkpoints.claim(partial)
             run.write_checkpoint(partial, {"seconds": seconds})
-        except OSError:
+        except BaseException:
             _remove(partial)
             raise
         try:

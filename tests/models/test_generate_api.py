@@ -302,7 +302,8 @@ def test_saved_defaults_are_used() -> None:
 
 
 def test_as_an_assistant_of_another_model() -> None:
-    large, (input_ids, mask) = tiny_decoder("llama", seed=9), left_padded_batch(PROMPTS[:1])
+    large: Any = tiny_decoder("llama", seed=9)
+    input_ids, mask = left_padded_batch(PROMPTS[:1])
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
     expected = large.generate(input_ids, **options)
     assert torch.equal(large.generate(input_ids, assistant_model=exit_model(), **options), expected)

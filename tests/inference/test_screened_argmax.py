@@ -207,3 +207,19 @@ def test_products_that_saturate_do_not_count() -> None:
     packed = prepack(largest)
     found = int8_product(largest[:2], packed, torch.ones(64), torch.zeros(64, dtype=torch.int64))
     assert has_int8_products(cpu) == bool((found == 64 * 127 * 127).all())
+
+
+def test_operators_that_take_unsigned_inputs_alone_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.6, where they are there and fail when they are called."""
+
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("qlinear with mkldnn tensor: data type of input should be uint8 (unsigned char).")
+
+    monkeypatch.setattr(screened_argmax, "int8_product", refuse)
+    screened_argmax._multiplies_int8.cache_clear()
+    try:
+        head = ScreenedArgmax(random_head())
+    finally:
+        screened_argmax._multiplies_int8.cache_clear()
+    assert head._packed is None
+    assert head(states_of(3)).shape == (3,)

@@ -159,13 +159,8 @@ def has_int8_products(device: torch.device) -> bool:
 
 
 def has_int8_operators(device: torch.device) -> bool:
-    """Whether torch can ask oneDNN for int8 products on this device."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        return bool(torch.ops.onednn.qlinear_prepack and torch.ops.onednn.qlinear_pointwise)
-    except AttributeError:
-        return False
+    """Whether torch can ask oneDNN for products of int8 with int8 on this device."""
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and _multiplies_int8()
 
 
 def _sums_in_float32() -> bool:
@@ -174,6 +169,17 @@ def _sums_in_float32() -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set by torch's newer switches, which this question does not see
         return False
+
+
+@cache
+def _multiplies_int8() -> bool:
+    """Tried: torch 2.6 has the operators as well, but they take unsigned inputs alone."""
+    ones = torch.ones((2, 2), dtype=torch.int8)
+    try:
+        int8_product(ones, prepack(ones), torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 @cache

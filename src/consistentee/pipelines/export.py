@@ -19,6 +19,7 @@ from consistentee.errors import SettingError, require_extra
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.onnx_builder import HIGHEST_OPSET, OPSET, GraphStyle, WeightFile
 from consistentee.inference.encoder.onnx_exits import EXIT_LAYER, LOGITS, THRESHOLD, ExitGraph
+from consistentee.inference.encoder.onnx_graphs import knows_token_types
 from consistentee.inference.encoder.onnx_runner import OPENS_NESTED, graph_feed, opens_nested
 from consistentee.inference.encoder.onnx_scores import OnnxExitScores
 from consistentee.inference.encoder.onnx_sessions import make_session
@@ -189,12 +190,8 @@ def _has_types(saved: LoadedClassifier) -> bool:
 
     A tokenizer.json counts the second text of a pair as type 1 whether transformers' tokenizer gives types or not.
     """
-    types: Any = getattr(
-        cast(Any, saved.model).backbone.get_submodule("embeddings"), "token_type_embeddings", None
-    )
     return (
-        types is not None
-        and types.num_embeddings > 1
+        knows_token_types(cast(Any, saved.model).backbone)
         and "token_type_ids" in saved.tokenizer.model_input_names
     )
 

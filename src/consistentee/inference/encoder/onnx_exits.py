@@ -28,6 +28,7 @@ from consistentee.inference.encoder.onnx_graphs import (
     add_layer,
     add_positions,
     composed_attention,
+    knows_token_types,
     padding_position,
 )
 from consistentee.inference.encoder.onnx_heads import add_classifier, add_original_head, pooling_of
@@ -117,8 +118,7 @@ class ExitGraph:
         self._has_bias = config.model_type == "mpnet"
         last = model.classifiers.layers[-1]
         self._original = last if isinstance(last, OriginalHead) else None
-        types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
-        self._has_types = token_types and types is not None and types.num_embeddings > 1
+        self._has_types = token_types and knows_token_types(model.backbone)
 
     def build(self, threshold: float | None = 0.0) -> Any:
         """The graph, a protobuf message.

@@ -81,6 +81,12 @@ def add_embeddings(
     return graph.op("Add", mapped, graph.constant(projection.bias))
 
 
+def knows_token_types(backbone: PreTrainedModel) -> bool:
+    """Whether a model tells token types apart."""
+    types: Any = getattr(backbone.get_submodule("embeddings"), "token_type_embeddings", None)
+    return types is not None and types.num_embeddings > 1
+
+
 def padding_position(backbone: PreTrainedModel) -> int | None:
     """The padding id of roberta and its kin, which is its position as well; the other tokens count on from there.
 

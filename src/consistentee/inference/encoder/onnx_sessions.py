@@ -30,6 +30,7 @@ from consistentee.inference.encoder.onnx_graphs import (
     add_embeddings,
     add_layer,
     check_layer,
+    knows_token_types,
     padding_position,
 )
 from consistentee.inference.encoder.onnx_heads import add_classifier, pooling_of
@@ -76,8 +77,7 @@ class OnnxSessions:
         last = classifiers.layers[-1]
         is_original = isinstance(last, OriginalHead)
         self._original = copy.deepcopy(last).to(device, torch.float32) if is_original else None
-        types: Any = getattr(model.backbone.get_submodule("embeddings"), "token_type_embeddings", None)
-        self.has_types = types is not None and types.num_embeddings > 1
+        self.has_types = knows_token_types(model.backbone)
         self.padding_position = padding_position(model.backbone)
         self.position_bias = (
             PositionBias(model.backbone, "float32", device) if model_type == "mpnet" else None

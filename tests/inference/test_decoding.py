@@ -361,11 +361,16 @@ def test_cache_storage() -> None:
 @EVERY_TYPE
 def test_bfloat16(model_type: str) -> None:
     model = tiny_exit_model(model_type, "low_rank").to(torch.bfloat16)
-    for mode in ("early-exit", "lossless", "full"):
-        for skipped_states in ("copy", "recompute"):
-            output = generate(model, prompts_of(LENGTHS), NEW, mode=mode, skipped_states=skipped_states)
-            assert output.sequences.shape == (3, max(LENGTHS) + NEW)
-            assert int(output.sequences.max()) < 97
+    ways: tuple[dict[str, Any], ...] = (
+        {"skipped_states": "copy"},
+        {"skipped_states": "recompute"},
+        {"mode": "lossless"},
+        {"mode": "full"},
+    )
+    for way in ways:
+        output = generate(model, prompts_of(LENGTHS), NEW, **way)
+        assert output.sequences.shape == (3, max(LENGTHS) + NEW)
+        assert int(output.sequences.max()) < 97
     output = generate(model, prompts_of((6,)), 4, mode="full", output_logits=True)
     theirs = generate(model.backbone, prompts_of((6,)), 4, output_logits=True)
     assert output.logits[0].dtype == torch.float32

@@ -351,6 +351,15 @@ def test_as_an_assistant_of_another_model() -> None:
             {"fixed_exit_layers": [[1]], "mode": "full"},
             "fixed_exit_layers must hold at least one position ",
         ),
+        ({"fixed_exit_layers": [[1], [1, 2]]}, "fixed_exit_layers must hold for every new token 1 layers, "),
+        ({"fixed_exit_layers": [[LAYERS + 1]]}, "fixed_exit_layers must hold for every new token 1 layers, "),
+        (
+            {"mode": "full", "threshold": 0.3},
+            'threshold has no effect in mode "full", got 0.3. Leave it out, ',
+        ),
+        ({"mode": "full", "criterion": "policy"}, 'criterion has no effect in mode "full", got policy. '),
+        ({"mode": "lossless", "skipped_states": "copy"}, 'skipped_states has no effect in mode "lossless", '),
+        ({"draft_tokens": 3}, 'draft_tokens has no effect in mode "early-exit", got 3. '),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -28,7 +28,7 @@ from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.models.backbone_model import BackboneModel, WithExits
 from consistentee.models.configuration import EarlyExitCausalLMConfig, opening_and_fields
 from consistentee.models.generate import GenerationOptions, generate_tokens
-from consistentee.models.generation_checks import check_cache
+from consistentee.models.generation_checks import check_cache, check_idle_options
 
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens exit, bool."""
@@ -268,9 +268,11 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         )
         values = {name: getattr(self.config, name) for name in names}
         values |= {"threshold": None, "adaptive_drafts": True, "fixed_exit_layers": None, "generator": None}
-        return GenerationOptions(
+        options = GenerationOptions(
             **values | {name: value for name, value in given.items() if value is not None}
         )
+        check_idle_options(options.mode, given)
+        return options
 
     def exit_weights(self) -> ExitWeights:
         """The weights laid out for decoding; made anew where they have changed, in whatever way."""
@@ -324,7 +326,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
 
         Raises:
             ValueError: beams, assistants and other ways to search that exits cannot serve; caches that save memory;
-                sampling in `lossless` mode; options that make no sense.
+                sampling in `lossless` mode; options that make no sense, or have no effect in the mode.
         """
         options = self.generation_options(
             mode=mode,

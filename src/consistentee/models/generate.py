@@ -28,7 +28,12 @@ from consistentee.inference.decoder.known_processors import RecordedEnds, statef
 from consistentee.inference.decoder.lossless import DraftClock, LosslessDecoding
 from consistentee.inference.decoder.recompute import RecomputeDecoding
 from consistentee.inference.modes import inference_without_autocast
-from consistentee.models.generation_checks import check_adapters, check_inputs, check_search
+from consistentee.models.generation_checks import (
+    check_adapters,
+    check_fixed_exits,
+    check_inputs,
+    check_search,
+)
 
 _log = logging.getLogger(__name__)
 CAPACITY_AHEAD = 512
@@ -111,6 +116,7 @@ def generate_tokens(
     values: Any = generation_config
     check_search(values, options.mode)
     check_adapters(model)
+    check_fixed_exits(options.fixed_exit_layers, len(input_ids), model.num_layers)
     if not values.use_cache:
         if options.mode != "full":
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,32 @@ OTHER_SEARCHES = (
     "force_words_ids",
 )
 """Settings of transformers that ask for a way to search of their own."""
+
+IDLE_OPTIONS = {
+    "full": ("criterion", "threshold", "skipped_states", "draft_tokens", "draft_threshold"),
+    "early-exit": ("draft_tokens", "draft_threshold"),
+    "lossless": ("skipped_states",),
+}
+"""Options that change nothing, by mode."""
+
+
+def check_idle_options(mode: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option, given in place of the saved one, that has no effect in this mode."""
+    for name in IDLE_OPTIONS[mode]:
+        if given.get(name) is not None:
+            raise ValueError(
+                f'{name} has no effect in mode "{mode}", got {given[name]}. Leave it out, or take another mode.'
+            )
+
+
+def check_fixed_exits(fixed: Sequence[Sequence[int]] | None, rows: int, num_layers: int) -> None:
+    """Raise ValueError for exits given in advance that are not one layer, 1 to num_layers, for every row."""
+    for position, layers in enumerate(fixed or ()):
+        if len(layers) != rows or not all(1 <= layer <= num_layers for layer in layers):
+            raise ValueError(
+                f"fixed_exit_layers must hold for every new token {rows} layers, one a row, of 1 to {num_layers}, got "
+                f"{list(layers)} at position {position}."
+            )
 
 
 def check_cache(implementation: str | None) -> None:

@@ -26,6 +26,7 @@ from consistentee.inference.decoder.draws import drawing_from
 from consistentee.inference.decoder.known_processors import TextCriteria
 from consistentee.inference.threads import settle_after_fork
 from consistentee.inference.timing import synchronised_seconds
+from consistentee.models.generation_checks import check_idle_options
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.continuous import ContinuousTexts
 from consistentee.pipelines.decoding_options import (
@@ -148,15 +149,7 @@ class TextGenerator:
                 )
             return DecodingOptions(**{**values, "mode": "full"})
         mode = options.mode or saved.early_exit_model.config.mode
-        idle = {
-            "full": ("criterion", "threshold", "skipped_states"),
-            "lossless": ("skipped_states",),
-        }.get(mode, ())
-        for name in idle:
-            if values[name] is not None:
-                raise ValueError(
-                    f'{name} has no effect in mode "{mode}", got {values[name]}. Leave it out, or take another mode.'
-                )
+        check_idle_options(mode, values)
         if mode != "full":
             rule = saved.exit_rule_of_mode(mode, options.criterion, options.threshold)
             values["criterion"], values["threshold"] = rule

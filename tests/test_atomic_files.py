@@ -319,8 +319,9 @@ def test_a_folder_is_there_whole(
     assert sorted(os.listdir(folder)) == ["a", "last", "mine"]
 
 
-def test_an_old_folder_stays_where_the_new_one_cannot_be_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "cannot be moved"), KeyboardInterrupt("now")])
+def test_an_old_folder_stays_where_the_new_one_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     folder = tmp_path / "folder"
     write_new(folder)
@@ -328,11 +329,11 @@ def test_an_old_folder_stays_where_the_new_one_cannot_be_moved(
 
     def refuse(source: Path, target: Path) -> None:
         if str(source).endswith(".new"):
-            raise OSError(atomic.errno.ENOSPC, "full")
+            raise error
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(type(error), match=r"cannot be moved|now"):
         write_new(folder)
     assert is_new(folder)
     assert os.listdir(tmp_path) == ["folder"]

@@ -114,6 +114,7 @@ def atomic_folder(
         last: the file that says that the others are there.
 
     Raises:
+        FullDiskError: there is no room.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder).expanduser().resolve()
@@ -126,15 +127,18 @@ def atomic_folder(
         place = inside
     place.mkdir()
     try:
-        yield place
-        sync_tree(place)
-        require_free(folder)
-        if place != inside and not _replace_folder(folder, place, before):
-            shutil.copytree(place, inside)
-            sync_tree(inside)
-        if inside.exists():
-            _move_up(inside, folder, last)
+        with room_in(folder.parent, "Make room, or give a folder on another disk.", named=False):
+            yield place
+            sync_tree(place)
+            require_free(folder)
+            if place != inside and not _replace_folder(folder, place, before):
+                shutil.copytree(place, inside)
+                sync_tree(inside)
+            if inside.exists():
+                _move_up(inside, folder, last)
     finally:
+        if not folder.exists() and before.exists():  # interrupted between its going and the new one's coming
+            os.rename(before, folder)
         for leftover in (place, before, inside):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -160,7 +164,7 @@ def _has_to_stay(folder: Path) -> bool:
 
 
 def _replace_folder(folder: Path, place: Path, before: Path) -> bool:
-    """Put one folder in place of another, which may not be there; False where that one cannot be moved."""
+    """Put one folder in place of another, which may not be there and goes to `before`; False where it cannot go."""
     if folder.exists():
         try:
             os.rename(folder, before)
@@ -168,12 +172,7 @@ def _replace_folder(folder: Path, place: Path, before: Path) -> bool:
             if error.errno in _CANNOT_MOVE:
                 return False
             raise
-    try:
-        os.rename(place, folder)
-    except OSError:
-        if before.exists():
-            os.rename(before, folder)
-        raise
+    os.rename(place, folder)
     return True
 
 

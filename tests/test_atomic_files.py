@@ -66,6 +66,33 @@ def test_a_full_disk_is_named_with_its_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_full_disk_is_named_where_a_folder_is_written(tmp_path: Path) -> None:
+    said = r"could not be written to, [\d,]+ MB are free there: .*No space left.*\. Make room, or give a folder on"
+    with (
+        pytest.raises(atomic.FullDiskError, match=re.escape(str(tmp_path)) + " " + said),
+        atomic.atomic_folder(tmp_path / "folder", lambda _: None, "last"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EIO])
+def test_permissions_that_the_file_system_does_not_let_files_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    for text in ("first", "again"):  # a new file, and one in place of another
+        if number == errno.EIO:
+            with pytest.raises(OSError, match=os.strerror(number)):
+                write_text(tmp_path / "a.txt", text)
+            continue
+        write_text(tmp_path / "a.txt", text)
+        assert (tmp_path / "a.txt").read_text(encoding="utf-8") == text
+
+
 def test_permissions_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> None:
     plain, written = tmp_path / "plain", tmp_path / "written"
     plain.touch()

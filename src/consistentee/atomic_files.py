@@ -151,6 +151,8 @@ def names_in(folder: Path) -> list[str]:
 _WORKING = ".consistentee-new-"
 _CANNOT_MOVE = (errno.EBUSY, errno.EXDEV)
 """What renaming says of a mount point, and of a folder of an image that a container runs."""
+_NO_PERMISSIONS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What changing permissions says where they are those of the mount: network drives, object stores."""
 
 
 def _has_to_stay(folder: Path) -> bool:
@@ -315,12 +317,21 @@ def _take_over_permissions(temporary: Path, target: Path) -> None:
     if os.name == "posix" and (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
         with suppress(OSError):
             os.chown(temporary, before.st_uid, before.st_gid)
-    temporary.chmod(before.st_mode & 0o777)
+    _give_permissions(temporary, before.st_mode & 0o777)
 
 
 def give_usual_permissions(path: Path) -> None:
     """Those of any new file, whatever it was written with."""
-    path.chmod(0o666 & ~_umask())
+    _give_permissions(path, 0o666 & ~_umask())
+
+
+def _give_permissions(path: Path, mode: int) -> None:
+    """Set them where the file system lets files have some of their own; elsewhere they are those of its mount."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in _NO_PERMISSIONS:
+            raise
 
 
 def _umask() -> int:

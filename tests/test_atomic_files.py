@@ -110,6 +110,27 @@ def test_a_link_keeps_pointing(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_text(encoding="utf-8") == "x"
 
 
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EIO])
+def test_a_file_that_is_a_mount_point_is_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    path = tmp_path / "a.txt"
+    path.write_text("what was there before")
+    inode = path.stat().st_ino
+    monkeypatch.setattr(os, "replace", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            write_text(path, "new")
+    else:
+        write_text(path, "new")
+        assert path.read_text() == "new"
+        assert path.stat().st_ino == inode
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
 def test_json_has_no_name_for_what_is_not_finite(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"accuracy": 0.5})
     with pytest.raises(ValueError, match="not JSON compliant"):

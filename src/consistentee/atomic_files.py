@@ -29,7 +29,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Args:
         path: the file to be made or replaced; folders above it are made. A symbolic link keeps pointing where it
             points, and its target is replaced. What is there and is no regular file (a device, a named pipe, this
-            process's own standard output) stays what it is: once the block has ended it is opened and written.
+            process's own standard output) stays what it is: once the block has ended it is opened and written. So
+            does a file that is a mount point, as one that is lent to a container.
 
     Yields:
         A temporary file in the same folder, with the same ending; it is removed if the block raises. For what is no
@@ -56,7 +57,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             _take_over_permissions(temporary, target)
             sync(temporary)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno not in _CANNOT_MOVE or not target.is_file():
+                raise
+            _write_over(target, temporary)
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -86,6 +92,14 @@ def open_in_place(path: str | os.PathLike[str]) -> IO[bytes]:
             stream.flush()
         return os.fdopen(os.dup(descriptor), "wb")
     return os.fdopen(os.open(path, os.O_WRONLY), "wb")
+
+
+def _write_over(target: Path, source: Path) -> None:
+    """Put a file's content into one that cannot be replaced."""
+    with source.open("rb") as new, open_in_place(target) as old:
+        shutil.copyfileobj(new, old)
+        old.truncate()
+    sync(target)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

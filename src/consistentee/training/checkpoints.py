@@ -40,8 +40,8 @@ EARLIER_FOLDER = "checkpoints"
 """Its name in version 0.1.0."""
 MARKER, BEST, STAGING, LOCK = "run.json", "best.safetensors", "model", "run.lock"
 WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
-CHECKPOINT_FILES = (WEIGHTS, OPTIMIZER, PROGRESS)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+CHECKPOINT_FILES = (PROGRESS, WEIGHTS, OPTIMIZER)
+"""In the order in which they are removed: without progress it is no checkpoint."""
 
 
 def hold(output_dir: Path) -> Callable[[], None]:

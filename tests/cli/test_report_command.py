@@ -168,3 +168,11 @@ def test_other_files_are_not_overwritten(
     assert thesis.read_text() == "<!doctype html><title>Thesis</title>"
     assert main([*command, str(tmp_path)]) == 1
     assert "is a folder. Give the name of a file." in capsys.readouterr().err
+
+
+def test_a_place_for_the_page_is_looked_for_before_the_work(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = root / "rows.csv" / "report.html"
+    assert main(["report", str(root / "nowhere"), "--output", str(place)]) == 2
+    assert f'--output must lie in a folder, and "{root / "rows.csv"}" is none.' in capsys.readouterr().err

@@ -13,7 +13,7 @@ from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.evaluate import check_texts_alone
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import DATA, Flag, RowOptions
-from consistentee.cli.terminal import at_least_one, say, usage
+from consistentee.cli.terminal import at_least_one, check_place, say, usage
 from consistentee.config import Criterion
 from consistentee.errors import UsageError
 
@@ -74,6 +74,7 @@ def report_command(
     from consistentee.functional.criteria import check_fitted
 
     usage(lambda: check_report_file(output))
+    check_place("--output", output)
     if summary.is_file():
         from consistentee.evaluation.comparison.page import comparison_page
 

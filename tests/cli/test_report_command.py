@@ -157,6 +157,14 @@ def test_models_that_have_no_report(root: Path, tmp_path: Path, capsys: pytest.C
     assert "has no exits" in capsys.readouterr().err
 
 
+def test_a_comparison_that_is_not_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my comparison"
+    (folder / "cells").mkdir(parents=True)
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 2
+    said = f"no compare.json yet. Write it: consistentee compare --render --output-dir '{folder}'"
+    assert said in capsys.readouterr().err
+
+
 def test_other_files_are_not_overwritten(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +81,11 @@ def report_command(
 
         _refuse({**rows_given, **needing_rows}, f"goes with a model, and {folder} holds a comparison.")
         return _write(output, comparison_page(summary))
+    if (summary.parent / "cells").is_dir() and not (summary.parent / "config.json").exists():
+        raise UsageError(
+            f"{folder} holds cells of a comparison and no {summary.name} yet. Write it: consistentee compare --render "
+            f"--output-dir {shlex.quote(folder)}"
+        )
     if kind_of_model(folder) is not CLASSIFIERS:
         raise UsageError(f'report goes with classifiers, and model "{folder}" is a text generator.')
     saved = CLASSIFIERS.load(folder)

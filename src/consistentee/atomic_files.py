@@ -213,6 +213,25 @@ def make_folder(folder: Path) -> None:
         sync(place.parent)
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Around changing a file by what was read in it: other processes that are about to do so in the folder wait.
+
+    Nothing is left in the folder. Where the system or its file system locks no folders, nobody waits.
+    """
+    descriptor = None
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 class FullDiskError(OSError):
     """There is no room, or no more of a user's share; the message says where."""
 

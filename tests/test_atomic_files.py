@@ -131,6 +131,12 @@ def test_a_file_that_is_a_mount_point_is_written_over(
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
+    source = os.fsdecode(b"donn\xe9es \\udce9 \xc3\xa9.csv")
+    write_json(tmp_path / "a.json", {"source": source})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"source": source}
+
+
 def test_json_has_no_name_for_what_is_not_finite(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"accuracy": 0.5})
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -56,11 +56,16 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
 
 def is_shared_now(output_dir: Path) -> bool:
     """Whether other processes work on something in a folder."""
-    for path in (output_dir / LOCKS).glob("*.lock"):
-        let_go = _take(path)
-        if let_go is None:
-            return True
-        let_go()
+    return any(is_taken(path.stem, output_dir) for path in (output_dir / LOCKS).glob("*.lock"))
+
+
+def is_taken(name: str, output_dir: Path) -> bool:
+    """Whether another process works on a piece of work."""
+    path = output_dir / LOCKS / f"{name}.lock"
+    let_go = _take(path) if path.exists() else lambda: None
+    if let_go is None:
+        return True
+    let_go()
     return False
 
 

@@ -115,8 +115,9 @@ def ablate(
     for study, (name, cell) in left.items():  # before anything is trained
         if finished_cell(cell, output_dir) is not None and not is_taken(study, output_dir):
             _check_model(name, cell, output_dir)
-    if left and not dry_run:  # they need our models, which may go afterwards
+    if (left or keep_models) and not dry_run:
         _note_discarded(first, output_dir, keep_models)
+    if left and not dry_run:  # they need our models, which may go afterwards
         run_cells(first, output_dir, keep_warm_ups=True, report=report)
         with closing(taken_in_turns(left, output_dir, report)) as turns:
             for _, (name, cell) in turns:

@@ -66,6 +66,33 @@ def test_a_full_disk_is_named_with_its_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_full_disk_is_named_where_a_folder_is_written(tmp_path: Path) -> None:
+    said = r"could not be written to, [\d,]+ MB are free there: .*No space left.*\. Make room, or give a folder on"
+    with (
+        pytest.raises(atomic.FullDiskError, match=re.escape(str(tmp_path)) + " " + said),
+        atomic.atomic_folder(tmp_path / "folder", lambda _: None, "last"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EIO])
+def test_permissions_that_the_file_system_does_not_let_files_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    for text in ("first", "again"):  # a new file, and one in place of another
+        if number == errno.EIO:
+            with pytest.raises(OSError, match=os.strerror(number)):
+                write_text(tmp_path / "a.txt", text)
+            continue
+        write_text(tmp_path / "a.txt", text)
+        assert (tmp_path / "a.txt").read_text(encoding="utf-8") == text
+
+
 def test_permissions_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> None:
     plain, written = tmp_path / "plain", tmp_path / "written"
     plain.touch()
@@ -81,6 +108,33 @@ def test_a_link_keeps_pointing(tmp_path: Path) -> None:
     write_text(tmp_path / "link", "x")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text(encoding="utf-8") == "x"
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EIO])
+def test_a_file_that_is_a_mount_point_is_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    path = tmp_path / "a.txt"
+    path.write_text("what was there before")
+    inode = path.stat().st_ino
+    monkeypatch.setattr(os, "replace", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            write_text(path, "new")
+    else:
+        write_text(path, "new")
+        assert path.read_text() == "new"
+        assert path.stat().st_ino == inode
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
+    source = os.fsdecode(b"donn\xe9es \\udce9 \xc3\xa9.csv")
+    write_json(tmp_path / "a.json", {"source": source})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"source": source}
 
 
 def test_json_has_no_name_for_what_is_not_finite(tmp_path: Path) -> None:
@@ -319,8 +373,9 @@ def test_a_folder_is_there_whole(
     assert sorted(os.listdir(folder)) == ["a", "last", "mine"]
 
 
-def test_an_old_folder_stays_where_the_new_one_cannot_be_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "cannot be moved"), KeyboardInterrupt("now")])
+def test_an_old_folder_stays_where_the_new_one_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     folder = tmp_path / "folder"
     write_new(folder)
@@ -328,11 +383,11 @@ def test_an_old_folder_stays_where_the_new_one_cannot_be_moved(
 
     def refuse(source: Path, target: Path) -> None:
         if str(source).endswith(".new"):
-            raise OSError(atomic.errno.ENOSPC, "full")
+            raise error
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(type(error), match=r"cannot be moved|now"):
         write_new(folder)
     assert is_new(folder)
     assert os.listdir(tmp_path) == ["folder"]

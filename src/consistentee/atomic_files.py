@@ -29,7 +29,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Args:
         path: the file to be made or replaced; folders above it are made. A symbolic link keeps pointing where it
             points, and its target is replaced. What is there and is no regular file (a device, a named pipe, this
-            process's own standard output) stays what it is: once the block has ended it is opened and written.
+            process's own standard output) stays what it is: once the block has ended it is opened and written. So
+            does a file that is a mount point, as one that is lent to a container.
 
     Yields:
         A temporary file in the same folder, with the same ending; it is removed if the block raises. For what is no
@@ -56,7 +57,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             _take_over_permissions(temporary, target)
             sync(temporary)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno not in _CANNOT_MOVE or not target.is_file():
+                raise
+            _write_over(target, temporary)
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -88,10 +94,18 @@ def open_in_place(path: str | os.PathLike[str]) -> IO[bytes]:
     return os.fdopen(os.open(path, os.O_WRONLY), "wb")
 
 
+def _write_over(target: Path, source: Path) -> None:
+    """Put a file's content into one that cannot be replaced."""
+    with source.open("rb") as new, open_in_place(target) as old:
+        shutil.copyfileobj(new, old)
+        old.truncate()
+    sync(target)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file whole or not at all."""
+    """Write a UTF-8 file whole or not at all; bytes of a file's name that are no UTF-8 are escaped, as JSON does it."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -114,6 +128,7 @@ def atomic_folder(
         last: the file that says that the others are there.
 
     Raises:
+        FullDiskError: there is no room.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder).expanduser().resolve()
@@ -126,15 +141,18 @@ def atomic_folder(
         place = inside
     place.mkdir()
     try:
-        yield place
-        sync_tree(place)
-        require_free(folder)
-        if place != inside and not _replace_folder(folder, place, before):
-            shutil.copytree(place, inside)
-            sync_tree(inside)
-        if inside.exists():
-            _move_up(inside, folder, last)
+        with room_in(folder.parent, "Make room, or give a folder on another disk.", named=False):
+            yield place
+            sync_tree(place)
+            require_free(folder)
+            if place != inside and not _replace_folder(folder, place, before):
+                shutil.copytree(place, inside)
+                sync_tree(inside)
+            if inside.exists():
+                _move_up(inside, folder, last)
     finally:
+        if not folder.exists() and before.exists():  # interrupted between its going and the new one's coming
+            os.rename(before, folder)
         for leftover in (place, before, inside):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -147,6 +165,8 @@ def names_in(folder: Path) -> list[str]:
 _WORKING = ".consistentee-new-"
 _CANNOT_MOVE = (errno.EBUSY, errno.EXDEV)
 """What renaming says of a mount point, and of a folder of an image that a container runs."""
+_NO_PERMISSIONS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What changing permissions says where they are those of the mount: network drives, object stores."""
 
 
 def _has_to_stay(folder: Path) -> bool:
@@ -160,7 +180,7 @@ def _has_to_stay(folder: Path) -> bool:
 
 
 def _replace_folder(folder: Path, place: Path, before: Path) -> bool:
-    """Put one folder in place of another, which may not be there; False where that one cannot be moved."""
+    """Put one folder in place of another, which may not be there and goes to `before`; False where it cannot go."""
     if folder.exists():
         try:
             os.rename(folder, before)
@@ -168,12 +188,7 @@ def _replace_folder(folder: Path, place: Path, before: Path) -> bool:
             if error.errno in _CANNOT_MOVE:
                 return False
             raise
-    try:
-        os.rename(place, folder)
-    except OSError:
-        if before.exists():
-            os.rename(before, folder)
-        raise
+    os.rename(place, folder)
     return True
 
 
@@ -196,6 +211,25 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
         sync(place.parent)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Around changing a file by what was read in it: other processes that are about to do so in the folder wait.
+
+    Nothing is left in the folder. Where the system or its file system locks no folders, nobody waits.
+    """
+    descriptor = None
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class FullDiskError(OSError):
@@ -316,12 +350,21 @@ def _take_over_permissions(temporary: Path, target: Path) -> None:
     if os.name == "posix" and (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
         with suppress(OSError):
             os.chown(temporary, before.st_uid, before.st_gid)
-    temporary.chmod(before.st_mode & 0o777)
+    _give_permissions(temporary, before.st_mode & 0o777)
 
 
 def give_usual_permissions(path: Path) -> None:
     """Those of any new file, whatever it was written with."""
-    path.chmod(0o666 & ~_umask())
+    _give_permissions(path, 0o666 & ~_umask())
+
+
+def _give_permissions(path: Path, mode: int) -> None:
+    """Set them where the file system lets files have some of their own; elsewhere they are those of its mount."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in _NO_PERMISSIONS:
+            raise
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(shared: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(shared / "model", tmp_path / "model")
+    return shutil.copytree(shared / "model", tmp_path / "a model")
 
 
 def points(model: Path) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def test_from_calibrate_to_everything_else(call: Call, shared: Path, model: Path
     assert 0 < found["bound"] <= 0.2
     assert "certified: at most 20 points of disagreement with full depth, confidence 95 %." in outcome.out
     assert "It promises nothing for a single input, for one class" in outcome.out
-    assert "--operating-point bold" in outcome.out
+    assert f"consistentee predict {shlex.quote(str(model))} --operating-point bold" in outcome.out
     assert points(model)["bold"]["threshold"] == found["threshold"]
     assert points(model)["bold"]["certificate"]["rows_fingerprint"] == found["rows_fingerprint"]
 
@@ -202,6 +203,28 @@ def test_a_certificate_outlasts_its_figures(
     outcome = call("calibrate", model, *goal)
     assert (outcome.code, outcome.err) == (1, "consistentee: No space left on device\n")
     assert points(model)["calibrated"]["certificate"]["target"] == 0.2
+
+
+def test_a_place_for_the_point_is_looked_for_before_the_work(
+    call: Call, shared: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consistentee.cli.calibrate.read_all_texts", lambda *_: pytest.fail("they were read"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != model and access(path, mode))
+    command = ("calibrate", model, "--file", shared / "rows.txt", "--max-disagreement", 0.2)
+    outcome = call(*command)
+    assert outcome.code == 2
+    assert f'keep an operating point, and "{model}" is not. Give a copy of the model.' in outcome.err
+    for folder, message in (
+        (
+            shared / "rows.txt" / "new",
+            f'--output-dir must lie in a folder, and "{shared / "rows.txt"}" is none.',
+        ),
+        (model / "new", f'--output-dir must be writable, and "{model}" is not. Give another folder.'),
+    ):
+        outcome = call(*command, "--exit-layers", "1,3", "--output-dir", folder)
+        assert outcome.code == 2
+        assert message in outcome.err
 
 
 def test_with_labels_and_for_a_budget(call: Call, shared: Path, model: Path) -> None:

@@ -157,6 +157,14 @@ def test_models_that_have_no_report(root: Path, tmp_path: Path, capsys: pytest.C
     assert "has no exits" in capsys.readouterr().err
 
 
+def test_a_comparison_that_is_not_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my comparison"
+    (folder / "cells").mkdir(parents=True)
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 2
+    said = f"no compare.json yet. Write it: consistentee compare --render --output-dir '{folder}'"
+    assert said in capsys.readouterr().err
+
+
 def test_other_files_are_not_overwritten(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,3 +176,11 @@ def test_other_files_are_not_overwritten(
     assert thesis.read_text() == "<!doctype html><title>Thesis</title>"
     assert main([*command, str(tmp_path)]) == 1
     assert "is a folder. Give the name of a file." in capsys.readouterr().err
+
+
+def test_a_place_for_the_page_is_looked_for_before_the_work(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = root / "rows.csv" / "report.html"
+    assert main(["report", str(root / "nowhere"), "--output", str(place)]) == 2
+    assert f'--output must lie in a folder, and "{root / "rows.csv"}" is none.' in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from consistentee.cli.main import main
-from consistentee.cli.retrofit import read_texts_of
+from consistentee.cli.retrofit import read_texts_of, retrofit_lines
 from consistentee.data.classification import NotedLabels
 from consistentee.functional.criteria import CRITERIA
 from consistentee.models.loaded import load_model
@@ -88,6 +89,24 @@ def test_a_folder_with_exits_and_its_figures(
     # The same command again finds it finished, and reports the same.
     assert main([*command, *QUICK.split(), "--max-disagreement", "0.2", "--resume"]) == 0
     assert "holds a finished model: nothing to resume" in capsys.readouterr().out
+
+
+def test_what_to_type_next_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consistentee.evaluation.calibration.calibration_lines", lambda _: ["found"])
+    found = {"agreement": 0.9, "num_examples": 10, "layer_speedup": 2.0, "agreement_with": None}
+    report = SimpleNamespace(
+        evaluation=SimpleNamespace(**found),
+        calibration=SimpleNamespace(certified=True),
+        max_disagreement=0.1,
+        confidence=0.95,
+        speed=(),
+        accuracy=None,
+        is_worth_it=True,
+    )
+    *_, predict, benchmark, serve = retrofit_lines(report, Path("my exits"))
+    assert predict == "  echo \"A text.\" | consistentee predict 'my exits'"
+    assert benchmark == "  consistentee benchmark 'my exits' --data-file YOUR_TEXTS"
+    assert serve == "  consistentee serve 'my exits'"
 
 
 def test_labels_are_reported_on_and_not_learnt_from(original: Path, tmp_path: Path) -> None:

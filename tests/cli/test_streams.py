@@ -15,7 +15,14 @@ import pytest
 
 from consistentee.cli import main as cli
 from consistentee.cli.main import main
-from consistentee.cli.terminal import LastingStream, Stopped, outlasting_readers, save_figures, stoppable
+from consistentee.cli.terminal import (
+    LastingStream,
+    Stopped,
+    outlasting_readers,
+    save_figures,
+    say,
+    stoppable,
+)
 from tiny import tiny_backbone, tiny_dataset, tiny_model, write_csv
 from tiny_training import tiny_decoder
 
@@ -160,6 +167,14 @@ def test_a_text_that_has_no_bytes_is_an_error() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with pytest.raises(UnicodeEncodeError):
         LastingStream(stream).write("ä")
+
+
+def test_names_that_are_no_utf8_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    assert main(["--version"]) == 0
+    say(os.fsdecode("Written to Zwölf/".encode() + b"donn\xe9es.html"))
+    assert said.getvalue().endswith("Written to Zwölf/donn\\udce9es.html\n".encode())
 
 
 def test_streams_are_as_before_afterwards() -> None:

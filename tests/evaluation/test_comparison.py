@@ -35,6 +35,7 @@ from consistentee.evaluation.comparison.plan import (
     ComparedMethod,
     ComparedSet,
     PlannedCell,
+    backbone_name,
     compared_methods,
     planned_cells,
     sharing_cells,
@@ -411,6 +412,20 @@ def test_plans_of_nothing_or_twice_the_same_are_refused() -> None:
     ):
         with pytest.raises(SettingError, match=message):
             planned_cells(backbones, [data], methods, seeds, {})
+
+
+def test_backbones_are_called_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ".models" / "small"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    places = {
+        ".": "small",
+        "../small/": "small",
+        "..": "models",
+        "../../.models": "models",
+        "user/name": "name",
+    }
+    assert {place: backbone_name(place) for place in places} == places
 
 
 def test_the_time_left_comes_from_cells_of_the_same_backbone_and_method() -> None:

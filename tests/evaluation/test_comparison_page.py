@@ -260,10 +260,12 @@ def test_a_set_without_exits_does_not_stand_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"summary": [], "runs": []}'])
 def test_what_is_no_comparison_is_called_so(tmp_path: Path, text: str) -> None:
-    broken = tmp_path / "compare.json"
+    broken = tmp_path / "my comparison" / "compare.json"
+    broken.parent.mkdir()
     broken.write_text(text)
     with pytest.raises(
-        DataError, match=r"no summary of a comparison .* with the --baseline, .* --render --output-dir"
+        DataError,
+        match=r"no summary of a comparison .* with the --baseline, .* --render --output-dir '.*rison'$",
     ):
         comparison_page(broken)
 

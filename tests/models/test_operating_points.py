@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
+from consistentee.models import operating_points
 from consistentee.models.card import CARD_FILE, enter_operating_points, model_card, write_model_card
 from consistentee.models.configuration import EarlyExitConfig
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -66,6 +70,28 @@ def test_nothing_is_replaced_unasked(folder: Path) -> None:
     save_operating_point(folder, "bold", POINT)
     points = read_operating_points(folder)
     assert {name: point["threshold"] for name, point in points.items()} == {"bold": 0.62, "careful": 0.9}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not locked there")
+def test_two_that_are_kept_at_once_are_both_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    write, both_have_read = operating_points.write_text, threading.Barrier(2)
+
+    def late(path: Path, text: str) -> None:
+        with suppress(threading.BrokenBarrierError):  # the other has not, and waits
+            both_have_read.wait(timeout=1)
+        write(path, text)
+
+    monkeypatch.setattr(operating_points, "write_text", late)
+    threads = [
+        threading.Thread(target=save_operating_point, args=(tmp_path, name, POINT))
+        for name in ("one", "other")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(read_operating_points(tmp_path)) == {"one", "other"}
 
 
 @pytest.mark.parametrize("name", ["", "-fast", "a b", "../x", "ü"])

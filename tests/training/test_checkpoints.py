@@ -213,7 +213,7 @@ def test_weights_whose_writing_was_killed_do_not_pile_up(tmp_path: Path):
     assert sorted(path.name for path in own.rglob("*")) == [
         ".tmpdytkr0",
         "000000002",
-        *checkpoints.CHECKPOINT_FILES,
+        *sorted(checkpoints.CHECKPOINT_FILES),
     ]
     save_weights(own / checkpoints.BEST, {})
     assert not unfinished[1].exists()
@@ -227,6 +227,22 @@ def test_weights_whose_writing_was_killed_do_not_pile_up(tmp_path: Path):
         path.write_bytes(b"half")
     remove_checkpoints(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_whose_removal_was_interrupted_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    unlink = Path.unlink
+
+    def stop(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", stop)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoints(tmp_path)
+    assert checkpoints.latest_checkpoint(tmp_path) is None
 
 
 def test_remove_checkpoints(tmp_path: Path):

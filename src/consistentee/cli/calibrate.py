@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +12,15 @@ from cyclopts import Parameter
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import Flag, RowOptions, check_one_or_two
-from consistentee.cli.terminal import at_least_one, check_json_file, save_figures, say, tuned_note, usage
+from consistentee.cli.terminal import (
+    at_least_one,
+    check_folder,
+    check_json_file,
+    save_figures,
+    say,
+    tuned_note,
+    usage,
+)
 from consistentee.config import Criterion
 from consistentee.data.files import TO_CERTIFY
 from consistentee.errors import UsageError
@@ -96,6 +106,8 @@ def calibrate(
     if not folder.is_dir():
         raise UsageError(f'Model "{model}" is not a folder here, so that it cannot keep an operating point.')
     subset = _exit_layers(exit_layers, output_dir, goal, network.num_layers)
+    if subset is None:
+        _check_writable(folder)
     at_least_one(clock=clock)
     if clock is not None and min_speedup is None and subset != "auto":
         raise UsageError(
@@ -152,7 +164,8 @@ def calibrate(
 
         layers = judged.early_exit_model.config.exit_layers
         save_with_exit_layers(folder, output_dir, layers, name, found.operating_point())
-        model, folder = str(output_dir), output_dir
+        folder = output_dir.expanduser()
+        model = str(folder)
     else:
         save_operating_point(folder, name, found.operating_point(), overwrite=overwrite)
     for line in (*lines, NO_PROMISE):
@@ -160,8 +173,21 @@ def calibrate(
     from consistentee.models.card import enter_operating_points
 
     enter_operating_points(folder)
-    say(f'Kept as operating point "{name}": consistentee predict {model} --operating-point {name}')
+    example = f"consistentee predict {shlex.quote(model)} --operating-point {name}"
+    say(f'Kept as operating point "{name}": {example}')
     save_figures(figures, json_file)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UsageError unless the model's folder can keep an operating point."""
+    from consistentee.models.operating_points import CONFIG_FILE
+
+    written = Path(os.path.realpath(folder / CONFIG_FILE)).parent
+    if not os.access(written, os.W_OK):
+        raise UsageError(
+            f'The model\'s folder must be writable to keep an operating point, and "{written}" is not. Give a copy of '
+            "the model."
+        )
 
 
 def _exit_layers(
@@ -180,7 +206,8 @@ def _exit_layers(
         return None
     from consistentee.models.exit_subsets import require_new_folder
 
-    usage(lambda: require_new_folder(output_dir))
+    usage(lambda: require_new_folder(output_dir.expanduser()))
+    check_folder("--output-dir", output_dir)
     if text == "auto":
         if goal == "min_speedup":
             raise UsageError(

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--ray-blocks" in given:
         go_on = "The same command goes on from the finished blocks."
     with suppress(AttributeError):  # a stream that a test put in place, or none
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with stoppable():
             _run(given, debug)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.evaluate import check_texts_alone
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import DATA, Flag, RowOptions
-from consistentee.cli.terminal import at_least_one, say, usage
+from consistentee.cli.terminal import at_least_one, check_place, say, usage
 from consistentee.config import Criterion
 from consistentee.errors import UsageError
 
@@ -74,11 +75,17 @@ def report_command(
     from consistentee.functional.criteria import check_fitted
 
     usage(lambda: check_report_file(output))
+    check_place("--output", output)
     if summary.is_file():
         from consistentee.evaluation.comparison.page import comparison_page
 
         _refuse({**rows_given, **needing_rows}, f"goes with a model, and {folder} holds a comparison.")
         return _write(output, comparison_page(summary))
+    if (summary.parent / "cells").is_dir() and not (summary.parent / "config.json").exists():
+        raise UsageError(
+            f"{folder} holds cells of a comparison and no {summary.name} yet. Write it: consistentee compare --render "
+            f"--output-dir {shlex.quote(folder)}"
+        )
     if kind_of_model(folder) is not CLASSIFIERS:
         raise UsageError(f'report goes with classifiers, and model "{folder}" is a text generator.')
     saved = CLASSIFIERS.load(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,6 +275,7 @@ def retrofit_lines(report: Any, folder: Path) -> Iterator[str]:
             "change that."
         )
     yield f"The model lies in {folder}. What to type next:"
-    yield f'  echo "A text." | consistentee predict {folder}'
-    yield f"  consistentee benchmark {folder} --data-file YOUR_TEXTS"
-    yield f"  consistentee serve {folder}"
+    quoted = shlex.quote(str(folder))
+    yield f'  echo "A text." | consistentee predict {quoted}'
+    yield f"  consistentee benchmark {quoted} --data-file YOUR_TEXTS"
+    yield f"  consistentee serve {quoted}"

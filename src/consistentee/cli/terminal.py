@@ -263,26 +263,36 @@ def check_plot_file(path: Path | None) -> None:
         from consistentee.evaluation.plots import check_plot
 
         usage(lambda: check_plot(path))
-        _check_place("--plot", path)
+        check_place("--plot", path)
 
 
 def check_json_file(path: Path | None) -> None:
     """Raise before the work, not after it, unless figures can be written into the file."""
     if path is not None:
-        _check_place("--json", path)
+        check_place("--json", path)
 
 
-def _check_place(option: str, path: Path) -> None:
+def check_place(option: str, path: Path) -> None:
     """Raise UsageError unless a file may be made or replaced there; folders above it are made."""
     if os.path.isdir(path):
         raise UsageError(f'{option} must be a file, got the folder "{path}". Give the name of a file in it.')
     in_place = os.path.exists(path) and not is_replaceable(path)
     above = (place for place in Path(os.path.realpath(path)).parents if os.path.exists(place))
     written = path if in_place else next(above)
+    _check_written(option, written, "file", in_place)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise UsageError unless a folder may be made there, or filled; folders above it are made."""
+    place = Path(os.path.realpath(path.expanduser()))
+    _check_written(option, next(one for one in (place, *place.parents) if os.path.exists(one)), "folder")
+
+
+def _check_written(option: str, written: Path, what: str, in_place: bool = False) -> None:
     if not in_place and not written.is_dir():
-        raise UsageError(f'{option} must lie in a folder, and "{written}" is none. Give another file.')
+        raise UsageError(f'{option} must lie in a folder, and "{written}" is none. Give another {what}.')
     if not os.access(written, os.W_OK):
-        raise UsageError(f'{option} must be writable, and "{written}" is not. Give another file.')
+        raise UsageError(f'{option} must be writable, and "{written}" is not. Give another {what}.')
 
 
 def save_figures(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistentee.atomic_files import write_json
+from consistentee.atomic_files import locked_folder, write_json
 from consistentee.data.spooled import SpooledRows
 from consistentee.evaluation.agreement import agreement_of_layers
 from consistentee.evaluation.calibration import MAX_DISAGREEMENT, Calibration, calibrate_layers
@@ -296,16 +296,17 @@ def keep_threshold(folder: str | Path, report: RetrofitReport) -> None:
     Where none is certified, that of an earlier report on the same rows goes.
     """
     path = Path(folder) / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["threshold"] = report.evaluation.threshold
-    points = dict(values.get("operating_points") or {})
-    proof = points.get(CERTIFIED, {}).get("certificate") or {}
-    if (
-        not report.calibration.certified
-        and proof.get("rows_fingerprint") == report.calibration.rows_fingerprint
-    ):
-        del points[CERTIFIED]
-        values["operating_points"] = points or None
-    write_json(path, values)
+    with locked_folder(path.parent):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["threshold"] = report.evaluation.threshold
+        points = dict(values.get("operating_points") or {})
+        proof = points.get(CERTIFIED, {}).get("certificate") or {}
+        if (
+            not report.calibration.certified
+            and proof.get("rows_fingerprint") == report.calibration.rows_fingerprint
+        ):
+            del points[CERTIFIED]
+            values["operating_points"] = points or None
+        write_json(path, values)
     if report.calibration.certified:
         save_operating_point(folder, CERTIFIED, report.calibration.operating_point(), overwrite=True)

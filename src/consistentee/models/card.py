@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from consistentee.atomic_files import write_text
+from consistentee.atomic_files import locked_folder, write_text
 from consistentee.functional.criteria import EXIT_CRITERIA, digits
 from consistentee.models.operating_points import (
     Points,
@@ -51,7 +51,12 @@ def enter_operating_points(folder: str | Path) -> None:
 
     Where there is no card none is made.
     """
-    path = Path(folder) / CARD_FILE
+    with locked_folder(Path(folder)):
+        _enter_operating_points(Path(folder))
+
+
+def _enter_operating_points(folder: Path) -> None:
+    path = folder / CARD_FILE
     if not path.is_file():
         return
     card, section = path.read_text(encoding="utf-8"), _section(read_operating_points(folder))

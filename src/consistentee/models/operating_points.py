@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from consistentee.atomic_files import write_text
+from consistentee.atomic_files import locked_folder, write_text
 from consistentee.errors import SettingError, require_number
 from consistentee.functional.criteria import check_threshold
 from consistentee.functional.tables import CLASSIFICATION
@@ -112,6 +112,8 @@ def save_operating_point(
 ) -> None:
     """Put an operating point into a model folder, whose other settings stay as they are; whole or not at all.
 
+    Others may do so at the same time.
+
     Args:
         folder: with a `config.json`.
         name: the point's.
@@ -124,14 +126,17 @@ def save_operating_point(
     """
     check_point_name(name)
     path = Path(folder) / CONFIG_FILE
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    points = dict(values.get("operating_points") or {})
-    if name in points and not overwrite:
-        raise SettingError(
-            f'{folder} has an operating point "{name}" ({points[name]["criterion"]} > '
-            f"{points[name]['threshold']:.4g}). Give another name, or say that it may be replaced (--overwrite)."
+    with locked_folder(path.parent):
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        points = dict(values.get("operating_points") or {})
+        if name in points and not overwrite:
+            raise SettingError(
+                f'{folder} has an operating point "{name}" ({points[name]["criterion"]} > '
+                f"{points[name]['threshold']:.4g}). Give another name, or say that it may be replaced (--overwrite)."
+            )
+        points[name] = dict(point)
+        require_operating_points(points)
+        values["operating_points"] = points
+        write_text(
+            path, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         )
-    points[name] = dict(point)
-    require_operating_points(points)
-    values["operating_points"] = points
-    write_text(path, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")

@@ -33,15 +33,15 @@ from consistentee.atomic_files import (
     write_json,
 )
 from consistentee.errors import DataError
-from consistentee.training.locks import release_and_remove, try_lock
+from consistentee.training.locks import is_lack_of_locks, release_and_remove, try_lock
 
 FOLDER = "consistentee-checkpoints"
 EARLIER_FOLDER = "checkpoints"
 """Its name in version 0.1.0."""
 MARKER, BEST, STAGING, LOCK = "run.json", "best.safetensors", "model", "run.lock"
 WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.pt", "progress.json"
-CHECKPOINT_FILES = (WEIGHTS, OPTIMIZER, PROGRESS)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+CHECKPOINT_FILES = (PROGRESS, WEIGHTS, OPTIMIZER)
+"""In the order in which they are removed: without progress it is no checkpoint."""
 
 
 def hold(output_dir: Path) -> Callable[[], None]:
@@ -60,7 +60,7 @@ def hold(output_dir: Path) -> Callable[[], None]:
                 f"Output folder {output_dir} is in use by another run. Wait for it, or choose another."
             )
     except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+        if not is_lack_of_locks(error):
             raise
 
     def let_go() -> None:

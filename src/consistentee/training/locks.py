@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def is_lack_of_locks(error: Exception) -> bool:
+    """Whether the file system knows no locks, by what `try_lock` raised."""
+    return (
+        isinstance(error, (NotImplementedError, OSError))
+        and getattr(error, "errno", errno.ENOSYS) in _NO_LOCKS
+    )
 
 
 def try_lock(path: Path) -> BaseFileLock | None:

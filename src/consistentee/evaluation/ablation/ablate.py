@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from consistentee.atomic_files import write_text
+from consistentee.atomic_files import make_folder, write_text
 from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.ablation.answers import answer
 from consistentee.evaluation.ablation.kept import kept_questions
@@ -20,17 +19,22 @@ from consistentee.evaluation.ablation.studies import STUDIES, studied
 from consistentee.evaluation.comparison.cells import (
     Cell,
     check_same_cell,
+    discard_note,
+    discard_run,
+    finished_cell,
     planned_identity,
     read_cells,
+    require_folder,
     run_folder,
 )
-from consistentee.evaluation.comparison.claims import is_shared_now, taken_in_turns
+from consistentee.evaluation.comparison.claims import is_shared_now, is_taken, taken_in_turns
 from consistentee.evaluation.comparison.compare import run_cells
 from consistentee.evaluation.comparison.measuring import rounded
 from consistentee.evaluation.comparison.plan import (
     OUR_METHOD,
     ComparedSet,
     PlannedCell,
+    backbone_name,
     compared_methods,
     planned_cells,
 )
@@ -42,6 +46,8 @@ from consistentee.training.run import Report
 STUDIES_FOLDER = "studies"
 _OF_CELL = "cell"
 """Key of a study that says which model it is about."""
+_OF_STUDY = {"backbone", "set", "seed"}
+"""Keys that every study has."""
 ANSWERS_FILE, ANSWERS_PAGE, ANSWERS_PICTURE = "ablate.json", "ablate.md", "ablate.png"
 
 
@@ -72,7 +78,7 @@ def ablate(
         seeds: of split, order, initial weights.
         settings: training settings of all methods, where they are not defaults.
         resamples: draws of the bootstrap.
-        keep_models: whether trained models stay.
+        keep_models: whether trained models stay; those that were there before do.
         dry_run: say what would be run, and stop.
         report: is given lines of text to show.
 
@@ -81,11 +87,12 @@ def ablate(
 
     Raises:
         SettingError: a question that is not known, or has nothing to compare with these settings; a kept cell or study
-            that was made with others.
+            that was made with others; an output folder that is none.
         DataError: a kept file is broken, or a study needs a model that was discarded.
         ValueError: a run's folder with other settings, backbone or data.
     """
     output_dir, shared = Path(output_dir), dict(settings or {})
+    require_folder(output_dir)
     check_resamples(resamples)
     check_questions(questions)
     asked = {name: question(name, shared) for name in questions}
@@ -105,6 +112,11 @@ def ablate(
     }
     if wanted:
         report(f"{len(wanted) * len(ours)} studies, {len(wanted) * len(ours) - len(left)} of them finished.")
+    for study, (name, cell) in left.items():  # before anything is trained
+        if finished_cell(cell, output_dir) is not None and not is_taken(study, output_dir):
+            _check_model(name, cell, output_dir)
+    if (left or keep_models) and not dry_run:
+        _note_discarded(first, output_dir, keep_models)
     if left and not dry_run:  # they need our models, which may go afterwards
         run_cells(first, output_dir, keep_warm_ups=True, report=report)
         with closing(taken_in_turns(left, output_dir, report)) as turns:
@@ -112,13 +124,38 @@ def ablate(
                 if not _is_studied(output_dir, name, cell):  # nor made by another command
                     report(f"== study {name} of {cell.name}")
                     _study(asked[name], name, cell, output_dir)
-        if not keep_models and not is_shared_now(output_dir):
-            for cell in first:
-                shutil.rmtree(run_folder(output_dir, cell), ignore_errors=True)
+        if not keep_models:
+            _discard_noted(first, output_dir)
     labels = dict.fromkeys([OUR_METHOD, *(label for one in asked.values() for label in one.labels)])
     cells = planned(list(labels), variants)
     run_cells(cells, output_dir, keep_models=keep_models, dry_run=dry_run, report=report)
-    return {} if dry_run else write_answers(output_dir, asked, resamples=resamples)
+    if dry_run:
+        return {}
+    if not keep_models:
+        _discard_noted(first, output_dir)  # another command may have needed them until now
+    return write_answers(output_dir, asked, resamples=resamples)
+
+
+def _note_discarded(cells: Sequence[PlannedCell], output_dir: Path, keep_models: bool) -> None:
+    """Note which runs are this command's, to go once their models are studied, however often it is interrupted."""
+    unfinished = {cell.name for cell in cells if finished_cell(cell, output_dir) is None}
+    for cell in cells:
+        note = discard_note(output_dir, cell)
+        if keep_models:
+            note.unlink(missing_ok=True)
+        elif cell.name in unfinished:
+            make_folder(note.parent)
+            note.touch()
+
+
+def _discard_noted(cells: Sequence[PlannedCell], output_dir: Path) -> None:
+    """Remove the runs that were noted, unless another command works in the folder and may study them yet."""
+    if is_shared_now(output_dir):
+        return
+    for cell in cells:
+        if discard_note(output_dir, cell).exists():
+            discard_run(output_dir, cell)
+            discard_note(output_dir, cell).unlink(missing_ok=True)
 
 
 def render_answers(
@@ -179,6 +216,17 @@ def _study_path(output_dir: Path, name: str, cell: PlannedCell) -> Path:
 
 def _study(asked: Question, name: str, cell: PlannedCell, output_dir: Path) -> None:
     """Study one model and keep what is found."""
+    folder = _check_model(name, cell, output_dir)
+    rows = studied(load_model(folder, LoadedClassifier), cell.data.train, cell.data.evaluation)
+    found = {"backbone": backbone_name(cell.backbone), "set": cell.data.name, "seed": cell.seed}
+    found |= {_OF_CELL: planned_identity(cell)} | rounded(STUDIES[str(asked.further)](rows))
+    write_text(_study_path(output_dir, name, cell), json.dumps(found) + "\n")
+    del rows
+    gc.collect()
+
+
+def _check_model(name: str, cell: PlannedCell, output_dir: Path) -> Path:
+    """The folder of a trained model, or DataError where it is gone."""
     folder = run_folder(output_dir, cell)
     if not folder.is_dir():
         raise DataError(
@@ -186,12 +234,7 @@ def _study(asked: Question, name: str, cell: PlannedCell, output_dir: Path) -> N
             file=folder,
             remedy="Remove its cell, so that it is trained anew, or leave the question out.",
         )
-    rows = studied(load_model(folder, LoadedClassifier), cell.data.train, cell.data.evaluation)
-    found = {"backbone": Path(cell.backbone).name, "set": cell.data.name, "seed": cell.seed}
-    found |= {_OF_CELL: planned_identity(cell)} | rounded(STUDIES[str(asked.further)](rows))
-    write_text(_study_path(output_dir, name, cell), json.dumps(found) + "\n")
-    del rows
-    gc.collect()
+    return folder
 
 
 def _is_studied(output_dir: Path, name: str, cell: PlannedCell) -> bool:
@@ -225,7 +268,10 @@ def _read_studies(output_dir: Path, name: str, cells: Sequence[Cell]) -> list[di
 
 def _read_study(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        study = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(study, dict) or not study.keys() >= _OF_STUDY:
+            raise ValueError(f"{', '.join(sorted(_OF_STUDY))} must be in it")
     except ValueError as error:
         remedy = "Remove it; ablate makes it anew."
         raise DataError(f"It is no study ({error}).", file=path, remedy=remedy) from error
+    return study

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ _OF_PLAIN_TOO = ("max_accuracy_loss", "threshold_metric")
 """Settings of exits that cells without any share: `static` is chosen among plain models within the same loss."""
 
 Cell = dict[str, Any]
+
+
+def require_folder(output_dir: Path) -> None:
+    """Raise SettingError where a comparison cannot be kept because no folder is there."""
+    if os.path.lexists(output_dir) and not output_dir.is_dir():
+        raise SettingError(f'output_dir must be a folder, and "{output_dir}" is none. Give another one.')
 
 
 def cell_path(output_dir: Path, cell: PlannedCell) -> Path:
@@ -100,8 +108,34 @@ def run_cell(
     )
     write_text(cell_path(output_dir, cell), json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n")
     if not keep_model:
-        shutil.rmtree(folder)
+        discard_run(output_dir, cell)
     return kept
+
+
+def discard_run(output_dir: Path, cell: PlannedCell) -> None:
+    """Remove a run's folder: first its name, so that an interruption leaves no half of a model under it."""
+    folder = run_folder(output_dir, cell)
+    clear_discarded(output_dir, cell)
+    if folder.exists():
+        os.rename(folder, _discarded(output_dir, cell))
+        with suppress(FileNotFoundError):  # another command clears it away, too
+            shutil.rmtree(_discarded(output_dir, cell))
+
+
+def clear_discarded(output_dir: Path, cell: PlannedCell) -> None:
+    """Remove what an interrupted `discard_run` has left."""
+    shutil.rmtree(_discarded(output_dir, cell), ignore_errors=True)
+
+
+def discard_note(output_dir: Path, cell: PlannedCell) -> Path:
+    """A file that says that a run goes once its model is studied; a command that keeps models takes it away."""
+    folder = run_folder(output_dir, cell)
+    return folder.with_name(f".{folder.name}.discard")
+
+
+def _discarded(output_dir: Path, cell: PlannedCell) -> Path:
+    folder = run_folder(output_dir, cell)
+    return folder.with_name(f".{folder.name}.discarded")
 
 
 def _identity(cell: PlannedCell) -> dict[str, Any]:

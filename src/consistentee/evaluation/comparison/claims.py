@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from consistentee.atomic_files import make_folder
-from consistentee.training.locks import try_lock
+from consistentee.training.locks import is_lack_of_locks, try_lock
 from consistentee.training.run import Report
 
 LOCKS = ".locks"
@@ -22,8 +22,9 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
     """One piece of work after another, each kept to this process until the next one is asked for.
 
     What another process has comes last, when that one lets go of it: it may be finished by then, so look before you do
-    it. The system holds the locks, on empty files, and lets go of them when a process ends, however it does. Close the
-    iterator (`contextlib.closing`) to let go of a piece that failed.
+    it. The system holds the locks, on empty files, and lets go of them when a process ends, however it does. Where the
+    file system knows no locks, every process takes all. Close the iterator (`contextlib.closing`) to let go of a piece
+    that failed.
 
     Args:
         work: by a name that is the same in all processes, and a file's.
@@ -37,14 +38,14 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
     while waiting:
         of_others: dict[str, T] = {}
         for name, piece in waiting.items():
-            lock = try_lock(folder / f"{name}.lock")
-            if lock is None:
+            let_go = _take(folder / f"{name}.lock")
+            if let_go is None:
                 of_others[name] = piece
                 continue
             try:
                 yield name, piece
             finally:
-                lock.release()
+                let_go()
         if len(of_others) == len(waiting):
             if not told:
                 report(f"Waiting for other commands, which make {', '.join(waiting)}.")
@@ -55,9 +56,25 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
 
 def is_shared_now(output_dir: Path) -> bool:
     """Whether other processes work on something in a folder."""
-    for path in (output_dir / LOCKS).glob("*.lock"):
-        lock = try_lock(path)
-        if lock is None:
-            return True
-        lock.release()
+    return any(is_taken(path.stem, output_dir) for path in (output_dir / LOCKS).glob("*.lock"))
+
+
+def is_taken(name: str, output_dir: Path) -> bool:
+    """Whether another process works on a piece of work."""
+    path = output_dir / LOCKS / f"{name}.lock"
+    let_go = _take(path) if path.exists() else lambda: None
+    if let_go is None:
+        return True
+    let_go()
     return False
+
+
+def _take(path: Path) -> Callable[[], object] | None:
+    """Hold a lock; gives what lets go of it, None where another process holds it."""
+    try:
+        lock = try_lock(path)
+    except (NotImplementedError, OSError) as error:
+        if not is_lack_of_locks(error):
+            raise
+        return lambda: None
+    return None if lock is None else lock.release

@@ -14,9 +14,12 @@ from consistentee.evaluation.comparison.cells import (
     CELLS,
     Cell,
     check_comparable,
+    clear_discarded,
+    discard_note,
     finished_cell,
     planned_identity,
     read_cells,
+    require_folder,
     run_cell,
     run_folder,
 )
@@ -93,11 +96,12 @@ def compare(
 
     Raises:
         DataError: a kept file is no cell, or cells cannot be compared.
-        SettingError: methods or settings that make no sense, a kept cell that was made with others, or a baseline,
-            criterion or method of `also` that no cell will have.
+        SettingError: methods or settings that make no sense, a kept cell that was made with others, a baseline,
+            criterion or method of `also` that no cell will have, or an output folder that is none.
         ValueError: a run's folder with other settings, backbone or data.
     """
     output_dir, shared = Path(output_dir), dict(settings or {})
+    require_folder(output_dir)
     described = compared_methods(methods, shared, overrides or {}, None if recipes is None else Path(recipes))
     cells = planned_cells(backbones, sets, described, seeds, shared)
     reading: dict[str, Any] = {
@@ -107,6 +111,9 @@ def compare(
         "resamples": resamples,
     }
     check_reading(cells, read_cells(output_dir), **reading)
+    if keep_models and not dry_run:
+        for cell in cells:
+            discard_note(output_dir, cell).unlink(missing_ok=True)
     run_cells(
         cells,
         output_dir,
@@ -141,6 +148,9 @@ def run_cells(
         for cell in cells:
             report(f"  {cell.name}: {_state(cell, finished[cell.name], output_dir)}")
         return
+    if not keep_models:
+        for cell in cells:
+            clear_discarded(output_dir, cell)
     warm_up_dir = output_dir / WARM_UPS
     shares = keep_warm_ups or warm_up_dir.is_dir()
     sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.warm_up is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def comparison_page(file: str | Path) -> str:
             f"This is no summary of a comparison ({type(error).__name__}: {error}).",
             file=path,
             remedy="Write it anew, with the --baseline, --criteria and --also that it had: consistentee compare "
-            f"--render --output-dir {path.parent}",
+            f"--render --output-dir {shlex.quote(str(path.parent))}",
         ) from error
 
 

@@ -113,8 +113,9 @@ class PlannedCell:
 
 
 def backbone_name(backbone: str) -> str:
-    """The last part of a folder or of a name on the hub."""
-    return Path(backbone).name
+    """The last part of a folder or of a name on the hub; dots before it go, as cells of hidden names are not read."""
+    name = Path(backbone).name
+    return (Path(backbone).resolve().name if name in ("", "..") else name).lstrip(".")
 
 
 def compared_methods(

@@ -107,6 +107,25 @@ def test_saved_models_end_their_texts(known: int | None, ends: Any, tmp_path: Pa
         assert tokenizer.decode(found) == "say a:aaa</s>"
 
 
+@pytest.mark.parametrize("ends", [1, 2])
+def test_a_generation_config_that_is_only_warned_about_is_saved_again(ends: int, tmp_path: Path) -> None:
+    """As vicuna's and earlier Llama 2's, with a temperature that has no effect."""
+    backbone = tiny_decoder(tmp_path / "backbone", layers=2)
+    published = {"eos_token_id": ends, "temperature": 0.9, "top_p": 0.6}
+    (backbone / "generation_config.json").write_text(json.dumps(published))
+    for how in (train, finetune):
+        folder = tmp_path / how.__name__
+        run(how, backbone, folder, rounds=0)
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert {name: saved[name] for name in published} == {
+            **published,
+            "eos_token_id": 1 if ends == 1 else [2, 1],
+        }
+    model = EarlyExitForCausalLM.from_backbone(backbone)
+    model.save_pretrained(tmp_path / "untrained")
+    assert model.generation_config is not model.backbone.generation_config
+
+
 def held_out_texts() -> list[str]:
     from consistentee.data.rows import split_rows
 

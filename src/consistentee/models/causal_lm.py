@@ -34,6 +34,23 @@ Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens exit, bool."""
 
 
+class PublishedGenerationConfig(GenerationConfig):
+    """A backbone's `generation_config`, which is saved whatever it sets, with a warning.
+
+    Transformers saves none that was changed, or made anew, and sets what has no effect, such as a temperature without
+    `do_sample`. Many are published so, and would stop a training when its model is to be written.
+    """
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Self:
+        """The same values."""
+        return cls.from_dict(config.to_dict())  # pyright: ignore[reportReturnType]
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """As Hugging Face's, but never strict."""
+        super().validate(user_set_attributes=user_set_attributes)
+
+
 class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
     """A causal language model with an exit, and a policy that decides about it, after every layer.
 
@@ -94,7 +111,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         if "dtype" in opening:
             cast_parameters(model, backbone.dtype)
         if backbone.generation_config is not None:
-            model.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
+            model.generation_config = PublishedGenerationConfig.of(backbone.generation_config)
         return model
 
     # --- Parts --------------------------------------------------------------------------------

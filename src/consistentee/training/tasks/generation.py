@@ -25,7 +25,7 @@ from consistentee.functional.signals import static_scores
 from consistentee.functional.tables import GENERATION
 from consistentee.heads.exit_heads import ConfidenceClassifier
 from consistentee.heads.policy import PolicyNetwork
-from consistentee.models.causal_lm import EarlyExitForCausalLM
+from consistentee.models.causal_lm import EarlyExitForCausalLM, PublishedGenerationConfig
 from consistentee.training.adapters import Adapters, add_adapters
 from consistentee.training.criterion_fits import CriterionFit, foretelling
 from consistentee.training.instances import Instances
@@ -279,11 +279,14 @@ class GenerationTraining:
 
 def end_texts_with(model: EarlyExitForCausalLM, token: int) -> None:
     """Let `generate`, of a model and of its backbone, end a text at a token too: the one behind responses."""
-    for config in (model.generation_config, model.backbone.generation_config):
-        values: Any = config
-        known = getattr(values, "eos_token_id", None)
+    for part in (model, model.backbone):
+        if part.generation_config is None:
+            continue
+        values: Any = PublishedGenerationConfig.of(part.generation_config)
+        part.generation_config = values
+        known = values.eos_token_id
         ends = [*known] if isinstance(known, (list, tuple)) else [known]
-        if values is not None and token not in ends:
+        if token not in ends:
             values.eos_token_id = token if known is None else [*ends, token]
 
 

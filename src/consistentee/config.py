@@ -404,7 +404,7 @@ class GenerationTrainingConfig(AdapterSettings, TrainingConfig):
     `cross_entropy`: of the reference token (the paper)."""
     reward_target: RewardTarget = "reference"
     """An exit is right where its token is the `reference`'s (the paper) or the `last_layer`'s; hardness and thresholds
-    follow, and the `error`."""
+    follow, and the `error`. What training says of validation tokens is then agreement, not accuracy."""
     hardness: TokenHardness = "memorized_layer"
     """Measure behind the `hardness` reward."""
     min_exit_layer: int | None = None

@@ -174,6 +174,18 @@ def test_the_card(trained: tuple[Path, list[str]]) -> None:
     assert "| rougeL | 0.31 |" in card
 
 
+def test_agreement_with_the_last_layer_is_called_so(backbone: Path, tmp_path: Path) -> None:
+    said = run(train, backbone, tmp_path / "model", rounds=0, reward_target="last_layer")
+    assert not [line for line in said if "accuracy" in line.lower()]
+    assert [line for line in said if line.startswith("Token agreement by layer after warm-up: ")]
+    record = read_record(tmp_path / "model")
+    assert record["validation"]["full_depth_accuracy"] == 1
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| token agreement with the last layer |" in card
+    assert "token accuracy" not in card
+    assert "of the last layer |" not in card
+
+
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_fine_tuning_leaves_a_plain_model(how: str, backbone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plain"

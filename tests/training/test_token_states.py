@@ -94,6 +94,10 @@ def test_the_last_layer_can_be_the_target() -> None:
     states = run_token_states(tiny_exit_model(), texts(), collate=COLLATE, target="last_layer")
     assert torch.equal(states.right, states.agrees)
     assert states.right[:, -1].all()
+    by_reference = run_token_states(tiny_exit_model(), texts(), collate=COLLATE)
+    assert torch.equal(by_reference.targets, by_reference.labels)
+    hits = by_reference.right[:, -1]
+    assert torch.equal(states.targets == states.labels, hits)
 
 
 def test_the_last_layer_alone() -> None:

@@ -21,6 +21,8 @@ from consistentee.models.operating_points import (
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
+LAST_LAYERS_TOKEN = "token agreement with the last layer"
+
 POINTS_BEGIN, POINTS_END = "<!-- operating points -->", "<!-- end of operating points -->"
 POINTS_TEXT = """Operating points, for `operating_point=` and `--operating-point`:
 
@@ -91,7 +93,7 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     base_model = backbone if _is_hub_name(backbone) else None
     backbone = _short_name(backbone)
     original: Mapping[str, Any] = record.get("original") or {}
-    quality = "token accuracy" if generates else "agreement with the original" if original else "accuracy"
+    quality = _quality(record, generates)
     pipeline_tag = "text-generation" if generates else "text-classification"
     metrics = {name: evaluation[name] for name in ("accuracy",) if evaluation.get(name) is not None}
     metrics |= evaluation.get("metrics") or {}
@@ -160,6 +162,16 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         training="\n".join(_training(record)),
     )
     return f"{card}\n"
+
+
+def _quality(record: Mapping[str, Any], generates: bool) -> str:
+    """What the share of right exits on validation is called."""
+    if not generates:
+        return "agreement with the original" if record.get("original") else "accuracy"
+    exits = not str(record.get("kind")).startswith("full_depth")
+    if exits and (record.get("config") or {}).get("reward_target") == "last_layer":
+        return LAST_LAYERS_TOKEN
+    return "token accuracy"
 
 
 def other_threshold(criterion: str, threshold: float, measured: Sequence[float] = ()) -> float:
@@ -245,6 +257,8 @@ def _validated(validation: Mapping[str, Any], quality: str) -> TableRows:
         "mean_exit_layer": ("mean exit layer", "{:.2f}".format),
         "layer_speedup": ("layer speed-up", "{:.2f}x".format),
     }
+    if quality == LAST_LAYERS_TOKEN:  # of which the last layer's own is all
+        del shown["full_depth_accuracy"]
     return [(name, show(validation[key])) for key, (name, show) in shown.items() if key in validation]
 
 

@@ -65,6 +65,8 @@ class GenerationTraining:
     def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
         """As `TrainingTask` says."""
         config = self.config
+        if exits and config.reward_target == "last_layer":
+            self.measure = "token agreement"  # which is what right exits are then
         if not exits and config.backbone_training == "frozen":
             raise SettingError(
                 "backbone_training must be full or lora to fine-tune the plain model, got frozen. "
@@ -235,7 +237,7 @@ class GenerationTraining:
         return {
             "per_layer_accuracy": states.per_layer_accuracy,
             "per_layer_loss": states.losses.mean(0).tolist(),
-            "commonest_token_share": float(torch.bincount(states.labels).max() / len(states)),
+            "commonest_token_share": float(torch.bincount(states.targets).max() / len(states)),
             "memorized_layer_histogram": torch.bincount(
                 memorized_layer(states.right) - 1, minlength=run.model.num_layers
             ).tolist(),

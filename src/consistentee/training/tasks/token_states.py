@@ -38,9 +38,10 @@ class TokenStates:
 
     Attributes:
         labels: (tokens,), int64, the reference tokens.
+        targets: (tokens,), int64, the tokens that make an exit right: the reference tokens, or the last layer's.
         rows: (tokens,), int64, the text each belongs to, ascending.
         losses: (tokens, layers), float32, cross-entropy of the reference token at each exit.
-        right: (tokens, layers), bool, whether an exit gives the target: the reference token, or the last layer's.
+        right: (tokens, layers), bool, whether an exit gives the target.
         agrees: (tokens, layers), bool, whether an exit gives the last layer's token.
         regret: (tokens, layers), float32, how much likelier the last layer holds its own token than the exit's, in
             nats.
@@ -50,6 +51,7 @@ class TokenStates:
     """
 
     labels: Tensor
+    targets: Tensor
     rows: Tensor
     losses: Tensor
     right: Tensor
@@ -73,7 +75,7 @@ class TokenStates:
 
     @property
     def per_layer_accuracy(self) -> list[float]:
-        """Share of tokens that each exit gets right."""
+        """Share of tokens of which each exit gives the target."""
         return self.right.float().mean(0).tolist()
 
 
@@ -170,9 +172,15 @@ def run_token_states(
         model.train(was_training)
     predictions = results.pop("predictions")
     scores = {name: results.pop(name) for name in (*LOGIT_CRITERIA, *STATE_CRITERIA)}
-    agrees = predictions == predictions[:, -1:]
-    right = agrees if target == "last_layer" else predictions == results["labels"][:, None]
-    return TokenStates(rows=torch.from_numpy(rows), right=right, agrees=agrees, scores=scores, **results)
+    targets = predictions[:, -1].clone() if target == "last_layer" else results["labels"]
+    return TokenStates(
+        targets=targets,
+        rows=torch.from_numpy(rows),
+        right=predictions == targets[:, None],
+        agrees=predictions == predictions[:, -1:],
+        scores=scores,
+        **results,
+    )
 
 
 def draw_tokens(

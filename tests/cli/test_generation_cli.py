@@ -322,6 +322,26 @@ def training(files: Files, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
 
 
 class TestTrain:
+    @pytest.mark.parametrize("command", ["train", "finetune"])
+    def test_a_report_that_cannot_be_made_is_told_before_training(
+        self,
+        command: str,
+        call: Call,
+        tmp_path: Path,
+        training: list[dict[str, Any]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("consistentee.evaluation.text_metrics.BLEU_MODULE", "no_such_package")
+        (tmp_path / "rows.txt").write_text("one two\n" * 9, encoding="utf-8")
+        arguments = ("--backbone", "b", "--output-dir", tmp_path / "o", "--train-file", tmp_path / "rows.txt")
+        outcome = call(command, *arguments)
+        assert outcome.code == 1
+        assert (
+            'needs no_such_package, which is not installed. Install it with: pip install "consistentee[gen'
+            in (one_line(outcome))
+        )
+        assert training == []
+
     def test_recipe_columns_and_figures(
         self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]
     ) -> None:

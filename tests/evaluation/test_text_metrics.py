@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from consistentee.errors import MissingExtraError
-from consistentee.evaluation.text_metrics import bertscore, bleu, rouge, text_metrics
+from consistentee.evaluation.text_metrics import bertscore, bleu, check_text_metrics, rouge, text_metrics
 from tiny import tiny_backbone
+from tiny_decoders import tiny_decoder
 
 PREDICTIONS = ["the film is good", "a bad plot", "it was very very dull and the actor was lame", "funny"]
 REFERENCES = ["the movie is great fun", "a bad plot", "the scene was boring", "this warm and charming film"]
@@ -131,3 +132,15 @@ def test_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"consistentee\[generation\]"):
         metric(["a"], ["a"])
+    with pytest.raises(MissingExtraError, match=rf"needs {module}.*consistentee\[generation\]"):
+        check_text_metrics()
+
+
+def test_encoders_are_looked_at_before_texts_are_made(encoder: Path, tmp_path: Path) -> None:
+    check_text_metrics()
+    check_text_metrics(encoder)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        check_text_metrics(tmp_path / "nowhere")
+    tiny_decoder("llama").save_pretrained(tmp_path / "decoder")
+    with pytest.raises(ValueError, match='type "llama" is not supported'):
+        check_text_metrics(tmp_path / "decoder")

@@ -128,6 +128,10 @@ def _run(
     from consistentee.training.run_folders import check_output_dir
 
     usage(lambda: check_output_dir(output_dir, backbone))  # before the data is read
+    if kind is GENERATORS:
+        from consistentee.evaluation.text_metrics import check_text_metrics
+
+        check_text_metrics()  # which the report at the end has
     rows = training_data(data, recipe, kind, config.seed)
     from accelerate import PartialState
 

@@ -29,7 +29,7 @@ from consistentee.evaluation.teacher_forcing import (
     teacher_forced_baseline,
     teacher_forced_exits,
 )
-from consistentee.evaluation.text_metrics import text_metrics
+from consistentee.evaluation.text_metrics import check_text_metrics, text_metrics
 from consistentee.functional.criteria import EXIT_CRITERIA, digits
 from consistentee.inference.timing import environment
 from consistentee.models.loaded import LoadedGenerator
@@ -225,6 +225,7 @@ class _Texts:
         bertscore_model: str | None,
         progress: bool,
     ) -> None:
+        check_text_metrics(bertscore_model)
         self._saved, self._batch_size = saved, batch_size
         self._bertscore_model, self._progress = bertscore_model, progress
         self._rows, template = text_prompts(rows, saved.prompt_template())

@@ -11,11 +11,28 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 
-from consistentee.backbones.encoders import load_backbone
+from consistentee.backbones.encoders import architecture_of, load_backbone
+from consistentee.backbones.loading import load_config
 from consistentee.data.literal import take_literally
 from consistentee.errors import require_extra
 
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
+ROUGE_MODULE, BLEU_MODULE = "rouge_score.rouge_scorer", "sacrebleu"
+
+
+def check_text_metrics(bertscore_model: str | Path | None = None) -> None:
+    """See that `text_metrics` will have what it needs, before texts are generated for it, which takes long.
+
+    Args:
+        bertscore_model: as of `text_metrics`.
+
+    Raises:
+        MissingExtraError, FileNotFoundError, OSError, ValueError: as `text_metrics`, about packages and the encoder.
+    """
+    for module in (ROUGE_MODULE, BLEU_MODULE):
+        require_extra("generation", module)
+    if bertscore_model is not None:
+        architecture_of(load_config(bertscore_model))
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -39,9 +56,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     bootstrapped intervals.
     """
     _check_pairs(predictions, references)
-    scorer = require_extra("generation", "rouge_score.rouge_scorer").RougeScorer(
-        ROUGE_NAMES, use_stemmer=True
-    )
+    scorer = require_extra("generation", ROUGE_MODULE).RougeScorer(ROUGE_NAMES, use_stemmer=True)
     totals = dict.fromkeys(ROUGE_NAMES, 0.0)
     for prediction, reference in zip(predictions, references, strict=True):
         scores = scorer.score(reference, prediction)
@@ -68,7 +83,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     arXiv:1804.08771 (how its tokens are made). Difference: the scale.
     """
     _check_pairs(predictions, references)
-    score = require_extra("generation", "sacrebleu").corpus_bleu(list(predictions), [list(references)]).score
+    score = require_extra("generation", BLEU_MODULE).corpus_bleu(list(predictions), [list(references)]).score
     return min(float(score) / 100, 1.0)  # sacrebleu's best is 100 and some rounding
 
 

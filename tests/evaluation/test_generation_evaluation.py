@@ -306,6 +306,18 @@ class TestEvaluation:
             )
             assert evaluation.threshold == wanted
 
+    def test_a_lossless_reference_drafts_at_its_drafts_threshold(
+        self, saved: LoadedGenerator, tmp_path: Path
+    ) -> None:
+        values = {"criterion": "policy", "threshold": 0.5, "mode": "lossless", "draft_threshold": 0.125}
+        other = load_model(generator_folder(tmp_path / "other", **values), LoadedGenerator, device="cpu")
+        evaluation = evaluate_generation(
+            saved, tiny_rows(2), reference=other, max_new_tokens=3, curve_thresholds=1
+        )
+        assert evaluation.reference is not None
+        assert evaluation.reference.threshold == 0.125
+        assert evaluation.reference_name == "early-exit model, policy > 0.125, lossless"
+
     def test_lossless_tokens_ran_all_layers(
         self, saved: LoadedGenerator, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -271,7 +271,7 @@ class _Texts:
         options = generator.check(self._options)
         mode, criterion, threshold = options.mode or "full", "none", 1.0
         if mode != "full":
-            criterion, threshold = reference.exit_rule()
+            criterion, threshold = reference.exit_rule_of_mode(mode)
         encoded, _ = self._encode(reference, generator)
         written = list(self._bar(self._run(generator, encoded, options), "reference"))
         point = self._point(written, reference, mode, criterion, threshold)

@@ -442,6 +442,26 @@ class TestTexts:
         assert asked.references == ["c d", "two three"]
         assert template == PLAIN
 
+    @pytest.mark.parametrize(
+        "texts, prompts, rest",
+        [
+            (["春が来た。", "a b", "word"], ["春が", "a"], ["来た。", "b"]),
+            (["emma", "x", " ava"], ["em", "a"], ["ma", "va"]),
+            ([" a b c d", " a b", "  "], [" a"], ["b c d"]),
+        ],
+    )
+    def test_without_spaces_between_words(
+        self, texts: list[str], prompts: list[str], rest: list[str]
+    ) -> None:
+        asked, _ = text_prompts(
+            InstructionDataset([""] * len(texts), [""] * len(texts), texts, "texts"), TEMPLATE
+        )
+        assert (asked.instructions, asked.references) == (prompts, rest)
+
+    def test_that_cannot_be_halved(self) -> None:
+        with pytest.raises(ValueError, match="at least two characters each to be continued"):
+            text_prompts(InstructionDataset([""], [""], ["x"], "texts"), TEMPLATE)
+
     def test_prompts_stay_as_they_are(self) -> None:
         rows = tiny_rows(3)
         assert text_prompts(rows, TEMPLATE) == (rows, TEMPLATE)

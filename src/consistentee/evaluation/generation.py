@@ -396,21 +396,30 @@ def text_prompts(
         template: how prompts are written.
 
     Returns:
-        The rows and their template. Texts of a single word are left out.
+        The rows and their template. Texts without spaces are halved by characters where they are not ASCII, as those of
+        scripts that need none, or where no text has two words; else single words are left out.
     """
     if any(
         instruction or context for instruction, context in zip(rows.instructions, rows.inputs, strict=True)
     ):
         return rows, template
-    prompts: list[str] = []
-    rest: list[str] = []
-    for text in rows.references:
-        words = text.split(" ")
-        half = len(words) // 2
-        if half and (follows := " ".join(words[half:])).strip():
-            prompts.append(" ".join(words[:half]))
-            rest.append(follows)
-    if not prompts:
-        raise ValueError("Texts must have at least two words each to be continued, got none that has.")
+    texts = rows.references
+    halves = [found for text in texts if (found := _halves(text, by_characters=not text.isascii()))]
+    halves = halves or [found for text in texts if (found := _halves(text, by_characters=True))]
+    if not halves:
+        raise ValueError("Texts must have at least two characters each to be continued, got none that has.")
+    prompts, rest = ([*part] for part in zip(*halves, strict=True))
     plain = replace(PLAIN_TEMPLATE, parse_special_tokens=template.parse_special_tokens)
     return InstructionDataset(prompts, [""] * len(prompts), rest, rows.source), plain
+
+
+def _halves(text: str, *, by_characters: bool) -> tuple[str, str] | None:
+    """The first half of a text's words and the others, or else of its characters; None where one would be blank."""
+    words, letters = text.split(" "), text.strip()
+    ways = [(" ", words), ("", [*letters])] if by_characters else [(" ", words)]
+    for gap, parts in ways:
+        half = len(parts) // 2
+        first, rest = gap.join(parts[:half]), gap.join(parts[half:])
+        if first.strip() and rest.strip():
+            return first, rest
+    return None

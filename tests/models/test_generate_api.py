@@ -490,6 +490,20 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
     assert {weight.dtype for weight in wide.parameters()} == {torch.float32}
 
 
+def test_a_backbone_that_was_trained_without_a_cache(tmp_path: Path) -> None:
+    """Checkpoints keep `use_cache: false` of a training with gradient checkpointing."""
+    backbone = tiny_decoder("llama", use_cache=False)
+    backbone.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    model = EarlyExitForCausalLM.from_backbone(tmp_path)
+    assert model.backbone.generation_config.use_cache is False
+    model.save_pretrained(tmp_path / "exits")
+    for one in (model, EarlyExitForCausalLM.from_pretrained(tmp_path / "exits")):
+        assert new_tokens_of(generate(one, PROMPTS, NEW), PROMPTS)
+        with pytest.raises(ValueError, match="use_cache must be true for exits, got False"):
+            generate(one, PROMPTS, NEW, use_cache=False)
+
+
 def test_backbones_from_folders(tmp_path: Path) -> None:
     backbone = tiny_decoder("qwen2")
     backbone.generation_config.repetition_penalty = 1.25

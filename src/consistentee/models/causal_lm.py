@@ -112,6 +112,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             cast_parameters(model, backbone.dtype)
         if backbone.generation_config is not None:
             model.generation_config = PublishedGenerationConfig.of(backbone.generation_config)
+            if model.generation_config.use_cache is False:  # left by a training; exits need what is kept
+                model.generation_config.use_cache = None
         return model
 
     # --- Parts --------------------------------------------------------------------------------

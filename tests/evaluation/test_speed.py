@@ -332,6 +332,21 @@ def test_drafts_exit_by_the_rule_that_is_asked_for(monkeypatch: pytest.MonkeyPat
     assert asked == {("early-exit", "static", 2.0), ("full", None, None), ("lossless", "static", 2.0)}
 
 
+def test_settings_of_the_models_own_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in texts: Qwen2.5's penalty would keep the head from being read in int8, beams and no cache would fail."""
+    processor = "transformers.RepetitionPenaltyLogitsProcessor.__call__"
+    monkeypatch.setattr(processor, lambda *_: pytest.fail("logits were changed"))
+    model = shape_generator("tiny", seed=1)
+    for config in (model.generation_config, model.backbone.generation_config):
+        for name, value in {"repetition_penalty": 1.1, "num_beams": 2, "use_cache": False}.items():
+            setattr(config, name, value)
+    options: dict[str, Any] = {"name": "tiny", "batch_sizes": [1], "new_tokens": 4, "repeats": 1}
+    report = measure_generation_speed(model, random_token_ids(1, 5, 300, 0), lossless=True, **options)
+    assert len(report.rows) == 6
+    for config in (model.generation_config, model.backbone.generation_config):
+        assert (config.repetition_penalty, config.num_beams, config.use_cache) == (1.1, 2, False)
+
+
 def test_a_time_to_keep_to_in_generation() -> None:
     model, said = shape_generator("tiny", seed=1), list[float]()
     options = {"name": "tiny", "batch_sizes": [1, 3], "new_tokens": 20, "repeats": 4, "announce": said.append}

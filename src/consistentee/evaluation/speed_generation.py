@@ -35,6 +35,7 @@ from consistentee.evaluation.time_budget import TimeBudget
 from consistentee.inference.timing import environment
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from consistentee.models.loaded import short_name
+from consistentee.pipelines.decoding_options import ONE_TEXT, SHAPING
 
 PAD = 0
 LEAST_NEW_TOKENS, PROBES = 16, (2, 8)
@@ -156,7 +157,7 @@ def measure_generation_speed(
         chosen = [list(prompts[place % len(prompts)]) for place in range(size or 1)]
         return _Texts(model, chosen, tokens).competitors(rule, shares, lossless, seed)
 
-    with _endless(model):
+    with _plain_settings(model):
         found, planned = measure_in_turn(
             dict.fromkeys(batch_sizes, amount),
             competitors,
@@ -247,14 +248,20 @@ class _Texts:
 
 
 @contextmanager
-def _endless(model: EarlyExitForCausalLM) -> Iterator[None]:
-    """No end-of-text token, for all competitors alike: every text has the same length."""
+def _plain_settings(model: EarlyExitForCausalLM) -> Iterator[None]:
+    """Nothing of the model's own `generation_config`, for all competitors alike, as texts are generated elsewhere.
+
+    There is no end-of-text token either: every text has the same length.
+    """
+    plain = {**dict.fromkeys(SHAPING), **ONE_TEXT, "eos_token_id": None}
     configs: list[Any] = [model.generation_config, model.backbone.generation_config]
-    before = [config.eos_token_id for config in configs]
+    before = [{name: getattr(config, name) for name in plain if hasattr(config, name)} for config in configs]
     try:
-        for config in configs:
-            config.eos_token_id = None
+        for config, known in zip(configs, before, strict=True):
+            for name in known:
+                setattr(config, name, plain[name])
         yield
     finally:
-        for config, value in zip(configs, before, strict=True):
-            config.eos_token_id = value
+        for config, known in zip(configs, before, strict=True):
+            for name, value in known.items():
+                setattr(config, name, value)

@@ -44,12 +44,11 @@ def main() -> None:
         graph, inputs = Path(root) / "graph", Path(root) / "inputs.json"
         export_onnx(engine.saved, graph)
         inputs.write_text(json.dumps([list(texts) for texts in rows.texts]), encoding="utf-8")
-        for size in options.batch_sizes:
+        command = [sys.executable, ALONE, graph, inputs, *map(str, options.batch_sizes)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        for size, answers in zip(options.batch_sizes, json.loads(done.stdout), strict=True):
             wanted = engine.predict(rows.texts, batch_size=size)
-            done = subprocess.run(
-                [sys.executable, ALONE, graph, inputs, str(size)], capture_output=True, text=True, check=True
-            )
-            pairs = list(zip(wanted, json.loads(done.stdout), strict=True))
+            pairs = list(zip(wanted, answers, strict=True))
             found.append(
                 {
                     "batch_size": size,

@@ -1,7 +1,7 @@
-"""Answers in another process than that which opened the model: python other_process.py HOW KIND FOLDER.
+"""Answers in another process than that which opened the models: python other_process.py HOW KIND=PATH...
 
-HOW is `fork` (KIND opened here, asked here, then asked in a forked process) or `pickle` (KIND read from the pickle
-FOLDER). Prints the answers as JSON, first those of the opener where there are any.
+HOW is `fork` (KIND opened here from the folder PATH, asked here, then asked in a forked process) or `pickle` (KIND read
+from the pickle PATH). Prints the answers by kind as JSON, for each first those of the opener where there are any.
 """
 
 from __future__ import annotations
@@ -58,12 +58,15 @@ def in_a_fork(it: Any) -> list[list[Any]] | str:
 
 
 if __name__ == "__main__":
-    how, kind, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    if how == "pickle":
-        print(json.dumps([answers(pickle.loads(folder.read_bytes()))]))  # noqa: S301, T201
-        sys.exit()
-    torch.set_num_threads(2)
-    it = open_it(kind, folder)
-    torch.rand(2000, 2000).exp().sum()  # torch has started its threads
-    here = answers(it)
-    print(json.dumps([here, in_a_fork(it)]))  # noqa: T201
+    how, paths = sys.argv[1], dict(argument.split("=", 1) for argument in sys.argv[2:])
+    found: dict[str, list[Any]] = {}
+    if how == "fork":
+        torch.set_num_threads(2)
+        torch.rand(2000, 2000).exp().sum()  # torch has started its threads
+    for kind, path in paths.items():
+        if how == "pickle":
+            found[kind] = [answers(pickle.loads(Path(path).read_bytes()))]  # noqa: S301
+        else:
+            it = open_it(kind, Path(path))
+            found[kind] = [answers(it), in_a_fork(it)]
+    print(json.dumps(found))  # noqa: T201

@@ -682,33 +682,34 @@ class TestBenchmark:
 
 
 class TestInterruptedPrediction:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_leaves_whole_lines(self, number: int, files: Files, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("number, to_a_file", [(signal.SIGINT, False), (signal.SIGTERM, True)])
+    def test_a_signal_leaves_whole_lines(
+        self, number: int, to_a_file: bool, files: Files, tmp_path: Path
+    ) -> None:
         texts = tmp_path / "texts.txt"
         texts.write_text("a good film and a bad plot\n" * 300_000, encoding="utf-8")
         output = tmp_path / "whole.jsonl"
         command = [sys.executable, "-m", "consistentee", "predict", str(files.model), str(texts)]
-        for target in ((), ("--output", str(output))):
-            with subprocess.Popen(
-                [*command, *target],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                preexec_fn=_hear_interrupts,
-                bufsize=0,  # so that nothing read ahead is lost between readline and communicate
-            ) as process:
-                assert process.stdout is not None
-                if target:
-                    assert _eventually(lambda: len(list(tmp_path.iterdir())) > 1)
-                    lines = b""
-                else:
-                    lines = process.stdout.readline()
-                process.send_signal(number)
-                rest, errors = process.communicate(timeout=60)
-            assert process.returncode == 128 + number
-            assert errors.count(b"\n") == 1
-            assert (lines + rest).endswith(b"\n") or target
-            for line in (lines + rest).splitlines():
-                assert set(json.loads(line)) == {"text", "label", "score", "exit_layer", "truncated"}
+        with subprocess.Popen(
+            [*command, *(("--output", str(output)) if to_a_file else ())],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=_hear_interrupts,
+            bufsize=0,  # so that nothing read ahead is lost between readline and communicate
+        ) as process:
+            assert process.stdout is not None
+            if to_a_file:
+                assert _eventually(lambda: len(list(tmp_path.iterdir())) > 1)
+                lines = b""
+            else:
+                lines = process.stdout.readline()
+            process.send_signal(number)
+            rest, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert errors.count(b"\n") == 1
+        assert (lines + rest).endswith(b"\n") or to_a_file
+        for line in (lines + rest).splitlines():
+            assert set(json.loads(line)) == {"text", "label", "score", "exit_layer", "truncated"}
         assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 

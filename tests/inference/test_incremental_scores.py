@@ -77,26 +77,26 @@ def exit_features(
         *((name, "log_odds") for name in CRITERIA if name not in ("policy", "quantile")),
     ],
 )
-@pytest.mark.parametrize("rows", [1, 6, 50])
 @torch.no_grad()
 def test_step_by_step_as_all_at_once(
-    backbone: Path, classes: int, decay: float, criterion: str, policy_input: str, rows: int
+    backbone: Path, classes: int, decay: float, criterion: str, policy_input: str
 ) -> None:
     model = build(backbone, classes, ensemble_decay=decay, policy_input=policy_input)
-    pooled = torch.randn(rows, LAYERS, 32)
-    logits = 3 * torch.randn(rows, LAYERS, classes)
-    logits[0, 2:] = logits[0, 1] * 8  # a run of one class, sure to the last digit of float32
-    layer_logits = ensemble_layers(logits, decay)
-    exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
-    wanted = exit_scores(criterion, layer_logits, exit_probs, **model.exit_signals()(pooled, logits))
-    scores = scores_of(model, criterion)
-    history = scores.begin(rows)
-    for layer in range(LAYERS):
-        found = scores.step(history, exit_features(model, layer, pooled[:, layer], logits[:, layer]))
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted[:, layer].numpy(), rtol=1e-4, atol=2e-5)
-        np.testing.assert_allclose(history.prediction_logits, layer_logits[:, layer].numpy(), atol=1e-5)
-    assert history.layers == LAYERS
+    for rows in (1, 6, 50):
+        pooled = torch.randn(rows, LAYERS, 32)
+        logits = 3 * torch.randn(rows, LAYERS, classes)
+        logits[0, 2:] = logits[0, 1] * 8  # a run of one class, sure to the last digit of float32
+        layer_logits = ensemble_layers(logits, decay)
+        exit_probs = model.exit_logits(pooled, layer_logits).sigmoid()
+        wanted = exit_scores(criterion, layer_logits, exit_probs, **model.exit_signals()(pooled, logits))
+        scores = scores_of(model, criterion)
+        history = scores.begin(rows)
+        for layer in range(LAYERS):
+            found = scores.step(history, exit_features(model, layer, pooled[:, layer], logits[:, layer]))
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, wanted[:, layer].numpy(), rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(history.prediction_logits, layer_logits[:, layer].numpy(), atol=1e-5)
+        assert history.layers == LAYERS
 
 
 @pytest.mark.parametrize("policy_input", ["state+log_odds", "state+signals"])

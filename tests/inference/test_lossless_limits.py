@@ -116,9 +116,18 @@ def rope_values(rope: str) -> dict[str, Any]:
     return {"rope_parameters": ROPES[rope], "max_position_embeddings": 48 if rope == "longrope" else 12}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "model_type, lengths",
+    [
+        ("llama", (5,)),
+        ("llama", (14,)),
+        ("llama", (11, 3, 8, 11)),
+        ("llama", (15, 2)),
+        ("qwen2", (11, 3, 8, 11)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("rope", list(ROPES))
-@pytest.mark.parametrize("lengths", [(5,), (14,), (11, 3, 8, 11), (15, 2)], ids=str)
 def test_angles_are_those_of_one_token_after_the_other(
     rope: str, lengths: tuple[int, ...], model_type: str
 ) -> None:

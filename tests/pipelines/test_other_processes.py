@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -40,9 +41,10 @@ def open_kind(kind: str, folders: dict[str, Path]) -> Any:
     return other_process.open_it(kind, folders[kind])
 
 
-def run_elsewhere(how: str, kind: str, path: Path) -> list[Any]:
+def run_elsewhere(how: str, paths: dict[str, Path]) -> dict[str, list[Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-W", "ignore", other_process.__file__, how, kind, str(path)]
+    command = [sys.executable, "-W", "ignore", other_process.__file__, how]
+    command += [f"{kind}={path}" for kind, path in paths.items()]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
@@ -63,26 +65,34 @@ def test_a_pickle_answers_the_same(folders: dict[str, Path], kind: str) -> None:
     assert other_process.answers(cloudpickle.loads(cloudpickle.dumps(it))) == before
 
 
-@pytest.mark.parametrize("kind", ["torch", "generator"])
-def test_a_new_process_opens_a_pickle(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    it, path = open_kind(kind, folders), tmp_path / "pickle"
-    path.write_bytes(pickle.dumps(it))
-    (found,) = run_elsewhere("pickle", kind, path)
-    assert found == other_process.answers(it)
+def test_a_new_process_opens_a_pickle(folders: dict[str, Path], tmp_path: Path) -> None:
+    opened = {kind: open_kind(kind, folders) for kind in ("torch", "generator")}
+    paths = {kind: tmp_path / kind for kind in opened}
+    for kind, it in opened.items():
+        paths[kind].write_bytes(pickle.dumps(it))
+    found = run_elsewhere("pickle", paths)
+    assert found == {kind: [other_process.answers(it)] for kind, it in opened.items()}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
+@pytest.fixture(scope="module")
+def forked(folders: dict[str, Path]) -> dict[str, list[Any]]:
+    """By kind the answers of a process, and those of its fork or what that says."""
+    if not hasattr(os, "fork"):
+        pytest.skip("processes do not fork here")
+    known = ["torch", "generator", *(["onnxruntime"] if find_spec("onnxruntime") else [])]
+    return run_elsewhere("fork", {kind: folders[kind] for kind in known})
+
+
 @pytest.mark.parametrize("kind", ["torch", "generator"])
-def test_a_forked_process_answers_the_same(folders: dict[str, Path], kind: str) -> None:
-    here, there = run_elsewhere("fork", kind, folders[kind])
+def test_a_forked_process_answers_the_same(forked: dict[str, list[Any]], kind: str) -> None:
+    here, there = forked[kind]
     assert there == here
     assert len(here) == len(other_process.PROMPTS if kind == "generator" else other_process.TEXTS)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
-def test_a_forked_process_says_that_onnxruntime_does_not_fork(folders: dict[str, Path]) -> None:
+def test_a_forked_process_says_that_onnxruntime_does_not_fork(forked: dict[str, list[Any]]) -> None:
     pytest.importorskip("onnxruntime")
-    here, there = run_elsewhere("fork", "onnxruntime", folders["onnxruntime"])
+    here, there = forked["onnxruntime"]
     assert len(here) == len(other_process.TEXTS)
     assert 'with backend "onnxruntime" must be used in the process that opened it' in there
 

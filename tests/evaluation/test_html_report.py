@@ -127,6 +127,10 @@ def test_what_a_loss_buys_has_a_table(saved: LoadedClassifier, report: ExitRepor
         ["policy", "1.50× at 0.91", "2.00× at 0.5"],
     ]
     assert "By the loss that is allowed" not in page
+    record["config"] = {"threshold_metric": "macro_f1"}
+    assert "loses no more of macro_f1 against full depth" in model_page(
+        dataclasses.replace(saved, record=record), report
+    )
 
 
 def test_bars_beside_a_text_are_its_exit_scores(page: str, report: ExitReport) -> None:

@@ -156,6 +156,7 @@ def _common(
         "facts": list(_facts(saved, evaluation, source)),
         "validation": _validation(record),
         "is_retrofit": record.get("method") == "retrofit",
+        "threshold_metric": (record.get("config") or {}).get("threshold_metric", "accuracy"),
         "settings": settings,
         "changed": changed,
         "environments": environments,

@@ -18,6 +18,9 @@ from consistentee.evaluation.html_page import EMPTY, LONGEST_SHOWN, check_report
 from consistentee.evaluation.html_report import hardness_sentence, model_page, record_page
 from consistentee.evaluation.report_figures import Example, HardnessTable, recorded_point
 from consistentee.evaluation.results import AgreementEvaluation
+from consistentee.evaluation.svg_charts import exit_chart
+from consistentee.functional.curves import CurvePoint
+from consistentee.functional.recall import ClassRecall
 from consistentee.models.loaded import LoadedClassifier, load_model
 from html_pages import read_page, script_data
 from tiny import tiny_backbone, tiny_dataset, tiny_model
@@ -155,6 +158,35 @@ def test_the_script_reads_the_curve(page: str, report: ExitReport) -> None:
         (round(point.mean_exit_layer, 5), round(point.accuracy, 6), tuple(counts)) for point, counts in known
     )
     assert data["chosen"]["histogram"] == report.evaluation.exit_histogram
+
+
+def test_the_slider_rounds_as_the_tables_do(saved: LoadedClassifier, report: ExitReport) -> None:
+    """86.25 is 86.2 there, and 86.3 where a script rounds."""
+    evaluation, count = report.evaluation, len(report.evaluation.curve)
+    curve = [CurvePoint(0.5, 0.8625, 2.125, 3 / 2.125)] * count
+    changed = dataclasses.replace(
+        report,
+        evaluation=dataclasses.replace(evaluation, curve=curve),
+        intervals=[(0.76625, 0.93125)] * count,
+    )
+    page = model_page(saved, changed)
+    assert script_data(read_page(page))["said"] == count * [
+        {
+            "quality": "86.2\u00a0%",
+            "interval": "76.6 to 93.1\u00a0%",
+            "layer": "2.12",
+            "speedup": "1.41\u00d7",
+            "saved": "29.2\u00a0%",
+        }
+    ]
+    assert "toFixed(1)" not in page
+    assert "toFixed(2)" not in page
+
+
+def test_bars_are_labelled_as_the_script_labels_them() -> None:
+    """Halves up: the script writes 13 for 12.5."""
+    bars = exit_chart([1, 7], narrow=False).parts["bars"]
+    assert [bar["label"] for bar in bars] == ["13", "88"]
 
 
 def test_the_curve_is_drawn_where_its_points_are(page: str, report: ExitReport) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from consistentee.config import ClassificationTrainingConfig, RetrofitConfig
 from consistentee.evaluation.exit_report import ExitReport, score_range
-from consistentee.evaluation.html_page import percent, render_page, shown
+from consistentee.evaluation.html_page import isolated, percent, render_page, shown, span
 from consistentee.evaluation.plots import USEFUL
 from consistentee.evaluation.report_figures import (
     ClassExits,
@@ -206,7 +206,18 @@ def _curve(report: ExitReport) -> dict[str, Any]:
     distances = [abs(point.mean_exit_layer - evaluation.mean_exit_layer) for point, _, _ in ordered]
     place = distances.index(min(distances))
     chosen = {"place": place, "histogram": evaluation.exit_histogram}
-    return {"layers": evaluation.num_hidden_layers, "points": points, "chosen": chosen}
+    depth = evaluation.num_hidden_layers
+    said = [  # rounded as elsewhere on the page; the script would round halves up
+        {
+            "quality": percent(getattr(point, report.quality), 1),
+            "interval": span(interval, 1),
+            "layer": f"{point.mean_exit_layer:.2f}",
+            "speedup": f"{point.layer_speedup:.2f}\u00d7",
+            "saved": percent(1 - point.mean_exit_layer / depth, 1),
+        }
+        for point, interval, _ in ordered
+    ]
+    return {"layers": depth, "points": points, "said": said, "chosen": chosen}
 
 
 def _texts(report: ExitReport) -> list[tuple[str, str, Any]]:

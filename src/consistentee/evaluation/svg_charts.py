@@ -217,7 +217,7 @@ def _bars(shares: Sequence[float], x: Scale, y: Scale) -> list[dict[str, Any]]:
             "height": round(y(0) - y(share), 1),
             "middle": x(layer),
             "layer": layer,
-            "label": f"{share:.0f}" if share >= 0.5 else "",
+            "label": f"{math.floor(share + 0.5)}" if share >= 0.5 else "",  # as the script rounds
         }
         for layer, share in enumerate(shares, start=1)
     ]

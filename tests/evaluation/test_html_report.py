@@ -359,6 +359,16 @@ def test_hostile_texts_are_shown_and_are_nothing_but_text(page: str) -> None:
     assert LABELS[0] in root.one("section", id="settings").text
 
 
+def test_names_of_classes_turn_no_sentence_around(saved: LoadedClassifier, report: ExitReport) -> None:
+    """Digits that follow Arabic would be written in its order: names stand in isolates of their own."""
+    fallen = ClassRecall("\u0633\u0644\u0628\u064a\x00", 40, 0.5, 0.9, 16, 0)
+    evaluation = dataclasses.replace(report.evaluation, class_recall=[fallen])
+    page = model_page(saved, dataclasses.replace(report, evaluation=evaluation))
+    said = read_page(page).one("p", class_="warning").text
+    assert 'recall of class "\u2068\u0633\u0644\u0628\u064a\ufffd\u2069" (40 rows) falls' in said
+    assert "\x00" not in page
+
+
 def test_texts_as_they_are_shown() -> None:
     assert shown("") == shown(" \n\t ") == EMPTY
     assert shown("x" * (LONGEST_SHOWN + 1)) == "x" * LONGEST_SHOWN + " …"

@@ -178,7 +178,10 @@ def _spoken(layers: Iterable[Any]) -> str:
 
 
 def _warnings(evaluation: Mapping[str, Any], point: ReportedPoint) -> list[str]:
-    found = [ClassRecall(**one) for one in evaluation.get("class_recall") or ()]
+    found = [
+        ClassRecall(**{**one, "label": isolated(one["label"])})
+        for one in evaluation.get("class_recall") or ()
+    ]
     metric = "macro_f1" if "macro_f1" in evaluation["metrics"] else "accuracy"
     return recall_warnings(found, point.threshold or 0, threshold_metric=metric) if found else []
 
@@ -328,7 +331,7 @@ def _facts(saved: LoadedClassifier, evaluation: Mapping[str, Any], source: str) 
         f"{config.backbone_config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}",
     )
     names = saved.label_names
-    listed = ", ".join(f"\u201c{name}\u201d" for name in names[:10])
+    listed = ", ".join(f"\u201c{isolated(name)}\u201d" for name in names[:10])
     yield "classes", f"{len(names)}: {listed}" + (", \u2026" if len(names) > 10 else "")
     yield "exit heads", str(config.head)
     yield "default exit rule", f"{config.criterion} > {digits(config.threshold)}"

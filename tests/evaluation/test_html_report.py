@@ -210,6 +210,21 @@ def test_the_curve_is_drawn_where_its_points_are(page: str, report: ExitReport) 
     assert float(own["cy"]) == pytest.approx(pixel(100 * report.point.quality, y), abs=0.06)
 
 
+def test_points_below_the_picture_are_not_drawn_beside_it(
+    saved: LoadedClassifier, report: ExitReport
+) -> None:
+    full_depth, own = report.points[:2]
+    far, here = (dataclasses.replace(own, names=(), quality=at) for at in (0.01, own.quality))
+    page = model_page(saved, dataclasses.replace(report, points=[full_depth, own, far, here]))
+    chart = read_page(page).one("svg", class_="wide", **{"data-chart": "trade_off"})
+    assert len(list(chart.all("circle", class_="mark"))) == 2
+    poor = dataclasses.replace(own, quality=0.1, interval=(0.05, 0.2))
+    page = model_page(saved, dataclasses.replace(report, point=poor, points=[full_depth, poor, here]))
+    chart = read_page(page).one("svg", class_="wide", **{"data-chart": "trade_off"})
+    _, _, start, _ = map(float, chart.attributes["data-y"].split())
+    assert float(chart.one("circle", class_="own").attributes["cy"]) < start
+
+
 def test_without_texts_none_are_in_the_page(saved: LoadedClassifier, report: ExitReport, page: str) -> None:
     bare = dataclasses.replace(report, early=[], deep=[], changed=[])
     without = model_page(saved, bare, with_texts=False)

@@ -51,7 +51,7 @@ class PolicyPhase:
     @property
     def per_layer_accuracy(self) -> list[float]:
         """Share of the judged instances that each exit gets right."""
-        return self.data.judged_instances.correct.float().mean(0).tolist()
+        return self.data.judged_instances.correct.double().mean(0).tolist()
 
 
 def policy_search(

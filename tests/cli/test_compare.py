@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from rich.console import Group
+from rich.table import Table
 
 from consistentee.cli.main import main
+from consistentee.cli.terminal import show_tables
 from consistentee.errors import UsageError
 from consistentee.evaluation.comparison import claims
 from consistentee.evaluation.comparison import compare as comparing
@@ -49,6 +52,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for name, value in SETTINGS.items():
         options += [f"--{name.replace('_', '-')}", str(value)]
     return Place(options, root)
+
+
+def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("e5 [small]")
+    table.add_row("e5 [large]")
+    show_tables(Group(table))
+    out = capsys.readouterr().out
+    assert "e5 [small]" in out
+    assert "e5 [large]" in out
 
 
 def run(place: Place, *more: str, method: str = "deebert", out: str = "out") -> int:

@@ -225,6 +225,8 @@ def test_rows_that_training_has_seen_are_told(saved: LoadedClassifier) -> None:
     some = calibrate_model(trained, rows.texts[50:], goal="max_disagreement", target=0.3)
     assert some.share_seen == pytest.approx(1 / 3, abs=0.05)
     assert calibration_lines(some)[-1].startswith("Warning: about 3")
+    few = replace(some, share_seen=0.003)
+    assert calibration_lines(few)[-1].startswith("Warning: about 0.3 % of the rows are among those")
     fresh = calibrate_model(trained, [("something",), ("else",)] * 20, goal="max_disagreement", target=0.3)
     assert fresh.share_seen == 0
     assert not calibration_lines(fresh)[-1].startswith("Warning")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from scipy import stats
 
+from consistentee.data.rows import TextDataset
+from consistentee.evaluation import exit_report
 from consistentee.evaluation.classification import evaluate_model, run_layers
 from consistentee.evaluation.exit_report import ExitReport, report_exits, score_range
 from consistentee.evaluation.report_figures import (
@@ -15,10 +20,12 @@ from consistentee.evaluation.report_figures import (
     layer_figures,
     recorded_point,
 )
+from consistentee.evaluation.retrofit import find_disagreements
 from consistentee.functional.bounds import binomial_interval
 from consistentee.functional.criteria import exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.models.loaded import LoadedClassifier, load_model
+from consistentee.training.states import LayerStates
 from tiny import LABEL_NAMES, tiny_backbone, tiny_dataset, tiny_model
 
 ROWS = tiny_dataset(60, seed=4)
@@ -177,6 +184,34 @@ def test_a_record_gives_the_same_point(report: ExitReport) -> None:
 def test_bars_reach_from_the_lowest_score_to_the_highest() -> None:
     assert score_range("policy", 12) == (0.0, 1.0)
     assert score_range("patience", 12) == (0.0, 12.0)
+
+
+def barely_the_second(rows: int, layers: int) -> torch.Tensor:
+    """Logits of two classes whose probabilities are equal in float32, (rows, layers, 2)."""
+    low = torch.tensor(0.1)
+    logits = torch.stack([low, torch.nextafter(low, torch.tensor(1.0))])
+    assert logits.softmax(-1).unique().numel() == 1
+    return logits.expand(rows, layers, 2)
+
+
+def test_answers_are_those_of_the_evaluation_where_probabilities_are_equal(
+    saved: LoadedClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = barely_the_second(4, 3)
+    states = LayerStates(logits, logits, torch.zeros(4, 3), torch.ones(4, dtype=torch.int64))
+    monkeypatch.setattr(exit_report, "run_layers", lambda *_, **__: (states, 0))
+    rows = TextDataset([("good",)] * 4, [1] * 4, LABEL_NAMES, "rows")
+    found = report_exits(saved, rows, criteria=["policy"])
+    assert found.point.quality == found.evaluation.to_dict()["accuracy"] == 1.0
+
+
+def test_disagreements_are_counted_where_probabilities_are_equal(saved: LoadedClassifier) -> None:
+    logits = barely_the_second(1, 3)
+    states = LayerStates(logits, logits, torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
+    rows: Any = SimpleNamespace(text=lambda row: ("good",))
+    answers = torch.tensor([[5.0, -5.0]])
+    (found,) = find_disagreements(saved, states, rows, "policy", 0.5, answers)
+    assert (found.label, found.exit_label) == LABEL_NAMES
 
 
 def test_there_must_be_rows(saved: LoadedClassifier) -> None:

@@ -18,6 +18,9 @@ from consistentee.evaluation.html_page import EMPTY, LONGEST_SHOWN, check_report
 from consistentee.evaluation.html_report import hardness_sentence, model_page, record_page
 from consistentee.evaluation.report_figures import Example, HardnessTable, recorded_point
 from consistentee.evaluation.results import AgreementEvaluation
+from consistentee.evaluation.svg_charts import exit_chart
+from consistentee.functional.curves import CurvePoint
+from consistentee.functional.recall import ClassRecall
 from consistentee.models.loaded import LoadedClassifier, load_model
 from html_pages import read_page, script_data
 from tiny import tiny_backbone, tiny_dataset, tiny_model
@@ -127,6 +130,10 @@ def test_what_a_loss_buys_has_a_table(saved: LoadedClassifier, report: ExitRepor
         ["policy", "1.50× at 0.91", "2.00× at 0.5"],
     ]
     assert "By the loss that is allowed" not in page
+    record["config"] = {"threshold_metric": "macro_f1"}
+    assert "loses no more of macro_f1 against full depth" in model_page(
+        dataclasses.replace(saved, record=record), report
+    )
 
 
 def test_bars_beside_a_text_are_its_exit_scores(page: str, report: ExitReport) -> None:
@@ -153,6 +160,35 @@ def test_the_script_reads_the_curve(page: str, report: ExitReport) -> None:
     assert data["chosen"]["histogram"] == report.evaluation.exit_histogram
 
 
+def test_the_slider_rounds_as_the_tables_do(saved: LoadedClassifier, report: ExitReport) -> None:
+    """86.25 is 86.2 there, and 86.3 where a script rounds."""
+    evaluation, count = report.evaluation, len(report.evaluation.curve)
+    curve = [CurvePoint(0.5, 0.8625, 2.125, 3 / 2.125)] * count
+    changed = dataclasses.replace(
+        report,
+        evaluation=dataclasses.replace(evaluation, curve=curve),
+        intervals=[(0.76625, 0.93125)] * count,
+    )
+    page = model_page(saved, changed)
+    assert script_data(read_page(page))["said"] == count * [
+        {
+            "quality": "86.2\u00a0%",
+            "interval": "76.6 to 93.1\u00a0%",
+            "layer": "2.12",
+            "speedup": "1.41\u00d7",
+            "saved": "29.2\u00a0%",
+        }
+    ]
+    assert "toFixed(1)" not in page
+    assert "toFixed(2)" not in page
+
+
+def test_bars_are_labelled_as_the_script_labels_them() -> None:
+    """Halves up: the script writes 13 for 12.5."""
+    bars = exit_chart([1, 7], narrow=False).parts["bars"]
+    assert [bar["label"] for bar in bars] == ["13", "88"]
+
+
 def test_the_curve_is_drawn_where_its_points_are(page: str, report: ExitReport) -> None:
     chart = read_page(page).one("svg", class_="wide", **{"data-chart": "trade_off"})
     x, y = (list(map(float, chart.attributes[f"data-{axis}"].split())) for axis in "xy")
@@ -172,6 +208,21 @@ def test_the_curve_is_drawn_where_its_points_are(page: str, report: ExitReport) 
     own = chart.one("circle", class_="own").attributes
     assert float(own["cx"]) == pytest.approx(pixel(100 * report.point.layers_saved, x), abs=0.06)
     assert float(own["cy"]) == pytest.approx(pixel(100 * report.point.quality, y), abs=0.06)
+
+
+def test_points_below_the_picture_are_not_drawn_beside_it(
+    saved: LoadedClassifier, report: ExitReport
+) -> None:
+    full_depth, own = report.points[:2]
+    far, here = (dataclasses.replace(own, names=(), quality=at) for at in (0.01, own.quality))
+    page = model_page(saved, dataclasses.replace(report, points=[full_depth, own, far, here]))
+    chart = read_page(page).one("svg", class_="wide", **{"data-chart": "trade_off"})
+    assert len(list(chart.all("circle", class_="mark"))) == 2
+    poor = dataclasses.replace(own, quality=0.1, interval=(0.05, 0.2))
+    page = model_page(saved, dataclasses.replace(report, point=poor, points=[full_depth, poor, here]))
+    chart = read_page(page).one("svg", class_="wide", **{"data-chart": "trade_off"})
+    _, _, start, _ = map(float, chart.attributes["data-y"].split())
+    assert float(chart.one("circle", class_="own").attributes["cy"]) < start
 
 
 def test_without_texts_none_are_in_the_page(saved: LoadedClassifier, report: ExitReport, page: str) -> None:
@@ -321,6 +372,16 @@ def test_hostile_texts_are_shown_and_are_nothing_but_text(page: str) -> None:
         assert shown(text) in texts
     assert root.one("h1").text == "model <i>"
     assert LABELS[0] in root.one("section", id="settings").text
+
+
+def test_names_of_classes_turn_no_sentence_around(saved: LoadedClassifier, report: ExitReport) -> None:
+    """Digits that follow Arabic would be written in its order: names stand in isolates of their own."""
+    fallen = ClassRecall("\u0633\u0644\u0628\u064a\x00", 40, 0.5, 0.9, 16, 0)
+    evaluation = dataclasses.replace(report.evaluation, class_recall=[fallen])
+    page = model_page(saved, dataclasses.replace(report, evaluation=evaluation))
+    said = read_page(page).one("p", class_="warning").text
+    assert 'recall of class "\u2068\u0633\u0644\u0628\u064a\ufffd\u2069" (40 rows) falls' in said
+    assert "\x00" not in page
 
 
 def test_texts_as_they_are_shown() -> None:

@@ -115,6 +115,11 @@ def test_thresholds_by_the_loss_that_is_allowed() -> None:
     card = model_card({**RECORD, "validation": validation, "evaluation": evaluation()})
     assert "| 0.5 | 0.72 | 0.30 | 2.40x |\n\n## Training" in card
     assert "loss allowed" not in model_card(RECORD)
+    by_metric = {**RECORD, "validation": validation, "config": {"threshold_metric": "macro_f1"}}
+    card = model_card(
+        by_metric
+    )  # what is lost there is told as accuracy, which may be more than is allowed of it
+    assert "| loss of macro_f1 allowed, points | threshold | accuracy lost there | layer speed-up |" in card
 
 
 @pytest.mark.parametrize("method", METHODS)

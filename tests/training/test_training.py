@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -21,7 +22,7 @@ from consistentee.data.rows import TextDataset
 from consistentee.data.sketches import seen_share
 from consistentee.errors import MissingExtraError
 from consistentee.functional.criteria import CRITERIA
-from consistentee.functional.curves import effect_error, loss_error
+from consistentee.functional.curves import effect_error, loss_error, trade_off_curve
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models import record as saved
 from consistentee.models.sequence_classification import (
@@ -275,6 +276,25 @@ def test_another_metric_of_thresholds_has_errors_of_its_own(monkeypatch: pytest.
     assert effects.tolist() == pytest.approx([180 / 190 / 2 - one_found] * 10)
     assert effect_error(effects) > 9 * loss_error(10, 100)
     assert len(found["macro_f1"].effects(2 * exit_layer)) == 0
+
+
+def test_accuracies_of_layers_are_those_of_the_curve() -> None:
+    """In float32 full depth's would be a little off the curve's, and a loss of nothing one of -0.00 points."""
+    correct = torch.arange(48)[:, None].expand(-1, 2) < torch.tensor([25, 28])
+    data = SimpleNamespace(judged_instances=SimpleNamespace(correct=correct))
+    phase = policy_phase.PolicyPhase(cast(Any, None), cast(Any, data), complete=True)
+    assert phase.per_layer_accuracy == [25 / 48, 28 / 48]
+    (*_, last) = trade_off_curve(torch.zeros(48, 2), correct)
+    assert last.accuracy == phase.per_layer_accuracy[-1]
+
+
+def test_what_may_be_lost_is_told_with_its_metric(quick_train: Callable[..., Path]) -> None:
+    said: list[str] = []
+    quick_train(said.append, threshold_metric="macro_f1")
+    text = "\n".join(said)
+    assert "at most 0.5 points of macro_f1 below the last layer:" in text
+    assert "policy, fewer layers by the loss of macro_f1 that is allowed: 0 points" in text
+    assert " points of accuracy (95 % interval" in text
 
 
 @pytest.mark.parametrize("consistent_epochs", [0.0, 0.4, 0.6])

@@ -135,8 +135,8 @@ def tuned_note(config: Any) -> str:
 
 
 def console() -> Console:
-    """Standard output; wide enough for our tables where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    """Standard output; wide enough for our tables where it is not a terminal. Brackets in names are no markup."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
 
 
 def show_tables(group: Group) -> None:

@@ -337,7 +337,7 @@ def calibration_lines(found: Calibration) -> list[str]:
     lines = _outcome(found)
     if found.certified and found.share_seen:
         lines.append(
-            f"Warning: about {_share(found.share_seen, 0)} of the rows are among those that the model was trained on. "
+            f"Warning: about {100 * found.share_seen:.2g} % of the rows are among those that the model was trained on. "
             "Unless inputs to come repeat them as often, the certificate is too favourable."
         )
     return lines

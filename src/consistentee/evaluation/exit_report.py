@@ -129,12 +129,13 @@ def report_exits(
         layer_logits=states[0].layer_logits[..., columns],
         classifier_logits=states[0].classifier_logits[..., columns],
     )
-    certain = outputs.layer_logits.softmax(-1).max(-1)
-    target = outputs.labels if labelled else certain.indices[:, -1]
+    predictions = outputs.layer_logits.argmax(-1)  # of logits, as evaluated; probabilities may be equal
+    certainty = outputs.layer_logits.softmax(-1).amax(-1)
+    target = outputs.labels if labelled else predictions[:, -1]
 
     def outcomes_of(name: str, at: float) -> RowOutcomes:
         scores = outputs.exit_scores(name)
-        return RowOutcomes(certain.indices, certain.values, scores, target, choose_exit_layer(scores, at))
+        return RowOutcomes(predictions, certainty, scores, target, choose_exit_layer(scores, at))
 
     own = outcomes_of(criterion, limit)
     full_depth = replace(own, exit_layer=torch.full_like(own.exit_layer, num_layers))

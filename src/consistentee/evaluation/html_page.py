@@ -86,6 +86,11 @@ def shown(text: object) -> str:
     return clean if clean.strip() else EMPTY
 
 
+def isolated(text: object) -> str:
+    """A text as shown, for the middle of a sentence: what is written from right to left turns nothing around it."""
+    return f"\u2068{shown(text)}\u2069"
+
+
 def _hundred(share: float | None, digits: int) -> str:
     return "" if share is None else f"{100 * share:.{digits}f}"
 
@@ -95,7 +100,8 @@ def percent(share: float, digits: int) -> str:
     return f"{100 * share:.{digits}f}\u00a0%"
 
 
-def _span(interval: Sequence[float], digits: int, unit: str = "\u00a0%") -> str:
+def span(interval: Sequence[float], digits: int, unit: str = "\u00a0%") -> str:
+    """Both ends of an interval of a share in percent, with its sign."""
     return f"{100 * interval[0]:.{digits}f} to {100 * interval[1]:.{digits}f}{unit}"
 
 
@@ -120,7 +126,7 @@ FILTERS = {
     "shown": shown,
     "hundred": _hundred,
     "percent": percent,
-    "span": _span,
+    "span": span,
     "signed": _signed,
     "signed_span": _signed_span,
     "threshold": digits,

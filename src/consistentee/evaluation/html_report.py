@@ -10,7 +10,7 @@ from typing import Any
 
 from consistentee.config import ClassificationTrainingConfig, RetrofitConfig
 from consistentee.evaluation.exit_report import ExitReport, score_range
-from consistentee.evaluation.html_page import percent, render_page, shown
+from consistentee.evaluation.html_page import isolated, percent, render_page, shown, span
 from consistentee.evaluation.plots import USEFUL
 from consistentee.evaluation.report_figures import (
     ClassExits,
@@ -156,6 +156,7 @@ def _common(
         "facts": list(_facts(saved, evaluation, source)),
         "validation": _validation(record),
         "is_retrofit": record.get("method") == "retrofit",
+        "threshold_metric": (record.get("config") or {}).get("threshold_metric", "accuracy"),
         "settings": settings,
         "changed": changed,
         "environments": environments,
@@ -177,7 +178,10 @@ def _spoken(layers: Iterable[Any]) -> str:
 
 
 def _warnings(evaluation: Mapping[str, Any], point: ReportedPoint) -> list[str]:
-    found = [ClassRecall(**one) for one in evaluation.get("class_recall") or ()]
+    found = [
+        ClassRecall(**{**one, "label": isolated(one["label"])})
+        for one in evaluation.get("class_recall") or ()
+    ]
     metric = "macro_f1" if "macro_f1" in evaluation["metrics"] else "accuracy"
     return recall_warnings(found, point.threshold or 0, threshold_metric=metric) if found else []
 
@@ -205,7 +209,18 @@ def _curve(report: ExitReport) -> dict[str, Any]:
     distances = [abs(point.mean_exit_layer - evaluation.mean_exit_layer) for point, _, _ in ordered]
     place = distances.index(min(distances))
     chosen = {"place": place, "histogram": evaluation.exit_histogram}
-    return {"layers": evaluation.num_hidden_layers, "points": points, "chosen": chosen}
+    depth = evaluation.num_hidden_layers
+    said = [  # rounded as elsewhere on the page; the script would round halves up
+        {
+            "quality": percent(getattr(point, report.quality), 1),
+            "interval": span(interval, 1),
+            "layer": f"{point.mean_exit_layer:.2f}",
+            "speedup": f"{point.layer_speedup:.2f}\u00d7",
+            "saved": percent(1 - point.mean_exit_layer / depth, 1),
+        }
+        for point, interval, _ in ordered
+    ]
+    return {"layers": depth, "points": points, "said": said, "chosen": chosen}
 
 
 def _texts(report: ExitReport) -> list[tuple[str, str, Any]]:
@@ -316,7 +331,7 @@ def _facts(saved: LoadedClassifier, evaluation: Mapping[str, Any], source: str) 
         f"{config.backbone_config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}",
     )
     names = saved.label_names
-    listed = ", ".join(f"\u201c{name}\u201d" for name in names[:10])
+    listed = ", ".join(f"\u201c{isolated(name)}\u201d" for name in names[:10])
     yield "classes", f"{len(names)}: {listed}" + (", \u2026" if len(names) > 10 else "")
     yield "exit heads", str(config.head)
     yield "default exit rule", f"{config.criterion} > {digits(config.threshold)}"

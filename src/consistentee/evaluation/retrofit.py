@@ -254,17 +254,18 @@ def find_disagreements(
     """Texts that exits label otherwise than the model, whose logits are (rows, classes), the surest of it first."""
     exit_layer = choose_exit_layer(states.exit_scores(criterion), threshold)
     every = torch.arange(len(states))
-    probabilities = states.layer_logits.softmax(-1)
-    exits, full = probabilities[every, exit_layer - 1], model_logits.softmax(-1)
-    differ = (exits.argmax(-1) != full.argmax(-1)).nonzero().squeeze(1)
+    at_exit = states.layer_logits[every, exit_layer - 1]
+    given, answers = at_exit.argmax(-1), model_logits.argmax(-1)  # as evaluated; probabilities may be equal
+    exits, full = at_exit.softmax(-1), model_logits.softmax(-1)
+    differ = (given != answers).nonzero().squeeze(1)
     order = differ[full[differ].amax(-1).argsort(descending=True)][:MOST_DISAGREEMENTS]
     names = saved.label_names
     return [
         Disagreement(
             texts=rows.text(row),
-            label=names[int(full[row].argmax())],
+            label=names[int(answers[row])],
             score=float(full[row].amax()),
-            exit_label=names[int(exits[row].argmax())],
+            exit_label=names[int(given[row])],
             exit_score=float(exits[row].amax()),
             exit_layer=int(exit_layer[row]),
         )

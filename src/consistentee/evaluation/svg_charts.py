@@ -112,7 +112,8 @@ def both_widths(make: Any, *args: Any) -> list[Chart]:
 def trade_off_chart(report: ExitReport, *, narrow: bool) -> Chart:
     """Quality against layers saved: curves, the reported one's intervals, operating points, full depth.
 
-    As in other pictures the quality is drawn as far as it stays within `USEFUL` points of the best.
+    As in other pictures the quality is drawn as far as it stays within `USEFUL` points of the best, or down to the
+    reported point.
     """
     evaluation, depth = report.evaluation, report.evaluation.num_hidden_layers
     curves = {evaluation.criterion: evaluation.curve}
@@ -128,7 +129,7 @@ def trade_off_chart(report: ExitReport, *, narrow: bool) -> Chart:
     best = max([quality for points in percents.values() for _, quality in points])
     shown = [quality for points in percents.values() for _, quality in points]
     shown += [100 * end for end in report.point.interval] + [height for _, height in lines]
-    low, high = max(min(shown), best - USEFUL), max(shown)
+    low, high = max(min(shown), min(best - USEFUL, 100 * report.point.quality)), max(shown)
     room = max(0.06 * (high - low), 0.25)
     width, height = (340, 290) if narrow else (690, 400)
     y = Scale(low - room, min(high + room, max(100.0, high)) + 1e-9, height - 44, 42)
@@ -168,9 +169,12 @@ def trade_off_chart(report: ExitReport, *, narrow: bool) -> Chart:
 def _marks(
     report: ExitReport, criteria: Sequence[str], x: Scale, y: Scale
 ) -> Iterator[tuple[float, float, int, str]]:
-    """Where operating points are, the series of their criterion, and what sort: `own`, `named` or `other`."""
+    """Where operating points are, the series of their criterion, and what sort: `own`, `named` or `other`.
+
+    Those below the picture are left out, as curves are; the reported one never is.
+    """
     for order, point in enumerate(report.points[1:]):
-        if point.criterion in criteria:
+        if point.criterion in criteria and 100 * point.quality >= y.low:
             sort = "own" if not order else "named" if point.names else "other"
             at = (x(100 * point.layers_saved), y(100 * point.quality))
             yield *at, min(criteria.index(point.criterion), SERIES - 1), sort
@@ -217,7 +221,7 @@ def _bars(shares: Sequence[float], x: Scale, y: Scale) -> list[dict[str, Any]]:
             "height": round(y(0) - y(share), 1),
             "middle": x(layer),
             "layer": layer,
-            "label": f"{share:.0f}" if share >= 0.5 else "",
+            "label": f"{math.floor(share + 0.5)}" if share >= 0.5 else "",  # as the script rounds
         }
         for layer, share in enumerate(shares, start=1)
     ]

@@ -89,6 +89,7 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     thresholds: Mapping[str, float] = {} if exit_layers else record.get("thresholds") or {}
     criterion, threshold = _exit_rule(record, config)
     by_loss = (validation.get("tolerances") or {}).get(criterion, ())
+    metric = (record.get("config") or {}).get("threshold_metric", "accuracy")
     backbone = str(record.get("backbone") or ("a language model" if generates else "an encoder"))
     base_model = backbone if _is_hub_name(backbone) else None
     backbone = _short_name(backbone)
@@ -155,7 +156,9 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any] | None = Non
         pairs=(record.get("data") or {}).get("text_pairs"),
         threshold=digits(other_threshold(criterion, threshold, [at["threshold"] for at in by_loss])),
         by_loss=_table(
-            ("loss allowed, points", "threshold", "loss there", "layer speed-up"),
+            ("loss allowed, points", "threshold", "loss there", "layer speed-up")
+            if metric == "accuracy"
+            else (f"loss of {metric} allowed, points", "threshold", "accuracy lost there", "layer speed-up"),
             _by_loss(by_loss, validation),
         ),
         thresholds=", ".join(f"{name} {digits(value)}" for name, value in thresholds.items()),

@@ -51,7 +51,7 @@ class PolicyPhase:
     @property
     def per_layer_accuracy(self) -> list[float]:
         """Share of the judged instances that each exit gets right."""
-        return self.data.judged_instances.correct.float().mean(0).tolist()
+        return self.data.judged_instances.correct.double().mean(0).tolist()
 
 
 def policy_search(
@@ -255,10 +255,12 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     choice, config = phase.choice, run.config
     reads = choice.policy.policy_input.replace("+", " and ").replace("_", "-")
     max_loss = config.max_accuracy_loss if phase.data.max_loss is None else phase.data.max_loss
+    metric = _other_metric(config)
+    of_metric = f" of {metric}" if metric else ""
     run.say(
         f"Chosen on validation: weights of round {run.progress['best_round']}, policy on "
         f"{reads}, layer cost {choice.layer_cost:g}, at most "
-        f"{100 * max_loss:.4g} points below the last layer:"
+        f"{100 * max_loss:.4g} points{of_metric} below the last layer:"
     )
     for name, at in choice.at_thresholds.items():
         run.say(
@@ -269,7 +271,7 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
         f"{100 * allowed:g} points {at.layer_speedup:.2f}x"
         for allowed, at in zip(TOLERANCES, choice.at_tolerances[criterion], strict=True)
     )
-    run.say(f"  {criterion}, fewer layers by the loss that is allowed: {bought}")
+    run.say(f"  {criterion}, fewer layers by the loss{of_metric} that is allowed: {bought}")
     loss = _loss_at_exits(run, phase, criterion)
     model = run.task.finish(run, choice, criterion)
     point, accuracies = choice.at_thresholds[criterion], phase.per_layer_accuracy
@@ -302,6 +304,12 @@ def finish_run(run: Run, phase: PolicyPhase, criterion: str = "policy") -> Any:
     if taken_over := run.progress.get("taken_over"):
         record["shared_warm_up"] = taken_over
     return run.save(model, record)
+
+
+def _other_metric(config: TrainingConfig) -> str | None:
+    """By what thresholds were chosen where it is not the accuracy, which all that is said is about."""
+    metric = getattr(config, "threshold_metric", "accuracy")
+    return None if metric == "accuracy" else metric
 
 
 def _curve(scores: Tensor, correct: Tensor, criterion: str) -> list[list[float]]:
@@ -351,10 +359,11 @@ def _loss_at_exits(run: Run, phase: PolicyPhase, criterion: str) -> dict[str, An
     )
     low, high = paired_interval(lost, won, len(judged))
     loss = (lost - won) / len(judged)
+    of_measure = f" of {run.task.measure}" if _other_metric(run.config) else ""
     run.say(
-        f"On {len(judged):,} validation rows the loss of {criterion} against the last layer is {100 * loss:.2f} points "
-        f"(95 % interval {100 * low:.2f} to {100 * high:.2f}). They chose the threshold as well; `consistentee "
-        "calibrate` certifies one on rows of their own."
+        f"On {len(judged):,} validation rows the loss of {criterion} against the last layer is {100 * loss:.2f} points"
+        f"{of_measure} (95 % interval {100 * low:.2f} to {100 * high:.2f}). They chose the threshold as well; "
+        "`consistentee calibrate` certifies one on rows of their own."
     )
     return {
         "criterion": criterion,

@@ -2,7 +2,7 @@
   "use strict";
   const holder = document.getElementById("curve");
   if (!holder) return;
-  const { layers, points, chosen } = JSON.parse(holder.textContent);
+  const { layers, points, said, chosen } = JSON.parse(holder.textContent);
   const slider = document.getElementById("explore");
   const form = slider.form;
   const back = document.getElementById("back");
@@ -10,7 +10,6 @@
     [...document.querySelectorAll("[data-figure]")].map((cell) => [cell.dataset.figure, cell]),
   );
   const written = Object.fromEntries(Object.entries(figures).map(([name, cell]) => [name, cell.textContent]));
-  const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
   const scale = (chart, name) => {
     const [low, high, start, end] = chart.dataset[name].split(" ").map(Number);
     return { low, high, start, end, at: (value) => start + ((value - low) / (high - low)) * (end - start) };
@@ -43,16 +42,12 @@
   };
 
   const show = (place) => {
-    const [threshold, quality, low, high, layer, histogram] = points[place];
+    const [threshold, quality, , , layer, histogram] = points[place];
     const saved = 1 - layer / layers;
-    figures.threshold.textContent = threshold;
-    figures.quality.textContent = percent(quality);
-    figures.interval.textContent = `${(100 * low).toFixed(1)} to ${percent(high)}`;
-    figures.layer.textContent = layer.toFixed(2);
-    figures.speedup.textContent = `${(layers / layer).toFixed(2)}\u00d7`;
-    figures.saved.textContent = percent(saved);
-    const said = `threshold ${threshold}: ${percent(quality)}, ${percent(saved)} of the layers saved`;
-    slider.setAttribute("aria-valuetext", said);
+    const texts = { threshold, ...said[place] };
+    for (const [name, text] of Object.entries(texts)) figures[name].textContent = text;
+    const spoken = `threshold ${threshold}: ${texts.quality}, ${texts.saved} of the layers saved`;
+    slider.setAttribute("aria-valuetext", spoken);
     for (const chart of curves) {
       const at = [scale(chart, "x").at(100 * saved), scale(chart, "y").at(100 * quality)];
       const cross = chart.querySelector(".cross");

@@ -300,7 +300,7 @@ class ClassificationTraining:
         states: LayerStates = data.states
         correct = states.classifier_logits.argmax(-1) == states.labels[:, None]
         return {
-            "per_layer_accuracy": correct.float().mean(0).tolist(),
+            "per_layer_accuracy": correct.double().mean(0).tolist(),
             "majority_share": float(torch.bincount(states.labels).max() / len(states)),
             "memorized_layer_histogram": torch.bincount(
                 memorized_layer(correct) - 1, minlength=correct.shape[1]
@@ -318,7 +318,7 @@ class ClassificationTraining:
             description="validation",
         )
         return {
-            "accuracy": float((logits.argmax(-1) == rows.labels).float().mean()),
+            "accuracy": float((logits.argmax(-1) == rows.labels).double().mean()),
             "num_examples": len(rows),
         }
 

@@ -36,6 +36,9 @@ CLIENT_GONE = 499
 SEND_SECONDS = 30.0
 """Time that a part of an answer has to go out; a client that does not read it by then counts as gone."""
 
+GONE_SECONDS = 1.0
+"""Time in which a connection that cannot be written to is known to be closed."""
+
 LAST_WORD_SECONDS = 2.0
 """Time in which requests that the server's end has cancelled are told so."""
 
@@ -105,6 +108,15 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _is_gone(receive: Receive) -> bool:
+    """Whether a client to whom nothing could be sent has gone; the server hears of it soon."""
+    try:
+        await within(_disconnected(receive), GONE_SECONDS)
+    except asyncio.TimeoutError:
+        return False
+    return True
 
 
 def json_bytes(values: Any) -> bytes:
@@ -202,9 +214,17 @@ class Gate:
 
         async def seen(message: MutableMapping[str, Any]) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
+            try:
+                await send(message)
+            except (
+                OSError,
+                RuntimeError,
+            ):  # uvloop's, where uvicorn has not heard yet that the client is gone
+                if not await _is_gone(receive):
+                    raise
+            else:
+                if message["type"] == "http.response.start":
+                    status = message["status"]
 
         try:
             if self._may_pass(scope):

@@ -208,7 +208,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await _not_cut_off(self._app, scope, receive, send)
             return
         start, status = time.perf_counter(), CLIENT_GONE
 
@@ -243,6 +243,29 @@ class Gate:
             return True
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token)
+
+
+async def _not_cut_off(app: Any, scope: Scope, receive: Receive, send: Send) -> None:
+    """Let an application live; where the server ends without waiting for it, that is no failure of its own."""
+    is_cut_off = False
+
+    async def heard() -> MutableMapping[str, Any]:
+        nonlocal is_cut_off
+        try:
+            return await receive()
+        except asyncio.CancelledError:
+            is_cut_off = True
+            raise
+
+    async def seen(message: MutableMapping[str, Any]) -> None:
+        if not is_cut_off:
+            await send(message)
+
+    try:
+        await app(scope, heard, seen)
+    except asyncio.CancelledError:
+        if not is_cut_off:
+            raise
 
 
 def route_path(scope: Scope) -> str:

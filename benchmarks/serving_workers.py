@@ -49,7 +49,7 @@ def main() -> None:
         AskedText(parts[0] if len(parts) == 1 else list(parts), {}, answer.label)
         for parts, answer in zip(texts, answers, strict=True)
     ]
-    command = ["consistentee", "serve", options.model, "--port", "0"]
+    command = ["consistentee", "serve", options.model, "--port", "0", "--device", "cpu"]
     if options.operating_point is not None:
         command += ["--operating-point", options.operating_point]
     kinds: dict[str, tuple[list[str], int]] = {

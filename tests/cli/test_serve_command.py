@@ -112,6 +112,7 @@ def test_workers_end_with_a_server_that_is_killed(model: Path) -> None:
         for child in children:  # the server's signals are none of theirs
             child.send_signal(signal.SIGINT)
             child.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGHUP)
         asked = httpx.post(f"{lines[-1].split()[-1]}/predict", json={"inputs": "a"}, timeout=60)
         process.kill()
     assert asked.status_code == 200
@@ -148,3 +149,33 @@ def test_handlers_of_this_process_stay_open() -> None:
         HttpServer(None, host="256.0.0.1", port=0)
     assert closed == []
     handler.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_ends_it_lets_it_answer_first(number: signal.Signals) -> None:
+    server = HttpServer(None, host="127.0.0.1", port=0)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with server._signals():
+            signal.raise_signal(number)
+            assert server._server.should_exit
+            assert not server._server.force_exit
+            signal.raise_signal(number)
+            assert server._server.force_exit
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+        server._socket.close()
+
+
+def test_a_terminal_that_it_is_to_outlast_may_be_closed() -> None:
+    """Under `nohup`."""
+    server = HttpServer(None, host="127.0.0.1", port=0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server._signals():
+            signal.raise_signal(signal.SIGHUP)
+            assert not server._server.should_exit
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        server._socket.close()

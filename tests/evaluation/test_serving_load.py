@@ -110,6 +110,7 @@ def test_the_command(
     def in_this_process(command: Sequence[str], threads: int) -> Iterator[tuple[str, int]]:
         is_plain = "consistentee.evaluation.served_baseline" in command
         pool = (lambda: PaddedPool(engine)) if is_plain else None
+        assert is_plain or "--device cpu" in " ".join(command)  # as the others, and as the report says
         with running(classifier_app(ClassifierService(engine, pool=pool))) as url:
             yield url, os.getpid()
 
@@ -128,6 +129,32 @@ def test_the_command(
     assert len(report["loads"]) == 7
     assert report["overload"]["during"]["wrong"] == 0
     assert report["slo_ms"] == 2 * report["unloaded"]["full depth"]["p95_ms"]
+
+
+@pytest.mark.parametrize("text_pairs", [True, None])
+def test_pairs_are_asked_as_such(tmp_path: Path, text_pairs: bool | None) -> None:
+    """Also of a model that does not say that it takes them, as those of 0.1.0."""
+    values = {"initial_exit_bias": 0.0, "text_pairs": text_pairs}
+    engine = Engine.from_pretrained(
+        tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "b"), **values), device="cpu"
+    )
+    pairs = list(zip(TEXTS[:8], TEXTS[8:16], strict=True))
+    asked = serving_load._asked(engine, pairs, None)
+    report = serving_load.LoadReport({}, {})
+    with running(classifier_app(ClassifierService(engine))) as url:
+
+        async def work() -> LoadResult:
+            clients = {name: LoadClient(url) for name in serving_load.SERVED}
+            run = serving_load._Run(report, clients, asked, os.getpid(), 0, lambda _: None)
+            await run._overhead(engine, None)
+            result = await closed_load(clients[serving_load.WITH_EXITS], asked["exits"], 1, 0.3)
+            for client in clients.values():
+                await client.close()
+            return result
+
+        result = asyncio.run(work())
+    assert set(result.statuses) == {200}
+    assert result.wrong == 0
 
 
 def test_what_a_request_takes_longer_is_known_of_few_texts(engine: Engine) -> None:

@@ -534,3 +534,20 @@ def test_lossless_and_drawn_texts(tmp_path: Path) -> None:
         drawn = {text_of(temperature=1.5, seed=seed) for seed in range(4)}
         assert len(drawn) > 1
         assert text_of(temperature=1.5, seed=3, top_p=0.9) == text_of(temperature=1.5, seed=3, top_p=0.9)
+
+
+@pytest.mark.parametrize("saved", ["early-exit", "lossless"])
+def test_refusals_name_what_a_request_has(tmp_path: Path, saved: str) -> None:
+    folder = generator_folder(tmp_path / "exits", mode=saved)
+    service = GeneratorService(TextGenerator(load_model(folder, LoadedGenerator, device="cpu")))
+    of_mode = {} if saved == "lossless" else {"mode": "lossless"}
+
+    async def refused(**values: Any) -> str:
+        with pytest.raises(RefusedRequest) as caught:
+            await read_text_request({"prompt": "a", **values}, service, is_chat=False)
+        assert caught.value.status == 422
+        return caught.value.message
+
+    drawn = asyncio.run(refused(temperature=0.5, **of_mode))
+    assert drawn.startswith('temperature must be 0 in mode "lossless"')
+    assert asyncio.run(refused(criterion="static")).endswith("Give one with threshold.")

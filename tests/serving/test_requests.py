@@ -44,6 +44,7 @@ def test_forms(inputs: Any, pairs: bool | None, texts: Any, is_batch: bool) -> N
         ({"inputs": [["a", "b", "c"]]}, 422, "Item 1"),
         ({"inputs": [["a"], ["a", "b"]]}, 422, "got both"),
         ({"inputs": ["a"] * 4}, 413, "at most 3 texts"),
+        ({"inputs": ["a", "a", "a", 3]}, 413, "at most 3 texts, got 4"),  # none is looked at
         ({"inputs": "a", "truncate": 1}, 422, "truncate must be true or false"),
         ({"inputs": "a", "threshold": True}, 422, "threshold must be a number"),
         ({"inputs": "a", "threshold": 10**400}, 422, "threshold must be a number that a float holds"),

@@ -129,9 +129,10 @@ def measure_serving(
     }
     report = LoadReport(environment(torch.device("cpu"), seed), workload)
     point = [] if operating_point is None else ["--operating-point", operating_point]
+    command = ["consistentee", "serve", model, "--port", "0", "--device", "cpu", *point]
     tick("starting servers")
     with (
-        served(["consistentee", "serve", model, "--port", "0", *point], threads) as (url, pid),
+        served(command, threads) as (url, pid),
         served(["consistentee.evaluation.served_baseline", model], threads) as (plain_url, _),
     ):
         asked = _asked(engine, texts, operating_point)
@@ -146,7 +147,8 @@ def _asked(
 ) -> dict[str, list[AskedText]]:
     """What is asked of each, with the labels that are expected of exits."""
     labels = [answer.label for answer in engine.predict(texts, operating_point=operating_point)]
-    inputs = [parts[0] if len(parts) == 1 else list(parts) for parts in texts]
+    # A pair in a list of its own: a model that does not say what it takes reads two texts in a plain one.
+    inputs = [parts[0] if len(parts) == 1 else [list(parts)] for parts in texts]
     full = {"operating_point": "full-depth"}
     return {
         WITH_EXITS: [AskedText(text, {}, label) for text, label in zip(inputs, labels, strict=True)],
@@ -215,7 +217,7 @@ class _Run:
         texts = self.asked[WITH_EXITS]
         asks = min(OVERHEAD_TEXTS, max(len(texts), 2 * OVERHEAD_WARM_UP))
         for text in itertools.islice(itertools.cycle(texts), asks):
-            parts = (text.text,) if isinstance(text.text, str) else tuple(text.text)
+            parts = (text.text,) if isinstance(text.text, str) else tuple(text.text[0])
             start = time.perf_counter()
             engine.predict([parts], batch_size=1, operating_point=operating_point)
             middle = time.perf_counter()

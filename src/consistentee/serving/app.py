@@ -36,6 +36,9 @@ CLIENT_GONE = 499
 SEND_SECONDS = 30.0
 """Time that a part of an answer has to go out; a client that does not read it by then counts as gone."""
 
+GONE_SECONDS = 1.0
+"""Time in which a connection that cannot be written to is known to be closed."""
+
 LAST_WORD_SECONDS = 2.0
 """Time in which requests that the server's end has cancelled are told so."""
 
@@ -105,6 +108,15 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _is_gone(receive: Receive) -> bool:
+    """Whether a client to whom nothing could be sent has gone; the server hears of it soon."""
+    try:
+        await within(_disconnected(receive), GONE_SECONDS)
+    except asyncio.TimeoutError:
+        return False
+    return True
 
 
 def json_bytes(values: Any) -> bytes:
@@ -196,15 +208,23 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await _not_cut_off(self._app, scope, receive, send)
             return
         start, status = time.perf_counter(), CLIENT_GONE
 
         async def seen(message: MutableMapping[str, Any]) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
+            try:
+                await send(message)
+            except (
+                OSError,
+                RuntimeError,
+            ):  # uvloop's, where uvicorn has not heard yet that the client is gone
+                if not await _is_gone(receive):
+                    raise
+            else:
+                if message["type"] == "http.response.start":
+                    status = message["status"]
 
         try:
             if self._may_pass(scope):
@@ -223,6 +243,29 @@ class Gate:
             return True
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token)
+
+
+async def _not_cut_off(app: Any, scope: Scope, receive: Receive, send: Send) -> None:
+    """Let an application live; where the server ends without waiting for it, that is no failure of its own."""
+    is_cut_off = False
+
+    async def heard() -> MutableMapping[str, Any]:
+        nonlocal is_cut_off
+        try:
+            return await receive()
+        except asyncio.CancelledError:
+            is_cut_off = True
+            raise
+
+    async def seen(message: MutableMapping[str, Any]) -> None:
+        if not is_cut_off:
+            await send(message)
+
+    try:
+        await app(scope, heard, seen)
+    except asyncio.CancelledError:
+        if not is_cut_off:
+            raise
 
 
 def route_path(scope: Scope) -> str:

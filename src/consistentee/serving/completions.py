@@ -108,11 +108,13 @@ async def read_text_request(
             refuse(f"{name} is not supported: leave it out.")
     if not is_chat and values.get("logprobs") == 0 and values["logprobs"] is not False:
         refuse("logprobs is not supported: leave it out.")  # 0 asks for those of the tokens that were taken
-    options = _options(values)
+    generator = service.generator
+    options = _options(values, generator.check(DecodingOptions()).mode)
     try:
-        options = service.generator.check(options)
+        options = generator.check(options)
     except ValueError as error:
-        refuse(str(error).replace(f'"{service.generator.saved.name}"', f'"{service.name}"'))
+        told = str(error).replace(f'"{generator.saved.name}"', f'"{service.name}"')
+        refuse(told.replace("--threshold", "threshold"))
     try:
         if is_chat:
             turns = _turns(values.get("messages"))
@@ -161,7 +163,7 @@ def _limit(
     return wanted
 
 
-def _options(values: Mapping[str, Any]) -> DecodingOptions:
+def _options(values: Mapping[str, Any], saved_mode: str | None) -> DecodingOptions:
     numbers = ("temperature", "top_p", "threshold")
     temperature, top_p, threshold = (take(values, name, (int, float), "a number", None) for name in numbers)
     seed = take(values, "seed", int, "a whole number", None)
@@ -175,9 +177,14 @@ def _options(values: Mapping[str, Any]) -> DecodingOptions:
     draws = not 0 <= temperature < LEAST_TEMPERATURE
     if not draws and not 0 <= (top_p or 0) <= 1:  # else it changes nothing
         refuse("top_p must be in [0, 1].")
+    mode = take(values, "mode", str, "a string", None)
+    if draws and (mode or saved_mode) == "lossless":
+        refuse(
+            'temperature must be 0 in mode "lossless", which verifies greedy text. Leave it out, or take another mode.'
+        )
     try:
         return DecodingOptions(
-            mode=take(values, "mode", str, "a string", None),
+            mode=mode,
             criterion=take(values, "criterion", str, "a string", None),
             threshold=None if threshold is None else float(threshold),
             do_sample=draws,

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,13 +160,12 @@ class ThreadComputing:
         """See `Computing`."""
         loop = asyncio.get_running_loop()
 
+        def told(outcome: Outcome) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                loop.call_soon_threadsafe(hand_over, outcome)
+
         def compute() -> None:
-            compute_texts(
-                self._engine,
-                self._make_pool,
-                self._inbox,
-                lambda outcome: loop.call_soon_threadsafe(hand_over, outcome),
-            )
+            compute_texts(self._engine, self._make_pool, self._inbox, told)
 
         self._thread = threading.Thread(target=compute, name="consistentee-layers", daemon=True)
         self._thread.start()

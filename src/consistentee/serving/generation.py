@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from consistentee.models.loaded import short_name
@@ -230,7 +231,9 @@ class GeneratorService:
     def _tell(self, job: _Job, **event: object) -> None:
         """Put an event into the queue of who waits, from the thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deliver, job, TokenEvent(job.index, **event))  # pyright: ignore[reportArgumentType]
+            told = TokenEvent(job.index, **event)  # pyright: ignore[reportArgumentType]
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                self._loop.call_soon_threadsafe(self._deliver, job, told)
 
     def _deliver(self, job: _Job, event: TokenEvent) -> None:
         """An event, on the event loop; a text that has ended frees its place, however slowly it is read."""

@@ -190,9 +190,7 @@ def read_predict(
     check_names(values, PREDICT_FIELDS)
     if "inputs" not in values:
         refuse("inputs must be given: a text, a list of texts, or a list of lists of one text or two.")
-    texts, is_batch = _texts(values["inputs"], bool(text_pairs))
-    if len(texts) > max_batch:
-        refuse(f"inputs must hold at most {max_batch} texts, got {len(texts)}. Send several requests.", 413)
+    texts, is_batch = _texts(values["inputs"], bool(text_pairs), max_batch)
     parameters = take(values, "parameters", dict, "an object", None)
     check_names(parameters or {}, ("top_k", "function_to_apply"))
     direction = take(values, "truncation_direction", str, "a string", truncation_side)
@@ -225,8 +223,8 @@ def _top_k(parameters: Mapping[str, Any]) -> int | None:
     return value
 
 
-def _texts(inputs: object, is_pair_model: bool) -> tuple[list[tuple[str, ...]], bool]:
-    """Texts, and whether they are a batch."""
+def _texts(inputs: object, is_pair_model: bool, max_batch: int) -> tuple[list[tuple[str, ...]], bool]:
+    """Texts, and whether they are a batch; of too many none is looked at, as other requests wait meanwhile."""
     if isinstance(inputs, str):
         return [(inputs,)], False
     if not isinstance(inputs, list) or not inputs:
@@ -239,6 +237,8 @@ def _texts(inputs: object, is_pair_model: bool) -> tuple[list[tuple[str, ...]], 
         if len(items) != 2:
             refuse(f"inputs must be two texts, or a list of lists of two, for this model, got {len(items)}.")
         return [tuple(cast("list[str]", items))], False
+    if len(items) > max_batch:
+        refuse(f"inputs must hold at most {max_batch} texts, got {len(items)}. Send several requests.", 413)
     found: list[tuple[str, ...]] = []
     for place, item in enumerate(items, start=1):
         parts = [item] if isinstance(item, str) else cast("list[object]", item)

@@ -19,6 +19,9 @@ DRAIN_SECONDS = 30
 QUIET_SECONDS = 60.0
 """Between two lines of the log that say the same of some connection or other."""
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a server to end; SIGHUP says that its terminal was closed."""
+
 MAX_CONNECTIONS = 4096
 BACKLOG = 2048
 
@@ -69,7 +72,7 @@ class HttpServer:
         self._server.capture_signals = self._signals
 
     def run(self) -> None:
-        """Answer until `stop` or, in the main thread, SIGTERM or SIGINT."""
+        """Answer until `stop` or, in the main thread, a signal of `ENDING` that is not ignored."""
         log = logging.getLogger("uvicorn.error")
         log.addFilter(self._is_news)
         try:
@@ -96,9 +99,9 @@ class HttpServer:
     def _signals(self) -> Iterator[None]:
         """In place of uvicorn's, which raises the signal again once all is answered."""
         in_main = threading.current_thread() is threading.main_thread()
-        caught = (signal.SIGTERM, signal.SIGINT) if in_main else ()
-        before = {number: signal.getsignal(number) for number in caught}
-        for number in caught:
+        before = {number: signal.getsignal(number) for number in ENDING if in_main}
+        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in before:
             signal.signal(number, self.stop)
         try:
             yield

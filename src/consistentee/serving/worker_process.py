@@ -20,6 +20,7 @@ from consistentee.inference.encoder.layer_pool import Pool
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.computing import Message, answer_once, compute_texts
+from consistentee.serving.server import ENDING
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run_worker(pipe: Connection, model: WorkerModel, threads: int, rules: Sequen
         threads: to compute with.
         rules: under which a text is answered before the first message.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # the server ends it, once all is answered
+    for number in ENDING:  # the server ends it, once all is answered
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()

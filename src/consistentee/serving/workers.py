@@ -40,6 +40,7 @@ from consistentee.serving.computing import (
     TextsFailed,
     WorkerRestarted,
 )
+from consistentee.serving.server import ENDING
 from consistentee.serving.worker_process import WorkerModel, WorkerNotStarted, WorkerReady, run_worker
 
 _log = logging.getLogger(__name__)
@@ -403,16 +404,16 @@ def _write(worker: _Worker) -> None:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes that are started here begin with SIGINT and SIGTERM blocked.
+    """Processes that are started here begin with what would end them blocked.
 
-    Ctrl-C, and a service manager's SIGTERM, reach all processes of a group; workers are to answer on until this process
-    has no more to ask.
+    Ctrl-C, a closing terminal's SIGHUP, and a service manager's SIGTERM reach all processes of a group; workers are to
+    answer on until this process has no more to ask.
     """
     resource_tracker.ensure_running()  # it would unblock them
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:

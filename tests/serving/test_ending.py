@@ -129,4 +129,4 @@ def test_a_server_that_waits_is_told_of_what_fails(engine: Engine, monkeypatch: 
     thread.join(60)
     assert not thread.is_alive()
     assert server._server.lifespan.shutdown_failed
-    service._computing.send(None)  # type: ignore[arg-type]
+    service._computing.send(None)

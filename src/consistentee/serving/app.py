@@ -216,10 +216,8 @@ class Gate:
             nonlocal status
             try:
                 await send(message)
-            except (
-                OSError,
-                RuntimeError,
-            ):  # uvloop's, where uvicorn has not heard yet that the client is gone
+            except (OSError, RuntimeError):
+                # uvloop's, where uvicorn has not heard yet that the client is gone.
                 if not await _is_gone(receive):
                     raise
             else:

@@ -72,7 +72,7 @@ class HttpServer:
         self._server.capture_signals = self._signals
 
     def run(self) -> None:
-        """Answer until `stop` or, in the main thread, a signal of `ENDING` that is not ignored."""
+        """Answer until `stop` or, in the main thread, a signal of `ENDING`; not SIGHUP where that is ignored."""
         log = logging.getLogger("uvicorn.error")
         log.addFilter(self._is_news)
         try:
@@ -100,7 +100,9 @@ class HttpServer:
         """In place of uvicorn's, which raises the signal again once all is answered."""
         in_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in ENDING if in_main}
-        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        hang_up: Any = getattr(signal, "SIGHUP", None)
+        if before.get(hang_up) is signal.SIG_IGN:  # under nohup it outlives its terminal
+            del before[hang_up]
         for number in before:
             signal.signal(number, self.stop)
         try:

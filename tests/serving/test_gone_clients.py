@@ -15,7 +15,8 @@ from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits
 
 CLOSED = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
-"""What uvloop says where uvicorn writes to a connection that was closed a moment ago."""
+"""What uvloop says where uvicorn writes to a connection that is closed."""
+BROKEN = OSError(32, "Broken pipe")
 
 
 def counted(metrics: ServerMetrics) -> list[str]:
@@ -24,11 +25,12 @@ def counted(metrics: ServerMetrics) -> list[str]:
     return [line.split('"')[3] for line in lines if line.startswith("consistentee_requests_total{")]
 
 
-def answered_to_a_closed_connection(answer: Any, *, tells: bool) -> ServerMetrics:
+def answered_to_a_closed_connection(answer: Any, error: Exception, *, tells: bool) -> ServerMetrics:
     """The counters of an application that answers a client whose connection cannot be written to any more.
 
     Args:
         answer: of the route, a value or an error.
+        error: of what is written.
         tells: whether the server tells of its end soon.
     """
     metrics = ServerMetrics(1, "tiny")
@@ -53,7 +55,7 @@ def answered_to_a_closed_connection(answer: Any, *, tells: bool) -> ServerMetric
                 return
             if tells:
                 asyncio.get_running_loop().call_later(0.01, told.set)
-            raise CLOSED
+            raise error
 
         scope = {"type": "http", "path": "/", "headers": [(b"content-type", JSON_TYPE.encode())]}
         await Gate(JsonRoute(service, handle, set()), metrics, "classifier", [], None)(scope, receive, send)
@@ -62,15 +64,18 @@ def answered_to_a_closed_connection(answer: Any, *, tells: bool) -> ServerMetric
     return metrics
 
 
+@pytest.mark.parametrize("error, tells", [(CLOSED, True), (CLOSED, False), (BROKEN, True)])
 @pytest.mark.parametrize("answer", ["done", RefusedRequest(422, "Validation", "It is wrong.")])
-def test_an_answer_to_who_has_just_gone_is_no_error(answer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_answer_to_who_has_just_gone_is_no_error(
+    answer: Any, error: Exception, tells: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
-        metrics = answered_to_a_closed_connection(answer, tells=True)
+        metrics = answered_to_a_closed_connection(answer, error, tells=tells)
     assert counted(metrics) == ["499"]
     assert not caplog.records
 
 
 def test_an_answer_that_cannot_be_sent_to_who_is_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_module, "GONE_SECONDS", 0.01)
-    with pytest.raises(RuntimeError, match="the handler is closed"):
-        answered_to_a_closed_connection("done", tells=False)
+    with pytest.raises(RuntimeError, match="Unexpected ASGI message"):
+        answered_to_a_closed_connection("done", RuntimeError("Unexpected ASGI message"), tells=False)

@@ -39,6 +39,9 @@ SEND_SECONDS = 30.0
 GONE_SECONDS = 1.0
 """Time in which a connection that cannot be written to is known to be closed."""
 
+UVLOOP_CLOSED = "the handler is closed"
+"""What uvloop says, in a RuntimeError, of a connection that is closed; asyncio's own loop says nothing."""
+
 LAST_WORD_SECONDS = 2.0
 """Time in which requests that the server's end has cancelled are told so."""
 
@@ -216,9 +219,9 @@ class Gate:
             nonlocal status
             try:
                 await send(message)
-            except (OSError, RuntimeError):
-                # uvloop's, where uvicorn has not heard yet that the client is gone.
-                if not await _is_gone(receive):
+            except (OSError, RuntimeError) as error:
+                # Of requests that came in one go uvicorn tells the last one alone that the client is gone.
+                if UVLOOP_CLOSED not in str(error) and not await _is_gone(receive):
                     raise
             else:
                 if message["type"] == "http.response.start":

@@ -54,7 +54,7 @@ def check_figures(page: Element, found: dict[str, Any], quality: str) -> None:
     at_exits = ["" if share is None else f"{100 * share:.2f}" for share in found[f"exit_{quality}"]]
     assert [row[3] for row in rows] == at_exits
     assert [row[5] for row in rows] == [f"{100 * share:.2f}" for share in found[f"per_layer_{quality}"]]
-    drawn = sorted((point[1], point[4]) for point in script_data(page)["points"])
+    drawn = sorted((point[1], point[2]) for point in script_data(page)["points"])
     curve = sorted((round(p[quality], 6), round(p["mean_exit_layer"], 5)) for p in found["curve"])
     assert drawn == curve
 

@@ -152,7 +152,7 @@ def test_bars_beside_a_text_are_its_exit_scores(page: str, report: ExitReport) -
 
 def test_the_script_reads_the_curve(page: str, report: ExitReport) -> None:
     data, curve = script_data(read_page(page)), report.evaluation.curve
-    found = sorted((layer, accuracy, tuple(counts)) for _, accuracy, _, _, layer, counts in data["points"])
+    found = sorted((layer, accuracy, tuple(counts)) for _, accuracy, layer, counts in data["points"])
     known = zip(curve, report.histograms, strict=True)
     assert found == sorted(
         (round(point.mean_exit_layer, 5), round(point.accuracy, 6), tuple(counts)) for point, counts in known

@@ -200,11 +200,11 @@ def _curve(report: ExitReport) -> dict[str, Any]:
     points = [
         (
             digits(point.threshold),
-            *(round(share, 6) for share in (getattr(point, report.quality), *interval)),
+            round(getattr(point, report.quality), 6),
             round(point.mean_exit_layer, 5),
             histogram,
         )
-        for point, interval, histogram in ordered
+        for point, _, histogram in ordered
     ]
     distances = [abs(point.mean_exit_layer - evaluation.mean_exit_layer) for point, _, _ in ordered]
     place = distances.index(min(distances))

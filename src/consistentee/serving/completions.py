@@ -180,7 +180,8 @@ def _options(values: Mapping[str, Any], saved_mode: str | None) -> DecodingOptio
     mode = take(values, "mode", str, "a string", None)
     if draws and (mode or saved_mode) == "lossless":
         refuse(
-            'temperature must be 0 in mode "lossless", which verifies greedy text. Leave it out, or take another mode.'
+            f'temperature must be 0 in mode "lossless", which verifies greedy text, got {temperature:g}. '
+            "Leave it out, or take another mode."
         )
     try:
         return DecodingOptions(

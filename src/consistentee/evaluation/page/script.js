@@ -42,7 +42,7 @@
   };
 
   const show = (place) => {
-    const [threshold, quality, , , layer, histogram] = points[place];
+    const [threshold, quality, layer, histogram] = points[place];
     const saved = 1 - layer / layers;
     const texts = { threshold, ...said[place] };
     for (const [name, text] of Object.entries(texts)) figures[name].textContent = text;
@@ -87,8 +87,8 @@
       const saved = (low + ((x - start) / (end - start)) * (high - low)) / 100;
       let nearest = 0;
       points.forEach((point, place) => {
-        const here = Math.abs(1 - point[4] / layers - saved);
-        if (here < Math.abs(1 - points[nearest][4] / layers - saved)) nearest = place;
+        const here = Math.abs(1 - point[2] / layers - saved);
+        if (here < Math.abs(1 - points[nearest][2] / layers - saved)) nearest = place;
       });
       choose(nearest);
     };

@@ -169,6 +169,47 @@ def test_a_name_is_asked_for_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("user/name", "main", None), ("user/name", None, None), ("user/name", None, "train[:2]")]
 
 
+def _of_hub(monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[Any]]) -> None:
+    rows = datasets.Dataset.from_dict(columns)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": rows}))
+
+
+def test_a_few_broken_rows_of_the_hub_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["", *(f"text {number}" for number in range(150))]
+    _of_hub(monkeypatch, {"text": texts, "label": ["yes", "no"] * 75 + ["yes"]})
+    train, _ = load_files("hf:user/name", None, ["text"], "label")
+    assert train is not None
+    assert len(train) == 150
+    assert (
+        'Broken rows skipped: 1. The first: hf:user/name train, row 1: The text in column "text"'
+        in caplog.text
+    )
+    assert len(list(read_texts("hf:user/name", splits=("train",)))) == 150
+    with pytest.raises(DataError, match="is empty"):  # an answer belongs to its row
+        list(read_texts("hf:user/name", splits=("train",), skip_broken=False))
+
+    _of_hub(monkeypatch, {"instruction": ["Why?"] * 151, "output": texts})  # as 28 rows of Alpaca
+    generated, _ = load_generation_files("hf:user/name", None)
+    assert generated is not None
+    assert len(generated) == 150
+
+    turns = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in texts]
+    _of_hub(monkeypatch, {"messages": turns})
+    conversations, _ = load_generation_files("hf:user/name", None)
+    assert conversations is not None
+    assert len(conversations) == 150
+
+
+def test_many_broken_rows_of_the_hub_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    _of_hub(monkeypatch, {"text": ["", "", *map(str, range(100))], "label": ["yes", "no"] * 51})
+    with pytest.raises(DataError, match=r"row 1.*is empty"):
+        load_files("hf:user/name", None, ["text"], "label")
+    with pytest.raises(DataError, match=r"row 1.*is empty"):
+        list(read_texts("hf:user/name", splits=("train",)))
+
+
 @pytest.mark.parametrize("name", ["user/no-such-data", "hf:user/no-such-data"])
 def test_a_hub_that_cannot_be_asked(name: str) -> None:
     message = r'"user/no-such-data" is no file or folder here, and the hub\'s data set could not be loaded: .+\. Check'

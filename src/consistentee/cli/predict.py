@@ -75,7 +75,7 @@ def predict(
     say_reading(file, "texts")
     pairs = engine.saved.text_pairs
     check_column_count(text_columns, pairs, model)
-    texts_in = read_texts(file, text_columns, pairs=pairs)
+    texts_in = read_texts(file, text_columns, pairs=pairs, skip_broken=False)
     how: dict[str, Any] = {
         "batch_size": batch_size,
         "threshold": threshold,

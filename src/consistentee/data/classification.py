@@ -191,7 +191,7 @@ def _read(table: Table, layouts: Sequence[LabelColumns]) -> _Rows:
         label = table.value_of(number, values, layout.label)
         return number, texts, _label_text(table, number, layout.label, label)
 
-    found = table.collect(row)
+    found = list(table.usable(row))
     return _Rows(
         table,
         [number for number, _, _ in found],

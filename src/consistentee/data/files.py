@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -170,6 +171,7 @@ def read_texts(
     plain_too: bool = False,
     pairs: bool | None = None,
     splits: Sequence[str] = TO_ANSWER,
+    skip_broken: bool = True,
     on_row: Callable[[Table, int, Mapping[str, Any]], object] | None = None,
 ) -> Iterator[tuple[str, ...]]:
     """Texts to predict, or to learn from, one after the other.
@@ -180,6 +182,8 @@ def read_texts(
         plain_too: As in `read_source`.
         pairs: Whether every row is a pair of texts. If not, a tab is part of a text. None lets the input decide.
         splits: As in `read_source`.
+        skip_broken: Whether a few broken rows of the hub, which nobody can correct, are left out with a warning. If
+            not, they raise as others do.
         on_row: Called with table, number and values of every row, before its texts are given.
 
     Yields:
@@ -210,11 +214,14 @@ def read_texts(
             problem = f"None of its columns is known to hold the {what}; it has {quoted(columns)}."
             remedy = "Name the two text columns." if pairs else "Name the text columns."
             raise table.error(None, problem, remedy)
-        for row, values in table.rows:
+
+        def usable(row: int, values: Mapping[str, Any]) -> tuple[str, ...]:
             found = table.texts_of(row, values, taken)
             if on_row is not None:
                 on_row(table, row, values)
-            yield found
+            return found
+
+        yield from (table if skip_broken else replace(table, skipped=None)).usable(usable)
 
     return read_source(
         source, texts, columns=text_columns or (), plain_too=plain_too, pairs=pairs, splits=splits

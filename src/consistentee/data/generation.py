@@ -212,7 +212,7 @@ def _optional_text(table: Table, row: int, values: Mapping[str, Any], column: st
 def _read(table: Table, layouts: Sequence[PromptColumns], instruction: str) -> InstructionDataset:
     """Every row of a table; broken ones raise, or are left out where the table collects them."""
     layout, table = table.with_layout(layouts)
-    rows = table.collect(lambda number, values: _row(table, number, values, layout))
+    rows = list(table.usable(lambda number, values: _row(table, number, values, layout)))
     if not rows:
         raise table.error(None, "No row of it can be used.", "Give a file with at least one whole row.")
     instructions, inputs, references = ([row[part] for row in rows] for part in range(3))
@@ -224,8 +224,9 @@ def _read(table: Table, layouts: Sequence[PromptColumns], instruction: str) -> I
 def _read_conversations(table: Table, column: str) -> InstructionDataset:
     data = InstructionDataset([], [], [], table.file, [], [])
     history, conversations = data.history or [], data.conversations or []
-    for number, values in table.rows:
-        for before, question, answer in answers(read_turns(table, number, values, column)):
+    turns = table.usable(lambda number, values: (number, read_turns(table, number, values, column)))
+    for number, conversation in turns:
+        for before, question, answer in answers(conversation):
             data.instructions.append(question)
             data.inputs.append("")
             data.references.append(answer)

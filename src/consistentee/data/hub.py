@@ -128,7 +128,7 @@ def datasets_folder(path: Path, splits: Sequence[str]) -> Table:
 
 
 def hub_table(source: HubSource, name: str, splits: Sequence[str]) -> Table:
-    """The rows of a data set on the hub, of the first of the splits that is there."""
+    """The rows of a data set on the hub, of the first of the splits that is there; `skipped` collects broken ones."""
     import datasets
 
     try:
@@ -148,7 +148,8 @@ def hub_table(source: HubSource, name: str, splits: Sequence[str]) -> Table:
         raise DataError(f"{place} could not be loaded: {reason}.", file=name, remedy=remedy) from error
     if source.split is not None:
         splits = (source.split,)
-    return _one_split(loaded, name, splits, f"Name one of them: hf:{source.repository}:SPLIT.")
+    table = _one_split(loaded, name, splits, f"Name one of them: hf:{source.repository}:SPLIT.")
+    return replace(table, skipped=[])  # nobody can correct the rows of the hub
 
 
 def _one_split(

@@ -86,23 +86,25 @@ class Table:
             raise self.error(1, problem, remedy)
         return layout, table
 
-    def collect(self, read: Callable[[int, Mapping[str, Any]], Row]) -> list[Row]:
+    def usable(self, read: Callable[[int, Mapping[str, Any]], Row]) -> Iterator[Row]:
         """What a function makes of every row; broken rows raise, or are left out where they are collected.
 
         Raises:
-            DataError: A broken row, more of them than BROKEN_SHARE, or no other.
+            DataError: A broken row; at the end, where they are collected, that they are more than BROKEN_SHARE.
         """
-        found: list[Row] = []
+        count = 0
         for number, values in self.rows:
             try:
-                found.append(read(number, values))
-            except DataError as error:  # noqa: PERF203
+                found = read(number, values)
+            except DataError as error:
                 raise_or_skip(error, self.skipped)
+                continue
+            count += 1
+            yield found
         if self.skipped:
-            if len(self.skipped) > BROKEN_SHARE * (len(found) + len(self.skipped)):
+            if len(self.skipped) > BROKEN_SHARE * (count + len(self.skipped)):
                 raise self.skipped[0]
             _log.warning("Broken rows skipped: %d. The first: %s", len(self.skipped), self.skipped[0])
-        return found
 
     def texts_of(self, row: int, values: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
         """The text columns of a row, checked to be text that is not empty."""

@@ -31,11 +31,11 @@ methods=${METHODS-$(python -c 'from consistentee.training.methods import METHODS
 print(*(name for name, row in METHODS.items() if row.labels and not getattr(row, "needs", ())))')}
 # As published: every recipe of recipes/published. And the plain model of fewer layers.
 published=$(cd "$recipes/published" 2> /dev/null && ls | grep -v -e static -e released | sed 's/\.yaml$/:published/' || true)
-# The same with the mean of the tokens in place of [CLS], which says little on backbones that are pooled so.
-pooled=$(sed -n 's/^\([a-z_]*:mean-pooled\):.*/\1/p' "$recipes/../benchmarks/mean_pooled.yaml")
-settings=(--settings "$recipes/../benchmarks/mean_pooled.yaml")
+# Others that differ in their settings: why, that file says.
+others=$(sed -n 's/^\([a-z_]*:[a-z-]*\):.*/\1/p' "$recipes/../benchmarks/compare_variants.yaml")
+settings=(--settings "$recipes/../benchmarks/compare_variants.yaml")
 [ -z "${VARIANTS+given}" ] || settings=()
-variants=${VARIANTS-static:2 static:3 static:4 static:6 static:8 consistent:released $published $pooled}
+variants=${VARIANTS-static:2 static:3 static:4 static:6 static:8 consistent:released $published $others}
 
 compare() { # BACKBONE SEED WARM-UP_EPOCHS DATA TASK OPTIONS...
   consistentee compare --methods $methods $variants --recipes "$recipes" ${settings[@]+"${settings[@]}"} \

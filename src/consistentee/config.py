@@ -72,14 +72,13 @@ _ABOVE_ZERO = (
 _NOT_NEGATIVE = (
     "max_disk_mb weight_decay rounds consistent_epochs policy_weight_decay entropy_bonus threshold_margin"
 )
-_SHARES = "weighted_sum_share max_accuracy_loss last_layer_share"
+_SHARES = "weighted_sum_share max_accuracy_loss last_layer_share exit_gradient_scale"
 _SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio layer_cost_warmup"
+_AT_LEAST = {"num_rollouts": 1, "policy_folds": 2, "min_exit_layer": 1}
 _REMOVED = {"distillation": 0.0}
 """Settings of earlier versions, with the value that had no effect: recipes and records may still have that."""
 RENAMED = {"prices": "layer_cost_mode", "price_warmup": "layer_cost_warmup"}
 """Settings of earlier versions that have another name today; recipes and records may still have the old one."""
-
-_AT_LEAST = {"num_rollouts": 1, "policy_folds": 2, "min_exit_layer": 1}
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ class TrainingConfig:
     patience: int = 2
     """Stop after this many rounds in turn that are worse on validation rows by more than a standard error."""
     max_accuracy_loss: float = 0.005
-    """Default thresholds may lose this much validation accuracy (0.01 = one point), of rows or of tokens, against the
-    last layer. 0 for none."""
+    """Default thresholds may lose so much validation accuracy against the last layer (0.01 = one point). 0 for none."""
     threshold_margin: float = 0.5
     """Standard errors that the loss of a default threshold keeps clear of what is allowed: few rows to choose on make
     it shyer. 0 takes their word for it."""
@@ -261,6 +259,8 @@ class ClassificationTrainingConfig(TrainingConfig):
     decide whether the state earns its place beside the log-odds."""
 
     # Phases
+    exit_gradient_scale: float = 1.0
+    """Share of the exits' gradients, but for the last layer's, that the backbone takes; their own layers take all."""
     reward_loss: RewardLoss = "error"
     """What a bad exit costs: `cross_entropy` (the paper) or `error` (0 or 1)."""
     hardness: HardnessMeasure = "memorized_layer"

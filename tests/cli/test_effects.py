@@ -72,6 +72,11 @@ def test_are_refused(
     [
         ("sweet", "weighted_sum_share", "goes with --method consistent and has no effect here"),
         ("deebert", "patience", "goes with --method consistent and has no effect here"),
+        (
+            "sweet",
+            "exit_gradient_scale",
+            "layers that learn from several exits, which --method sweet has not",
+        ),
         ("palbert", "policy_epochs", "fits of the policy, which --method palbert does not make"),
         ("static", "ensemble_decay", "is about exits, which --method static does not train"),
     ],

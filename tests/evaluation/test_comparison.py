@@ -294,6 +294,17 @@ def test_seeds_may_differ_in_settings_that_their_method_never_reads() -> None:
     assert [entry["seeds"] for entry in summarise(cells, resamples=20)["summary"]] == [[1, 2], [1, 2]]
 
 
+def test_cells_of_before_had_whole_gradients() -> None:
+    old, new = cell_of("consistent"), cell_of("consistent", 2, config=CONFIG | {"exit_gradient_scale": 0.3})
+    with pytest.raises(DataError, match=r"share exit_gradient_scale, got 0\.3 and 1\.0"):
+        summarise([cell_of("plain"), old, new], resamples=20)
+    new["config"]["exit_gradient_scale"] = 1.0
+    assert [row["seeds"] for row in summarise([cell_of("plain"), old, new], resamples=20)["summary"]] == [
+        [1],
+        [1, 2],
+    ]
+
+
 def test_a_budget_may_be_split_so_that_its_sum_rounds_otherwise() -> None:
     split = {"warmup_epochs": 0.6, "rounds": 3, "consistent_epochs": 0.8}
     assert 0.6 + 3 * 0.8 != 2 + 2 * 0.5  # 3.0000000000000004

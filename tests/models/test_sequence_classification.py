@@ -572,3 +572,27 @@ def test_the_plain_model_saves_loads_and_classifies_at_the_top(
     torch.testing.assert_close(again(**batch).logits, output.logits, rtol=1e-5, atol=1e-6)
     (logits,) = model(**batch, return_dict=False)
     assert torch.equal(logits, output.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_exits_are_scaled_but_the_lasts(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tiny.tiny_backbone(tmp_path, layers=3)
+    model = EarlyExitForSequenceClassification.from_backbone(folder, num_labels=2).to(dtype)
+    model.eval()
+    ids = torch.randint(4, 20, (2, 6))
+
+    def gradients(layer: int, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        model.exit_gradient_scale = scale
+        model.zero_grad(set_to_none=True)
+        logits = model(ids, all_layers=True).classifier_logits
+        logits[:, layer, 0].sum().backward()
+        return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    for layer, expected in ((0, 0.25), (1, 0.25), (2, 1.0)):
+        logits, whole = gradients(layer, 1.0)
+        scaled_logits, scaled = gradients(layer, 0.25)
+        assert torch.equal(scaled_logits, logits)
+        assert scaled.keys() == whole.keys()
+        for name, gradient in whole.items():
+            of_backbone = name.startswith("backbone")
+            torch.testing.assert_close(scaled[name], gradient * (expected if of_backbone else 1.0))

@@ -18,6 +18,7 @@ from consistentee.errors import SettingError
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.functional.tables import CLASSIFICATION
 from consistentee.training.methods import METHODS, PUBLISHED_NAMES, check_method, method_of
+from consistentee.training.run_folders import check_same_run, run_identity
 from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import train
 from quick import quick_config, read_record, weight_bytes
@@ -32,6 +33,21 @@ def test_every_method_is_there_and_says_where_it_comes_from() -> None:
         assert callable(method.load())
         assert not method.labels or method_of(name) is method
         assert method.source
+
+
+def test_runs_of_before_had_whole_gradients() -> None:
+    def identity(method: str, **settings: Any) -> dict[str, Any]:
+        return run_identity("early_exit", method, "b", settings, "d")
+
+    defaults = ClassificationTrainingConfig().to_dict()
+    for method in ("consistent", "weighted_sum"):
+        check_same_run("It", identity(method), identity(method, exit_gradient_scale=1.0), defaults)
+    with pytest.raises(ValueError, match=r"It has exit_gradient_scale = 1.0, this one 0.3\."):
+        check_same_run(
+            "It", identity("consistent"), identity("consistent", exit_gradient_scale=0.3), defaults
+        )
+    for method in ("sweet", "deebert", "fastbert", "plain", "retrofit"):
+        check_same_run("It", identity(method), identity(method, exit_gradient_scale=0.3), defaults)
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,7 @@ EFFECTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"rounds": 2}, {}),
     ({"consistent_epochs": 2.0}, {}),
     ({"weighted_sum_share": 1.0}, {}),
+    ({"exit_gradient_scale": 0.3}, {}),
     ({"hardness": "forgetting_events"}, {}),
     ({"seed": 1}, {}),
 ]

@@ -65,6 +65,17 @@ class EncoderState:
             shared=self.shared,
         )
 
+    def without_history(self) -> EncoderState:
+        """The same state, through which no gradient goes back."""
+        return replace(
+            self,
+            hidden_states=self.hidden_states.detach(),
+            per_row={name: None if mask is None else mask.detach() for name, mask in self.per_row.items()},
+            shared={
+                key: part.detach() if isinstance(part, Tensor) else part for key, part in self.shared.items()
+            },
+        )
+
 
 EmbedFunction = Callable[[PreTrainedModel, Tensor, Tensor, Tensor | None], EncoderState]
 LayerFunction = Callable[[PreTrainedModel, int, EncoderState], Tensor]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.errors import SettingError
-from consistentee.training.idle_settings import OF_CONSISTENT, OF_POLICY_FITS, WITHOUT_TEXTS, of_exits
+from consistentee.training.idle_settings import OF_CONSISTENT, OF_POLICY_FITS, SCALE, WITHOUT_TEXTS, of_exits
 from consistentee.training.methods import METHODS
 
 Command = Literal["train", "finetune"]
@@ -100,6 +100,11 @@ def check_effects(
         if command == "train" and method not in (None, "consistent") and name in OF_CONSISTENT:
             raise SettingError(
                 f"{_option(name)} goes with --method consistent and has no effect here. Leave it out, or give both."
+            )
+        if name == SCALE and method is not None and not METHODS[method].shared_layers:
+            raise SettingError(
+                f"{_option(name)} is about layers that learn from several exits, which --method {method} has not. "
+                "Leave it out."
             )
         if name in WITHOUT_TEXTS and not unlabelled:
             raise SettingError(

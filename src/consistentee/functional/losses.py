@@ -102,6 +102,28 @@ def weighted_sum_loss(losses: Tensor) -> Tensor:
     return losses @ (weights / weights.sum())
 
 
+def scale_gradient(values: Tensor, scale: float) -> Tensor:
+    """The same values, bit for bit; of their gradients a share goes on.
+
+    Args:
+        values: of any shape, finite.
+        scale: 0 (as if detached) to 1.
+
+    Returns:
+        A tensor of the same shape.
+
+    Source: Li et al. (ICCV 2019, arXiv:1908.06294), who rescale the gradients of exits for their number.
+
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> scale_gradient(weight, 0.25).sum().backward()
+        >>> weight.grad
+        tensor([0.2500])
+    """
+    fixed = values.detach()
+    return fixed + scale * (values - fixed)
+
+
 def consistent_loss(losses: Tensor, exit_probs: Tensor) -> Tensor:
     """Expected loss at the exit layer: an instance's loss comes from where it exits. No gradient to the policy.
 

@@ -9,7 +9,7 @@ nothing exits, and choosing the exit afterwards is the slow oracle that the fast
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,13 @@ from consistentee.backbones.cutting import keep_first_layers
 from consistentee.backbones.precision import cast_parameters
 from consistentee.functional.criteria import EXIT_CRITERIA, exit_scores
 from consistentee.functional.exits import choose_exit_layer, ensemble_layers, ensemble_step
-from consistentee.functional.losses import flat_labels, layer_losses, mean_of_labelled, weighted_sum_loss
+from consistentee.functional.losses import (
+    flat_labels,
+    layer_losses,
+    mean_of_labelled,
+    scale_gradient,
+    weighted_sum_loss,
+)
 from consistentee.functional.tables import CLASSIFICATION
 from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.exit_signals import ExitSignals, LearntToExit
@@ -148,6 +154,8 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
     task = CLASSIFICATION
     separate_layers = False
     """In training: gradients of an exit end at the exit before it, so that each trains the layers between."""
+    exit_gradient_scale = 1.0
+    """In training: share of the gradients of all exits but the last that goes on into the backbone."""
     joint_policy = False
     """In training: exit probabilities send gradients to the policy and through the states that it reads."""
     config_class = EarlyExitConfig
@@ -292,9 +300,12 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         logits_layers: list[Tensor] = []
         for index in range(self.num_layers):
             if self.separate_layers and index:
-                state = _without_history(state)
+                state = state.without_history()
             state = backbones.run_layer(self.backbone, index, state)
-            pooled, logits = self.classifiers(index, state.hidden_states, state.attention_mask)
+            read = state.hidden_states
+            if self.exit_gradient_scale < 1 and index < self.num_layers - 1:
+                read = scale_gradient(read, self.exit_gradient_scale)
+            pooled, logits = self.classifiers(index, read, state.attention_mask)
             pooled_layers.append(pooled)
             logits_layers.append(logits)
         pooled = torch.stack(pooled_layers, dim=1)  # (batch, layers, hidden)
@@ -398,19 +409,6 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
-
-
-def _without_history(state: backbones.EncoderState) -> backbones.EncoderState:
-    """The same state, through which no gradient goes back."""
-    return replace(
-        state,
-        hidden_states=state.hidden_states.detach(),
-        per_row={name: None if mask is None else mask.detach() for name, mask in state.per_row.items()},
-        shared={
-            name: value.detach() if isinstance(value, Tensor) else value
-            for name, value in state.shared.items()
-        },
-    )
 
 
 def _refuse_inner_states(*wanted: bool | None) -> None:

@@ -21,11 +21,14 @@ OF_POLICY_FITS = frozenset(_POLICY_FITS.split())
 
 Fits for other criteria they make; the reward that is reported of the policy is no figure that anything is chosen by."""
 
+SCALE = "exit_gradient_scale"
+"""What methods do not read in which no layer learns from several exits."""
+
 _EXITS = (
     f"{_POLICY_FITS} {_CRITERION_FITS} {_CONSISTENT} {_TEXTS} policy_hidden_size policy_dropout initial_exit_bias "
     "max_accuracy_loss threshold_margin max_cache_mb"
 )
-_CLASSIFIER_EXITS = frozenset(f"{_EXITS} policy_input ensemble_decay threshold_metric".split())
+_CLASSIFIER_EXITS = frozenset(f"{_EXITS} policy_input ensemble_decay threshold_metric {SCALE}".split())
 _GENERATOR_EXITS = frozenset(
     f"{_EXITS} policy_tokens exit_head exit_head_rank head_learning_rate layers_per_step last_layer_share "
     "reward_target min_exit_layer".split()
@@ -46,6 +49,8 @@ def idle_settings(method: str, *, classifier: bool, unlabelled: bool) -> frozens
         unlabelled: whether it has texts without labels.
     """
     row, idle = METHODS[method], frozenset[str]()
+    if not row.shared_layers:
+        idle |= {SCALE}
     if not row.labels:
         return idle
     if not row.exits:

@@ -30,6 +30,7 @@ class Method:
         needs: settings that it cannot do without and that have no default.
         unlabelled: whether texts without labels can be given beside labelled rows.
         warms_up: whether it begins with a phase that trainings can share (`warm_ups.py`).
+        shared_layers: whether layers of the backbone learn from several exits, whose gradients can be scaled.
     """
 
     module: str
@@ -42,6 +43,7 @@ class Method:
     needs: tuple[str, ...] = ()
     unlabelled: bool = False
     warms_up: bool = False
+    shared_layers: bool = True
 
     def load(self) -> Callable[[Any], Path]:
         """The method itself."""
@@ -54,19 +56,27 @@ class Method:
 _ROWS = (CLASSIFICATION,)
 METHODS = {
     "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)", unlabelled=True, warms_up=True),
-    "deebert": Method("deebert", "DeeBERT (arXiv:2004.12993)", unused_parameters=True),
+    "deebert": Method("deebert", "DeeBERT (arXiv:2004.12993)", unused_parameters=True, shared_layers=False),
     "weighted_sum": Method("weighted_sum", "PABEE (arXiv:2006.04152)"),
     "right_tool": Method("right_tool", "The Right Tool for the Job (arXiv:2004.07453)", tasks=_ROWS),
-    "fastbert": Method("fastbert", "FastBERT (arXiv:2004.02178)", unused_parameters=True, tasks=_ROWS),
+    "fastbert": Method(
+        "fastbert",
+        "FastBERT (arXiv:2004.02178)",
+        unused_parameters=True,
+        tasks=_ROWS,
+        shared_layers=False,
+    ),
     "berxit": Method("berxit", "BERxiT (EACL 2021)", tasks=_ROWS),
     "palbert": Method("palbert", "PALBERT (arXiv:2204.03276)", tasks=_ROWS, joint_policy=True),
-    "sweet": Method("sweet", "SWEET (arXiv:2306.02307)", tasks=_ROWS),
+    "sweet": Method("sweet", "SWEET (arXiv:2306.02307)", tasks=_ROWS, shared_layers=False),
     "cosee": Method("cosee", "COSEE (arXiv:2412.13236)", tasks=_ROWS),
     "nsp": Method("nsp", "NSP/CAP (arXiv:2506.17249)", tasks=_ROWS),
     "beem": Method("beem", "BEEM (arXiv:2502.00745)", tasks=_ROWS),
     "plain": Method("plain", "fine-tuning without exits", exits=False),
     "static": Method("static", "a smaller model", exits=False, tasks=_ROWS, needs=("num_layers",)),
-    "retrofit": Method("retrofit", "ours: exits for a model that is not to change", labels=False),
+    "retrofit": Method(
+        "retrofit", "ours: exits for a model that is not to change", labels=False, shared_layers=False
+    ),
 }
 
 PUBLISHED_NAMES = {

@@ -101,6 +101,7 @@ class ClassificationTraining:
             )
             check_depth(model.num_layers)
             model.policy.requires_grad_(False)  # fitted on its own, on cached states
+            model.exit_gradient_scale = config.exit_gradient_scale
         else:
             model = FullDepthForSequenceClassification.from_backbone(backbone, **head)
         tokenizer = load_tokenizer(backbone)

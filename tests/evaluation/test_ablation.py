@@ -106,6 +106,16 @@ def test_differences_are_the_variants_minus_the_others_on_the_same_rows() -> Non
     assert differences(question("reward", {}), missing, resamples=50) == []
 
 
+def test_differences_name_the_seeds_that_both_have_and_are_of_these_alone() -> None:
+    whole = [*_cells((1, 2, 3)), cell_of("consistent", 1, name="mrpc"), cell_of(UNIFORM, 2, name="mrpc")]
+    cells = [cell for cell in whole if (cell["label"], cell["set"], cell["seed"]) != ("consistent", "rte", 3)]
+    found = differences(question("reward", {}), cells, resamples=20)
+    assert [(one["set"], one["seeds"]) for one in found] == [("rte", [1, 2])]  # of mrpc they share none
+    expected = differences(question("reward", {}), _cells((1, 2)), resamples=20)
+    assert [one["figures"] for one in found] == [one["figures"] for one in expected]
+    assert [one["difference"] for one in found] == [one["difference"] for one in expected]
+
+
 def test_thirds_are_the_same_rows_for_both_and_in_order_of_hardness() -> None:
     cells = _cells()
     found = thirds(question("reward", {}), cells)

@@ -53,6 +53,18 @@ def test_weighted_sum_loss_weighs_by_layer_number():
     torch.testing.assert_close(weighted_sum_loss(losses), torch.tensor([0.5, 1.0, 1.5, 2.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_sum_loss_is_of_full_precision_under_autocast(dtype: torch.dtype):
+    losses = torch.rand(4, 12, requires_grad=True)
+    expected = weighted_sum_loss(losses)
+    with torch.autocast("cpu", dtype):
+        found = weighted_sum_loss(losses)
+    assert found.dtype == torch.float32
+    assert found.equal(expected)
+    (gradient,) = torch.autograd.grad(found.sum(), losses)
+    assert gradient.equal(torch.autograd.grad(expected.sum(), losses)[0])
+
+
 def test_consistent_loss_is_the_expected_loss_at_the_exit():
     losses = torch.tensor([[1.0, 2.0, 4.0]])
     exit_probs = torch.tensor([[0.5, 0.5, 0.1]])  # leaves with 0.5, 0.25, 0.25

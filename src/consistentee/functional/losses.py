@@ -94,12 +94,13 @@ def weighted_sum_loss(losses: Tensor) -> Tensor:
         losses: (batch, layers).
 
     Returns:
-        (batch,).
+        (batch,), of the losses' precision, under autocast as well.
 
     Source: ConsistentEE (arXiv:2312.11882), initialisation, after PABEE (arXiv:2006.04152).
     """
     weights = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
-    return losses @ (weights / weights.sum())
+    with torch.autocast(losses.device.type, enabled=False):  # which would round losses and weights alike
+        return losses @ (weights / weights.sum())
 
 
 def scale_gradient(values: Tensor, scale: float) -> Tensor:

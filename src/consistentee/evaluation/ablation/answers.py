@@ -49,14 +49,15 @@ def differences(question: Question, cells: Sequence[Cell], *, resamples: int) ->
     """Paired differences of each pair by each criterion, on every set and on their average.
 
     Returns:
-        Plain values: `variant`, `baseline`, `criterion`, `backbone` and `set` (None: the average), `seeds`, `figures`
-        of the variant and `difference`, both as in compare.json's summary.
+        Plain values: `variant`, `baseline`, `criterion`, `backbone` and `set` (None: the average), `seeds` that both
+        have, and on these `figures` of the variant and `difference`, both as in compare.json's summary.
     """
     found: list[dict[str, Any]] = []
     for variant, baseline in question.pairs:
-        both = [cell for cell in cells if cell["label"] in (variant, baseline, REFERENCE)]
-        if {variant, baseline} - {cell["label"] for cell in both}:
+        paired = list(itertools.chain.from_iterable(_by_set((variant, baseline), cells).values()))
+        if not paired:
             continue
+        both = [*(cell for cell in cells if cell["label"] == REFERENCE), *paired]
         for criterion in question.criteria:
             summary = summarise(
                 both, baseline=f"{baseline}/{criterion}", criteria=(criterion,), resamples=resamples

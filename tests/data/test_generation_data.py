@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -61,6 +62,36 @@ def numbered(count: int) -> InstructionDataset:
 
 
 # InstructionDataset
+
+
+@pytest.mark.parametrize(
+    "like",
+    [tuple, np.array, pandas.Series, lambda texts: datasets.Dataset.from_dict({"text": texts})["text"]],
+)
+def test_columns_are_what_is_like_a_list(like: Any) -> None:
+    columns = [[f"{name}{row}" for row in range(4)] for name in ("ask", "about", "answer")]
+    expected = InstructionDataset(*columns, "here")
+    data = InstructionDataset(*map(like, columns), "here")
+    assert len(data) == 4
+    assert data == expected
+    assert data.select([2]) == expected.select([2])
+    history: Any = ((), (("a", "b"),), (), ())
+    talks = InstructionDataset(*map(like, columns), "here", history, like([0, 0, 1, 1]))
+    assert talks.select([1, 2]).history == [(("a", "b"),), ()]
+    assert [list(part) for part in talks.split(0.5, seed=0)] in ([[0, 1], [2, 3]], [[2, 3], [0, 1]])
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ((["a", None], ["", ""], ["b", "c"]), "here, row 2: instructions must be strings, got None"),
+        ((["a"], [""], [3]), "here, row 1: references must be strings, got 3"),
+        (("ab", ["", ""], ["b", "c"]), "texts must be a list of texts, got one text"),
+    ],
+)
+def test_columns_that_are_no_texts(columns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InstructionDataset(*columns, "here")
 
 
 def test_selected_rows_stay_whole() -> None:

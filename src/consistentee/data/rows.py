@@ -6,7 +6,7 @@ import hashlib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -243,6 +243,25 @@ def _column(name: str, texts: Iterable[str], source: str) -> list[str]:
             remedy = 'Correct it, or leave the row out; where there is no input, that is "".'
             raise DataError(problem, file=source, row=number, unit="row", remedy=remedy)
     return column
+
+
+def require_rows(name: str, rows: object, *kinds: type[_Rows]) -> None:
+    """Raise TypeError for what is none of these kinds of rows, such as a `Dataset` of another library.
+
+    Args:
+        name: of the argument.
+        rows: what was given for it.
+        kinds: `TextDataset`, `InstructionDataset` or both.
+    """
+    if isinstance(rows, kinds):
+        return
+    calls = [
+        f"{kind.__name__}({', '.join(field.name for field in fields(kind) if field.default is MISSING)})"  # type: ignore[arg-type]
+        for kind in kinds
+    ]
+    raise TypeError(
+        f"{name} must be a {' or '.join(calls)}, got a {type(rows).__name__}. Make one of its columns."
+    )
 
 
 def split_rows(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:

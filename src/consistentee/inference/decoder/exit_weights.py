@@ -133,10 +133,8 @@ class ExitWeights:
 
 
 def _require_one_device(model: Any) -> None:
-    elsewhere, devices = (
-        weights_elsewhere(model),
-        sorted({str(weight.device) for weight in model.parameters()}),
-    )
+    elsewhere = weights_elsewhere(model)
+    devices = sorted({str(weight.device) for weight in model.parameters()})
     if elsewhere or len(devices) > 1:
         got = f'{len(elsewhere)} elsewhere, such as "{elsewhere[0]}"' if elsewhere else ", ".join(devices)
         raise ValueError(

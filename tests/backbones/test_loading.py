@@ -8,15 +8,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES, build_decoder, load_decoder
-from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES, build_backbone, load_backbone
-from consistentee.backbones.loading import model_source
+from consistentee.backbones.encoders import (
+    SUPPORTED_MODEL_TYPES,
+    architecture_of,
+    build_backbone,
+    load_backbone,
+)
+from consistentee.backbones.loading import load_pretrained, model_source
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -185,3 +192,41 @@ def test_what_can_be_no_name_on_the_hub(
     message = f'Model folder "{name}" does not exist. Check the path; a hub name reads'
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         model_source(name, "Model")
+
+
+def test_threads_leave_the_settings_of_transformers_as_they_were(tmp_path: Path) -> None:
+    """One that begins while another loads must not take the other's silence for what was set."""
+    kind = KINDS["encoder"]
+    kind.build(kind.config()).save_pretrained(tmp_path)
+    inside, done = Event(), Event()
+
+    def slow_row(model_type: Any) -> Any:
+        inside.set()
+        assert done.wait(60)
+        return architecture_of(model_type)
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    try:
+        first = Thread(target=load_pretrained, args=(AutoModel, tmp_path), kwargs={"row_of": slow_row})
+        first.start()
+        assert inside.wait(60)
+        second = Thread(target=_load_until_after, args=(tmp_path, done, first))
+        second.start()
+        first.join()
+        second.join()
+        found = transformers_logging.get_verbosity()
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert found == transformers_logging.WARNING
+
+
+def _load_until_after(folder: Path, done: Event, other: Thread) -> None:
+    """Load while the other does, and end after it."""
+
+    def row(model_type: Any) -> Any:
+        done.set()
+        other.join()
+        return architecture_of(model_type)
+
+    load_pretrained(AutoModel, folder, row_of=row)

@@ -84,6 +84,13 @@ def test_rows_that_are_none(texts: Any, labels: Any, message: str) -> None:
         TextDataset(texts, labels, ("n", "y"), "here")
 
 
+def test_class_names_in_a_list_stay_what_they_are() -> None:
+    """As `features["label"].names` of `datasets` gives them."""
+    data = TextDataset([("a",), ("b",), ("c",)], [0, 1, 0], cast(Any, ["n", "y"]), "here")
+    assert data.label_names == data.select([0, 1, 0]).label_names == ("n", "y")
+    assert data.select([2]).texts == [("c",)]
+
+
 def test_max_samples_keeps_the_classes_their_shares_and_the_rows_their_order() -> None:
     labels = [0] * 60 + [1] * 30 + [2] * 9 + [3]
     data = TextDataset([(str(row),) for row in range(100)], labels, tuple("abcd"), "here")

@@ -9,10 +9,11 @@ import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -27,11 +28,12 @@ from consistentee.data.batches import (
     with_more_tokens,
 )
 from consistentee.data.generation import load_generation_files, load_generation_task, read_prompts
-from consistentee.data.rows import InstructionDataset, split_rows
+from consistentee.data.rows import InstructionDataset, TextDataset, require_rows, split_rows
 from consistentee.data.tasks import GenerationTask, get_task
 from consistentee.data.templates import ALPACA, PLAIN, PromptTemplate, prompt_template
 from consistentee.data.tokenization import encode_prompts, encode_rows
 from consistentee.errors import DataError
+from consistentee.training.train import train
 from tiny import tiny_tokenizer
 from tiny_tokenizers import byte_tokenizer
 
@@ -61,6 +63,47 @@ def numbered(count: int) -> InstructionDataset:
 
 
 # InstructionDataset
+
+
+@pytest.mark.parametrize(
+    "like",
+    [tuple, np.array, pandas.Series, lambda texts: datasets.Dataset.from_dict({"text": texts})["text"]],
+)
+def test_columns_are_what_is_like_a_list(like: Any) -> None:
+    columns = [[f"{name}{row}" for row in range(4)] for name in ("ask", "about", "answer")]
+    expected = InstructionDataset(*columns, "here")
+    data = InstructionDataset(*map(like, columns), "here")
+    assert len(data) == 4
+    assert data == expected
+    assert data.select([2]) == expected.select([2])
+    history: Any = ((), (("a", "b"),), (), ())
+    talks = InstructionDataset(*map(like, columns), "here", history, like([0, 0, 1, 1]))
+    assert talks.select([1, 2]).history == [(("a", "b"),), ()]
+    assert [list(part) for part in talks.split(0.5, seed=0)] in ([[0, 1], [2, 3]], [[2, 3], [0, 1]])
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ((["a", None], ["", ""], ["b", "c"]), "here, row 2: instructions must be strings, got None"),
+        ((["a"], [""], [3]), "here, row 1: references must be strings, got 3"),
+        (("ab", ["", ""], ["b", "c"]), "texts must be a list of texts, got one text"),
+    ],
+)
+def test_columns_that_are_no_texts(columns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InstructionDataset(*columns, "here")
+
+
+def test_rows_of_another_library_are_named() -> None:
+    table = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
+    message = r"rows must be a TextDataset\(texts, labels, label_names, source\), got a Dataset\. Make one of its col"
+    with pytest.raises(TypeError, match=message):
+        require_rows("rows", table, TextDataset)
+    both = r"InstructionDataset\(instructions, inputs, references, source\), got a Dataset"
+    with pytest.raises(TypeError, match=both):
+        train(backbone="none", train_data=cast(Any, table), output_dir="none")
+    require_rows("rows", numbered(1), TextDataset, InstructionDataset)
 
 
 def test_selected_rows_stay_whole() -> None:

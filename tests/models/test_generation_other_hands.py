@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import peft
 import pytest
 import torch
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from consistentee.models.causal_lm import EarlyExitForCausalLM
@@ -59,6 +61,89 @@ def test_trainer_trains_and_evaluates(tmp_path: Path, smoothing: float) -> None:
     inputs = torch.tensor([row["input_ids"] for row in ROWS])
     with torch.no_grad():
         assert torch.equal(opened(inputs).logits, model.eval()(inputs).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_trainer_checkpoints_layers(tmp_path: Path) -> None:
+    rows: Any = ROWS
+    weights = []
+    for checkpointed in (False, True):
+        model = tiny_exit_model("llama")
+        arguments = TrainingArguments(
+            str(tmp_path / "run"),
+            max_steps=2,
+            gradient_checkpointing=checkpointed,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append(model.eval().state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, msg=name)
+    options: Any = {"max_new_tokens": 4, "do_sample": False, "mode": "full"}
+    prompt = torch.tensor([[3, 4, 5]])
+    expected = model.backbone.generate(prompt, max_new_tokens=4, do_sample=False)
+    assert model.generate(prompt, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_another_lm_head(model_type: str) -> None:
+    model = tiny_exit_model(model_type, tie_word_embeddings=False)
+    prompt = torch.tensor([[3, 4, 5]])
+    model.generate(prompt, max_new_tokens=2)  # lays weights out
+    head = torch.nn.Linear(32, VOCABULARY, bias=False)
+    model.set_output_embeddings(head)
+    assert model.get_output_embeddings() is head
+    options: Any = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.backbone.generate(prompt, **options)
+    assert model.generate(prompt, mode="full", **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_pruning_is_seen_by_a_model_that_has_generated(model_type: str) -> None:
+    model = tiny_exit_model(model_type)
+    prompt = torch.tensor([[3, 4, 5], [5, 9, 60]])
+    options: Any = {"max_new_tokens": 8, "do_sample": False}
+    texts = [model.generate(prompt, mode="full", **options).tolist()]
+    linears = [layer for layer in model.backbone.modules() if isinstance(layer, torch.nn.Linear)]
+    for share in (0.3, 0.5, 0.5):
+        for layer in linears:
+            prune.l1_unstructured(layer, "weight", share)
+        texts.append(model.generate(prompt, mode="full", **options).tolist())
+        assert texts[-1] == model.backbone.generate(prompt, **options).tolist() != texts[-2]
+    with torch.no_grad():
+        linears[0].weight_orig.mul_(-3.0)
+    texts.append(model.generate(prompt, mode="full", **options).tolist())
+    assert texts[-1] == model.backbone.generate(prompt, **options).tolist() != texts[-2]
+
+
+def test_layers_of_another_make_are_seen() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    model = tiny_exit_model("llama")
+    prompt = torch.tensor([[5, 9, 60]])
+    options: Any = {"max_new_tokens": 8, "do_sample": False}
+    before = model.generate(prompt, mode="full", **options).tolist()
+    for layer in model.backbone.model.layers:
+        for name in ("q_proj", "v_proj"):
+            getattr(layer.self_attn, name).__class__ = Doubled
+    found = model.generate(prompt, mode="full", **options).tolist()
+    assert found == model.backbone.generate(prompt, **options).tolist() != before
+
+
+def test_weights_that_lie_elsewhere_are_refused() -> None:
+    model = tiny_exit_model("llama")
+    prompt = torch.tensor([[3, 4, 5]])
+    options: Any = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(prompt, mode="full", **options).tolist()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"in memory on one device .*, got \d+ elsewhere, .*device_map"):
+        model.generate(prompt, **options)
+    assert model.generate(prompt, mode="full", use_cache=False, **options).tolist() == expected
 
 
 @pytest.mark.filterwarnings(

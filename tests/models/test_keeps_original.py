@@ -76,6 +76,18 @@ def test_exits_alone_in_shards_come_back(folders: tuple[Path, Path, Any], tmp_pa
         EarlyExitForSequenceClassification.from_pretrained(tmp_path / "shards")
 
 
+@pytest.mark.parametrize("size", ["1GB", "10KB"])
+def test_exits_alone_of_a_variant_come_back(
+    folders: tuple[Path, Path, Any], tmp_path: Path, size: str
+) -> None:
+    _, exits, model = folders
+    model.save_pretrained(tmp_path / "variant", variant="fp16", max_shard_size=size)
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "variant", variant="fp16")
+    found = opened.state_dict()
+    for name, weight in load_file(exits / "model.safetensors").items():
+        assert torch.equal(found[name], weight), name
+
+
 def trained(model: Any, batch: Any) -> Any:
     """The model after two steps of all its weights, in evaluation mode."""
     model.train()

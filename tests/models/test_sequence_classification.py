@@ -290,6 +290,49 @@ def test_return_dict_false_gives_a_tuple(build: Build):
     assert exit_layer.dtype == torch.int64
 
 
+def test_the_configuration_says_what_is_returned(build: Build, tmp_path: Path):
+    """As of Hugging Face's models; an argument wins."""
+    build().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, return_dict=False).eval()
+    assert isinstance(model(**batch_of(TEXTS)), tuple)
+    assert model(**batch_of(TEXTS), return_dict=True).logits.shape == (7, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(build: Build, dtype: torch.dtype):
+    model = build()
+    expected = model(**batch_of(TEXTS))
+    torch.set_default_dtype(dtype)
+    try:
+        found = model(**batch_of(TEXTS))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.exit_layer, expected.exit_layer)
+
+
+@EVERY_TYPE
+def test_layers_can_be_computed_again_in_the_backward_pass(build: Build, model_type: str):
+    """`gradient_checkpointing` of transformers' `Trainer`, where the backbone knows it."""
+    gradients: list[dict[str, Tensor]] = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        model: Any = build(model_type, head_dropout=0.0).train()
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        assert model.supports_gradient_checkpointing == (model_type not in ("albert", "mpnet"))
+        if checkpointed and not model.supports_gradient_checkpointing:
+            with pytest.raises(ValueError, match="does not support"):
+                enable()
+            return
+        if checkpointed:
+            enable()
+        model(**batch_of(TEXTS), labels=torch.arange(7) % 3).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 def test_a_missing_attention_mask_means_every_token_is_real(build: Build):
     model = build()
     batch = batch_of(["a fine film"])
@@ -399,6 +442,7 @@ def test_wrong_values_are_named(
             r'policy_input must be one of state, log_odds, state\+log_odds, signals, state\+signals, got "logits"',
         ),
         ({"criterion": "luck"}, 'criterion must be one of policy, .*, static, got "luck"'),
+        ({"num_labels": 1}, "num_labels must be at least 2, got 1"),
         ({"ensemble_decay": 1.0}, r"ensemble_decay must be in \[0, 1\), got 1.0"),
         ({"policy_dropout": -0.1}, r"policy_dropout must be in \[0, 1\), got -0.1"),
     ],

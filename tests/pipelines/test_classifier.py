@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import accelerate
 import pandas
 import pytest
 import torch
+from torch.nn.utils import prune
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 from consistentee.errors import DataError, SettingError
@@ -170,6 +174,13 @@ def train_a_part(model: Any) -> None:
     model.eval()
 
 
+def prune_twice(model: Any) -> None:
+    for share in (0.3, 0.5):
+        for layer in model.backbone.modules():
+            if isinstance(layer, torch.nn.Linear):
+                prune.l1_unstructured(layer, "weight", share)
+
+
 def put_other_data_in_twice(model: Any) -> None:
     for weight in model.parameters():
         weight.data = weight.data + 0.3
@@ -182,6 +193,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "fused": train_with_a_fused_optimizer,
     "part": train_a_part,
     "data": put_other_data_in_twice,
+    "prune": prune_twice,
 }
 
 
@@ -219,6 +231,65 @@ def test_parts_put_into_the_model_are_followed(folder: Path) -> None:
         found.append(engine.predict(TEXTS, criterion="calibrated_confidence", threshold=0.6))
         assert found[-1] == Engine(saved).predict(TEXTS, criterion="calibrated_confidence", threshold=0.6)
     assert found[0] != found[1]
+
+
+def test_pruning_that_goes_on_is_followed(folder: Path) -> None:
+    """Of what is pruned once more torch changes the mask alone, and of what is trained then the weight under it."""
+    saved = load_model(folder, LoadedClassifier)
+    model: Any = saved.model
+    engine = Engine(saved)
+    prune_twice(model)
+    before = engine.predict(TEXTS)
+    dense = model.backbone.encoder.layer[0].intermediate.dense
+    prune.l1_unstructured(dense, "weight", 0.9)
+    pruned = engine.predict(TEXTS)
+    assert pruned == Engine(saved).predict(TEXTS) != before
+    with torch.no_grad():
+        dense.weight_orig.mul_(-3.0)
+    trained = engine.predict(TEXTS)
+    batch = saved.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**batch)
+    assert [answer.exit_layer for answer in trained] == expected.exit_layer.tolist()
+    scores = expected.logits.softmax(-1).amax(-1)
+    torch.testing.assert_close(torch.tensor([answer.score for answer in trained]), scores, atol=1e-4, rtol=0)
+    assert trained != pruned
+
+
+@pytest.mark.parametrize(
+    "name, values, how",
+    [
+        ("exit_layers", ([2, 3], None), {}),
+        ("ensemble_decay", (0.0, 0.9), {}),
+        ("temperatures", ([0.1, 2.0, 1.0], [2.0, 0.1, 1.0]), {"criterion": "calibrated_confidence"}),
+        ("layer_weights", ([0.1, 2.0, 1.0], [2.0, 0.1, 1.0]), {"criterion": "expert_sum"}),
+    ],
+)
+def test_a_configuration_that_changes_is_followed(
+    folder: Path, name: str, values: tuple[Any, ...], how: dict[str, str]
+) -> None:
+    saved = load_model(folder, LoadedClassifier)
+    engine = Engine(saved)
+    options: dict[str, Any] = {**how, "threshold": 0.55}
+    for value in values:
+        setattr(saved.model.config, name, value)
+        found = engine.predict(TEXTS, **options)
+        assert found == Engine(saved).predict(TEXTS, **options)
+
+
+def test_weights_that_an_engine_cannot_read_are_named(folder: Path) -> None:
+    saved = load_model(folder, LoadedClassifier)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised: Any = torch.ao.quantization.quantize_dynamic(saved.model, {torch.nn.Linear})
+    message = r'must have floating point weights, got "backbone\..*query", a torch\..*Linear\..*dtype="int8"'
+    with pytest.raises(ValueError, match=message):
+        Engine(replace(saved, model=quantised))
+    accelerate.cpu_offload(saved.model, torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"all its weights in memory, got \d+ elsewhere, such as .backbone\."
+    ):
+        Engine(saved)
 
 
 @pytest.mark.filterwarnings(

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -207,12 +208,9 @@ def _check_files(folder: Path, what: str) -> None:
 @contextmanager
 def _loading(name_or_path: str | Path, what: str) -> Iterator[None]:
     """Load in here: without the reports and bars of transformers, and errors say on one line which model it was."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with _QUIET:
+            yield
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -220,10 +218,35 @@ def _loading(name_or_path: str | Path, what: str) -> Iterator[None]:
         is_folder = Path(name_or_path).expanduser().is_dir()
         place = "" if is_folder else " (there is no such folder, so the hub was asked)"
         raise kind(f'{what} "{name_or_path}" could not be loaded{place}: {_problem(error)}') from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+
+
+class _Quiet:
+    """Without the reports and bars of transformers, whose settings are the process's: threads may load side by side."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._verbosity, self._bars = 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._verbosity = transformers_logging.get_verbosity()
+                self._bars = transformers_logging.is_progress_bar_enabled()
+                transformers_logging.set_verbosity(max(self._verbosity, transformers_logging.ERROR))
+                transformers_logging.disable_progress_bar()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                transformers_logging.set_verbosity(self._verbosity)
+                if self._bars:
+                    transformers_logging.enable_progress_bar()
+
+
+_QUIET = _Quiet()
 
 
 def _problem(error: Exception) -> str:

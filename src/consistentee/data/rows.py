@@ -6,7 +6,7 @@ import hashlib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -146,6 +146,7 @@ class TextDataset(_Rows):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "texts", list(text_rows(self.texts, self.source)))
+        object.__setattr__(self, "label_names", tuple(self.label_names))  # lists are one value a row
         if len(self.texts) != len(self.labels):
             raise ValueError(
                 f"texts and labels must be equally many, got {len(self.texts)} and {len(self.labels)}."
@@ -184,6 +185,10 @@ class InstructionDataset(_Rows):
         source: Where the rows come from, for messages and records.
         history: The turns of the conversation before the instruction, one tuple a row; None where no row has any.
         conversations: Which conversation a row is of; rows of one are never split. None where every row stands alone.
+
+    Raises:
+        DataError: An instruction, input or reference is no text.
+        ValueError: They are not equally many, or are one string or a table.
     """
 
     instructions: list[str]
@@ -194,6 +199,11 @@ class InstructionDataset(_Rows):
     conversations: list[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("instructions", "inputs", "references"):
+            object.__setattr__(self, name, _column(name, getattr(self, name), self.source))
+        for name in ("history", "conversations"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, list(getattr(self, name)))
         counts = (len(self.instructions), len(self.inputs), len(self.references))
         if len(set(counts)) > 1:
             raise ValueError(f"instructions, inputs and references must be equally many, got {counts}.")
@@ -221,6 +231,37 @@ class InstructionDataset(_Rows):
     def _parts(self) -> Iterable[Sequence[str]]:
         for (instruction, context, history), reference in zip(self.prompts(), self.references, strict=True):
             yield *(part for turn in history for part in turn), instruction, context, reference
+
+
+def _column(name: str, texts: Iterable[str], source: str) -> list[str]:
+    """One text a row, as a list, whatever holds them."""
+    require_texts(texts)
+    column = list(texts)
+    for number, text in enumerate(column, start=1):
+        if not isinstance(text, str):
+            problem = f"{name} must be strings, got {text!r:.60}."
+            remedy = 'Correct it, or leave the row out; where there is no input, that is "".'
+            raise DataError(problem, file=source, row=number, unit="row", remedy=remedy)
+    return column
+
+
+def require_rows(name: str, rows: object, *kinds: type[_Rows]) -> None:
+    """Raise TypeError for what is none of these kinds of rows, such as a `Dataset` of another library.
+
+    Args:
+        name: of the argument.
+        rows: what was given for it.
+        kinds: `TextDataset`, `InstructionDataset` or both.
+    """
+    if isinstance(rows, kinds):
+        return
+    calls = [
+        f"{kind.__name__}({', '.join(field.name for field in fields(kind) if field.default is MISSING)})"  # type: ignore[arg-type]
+        for kind in kinds
+    ]
+    raise TypeError(
+        f"{name} must be a {' or '.join(calls)}, got a {type(rows).__name__}. Make one of its columns."
+    )
 
 
 def split_rows(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
 from consistentee.data.batches import TokenizedDataset, collate
 from consistentee.data.labels import is_nameless, match_labels
 from consistentee.data.parsing import quoted
-from consistentee.data.rows import TextDataset
+from consistentee.data.rows import TextDataset, require_rows
 from consistentee.data.tasks import TASKS, ClassificationTask
 from consistentee.data.tokenization import tokenize
 from consistentee.evaluation.results import BASELINE, Evaluation, OtherCriterion, Reference, depth_metrics
@@ -142,8 +142,10 @@ def evaluate_model(
         What was found.
 
     Raises:
+        TypeError: other rows than these.
         ValueError: the model has no exits, label names do not agree, or a threshold is missing or does not fit.
     """
+    require_rows("dataset", dataset, TextDataset)
     model = saved.early_exit_model
     criterion, threshold = saved.exit_rule(criteria[0] if criteria else None, threshold, operating_point)
     others = {name: saved.known_threshold(name) for name in criteria[1:]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
-from consistentee.data.rows import InstructionDataset
+from consistentee.data.rows import InstructionDataset, require_rows
 from consistentee.data.templates import PLAIN as PLAIN_TEMPLATE
 from consistentee.data.templates import PromptTemplate
 from consistentee.data.tokenization import encode_prompts
@@ -92,8 +92,10 @@ def evaluate_generation(
 
     Raises:
         MissingExtraError: the packages of the text metrics are not installed.
+        TypeError: other rows than these.
         ValueError: the model has no exits, there is no row, or options that do not fit.
     """
+    require_rows("rows", rows, InstructionDataset)
     if curve_thresholds < 1:
         raise ValueError(f"curve_thresholds must be at least 1, got {curve_thresholds}.")
     for value in text_speedups:

@@ -33,6 +33,11 @@ class BackboneModel(PreTrainedModel):
         self._has_no_weights = torch.empty(0).device.type == "meta"  # `from_pretrained` brings them
 
     @property
+    def supports_gradient_checkpointing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the backbone's layers can be computed again in the backward pass instead of being kept."""
+        return self.backbone.supports_gradient_checkpointing
+
+    @property
     def num_layers(self) -> int:
         """Number of layers, hence of possible exits."""
         return self.config.num_hidden_layers

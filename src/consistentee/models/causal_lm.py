@@ -130,6 +130,10 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         """The backbone's LM head."""
         return decoders.lm_head(self.backbone)
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the backbone another LM head; the exits' own heads stay."""
+        self.backbone.set_output_embeddings(new_embeddings)
+
     def resize_token_embeddings(
         self,
         new_num_tokens: int | None = None,

@@ -186,6 +186,8 @@ class EncoderClassifierConfig(BackboneConfig):
 
     def _check(self) -> None:
         """Raise ValueError for a field that breaks its rule."""
+        if self.num_classes < 2:
+            raise ValueError(f"num_labels must be at least 2, got {self.num_classes}.")
         require_choice("head", self.head, get_args(Head))
         require_choice("pooling", self.pooling, ("cls", "mean"))
         require_range("head_dropout", self.head_dropout, 0, 1, open_end=True)

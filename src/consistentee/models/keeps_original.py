@@ -188,7 +188,7 @@ class KeepsOriginal(BackboneModel):
         config.encoder_config = parts.backbone.config if hasattr(parts, "backbone") else parts.config
         model = cls._on(parts, config)
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        weights = _saved_weights(folder, hub)
+        weights = _saved_weights(folder, options.get("variant"), hub)
         missing = set(model.exit_names()) - weights.keys()
         if missing:
             raise ValueError(
@@ -208,18 +208,26 @@ class _NotTheOriginal(ValueError):
     """Another model lies where the original lay."""
 
 
-def _saved_weights(folder: str, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _saved_weights(folder: str, variant: str | None, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights of a folder or a name on the hub by name, whether one file holds them or several shards.
+
+    Args:
+        folder: or a name on the hub.
+        variant: what is in the files' names before the ending, as in `save_pretrained`; None for nothing.
+        hub: options of finding it.
 
     Raises:
         OSError: there are none.
     """
+    name, index_name = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+    if variant is not None:
+        name, index_name = (f".{variant}.".join(file.rsplit(".", 1)) for file in (name, index_name))
     paths: Any
     try:
-        paths = [cached_file(folder, SAFE_WEIGHTS_NAME, **hub)]
+        paths = [cached_file(folder, name, **hub)]
     except OSError as error:
         try:
-            index: Any = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **hub)
+            index: Any = cached_file(folder, index_name, **hub)
         except OSError:
             raise error from None
         paths, _ = get_checkpoint_shard_files(folder, index, **hub)

@@ -200,7 +200,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
                 its own threshold.
             all_layers: run every layer for every row; by default in training mode only.
             output_attentions, output_hidden_states: there are none to give; adapters of peft name both.
-            return_dict: False returns a tuple of the fields that are set.
+            return_dict: False returns a tuple of the fields that are set; None takes the configuration's.
 
         Raises:
             ValueError: if the threshold does not fit the criterion, rows are longer than the backbone's positions, or
@@ -219,7 +219,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
             output = self._run_with_exits(state, rule, limit)
             if labels is not None:
                 output.loss = nn.functional.cross_entropy(cast(Tensor, output.logits), labels)
-        return output.to_tuple() if return_dict is False else output
+        return _as_asked(output, return_dict, self.config)
 
     def set_policy(self, policy: PolicyNetwork) -> None:
         """Put another policy network into the model; the configuration follows."""
@@ -335,10 +335,11 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
         batch = state.hidden_states.shape[0]
         device = state.hidden_states.device
         rows = torch.arange(batch, device=device)  # which inputs are still inside
-        output_logits = torch.empty(batch, self.config.num_classes, device=device)
+        output_logits = torch.empty(batch, self.config.num_classes, dtype=torch.float32, device=device)
         exit_layer = torch.full((batch,), self.num_layers, device=device)
         passed: Tensor | None = None  # (rows, layers passed, classes), the survivors' predictions so far
-        probs = torch.empty(batch, 0, device=device)  # (rows, layers passed), their exit probabilities
+        # (rows, layers passed), their exit probabilities
+        probs = torch.empty(batch, 0, dtype=torch.float32, device=device)
         reads_policy = EXIT_CRITERIA[criterion].reads_policy
         exit_signals = self.exit_signals(EXIT_CRITERIA[criterion].reads)
         for index, has_exit in enumerate(self.config.has_exit):
@@ -407,8 +408,12 @@ class FullDepthForSequenceClassification(_EncoderClassifier):
         _, logits = self.classifiers(0, state.hidden_states, state.attention_mask)
         logits, labels = logits.float(), flat_labels(labels, len(logits))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+        return _as_asked(SequenceClassifierOutput(loss=loss, logits=logits), return_dict, self.config)
+
+
+def _as_asked(output: Any, return_dict: bool | None, config: EncoderClassifierConfig) -> Any:
+    """The output, or a tuple of its fields that are set."""
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 def _refuse_inner_states(*wanted: bool | None) -> None:

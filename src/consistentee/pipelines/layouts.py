@@ -11,6 +11,7 @@ from consistentee.errors import SettingError
 from consistentee.inference.encoder.backend import Backend, EncoderParts
 from consistentee.inference.encoder.onnx_backend import onnx_backend
 from consistentee.inference.encoder.torch_backend import torch_backend
+from consistentee.inference.other_weights import apply_masks, masks_in, weights_elsewhere
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
@@ -34,7 +35,25 @@ def require_own_classifier(saved: LoadedClassifier) -> None:
             f'Model "{saved.name}" has adapters beside its weights, which an engine copies. Merge them first: '
             "merge_and_unload()."
         )
+    _require_plain_weights(saved)
     require_evaluation_mode(saved)
+
+
+def _require_plain_weights(saved: LoadedClassifier) -> None:
+    """Raise ValueError for weights that are quantised, or not in memory."""
+    elsewhere = weights_elsewhere(saved.model)
+    if elsewhere:
+        raise ValueError(
+            f'Model "{saved.name}" must have all its weights in memory, got {len(elsewhere)} elsewhere, such as '
+            f'"{elsewhere[0]}". Open it without offloading (device_map).'
+        )
+    for name, module in saved.model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+            raise ValueError(
+                f'Model "{saved.name}" must have floating point weights, got "{name}", a {type(module).__module__}.'
+                f'{type(module).__name__}. Open it as it was saved; Engine(..., dtype="int8") quantises by itself.'
+            )
 
 
 def require_evaluation_mode(saved: LoadedClassifier) -> None:
@@ -49,13 +68,15 @@ class SeenWeights:
     """A model's weights as they are now, to tell later whether they have changed or were replaced.
 
     What a training or another part brings is seen by `unseen_changes`, as torch does not count a fused optimiser's
-    writes. What is written in place through `.data` is not seen.
+    writes. What is written in place through `.data` is not seen. Fields of the configuration that an engine lays out
+    count like weights.
 
     Args:
         model: a model of this library.
     """
 
     def __init__(self, model: Any) -> None:
+        apply_masks(model)
         self._model = model
         self._tree: list[nn.Module] = list(model.modules())
         self._parts, weights = self._parts_now(), self._weights_now()
@@ -72,17 +93,21 @@ class SeenWeights:
 
     def _weights_now(self) -> list[Tensor]:
         """All parameters, in a fraction of the time of `parameters()`: they are looked at before every call."""
-        return [
+        own = [
             weight for module in self._tree for weight in module._parameters.values() if weight is not None
         ]
+        return own + [mask for module in self._tree for mask in masks_in(module)]
 
-    def _state_of(self, weights: list[Tensor]) -> tuple[int, ...]:
+    def _state_of(self, weights: list[Tensor]) -> tuple[Any, ...]:
         is_counted = not any(map(Tensor.is_inference, weights[:1]))
         writes = sum(map(_WRITES, weights)) if is_counted else 0
-        return self._model.unseen_changes, writes, hash(tuple(map(Tensor.data_ptr, weights)))
+        fields = [str(getattr(self._model.config, name, None)) for name in _LAID_OUT]
+        return self._model.unseen_changes, writes, hash(tuple(map(Tensor.data_ptr, weights))), *fields
 
 
 _WRITES = attrgetter("_version")
+_LAID_OUT = ("exit_layers", "ensemble_decay", "temperatures", "layer_weights")
+"""Fields of the configuration that scores and graphs are made of."""
 
 
 def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:

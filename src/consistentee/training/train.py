@@ -18,7 +18,7 @@ from consistentee.config import (
     TrainingConfig,
 )
 from consistentee.data.literal import read_special_tokens
-from consistentee.data.rows import InstructionDataset, Text, TextDataset
+from consistentee.data.rows import InstructionDataset, Text, TextDataset, require_rows
 from consistentee.data.spooled import SpooledTexts
 from consistentee.errors import SettingError
 from consistentee.models.keeps_original import check_single_label
@@ -221,6 +221,7 @@ def _task_of(
     backbone: str | Path,
 ) -> TrainingTask:
     """The task of the data, with its settings."""
+    require_rows("train_data", data, TextDataset, InstructionDataset)
     rows = isinstance(data, TextDataset)
     config_class = ClassificationTrainingConfig if rows else GenerationTrainingConfig
     config = config_class() if config is None else config

@@ -16,6 +16,7 @@ from consistentee.inference.decoder.kv_cache import DecoderCache
 from consistentee.inference.decoder.screened_argmax import ScreenedArgmax
 from consistentee.inference.decoder.state_propagation import StatePropagation
 from consistentee.inference.decoder.weights import Map, active_module, affine_norm, weight_signature
+from consistentee.inference.other_weights import apply_masks, weights_elsewhere
 
 
 class ExitWeights:
@@ -23,9 +24,14 @@ class ExitWeights:
 
     Args:
         model: an `EarlyExitForCausalLM`.
+
+    Raises:
+        ValueError: weights are not in memory, or on several devices.
     """
 
     def __init__(self, model: Any) -> None:
+        _require_one_device(model)
+        apply_masks(model)
         self.model = model
         self.decoder = FunctionalDecoder(model.backbone)
         self.heads: ExitHeads = model.exit_heads
@@ -39,7 +45,8 @@ class ExitWeights:
         """What lossless decoding learnt about its speed, by how it was asked to draft; gone when the weights change."""
 
     def signature(self) -> tuple[Any, ...]:
-        """Tells whether these are still the model's weights, see `weight_signature`."""
+        """Tells whether these are still the model's weights, see `weight_signature`; errors as of the class."""
+        _require_one_device(self.model)
         return weight_signature(self.model, _copied_weights(self.model))
 
     @property
@@ -123,6 +130,17 @@ class ExitWeights:
         members = [(layers == layer).nonzero().squeeze(1) for layer in sorted(distinct)]
         parts = [run(layer - 1, normed[own]) for layer, own in zip(sorted(distinct), members, strict=True)]
         return torch.cat(parts)[torch.cat(members).argsort()]
+
+
+def _require_one_device(model: Any) -> None:
+    elsewhere = weights_elsewhere(model)
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if elsewhere or len(devices) > 1:
+        got = f'{len(elsewhere)} elsewhere, such as "{elsewhere[0]}"' if elsewhere else ", ".join(devices)
+        raise ValueError(
+            f"weights must be in memory on one device to generate with exits, got {got}. Open the model without a "
+            'device_map that splits it, or generate with mode="full" and use_cache=False.'
+        )
 
 
 def _copied_weights(model: Any) -> list[Tensor]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from consistentee.inference.other_weights import masks_in
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -96,19 +98,21 @@ def active_module(module: Any) -> Any:
 
 
 def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[Any, ...]:
-    """Tells whether weights were replaced or changed in place since, or adapters switched.
+    """Tells whether weights or modules were replaced or weights changed in place since, or adapters switched.
 
     Args:
         model: whose weights.
         copied: those of which there are copies. They are read, as torch does not count what is written through `.data`.
             The 46 million of SmolLM2-135M take a third to a half of the time of one token at full depth.
     """
+    masks = [mask for module in model.modules() for mask in masks_in(module)]
     counted = tuple(
         (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
-        for weight in model.parameters()
+        for weight in (*model.parameters(), *masks)
     )
-    read = torch.stack([_checksum(weight) for weight in copied]).tolist() if copied else []
-    return (*counted, *_adapter_states(model), *read)
+    read = [*copied, *masks]
+    sums = torch.stack([_checksum(weight) for weight in read]).tolist() if read else []
+    return (*counted, *_adapter_states(model), *map(type, model.modules()), *sums)
 
 
 def _adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:

@@ -70,14 +70,14 @@ def numbered(count: int) -> InstructionDataset:
     [tuple, np.array, pandas.Series, lambda texts: datasets.Dataset.from_dict({"text": texts})["text"]],
 )
 def test_columns_are_what_is_like_a_list(like: Any) -> None:
-    columns = [[f"{name}{row}" for row in range(4)] for name in ("ask", "about", "answer")]
-    expected = InstructionDataset(*columns, "here")
-    data = InstructionDataset(*map(like, columns), "here")
+    asked, about, answered = ([f"{name}{row}" for row in range(4)] for name in ("ask", "about", "answer"))
+    expected = InstructionDataset(asked, about, answered, "here")
+    data = InstructionDataset(like(asked), like(about), like(answered), "here")
     assert len(data) == 4
     assert data == expected
     assert data.select([2]) == expected.select([2])
     history: Any = ((), (("a", "b"),), (), ())
-    talks = InstructionDataset(*map(like, columns), "here", history, like([0, 0, 1, 1]))
+    talks = InstructionDataset(like(asked), like(about), like(answered), "here", history, like([0, 0, 1, 1]))
     assert talks.select([1, 2]).history == [(("a", "b"),), ()]
     assert [list(part) for part in talks.split(0.5, seed=0)] in ([[0, 1], [2, 3]], [[2, 3], [0, 1]])
 
@@ -92,7 +92,7 @@ def test_columns_are_what_is_like_a_list(like: Any) -> None:
 )
 def test_columns_that_are_no_texts(columns: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        InstructionDataset(*columns, "here")
+        InstructionDataset(columns[0], columns[1], columns[2], "here")
 
 
 def test_rows_of_another_library_are_named() -> None:

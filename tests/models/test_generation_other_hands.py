@@ -68,7 +68,7 @@ def test_trainer_checkpoints_layers(tmp_path: Path) -> None:
     rows: Any = ROWS
     weights = []
     for checkpointed in (False, True):
-        model = tiny_exit_model("llama")
+        model: Any = tiny_exit_model("llama")
         arguments = TrainingArguments(
             str(tmp_path / "run"),
             max_steps=2,
@@ -90,7 +90,7 @@ def test_trainer_checkpoints_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
 def test_another_lm_head(model_type: str) -> None:
-    model = tiny_exit_model(model_type, tie_word_embeddings=False)
+    model: Any = tiny_exit_model(model_type, tie_word_embeddings=False)
     prompt = torch.tensor([[3, 4, 5]])
     model.generate(prompt, max_new_tokens=2)  # lays weights out
     head = torch.nn.Linear(32, VOCABULARY, bias=False)
@@ -103,7 +103,7 @@ def test_another_lm_head(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_pruning_is_seen_by_a_model_that_has_generated(model_type: str) -> None:
-    model = tiny_exit_model(model_type)
+    model: Any = tiny_exit_model(model_type)
     prompt = torch.tensor([[3, 4, 5], [5, 9, 60]])
     options: Any = {"max_new_tokens": 8, "do_sample": False}
     texts = [model.generate(prompt, mode="full", **options).tolist()]
@@ -114,7 +114,7 @@ def test_pruning_is_seen_by_a_model_that_has_generated(model_type: str) -> None:
         texts.append(model.generate(prompt, mode="full", **options).tolist())
         assert texts[-1] == model.backbone.generate(prompt, **options).tolist() != texts[-2]
     with torch.no_grad():
-        linears[0].weight_orig.mul_(-3.0)
+        linears[0].get_parameter("weight_orig").mul_(-3.0)
     texts.append(model.generate(prompt, mode="full", **options).tolist())
     assert texts[-1] == model.backbone.generate(prompt, **options).tolist() != texts[-2]
 
@@ -124,7 +124,7 @@ def test_layers_of_another_make_are_seen() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
-    model = tiny_exit_model("llama")
+    model: Any = tiny_exit_model("llama")
     prompt = torch.tensor([[5, 9, 60]])
     options: Any = {"max_new_tokens": 8, "do_sample": False}
     before = model.generate(prompt, mode="full", **options).tolist()
@@ -136,7 +136,7 @@ def test_layers_of_another_make_are_seen() -> None:
 
 
 def test_weights_that_lie_elsewhere_are_refused() -> None:
-    model = tiny_exit_model("llama")
+    model: Any = tiny_exit_model("llama")
     prompt = torch.tensor([[3, 4, 5]])
     options: Any = {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(prompt, mode="full", **options).tolist()
@@ -193,7 +193,7 @@ class TestLora:
             assert output.exit_layers.tolist() == expected.exit_layers.tolist()
 
     def test_merging_is_seen_by_a_model_that_has_generated(self) -> None:
-        model = tiny_exit_model("llama")
+        model: Any = tiny_exit_model("llama")
         prompt = torch.tensor([[3, 4, 5]])
         before = model.generate(prompt, max_new_tokens=8, do_sample=False)
         adapted: Any = peft.get_peft_model(model, self.config(init_lora_weights=False))
@@ -208,7 +208,7 @@ class TestLora:
 @pytest.mark.parametrize("exit_head", ["shared", "low_rank", "separate"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
 def test_embeddings_can_be_resized(tmp_path: Path, model_type: str, exit_head: str, tied: bool) -> None:
-    model = tiny_exit_model(model_type, exit_head, tie_word_embeddings=tied)
+    model: Any = tiny_exit_model(model_type, exit_head, tie_word_embeddings=tied)
     prompt = torch.tensor([[3, 4, 5]])
     options: Any = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     model.generate(prompt, **options)  # lays weights out

@@ -25,5 +25,14 @@ def masks_in(module: nn.Module) -> Iterator[Tensor]:
 
 
 def weights_elsewhere(model: nn.Module) -> list[str]:
-    """Names of the weights that are not in memory: what accelerate offloaded, or nothing gave values yet."""
-    return [name for name, weight in model.named_parameters() if weight.is_meta]
+    """Names of the weights that are not in memory: accelerate offloaded them, or nothing gave them values yet.
+
+    None where the whole model was opened without weights, for its shapes alone.
+    """
+    weights = dict(model.named_parameters())
+    elsewhere = [name for name, weight in weights.items() if weight.is_meta]
+    if len(elsewhere) < len(weights):
+        return elsewhere
+    from accelerate.utils import has_offloaded_params
+
+    return elsewhere if any(has_offloaded_params(module) for module in model.modules()) else []

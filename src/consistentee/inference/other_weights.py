@@ -27,7 +27,7 @@ def masks_in(module: nn.Module) -> Iterator[Tensor]:
 def weights_elsewhere(model: nn.Module) -> list[str]:
     """Names of the weights that are not in memory: accelerate offloaded them, or nothing gave them values yet.
 
-    None where the whole model was opened without weights, for its shapes alone.
+    Empty where the whole model was opened without weights, for its shapes alone.
     """
     weights = dict(model.named_parameters())
     elsewhere = [name for name, weight in weights.items() if weight.is_meta]

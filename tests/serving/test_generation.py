@@ -155,6 +155,16 @@ def test_conversations(generator: TextGenerator, client: httpx.Client) -> None:
     assert client.get("models").json()["data"][0]["id"] == generator.saved.name.split("/")[-1]
 
 
+def test_an_empty_question_keeps_what_was_said_before_it(
+    generator: TextGenerator, client: httpx.Client
+) -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": ""}]
+    answer = ask(client, "chat/completions", messages=messages, max_tokens=5)
+    wanted = written(generator, "Be kind.\n\n<>", max_new_tokens=5)
+    assert answer["choices"][0]["message"]["content"] == wanted.text
+    assert answer["usage"]["prompt_tokens"] == len(generator.encode_text("Be kind.\n\n<>"))
+
+
 def test_null_is_as_if_it_were_missing(client: httpx.Client) -> None:
     """Also in messages: what OpenAI's client dumps of an answer goes into the next question."""
     said = {"role": "assistant", "content": "two", "refusal": None, "annotations": None, "tool_calls": None}

@@ -165,6 +165,13 @@ def test_an_empty_question_keeps_what_was_said_before_it(
     assert answer["usage"]["prompt_tokens"] == len(generator.encode_text("Be kind.\n\n<>"))
 
 
+def test_parts_of_a_message_stand_on_lines_of_their_own_as_in_training(client: httpx.Client) -> None:
+    parts = [{"type": "text", "text": text} for text in ("one", "two?")]
+    asked = [{"role": "user", "content": content} for content in (parts, "one\ntwo?")]
+    usages = [ask(client, "chat/completions", messages=[message], max_tokens=5)["usage"] for message in asked]
+    assert usages[0] == usages[1]
+
+
 def test_null_is_as_if_it_were_missing(client: httpx.Client) -> None:
     """Also in messages: what OpenAI's client dumps of an answer goes into the next question."""
     said = {"role": "assistant", "content": "two", "refusal": None, "annotations": None, "tool_calls": None}

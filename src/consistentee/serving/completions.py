@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from consistentee.data.conversations import joined_parts
 from consistentee.data.templates import Turn
 from consistentee.errors import require_extra
 from consistentee.pipelines.decoding_options import LEAST_TEMPERATURE, DecodingOptions
@@ -233,18 +234,11 @@ def _turns(messages: object) -> list[Turn]:
 
 
 def _content(content: object, place: int) -> str:
-    """A message's text: a string, or OpenAI's list of parts of text."""
-    if isinstance(content, list):
-        parts = cast("list[Any]", content)
-        texts: list[str] = []
-        for part in parts:
-            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            texts += [text] if isinstance(text, str) else []
-        if len(texts) == len(parts):
-            content = "".join(texts)
-    if not isinstance(content, str):
+    """A message's text: a string, or OpenAI's list of parts of text, which are put together as in training."""
+    text = joined_parts(content)
+    if not isinstance(text, str):
         refuse(f"The content of message {place} must be text.")
-    return content
+    return text
 
 
 def text_handler(service: GeneratorService, *, is_chat: bool) -> Handler:

@@ -297,6 +297,12 @@ def test_the_hubs_client(generator: TextGenerator, url: str, monkeypatch: pytest
             "include_obfuscation is not supported",
         ),
         ("completions", {"prompt": "a", "temperature": -1}, 422, "temperature must be above 0"),
+        (
+            "completions",
+            {"prompt": "a", "temperature": 10**400, "mode": "lossless"},
+            422,
+            "temperature must be a number that a float holds",
+        ),
         ("completions", {"prompt": "a", "stop": [""]}, 422, "stop must hold"),
         ("completions", {"prompt": "a", "mode": "fast"}, 422, "mode must be one of"),
         ("chat/completions", {"messages": []}, 422, "not empty"),

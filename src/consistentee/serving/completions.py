@@ -40,6 +40,7 @@ from consistentee.serving.requests import (
     refuse,
     shutting_down,
     take,
+    take_number,
 )
 
 MOST_STOPS = 16
@@ -165,8 +166,9 @@ def _limit(
 
 
 def _options(values: Mapping[str, Any], saved_mode: str | None) -> DecodingOptions:
-    numbers = ("temperature", "top_p", "threshold")
-    temperature, top_p, threshold = (take(values, name, (int, float), "a number", None) for name in numbers)
+    temperature, top_p, threshold = (
+        take_number(values, name) for name in ("temperature", "top_p", "threshold")
+    )
     seed = take(values, "seed", int, "a whole number", None)
     stop = take(values, "stop", (str, list), "a string or a list of strings", [])
     stops = [stop] if isinstance(stop, str) else stop
@@ -188,14 +190,14 @@ def _options(values: Mapping[str, Any], saved_mode: str | None) -> DecodingOptio
         return DecodingOptions(
             mode=mode,
             criterion=take(values, "criterion", str, "a string", None),
-            threshold=None if threshold is None else float(threshold),
+            threshold=threshold,
             do_sample=draws,
-            temperature=float(temperature) if draws else None,
-            top_p=None if not draws or top_p is None or top_p == 1 else float(top_p),
+            temperature=temperature if draws else None,
+            top_p=None if not draws or top_p == 1 else top_p,
             seed=seed if draws else None,
             stop=stops,
         )
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         refuse(str(error))
 
 

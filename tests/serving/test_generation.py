@@ -319,6 +319,13 @@ def test_refused(url: str, path: str, values: dict[str, Any], status: int, messa
     assert any(part in answer.json()["error"]["message"] for part in message.split("|"))
 
 
+def test_the_prompt_that_is_wrong_is_named(client: httpx.Client) -> None:
+    body = json.dumps({"model": "any", "prompt": ["a", "b", "\ud800"]})
+    answer = client.post("completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"].startswith("prompt 3: Character 1 is half a surrogate pair")
+
+
 def test_prompts_are_written_together_and_the_short_one_ends_first(generator: TextGenerator) -> None:
     service = GeneratorService(generator)
     ended: list[str] = []

@@ -17,8 +17,9 @@ from typing import Any, cast
 
 from consistentee.data.conversations import joined_parts
 from consistentee.data.templates import Turn
-from consistentee.errors import require_extra
+from consistentee.errors import DataError, require_extra
 from consistentee.pipelines.decoding_options import LEAST_TEMPERATURE, DecodingOptions
+from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving.app import (
     Handler,
     Receive,
@@ -128,7 +129,9 @@ async def read_text_request(
         else:
             texts = _prompts(values.get("prompt"), service.limits.max_batch)
             prompts = await service.encoded(
-                lambda generator: [generator.encode_text(text) for text in texts],
+                lambda generator: [
+                    _encoded_text(generator, text, place) for place, text in enumerate(texts, start=1)
+                ],
                 characters=[len(text) for text in texts],
                 accepted=accepted,
             )
@@ -149,6 +152,14 @@ async def read_text_request(
         refuse("include_obfuscation is not supported: leave it out.")
     with_usage = take(stream_options, "include_usage", bool, "true or false", False)
     return TextRequest(prompts, limits, options, is_chat, is_stream, with_usage, accepted)
+
+
+def _encoded_text(generator: TextGenerator, text: str, place: int) -> list[int]:
+    """Token ids of a text to go on with; an error names its place among the prompts."""
+    try:
+        return generator.encode_text(text)
+    except DataError as error:
+        raise DataError(error.problem, row=place, unit="prompt", remedy=error.remedy) from error
 
 
 def _limit(

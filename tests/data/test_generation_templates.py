@@ -65,6 +65,17 @@ def test_where_nothing_is_asked_there_is_no_prompt(chat_tokenizer: PreTrainedTok
         assert template.render("", "") == ""
 
 
+def test_an_empty_question_keeps_what_was_said_before_it(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    before = [("system", "Be kind."), ("user", "a"), ("assistant", "b")]
+    assert PLAIN.render("", "", before) == "Be kind.\n\nab\n\n"
+    chat = prompt_template("chat", chat_tokenizer)
+    assert chat.render("", "", before[:1]) == "[system] Be kind.[SEP][user] [SEP][assistant] "
+    for template in (ALPACA, chat):
+        text = "".join(text for text, _ in template.parts("", "", before))
+        assert text == template.render("", "", before)
+        assert "Be kind." in text
+
+
 def test_auto_takes_chat_where_there_is_one(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     for spec in (None, "auto"):
         assert prompt_template(spec, chat_tokenizer).name == "chat"

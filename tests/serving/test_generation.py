@@ -155,6 +155,23 @@ def test_conversations(generator: TextGenerator, client: httpx.Client) -> None:
     assert client.get("models").json()["data"][0]["id"] == generator.saved.name.split("/")[-1]
 
 
+def test_an_empty_question_keeps_what_was_said_before_it(
+    generator: TextGenerator, client: httpx.Client
+) -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": ""}]
+    answer = ask(client, "chat/completions", messages=messages, max_tokens=5)
+    wanted = written(generator, "Be kind.\n\n<>", max_new_tokens=5)
+    assert answer["choices"][0]["message"]["content"] == wanted.text
+    assert answer["usage"]["prompt_tokens"] == len(generator.encode_text("Be kind.\n\n<>"))
+
+
+def test_parts_of_a_message_stand_on_lines_of_their_own_as_in_training(client: httpx.Client) -> None:
+    parts = [{"type": "text", "text": text} for text in ("one", "two?")]
+    asked = [{"role": "user", "content": content} for content in (parts, "one\ntwo?")]
+    usages = [ask(client, "chat/completions", messages=[message], max_tokens=5)["usage"] for message in asked]
+    assert usages[0] == usages[1]
+
+
 def test_null_is_as_if_it_were_missing(client: httpx.Client) -> None:
     """Also in messages: what OpenAI's client dumps of an answer goes into the next question."""
     said = {"role": "assistant", "content": "two", "refusal": None, "annotations": None, "tool_calls": None}
@@ -280,6 +297,12 @@ def test_the_hubs_client(generator: TextGenerator, url: str, monkeypatch: pytest
             "include_obfuscation is not supported",
         ),
         ("completions", {"prompt": "a", "temperature": -1}, 422, "temperature must be above 0"),
+        (
+            "completions",
+            {"prompt": "a", "temperature": 10**400, "mode": "lossless"},
+            422,
+            "temperature must be a number that a float holds",
+        ),
         ("completions", {"prompt": "a", "stop": [""]}, 422, "stop must hold"),
         ("completions", {"prompt": "a", "mode": "fast"}, 422, "mode must be one of"),
         ("chat/completions", {"messages": []}, 422, "not empty"),
@@ -294,6 +317,13 @@ def test_refused(url: str, path: str, values: dict[str, Any], status: int, messa
         return  # a tokenizer that begins every text with a token has something to go on with
     assert answer.status_code == status, answer.text
     assert any(part in answer.json()["error"]["message"] for part in message.split("|"))
+
+
+def test_the_prompt_that_is_wrong_is_named(client: httpx.Client) -> None:
+    body = json.dumps({"model": "any", "prompt": ["a", "b", "\ud800"]})
+    answer = client.post("completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"].startswith("prompt 3: Character 1 is half a surrogate pair")
 
 
 def test_prompts_are_written_together_and_the_short_one_ends_first(generator: TextGenerator) -> None:

@@ -90,14 +90,14 @@ def _turn(table: Table, row: int, column: str, number: int, turn: Any) -> Turn:
                 remedy = f"Known roles: {quoted(ROLES)}. Leave the turn out, or give it one of these."
                 raise table.error(row, problem, remedy)
             name = f"{column}, turn {number}"
-            (text,) = table.texts_of(row, {name: _joined(turn[text_key])}, (name,))
+            (text,) = table.texts_of(row, {name: joined_parts(turn[text_key])}, (name,))
             return ROLES[role], text.strip()
     problem = f'Turn {number} in column "{column}" has no role and content (or from and value).'
     raise table.error(row, problem, f"Write {_EXAMPLE}.")
 
 
-def _joined(content: Any) -> Any:
-    """The text of a content in parts, if all of them are text; any other content as it is."""
+def joined_parts(content: Any) -> Any:
+    """The text of a content in parts, each on lines of its own, if all of them are text; any other content as it is."""
     if isinstance(content, list) and all(
         isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
         for part in content

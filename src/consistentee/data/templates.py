@@ -76,7 +76,8 @@ class PromptTemplate:
             history: The turns before, a system's first, if there is one, then a user's and an assistant's in turn.
 
         Returns:
-            The text. It is "" where instruction and input are: nothing is asked, the response is all of the text.
+            The text. It is "" where instruction, input and history are empty: nothing is asked, the response is all of
+            the text.
 
         Raises:
             DataError: The chat template refuses the conversation.
@@ -84,7 +85,7 @@ class PromptTemplate:
         if self.tokenizer is None:
             return "".join(text for text, _ in self.parts(instruction, input, history))
         asked = _asked(instruction, input)
-        return self._chat([*history, ("user", asked)]) if asked else ""
+        return self._chat([*history, ("user", asked)]) if asked or history else ""
 
     def parts(
         self, instruction: str, input: str = "", history: Sequence[Turn] = ()
@@ -94,7 +95,7 @@ class PromptTemplate:
         The pieces together are what `render` gives, unless a chat template looks into the texts or changes more of them
         than the space around.
         """
-        if not instruction and not input:
+        if not instruction and not input and not history:
             return []
         if self.tokenizer is not None:
             return self._chat_parts([*history, ("user", _asked(instruction, input))])

@@ -15,9 +15,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from consistentee.data.conversations import joined_parts
 from consistentee.data.templates import Turn
-from consistentee.errors import require_extra
+from consistentee.errors import DataError, require_extra
 from consistentee.pipelines.decoding_options import LEAST_TEMPERATURE, DecodingOptions
+from consistentee.pipelines.generator import TextGenerator
 from consistentee.serving.app import (
     Handler,
     Receive,
@@ -39,6 +41,7 @@ from consistentee.serving.requests import (
     refuse,
     shutting_down,
     take,
+    take_number,
 )
 
 MOST_STOPS = 16
@@ -126,7 +129,9 @@ async def read_text_request(
         else:
             texts = _prompts(values.get("prompt"), service.limits.max_batch)
             prompts = await service.encoded(
-                lambda generator: [generator.encode_text(text) for text in texts],
+                lambda generator: [
+                    _encoded_text(generator, text, place) for place, text in enumerate(texts, start=1)
+                ],
                 characters=[len(text) for text in texts],
                 accepted=accepted,
             )
@@ -149,6 +154,14 @@ async def read_text_request(
     return TextRequest(prompts, limits, options, is_chat, is_stream, with_usage, accepted)
 
 
+def _encoded_text(generator: TextGenerator, text: str, place: int) -> list[int]:
+    """Token ids of a text to go on with; an error names its place among the prompts."""
+    try:
+        return generator.encode_text(text)
+    except DataError as error:
+        raise DataError(error.problem, row=place, unit="prompt", remedy=error.remedy) from error
+
+
 def _limit(
     prompt_tokens: int, longest: int | None, options: DecodingOptions, service: GeneratorService
 ) -> int:
@@ -164,8 +177,9 @@ def _limit(
 
 
 def _options(values: Mapping[str, Any], saved_mode: str | None) -> DecodingOptions:
-    numbers = ("temperature", "top_p", "threshold")
-    temperature, top_p, threshold = (take(values, name, (int, float), "a number", None) for name in numbers)
+    temperature, top_p, threshold = (
+        take_number(values, name) for name in ("temperature", "top_p", "threshold")
+    )
     seed = take(values, "seed", int, "a whole number", None)
     stop = take(values, "stop", (str, list), "a string or a list of strings", [])
     stops = [stop] if isinstance(stop, str) else stop
@@ -187,14 +201,14 @@ def _options(values: Mapping[str, Any], saved_mode: str | None) -> DecodingOptio
         return DecodingOptions(
             mode=mode,
             criterion=take(values, "criterion", str, "a string", None),
-            threshold=None if threshold is None else float(threshold),
+            threshold=threshold,
             do_sample=draws,
-            temperature=float(temperature) if draws else None,
-            top_p=None if not draws or top_p is None or top_p == 1 else float(top_p),
+            temperature=temperature if draws else None,
+            top_p=None if not draws or top_p == 1 else top_p,
             seed=seed if draws else None,
             stop=stops,
         )
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         refuse(str(error))
 
 
@@ -233,18 +247,11 @@ def _turns(messages: object) -> list[Turn]:
 
 
 def _content(content: object, place: int) -> str:
-    """A message's text: a string, or OpenAI's list of parts of text."""
-    if isinstance(content, list):
-        parts = cast("list[Any]", content)
-        texts: list[str] = []
-        for part in parts:
-            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            texts += [text] if isinstance(text, str) else []
-        if len(texts) == len(parts):
-            content = "".join(texts)
-    if not isinstance(content, str):
+    """A message's text: a string, or OpenAI's list of parts of text, which are put together as in training."""
+    text = joined_parts(content)
+    if not isinstance(text, str):
         refuse(f"The content of message {place} must be text.")
-    return content
+    return text
 
 
 def text_handler(service: GeneratorService, *, is_chat: bool) -> Handler:

@@ -129,6 +129,24 @@ def take(
     return value
 
 
+def take_number(values: Mapping[str, Any], name: str) -> float | None:
+    """A field's number as a float, or None where it is missing or null; JSON has numbers that no float holds.
+
+    Raises:
+        RefusedRequest: it is none, or too large.
+    """
+    value = take(values, name, (int, float), "a number", None)
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
+    if number in (float("inf"), float("-inf")):
+        refuse(f"{name} must be a number that a float holds, got {_shown(value)}.")
+    return number
+
+
 def check_names(values: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raise RefusedRequest for a field that is not known, as it would have no effect; null is as if it were missing."""
     unknown = next((name for name, value in values.items() if name not in known and value is not None), None)
@@ -197,14 +215,13 @@ def read_predict(
     if direction.lower() != truncation_side:
         side = truncation_side.capitalize()
         refuse(f'truncation_direction must be "{side}", as this model cuts, got {_shown(direction)}.')
-    threshold = take(values, "threshold", (int, float), "a number", None)
     return PredictRequest(
         texts,
         is_batch or parameters is not None,
         take(values, "truncate", bool, "true or false", True),
         take(values, "raw_scores", bool, "true or false", False) or _raw(parameters or {}),
         take(values, "operating_point", str, "a string", None),
-        None if threshold is None else _finite("threshold", threshold),
+        take_number(values, "threshold"),
         _top_k(parameters or {}),
     )
 
@@ -250,17 +267,6 @@ def _texts(inputs: object, is_pair_model: bool, max_batch: int) -> tuple[list[tu
     if len({len(parts) for parts in found}) > 1:
         refuse("inputs must be all single texts or all pairs, got both.")
     return found, True
-
-
-def _finite(name: str, value: float) -> float:
-    """A number as a float; JSON has whole numbers that are none."""
-    try:
-        number = float(value)
-    except OverflowError:
-        number = float("inf")
-    if number in (float("inf"), float("-inf")):
-        refuse(f"{name} must be a number that a float holds, got {_shown(value)}.")
-    return number
 
 
 def _shown(value: object) -> str:

@@ -358,7 +358,7 @@ def _outcome(found: Calibration) -> list[str]:
             f"{found.rows_needed:,} can."
         ]
     depth, what = found.num_hidden_layers, _losses(found.goal, found.losses or 0)
-    head = f"{found.criterion} threshold {digits(found.threshold)}: {what}"
+    head = f"{found.criterion} threshold {digits(found.threshold, 4)}: {what}"
     speed = (
         f"Layer speed-up {found.layer_speedup:.2f}x: {found.mean_exit_layer:.2f} of {depth} layers on average. "
         f"Agreement with {target} {_share(found.agreement or 0, 2)}"

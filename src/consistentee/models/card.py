@@ -267,7 +267,7 @@ def _validated(validation: Mapping[str, Any], quality: str) -> TableRows:
 
 def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     return [
-        (name, digits(point["threshold"], 6), _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
+        (name, digits(point["threshold"]), _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
     ]
 
@@ -277,7 +277,7 @@ def _by_loss(points: Sequence[Mapping[str, Any]], validation: Mapping[str, Any])
     return [
         (
             f"{100 * at['max_loss']:g}",
-            digits(at["threshold"], 6),
+            digits(at["threshold"]),
             f"{100 * (validation['full_depth_accuracy'] - at['accuracy']):.2f}",
             f"{at['layer_speedup']:.2f}x",
         )

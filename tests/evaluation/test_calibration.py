@@ -141,6 +141,14 @@ def test_a_speedup_is_chosen_on_some_rows_and_judged_on_the_others() -> None:
     assert (again.threshold, again.losses) == (found.threshold, 0)
 
 
+def test_what_is_bounded_is_not_rounded_down() -> None:
+    logits, probs, _ = outputs(400)
+    found = calibrate_layers(logits, probs, goal="min_speedup", target=2.0)
+    for bound, said in ((0.019642, "1.97"), (0.0196, "1.96"), (0.00003, "0.01")):
+        first = calibration_lines(replace(found, bound=bound))[0]
+        assert f"at most {said} % of all" in first
+
+
 def test_bounds_at_a_chosen_speedup_hold() -> None:
     """On 200 draws of rows the bound is below the table's truth no more often than stated."""
     logits, probs, _ = outputs(20_000, seed=1)

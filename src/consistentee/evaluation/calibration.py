@@ -31,7 +31,7 @@ from consistentee.errors import DataError
 from consistentee.evaluation.agreement import unlabelled_rows
 from consistentee.evaluation.classification import class_columns, predict_classes, run_layers
 from consistentee.evaluation.layer_times import LayerTimes, times_on
-from consistentee.functional.bounds import smallest_certifiable_rows
+from consistentee.functional.bounds import at_most, smallest_certifiable_rows
 from consistentee.functional.certificates import Certified, bound_at, certify, threshold_for_speedup
 from consistentee.functional.criteria import digits, exit_scores
 from consistentee.functional.exits import choose_exit_layer
@@ -367,7 +367,7 @@ def _outcome(found: Calibration) -> list[str]:
         speed += f", accuracy {_share(found.accuracy, 2)} (full depth {_share(found.full_depth_accuracy, 2)})"
     if found.goal == MIN_SPEEDUP:
         lines = [
-            f"{head} in {found.num_rows:,} rows: at most {_share(found.bound, 2)} of all, confidence "
+            f"{head} in {found.num_rows:,} rows: at most {at_most(found.bound)} of all, confidence "
             f"{_share(found.confidence)}; {found.num_choosing_rows:,} other rows chose the threshold.",
             f"{speed}.",
         ]
@@ -384,7 +384,7 @@ def _outcome(found: Calibration) -> list[str]:
     lines = [
         f"{head} of {found.losses_allowed:,} allowed in {found.num_rows:,} rows; certified: at most "
         f"{_points(found.target)} {of} {target}, confidence {_share(found.confidence)}.",
-        f"{speed}; upper bound of the losses {_share(found.bound, 2)}.",
+        f"{speed}; upper bound of the losses {at_most(found.bound)}.",
     ]
     if found.mean_exit_layer == depth:
         lines.append(

@@ -307,6 +307,10 @@ CERTIFICATE = {"confidence": 0.95, "num_rows": 2000, "rows_source": "rows.csv", 
             {"goal": "min_speedup", "target": 1.3, "clock": {"batch_size": 8, "speedup": 1.31}},
             "at 1.3× faster on the clock at batches of 8 at most 3.12 % of disagreement with full depth, 95",
         ),
+        (
+            {"goal": "min_speedup", "target": 6.0, "layer_speedup": 3.0, "bound": 0.019642},
+            "at 3× fewer layers at most 1.97 % of disagreement with full depth, 95",
+        ),
     ],
 )
 def test_a_certificate_says_what_was_certified(

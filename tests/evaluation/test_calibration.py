@@ -141,6 +141,31 @@ def test_a_speedup_is_chosen_on_some_rows_and_judged_on_the_others() -> None:
     assert (again.threshold, again.losses) == (found.threshold, 0)
 
 
+def test_a_speedup_that_is_missed_by_chance_and_one_that_no_threshold_gives() -> None:
+    logits, probs, _ = outputs(400)
+    depth = logits.shape[1]
+    how: dict[str, Any] = {
+        "goal": "min_speedup",
+        "criterion": "confident_patience",
+    }  # nobody exits at layer 1
+    found = calibrate_layers(logits, None, target=float(depth), **how)
+    assert (found.layer_speedup, found.most_speedup) == (depth / 2, depth / 2)
+    assert "most_speedup" not in found.operating_point()["certificate"]
+    said = calibration_lines(found)[-1]
+    assert said == f"No threshold gives them the {depth}x asked for: the lowest gives {depth / 2:.2f}x."
+    missed = replace(calibrate_layers(logits, probs, goal="min_speedup", target=2.0), layer_speedup=1.9)
+    assert missed.most_speedup == depth
+    assert calibration_lines(missed)[-1] == "The rows that judged stay below the 2x asked for, by chance."
+
+
+def test_what_is_bounded_is_not_rounded_down() -> None:
+    logits, probs, _ = outputs(400)
+    found = calibrate_layers(logits, probs, goal="min_speedup", target=2.0)
+    for bound, said in ((0.019642, "1.97"), (0.0196, "1.96"), (0.00003, "0.01")):
+        first = calibration_lines(replace(found, bound=bound))[0]
+        assert f"at most {said} % of all" in first
+
+
 def test_bounds_at_a_chosen_speedup_hold() -> None:
     """On 200 draws of rows the bound is below the table's truth no more often than stated."""
     logits, probs, _ = outputs(20_000, seed=1)

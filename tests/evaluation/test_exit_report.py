@@ -121,6 +121,10 @@ def test_without_labels_agreement_takes_the_place_of_accuracy(saved: LoadedClass
     assert found.point.quality == found.point.agreement == found.evaluation.agreement
     assert found.num_won == 0
     assert found.num_lost == round((1 - found.point.quality) * 60)
+    for point in found.points[
+        1:
+    ]:  # a difference to full depth is what is lost of its 100 %, by the same interval
+        assert point.difference_interval == pytest.approx([end - 1 for end in point.interval], abs=1e-12)
     assert not any(found.hardness.never)
     assert all(example.label is None for example in (*found.early, *found.deep, *found.changed))
     assert {one.full_depth_recall for one in found.classes if one.num_examples} == {1.0}

@@ -117,7 +117,7 @@ def test_tables_hold_the_figures(page: str, report: ExitReport) -> None:
 
 
 def test_what_a_loss_buys_has_a_table(saved: LoadedClassifier, report: ExitReport, page: str) -> None:
-    at = {"threshold": 0.91, "accuracy": 0.9, "mean_exit_layer": 2.0, "layer_speedup": 1.5}
+    at = {"threshold": 0.690262, "accuracy": 0.9, "mean_exit_layer": 2.0, "layer_speedup": 1.5}
     faster = {**at, "max_loss": 0.0025, "threshold": 0.5, "layer_speedup": 2.0}
     validation: dict[str, Any] = {"num_examples": 40, "full_depth_accuracy": 0.9, "criteria": {"policy": at}}
     validation["tolerances"] = {"policy": [{**at, "max_loss": 0.0}, faster]}
@@ -127,7 +127,7 @@ def test_what_a_loss_buys_has_a_table(saved: LoadedClassifier, report: ExitRepor
     region = made.one("div", **named)
     assert region.one("table").rows() == [
         ["criterion", "0 points", "0.25 points"],
-        ["policy", "1.50× at 0.91", "2.00× at 0.5"],
+        ["policy", "1.50× at 0.690262", "2.00× at 0.5"],
     ]
     assert "By the loss that is allowed" not in page
     record["config"] = {"threshold_metric": "macro_f1"}
@@ -306,6 +306,10 @@ CERTIFICATE = {"confidence": 0.95, "num_rows": 2000, "rows_source": "rows.csv", 
         (
             {"goal": "min_speedup", "target": 1.3, "clock": {"batch_size": 8, "speedup": 1.31}},
             "at 1.3× faster on the clock at batches of 8 at most 3.12 % of disagreement with full depth, 95",
+        ),
+        (
+            {"goal": "min_speedup", "target": 6.0, "layer_speedup": 3.0, "bound": 0.019642},
+            "at 3× fewer layers at most 1.97 % of disagreement with full depth, 95",
         ),
     ],
 )

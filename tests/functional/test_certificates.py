@@ -118,6 +118,12 @@ class TestBounds:
         assert low == pytest.approx(-high)
         assert high > 0.005  # no loss seen is not: no loss
 
+    def test_an_agreement_is_not_won(self) -> None:
+        """Where the first way cannot be wrong the difference is a share, and what is below 0 cannot be."""
+        for lost in (0, 2, 40):
+            exact = stats.binomtest(lost, 200).proportion_ci(0.95, method="exact")
+            assert paired_interval(lost, 0, 200, can_win=False) == pytest.approx((exact.low, exact.high))
+
     @pytest.mark.parametrize(
         "call, message",
         [

@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmark_scripts import read
 from consistentee.config import Criterion, GenerationCriterion
 from consistentee.functional.criteria import (
     CRITERIA,
     EXIT_CRITERIA,
     GENERATION_CRITERIA,
     check_threshold,
+    digits,
     exit_scores,
 )
 from consistentee.functional.exits import choose_exit_layer, exit_distribution
@@ -48,6 +50,20 @@ def test_the_settings_name_what_the_table_has() -> None:
     assert get_args(Criterion) == CRITERIA
     assert get_args(GenerationCriterion) == GENERATION_CRITERIA
     assert {*CRITERIA, *GENERATION_CRITERIA} == set(EXIT_CRITERIA)
+
+
+def test_a_threshold_that_is_read_and_typed_is_the_one_that_was_shown() -> None:
+    """Of chosen thresholds, between their neighbours on measured curves, some of which lie close."""
+    curves = 0
+    for name in ("e5-12l_rte_sweet-published_1", "e5-12l_rte_consistent-published_1"):
+        for figures in read("compare", f"{name}.json")["criteria"].values():
+            thresholds = [-math.inf, *(point[0] for point in figures["curve"]), math.inf]
+            place = figures["at_validation_threshold"]["point"] + 1
+            typed = float(digits(thresholds[place]))
+            is_between = thresholds[place - 1] < typed < thresholds[place + 1]
+            assert is_between or typed == thresholds[place]  # some of the kept ones are alike, as kept
+            curves += 1
+    assert curves > 20
 
 
 @pytest.mark.parametrize("criterion", EXIT_CRITERIA)

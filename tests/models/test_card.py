@@ -291,7 +291,9 @@ def test_a_tuned_model_is_said_to_be_tuned_from_it() -> None:
         "reference": "user/sentiment",
     }
     safe = {"criterion": "policy", "threshold": 0.5, "certificate": certificate}
-    card = model_card(record, {"operating_points": {"safe": safe}})
+    fast = {**safe, "certificate": {**certificate, "goal": "min_speedup", "target": 2.0, "bound": 0.019642}}
+    card = model_card(record, {"operating_points": {"safe": safe, "fast": fast}})
+    assert "at most 1.97 % of disagreement with `user/sentiment` (500 rows" in card  # not rounded down
     assert "Tuned from `user/sentiment` (LoRA adapters, merged) to give its answers early" in card
     assert "full depth is not the original" in card
     assert "as it was" not in card

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.agreement import evaluate_agreement
+from consistentee.functional.bounds import binomial_interval
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.cached_states import CachedStates
 from consistentee.training.states import run_all_layers
@@ -162,6 +163,9 @@ def test_the_record_and_the_card_name_the_original(plain: Path, retrofitted: Pat
     assert record["method"] == "retrofit"
     assert record["original"]["name"] == str(plain)
     assert record["original"]["fingerprint"] == record["backbone_fingerprint"]
+    loss = record["validation"]["loss"]  # against the model itself, which nothing can be better than
+    exact = binomial_interval(loss["lost"], record["validation"]["num_examples"])
+    assert (loss["won"], loss["interval"]) == (0, pytest.approx(exact))
     config = json.loads((retrofitted / "config.json").read_text())
     assert config["original"] == record["original"]
     assert config["original_head"]["model_type"] == "consistentee_full_depth"

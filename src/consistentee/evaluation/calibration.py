@@ -31,8 +31,14 @@ from consistentee.errors import DataError
 from consistentee.evaluation.agreement import unlabelled_rows
 from consistentee.evaluation.classification import class_columns, predict_classes, run_layers
 from consistentee.evaluation.layer_times import LayerTimes, times_on
-from consistentee.functional.bounds import smallest_certifiable_rows
-from consistentee.functional.certificates import Certified, bound_at, certify, threshold_for_speedup
+from consistentee.functional.bounds import at_most, smallest_certifiable_rows
+from consistentee.functional.certificates import (
+    Certified,
+    bound_at,
+    certify,
+    threshold_for_speedup,
+    threshold_pieces,
+)
 from consistentee.functional.criteria import digits, exit_scores
 from consistentee.functional.exits import choose_exit_layer
 from consistentee.inference.timing import environment
@@ -76,6 +82,7 @@ class Calibration:
         date: UTC, of the calibration.
         clock: where a speed-up on the clock was asked for: what an input, a layer and an exit cost here, milliseconds,
             and the `speedup` of the rows that judged.
+        most_speedup: what the lowest threshold gives these rows, of what a speed-up was asked for; None for others.
         environment: hardware and versions.
         seconds: what it took.
     """
@@ -106,6 +113,7 @@ class Calibration:
     rows_source: str = ""
     date: str = ""
     clock: dict[str, Any] | None = None
+    most_speedup: float | None = None
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
     seconds: float = 0.0
 
@@ -115,7 +123,10 @@ class Calibration:
 
     def operating_point(self) -> dict[str, Any]:
         """Criterion, threshold and certificate, as a model folder keeps them."""
-        left_out = ("criterion", "threshold", "certified", "environment", "seconds", "num_hidden_layers")
+        left_out = (
+            *("criterion", "threshold", "certified", "environment", "seconds", "num_hidden_layers"),
+            "most_speedup",
+        )
         proof = {name: value for name, value in self.to_dict().items() if name not in left_out}
         names = ("consistentee", "torch", "transformers", "dtype", "hardware")
         proof["versions"] = {name: self.environment[name] for name in names if name in self.environment}
@@ -171,6 +182,7 @@ def calibrate_layers(
     judging, num_choosing = torch.arange(len(scores)), 0
     costs = None if times is None else times.at_layers(has_exit)
     found: Certified | None
+    at: dict[str, Any] = {"agreement": None}
     if goal == MIN_SPEEDUP:
         judged, choosing = split_rows(len(scores), CHOOSING_SHARE, seed)
         judging, num_choosing = torch.tensor(judged), len(choosing)
@@ -185,9 +197,12 @@ def calibrate_layers(
         found = bound_at(
             scores[judging], losses[judging], threshold, confidence=confidence, criterion=criterion
         )
+        spent = torch.arange(1, scores.shape[1] + 1).double() if costs is None else costs
+        lowest = threshold_pieces(scores[judging], spent.expand(len(judging), -1), criterion).losses[-1]
+        full_cost = scores.shape[1] if times is None else times.full_depth_ms
+        at["most_speedup"] = full_cost * len(judging) / float(lowest)
     else:
         found = certify(scores, losses, max_loss=target, confidence=confidence, criterion=criterion)
-    at: dict[str, Any] = {"agreement": None}
     if found is not None:
         chosen = (choose_exit_layer(scores[judging], found.threshold) - 1)[:, None]
         given = predictions[judging].gather(1, chosen).squeeze(1)
@@ -358,7 +373,7 @@ def _outcome(found: Calibration) -> list[str]:
             f"{found.rows_needed:,} can."
         ]
     depth, what = found.num_hidden_layers, _losses(found.goal, found.losses or 0)
-    head = f"{found.criterion} threshold {digits(found.threshold)}: {what}"
+    head = f"{found.criterion} threshold {digits(found.threshold, 4)}: {what}"
     speed = (
         f"Layer speed-up {found.layer_speedup:.2f}x: {found.mean_exit_layer:.2f} of {depth} layers on average. "
         f"Agreement with {target} {_share(found.agreement or 0, 2)}"
@@ -367,7 +382,7 @@ def _outcome(found: Calibration) -> list[str]:
         speed += f", accuracy {_share(found.accuracy, 2)} (full depth {_share(found.full_depth_accuracy, 2)})"
     if found.goal == MIN_SPEEDUP:
         lines = [
-            f"{head} in {found.num_rows:,} rows: at most {_share(found.bound, 2)} of all, confidence "
+            f"{head} in {found.num_rows:,} rows: at most {at_most(found.bound)} of all, confidence "
             f"{_share(found.confidence)}; {found.num_choosing_rows:,} other rows chose the threshold.",
             f"{speed}.",
         ]
@@ -378,13 +393,18 @@ def _outcome(found: Calibration) -> list[str]:
             )
         reached = found.layer_speedup if found.clock is None else found.clock["speedup"]
         if (reached or 0) < found.target:
-            lines.append(f"The rows that judged stay below the {found.target:g}x asked for, by chance.")
+            lines.append(
+                f"The rows that judged stay below the {found.target:g}x asked for, by chance."
+                if (found.most_speedup or 0) >= found.target
+                else f"No threshold gives them the {found.target:g}x asked for: the lowest gives "
+                f"{found.most_speedup or 0:.2f}x."
+            )
         return lines
     of = "of disagreement with" if found.goal == MAX_DISAGREEMENT else "of accuracy lost against"
     lines = [
         f"{head} of {found.losses_allowed:,} allowed in {found.num_rows:,} rows; certified: at most "
         f"{_points(found.target)} {of} {target}, confidence {_share(found.confidence)}.",
-        f"{speed}; upper bound of the losses {_share(found.bound, 2)}.",
+        f"{speed}; upper bound of the losses {at_most(found.bound)}.",
     ]
     if found.mean_exit_layer == depth:
         lines.append(

@@ -135,7 +135,8 @@ def report_exits(
 
     def outcomes_of(name: str, at: float) -> RowOutcomes:
         scores = outputs.exit_scores(name)
-        return RowOutcomes(predictions, certainty, scores, target, choose_exit_layer(scores, at))
+        exit_layer = choose_exit_layer(scores, at)
+        return RowOutcomes(predictions, certainty, scores, target, exit_layer, is_agreement=not labelled)
 
     own = outcomes_of(criterion, limit)
     full_depth = replace(own, exit_layer=torch.full_like(own.exit_layer, num_layers))

@@ -36,6 +36,7 @@ class RowOutcomes:
         scores: (rows, layers), exit scores.
         target: (rows,), int64, the label; without labels the last layer's class.
         exit_layer: (rows,), int64, from 1.
+        is_agreement: whether the target is the last layer's class: exits can then win nothing against it.
     """
 
     predictions: Tensor
@@ -43,6 +44,7 @@ class RowOutcomes:
     scores: Tensor
     target: Tensor
     exit_layer: Tensor
+    is_agreement: bool = False
 
     @property
     def right(self) -> Tensor:
@@ -193,9 +195,9 @@ def recorded_point(evaluation: Mapping[str, Any]) -> tuple[str, ReportedPoint]:
     difference, interval = value - evaluation[f"per_layer_{quality}"][-1], None
     if classes:
         lost, won = (sum(found[name] for found in classes) for name in ("lost", "gained"))
-        interval = paired_interval(won, lost, rows, INTERVAL_CONFIDENCE)
-    elif quality == "agreement" and evaluation["per_layer_agreement"][-1] == 1:  # nothing can be won
-        interval = paired_interval(0, round((1 - value) * rows), rows, INTERVAL_CONFIDENCE)
+        interval = _difference_interval(lost, won, rows)
+    elif quality == "agreement" and evaluation["per_layer_agreement"][-1] == 1:
+        interval = _difference_interval(round((1 - value) * rows), 0, rows, can_win=False)
     return quality, ReportedPoint(
         names=(DEFAULT_POINT,),
         quality=value,
@@ -205,6 +207,12 @@ def recorded_point(evaluation: Mapping[str, Any]) -> tuple[str, ReportedPoint]:
         agreement=evaluation.get("agreement"),
         **{name: evaluation[name] for name in RECORDED},
     )
+
+
+def _difference_interval(lost: int, won: int, rows: int, *, can_win: bool = True) -> tuple[float, float]:
+    """Of (won - lost) / rows."""
+    low, high = paired_interval(lost, won, rows, INTERVAL_CONFIDENCE, can_win=can_win)
+    return -high, -low
 
 
 RECORDED = ("criterion", "threshold", "mean_exit_layer", "layer_speedup", "layers_saved")
@@ -269,7 +277,6 @@ def point_of(
     right, at_full_depth = outcomes.at_exit(outcomes.right), outcomes.right[:, -1]
     lost, won = int((at_full_depth & ~right).sum()), int((right & ~at_full_depth).sum())
     rows, num_layers = outcomes.scores.shape
-    low, high = paired_interval(won, lost, rows, INTERVAL_CONFIDENCE)
     mean = float(outcomes.exit_layer.double().mean())
     same = outcomes.at_exit(outcomes.predictions) == outcomes.predictions[:, -1]
     return ReportedPoint(
@@ -279,7 +286,7 @@ def point_of(
         quality=float(right.double().mean()),
         interval=binomial_interval(int(right.sum()), rows, INTERVAL_CONFIDENCE),
         difference=(won - lost) / rows,
-        difference_interval=(low, high),
+        difference_interval=_difference_interval(lost, won, rows, can_win=not outcomes.is_agreement),
         agreement=float(same.double().mean()),
         mean_exit_layer=mean,
         layer_speedup=num_layers / mean,

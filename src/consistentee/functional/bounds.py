@@ -166,7 +166,9 @@ def smallest_certifiable_rows(max_loss: float, confidence: float = 0.95) -> int:
     return rows
 
 
-def paired_interval(lost: int, won: int, num_rows: int, confidence: float = 0.95) -> tuple[float, float]:
+def paired_interval(
+    lost: int, won: int, num_rows: int, confidence: float = 0.95, *, can_win: bool = True
+) -> tuple[float, float]:
     """Two-sided confidence interval of a difference of two shares on the same rows, (lost - won) / rows.
 
     Args:
@@ -174,6 +176,8 @@ def paired_interval(lost: int, won: int, num_rows: int, confidence: float = 0.95
         won: rows that only the second gets right.
         num_rows: all rows.
         confidence: in (0, 1).
+        can_win: whether there may be rows of the second kind at all. There are none where to be right is to agree with
+            the first way: the difference is then the share that is lost, and its interval that of `binomial_interval`.
 
     Returns:
         Lower and upper end, in [-1, 1]. Unlike the normal interval it is not a point where nothing was lost or won.
@@ -186,11 +190,23 @@ def paired_interval(lost: int, won: int, num_rows: int, confidence: float = 0.95
         [-0.0273, 0.0665]
     """
     check_rows(num_rows, confidence)
+    if not can_win:
+        return binomial_interval(lost, num_rows, confidence)
     first, second = (lost + 1) / (num_rows + 2), (won + 1) / (num_rows + 2)
     middle = first - second
     error = math.sqrt((first + second - middle * middle) / (num_rows + 2))
     reach = float(special.ndtri((1 + confidence) / 2)) * error
     return max(-1.0, middle - reach), min(1.0, middle + reach)
+
+
+def at_most(bound: float) -> str:
+    """An upper bound of a share in percent as said: rounded up, as what is proved of it holds of no less.
+
+    Example:
+        >>> at_most(0.019642), at_most(0.0312), at_most(0.00003), at_most(0.0)
+        ('1.97 %', '3.12 %', '0.01 %', '0.00 %')
+    """
+    return f"{math.ceil(round(10_000 * bound, 6)) / 100:.2f} %"
 
 
 def check_rows(num_rows: int, confidence: float) -> None:

@@ -330,12 +330,15 @@ def _not_fitted(criterion: str) -> str:
     )
 
 
-def digits(threshold: float, count: int = 4) -> str:
+def digits(threshold: float, count: int = 6) -> str:
     """A threshold as shown: with so many digits, and near 1 with as many as tell it from 1, where nobody exits early.
 
+    Scores of an exit that is little trained lie so close that four digits would name another threshold: who reads one
+    and types it is to get the exits that it was shown with.
+
     Example:
-        >>> digits(0.83215), digits(0.999983), digits(1 - 2**-25), digits(1.0)
-        ('0.8321', '0.999983', '0.99999997', '1')
+        >>> digits(0.83215), digits(0.690262496), digits(0.999983), digits(1 - 2**-25), digits(1.0)
+        ('0.83215', '0.690262', '0.999983', '0.99999997', '1')
     """
     if 0.999 < threshold < 1:
         count = 7 if threshold < 0.9999999 else 9

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from consistentee.atomic_files import locked_folder, write_text
+from consistentee.functional.bounds import at_most
 from consistentee.functional.criteria import EXIT_CRITERIA, digits
 from consistentee.models.operating_points import (
     Points,
@@ -267,7 +268,7 @@ def _validated(validation: Mapping[str, Any], quality: str) -> TableRows:
 
 def _by_rule(validation: Mapping[str, Any]) -> TableRows:
     return [
-        (name, digits(point["threshold"], 6), _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
+        (name, digits(point["threshold"]), _percent(point["accuracy"]), f"{point['mean_exit_layer']:.2f}")
         for name, point in (validation.get("criteria") or {}).items()
     ]
 
@@ -277,7 +278,7 @@ def _by_loss(points: Sequence[Mapping[str, Any]], validation: Mapping[str, Any])
     return [
         (
             f"{100 * at['max_loss']:g}",
-            digits(at["threshold"], 6),
+            digits(at["threshold"]),
             f"{100 * (validation['full_depth_accuracy'] - at['accuracy']):.2f}",
             f"{at['layer_speedup']:.2f}x",
         )
@@ -304,9 +305,11 @@ def _operating_point(name: str, point: Mapping[str, Any]) -> tuple[str, ...]:
     }
     certified = ""
     if proof.get("goal") in of:
-        share = proof["bound"] if proof["goal"] == "min_speedup" else proof["target"]
+        share = (
+            at_most(proof["bound"]) if proof["goal"] == "min_speedup" else f"{100 * proof['target']:.4g} %"
+        )
         certified = (
-            f"at most {100 * share:.4g} % {of[proof['goal']]} ({proof['num_rows']:,} rows, "
+            f"at most {share} {of[proof['goal']]} ({proof['num_rows']:,} rows, "
             f"confidence {100 * proof['confidence']:g} %, {proof.get('date', 'no date')})"
         )
     speed = f"{proof['layer_speedup']:.2f}x" if "layer_speedup" in proof else ""

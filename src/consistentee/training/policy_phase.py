@@ -357,7 +357,8 @@ def _loss_at_exits(run: Run, phase: PolicyPhase, criterion: str) -> dict[str, An
     lost, won = (
         int(rows.sum()) for rows in (judged.correct[:, -1] & ~at_exit, at_exit & ~judged.correct[:, -1])
     )
-    low, high = paired_interval(lost, won, len(judged))
+    agrees_with_itself = run.task.measure == "agreement" and bool(judged.correct[:, -1].all())
+    low, high = paired_interval(lost, won, len(judged), can_win=not agrees_with_itself)
     loss = (lost - won) / len(judged)
     of_measure = f" of {run.task.measure}" if _other_metric(run.config) else ""
     run.say(

@@ -109,6 +109,26 @@ def test_every_model(tmp_path: Path, name: str, style: GraphStyle) -> None:
         assert_same(found, oracle(model, feed, "policy", limit))
 
 
+@pytest.mark.parametrize("style", [GraphStyle(), PORTABLE], ids=["fused", "portable"])
+@pytest.mark.parametrize("name", ["bert", "bert relu cls", "bert gelu_new mean"])
+def test_rows_without_tokens_leave_the_others_alone(tmp_path: Path, name: str, style: GraphStyle) -> None:
+    config, values = MODELS[name]
+    model = build(tmp_path, "bert", config, **values)
+    feed = feed_of(model, 12)
+    threshold = median_score(model, feed, "policy")
+    wanted = oracle(model, feed, "policy", threshold)
+    empty = [0, 5, 11]  # a batch that is filled up to a fixed size
+    for key in feed:
+        feed[key][empty] = 0
+    logits, exit_layers = session_of(graph_of(model, "policy", threshold, style=style)).run(None, feed)
+    assert np.isfinite(logits).all()
+    assert set(exit_layers[empty].tolist()) <= set(range(1, model.num_layers + 1))
+    whole = [row for row in range(12) if row not in empty]
+    assert len(set(exit_layers[whole].tolist())) > 1
+    assert exit_layers[whole].tolist() == wanted.exit_layer[whole].tolist()
+    np.testing.assert_allclose(logits[whole], wanted.logits.numpy()[whole], atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_every_criterion(tmp_path: Path, criterion: str, decay: float) -> None:

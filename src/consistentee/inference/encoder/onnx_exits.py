@@ -238,7 +238,8 @@ class ExitGraph:
         """What pooling asks of the tokens, (rows, 1, width)."""
         graph = self._graph
         if name == "weights":
-            total = graph.op("Unsqueeze", graph.op("Cast", lengths, to=FLOAT), graph.constant([1, 2]))
+            total = graph.op("Max", graph.op("Cast", lengths, to=FLOAT), graph.number(1.0))
+            total = graph.op("Unsqueeze", total, graph.constant([1, 2]))
             return graph.op("Div", is_token, total)
         lowest = graph.number(float(np.finfo(np.float32).max))
         return graph.op("Mul", graph.op("Sub", is_token, graph.number(1.0)), lowest)

@@ -120,7 +120,8 @@ def test_rows_without_tokens_leave_the_others_alone(tmp_path: Path, name: str, s
     empty = [0, 5, 11]  # a batch that is filled up to a fixed size
     for key in feed:
         feed[key][empty] = 0
-    logits, exit_layers = session_of(graph_of(model, "policy", threshold, style=style)).run(None, feed)
+    found: Any = session_of(graph_of(model, "policy", threshold, style=style)).run(None, feed)
+    logits, exit_layers = found
     assert np.isfinite(logits).all()
     assert set(exit_layers[empty].tolist()) <= set(range(1, model.num_layers + 1))
     whole = [row for row in range(12) if row not in empty]

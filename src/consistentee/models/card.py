@@ -313,7 +313,7 @@ def _operating_point(name: str, point: Mapping[str, Any]) -> tuple[str, ...]:
             f"confidence {100 * proof['confidence']:g} %, {proof.get('date', 'no date')})"
         )
     speed = f"{proof['layer_speedup']:.2f}x" if "layer_speedup" in proof else ""
-    return name, f"{point['criterion']} > {digits(point['threshold'], 6)}", certified, speed
+    return name, f"{point['criterion']} > {digits(point['threshold'])}", certified, speed
 
 
 def _training(record: Mapping[str, Any]) -> list[str]:

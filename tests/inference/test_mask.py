@@ -11,7 +11,12 @@ import warnings
 import pytest
 import torch
 
-from consistentee.inference.decoder.screened_argmax import has_int8_operators, has_int8_products
+from consistentee.inference.decoder.screened_argmax import (
+    INPUT_LEVELS,
+    has_int8_operators,
+    int8_product,
+    prepack,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("ATEN_CPU_CAPABILITY") != "avx2" or platform.machine() not in ("x86_64", "AMD64"),
@@ -24,6 +29,10 @@ a = torch.randn(64, 64)
 packed = torch.ops.mkldnn._reorder_linear_weight(a, 4)
 torch.ops.mkldnn._linear_pointwise(a[:4], packed, None, "none", [], "")
 torch.nn.functional.linear(a.bfloat16(), a.bfloat16())
+packed = torch.ops.onednn.qlinear_prepack(a.to(torch.int8), [2, 64])
+scales, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+rows = torch.ones((2, 64), dtype=torch.uint8)
+torch.ops.onednn.qlinear_pointwise(rows, 1.0, 1, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
 """
 
 
@@ -45,7 +54,11 @@ def test_onednns_kernels() -> None:
 
 def test_int8_products_saturate() -> None:
     """With integers larger than ours they do on such a processor, in oneDNN and in FBGEMM."""
-    assert not has_int8_products(CPU)
+    if has_int8_operators(CPU):
+        packed = prepack(torch.full((64, 64), 127, dtype=torch.int8))
+        rows, zeros = torch.full((2, 64), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
+        exact = 64 * 127 * (255 - INPUT_LEVELS)
+        assert int8_product(rows, packed, torch.ones(64), zeros).max() < exact / 2
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("this torch has no FBGEMM")
     before = torch.backends.quantized.engine

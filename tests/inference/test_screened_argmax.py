@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import time
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +14,9 @@ from consistentee.inference.decoder import screened_argmax
 from consistentee.inference.decoder.screened_argmax import (
     CANDIDATES,
     INPUT_LEVELS,
+    TRIALS,
     WEIGHT_LEVELS,
+    FasterWay,
     ScreenedArgmax,
     has_int8_operators,
     has_int8_products,
@@ -29,6 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def every_head_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small heads, too, and on processors where it does not pay: it must be right there as well."""
     monkeypatch.setattr(screened_argmax, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(screened_argmax, "FasterWay", lambda: lambda rows, first, _: first(rows))
     monkeypatch.setattr(screened_argmax, "has_int8_products", has_int8_operators)
 
 
@@ -80,15 +87,28 @@ def test_no_certain_token_is_wrong(monkeypatch: pytest.MonkeyPatch, dtype: torch
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 64, 300])
 def test_the_largest_integers_do_not_saturate(count: int, sign: int) -> None:
-    """One operand may be shifted by 128 to be unsigned, and pairs of products be added in 16 bits."""
-    assert 2 * (128 + INPUT_LEVELS) * WEIGHT_LEVELS < 2**15
-    assert 2 * (128 + WEIGHT_LEVELS) * INPUT_LEVELS < 2**15
+    """Pairs of products may be added in 16 bits."""
+    assert 2 * (2 * INPUT_LEVELS) * WEIGHT_LEVELS < 2**15
     for outputs, inputs in [(1, 2), (32, 64), (257, 576)]:
         weight = torch.full((outputs, inputs), WEIGHT_LEVELS, dtype=torch.int8)
         packed = prepack(weight)
-        rows = torch.full((count, inputs), sign * INPUT_LEVELS, dtype=torch.int8)
+        rows = torch.full((count, inputs), sign * INPUT_LEVELS + INPUT_LEVELS, dtype=torch.uint8)
         found = int8_product(rows, packed, torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64))
         assert bool((found == sign * inputs * INPUT_LEVELS * WEIGHT_LEVELS).all())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="what oneDNN has for x86")
+@pytest.mark.parametrize("count", [2, 16, 64])
+def test_products_have_a_kernel_for_this_processor(capfd: pytest.CaptureFixture[str], count: int) -> None:
+    """Without one oneDNN runs a plain loop, a hundred times slower than the whole head in float32."""
+    packed = prepack(torch.ones((700, 512), dtype=torch.int8))
+    ones = torch.ones(700), torch.zeros(700, dtype=torch.int64)
+    rows = torch.ones((count, 512), dtype=torch.uint8)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        int8_product(rows, packed, *ones)
+    products = [line for line in capfd.readouterr().out.splitlines() if ",exec,cpu,matmul," in line]
+    assert products
+    assert not any("ref" in line.split(",exec,cpu,matmul,")[1].split(",")[0] for line in products), products
 
 
 @torch.no_grad()
@@ -109,7 +129,8 @@ def test_no_integer_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch, inpu
     head, states = random_head(), states_of(100)
     states = states if inputs == "even" else states**5
     assert torch.equal(ScreenedArgmax(head)(states), head(states).argmax(-1))
-    assert int(torch.cat(seen).abs().max()) == INPUT_LEVELS
+    digits = torch.cat(seen).int() - INPUT_LEVELS
+    assert int(digits.abs().max()) == INPUT_LEVELS
 
 
 @torch.no_grad()
@@ -201,25 +222,87 @@ def test_small_biased_and_slow_heads_are_read_whole(monkeypatch: pytest.MonkeyPa
     assert ScreenedArgmax(random_head())._packed is None  # fewer than LEAST_WEIGHTS
 
 
-def test_products_that_saturate_do_not_count() -> None:
-    cpu = torch.device("cpu")
-    largest = torch.full((64, 64), 127, dtype=torch.int8)
-    packed = prepack(largest)
-    found = int8_product(largest[:2], packed, torch.ones(64), torch.zeros(64, dtype=torch.int64))
-    assert has_int8_products(cpu) == bool((found == 64 * 127 * 127).all())
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """What was found out about this processor's products is forgotten, before the test and after it."""
+    trials = (screened_argmax._multiplies_int8, screened_argmax._is_faster)
+    for trial in trials:
+        trial.cache_clear()
+    yield
+    for trial in trials:
+        trial.cache_clear()
 
 
-def test_operators_that_take_unsigned_inputs_alone_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in torch 2.6, where they are there and fail when they are called."""
+@pytest.mark.usefixtures("asked_anew")
+def test_products_that_saturate_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturate(rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        return int8_product(rows, packed, scales, zeros).clamp(-(2**15), 2**15 - 1)
+
+    monkeypatch.setattr(screened_argmax, "int8_product", saturate)
+    assert not has_int8_operators(torch.device("cpu"))
+    assert ScreenedArgmax(random_head())._packed is None
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("slow", ["int8", "float32"])
+def test_products_that_are_slower_than_float32_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    def after(seconds: float) -> Callable[..., None]:
+        return lambda *_: time.sleep(seconds)
+
+    monkeypatch.setattr(screened_argmax, "int8_product", after(0.02 * (slow == "int8")))
+    monkeypatch.setattr(nn.functional, "linear", after(0.02 * (slow == "float32")))
+    assert screened_argmax._is_faster() == (slow == "float32")
+    monkeypatch.undo()
+    assert has_int8_products(torch.device("cpu")) == (slow == "float32")
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_operators_that_fail_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of torch have them, and they take other inputs."""
 
     def refuse(*_: object) -> Tensor:
-        raise RuntimeError("qlinear with mkldnn tensor: data type of input should be uint8 (unsigned char).")
+        raise RuntimeError("qlinear with mkldnn tensor: data type of input should be int8.")
 
     monkeypatch.setattr(screened_argmax, "int8_product", refuse)
-    screened_argmax._multiplies_int8.cache_clear()
-    try:
-        head = ScreenedArgmax(random_head())
-    finally:
-        screened_argmax._multiplies_int8.cache_clear()
+    head = ScreenedArgmax(random_head())
     assert head._packed is None
     assert head(states_of(3)).shape == (3,)
+
+
+def test_the_faster_way_is_kept_for_each_number_of_rows() -> None:
+    """One is slow with many rows, the other with few."""
+    called: list[str] = []
+
+    def few(rows: Tensor) -> Tensor:
+        called.append("few")
+        time.sleep(0.02 if len(rows) > 4 else 0)
+        return rows
+
+    def many(rows: Tensor) -> Tensor:
+        called.append("many")
+        time.sleep(0 if len(rows) > 4 else 0.02)
+        return rows
+
+    ways = FasterWay()
+    for count in (1, 3, 8, 9, 16):
+        rows = torch.zeros(count, 2)
+        for _ in range(2 * TRIALS):
+            assert ways(rows, few, many) is rows
+        called.clear()
+        assert ways(rows, few, many) is rows
+        assert called == ["few" if count <= 4 else "many"]
+
+
+@torch.no_grad()
+def test_tokens_are_the_same_whichever_way_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screened_argmax, "FasterWay", FasterWay)
+    head, states = random_head(), states_of(3)
+    screened = ScreenedArgmax(head)
+    read: list[int] = []
+    inner = screened._whole
+    monkeypatch.setattr(screened, "_whole", lambda rows: read.append(len(rows)) or inner(rows))
+    for _ in range(2 * TRIALS + 1):
+        assert torch.equal(screened(states), head(states).argmax(-1))
+    assert read.count(3) >= TRIALS

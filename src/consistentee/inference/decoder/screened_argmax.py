@@ -6,34 +6,38 @@ from the weights themselves. What is left open after that (too many candidates, 
 rounding decides) is settled by reading the whole head. So the token is the one that `argmax` finds in the whole head's
 logits, the lowest index among equals included.
 
-The integers are so small that no processor's int8 product can saturate. Processors without VNNI multiply unsigned by
-signed bytes and add two products in 16 bits; where both operands are signed, one of them is shifted by 128 first. In
-the worst case a pair is `2 * (128 + INPUT_LEVELS) * WEIGHT_LEVELS` or `2 * (128 + WEIGHT_LEVELS) * INPUT_LEVELS`, and
-both are below 2^15. Sums of pairs are kept in 32 bits everywhere.
+Inputs are shifted to be unsigned: x86 multiplies unsigned by signed bytes. For signed by signed oneDNN has no kernel
+where there is AVX-512 and no AMX, but a plain loop, a hundred times slower than float32. The integers are so small that
+no processor's product can saturate: without VNNI two products are added in 16 bits, and a pair is
+`2 * (2 * INPUT_LEVELS) * WEIGHT_LEVELS` at most, below 2^15. Sums of pairs are kept in 32 bits everywhere.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cache
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-CANDIDATES = 64
+CANDIDATES = 32
 """Logits computed again, per token; where they do not settle it, `MORE` times as many, in float64."""
 MORE = 16
 LEAST_WEIGHTS = 1 << 22
 """Heads with fewer weights are read whole: nothing is gained."""
-WEIGHT_LEVELS = 100
+WEIGHT_LEVELS = 127
 """The largest integer that weights take."""
-INPUT_LEVELS = 35
-"""The largest integer that inputs take, in each of their two digits."""
+INPUT_LEVELS = 64
+"""The largest integer that inputs take, in each of their two digits, before they are shifted to be unsigned."""
 UNIT = 2.0**-24
 """Relative rounding error of one operation in float32; whole heads of every precision sum in float32."""
 SLACK = 2.0**-20
 """Relative margin for softened logits: tanh in float32 may turn round logits that are next to each other."""
+TRIALS = 3
+"""How often each of two ways is timed, in turn."""
 USUAL_SIZES = (1e-12, 1e12)
 """Norms of rows and states that are screened: their squares neither vanish nor overflow in float32."""
 
@@ -51,6 +55,7 @@ class ScreenedArgmax:
         self._weight, self._bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         self._soften = soften
         self._packed: Any = None
+        self._ways = FasterWay()
         if (
             self._bias is not None
             or self._weight.numel() < LEAST_WEIGHTS
@@ -73,6 +78,9 @@ class ScreenedArgmax:
         """(tokens, hidden) -> (tokens,) int64."""
         if self._packed is None or not _sums_in_float32():
             return self._whole(states)
+        return self._ways(states, self._settled, self._whole)
+
+    def _settled(self, states: Tensor) -> Tensor:
         tokens, certain = self._screened(states)
         if bool(certain.all()):
             return tokens
@@ -90,7 +98,7 @@ class ScreenedArgmax:
         coarse = levels.round()
         half = 0.5 / INPUT_LEVELS
         fine = ((levels - coarse) / half).round()  # a second digit: the inputs' error becomes small
-        digits = torch.cat([coarse, fine]).to(torch.int8)
+        digits = torch.cat([coarse, fine]).add_(INPUT_LEVELS).to(torch.uint8)
         scores = int8_product(digits, self._packed, self._scales, self._zeros)
         count = len(states)
         scores = scores[:count].add_(scores[count:], alpha=half)  # times step: the logits of what was kept
@@ -145,21 +153,42 @@ class ScreenedArgmax:
         return self._soften(logits.to(dtype)).float()
 
 
+class FasterWay:
+    """Calls whichever of two functions that give the same is faster here, for about so many rows.
+
+    Which one is depends on the processor, on the precision and on the rows: many are read in bfloat16 as fast as in
+    int8. So the first calls with each number of rows, up to the next power of two, time both in turn.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[int, tuple[list[float], list[float]]] = {}
+
+    def __call__(
+        self, rows: Tensor, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What the one or the other gives for these rows."""
+        firsts, seconds = self._times.setdefault((len(rows) - 1).bit_length(), ([], []))
+        if len(seconds) >= TRIALS:
+            return (first if median(firsts) <= median(seconds) else second)(rows)
+        way, times = (first, firsts) if len(firsts) <= len(seconds) else (second, seconds)
+        start = time.perf_counter()
+        result = way(rows)
+        times.append(time.perf_counter() - start)
+        return result
+
+
 def sum_error(terms: int) -> float:
     """How far a product of vectors can be off in float32, in any order: a share of the sum of its terms' sizes."""
     return 1.01 * terms * UNIT
 
 
 def has_int8_products(device: torch.device) -> bool:
-    """Whether oneDNN's int8 products run here, and fast: by instructions that add in 32 bits (VNNI, AMX, dot product).
-
-    Elsewhere they are right as well, with integers as small as ours, but slower than a whole head in float32.
-    """
-    return has_int8_operators(device) and _adds_in_32_bits()
+    """Whether oneDNN's int8 products run here, and faster than float32's."""
+    return has_int8_operators(device) and _is_faster()
 
 
 def has_int8_operators(device: torch.device) -> bool:
-    """Whether torch can ask oneDNN for products of int8 with int8 on this device."""
+    """Whether torch can ask oneDNN for products of unsigned with signed bytes on this device, and they are right."""
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and _multiplies_int8()
 
 
@@ -173,22 +202,38 @@ def _sums_in_float32() -> bool:
 
 @cache
 def _multiplies_int8() -> bool:
-    """Tried: torch 2.6 has the operators as well, but they take unsigned inputs alone."""
-    ones = torch.ones((2, 2), dtype=torch.int8)
+    """Tried with the largest integers of both signs."""
+    weight = torch.full((64, 64), WEIGHT_LEVELS, dtype=torch.int8)
+    weight[::2] = -WEIGHT_LEVELS
+    levels = torch.full((2, 64), float(INPUT_LEVELS))
+    levels[1] = -INPUT_LEVELS
+    rows = (levels + INPUT_LEVELS).to(torch.uint8)
     try:
-        int8_product(ones, prepack(ones), torch.ones(2), torch.zeros(2, dtype=torch.int64))
+        found = int8_product(rows, prepack(weight), torch.ones(64), torch.zeros(64, dtype=torch.int64))
     except (AttributeError, RuntimeError):
         return False
-    return True
+    return bool((found == levels @ weight.float().T).all())
 
 
 @cache
-def _adds_in_32_bits() -> bool:
-    """Tried with the largest bytes, whose products do not fit into 16 bits by twos."""
-    largest = torch.full((64, 64), 127, dtype=torch.int8)
-    packed = prepack(largest)
-    found = int8_product(largest[:2], packed, torch.ones(64), torch.zeros(64, dtype=torch.int64))
-    return bool((found == 64 * 127 * 127).all())
+def _is_faster() -> bool:
+    """Timed once, on one row: the least of some runs each, in turn.
+
+    Without a kernel for this processor oneDNN takes a hundred times as long, too long to be tried on a whole head.
+    """
+    outputs, inputs = 8192, 512
+    weight = torch.zeros(outputs, inputs)
+    packed, scales = prepack(weight.to(torch.int8)), torch.ones(outputs)
+    zeros, rows = torch.zeros(outputs, dtype=torch.int64), torch.zeros((2, inputs), dtype=torch.uint8)
+    halves = torch.zeros(1, inputs)
+    in_int8 = in_float32 = float("inf")
+    for _ in range(TRIALS):
+        start = time.perf_counter()
+        int8_product(rows, packed, scales, zeros)
+        between = time.perf_counter()
+        nn.functional.linear(halves, weight)
+        in_int8, in_float32 = min(in_int8, between - start), min(in_float32, time.perf_counter() - between)
+    return in_int8 < in_float32
 
 
 def prepack(weight: Tensor) -> Tensor:
@@ -197,14 +242,14 @@ def prepack(weight: Tensor) -> Tensor:
 
 
 def int8_product(rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """(rows, inputs) int8 times packed int8 weights (outputs, inputs): (rows, outputs) float32.
+    """Rows (rows, inputs) times packed int8 weights (outputs, inputs): (rows, outputs) float32.
 
     Args:
-        rows: the inputs.
+        rows: the inputs plus `INPUT_LEVELS`, uint8.
         packed: from `prepack`.
         scales: (outputs,) factors of the weights.
         zeros: (outputs,) int64, zero.
     """
     return torch.ops.onednn.qlinear_pointwise(
-        rows, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        rows, 1.0, INPUT_LEVELS, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )

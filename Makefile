@@ -69,13 +69,14 @@ tests/js/node_modules/.installed: tests/js/package.json
 	  echo 'The packages of tests/js could not be installed; tests in Node and in a browser are skipped.' >&2
 
 $(VENV)/.installed-docs: $(STAMP)
-	@$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt $(DOCS)
+	@$(RUN) pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt $(DOCS)
 	@touch $@
 
 $(STAMP): constraints.txt
 $(LOWEST)/.installed: constraints-lowest.txt
 
 # The folder of the environment is that of the stamp, and what it holds fixed the last thing that the stamp needs.
+# Modules are compiled when they are first imported: most of those that are installed never are.
 %/.installed: pyproject.toml
 	@$*/bin/python -c '' 2>/dev/null || { \
 	  $(PYTHON) -c 'import sys; sys.exit("" if sys.version_info < (3, 10) else 0)' 2>/dev/null || { \
@@ -83,5 +84,5 @@ $(LOWEST)/.installed: constraints-lowest.txt
 	  $(PYTHON) -m venv --clear $*; }
 	@$*/bin/python -m pip --version >/dev/null 2>&1 || $*/bin/python -m ensurepip >/dev/null
 	@echo 'Installing into $* (minutes, the first time) ...'
-	@$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(lastword $^) --editable '.[dev]'
+	@$*/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(lastword $^) --editable '.[dev]'
 	@touch $@

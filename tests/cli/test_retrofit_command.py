@@ -109,6 +109,25 @@ def test_what_to_type_next_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serve == "  consistentee serve 'my exits'"
 
 
+def test_exits_that_save_little_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the agreement that was found: the one asked for may be far from it where nothing was certified."""
+    monkeypatch.setattr("consistentee.evaluation.calibration.calibration_lines", lambda _: ["found"])
+    found = {"agreement": 0.9975, "num_examples": 400, "layer_speedup": 1.04, "layers_saved": 0.04}
+    report = SimpleNamespace(
+        evaluation=SimpleNamespace(**found, agreement_with=None),
+        calibration=SimpleNamespace(certified=False, num_rows=40, rows_needed=300),
+        max_disagreement=0.01,
+        confidence=0.95,
+        speed=(),
+        accuracy=None,
+        is_worth_it=False,
+    )
+    (line,) = [line for line in retrofit_lines(report, Path("exits")) if "hardly worth it" in line]
+    assert line.startswith(
+        "Exits are hardly worth it here: at 99.75 % agreement they save 4 % of the layers."
+    )
+
+
 def test_labels_are_reported_on_and_not_learnt_from(original: Path, tmp_path: Path) -> None:
     rows = tiny_dataset(400, seed=8)
     file = write_csv(tmp_path / "rows.csv", rows)

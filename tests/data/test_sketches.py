@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from consistentee.data.sketches import SKETCH_SIZE, seen_share, text_sketch
+from consistentee.data.sketches import SKETCH_SIZE, seen_rows, seen_share, text_sketch
 
 
 def texts(first: int, count: int) -> list[tuple[str, ...]]:
@@ -26,3 +26,13 @@ def test_order_and_repetition_do_not_count() -> None:
     assert text_sketch(some) == text_sketch([*some[::-1], *some[:10]])
     assert text_sketch([("a", "b")]) != text_sketch([("ab",)])
     assert seen_share("", some) == seen_share(text_sketch(some), []) == 0
+
+
+def test_how_many_rows_can_be_told() -> None:
+    sketch = text_sketch(texts(0, 20_000))
+    assert seen_rows(sketch, texts(0, 20_000)) == (SKETCH_SIZE, SKETCH_SIZE)
+    seen, told = seen_rows(sketch, texts(20_000, 20_000))
+    assert seen == 0
+    assert told == pytest.approx(SKETCH_SIZE, rel=0.3)
+    assert seen_rows(text_sketch(texts(0, 10)), texts(5, 10)) == (5, 10)
+    assert seen_rows("", texts(0, 3)) == (0, 0)

@@ -11,11 +11,12 @@ from scipy import stats
 from torch import Tensor
 
 from consistentee.data.rows import TextDataset
-from consistentee.data.sketches import text_sketch
+from consistentee.data.sketches import seen_rows, text_sketch
 from consistentee.errors import DataError
 from consistentee.evaluation.agreement import agreement_of_layers, evaluate_agreement
 from consistentee.evaluation.calibration import (
     GOALS,
+    LEAST_TOLD,
     calibrate_layers,
     calibrate_model,
     calibration_lines,
@@ -256,6 +257,24 @@ def test_rows_that_training_has_seen_are_told(saved: LoadedClassifier) -> None:
     assert fresh.share_seen == 0
     assert not calibration_lines(fresh)[-1].startswith("Warning")
     assert calibrate_model(saved, rows.texts, goal="max_disagreement", target=0.3).share_seen is None
+
+
+def test_one_repeated_text_does_not_refuse_the_others(saved: LoadedClassifier) -> None:
+    """Of a large training set the sketch tells few rows: here one, which happens to be known."""
+    known = [(f"text {number}",) for number in range(20_000)]
+    sketch = text_sketch(known)
+    others = [(f"other {number}",) for number in range(60)]
+    repeated = next(text for text in known if seen_rows(sketch, [text]) == (1, 1))
+    rows = [*(text for text in others if seen_rows(sketch, [text]) == (0, 0)), repeated]
+    record = {"data": {"fingerprint": "another", "text_sketch": sketch}}
+    trained = LoadedClassifier(saved.model, saved.tokenizer, record, "trained")
+    found = calibrate_model(trained, rows, goal="max_disagreement", target=0.3)
+    assert found.share_seen == 1
+    nine = [text for text in known if seen_rows(sketch, [text]) == (1, 1)][: LEAST_TOLD - 1]
+    calibrate_model(trained, nine, goal="max_disagreement", target=0.3)
+    ten = [text for text in known if seen_rows(sketch, [text]) == (1, 1)][:LEAST_TOLD]
+    with pytest.raises(DataError, match="on these rows"):
+        calibrate_model(trained, ten, goal="max_disagreement", target=0.3)
 
 
 def test_rows_that_chose_the_thresholds_are_refused(saved: LoadedClassifier) -> None:

@@ -415,6 +415,7 @@ def test_the_command(
     assert {point["batch_size"] for point in found["exit_choice"]["timed"]} == {1, 32}
     assert "Layers that keep an exit:" in said.out
     assert "| chosen exits | 32 |" in said.out
+    assert "60 of the 120 rows chose the exits; what is certified is by the other 60." in said.out
     assert (model / "config.json").read_text(encoding="utf-8") == before
 
     assert main([*common, "--exit-layers", "2,4", "--output-dir", str(tmp_path / "named")]) == 0

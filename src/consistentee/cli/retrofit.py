@@ -269,7 +269,7 @@ def retrofit_lines(report: Any, folder: Path) -> Iterator[str]:
         yield f"{kept}The threshold is the one that the policy's own texts suggest."
     if not report.is_worth_it:
         yield (
-            f"Exits are hardly worth it here: at {100 * (1 - report.max_disagreement):g} % agreement they save "
+            f"Exits are hardly worth it here: at {100 * found.agreement:.2f} % agreement they save "
             f"{100 * found.layers_saved:.0f} % of the layers. What the model decides is only there in its last "
             "layers; a higher --max-disagreement, more texts or a fine-tuning with exits (`consistentee train`) may "
             "change that."

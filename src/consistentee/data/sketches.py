@@ -35,12 +35,23 @@ def seen_share(sketch: str, texts: Iterable[tuple[str, ...]]) -> float:
         >>> seen_share(text_sketch([("a",), ("b",)]), [("a",), ("c",)])
         0.5
     """
+    seen, told = seen_rows(sketch, texts)
+    return seen / told if told else 0.0
+
+
+def seen_rows(sketch: str, texts: Iterable[tuple[str, ...]]) -> tuple[int, int]:
+    """How many texts are in the set of a sketch, and of how many this can be told: all, or those in its range.
+
+    Example:
+        >>> seen_rows(text_sketch([("a",), ("b",)]), [("a",), ("c",)])
+        (1, 2)
+    """
     known = {sketch[start : start + _DIGITS] for start in range(0, len(sketch), _DIGITS)}
     if not known:
-        return 0.0
+        return 0, 0
     highest = max(known) if len(known) >= SKETCH_SIZE else "g"  # beyond all hexadecimal digits
     in_range = [found for found in map(_hash, texts) if found <= highest]
-    return sum(found in known for found in in_range) / len(in_range) if in_range else 0.0
+    return sum(found in known for found in in_range), len(in_range)
 
 
 def _hash(parts: tuple[str, ...]) -> str:

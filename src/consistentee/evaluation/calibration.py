@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from consistentee.data.rows import Text, TextDataset, split_rows
-from consistentee.data.sketches import seen_share
+from consistentee.data.sketches import seen_rows
 from consistentee.errors import DataError
 from consistentee.evaluation.agreement import unlabelled_rows
 from consistentee.evaluation.classification import class_columns, predict_classes, run_layers
@@ -48,6 +48,8 @@ MAX_DISAGREEMENT, MAX_ACCURACY_LOSS, MIN_SPEEDUP = "max_disagreement", "max_accu
 GOALS = (MAX_DISAGREEMENT, MAX_ACCURACY_LOSS, MIN_SPEEDUP)
 MOST_SEEN = 0.9
 """Above this share of rows that the model was trained on they are refused."""
+LEAST_TOLD = 10
+"""Of fewer rows the share says too little to refuse them: a repeated text may be the only one that can be told."""
 
 CHOOSING_SHARE = 0.25
 """Of the rows, where a speed-up is asked for: these choose the threshold, the others judge it."""
@@ -336,8 +338,9 @@ def share_seen(saved: LoadedClassifier, dataset: TextDataset) -> float | None:
         DataError: it was trained on these very rows, or on nearly all of them.
     """
     data: Mapping[str, Any] = saved.record.get("data") or {}
-    share = seen_share(data["text_sketch"], dataset.texts) if "text_sketch" in data else None
-    if data.get("fingerprint") == dataset.fingerprint() or (share or 0) > MOST_SEEN:
+    seen, told = seen_rows(data.get("text_sketch", ""), dataset.texts)
+    share = None if "text_sketch" not in data else seen / max(told, 1)
+    if data.get("fingerprint") == dataset.fingerprint() or (told >= LEAST_TOLD and seen > MOST_SEEN * told):
         raise DataError(
             f'Model "{saved.name}" was trained, and its thresholds chosen, on these rows, which can therefore certify '
             "nothing.",

@@ -266,7 +266,8 @@ def _with_subset(
     for line in choice_lines(choice):
         say(line)
     say(
-        f"{len(choosing):,} of the {len(dataset):,} rows chose the exits; what is certified is by the other {len(judging):,}."
+        f"{len(choosing):,} of the {len(dataset):,} rows chose the exits; "
+        f"what is certified is by the other {len(judging):,}."
     )
     return with_exit_layers(saved, choice.exit_layers), judges if labelled else judges.texts, choice
 

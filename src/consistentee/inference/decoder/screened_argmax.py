@@ -81,11 +81,9 @@ class ScreenedArgmax:
         return self._ways(states, self._settled, self._whole)
 
     def _settled(self, states: Tensor) -> Tensor:
+        """By what is certain alone, or by the whole head for all: its rounding may depend on the number of rows."""
         tokens, certain = self._screened(states)
-        if bool(certain.all()):
-            return tokens
-        open_rows = (~certain).nonzero().squeeze(1)
-        return tokens.index_copy(0, open_rows, self._whole(states[open_rows]))
+        return tokens if bool(certain.all()) else self._whole(states)
 
     def _whole(self, states: Tensor) -> Tensor:
         return self._soften(nn.functional.linear(states, self._weight, self._bias)).argmax(-1)

@@ -28,17 +28,6 @@ def text_sketch(texts: Iterable[tuple[str, ...]]) -> str:
     return "".join(heapq.nsmallest(SKETCH_SIZE, {_hash(parts) for parts in texts}))
 
 
-def seen_share(sketch: str, texts: Iterable[tuple[str, ...]]) -> float:
-    """The share of the texts that are in the set of a sketch, in [0, 1]: exact for a small set, else estimated.
-
-    Example:
-        >>> seen_share(text_sketch([("a",), ("b",)]), [("a",), ("c",)])
-        0.5
-    """
-    seen, told = seen_rows(sketch, texts)
-    return seen / told if told else 0.0
-
-
 def seen_rows(sketch: str, texts: Iterable[tuple[str, ...]]) -> tuple[int, int]:
     """How many texts are in the set of a sketch, and of how many this can be told: all, or those in its range.
 

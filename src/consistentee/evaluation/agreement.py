@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consistentee.data.rows import Text, TextDataset, text_rows
-from consistentee.evaluation.classification import predict_classes, run_layers
+from consistentee.evaluation.classification import predict_classes, run_layers, shares_at_exits
 from consistentee.evaluation.results import (
     AgreementEvaluation,
     AgreementPoint,
@@ -86,7 +86,7 @@ def agreement_of_layers(
             float(count) / int(total) if total else None
             for count, total in zip(agreeing, exited, strict=True)
         ],
-        per_layer_agreement=agree.double().mean(0).tolist(),
+        per_layer_agreement=shares_at_exits(agree, signals.get("has_exit")),
         curve=_curve(scores, agree, criterion),
         other_criteria=others,
     )

@@ -91,8 +91,8 @@ def evaluate_layers(
             float(hits) / int(count) if count else None
             for hits, count in zip(right_of_exited, exited, strict=True)
         ],
-        per_layer_accuracy=right.double().mean(0).tolist(),
-        classifier_accuracy=alone.double().mean(0).tolist(),
+        per_layer_accuracy=shares_at_exits(right, signals.get("has_exit")),
+        classifier_accuracy=shares_at_exits(alone, signals.get("has_exit")),
         class_recall=recall_by_class(
             predictions.numpy(),
             layer_logits[:, -1].argmax(-1).numpy(),
@@ -109,6 +109,18 @@ def evaluate_layers(
         if reference_predictions is None
         else _paired(right_at_exit, reference_predictions, labels, metrics),
     )
+
+
+def shares_at_exits(right: Tensor, has_exit: Tensor | None) -> list[float | None]:
+    """The share of each layer with an exit; None for a layer without, which only repeats what was said before it.
+
+    Args:
+        right: (rows, layers), bool.
+        has_exit: (rows, layers), bool, the same in every row; None: all.
+    """
+    shares = right.double().mean(0).tolist()
+    exits = [True] * len(shares) if has_exit is None else has_exit[0].tolist()
+    return [share if exit_there else None for share, exit_there in zip(shares, exits, strict=True)]
 
 
 def evaluate_model(

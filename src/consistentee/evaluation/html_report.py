@@ -148,7 +148,8 @@ def _common(
         "by_layer": both_widths(layer_chart, layers, quality),
         "trade_off_description": (
             f"{quality} {percent(point.quality, 1)} with {percent(point.layers_saved, 1)} of the layers saved at the "
-            f"reported point; full depth {percent(layers[-1].if_all, 1)}. The table below has all operating points."
+            f"reported point; full depth {percent(evaluation[f'per_layer_{quality}'][-1], 1)}. The table below has all "
+            "operating points."
         ),
         "exits_description": ", ".join(f"layer {one.layer}: {percent(one.share, 1)}" for one in layers),
         "by_layer_description": f"If all exited at the layer: {_spoken(layers)}. The table below has all figures.",
@@ -175,7 +176,9 @@ def _sections(whole: bool, has_classes: bool) -> list[tuple[str, str]]:
 
 
 def _spoken(layers: Iterable[Any]) -> str:
-    return ", ".join(f"layer {one.layer} {percent(one.if_all, 1)}" for one in layers)
+    return ", ".join(
+        f"layer {one.layer} {percent(one.if_all, 1)}" for one in layers if one.if_all is not None
+    )
 
 
 def _warnings(evaluation: Mapping[str, Any], point: ReportedPoint) -> list[str]:

@@ -113,8 +113,8 @@ class LayerFigures:
         layer: from 1.
         exited, share: rows that exit there.
         quality, interval: accuracy or agreement of these; None where none does.
-        if_all: the same if every row exited there.
-        alone: accuracy of the classifier without the ensemble; None where that is not known.
+        if_all: the same if every row exited there; None where the layer has no exit.
+        alone: accuracy of the classifier without the ensemble; None where that is not known, or there is no exit.
     """
 
     layer: int
@@ -122,7 +122,7 @@ class LayerFigures:
     share: float
     quality: float | None
     interval: tuple[float, float] | None
-    if_all: float
+    if_all: float | None
     alone: float | None
 
 

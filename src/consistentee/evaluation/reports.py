@@ -131,7 +131,7 @@ def _models(evaluation: Evaluation) -> Table:
         row(
             reference.name, reference.accuracy, reference.metrics, reference.mean_exit_layer or layers, layers
         )
-    row(LAST_LAYER, evaluation.per_layer_accuracy[-1], None, depth)
+    row(LAST_LAYER, evaluation.full_depth_accuracy, None, depth)
     own = _title(evaluation.criterion, evaluation.threshold)
     row(own, evaluation.accuracy, evaluation.metrics, evaluation.mean_exit_layer, style="bold")
     for name, other in evaluation.other_criteria.items():
@@ -191,7 +191,7 @@ def _agreement(evaluation: AgreementEvaluation) -> Table:
     depth = evaluation.num_hidden_layers
     names = ("agreement %", "standard error", "mean exit layer", "layer speed-up")
     table = _table(["", *names, "layers saved %"], left=1)
-    table.add_row(LAST_LAYER, _percent(evaluation.per_layer_agreement[-1]), "", *_depth(depth, depth))
+    table.add_row(LAST_LAYER, _percent(evaluation.full_depth_agreement), "", *_depth(depth, depth))
     error = _percent(evaluation.agreement_standard_error)
     title = _title(evaluation.criterion, evaluation.threshold)
     shown = (_percent(evaluation.agreement), error, *_depth(evaluation.mean_exit_layer, depth))
@@ -205,7 +205,9 @@ def _agreement(evaluation: AgreementEvaluation) -> Table:
 
 
 def _agreement_by_layer(
-    evaluation: Evaluation | AgreementEvaluation, at_exits: Sequence[float | None], if_all: Sequence[float]
+    evaluation: Evaluation | AgreementEvaluation,
+    at_exits: Sequence[float | None],
+    if_all: Sequence[float | None],
 ) -> Table:
     table = _table(["layer", "exit here", "share %", "their agreement %", "agreement % if all exited here"])
     for index, exited in enumerate(evaluation.exit_histogram):

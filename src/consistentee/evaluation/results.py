@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 if TYPE_CHECKING:
     from consistentee.functional.curves import CurvePoint
@@ -141,8 +141,9 @@ class Evaluation(ExitEvaluation):
     Args:
         accuracy: share of right predictions at the exit layers.
         exit_accuracy: share of right predictions among the rows that exit at each layer; None where none does.
-        per_layer_accuracy: accuracy if every row exited at that layer.
-        classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before.
+        per_layer_accuracy: accuracy if every row exited at that layer; None where the layer has no exit.
+        classifier_accuracy: accuracy of each internal classifier alone, without the ensemble over the layers before;
+            None where the layer has no exit.
         class_recall: recall of every class at the exits and at full depth.
         reference: another model on the same rows, if one was given.
         clock: the points in milliseconds, where that was asked for.
@@ -152,11 +153,16 @@ class Evaluation(ExitEvaluation):
     other_criteria: Mapping[str, OtherCriterion] = field(default_factory=dict[str, OtherCriterion])
     accuracy: float
     exit_accuracy: list[float | None]
-    per_layer_accuracy: list[float]
-    classifier_accuracy: list[float]
+    per_layer_accuracy: list[float | None]
+    classifier_accuracy: list[float | None]
     class_recall: list[ClassRecall]
     reference: Reference | None = None
     clock: Clock | None = None
+
+    @property
+    def full_depth_accuracy(self) -> float:
+        """Accuracy of the last layer, which always has an exit."""
+        return cast(float, self.per_layer_accuracy[-1])
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,8 @@ class AgreementEvaluation(ExitEvaluation):
         agreement: share of the inputs that get the model's class at their exit.
         agreement_standard_error: of that share.
         exit_agreement: the same among the inputs that exit at each layer; None where none does.
-        per_layer_agreement: agreement if every input exited at that layer; 1 at the last where that is the model.
+        per_layer_agreement: agreement if every input exited at that layer; 1 at the last where that is the model, None
+            where the layer has no exit.
         agreement_with: name of the model that it is about; None for the exits' own last layer.
         clock: the points in milliseconds, where that was asked for.
     """
@@ -203,9 +210,14 @@ class AgreementEvaluation(ExitEvaluation):
     agreement: float
     agreement_standard_error: float
     exit_agreement: list[float | None]
-    per_layer_agreement: list[float]
+    per_layer_agreement: list[float | None]
     agreement_with: str | None = None
     clock: Clock | None = None
+
+    @property
+    def full_depth_agreement(self) -> float:
+        """Agreement of the last layer, which always has an exit."""
+        return cast(float, self.per_layer_agreement[-1])
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def report_retrofit(
         max_disagreement=max_disagreement,
         calibration=found,
         disagreements=find_disagreements(saved, states, reported, criterion, threshold, logits),
-        full_depth_agreement=evaluation.per_layer_agreement[-1],
+        full_depth_agreement=evaluation.full_depth_agreement,
         speed=speed,
         seconds=time.perf_counter() - start,
         **accuracies(

@@ -233,15 +233,15 @@ def layer_chart(layers: Sequence[LayerFigures], quality: str, *, narrow: bool) -
     Ends of intervals may lie outside of the picture and are cut.
     """
     depth = len(layers)
-    if_all = [100 * layer.if_all for layer in layers]
-    alone = [100 * layer.alone for layer in layers if layer.alone is not None]
+    if_all = [(layer.layer, 100 * layer.if_all) for layer in layers if layer.if_all is not None]
+    alone = [(layer.layer, 100 * layer.alone) for layer in layers if layer.alone is not None]
     alone = [] if alone == if_all else alone
     dots = [
         (layer.layer, 100 * layer.quality, 100 * layer.interval[0], 100 * layer.interval[1])
         for layer in layers
         if layer.quality is not None and layer.interval is not None
     ]
-    shown = [*if_all, *alone, *(value for _, value, _, _ in dots)]
+    shown = [value for _, value, *_ in (*if_all, *alone, *dots)]
     low, high = min(shown), max(shown)
     room = max(0.08 * (high - low), 0.5)
     width, height = (340, 260) if narrow else (690, 320)
@@ -263,8 +263,8 @@ def layer_chart(layers: Sequence[LayerFigures], quality: str, *, narrow: bool) -
         x_label="layer",
         y_label=f"{quality} (%)",
         parts={
-            "if_all": polyline(enumerate(if_all, start=1), x, y),
-            "alone": polyline(enumerate(alone, start=1), x, y) if alone else "",
+            "if_all": polyline(if_all, x, y),
+            "alone": polyline(alone, x, y) if alone else "",
             "dots": marks,
         },
     )

@@ -248,7 +248,7 @@ def _by_layer(evaluation: Mapping[str, Any]) -> TableRows:
         return []
     columns = (evaluation[name] for name in ("exit_histogram", "exit_accuracy", "per_layer_accuracy"))
     return [
-        (str(layer), f"{count:,}", "" if right is None else _percent(right), _percent(if_all))
+        (str(layer), f"{count:,}", *("" if share is None else _percent(share) for share in (right, if_all)))
         for layer, (count, right, if_all) in enumerate(zip(*columns, strict=True), start=1)
     ]
 

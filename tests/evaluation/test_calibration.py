@@ -85,7 +85,7 @@ def test_accuracy_loss_counts_what_full_depth_gets_right_and_the_exit_wrong() ->
     right = logits.argmax(-1) == labels[:, None]
     lost = right[:, -1] & ~right.gather(1, exit_layer[:, None] - 1).squeeze(1)
     assert found.losses == int(lost.sum())
-    lost_accuracy = evaluation.per_layer_accuracy[-1] - evaluation.accuracy
+    lost_accuracy = evaluation.full_depth_accuracy - evaluation.accuracy
     assert lost_accuracy <= int(lost.sum()) / 3000  # what is won back is not counted
     with pytest.raises(ValueError, match="labels must be given"):
         calibrate_layers(logits, probs, goal="max_accuracy_loss", target=0.05)

@@ -85,7 +85,7 @@ def test_the_first_sentence_is_the_reported_point(page: str, report: ExitReport)
     assert f"right on {100 * point.quality:.1f} % of 80 rows" in said
     low, high = point.interval
     assert f"95 % interval {100 * low:.1f} to {100 * high:.1f} %" in said
-    assert f"full depth is right on {100 * report.evaluation.per_layer_accuracy[-1]:.1f} %" in said
+    assert f"full depth is right on {100 * report.evaluation.full_depth_accuracy:.1f} %" in said
 
 
 def test_tables_hold_the_figures(page: str, report: ExitReport) -> None:
@@ -105,7 +105,7 @@ def test_tables_hold_the_figures(page: str, report: ExitReport) -> None:
     for row, one in zip(tables["layers"].one("table").rows()[1:], report.layers, strict=True):
         quality = "" if one.quality is None else f"{100 * one.quality:.2f}"
         assert row[:4] == [str(one.layer), str(one.exited), f"{100 * one.share:.1f}", quality]
-        assert row[5:] == [f"{100 * one.if_all:.2f}", f"{100 * (one.alone or 0):.2f}"]
+        assert row[5:] == [f"{100 * (one.if_all or 0):.2f}", f"{100 * (one.alone or 0):.2f}"]
     rows = tables["classes"].one("table").rows()[1:]
     assert [row[0] for row in rows] == list(LABELS)
     assert [row[1] for row in rows] == ["40", "40"]

@@ -53,6 +53,7 @@ def cell_of(
     right = generator.random((ROWS, layers)) < skill * np.linspace(0.8, 1.0, layers)
     if label.startswith("plain"):
         cell |= {
+            "kind": "full_depth",
             "correct": pack_bits(right[:, -1:]),
             "metrics": {"accuracy": float(right[:, -1].mean()), "f1": 0.5},
         }

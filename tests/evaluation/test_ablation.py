@@ -21,9 +21,9 @@ from consistentee.evaluation.ablation.pages import ablation_sheets
 from consistentee.evaluation.ablation.picture import plot_ablation
 from consistentee.evaluation.ablation.questions import QUESTIONS, question
 from consistentee.evaluation.ablation.studies import Studied, gradient_study, policy_rows_study, row_counts
-from consistentee.evaluation.comparison.measuring import unpack_bits, unpack_exits
+from consistentee.evaluation.comparison.measuring import pack_exits, unpack_bits, unpack_exits
 from consistentee.evaluation.comparison.plan import compared_methods
-from consistentee.evaluation.comparison.tables import Sheet
+from consistentee.evaluation.comparison.tables import NOTHING, Sheet
 from consistentee.functional.hardness import memorized_layer
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.training.instances import Instances
@@ -140,6 +140,28 @@ def test_thirds_are_the_same_rows_for_both_and_in_order_of_hardness() -> None:
     for label in (UNIFORM, "consistent"):
         mean = np.mean([one["exit_layer_at_2x"] for one in found if one["method"] == label])
         assert mean <= LAYERS / 2 + 1e-9
+
+
+def test_a_policy_that_never_exits_has_no_figure_at_twice_the_speed() -> None:
+    cells = _cells()
+    for cell in cells:
+        if cell["label"] == UNIFORM and cell["seed"] == 2:
+            policy = cell["criteria"]["policy"]
+            points = len(policy["curve"])
+            policy["curve"] = [[threshold, 0.7, LAYERS] for threshold, *_ in policy["curve"]]
+            policy["exits"] = pack_exits(np.full((ROWS, points), LAYERS), LAYERS)
+    asked = question("reward", {})
+    found = thirds(asked, cells)
+    assert {(one["method"], "accuracy_at_2x" in one) for one in found} == {
+        (UNIFORM, False),
+        ("consistent", True),
+    }
+    assert all("accuracy_at_validation" in one for one in found)
+    summary = {"questions": {"reward": answer(asked, cells, [], resamples=20)}}
+    [sheet] = [sheet for sheet in ablation_sheets(summary) if "easy" in sheet.title]
+    assert [row[sheet.columns.index("accuracy at 2x")] == NOTHING for row in sheet.rows] == [True] * 3 + [
+        False
+    ] * 3
 
 
 def test_rounds_are_means_over_the_runs_that_got_there() -> None:

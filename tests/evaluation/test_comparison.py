@@ -529,7 +529,12 @@ def test_files_that_are_no_cells_are_named(tmp_path: Path) -> None:
         render(tmp_path)
     (tmp_path / "cells").mkdir()
     broken = tmp_path / "cells" / "x.json"
-    for text in ("{", "[]", json.dumps(cell_of("plain") | {"form": 0})):
+    seedless, ours = cell_of("plain"), cell_of("consistent")
+    del seedless["seed"], ours["criteria"], ours["validation"]
+    for text in ("{", "[]", json.dumps(cell_of("plain") | {"form": 0}), json.dumps(seedless)):
         broken.write_text(text)
         with pytest.raises(DataError, match=r"x\.json: It is no cell of a comparison of this version"):
             render(tmp_path)
+    broken.write_text(json.dumps(ours))
+    with pytest.raises(DataError, match=r"x\.json: .* without validation, criteria\)\. Remove it"):
+        render(tmp_path)

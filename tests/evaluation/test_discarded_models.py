@@ -42,7 +42,7 @@ class _Trainings:
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> _Trainings:
     found = _Trainings()
-    figures = {"correct": "", "num_hidden_layers": 3, "criterion": None}
+    figures = {"correct": "", "num_hidden_layers": 3, "criterion": None, "metrics": {}, "criteria": {}}
     monkeypatch.setattr(cells, "train", found.train)
     monkeypatch.setattr(cells, "load_model", lambda *_: SimpleNamespace(record={}))
     monkeypatch.setattr(cells, "measure", lambda *_: figures)

@@ -89,7 +89,8 @@ def thirds(question: Question, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
     Returns:
         Plain values: `method`, `backbone`, `set`, `seeds`, `third`, `memorized_layer`, and at layer speed-up 2 and at
-        the validation threshold `accuracy` and `exit_layer`, means over seeds.
+        the validation threshold `accuracy` and `exit_layer`, means over seeds; left out where a seed's policy never
+        gets there.
     """
     found: list[dict[str, Any]] = []
     for (backbone, name), of_set in _by_set(question.labels, cells).items():
@@ -108,7 +109,7 @@ def thirds(question: Question, cells: Sequence[Cell]) -> list[dict[str, Any]]:
                         "third": third,
                         "rows": len(rows),
                         "memorized_layer": float(memorized[rows].mean()),
-                        **{key: float(np.mean([one[key] for one in figures])) for key in figures[0]},
+                        **_means(figures),
                     }
                 )
     return found
@@ -142,8 +143,10 @@ def _figures_of_rows(cell: Cell, rows: np.ndarray[Any, Any]) -> dict[str, float]
     outcomes = exit_outcomes(cell, "policy", depth)
     mean = outcomes.layers.mean(0)
     fast = [point for point in range(len(mean)) if depth / mean[point] >= AT_SPEEDUP]
-    point = max(fast, key=lambda point: (outcomes.correct[:, point].mean(), -mean[point]))
-    points = {f"at_{AT_SPEEDUP:g}x": point}
+    points: dict[str, int] = {}
+    if fast:
+        best = max(fast, key=lambda point: (outcomes.correct[:, point].mean(), -mean[point]))
+        points[f"at_{AT_SPEEDUP:g}x"] = best
     if outcomes.chosen is not None:
         points["at_validation"] = outcomes.chosen
     return {
@@ -151,6 +154,12 @@ def _figures_of_rows(cell: Cell, rows: np.ndarray[Any, Any]) -> dict[str, float]
         for name, at in points.items()
         for figure, values in (("accuracy", outcomes.correct), ("exit_layer", outcomes.layers))
     }
+
+
+def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every figure that all have."""
+    shared = [key for key in figures[0] if all(key in one for one in figures)]
+    return {key: float(np.mean([one[key] for one in figures])) for key in shared}
 
 
 def rounds(question: Question, cells: Sequence[Cell]) -> list[dict[str, Any]]:

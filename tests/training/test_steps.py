@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.functional.losses import layer_losses, weighted_sum_loss
@@ -21,9 +23,11 @@ from consistentee.models.sequence_classification import (
     FullDepthForSequenceClassification,
 )
 from consistentee.progress import show_progress
+from consistentee.training import steps
 from consistentee.training.cached_states import ChunkedBatches
 from consistentee.training.run import Run
 from consistentee.training.steps import (
+    attention_in_bfloat16,
     make_accelerator,
     parameter_groups,
     resolve_precision,
@@ -215,6 +219,57 @@ def test_a_processor_that_is_told_to_do_without_bf16_trains_in_float32() -> None
         check=True,
     )
     assert told.stdout.strip() == "no"
+
+
+class DtypesOfSoftmax(TorchDispatchMode):
+    """Notes in what precision softmax is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "softmax" in str(func) and "backward" not in str(func):
+            self.seen.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "precision, computes, dtype",
+    [("bf16", True, torch.bfloat16), ("bf16", False, torch.float32), ("no", True, torch.float32)],
+)
+def test_attention_with_dropout_is_computed_in_bfloat16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, precision: str, computes: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(steps, "_computes_in_bfloat16", lambda: computes)
+    accelerator = make_accelerator("anywhere", mixed_precision=precision)
+    states = torch.randn(2, 2, 8, 4, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    with attention_in_bfloat16(accelerator), DtypesOfSoftmax() as noted:
+        F.scaled_dot_product_attention(states, states, states, dropout_p=0.5)
+    assert noted.seen == {dtype}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_steps_leave_the_precision_of_attention_as_they_found_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    monkeypatch.setattr(steps, "_computes_in_bfloat16", lambda: True)
+    run = new_run(tiny_backbone(tmp_path / "backbone"), tmp_path / "run", mixed_precision="bf16")
+    weighted, during = run.task.weighted_sum(), []
+
+    def objective(model: torch.nn.Module, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> Any:
+        during.append(allowed())
+        if len(during) == 2:
+            raise RuntimeError("stop")
+        return weighted(model, batch, labels)
+
+    before = allowed()
+    with pytest.raises(RuntimeError, match="stop"):
+        run.take_steps(2, objective, phase="test")
+    assert during == [True, True]
+    assert allowed() is before is False
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")

@@ -232,14 +232,16 @@ def locked_folder(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+GO_ON = "go on with --resume (compare and ablate: with the same command)"
+"""How a training goes on that a disk or somebody's file has stopped."""
+
+
 class FullDiskError(OSError):
     """There is no room, or no more of a user's share; the message says where."""
 
 
 @contextmanager
-def room_in(
-    folder: Path, remedy: str = "Make room, then go on with --resume.", *, named: bool = True
-) -> Iterator[None]:
+def room_in(folder: Path, remedy: str = f"Make room, then {GO_ON}.", *, named: bool = True) -> Iterator[None]:
     """Around what is written into a folder: a full disk is said to be one, whatever the writer calls it.
 
     Args:

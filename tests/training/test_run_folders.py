@@ -346,7 +346,7 @@ def test_there_is_no_room_for_the_model(kind: Kind, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr("consistentee.training.run.write_model_card", fill)
         with pytest.raises(
-            OSError, match=r"m could not be written to, .* Make room, then go on with --resume\."
+            OSError, match=r"m could not be written to, .* Make room, then go on with --resume \(compare and "
         ):
             kind.run(folder, config=config)
     kind.run(folder, config=config, resume=True)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from consistentee.atomic_files import (
+    GO_ON,
     make_folder,
     remove_files,
     remove_unfinished_weights,
@@ -251,7 +252,7 @@ def place_model(output_dir: Path, last: str) -> None:
         if name not in ours and os.path.lexists(output_dir / name):
             raise FileExistsError(
                 f"{output_dir / name} has come there since the run began, and the model's would overwrite it. Move it "
-                "away, then go on with --resume."
+                f"away, then {GO_ON}."
             )
     sync_tree(staged)
     write_marker(output_dir, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 import threading
@@ -171,6 +172,20 @@ def test_bad_requests_are_told_why(
     assert answer.status_code == status
     assert answer.json()["error"]
     assert client.post("/predict", json={"inputs": "a"}).status_code == 200  # and it goes on
+
+
+def test_compressed_bodies_are_refused_as_such(client: httpx.Client) -> None:
+    body = gzip.compress(b'{"inputs": "a"}')
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = client.post("/predict", content=body, headers=headers)
+    assert answer.status_code == 415
+    assert answer.json()["error"] == (
+        'The body must not be compressed, got Content-Encoding "gzip". Send it as it is.'
+    )
+    plain = client.post(
+        "/predict", content=b'{"inputs": "a"}', headers={**headers, "content-encoding": "identity"}
+    )
+    assert plain.status_code == 200
 
 
 def test_ten_megabytes_are_not_read(url: str) -> None:

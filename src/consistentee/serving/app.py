@@ -16,7 +16,14 @@ from consistentee.errors import SettingError, require_extra
 from consistentee.serving.metrics import ServerMetrics
 from consistentee.serving.openapi import openapi_description
 from consistentee.serving.playground import playground_page
-from consistentee.serving.requests import JSON_TYPE, RefusedRequest, ServerLimits, shutting_down
+from consistentee.serving.requests import (
+    JSON_TYPE,
+    RefusedRequest,
+    ServerLimits,
+    check_headers,
+    shutting_down,
+    too_large,
+)
 from consistentee.serving.waiting import within
 
 _log = logging.getLogger(__name__)
@@ -138,17 +145,10 @@ async def read_body(receive: Receive, headers: Sequence[tuple[bytes, bytes]], li
     """The body of a request.
 
     Raises:
-        RefusedRequest: it is too large (413), too slow (408) or not called JSON (415).
+        RefusedRequest: it is too large (413), too slow (408) or not called plain JSON (415).
         ClientGone: it never ended.
     """
-    named = dict(headers)
-    if named.get(b"content-type", b"").split(b";")[0].strip().lower() != JSON_TYPE.encode():
-        # A page of another site can send other types without asking first.
-        raise RefusedRequest(415, "Validation", f"The Content-Type must be {JSON_TYPE}.")
-    too_large = RefusedRequest(413, "Validation", f"The body must have at most {limits.max_bytes} bytes.")
-    length = named.get(b"content-length", b"0")
-    if length.isdigit() and int(length[:20]) > limits.max_bytes:
-        raise too_large
+    check_headers(headers, limits)
 
     async def whole() -> bytes:
         parts, size = [], 0
@@ -159,7 +159,7 @@ async def read_body(receive: Receive, headers: Sequence[tuple[bytes, bytes]], li
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > limits.max_bytes:
-                raise too_large
+                raise too_large(limits)
             if not message.get("more_body"):
                 return b"".join(parts)
 

@@ -24,7 +24,7 @@ _ERRORS = {
     "401": "The bearer token is missing or wrong.",
     "408": "The body did not arrive in time.",
     "413": "The body, a text or the batch is too large.",
-    "415": "The Content-Type is not application/json.",
+    "415": "The Content-Type is not application/json, or the body is compressed.",
     "422": "A field is wrong, or the text does not fit the model.",
     "424": "Computing failed.",
     "429": "The queue is full; Retry-After says when to try again.",

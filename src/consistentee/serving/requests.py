@@ -90,6 +90,30 @@ def shutting_down() -> RefusedRequest:
     return RefusedRequest(503, "Unhealthy", "The server is shutting down.")
 
 
+def too_large(limits: ServerLimits) -> RefusedRequest:
+    """What is told to whom sends too long a body."""
+    return RefusedRequest(413, "Validation", f"The body must have at most {limits.max_bytes} bytes.")
+
+
+def check_headers(headers: Sequence[tuple[bytes, bytes]], limits: ServerLimits) -> None:
+    """What can be said of a request's body before it is read.
+
+    Raises:
+        RefusedRequest: it is too large (413), compressed or not called JSON (415).
+    """
+    named = dict(headers)
+    if named.get(b"content-type", b"").split(b";")[0].strip().lower() != JSON_TYPE.encode():
+        # A page of another site can send other types without asking first.
+        refuse(f"The Content-Type must be {JSON_TYPE}.", 415)
+    encoding = named.get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"", b"identity"):
+        shown = _shown(encoding.decode("latin-1"))
+        refuse(f"The body must not be compressed, got Content-Encoding {shown}. Send it as it is.", 415)
+    length = named.get(b"content-length", b"0")
+    if length.isdigit() and int(length[:20]) > limits.max_bytes:
+        raise too_large(limits)
+
+
 def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 

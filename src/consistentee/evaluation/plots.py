@@ -349,11 +349,9 @@ def _draw_layers(axes: Axes, evaluation: Evaluation | AgreementEvaluation, quali
     at_exits = getattr(evaluation, f"exit_{quality}")
     heights = [math.nan if value is None else 100 * value for value in at_exits]
     axes.plot(layers, heights, color=RED, marker="D", markersize=5, linestyle="none", label=names[1])
-    if_all = enumerate(getattr(evaluation, f"per_layer_{quality}"), start=1)
-    points = [(layer, 100 * value) for layer, value in if_all if value is not None]
-    axes.plot(
-        *zip(*points, strict=True), color=BLUE, marker="o", markersize=4.5, linewidth=1.8, label=names[2]
-    )
+    there = enumerate(getattr(evaluation, f"per_layer_{quality}"), start=1)
+    if_all = {layer: 100 * value for layer, value in there if value is not None}
+    axes.plot([*if_all], [*if_all.values()], color=BLUE, marker="o", ms=4.5, lw=1.8, label=names[2])
     _frame(axes, "layer", "%", f"Where the {evaluation.num_examples:,} inputs exit")
     axes.set_ylim(0, 119)
     axes.set_yticks(range(0, 101, 20))

@@ -137,8 +137,8 @@ def _computes_in_bfloat16() -> bool:
 def attention_in_bfloat16(accelerator: Accelerator) -> Iterator[None]:
     """Attention of bfloat16 in bfloat16 also where PyTorch has no fused kernel, on a processor that computes in it.
 
-    Attention with dropout is such a case on CPU: PyTorch turns queries, keys and values into float32 first, which made
-    it half of a step's time. Elsewhere (GPU, float32, emulated bfloat16) nothing changes, and afterwards nothing has.
+    Attention with dropout is such a case on CPU: PyTorch turns queries, keys and values into float32 first, which at
+    512 tokens makes it half of a step's time. Elsewhere (GPU, float32, emulated bfloat16) nothing changes.
     """
     if (
         accelerator.device.type != "cpu"
@@ -147,9 +147,8 @@ def attention_in_bfloat16(accelerator: Accelerator) -> Iterator[None]:
     ):
         yield
         return
-    before = (
-        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    )  # named after CUDA, it holds everywhere
+    # Named after CUDA, it holds everywhere.
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         yield

@@ -34,21 +34,8 @@ _OF_RECORD = ("warmup", "history", "best_round", "policy", "environment")
 _OF_PLAIN_TOO = ("max_accuracy_loss", "threshold_metric")
 """Settings of exits that cells without any share: `static` is chosen among plain models within the same loss."""
 
-_READ = (
-    *(
-        "kind",
-        "label",
-        "method",
-        "backbone",
-        "backbone_fingerprint",
-        "set",
-        "task",
-        "seed",
-        "config",
-        "own_settings",
-    ),
-    *("data", "evaluation", "num_hidden_layers", "criterion", "validation", "environment", "seconds", "work"),
-)
+_PLANNED = ("kind", "label", "method", "backbone", "set", "task", "seed", "config", "own_settings")
+_MEASURED = ("backbone_fingerprint", "data", "evaluation", "num_hidden_layers", "criterion", "validation")
 """What readers take from every cell."""
 
 Cell = dict[str, Any]
@@ -204,7 +191,7 @@ def read_cell(path: Path) -> Cell:
         cell = json.loads(path.read_text(encoding="utf-8"))
         if cell["form"] != FORM or not isinstance(cell["correct"], str):
             raise ValueError("another form")
-        needed = (*_READ, "metrics" if cell["kind"] == "full_depth" else "criteria")
+        needed = (*_PLANNED, *_MEASURED, "metrics" if cell["kind"] == "full_depth" else "criteria")
         missing = [name for name in needed if name not in cell]
         if missing:
             raise ValueError(f"without {', '.join(missing)}")

@@ -31,10 +31,13 @@ def test_settings_of_the_reward_are_tried_on_one_warm_up(
     assert main(command(tmp_path, "first")) == 0
     assert "began alike" not in capsys.readouterr().out
     assert main(command(tmp_path, "second", "--reward", "uniform")) == 0
-    assert "The warm-up is that of a training that began alike" in capsys.readouterr().out
+    assert "steps are those of a training that began alike" in capsys.readouterr().out
 
 
 def test_a_method_without_a_warm_up_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, "model", "--method", "sweet")) == 2
-    assert "--warm-up-dir goes with --method consistent, got sweet" in capsys.readouterr().err
+    assert (
+        "--warm-up-dir goes with --method consistent, deebert, weighted_sum, fastbert, beem, got sweet"
+        in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []

@@ -457,14 +457,18 @@ def test_the_time_left_comes_from_cells_of_the_same_backbone_and_method() -> Non
     assert seconds_left([], []) == 0
 
 
-def test_cells_that_begin_alike_warm_up_once() -> None:
+def test_first_steps_that_cells_have_in_common_are_taken_once() -> None:
     data = ComparedSet("rte", tiny_dataset(50), tiny_dataset(10))
     settings: dict[str, dict[str, Any]] = {
         "consistent": {},
         "consistent:uniform": {"reward": "uniform"},
         "consistent:mean": {"head": "shared_pooler"},
         "consistent:forgetting": {"hardness": "forgetting_events"},
+        "palbert": {},
         "weighted_sum": {},
+        "deebert": {},
+        "beem": {},
+        "fastbert": {},
     }
     cells = [
         PlannedCell(
@@ -472,9 +476,20 @@ def test_cells_that_begin_alike_warm_up_once() -> None:
         )
         for label, own in settings.items()
     ]
-    assert [cell.method.label for cell in sharing_cells(cells)] == ["consistent", "consistent:uniform"]
+    assert [cell.method.label for cell in sharing_cells(cells)] == [
+        "consistent",
+        "consistent:uniform",
+        "weighted_sum",
+        "deebert",
+        "beem",
+        "fastbert",
+    ]
     whole, warm_up = 50 * 0.8 * 3, 50 * 0.8 * 2
-    assert work_left(cells) == pytest.approx([whole, whole - warm_up, whole, whole, whole])
+    behind = whole - warm_up
+    assert work_left(cells) == pytest.approx([whole, behind, whole, whole, whole, behind, whole, 0, behind])
+    weighted_sum, beem = cells[5], cells[7]
+    assert sharing_cells([weighted_sum, cells[6]]) == []
+    assert work_left([beem, cells[0], weighted_sum]) == pytest.approx([whole, behind, 0])
     assert sharing_cells([cells[0], dataclasses.replace(cells[1], seed=8)]) == []
     done = [cell_of("plain", seconds=5.0, work=100.0)]
     assert seconds_left(cells[1:2], done) == pytest.approx(whole * 0.05)

@@ -126,18 +126,82 @@ def tokens(decoder: Path) -> Train:
     return trainer(decoder, tiny_instructions())
 
 
-def ends_alike(run: Train, first: TrainingConfig, second: TrainingConfig, folder: Path) -> None:
+def ends_alike(
+    run: Train,
+    first: TrainingConfig,
+    second: TrainingConfig,
+    folder: Path,
+    methods: tuple[str, str] = ("consistent", "consistent"),
+    *,
+    moments: int = 1,
+) -> list[str]:
     shared = folder / "warm-ups"
-    run(folder / "first", first, shared)
-    said = run(folder / "second", second, shared)
-    run(folder / "alone", second)
-    assert any("The warm-up is that of a training that began alike" in line for line in said)
-    assert len(kept(shared)) == 1
+    run(folder / "first", first, shared, method=methods[0])
+    said = run(folder / "second", second, shared, method=methods[1])
+    run(folder / "alone", second, method=methods[1])
+    assert any("steps are those of a training that began alike" in line for line in said)
+    assert len(kept(shared)) == moments
     assert weight_bytes(folder / "second") == weight_bytes(folder / "alone")
     record, alone = read_record(folder / "second"), read_record(folder / "alone")
     assert record.pop("shared_warm_up")["seconds"] > 0
     assert record == alone
     assert "shared_warm_up" not in read_record(folder / "first")
+    return said
+
+
+TWO_AND_ONE: dict[str, Any] = {"warmup_epochs": 2.0, "rounds": 1, "consistent_epochs": 1.0}
+
+
+@pytest.mark.parametrize(
+    "methods, taken_over, moments",
+    [
+        (("consistent", "weighted_sum"), "4 of 6", 2),
+        (("weighted_sum", "consistent"), "4 of 6", 2),
+        (("weighted_sum", "beem"), "6 of 6", 2),
+        (("deebert", "fastbert"), "4 of 6", 1),
+        (("fastbert", "deebert"), "4 of 6", 1),
+    ],
+    ids=str,
+)
+def test_so_does_one_of_another_method(
+    rows: Train, tmp_path: Path, methods: tuple[str, str], taken_over: str, moments: int
+) -> None:
+    config = quick_config(**ROWS | TWO_AND_ONE, batch_size=20)
+    said = ends_alike(rows, config, config, tmp_path, methods, moments=moments)
+    assert any(f"The first {taken_over} steps are those of" in line for line in said)
+
+
+@pytest.mark.parametrize("methods", [("consistent", "weighted_sum"), ("weighted_sum", "consistent")], ids=str)
+def test_so_does_one_of_another_method_and_of_tokens(
+    tokens: Train, tmp_path: Path, methods: tuple[str, str]
+) -> None:
+    config = quick_generation_config(**TOKENS)
+    ends_alike(tokens, config, config, tmp_path, methods, moments=2)
+
+
+def test_what_was_taken_over_and_gone_on_with_counts_all_its_seconds(rows: Train, tmp_path: Path) -> None:
+    config, shared = quick_config(**ROWS | TWO_AND_ONE), tmp_path / "warm-ups"
+    taken: list[float] = []
+    for method in ("consistent", "weighted_sum", "beem"):
+        rows(tmp_path / method, config, shared, method=method)
+        taken.append(read_record(tmp_path / method).get("shared_warm_up", {"seconds": 0.0})["seconds"])
+    assert 0 == taken[0] < taken[1] < taken[2]
+
+
+def test_methods_that_begin_otherwise_share_nothing(rows: Train, tmp_path: Path) -> None:
+    config, shared = quick_config(**ROWS | TWO_AND_ONE), tmp_path / "warm-ups"
+    rows(tmp_path / "first", config, shared)
+    said = rows(tmp_path / "second", config, shared, method="deebert")
+    assert not any("began alike" in line for line in said)
+    assert len(kept(shared)) == 2
+
+
+def test_generators_whose_backbone_is_frozen_have_no_first_stage_to_share(
+    tokens: Train, tmp_path: Path
+) -> None:
+    config = quick_generation_config(**TOKENS, backbone_training="frozen")
+    tokens(tmp_path / "model", config, tmp_path / "warm-ups", method="deebert")
+    assert not (tmp_path / "warm-ups").exists()
 
 
 @pytest.mark.parametrize(
@@ -321,7 +385,7 @@ def test_only_warm_ups_are_discarded(rows: Train, tmp_path: Path) -> None:
     warm_ups.discard(tmp_path / "nowhere")
 
 
-def test_a_method_without_a_warm_up_is_refused(rows: Train, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match='folder of warm-ups goes with method consistent, got "deebert"'):
-        rows(tmp_path / "model", quick_config(), tmp_path / "warm-ups", method="deebert")
+def test_a_method_whose_first_steps_are_its_own_is_refused(rows: Train, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r'goes with method consistent, .*, beem, got "sweet"'):
+        rows(tmp_path / "model", quick_config(), tmp_path / "warm-ups", method="sweet")
     assert not (tmp_path / "model").exists()

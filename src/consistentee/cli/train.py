@@ -65,8 +65,9 @@ def train_command(
             --text-columns, or the usual names; standard input is a table if its first line holds the named ones, else
             plain text. Of a data set with several splits, "train" is read. Duplicates and rows that are labelled or
             reported on are dropped.
-        warm_up_dir: Folder of warm-ups that trainings share: settings of policy, reward and rounds are tried without
-            warming up again. The first training leaves its warm-up there, others that begin alike go on from it.
+        warm_up_dir: Folder of first steps that trainings share: settings of policy, reward and rounds are tried
+            without warming up again. The first training leaves its warm-up there, others that begin alike go on from
+            it, also those of other methods whose first phase is the same.
         resume: Go on from the last checkpoint in the output folder.
         debug: Show tracebacks and the messages of other libraries.
     """
@@ -120,8 +121,8 @@ def _run(
     if unlabelled_files is not None and not METHODS[method].unlabelled:
         able = ", ".join(name for name, row in METHODS.items() if row.unlabelled)
         raise UsageError(f"--unlabelled-file goes with --method {able}, got {method}. Leave it out.")
-    if warm_up_dir is not None and not METHODS[method].warms_up:
-        able = ", ".join(name for name, row in METHODS.items() if row.warms_up)
+    if warm_up_dir is not None and not METHODS[method].begins_with:
+        able = ", ".join(name for name, row in METHODS.items() if row.begins_with)
         raise UsageError(f"--warm-up-dir goes with --method {able}, got {method}. Leave it out.")
     config = training_config(settings, recipe, kind, command, method, unlabelled=unlabelled_files is not None)
     usage(lambda: check_method(method, CLASSIFICATION if kind is CLASSIFIERS else GENERATION, config))

@@ -206,7 +206,7 @@ class Run:
         steps: the gradient steps.
         identity: what a resumed run must share with the one it goes on with.
         progress: all there is to remember beside weights and optimizer, as plain JSON values.
-        warm_up_dir: where warm-ups are kept for trainings that begin alike; None where this one shares none.
+        warm_up_dir: where first steps are kept for trainings that begin alike; None where this one shares none.
         stage: steps behind all of `steps`, on other rows and with an optimizer of their own, while they are the ones
             that are taken.
         let_go: leaves the output folder to other runs; `save` calls it, and whoever stops the run before.

@@ -58,9 +58,10 @@ def train(
         method: one of `METHODS`: how to train.
         unlabelled: texts, or pairs, without labels for a classifier's exits and policy, by agreement with its last
             layer; they are read as they come, duplicates and texts of `train_data` are dropped. None for none.
-        warm_up_dir: folder of warm-ups that trainings share: one that differs from another only in what comes after
-            the warm-up (policy, reward, rounds of the same epochs in all) goes on from its, and ends as it would alone.
-            The first leaves it there: weights and optimizer, three times the trained weights' size. None for none.
+        warm_up_dir: folder of first steps that trainings share: one that differs from another only in what comes after
+            the warm-up (policy, reward, rounds of the same epochs in all; a method whose first phase is the same) goes
+            on from its, and ends as it would alone. The first leaves them there: weights and optimizer, three times the
+            trained weights' size. None for none.
         resume: go on from the last checkpoint in `output_dir` if there is one.
         report: is given lines of text to show.
 
@@ -72,7 +73,7 @@ def train(
         FileExistsError: if `output_dir` holds another run and `resume` is not set, or anything of anybody else's.
         ImportError: LoRA without peft.
         SettingError: `unlabelled` texts for a method or a task that does not learn from them; `warm_up_dir` for a
-            method without a warm-up; exits for a model of one layer.
+            method whose first steps are nobody else's; exits for a model of one layer.
         TypeError: data or settings of another task.
         ValueError: an unsupported backbone, an unknown method or one for another task, too little data, a resumed run
             with other settings, data or backbone, an `output_dir` that is the backbone's, or a `threshold_metric` that
@@ -82,8 +83,8 @@ def train(
     if unlabelled is not None and not row.unlabelled:
         able = ", ".join(name for name, other in METHODS.items() if other.unlabelled)
         raise SettingError(f'Unlabelled texts go with method {able}, got "{method}". Leave them out.')
-    if warm_up_dir is not None and not row.warms_up:
-        able = ", ".join(name for name, other in METHODS.items() if other.warms_up)
+    if warm_up_dir is not None and not row.begins_with:
+        able = ", ".join(name for name, other in METHODS.items() if other.begins_with)
         raise SettingError(f'A folder of warm-ups goes with method {able}, got "{method}". Leave it out.')
     trained = _task_of(train_data, config, unlabelled, backbone)
     check_method(method, trained.task, trained.config)

@@ -1,7 +1,8 @@
-"""Warm-ups that trainings share which begin alike: kept in a folder by all that they depend on, taken over by others.
+"""First steps that trainings share which begin alike: kept in a folder by all they depend on, taken over by others.
 
-The first of them leaves its moment after phase 1 there, weights and optimizer; a later one that differs from it only in
-what comes after goes on from that moment, and ends where it would have ended alone.
+The first of them leaves its moments there, weights and optimizer: after its warm-up, and after its last step where all
+are of one phase. A later one that differs from it only in what comes after goes on from the furthest of these, and ends
+where it would have ended alone; also where it is of another method, whose first phase is the same.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from consistentee.atomic_files import make_folder, room_in
 from consistentee.training import checkpoints
+from consistentee.training.methods import METHODS
 from consistentee.training.run import Run
+from consistentee.training.steps import Objective
 
 _LATER = (
     "rounds consistent_epochs consistent_learning_rate weighted_sum_share estimator num_rollouts reward reward_loss "
@@ -31,7 +35,7 @@ LATER = frozenset(_LATER.split())
 
 
 def warm_up_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Those of all settings of a training that its warm-up reads.
+    """Those of all settings of a training that its first phase reads.
 
     None where it also looks at the policy's rows, to count what is forgotten, and is nobody else's.
     """
@@ -40,28 +44,66 @@ def warm_up_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: value for name, value in settings.items() if name not in LATER}
 
 
-def take_over(run: Run) -> None:
-    """Go on after the warm-up of a training that began as this one does, where one is kept; first steps only."""
-    folder = _folder(run)
-    if folder is None or run.steps.step:
-        return
-    kept = run.from_main_process(checkpoints.latest_checkpoint(folder))
-    if kept is not None:
-        run.say(f"The warm-up is that of a training that began alike, kept in {folder}.")
-        taken_over = {"seconds": checkpoints.read_progress(kept)["identity"]["seconds"]}
-        run.restore(kept, own_policy=True)
-        run.progress["taken_over"] = taken_over
+def take_steps(
+    run: Run,
+    objective: Objective,
+    stops: Sequence[int],
+    *,
+    phase: str,
+    at_stop: Callable[[], None] | None = None,
+) -> None:
+    """Take the steps of a method's first phase, but for those that a training which began alike has left.
+
+    Args:
+        run: the run, of a method that `begins_with` something.
+        objective: of the phase.
+        stops: steps at which its moment is kept, in their order; the last is the end.
+        phase: for showing.
+        at_stop: is called at every stop that is come to; None: nothing is to be done at them.
+    """
+    shares = _shares(run)
+    if not shares and at_stop is None:
+        stops = stops[-1:]
+    seconds = None if run.steps.step else 0.0  # those of steps before an interruption are not known
+    if shares and not run.steps.step:
+        seconds = _take_over(run, [stop for stop in stops if stop])
+    started = time.monotonic()
+    for stop in stops:
+        if run.steps.step < stop:
+            run.take_steps(stop, objective, phase=phase)
+            if at_stop is not None:
+                at_stop()
+            if shares and seconds is not None:
+                _keep(run, stop, seconds + time.monotonic() - started)
 
 
-def keep(run: Run, seconds: float) -> None:
-    """Leave this moment, the end of the warm-up, to trainings that begin alike, unless one is kept.
+def _take_over(run: Run, stops: Sequence[int]) -> float:
+    """Go on at the furthest of the stops that another training has left; the seconds that it took to come there."""
+    for stop in reversed(stops):
+        folder = _folder(run, stop)
+        kept = run.from_main_process(checkpoints.latest_checkpoint(folder))
+        if kept is not None:
+            run.say(
+                f"The first {stop} of {run.steps.total_steps} steps are those of a training that began alike, kept in "
+                f"{folder}."
+            )
+            seconds = float(checkpoints.read_progress(kept)["identity"]["seconds"])
+            run.restore(kept, own_policy=True)
+            run.progress["taken_over"] = {"seconds": seconds}
+            return seconds
+    return 0.0
+
+
+def _keep(run: Run, stop: int, seconds: float) -> None:
+    """Leave this moment to trainings that begin alike, unless one is kept.
 
     Args:
         run: the run.
+        stop: the step that it has come to.
         seconds: what it took from the first step.
     """
-    folder = _folder(run)
-    if folder is not None and run.accelerator.is_main_process and not checkpoints.is_claimed(folder):
+    folder = _folder(run, stop)
+    if run.accelerator.is_main_process and not checkpoints.is_claimed(folder):
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             with room_in(folder.parent):
@@ -87,27 +129,28 @@ def discard(warm_up_dir: Path) -> None:
             warm_up_dir.rmdir()
 
 
-def _folder(run: Run) -> Path | None:
-    """Where a run's warm-up is kept: named by all that it depends on."""
-    settings = warm_up_settings(run.config.to_dict())
-    if run.warm_up_dir is None or settings is None or not run.config.warmup_epochs:
-        return None
-    make_folder(run.warm_up_dir)
-    return run.warm_up_dir / _name(run, settings)
+def _shares(run: Run) -> bool:
+    return run.warm_up_dir is not None and warm_up_settings(run.config.to_dict()) is not None
 
 
-def _name(run: Run, settings: Mapping[str, Any]) -> str:
+def _folder(run: Run, stop: int) -> Path:
+    """Where a run's moment at a stop is kept: named by all that it depends on."""
+    root = cast(Path, run.warm_up_dir)
+    make_folder(root)
     identity = run.identity
     depends_on = {
         "kind": identity["kind"],
+        "begins_with": METHODS[identity["method"]].begins_with,
         "backbone": identity["backbone_fingerprint"] or identity["backbone"],
         "data": identity["data"]["fingerprint"],
-        "settings": settings,
+        "settings": warm_up_settings(run.config.to_dict()),
+        "stop": stop,
         "steps": run.steps.total_steps,
         "processes": run.accelerator.num_processes,
         "precision": str(run.accelerator.mixed_precision),
     }
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+    return root / name
 
 
 def _remove(folder: Path) -> None:

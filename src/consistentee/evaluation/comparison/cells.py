@@ -71,7 +71,7 @@ def run_cell(
         cell: what to run.
         output_dir: of the comparison.
         keep_model: whether the run's folder stays.
-        warm_up_dir: where its warm-up is shared, see `train`; None where it is not.
+        warm_up_dir: where its first steps are shared, see `train`; None where it is not.
         report: is given lines of text to show.
 
     Raises:

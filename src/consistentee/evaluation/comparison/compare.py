@@ -66,9 +66,10 @@ def compare(
 ) -> dict[str, Any]:
     """Train and measure every method on every backbone, set and seed, with what is there left alone, and sum it up.
 
-    A cell that was interrupted goes on from its run's folder. Cells that begin alike warm up once (`train`'s
-    `warm_up_dir`); the seconds of each are those that it would take alone. Several processes may share an output folder
-    and even a plan: each takes cells that no other works on, and at last waits for those that others do.
+    A cell that was interrupted goes on from its run's folder. First steps that cells have in common are taken
+    once (`train`'s `warm_up_dir`); the seconds of each are those that it would take alone. Several processes may share
+    an output folder and even a plan: each takes cells that no other works on, and at last waits for those that others
+    do.
 
     Args:
         methods: `NAME` of a training method that learns from labels, or `NAME:VARIANT`; `plain` is always among them.
@@ -87,7 +88,7 @@ def compare(
         resamples: draws of the bootstrap.
         keep_models: whether trained models stay, and warm-ups that were shared; a cell has what tables and pictures
             need.
-        keep_warm_ups: whether warm-ups that no other cell of the plan shares are kept as well, for further plans.
+        keep_warm_ups: whether first steps that no other cell of the plan shares are kept as well, for further plans.
         dry_run: say what would be run, and stop.
         report: is given lines of text to show.
 
@@ -153,7 +154,7 @@ def run_cells(
             clear_discarded(output_dir, cell)
     warm_up_dir = output_dir / WARM_UPS
     shares = keep_warm_ups or warm_up_dir.is_dir()
-    sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.warm_up is not None}
+    sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.shared}
     before: list[PlannedCell] = []
     with closing(taken_in_turns({cell.name: cell for cell in left}, output_dir, report)) as turns:
         for name, cell in turns:
@@ -212,8 +213,8 @@ def seconds_left(
 ) -> float | None:
     """How long cells will take, from finished ones of the same backbone, and the same method where there are any.
 
-    A cell's time is taken to be proportional to the rows that its training goes through, less the warm-up where another
-    has done it. Those that were interrupted say nothing, as they were timed from their last start.
+    A cell's time is taken to be proportional to the rows that its training goes through, less those of first steps that
+    another has taken. Those that were interrupted say nothing, as they were timed from their last start.
 
     Args:
         left: the cells, in their order.

@@ -99,14 +99,16 @@ class PlannedCell:
         return self._work_of(_epochs(self.config()))
 
     @property
-    def warm_up(self) -> tuple[str, float] | None:
-        """What cells have in common that may share a warm-up, and how much of their work that is; None for no other."""
-        config = self.config()
-        settings = warm_up_settings(config.to_dict()) if METHODS[self.method.name].warms_up else None
-        if settings is None or not config.warmup_epochs:
-            return None
-        alike = [self.backbone, self.data.name, self.seed, settings]
-        return json.dumps(alike, sort_keys=True), self._work_of(config.warmup_epochs)
+    def shared(self) -> dict[str, float]:
+        """How much of its work is done at each moment that it may share, by what cells that do have in common."""
+        config, method = self.config(), METHODS[self.method.name]
+        settings = warm_up_settings(config.to_dict()) if method.begins_with else None
+        if settings is None:
+            return {}
+        ends = [config.warmup_epochs] if config.warmup_epochs else []
+        ends += [_epochs(config)] if method.one_phase else []
+        alike = [self.backbone, self.data.name, self.seed, method.begins_with, _epochs(config), settings]
+        return {json.dumps([*alike, end], sort_keys=True): self._work_of(end) for end in ends}
 
     def _work_of(self, epochs: float) -> float:
         return len(self.data.train) * (1 - self.config().validation_fraction) * epochs
@@ -254,19 +256,19 @@ def _check_metric(metric: str, data: ComparedSet) -> None:
 
 
 def sharing_cells(cells: Sequence[PlannedCell]) -> list[PlannedCell]:
-    """Those of the cells whose warm-up another of them needs, too."""
-    counts = Counter(cell.warm_up[0] for cell in cells if cell.warm_up is not None)
-    return [cell for cell in cells if cell.warm_up is not None and counts[cell.warm_up[0]] > 1]
+    """Those of the cells whose first steps another of them needs, too."""
+    counts = Counter(name for cell in cells for name in cell.shared)
+    return [cell for cell in cells if any(counts[name] > 1 for name in cell.shared)]
 
 
 def work_left(cells: Sequence[PlannedCell]) -> list[float]:
-    """The work of each of the cells in turn: of those that share a warm-up the first does it."""
+    """The work of each of the cells in turn: of those that share first steps the first takes them."""
     done: set[str] = set()
     work: list[float] = []
     for cell in cells:
-        name, shared = cell.warm_up or ("", 0.0)
-        work.append(cell.work - (shared if name in done else 0.0))
-        done.add(name)
+        shared = cell.shared
+        work.append(cell.work - max((shared[name] for name in shared.keys() & done), default=0.0))
+        done.update(shared)
     return work
 
 

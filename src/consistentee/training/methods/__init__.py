@@ -29,7 +29,10 @@ class Method:
         joint_policy: whether steps train the policy together with everything else.
         needs: settings that it cannot do without and that have no default.
         unlabelled: whether texts without labels can be given beside labelled rows.
-        warms_up: whether it begins with a phase that trainings can share (`warm_ups.py`).
+        warms_up: whether it has a warm-up, in which what is forgotten can be counted.
+        begins_with: the objective of its first phase, whose steps trainings can share (`warm_ups.py`), by a name that
+            all methods with this phase give it; nothing where it shares none.
+        one_phase: whether all its steps are of that phase; else those of the warm-up's epochs.
         shared_layers: whether layers of the backbone learn from several exits, whose gradients can be scaled.
     """
 
@@ -43,6 +46,8 @@ class Method:
     needs: tuple[str, ...] = ()
     unlabelled: bool = False
     warms_up: bool = False
+    begins_with: str = ""
+    one_phase: bool = False
     shared_layers: bool = True
 
     def load(self) -> Callable[[Any], Path]:
@@ -55,15 +60,30 @@ class Method:
 
 _ROWS = (CLASSIFICATION,)
 METHODS = {
-    "consistent": Method("consistent", "ConsistentEE (arXiv:2312.11882)", unlabelled=True, warms_up=True),
-    "deebert": Method("deebert", "DeeBERT (arXiv:2004.12993)", unused_parameters=True, shared_layers=False),
-    "weighted_sum": Method("weighted_sum", "PABEE (arXiv:2006.04152)"),
+    "consistent": Method(
+        "consistent",
+        "ConsistentEE (arXiv:2312.11882)",
+        unlabelled=True,
+        warms_up=True,
+        begins_with="weighted_sum",
+    ),
+    "deebert": Method(
+        "deebert",
+        "DeeBERT (arXiv:2004.12993)",
+        unused_parameters=True,
+        begins_with="last_layer",
+        shared_layers=False,
+    ),
+    "weighted_sum": Method(
+        "weighted_sum", "PABEE (arXiv:2006.04152)", begins_with="weighted_sum", one_phase=True
+    ),
     "right_tool": Method("right_tool", "The Right Tool for the Job (arXiv:2004.07453)", tasks=_ROWS),
     "fastbert": Method(
         "fastbert",
         "FastBERT (arXiv:2004.02178)",
         unused_parameters=True,
         tasks=_ROWS,
+        begins_with="last_layer",
         shared_layers=False,
     ),
     "berxit": Method("berxit", "BERxiT (EACL 2021)", tasks=_ROWS),
@@ -71,7 +91,9 @@ METHODS = {
     "sweet": Method("sweet", "SWEET (arXiv:2306.02307)", tasks=_ROWS, shared_layers=False),
     "cosee": Method("cosee", "COSEE (arXiv:2412.13236)", tasks=_ROWS),
     "nsp": Method("nsp", "NSP/CAP (arXiv:2506.17249)", tasks=_ROWS),
-    "beem": Method("beem", "BEEM (arXiv:2502.00745)", tasks=_ROWS),
+    "beem": Method(
+        "beem", "BEEM (arXiv:2502.00745)", tasks=_ROWS, begins_with="weighted_sum", one_phase=True
+    ),
     "plain": Method("plain", "fine-tuning without exits", exits=False),
     "static": Method("static", "a smaller model", exits=False, tasks=_ROWS, needs=("num_layers",)),
     "retrofit": Method(

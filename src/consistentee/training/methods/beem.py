@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from consistentee.training import warm_ups
 from consistentee.training.policy_phase import finish_exits
 from consistentee.training.run import Run
 
 
 def train_beem(run: Run) -> Path:
     """Train on the weighted sum and save."""
-    run.take_steps(run.steps.total_steps, run.task.weighted_sum(), phase="weighted sum")
+    stops = [run.steps_of(run.config.warmup_epochs), run.steps.total_steps]
+    warm_ups.take_steps(run, run.task.weighted_sum(), stops, phase="weighted sum")
     return finish_exits(run, "expert_sum")

@@ -17,7 +17,6 @@ tokens also a share of its own for the last layer, a few layers a step, and any 
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,12 @@ def train_consistent(run: Run) -> Path:
     warm_up_steps, round_steps = run.steps_of(config.warmup_epochs), run.steps_of(config.consistent_epochs)
 
     # Phase 1: every exit learns every instance, deeper layers weigh more.
-    warm_ups.take_over(run)
-    started, fresh = time.monotonic(), run.steps.step == 0
-    for stop in task.warm_up_stops(run, warm_up_steps):
-        if run.steps.step < stop:
-            run.take_steps(stop, task.weighted_sum(), phase="warm-up")
-            task.observe(run)
-            run.checkpoint()
-    if fresh:
-        warm_ups.keep(run, time.monotonic() - started)
+    def at_stop() -> None:
+        task.observe(run)
+        run.checkpoint()
+
+    stops = task.warm_up_stops(run, warm_up_steps)
+    warm_ups.take_steps(run, task.weighted_sum(), stops, phase="warm-up", at_stop=at_stop)
 
     # Phases 2 and 3, in turn.
     phase: PolicyPhase | None = None

@@ -19,6 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from consistentee.errors import SettingError
+from consistentee.training import warm_ups
 from consistentee.training.policy_phase import finish_exits
 from consistentee.training.run import Run
 from consistentee.training.steps import Objective
@@ -47,9 +48,7 @@ def train_two_stages(run: Run, objective: Objective, criterion: str) -> Path:
     if not any(parameter.requires_grad for parameter in run.model.parameters()):
         run.steps.total_steps, first_stage = run.steps.total_steps - first_stage, 0
         run.say(f"The backbone is frozen: stage 1 is left out, stage 2 has {run.steps.total_steps} steps")
-    if run.steps.step < first_stage:
-        run.take_steps(first_stage, run.task.last_layer(), phase="stage 1")
-        run.checkpoint()
+    warm_ups.take_steps(run, run.task.last_layer(), [first_stage], phase="stage 1", at_stop=run.checkpoint)
     run.model.requires_grad_(False)
     for module in exits:
         module.requires_grad_(True)

@@ -16,6 +16,7 @@ from consistentee.errors import SettingError
 from consistentee.training import checkpoints, warm_ups
 from consistentee.training.methods import consistent
 from consistentee.training.run import Run
+from consistentee.training.steps import OptimizerSteps
 from consistentee.training.train import train
 from quick import quick_config, read_record, stop_at, weight_bytes
 from tiny import tiny_backbone, tiny_dataset
@@ -186,6 +187,23 @@ def test_what_was_taken_over_and_gone_on_with_counts_all_its_seconds(rows: Train
         rows(tmp_path / method, config, shared, method=method)
         taken.append(read_record(tmp_path / method).get("shared_warm_up", {"seconds": 0.0})["seconds"])
     assert 0 == taken[0] < taken[1] < taken[2]
+
+
+def test_one_that_was_interrupted_leaves_its_moments_all_the_same(
+    rows: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, shared = quick_config(**ROWS | TWO_AND_ONE, checkpoint_every=1), tmp_path / "warm-ups"
+    with monkeypatch.context() as patch:
+        stop_at(patch, OptimizerSteps, "_step", 3)
+        with pytest.raises(KeyboardInterrupt):
+            rows(tmp_path / "first", config, shared)
+    kept_seconds = checkpoints.read_progress(_checkpoint(tmp_path / "first"))["seconds"]
+    rows(tmp_path / "first", config, shared, resume=True)
+    said = rows(tmp_path / "second", config, shared, method="weighted_sum")
+    rows(tmp_path / "alone", config, method="weighted_sum")
+    assert any("began alike" in line for line in said)
+    assert weight_bytes(tmp_path / "second") == weight_bytes(tmp_path / "alone")
+    assert read_record(tmp_path / "second")["shared_warm_up"]["seconds"] > kept_seconds > 0
 
 
 def test_methods_that_begin_otherwise_share_nothing(rows: Train, tmp_path: Path) -> None:
@@ -361,7 +379,7 @@ def test_ctrl_c_while_a_warm_up_is_written_leaves_none(
 
     def stopped(run: Run, folder: Path, identity: dict[str, Any]) -> None:
         write(run, folder, identity)
-        if "seconds" in identity:
+        if folder.parent.name == "warm-ups":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "write_checkpoint", stopped)

@@ -347,6 +347,7 @@ class Run:
             progress={
                 **self.progress,
                 "step": self.steps.step,
+                "seconds": self.steps.seconds,
                 **({} if self.stage is None else {"stage_step": self.stage.step}),
                 "identity": identity,
             },
@@ -362,7 +363,7 @@ class Run:
         weights, optimizer, progress = checkpoints.load_checkpoint(folder)
         weights = self._with_own_policy(weights) if own_policy else weights
         del progress["identity"]
-        self.steps.step = progress.pop("step")
+        self.steps.step, self.steps.seconds = progress.pop("step"), progress.pop("seconds", 0.0)
         stage_step = progress.pop("stage_step", None)
         self.progress.clear()
         self.progress.update(progress)

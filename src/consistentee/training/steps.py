@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -204,6 +205,7 @@ class OptimizerSteps:
         step: optimizer steps taken.
         given_batches: in place of shuffled ones of similar length.
         steps_before: taken by others of the same run, behind which the tracker counts.
+        seconds: that the steps took, also before an interruption, and those of another run that were taken over.
     """
 
     accelerator: Accelerator
@@ -228,6 +230,7 @@ class OptimizerSteps:
     figures: dict[str, float] = field(default_factory=dict)
     given_batches: Batches | None = None
     steps_before: int = 0
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.batches: Batches = self.given_batches or LengthGroupedBatches(
@@ -268,7 +271,9 @@ class OptimizerSteps:
                 epoch, offset = divmod(self.step, len(self.batches))
                 self.batches.set_epoch(epoch, offset)
                 for rows in itertools.islice(self.batches, until - self.step):
+                    started = time.monotonic()
                     self._step(rows, objective, learning_rate, before_step)
+                    self.seconds += time.monotonic() - started
                     bar.update(figures=self.figures)
                     if self.tracked:
                         self.accelerator.log(

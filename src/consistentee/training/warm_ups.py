@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,21 +63,19 @@ def take_steps(
     shares = _shares(run)
     if not shares and at_stop is None:
         stops = stops[-1:]
-    seconds = None if run.steps.step else 0.0  # those of steps before an interruption are not known
     if shares and not run.steps.step:
-        seconds = _take_over(run, [stop for stop in stops if stop])
-    started = time.monotonic()
+        _take_over(run, [stop for stop in stops if stop])
     for stop in stops:
         if run.steps.step < stop:
             run.take_steps(stop, objective, phase=phase)
             if at_stop is not None:
                 at_stop()
-            if shares and seconds is not None:
-                _keep(run, stop, seconds + time.monotonic() - started)
+            if shares:
+                _keep(run, stop)
 
 
-def _take_over(run: Run, stops: Sequence[int]) -> float:
-    """Go on at the furthest of the stops that another training has left; the seconds that it took to come there."""
+def _take_over(run: Run, stops: Sequence[int]) -> None:
+    """Go on at the furthest of the stops that another training has left."""
     for stop in reversed(stops):
         folder = _folder(run, stop)
         kept = run.from_main_process(checkpoints.latest_checkpoint(folder))
@@ -87,28 +84,20 @@ def _take_over(run: Run, stops: Sequence[int]) -> float:
                 f"The first {stop} of {run.steps.total_steps} steps are those of a training that began alike, kept in "
                 f"{folder}."
             )
-            seconds = float(checkpoints.read_progress(kept)["identity"]["seconds"])
             run.restore(kept, own_policy=True)
-            run.progress["taken_over"] = {"seconds": seconds}
-            return seconds
-    return 0.0
+            run.progress["taken_over"] = {"seconds": run.steps.seconds}
+            return
 
 
-def _keep(run: Run, stop: int, seconds: float) -> None:
-    """Leave this moment to trainings that begin alike, unless one is kept.
-
-    Args:
-        run: the run.
-        stop: the step that it has come to.
-        seconds: what it took from the first step.
-    """
+def _keep(run: Run, stop: int) -> None:
+    """Leave this moment to trainings that begin alike, unless one is kept."""
     folder = _folder(run, stop)
     if run.accelerator.is_main_process and not checkpoints.is_claimed(folder):
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             with room_in(folder.parent):
                 checkpoints.claim(partial)
-            run.write_checkpoint(partial, {"seconds": seconds})
+            run.write_checkpoint(partial, {})
         except BaseException:
             _remove(partial)
             raise

@@ -138,7 +138,7 @@ def test_a_baseline_without_exits_ranks_by_area(tmp_path: Path, names: tuple[str
 def test_all_tables_are_there(page: Element, summary: dict[str, Any]) -> None:
     sheets = comparison_sheets(summary)
     tables = [table.rows() for table in page.one("section", id="tables").all("table")]
-    assert len(tables) == len(sheets) == 14
+    assert len(tables) == len(sheets) == 15
     for table, sheet in zip(tables, sheets, strict=True):
         assert table[0] == list(sheet.columns)
         assert [[cell.replace("\u2212", "-") for cell in row] for row in table[1:]] == [
@@ -147,12 +147,12 @@ def test_all_tables_are_there(page: Element, summary: dict[str, Any]) -> None:
 
 
 def test_several_sets_are_seen_at_a_glance(page: Element, summary: dict[str, Any]) -> None:
-    areas, criteria = comparison_sheets(summary)[:2]
-    assert areas.columns == ("method", "criterion", "rte", HOSTILE)
+    areas, _, criteria = comparison_sheets(summary)[:3]
+    assert areas.columns == ("method", "criterion", "rte", HOSTILE, "ahead / level / behind")
     rows = {row[:2]: row[2:] for row in areas.rows}
     assert next(iter(rows)) == ("consistent", "policy")
     for (method, criterion), values in rows.items():
-        for name, value in zip(areas.columns[2:], values, strict=True):
+        for name, value in zip(areas.columns[2:-1], values[:-1], strict=True):
             entry = entry_of(summary, method, None if criterion == "-" else criterion, name)
             if method == "consistent":
                 assert value == f"{100 * entry['area']['mean']:.1f}"
@@ -173,7 +173,24 @@ def test_a_star_is_where_zero_is_outside(summary: dict[str, Any]) -> None:
         off = entry_of(changed, "deebert", "policy", name)["difference"]["area"]
         off["mean"], off["interval"] = -0.02, interval
     row = next(row for row in comparison_sheets(changed)[0].rows if row[:2] == ("deebert", "policy"))
-    assert row[2:] == ("-2.0*", "-2.0")
+    assert row[2:] == ("-2.0*", "-2.0", "0 / 1 / 1")
+
+
+def test_all_exits_are_read_by_the_policy_too() -> None:
+    cells = [cell_of("consistent", name=name) for name in ("rte", "sst2")]
+    cells += [cell_of("deebert", name="rte"), cell_of("nsp", name="rte"), cell_of("nsp", name="sst2")]
+    title = "All sets: exits read by the policy, area minus consistent's, points"
+    summary = summarise(cells, criteria=("all",), resamples=5)
+    areas, sheet = comparison_sheets(summary)[:2]
+    assert (sheet.title, sheet.columns) == (title, ("exits of", "rte", "sst2", areas.columns[-1]))
+    rows = {method: values for method, *values in sheet.rows}
+    assert rows.keys() == {"deebert", "nsp"}
+    assert rows["deebert"][1] == "-"
+    off = entry_of(summary, "nsp", "policy", "sst2")["difference"]["area"]["mean"]
+    assert rows["nsp"][1].rstrip("*") == f"{100 * off:+.1f}"
+    for others in ({"criteria": ("patience",)}, {"criteria": ("all",), "baseline": "consistent/patience"}):
+        found = summarise(cells, resamples=5, **others)
+        assert not any("exits read by" in one.title for one in comparison_sheets(found))
 
 
 def test_what_a_set_lacks_is_no_figure_at_a_glance() -> None:
@@ -181,7 +198,7 @@ def test_what_a_set_lacks_is_no_figure_at_a_glance() -> None:
     cells += [cell_of("deebert", 2, name="rte"), cell_of("nsp", name="sst2")]  # no seed that `consistent` has
     areas = comparison_sheets(summarise(cells, resamples=5))[0]
     rows = {row[0]: row[2:] for row in areas.rows}
-    assert rows["deebert"] == ("-", "-")
+    assert rows["deebert"] == ("-", "-", "0 / 0 / 0")
     assert rows["nsp"][0] == "-" != rows["nsp"][1]
     others = comparison_sheets(summarise(cells[2:], resamples=5))[0]  # nothing that differences are taken to
     assert others.title == "All sets: area, %"
@@ -192,7 +209,7 @@ def test_what_a_set_lacks_is_no_figure_at_a_glance() -> None:
     one_set = comparison_sheets(summarise(cells[:1], resamples=5))
     assert not any(sheet.title.startswith("All sets") for sheet in one_set)
     cells = [cell_of("consistent"), cell_of("consistent", backbone="large")]
-    assert comparison_sheets(summarise(cells, resamples=5))[0].columns[2:] == ("rte, small", "rte, large")
+    assert comparison_sheets(summarise(cells, resamples=5))[0].columns[2:-1] == ("rte, small", "rte, large")
 
 
 def test_chosen_points_are_where_validation_put_them(page: Element, summary: dict[str, Any]) -> None:

@@ -19,6 +19,10 @@ Place = tuple[str | None, str | None]
 
 NOTHING = "-"
 ALL_SETS = "All sets"
+OUTCOMES = "ahead / level / behind"
+STARRED = (
+    "* zero is outside the interval: such sets count as ahead or behind in the last column, others as level."
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def is_baseline(entry: Entry, summary: Mapping[str, Any]) -> bool:
 
 
 def _overview_sheets(places: Sequence[Place], summary: Mapping[str, Any]) -> list[Sheet]:
-    """Areas of all methods, then of all criteria on equal exits, with a column for each set; none for a single set."""
+    """Areas of all methods, of their exits by the policy, and of all criteria on equal exits; none for a single set."""
     if len(places) < 2:
         return []
     one_backbone = len({backbone for backbone, _ in places}) == 1
@@ -131,6 +135,7 @@ def _overview_sheets(places: Sequence[Place], summary: Mapping[str, Any]) -> lis
     of_places = [[entry for entry in summary["summary"] if _place(entry) == place] for place in places]
     return [
         _areas_by_set(names, of_places, summary),
+        *_exits_by_set(names, of_places, summary),
         *(_criteria_by_set(names, of_places) if summary["criteria"] else []),
     ]
 
@@ -149,14 +154,38 @@ def _areas_by_set(
     keys = sorted(found, key=lambda key: key not in paired)  # the baseline first
     if paired:
         title = f"{ALL_SETS}: area minus {summary['baseline']}'s, points; its own in %"
-        note = "Paired on the seeds that both have. * zero is outside the interval."
+        note = f"Paired on the seeds that both have. {STARRED}"
     else:
         title, note = f"{ALL_SETS}: area, %", ""
-    rows = [
-        (*key, *(_area_of(found[key].get(name), with_area=key in paired or not paired) for name in names))
-        for key in keys
-    ]
-    return Sheet(title, ("method", "criterion", *names), rows, note)
+    rows: list[tuple[str, ...]] = []
+    for key in keys:
+        own = key in paired or not paired
+        areas = [_area_of(found[key].get(name), with_area=own) for name in names]
+        rows.append((*key, *areas, *([NOTHING if own else _outcomes(areas)] if paired else [])))
+    return Sheet(title, ("method", "criterion", *names, *([OUTCOMES] if paired else [])), rows, note)
+
+
+def _exits_by_set(
+    names: Sequence[str], of_places: Sequence[Sequence[Entry]], summary: Mapping[str, Any]
+) -> list[Sheet]:
+    """What exits are worth whoever trained them; where all are read by the policy, also the baseline's."""
+    found: dict[str, dict[str, Entry]] = {}
+    compared = False
+    for name, entries in zip(names, of_places, strict=True):
+        for entry in (one for one in entries if one["criterion"] == SAME_EXITS):
+            if is_baseline(entry, summary):
+                compared = True
+            else:
+                found.setdefault(entry["method"], {})[name] = entry
+    if not compared or not found or SAME_EXITS not in summary["criteria"]:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for method, of_method in found.items():
+        areas = [_area_of(of_method.get(name), with_area=False) for name in names]
+        rows.append((method, *areas, _outcomes(areas)))
+    title = f"{ALL_SETS}: exits read by the {SAME_EXITS}, area minus {summary['baseline']}'s, points"
+    note = f"One criterion for all: what heads and objective give. {STARRED}"
+    return [Sheet(title, ("exits of", *names, OUTCOMES), rows, note, num_texts=1)]
 
 
 def _area_of(entry: Entry | None, *, with_area: bool) -> str:
@@ -171,6 +200,14 @@ def _area_of(entry: Entry | None, *, with_area: bool) -> str:
     low, high = difference["interval"]
     sure = low is not None and not low <= 0 <= high
     return _in_points(difference["mean"]) + "*" * sure
+
+
+def _outcomes(differences: Sequence[str]) -> str:
+    """On how many sets a difference is above zero for sure, level with it, and below for sure."""
+    starred = [difference for difference in differences if difference.endswith("*")]
+    ahead = sum(difference.startswith("+") for difference in starred)
+    level = sum(difference != NOTHING for difference in differences) - len(starred)
+    return f"{ahead} / {level} / {len(starred) - ahead}"
 
 
 def _criteria_by_set(names: Sequence[str], of_places: Sequence[Sequence[Entry]]) -> list[Sheet]:

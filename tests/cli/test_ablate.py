@@ -37,7 +37,7 @@ def test_questions_are_asked_and_answered(
     assert {path.name for path in (tmp_path / "out" / "runs").iterdir()} == set()  # they were discarded
     assert not (tmp_path / "out" / "warm-ups").exists()
     assert not list((tmp_path / "out").glob("compare.*"))  # which are for `compare` to write
-    warmed_up = capsys.readouterr().out.count("The warm-up is that of a training that began alike")
+    warmed_up = capsys.readouterr().out.count("steps are those of a training that began alike")
     assert warmed_up == 1  # `consistent` warms up for both
     alone = ["--methods", "consistent:seen_rows", "--settings", str(tmp_path / "seen.yaml")]
     (tmp_path / "seen.yaml").write_text("consistent:seen_rows: {policy_data: seen}\n")

@@ -77,7 +77,7 @@ def take_steps(
 def _take_over(run: Run, stops: Sequence[int]) -> None:
     """Go on at the furthest of the stops that another training has left."""
     for stop in reversed(stops):
-        folder = _folder(run, stop)
+        folder = _folder(run, _moment(run, stop))
         kept = run.from_main_process(checkpoints.latest_checkpoint(folder))
         if kept is not None:
             run.say(
@@ -91,13 +91,14 @@ def _take_over(run: Run, stops: Sequence[int]) -> None:
 
 def _keep(run: Run, stop: int) -> None:
     """Leave this moment to trainings that begin alike, unless one is kept."""
-    folder = _folder(run, stop)
+    moment = _moment(run, stop)
+    folder = _folder(run, moment)
     if run.accelerator.is_main_process and not checkpoints.is_claimed(folder):
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             with room_in(folder.parent):
                 checkpoints.claim(partial)
-            run.write_checkpoint(partial, {})
+            run.write_checkpoint(partial, moment)
         except BaseException:
             _remove(partial)
             raise
@@ -108,12 +109,21 @@ def _keep(run: Run, stop: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def discard(warm_up_dir: Path) -> None:
-    """Remove what `keep` left in a folder; anything else stays."""
+def discard(warm_up_dir: Path, is_needed: Callable[[Mapping[str, Any]], bool] = lambda moment: False) -> None:
+    """Remove the moments that trainings left in a folder; anything else stays.
+
+    Args:
+        warm_up_dir: the folder.
+        is_needed: whether one is to stay, by what it depends on: `begins_with`, `backbone`, `data`, `settings`, `stop`
+            and `steps`.
+    """
     if warm_up_dir.is_dir():
         for path in warm_up_dir.iterdir():
             if path.is_dir() and checkpoints.is_claimed(path):
-                _remove(path)
+                kept = checkpoints.latest_checkpoint(path)
+                moment = {} if kept is None else checkpoints.read_progress(kept)["identity"]
+                if not moment or not is_needed(moment):
+                    _remove(path)
         if not any(warm_up_dir.iterdir()):
             warm_up_dir.rmdir()
 
@@ -122,12 +132,10 @@ def _shares(run: Run) -> bool:
     return run.warm_up_dir is not None and warm_up_settings(run.config.to_dict()) is not None
 
 
-def _folder(run: Run, stop: int) -> Path:
-    """Where a run's moment at a stop is kept: named by all that it depends on."""
-    root = cast(Path, run.warm_up_dir)
-    make_folder(root)
+def _moment(run: Run, stop: int) -> dict[str, Any]:
+    """All that a run's moment at a stop depends on, as plain JSON values."""
     identity = run.identity
-    depends_on = {
+    moment = {
         "kind": identity["kind"],
         "begins_with": METHODS[identity["method"]].begins_with,
         "backbone": identity["backbone_fingerprint"] or identity["backbone"],
@@ -138,8 +146,14 @@ def _folder(run: Run, stop: int) -> Path:
         "processes": run.accelerator.num_processes,
         "precision": str(run.accelerator.mixed_precision),
     }
-    name = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-    return root / name
+    return cast("dict[str, Any]", json.loads(json.dumps(moment)))
+
+
+def _folder(run: Run, moment: Mapping[str, Any]) -> Path:
+    """Where a moment is kept: named by all that it depends on."""
+    root = cast(Path, run.warm_up_dir)
+    make_folder(root)
+    return root / hashlib.sha256(json.dumps(moment, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _remove(folder: Path) -> None:

@@ -21,9 +21,11 @@ from consistentee.evaluation.comparison.measuring import measure, rounded
 from consistentee.evaluation.comparison.plan import SHARED, PlannedCell, backbone_name, has_exits
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.idle_settings import idle_settings
+from consistentee.training.methods import METHODS
 from consistentee.training.run import Report
 from consistentee.training.run_folders import check_same_run
 from consistentee.training.train import train
+from consistentee.training.warm_ups import warm_up_settings
 
 CELLS, RUNS = "cells", "runs"
 FORM = 1
@@ -114,6 +116,18 @@ def run_cell(
     if not keep_model:
         discard_run(output_dir, cell)
     return kept
+
+
+def takes_over(cell: PlannedCell, moment: Mapping[str, Any]) -> bool:
+    """Whether a cell's training would go on from a moment that another has left, by what that depends on."""
+    method, config = METHODS[cell.method.name], cell.config().to_dict()
+    return (
+        moment["begins_with"] == method.begins_with != ""
+        and (method.one_phase or moment["stop"] < moment["steps"])
+        and moment["backbone"] == (_fingerprint(cell.backbone) or str(cell.backbone))
+        and moment["data"] == cell.data.train.fingerprint()
+        and moment["settings"] == json.loads(json.dumps(warm_up_settings(config)))
+    )
 
 
 def discard_run(output_dir: Path, cell: PlannedCell) -> None:

@@ -54,9 +54,10 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
         waiting = of_others
 
 
-def is_shared_now(output_dir: Path) -> bool:
-    """Whether other processes work on something in a folder."""
-    return any(is_taken(path.stem, output_dir) for path in (output_dir / LOCKS).glob("*.lock"))
+def is_shared_now(output_dir: Path, own: str = "") -> bool:
+    """Whether other processes work on something in a folder, but for what this one does."""
+    locks = (output_dir / LOCKS).glob("*.lock")
+    return any(is_taken(path.stem, output_dir) for path in locks if path.stem != own)
 
 
 def is_taken(name: str, output_dir: Path) -> bool:

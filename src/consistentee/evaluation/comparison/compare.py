@@ -22,6 +22,7 @@ from consistentee.evaluation.comparison.cells import (
     require_folder,
     run_cell,
     run_folder,
+    takes_over,
 )
 from consistentee.evaluation.comparison.claims import is_shared_now, taken_in_turns
 from consistentee.evaluation.comparison.plan import (
@@ -86,8 +87,8 @@ def compare(
         also: further rows of the first tables and lines of the picture, `METHOD/CRITERION`: methods whose exits are
             another's.
         resamples: draws of the bootstrap.
-        keep_models: whether trained models stay, and warm-ups that were shared; a cell has what tables and pictures
-            need.
+        keep_models: whether trained models stay, and first steps that were shared, which else go as soon as no cell of
+            the plan needs them; a cell has what tables and pictures need.
         keep_warm_ups: whether first steps that no other cell of the plan shares are kept as well, for further plans.
         dry_run: say what would be run, and stop.
         report: is given lines of text to show.
@@ -167,9 +168,24 @@ def run_cells(
             done.append(kept)
             before.append(cell)
             behind = [other for other in left if other not in before]
+            if not keep_warm_ups and not is_shared_now(output_dir, name):
+                _discard_moments(warm_up_dir, behind, sharing_cells(left) if keep_models else [])
             report(f"{kept['seconds']:.0f} s. {_left_line(behind, done, before)}")
     if not keep_models and not is_shared_now(output_dir):
         discard(warm_up_dir)
+
+
+def _discard_moments(
+    warm_up_dir: Path, behind: Sequence[PlannedCell], sharing: Sequence[PlannedCell]
+) -> None:
+    """Remove moments that no cell behind goes on from, and not two of those that share."""
+
+    def is_needed(moment: Mapping[str, Any]) -> bool:
+        return any(takes_over(cell, moment) for cell in behind) or (
+            sum(takes_over(cell, moment) for cell in sharing) > 1
+        )
+
+    discard(warm_up_dir, is_needed)
 
 
 def render(

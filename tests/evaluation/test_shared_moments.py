@@ -1,0 +1,62 @@
+"""First steps that the cells of a comparison share: kept while another cell needs them, and the cells as alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consistentee.evaluation.comparison.cells import read_cells
+from consistentee.evaluation.comparison.compare import WARM_UPS, run_cells
+from consistentee.evaluation.comparison.plan import ComparedSet, PlannedCell, compared_methods, planned_cells
+from quick import QUICK
+from tiny import tiny_backbone, tiny_dataset
+
+SETTINGS: dict[str, Any] = QUICK | {"policy_input": "log_odds", "policy_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_backbone(tmp_path_factory.mktemp("backbone"), layers=2))
+
+
+def plan(backbone: str, *methods: str) -> list[PlannedCell]:
+    data = ComparedSet("rte", tiny_dataset(40), tiny_dataset(20, seed=9))
+    described = compared_methods(methods, SETTINGS, {})
+    return planned_cells([backbone], [data], described, [3], SETTINGS)
+
+
+def kept_after_each(cells: list[PlannedCell], folder: Path, **options: Any) -> list[int]:
+    """How many moments are kept after each of the cells."""
+    kept: list[int] = []
+
+    def count(line: str) -> None:
+        if " s. " in line and "left" in line:
+            kept.append(len(list((folder / WARM_UPS).glob("*"))))
+
+    run_cells(cells, folder, report=count, **options)
+    return kept
+
+
+def test_moments_go_when_no_cell_needs_them_any_more(backbone: str, tmp_path: Path) -> None:
+    methods = ("consistent", "weighted_sum", "beem", "deebert", "fastbert")
+    cells = plan(backbone, *methods)
+    assert kept_after_each(cells, tmp_path / "shared", keep_models=False) == [0, 1, 2, 0, 1, 0]
+    assert not (tmp_path / "shared" / WARM_UPS).exists()
+    for cell in cells:
+        run_cells([cell], tmp_path / "alone", keep_models=False, report=lambda line: None)
+    shared, alone = read_cells(tmp_path / "shared"), read_cells(tmp_path / "alone")
+    assert [cell["label"] for cell in shared] == [cell["label"] for cell in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_of_kept_models_those_stay_that_were_shared(backbone: str, tmp_path: Path) -> None:
+    cells = plan(backbone, "weighted_sum", "consistent")
+    assert kept_after_each(cells, tmp_path) == [0, 1, 1]
+
+
+def test_all_stay_for_further_plans(backbone: str, tmp_path: Path) -> None:
+    cells = plan(backbone, "weighted_sum", "consistent")
+    assert kept_after_each(cells, tmp_path, keep_warm_ups=True) == [0, 2, 2]

@@ -10,6 +10,7 @@ import pytest
 from consistentee.evaluation.comparison.cells import read_cells
 from consistentee.evaluation.comparison.compare import WARM_UPS, run_cells
 from consistentee.evaluation.comparison.plan import ComparedSet, PlannedCell, compared_methods, planned_cells
+from consistentee.training import checkpoints
 from quick import QUICK
 from tiny import tiny_backbone, tiny_dataset
 
@@ -55,6 +56,16 @@ def test_moments_go_when_no_cell_needs_them_any_more(backbone: str, tmp_path: Pa
 def test_of_kept_models_those_stay_that_were_shared(backbone: str, tmp_path: Path) -> None:
     cells = plan(backbone, "weighted_sum", "consistent")
     assert kept_after_each(cells, tmp_path) == [0, 1, 1]
+
+
+def test_what_a_killed_command_has_half_written_goes(backbone: str, tmp_path: Path) -> None:
+    cells = plan(backbone, "weighted_sum", "consistent")
+    run_cells(cells[:2], tmp_path, keep_warm_ups=True, report=lambda line: None)
+    whole, other = (tmp_path / WARM_UPS).iterdir()
+    other.rename(other.with_name(f".{other.name}.1234"))
+    assert checkpoints.is_claimed(whole)
+    assert kept_after_each(cells, tmp_path) == [1]
+    assert not list((tmp_path / WARM_UPS).glob(".*"))
 
 
 def test_all_stay_for_further_plans(backbone: str, tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def discard(warm_up_dir: Path, is_needed: Callable[[Mapping[str, Any]], bool] = 
     if warm_up_dir.is_dir():
         for path in warm_up_dir.iterdir():
             if path.is_dir() and checkpoints.is_claimed(path):
-                kept = checkpoints.latest_checkpoint(path)
+                whole = not path.name.startswith(".")  # else left by one that was killed as it wrote
+                kept = checkpoints.latest_checkpoint(path) if whole else None
                 moment = {} if kept is None else checkpoints.read_progress(kept)["identity"]
                 if not moment or not is_needed(moment):
                     _remove(path)

@@ -169,7 +169,7 @@ def run_cells(
             before.append(cell)
             behind = [other for other in left if other not in before]
             if not keep_warm_ups and not is_shared_now(output_dir, name):
-                _discard_moments(warm_up_dir, behind, sharing_cells(left) if keep_models else [])
+                _discard_moments(warm_up_dir, behind, sharing_cells(cells) if keep_models else [])
             report(f"{kept['seconds']:.0f} s. {_left_line(behind, done, before)}")
     if not keep_models and not is_shared_now(output_dir):
         discard(warm_up_dir)

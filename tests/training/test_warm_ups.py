@@ -172,6 +172,21 @@ def test_so_does_one_of_another_method(
     assert any(f"The first {taken_over} steps are those of" in line for line in said)
 
 
+@pytest.mark.parametrize("method, stop", [("weighted_sum", 6), ("deebert", 4)])
+def test_so_does_one_with_other_later_settings(rows: Train, tmp_path: Path, method: str, stop: int) -> None:
+    one = quick_config(**ROWS | TWO_AND_ONE, batch_size=20)
+    changed = {name: value for name, value in OTHER_ROWS.items() if name not in ("reward", "tracker")}
+    said = ends_alike(
+        rows,
+        one,
+        dataclasses.replace(one, **changed),
+        tmp_path,
+        (method, method),
+        moments=2 if method == "weighted_sum" else 1,
+    )
+    assert any(f"The first {stop} of 6 steps are those of" in line for line in said)
+
+
 @pytest.mark.parametrize("methods", [("consistent", "weighted_sum"), ("weighted_sum", "consistent")], ids=str)
 def test_so_does_one_of_another_method_and_of_tokens(
     tokens: Train, tmp_path: Path, methods: tuple[str, str]

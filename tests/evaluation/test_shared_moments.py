@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
+from consistentee.evaluation.comparison import claims
 from consistentee.evaluation.comparison.cells import read_cells
 from consistentee.evaluation.comparison.compare import WARM_UPS, run_cells
 from consistentee.evaluation.comparison.plan import ComparedSet, PlannedCell, compared_methods, planned_cells
@@ -71,3 +74,31 @@ def test_what_a_killed_command_has_half_written_goes(backbone: str, tmp_path: Pa
 def test_all_stay_for_further_plans(backbone: str, tmp_path: Path) -> None:
     cells = plan(backbone, "weighted_sum", "consistent")
     assert kept_after_each(cells, tmp_path, keep_warm_ups=True) == [0, 2, 2]
+
+
+def test_what_another_command_has_begun_is_put_off(
+    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = plan(backbone, "weighted_sum", "deebert", "consistent")
+    (tmp_path / claims.LOCKS).mkdir()
+    other = FileLock(tmp_path / claims.LOCKS / f"{cells[3].name}.lock")  # of `consistent`
+    other.acquire()
+    monkeypatch.setattr(claims.time, "sleep", lambda seconds: other.release())
+    said: list[str] = []
+    run_cells(cells, tmp_path, keep_models=False, report=said.append)
+    titles = [line.split()[1].split("_", 2)[2] for line in said if line.startswith("== ")]
+    assert titles == ["plain_3", "deebert_3", "weighted_sum_3", "consistent_3"]
+    assert any("those of a training that began alike" in line for line in said)
+
+
+def test_pieces_that_had_better_wait_come_once_nothing_else_does(tmp_path: Path) -> None:
+    waits = {"a", "b"}
+    taken: list[str] = []
+    with closing(
+        claims.taken_in_turns(dict.fromkeys("abcd"), tmp_path, print, better_later=waits.__contains__)
+    ) as turns:
+        for name, _ in turns:
+            taken.append(name)
+            if name == "d":
+                waits.remove("b")
+    assert taken == ["c", "d", "b", "a"]

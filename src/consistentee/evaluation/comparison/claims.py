@@ -18,7 +18,13 @@ POLL_SECONDS = 5.0
 T = TypeVar("T")
 
 
-def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> Generator[tuple[str, T]]:
+def taken_in_turns(
+    work: Mapping[str, T],
+    output_dir: Path,
+    report: Report,
+    *,
+    better_later: Callable[[str], bool] = lambda name: False,
+) -> Generator[tuple[str, T]]:
     """One piece of work after another, each kept to this process until the next one is asked for.
 
     What another process has comes last, when that one lets go of it: it may be finished by then, so look before you do
@@ -30,27 +36,35 @@ def taken_in_turns(work: Mapping[str, T], output_dir: Path, report: Report) -> G
         work: by a name that is the same in all processes, and a file's.
         output_dir: the folder that they share.
         report: is told when nothing is left but to wait.
+        better_later: whether a piece of that name had better wait for what others do at present; it is taken once
+            nothing else is there to be taken.
     """
     folder = output_dir / LOCKS
     if work:
         make_folder(folder)
-    waiting, told = dict(work), False
+    waiting, told, patient = dict(work), False, True
     while waiting:
         of_others: dict[str, T] = {}
         for name, piece in waiting.items():
-            let_go = _take(folder / f"{name}.lock")
+            put_off = patient and better_later(name)
+            let_go = None if put_off else _take(folder / f"{name}.lock")
             if let_go is None:
                 of_others[name] = piece
                 continue
+            patient = True
             try:
                 yield name, piece
             finally:
                 let_go()
         if len(of_others) == len(waiting):
+            if patient and any(map(better_later, waiting)):
+                patient = False
+                continue
             if not told:
                 report(f"Waiting for other commands, which make {', '.join(waiting)}.")
                 told = True
             time.sleep(POLL_SECONDS)
+            patient = True
         waiting = of_others
 
 

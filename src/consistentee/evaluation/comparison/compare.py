@@ -24,12 +24,13 @@ from consistentee.evaluation.comparison.cells import (
     run_folder,
     takes_over,
 )
-from consistentee.evaluation.comparison.claims import is_shared_now, taken_in_turns
+from consistentee.evaluation.comparison.claims import is_shared_now, is_taken, taken_in_turns
 from consistentee.evaluation.comparison.plan import (
     OUR_METHOD,
     ComparedSet,
     PlannedCell,
     backbone_name,
+    begin_alike,
     compared_methods,
     planned_cells,
     sharing_cells,
@@ -157,7 +158,13 @@ def run_cells(
     shares = keep_warm_ups or warm_up_dir.is_dir()
     sharing = {cell.name for cell in (left if shares else sharing_cells(left)) if cell.shared}
     before: list[PlannedCell] = []
-    with closing(taken_in_turns({cell.name: cell for cell in left}, output_dir, report)) as turns:
+    work = {cell.name: cell for cell in left}
+    alike = begin_alike(left)
+
+    def is_begun(name: str) -> bool:  # by another process, which will leave first steps to it
+        return any(is_taken(other, output_dir) for other in alike[name])
+
+    with closing(taken_in_turns(work, output_dir, report, better_later=is_begun)) as turns:
         for name, cell in turns:
             title = f"== {name} ({len(done) + 1} of {len(cells)})"
             kept = finished_cell(cell, output_dir)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,10 +254,19 @@ def _check_metric(metric: str, data: ComparedSet) -> None:
         raise SettingError(f"{data.name}: {error}") from error
 
 
+def begin_alike(cells: Sequence[PlannedCell]) -> dict[str, list[str]]:
+    """For each of the cells, by name, the others that have first steps in common with it."""
+    shared = {cell.name: cell.shared.keys() for cell in cells}
+    return {
+        name: [other for other in shared if other != name and shared[other] & moments]
+        for name, moments in shared.items()
+    }
+
+
 def sharing_cells(cells: Sequence[PlannedCell]) -> list[PlannedCell]:
     """Those of the cells whose first steps another of them needs, too."""
-    counts = Counter(name for cell in cells for name in cell.shared)
-    return [cell for cell in cells if any(counts[name] > 1 for name in cell.shared)]
+    alike = begin_alike(cells)
+    return [cell for cell in cells if alike[cell.name]]
 
 
 def work_left(cells: Sequence[PlannedCell]) -> list[float]:

@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 from transformers.utils import logging as transformers_logging
 
 from consistentee.backbones.decoders import SUPPORTED_DECODER_TYPES, build_decoder, load_decoder
@@ -156,6 +162,26 @@ def test_pickles(kind: Kind, tmp_path: Path) -> None:
     message = r"has pickled weights only \(pytorch_model.bin\).* must be safetensors"
     with pytest.raises(ValueError, match=message):
         kind.load(tmp_path)
+
+
+def test_what_is_advised_for_pickles_keeps_the_head(tmp_path: Path) -> None:
+    model = BertForSequenceClassification(BertConfig(**SIZES))
+    model.config.architectures = ["BertForSequenceClassification"]
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="convert it once") as refused:
+        load_pretrained(AutoModelForSequenceClassification, tmp_path)
+    exec(str(refused.value)[str(refused.value).index("from transformers import") :])
+    loaded = load_pretrained(AutoModelForSequenceClassification, tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", ['{"architectures": []}', '{"architectures": ["a b"]}', "[]", "{"])
+def test_pickles_that_do_not_say_whose_they_are(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="from transformers import ITS_CLASS as M;"):
+        load_pretrained(AutoModelForSequenceClassification, tmp_path)
 
 
 def test_incomplete_and_broken_weights(kind: Kind, tmp_path: Path) -> None:

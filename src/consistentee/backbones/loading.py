@@ -199,10 +199,21 @@ def _check_files(folder: Path, what: str) -> None:
     if pickles:
         raise ValueError(
             f'{what} folder "{folder}" has pickled weights only ({", ".join(pickles)}), and opening a pickle '
-            "can run code: weights must be safetensors. If you trust the source, convert it once: "
-            "AutoModel.from_pretrained(folder).save_pretrained(folder)."
+            "can run code: weights must be safetensors. If you trust the source, convert it once, with the class that "
+            f"wrote it, as another would leave out its head: {_conversion(folder)}"
         )
     raise FileNotFoundError(f'{what} folder "{folder}" has no model.safetensors. Copy the weights there.')
+
+
+def _conversion(folder: Path) -> str:
+    """Python that writes a folder's weights anew, all of them."""
+    try:
+        written_by = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):
+        written_by = None
+    name = written_by if isinstance(written_by, str) and written_by.isidentifier() else "ITS_CLASS"
+    place = json.dumps(str(folder), ensure_ascii=False)
+    return f"from transformers import {name} as M; M.from_pretrained({place}).save_pretrained({place})"
 
 
 @contextmanager

@@ -29,7 +29,14 @@ from consistentee.cli.probe import probe_command
 from consistentee.cli.report import report_command
 from consistentee.cli.retrofit import retrofit_command
 from consistentee.cli.serve import serve
-from consistentee.cli.terminal import Stopped, forget, hold_standard_streams, outlasting_readers, stoppable
+from consistentee.cli.terminal import (
+    Stopped,
+    check_outputs,
+    forget,
+    hold_standard_streams,
+    outlasting_readers,
+    stoppable,
+)
 from consistentee.cli.train import finetune_command, train_command
 from consistentee.errors import SettingError
 
@@ -123,6 +130,7 @@ def _run(arguments: list[str], debug: bool) -> None:
     name = next((name for name, known in COMMANDS.items() if known is command), None)
     if sys.stdout is None and name in ANSWERING and bound.arguments.get("output") is None:
         raise OSError("Standard output is closed, so the answers have nowhere to go. Give --output.")
+    check_outputs(bound.arguments)
     with warnings.catch_warnings(), outlasting_readers() if name in OUTLASTING else nullcontext():
         if not debug and name:
             _quieten_libraries()

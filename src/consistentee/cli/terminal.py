@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
@@ -20,6 +21,9 @@ from consistentee.atomic_files import atomic_path, is_replaceable, open_in_place
 from consistentee.errors import UsageError
 
 T = TypeVar("T")
+
+OUTPUTS = {"output": "--output", "json_file": "--json", "plot": "--plot"}
+"""Parameters of commands that name a file to write."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -280,6 +284,39 @@ def check_place(option: str, path: Path) -> None:
     above = (place for place in Path(os.path.realpath(path)).parents if os.path.exists(place))
     written = path if in_place else next(above)
     _check_written(option, written, "file", in_place)
+
+
+def check_outputs(arguments: Mapping[str, object]) -> None:
+    """Raise UsageError where a file that is to be written is one that is read, whose content would be lost.
+
+    Args:
+        arguments: of a command, by the names of its parameters; groups of options are dataclasses.
+    """
+    given = list(_values(arguments))
+    read = [str(value) for name, value in given if name not in OUTPUTS and isinstance(value, str | Path)]
+    for name, value in given:
+        if name not in OUTPUTS or not isinstance(value, Path) or not value.is_file():
+            continue
+        same = [file for file in read if os.path.isfile(file) and os.path.samefile(file, value)]
+        with suppress(OSError):  # closed
+            if os.path.samestat(os.fstat(0), value.stat()):
+                same.append("standard input")
+        if same:
+            raise UsageError(
+                f'{OUTPUTS[name]} must be another file than what is read, got "{value}", which is {same[0]}. Give '
+                "another name."
+            )
+
+
+def _values(arguments: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Names and values of parameters, those of groups and of lists one by one."""
+    for name, value in arguments.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            yield from _values({field.name: getattr(value, field.name) for field in fields(value)})
+        elif isinstance(value, list | tuple):
+            yield from ((name, one) for one in value)
+        else:
+            yield name, value
 
 
 def check_folder(option: str, path: Path) -> None:

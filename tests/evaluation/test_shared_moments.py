@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.evaluation.comparison import claims
-from consistentee.evaluation.comparison.cells import read_cells
+from consistentee.evaluation.comparison.cells import read_cells, takes_over
 from consistentee.evaluation.comparison.compare import WARM_UPS, run_cells
 from consistentee.evaluation.comparison.plan import ComparedSet, PlannedCell, compared_methods, planned_cells
 from consistentee.training import checkpoints
+from consistentee.training.warm_ups import warm_up_settings
 from quick import QUICK
 from tiny import tiny_backbone, tiny_dataset
 
@@ -25,10 +28,10 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_backbone(tmp_path_factory.mktemp("backbone"), layers=2))
 
 
-def plan(backbone: str, *methods: str) -> list[PlannedCell]:
+def plan(backbone: str, *methods: str, **changes: Any) -> list[PlannedCell]:
     data = ComparedSet("rte", tiny_dataset(40), tiny_dataset(20, seed=9))
-    described = compared_methods(methods, SETTINGS, {})
-    return planned_cells([backbone], [data], described, [3], SETTINGS)
+    settings = SETTINGS | changes
+    return planned_cells([backbone], [data], compared_methods(methods, settings, {}), [3], settings)
 
 
 def kept_after_each(cells: list[PlannedCell], folder: Path, **options: Any) -> list[int]:
@@ -102,3 +105,19 @@ def test_pieces_that_had_better_wait_come_once_nothing_else_does(tmp_path: Path)
             if name == "d":
                 waits.remove("b")
     assert taken == ["c", "d", "b", "a"]
+
+
+def test_a_warm_up_without_anything_behind_it_is_needed_too(backbone: str, tmp_path: Path) -> None:
+    [_, cell] = plan(backbone, "consistent", rounds=0)
+    moment = {
+        "begins_with": "weighted_sum",
+        "backbone": backbone_fingerprint(backbone),
+        "data": cell.data.train.fingerprint(),
+        "settings": json.loads(json.dumps(warm_up_settings(cell.config().to_dict()))),
+        "stop": 2,
+        "steps": 2,
+    }
+    assert takes_over(cell, moment)
+    [_, other] = plan(backbone, "consistent")
+    assert not takes_over(other, moment)
+    assert takes_over(other, moment | {"steps": 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -422,3 +423,33 @@ def test_a_method_whose_first_steps_are_its_own_is_refused(rows: Train, tmp_path
     with pytest.raises(SettingError, match=r'goes with method consistent, .*, beem, got "sweet"'):
         rows(tmp_path / "model", quick_config(), tmp_path / "warm-ups", method="sweet")
     assert not (tmp_path / "model").exists()
+
+
+def test_no_room_for_what_others_could_take_over_ends_nothing(
+    rows: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoints.save_file
+
+    def full(weights: dict[str, torch.Tensor], path: Path) -> None:
+        if "warm-ups" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(weights, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    config, shared = quick_config(**ROWS), tmp_path / "warm-ups"
+    said = rows(tmp_path / "model", config, shared)
+    assert any(line.startswith("What others could go on from was not kept: ") for line in said)
+    assert list(shared.iterdir()) == []
+    assert read_record(tmp_path / "model")["warmup"]
+
+
+def test_moments_that_do_not_say_what_they_depend_on_are_discarded(tmp_path: Path) -> None:
+    folder = tmp_path / "warm-ups"
+    for name, identity in (("old", {"seconds": 1.0}), ("broken", {}), ("named", {"begins_with": "x"})):
+        checkpoints.claim(folder / name)
+        checkpoints.save_checkpoint(
+            folder / name, 1, weights={}, optimizer={}, progress={"step": 1, "identity": identity}
+        )
+    (_checkpoint(folder / "broken") / checkpoints.PROGRESS).write_text("{")
+    warm_ups.discard(folder, lambda moment: True)
+    assert [path.name for path in folder.iterdir()] == ["named"]

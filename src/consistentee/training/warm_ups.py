@@ -12,10 +12,12 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from consistentee.atomic_files import make_folder, room_in
+from consistentee.errors import DataError
 from consistentee.training import checkpoints
 from consistentee.training.methods import METHODS
 from consistentee.training.run import Run
@@ -99,12 +101,11 @@ def _keep(run: Run, stop: int) -> None:
             with room_in(folder.parent):
                 checkpoints.claim(partial)
             run.write_checkpoint(partial, moment)
-        except BaseException:
-            _remove(partial)
-            raise
-        try:
-            os.rename(partial, folder)
-        except OSError:  # another run came first
+            with suppress(OSError):  # another run came first
+                os.rename(partial, folder)
+        except OSError as error:  # it is for others, and this training can do without
+            run.say(f"What others could go on from was not kept: {error}")
+        finally:
             _remove(partial)
     run.accelerator.wait_for_everyone()
 
@@ -120,13 +121,23 @@ def discard(warm_up_dir: Path, is_needed: Callable[[Mapping[str, Any]], bool] = 
     if warm_up_dir.is_dir():
         for path in warm_up_dir.iterdir():
             if path.is_dir() and checkpoints.is_claimed(path):
-                whole = not path.name.startswith(".")  # else left by one that was killed as it wrote
-                kept = checkpoints.latest_checkpoint(path) if whole else None
-                moment = {} if kept is None else checkpoints.read_progress(kept)["identity"]
-                if not moment or not is_needed(moment):
+                moment = _kept_moment(path)
+                if moment is None or not is_needed(moment):
                     _remove(path)
         if not any(warm_up_dir.iterdir()):
             warm_up_dir.rmdir()
+
+
+def _kept_moment(folder: Path) -> Mapping[str, Any] | None:
+    """What the moment in a folder depends on; None where nobody can go on from it."""
+    kept = checkpoints.latest_checkpoint(folder)
+    if folder.name.startswith(".") or kept is None:  # left by one that was killed as it wrote
+        return None
+    try:
+        moment = checkpoints.read_progress(kept)["identity"]
+    except (DataError, LookupError):
+        return None
+    return moment if "begins_with" in moment else None  # earlier versions did not say
 
 
 def _shares(run: Run) -> bool:

@@ -121,9 +121,10 @@ def run_cell(
 def takes_over(cell: PlannedCell, moment: Mapping[str, Any]) -> bool:
     """Whether a cell's training would go on from a moment that another has left, by what that depends on."""
     method, config = METHODS[cell.method.name], cell.config().to_dict()
+    to_the_end = method.one_phase or not config["rounds"] * config["consistent_epochs"]
     return (
         moment["begins_with"] == method.begins_with != ""
-        and (method.one_phase or moment["stop"] < moment["steps"])
+        and (to_the_end or moment["stop"] < moment["steps"])
         and moment["backbone"] == (_fingerprint(cell.backbone) or str(cell.backbone))
         and moment["data"] == cell.data.train.fingerprint()
         and moment["settings"] == json.loads(json.dumps(warm_up_settings(config)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,11 @@ def test_alpaca_data_json(tmp_path: Path) -> None:
     assert len(train) + len(evaluation) == 30
     (tmp_path / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")  # then the array may describe it
     assert len(load_generation_task("alpaca", tmp_path)[1]) == 1
+
+
+def test_which_conversation_a_row_is_of_is_in_the_fingerprint() -> None:
+    """Splits depend on it: runs with the same fingerprint must keep the same rows from the model."""
+    rows = InstructionDataset(["a", "b"], ["", ""], ["c", "d"], "memory")
+    one, other = (replace(rows, conversations=numbers) for numbers in ([1, 1], [1, 2]))
+    assert len({data.fingerprint() for data in (rows, one, other)}) == 3
+    assert one.fingerprint() == replace(one).fingerprint()

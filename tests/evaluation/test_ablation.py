@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from compared_cells import CONFIG, LAYERS, ROWS, cell_of
 from consistentee.cli.main import main
@@ -20,14 +21,24 @@ from consistentee.evaluation.ablation.answers import answer, differences, rounds
 from consistentee.evaluation.ablation.pages import ablation_sheets
 from consistentee.evaluation.ablation.picture import plot_ablation
 from consistentee.evaluation.ablation.questions import QUESTIONS, question
-from consistentee.evaluation.ablation.studies import Studied, gradient_study, policy_rows_study, row_counts
+from consistentee.evaluation.ablation.studies import (
+    Studied,
+    gradient_study,
+    policy_rows_study,
+    row_counts,
+    studied,
+)
 from consistentee.evaluation.comparison.measuring import pack_exits, unpack_bits, unpack_exits
 from consistentee.evaluation.comparison.plan import compared_methods
 from consistentee.evaluation.comparison.tables import NOTHING, Sheet
 from consistentee.functional.hardness import memorized_layer
 from consistentee.heads.policy import PolicyNetwork
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.instances import Instances
 from consistentee.training.policy_phase import policy_search
+from consistentee.training.train import train
+from quick import quick_config
+from tiny import tiny_backbone, tiny_dataset
 
 UNIFORM = "consistent:uniform_reward"
 
@@ -218,6 +229,38 @@ def small_study() -> Studied:
     config = ClassificationTrainingConfig(policy_epochs=10, policy_min_steps=60, policy_learning_rate=1e-2)
     search = policy_search(config, (), layer_costs=config.layer_costs)
     return Studied(Model(), search, 0, 128, rows, rows, confidence_area=0.5)
+
+
+def test_a_study_is_of_the_policy_that_its_run_kept(tmp_path: Path) -> None:
+    costs, data = (2.0, 0.001), tiny_dataset(120)
+    settings = quick_config(layer_cost_mode="each", layer_costs=costs, policy_epochs=20, warmup_epochs=4.0)
+    backbone = tiny_backbone(tmp_path / "backbone", layers=3)
+    saved = load_model(
+        train(backbone=backbone, train_data=data, output_dir=tmp_path / "model", config=settings),
+        LoadedClassifier,
+    )
+    assert saved.record["policy"]["layer_cost"] == costs[1]
+    assert studied(saved, data, tiny_dataset(30, seed=5)).search.fitted_costs == (costs[1],)
+
+
+def test_a_study_computes_as_it_would_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Whatever precision the training before it has set for the process."""
+    data, backbone = tiny_dataset(60), tiny_backbone(tmp_path / "backbone")
+    folder = train(
+        backbone=backbone,
+        train_data=data,
+        output_dir=tmp_path / "model",
+        config=quick_config(mixed_precision="bf16"),
+    )
+
+    def costs() -> torch.Tensor:
+        saved = load_model(folder, LoadedClassifier)
+        return studied(saved, data, tiny_dataset(30, seed=5)).judged.exit_cost
+
+    assert AcceleratorState().mixed_precision == "bf16"
+    behind_it = costs()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.equal(behind_it, costs())
 
 
 def test_a_sampled_gradient_has_less_noise_the_more_rollouts(small_study: Studied) -> None:

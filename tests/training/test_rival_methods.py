@@ -521,3 +521,12 @@ def test_the_weighted_sum_trains_tokens(tmp_path: Path) -> None:
     record = read_record(folder)
     assert record["method"] == "weighted_sum"
     assert json.loads((folder / "config.json").read_text())["criterion"] == "softmax_margin"
+
+
+@pytest.mark.parametrize("method", [name for name in RIVALS if not METHODS[name].shared_layers])
+def test_layers_that_learn_from_one_exit_have_no_gradients_to_scale(
+    method: str, backbone: Path, tmp_path: Path
+) -> None:
+    whole = run_method(method, backbone, tmp_path / "whole")
+    none = run_method(method, backbone, tmp_path / "none", exit_gradient_scale=0.0)
+    assert weight_bytes(whole) == weight_bytes(none)

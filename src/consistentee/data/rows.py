@@ -229,8 +229,17 @@ class InstructionDataset(_Rows):
         return np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
 
     def _parts(self) -> Iterable[Sequence[str]]:
-        for (instruction, context, history), reference in zip(self.prompts(), self.references, strict=True):
-            yield *(part for turn in history for part in turn), instruction, context, reference
+        for row, (instruction, context, history) in enumerate(self.prompts()):
+            number = (
+                () if self.conversations is None else (str(self.conversations[row]),)
+            )  # of which splits depend
+            yield (
+                *(part for turn in history for part in turn),
+                instruction,
+                context,
+                self.references[row],
+                *number,
+            )
 
 
 def _column(name: str, texts: Iterable[str], source: str) -> list[str]:

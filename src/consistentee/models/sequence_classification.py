@@ -303,7 +303,7 @@ class EarlyExitForSequenceClassification(KeepsOriginal, _EncoderClassifier, With
                 state = state.without_history()
             state = backbones.run_layer(self.backbone, index, state)
             read = state.hidden_states
-            if self.exit_gradient_scale < 1 and index < self.num_layers - 1:
+            if self.exit_gradient_scale < 1 and index < self.num_layers - 1 and not self.separate_layers:
                 read = scale_gradient(read, self.exit_gradient_scale)
             pooled, logits = self.classifiers(index, read, state.attention_mask)
             pooled_layers.append(pooled)

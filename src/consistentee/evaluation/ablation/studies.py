@@ -10,16 +10,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from consistentee.config import ClassificationTrainingConfig
-from consistentee.data.batches import collate
 from consistentee.data.rows import TextDataset, stratified_split
 from consistentee.data.tokenization import tokenize
+from consistentee.evaluation.classification import run_tokenized
 from consistentee.functional.curves import area_under_curve, trade_off_curve
 from consistentee.functional.losses import exact_policy_loss, sampled_policy_loss
 from consistentee.functional.rewards import rewards
@@ -29,7 +28,7 @@ from consistentee.training.instances import Instances
 from consistentee.training.policy import policy_exit_probs
 from consistentee.training.policy_choice import PolicySearch
 from consistentee.training.policy_phase import policy_search
-from consistentee.training.states import LayerStates, run_all_layers
+from consistentee.training.states import LayerStates
 from consistentee.training.tasks.classification import row_instances
 
 ROLLOUTS = (1, 8, 32)
@@ -88,13 +87,8 @@ def studied(saved: LoadedClassifier, train_data: TextDataset, evaluation: TextDa
     _, held = stratified_split(train_data.labels, config.validation_fraction, config.seed)
 
     def states(rows: TextDataset, description: str) -> LayerStates:
-        return run_all_layers(
-            saved.early_exit_model,
-            tokenize(rows, saved.tokenizer, saved.max_length),
-            collate=partial(collate, tokenizer=saved.tokenizer),
-            keep_pooled=True,
-            description=description,
-        )
+        tokenized = tokenize(rows, saved.tokenizer, saved.max_length)
+        return run_tokenized(saved, tokenized, keep_pooled=True, description=description)
 
     measure = "uniform" if config.reward == "uniform" else config.hardness
     if (
@@ -104,9 +98,12 @@ def studied(saved: LoadedClassifier, train_data: TextDataset, evaluation: TextDa
     on_held, on_judged = states(train_data.select(held), "held-out rows"), states(evaluation, "judged rows")
     learnt, judged = (row_instances(rows, config.reward_loss, measure) for rows in (on_held, on_judged))
     confidence = _area(on_judged.exit_scores("confidence"), judged.correct, "confidence")
+    chosen = config.layer_costs
+    if config.layer_cost_mode == "each":  # the run fitted a policy for each of them, and kept one
+        chosen = (saved.record["policy"]["layer_cost"],)
     return Studied(
         model=saved.early_exit_model,
-        search=policy_search(config, (), layer_costs=config.layer_costs),
+        search=policy_search(config, (), layer_costs=chosen),
         seed=config.seed,
         batch_size=config.policy_batch_size,
         learnt=learnt,

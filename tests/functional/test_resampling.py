@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from consistentee.functional.resampling import mean_over_seeds, percentile_interval, row_weights
+from consistentee.functional.resampling import Draws, Means, percentile_interval, row_weights
+
+
+def mean_over_seeds(draws: Draws, seed: int) -> Draws:
+    return Means.over_trainings(draws).with_trainings(seed)
 
 
 def test_every_draw_has_as_many_rows_and_the_same_seed_gives_the_same_draws() -> None:
@@ -63,6 +67,32 @@ def test_intervals_over_few_seeds_cover(seeds: int, deviation: float) -> None:
         low, high = percentile_interval(mean_over_seeds(values @ weights.T, seed=1))
         hits += low <= 0 <= high
     assert hits / trials >= 0.925
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("sets", [2, 8])
+def test_means_over_sets_are_the_surer_the_more_there_are(seeds: int, sets: int) -> None:
+    generator = np.random.default_rng([seeds, sets])
+    hits, widths, alone = 0, [], []
+    for _ in range(400):
+        parts = []
+        for place in range(sets):
+            trainings = generator.normal(0, 1 + place % 2, seeds)
+            parts.append(Means.over_trainings(np.repeat(trainings[:, None], 400, axis=1)))
+        low, high = percentile_interval(Means.over_sets(parts).with_trainings(seed=1))
+        hits += low <= 0 <= high
+        widths.append(high - low)
+        alone.append(np.ptp(percentile_interval(parts[0].with_trainings(seed=1))))
+    assert hits / 400 >= 0.93
+    if sets == 8:
+        assert np.median(widths) < np.median(alone)
+
+
+def test_sets_of_one_training_add_their_rows_alone() -> None:
+    draws = np.random.default_rng(0).normal(size=(2, 1, 500, 3))
+    means = Means.over_sets([Means.over_trainings(one) for one in draws])
+    assert means.with_trainings(seed=1) == pytest.approx(means.draws)
+    assert means.draws.std(0) == pytest.approx(draws.std((0, 1, 2)) / 2**0.5, rel=0.1)
 
 
 def test_what_is_not_there_has_no_interval() -> None:

@@ -6,6 +6,9 @@ others would give is added by Student's t.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
@@ -30,34 +33,68 @@ def row_weights(rows: int, draws: int, seed: int) -> NDArray[np.float32]:
     return generator.multinomial(rows, np.full(rows, 1 / rows), size=draws).astype(np.float32)
 
 
-def mean_over_seeds(draws: Draws, seed: int) -> Draws:
-    """The mean over trainings on each draw of rows, with what other trainings would have added to it.
+@dataclass(frozen=True)
+class Means:
+    """Means over trainings on each draw of rows, and what is known of how far others would move them.
 
     That is Student's t of n - 1 degrees times the standard error of the mean over the n trainings, s / sqrt(n): a few
     trainings drawn with replacement would vary too little, 60 % in place of 95 % of two. Where rows change nothing the
     percentile interval of the sum is the t interval over trainings; where trainings agree, the bootstrap's over rows.
     Noise that a training has on its own rows is in both parts, so that intervals are rather too wide than too narrow.
 
-    Args:
-        draws: (seeds, draws, ...), what each training gives on each draw of rows.
-        seed: of the order in which t's quantiles are added; same seed and number of trainings, same order.
-
-    Returns:
-        (draws, ...); of one training its own, which say nothing of others.
+    Attributes:
+        draws: (draws, ...), the means on each draw of rows.
+        variance: (...), of the mean over trainings, s^2 / n; 0 of one training, which says nothing of others.
+        degrees: (...), of freedom of that variance.
 
     Source: Student, "The probable error of a mean", Biometrika 6 (1908), for trainings; Efron and Tibshirani, 1993, for
     rows. Difference: their sum; t at equally spaced probabilities, not at random ones.
 
     Example:
-        >>> mean_over_seeds(np.ones((1, 2)), seed=0)
+        >>> Means.over_trainings(np.ones((1, 2))).with_trainings(seed=0)
         array([1., 1.])
     """
-    count, samples = draws.shape[:2]
-    if count == 1:
-        return draws[0]
-    quantiles = special.stdtrit(count - 1, (np.arange(samples) + 0.5) / samples)
-    t = np.random.default_rng(seed).permutation(quantiles).reshape(-1, *[1] * (draws.ndim - 2))
-    return draws.mean(0) + t * draws.mean(1).std(0, ddof=1) / count**0.5
+
+    draws: Draws
+    variance: Draws
+    degrees: Draws
+
+    @classmethod
+    def over_trainings(cls, draws: Draws) -> Means:
+        """Of (trainings, draws, ...), what each training gives on each draw of rows."""
+        count, means = len(draws), draws.mean(1)
+        variance = np.zeros(means.shape[1:]) if count == 1 else means.var(0, ddof=1) / count
+        return cls(draws.mean(0), variance, np.full(variance.shape, max(count - 1, 1)))
+
+    @classmethod
+    def over_sets(cls, means: Sequence[Means]) -> Means:
+        """Of several sets: the mean over them, whose variance is the sum of theirs over the square of their number.
+
+        Its degrees of freedom are Welch's and Satterthwaite's. Sets of equal size share their draws of rows, so each is
+        put in another order: every set's rows are drawn on their own.
+
+        Source: Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics 2 (1946).
+        """
+        draws = [
+            np.random.default_rng(place).permutation(one.draws, axis=0) for place, one in enumerate(means)
+        ]
+        variances = np.stack([one.variance for one in means])
+        of_degrees = (variances**2 / np.stack([one.degrees for one in means])).sum(0)
+        total = variances.sum(0)
+        degrees = np.divide(total**2, of_degrees, out=np.ones_like(total), where=of_degrees > 0)
+        return cls(np.mean(draws, axis=0), total / len(means) ** 2, degrees)
+
+    def with_trainings(self, seed: int) -> Draws:
+        """The draws with what other trainings would have added, (draws, ...).
+
+        Args:
+            seed: of the order in which t's quantiles are added; same seed and degrees, same order.
+        """
+        samples = len(self.draws)
+        shares = (np.random.default_rng(seed).permutation(samples) + 0.5) / samples
+        degrees, place = np.unique(self.degrees, return_inverse=True)  # seldom more than one
+        t = special.stdtrit(degrees, shares[:, None])[:, place.reshape(self.degrees.shape)]
+        return self.draws + t * np.sqrt(self.variance)
 
 
 def percentile_interval(draws: Draws, confidence: float = 0.95) -> tuple[Draws, Draws]:

@@ -32,7 +32,7 @@ from consistentee.evaluation.comparison.outcomes import (
 from consistentee.evaluation.comparison.plan import OUR_METHOD, REFERENCE
 from consistentee.evaluation.comparison.reading import check_resamples
 from consistentee.functional.curves import TOLERANCES
-from consistentee.functional.resampling import Draws, mean_over_seeds, percentile_interval, row_weights
+from consistentee.functional.resampling import Draws, Means, percentile_interval, row_weights
 from consistentee.training.methods import METHODS
 
 Key = tuple[str, str]
@@ -65,7 +65,7 @@ class _Figures:
     """Means over seeds, or over sets: (figures,) observed, (draws, figures) of each draw, (2, figures) what may be."""
 
     observed: Draws
-    draws: Draws
+    means: Means
     ends: Draws
     deviation: Draws | None = None
 
@@ -262,15 +262,15 @@ def _set_figures(rows: SetRows, key: Key, base: Key | None) -> dict[str, _Figure
             pairs = [(rows[key][seed], rows[other][seed]) for seed in seeds]
             draws = np.stack([one.draws - two.draws for one, two in pairs])
             observed = np.stack([one.observed - two.observed for one, two in pairs])
-            drawn = mean_over_seeds(draws, seed=1)
-            figures[name] = _Figures(observed.mean(0), drawn, ENDS_OF_DIFFERENCES, _deviation(observed))
+            means = Means.over_trainings(draws)
+            figures[name] = _Figures(observed.mean(0), means, ENDS_OF_DIFFERENCES, _deviation(observed))
     return figures
 
 
 def _over_seeds(rows: Sequence[_Measured]) -> _Figures:
     observed = np.stack([row.observed for row in rows])
-    draws = mean_over_seeds(np.stack([row.draws for row in rows]), seed=1)
-    return _Figures(observed.mean(0), draws, ends_of_figures(rows[0].outcomes.depth), _deviation(observed))
+    means = Means.over_trainings(np.stack([row.draws for row in rows]))
+    return _Figures(observed.mean(0), means, ends_of_figures(rows[0].outcomes.depth), _deviation(observed))
 
 
 def _deviation(observed: Draws) -> Draws | None:
@@ -301,9 +301,8 @@ def _averages(
 
 def _mean(figures: Sequence[_Figures]) -> _Figures:
     observed = np.mean([one.observed for one in figures], axis=0)
-    # Every set's rows were drawn on their own; sets of equal size share their draws, so each is put in another order.
-    draws = [np.random.default_rng(place).permutation(one.draws, axis=0) for place, one in enumerate(figures)]
-    return _Figures(observed, np.mean(draws, axis=0), np.mean([one.ends for one in figures], axis=0))
+    means = Means.over_sets([one.means for one in figures])
+    return _Figures(observed, means, np.mean([one.ends for one in figures], axis=0))
 
 
 # --- Plain values ---------------------------------------------------------------------------------
@@ -319,7 +318,8 @@ def _entry(figures: Mapping[str, _Figures], confidence: float) -> dict[str, Any]
 
 
 def _plain(figures: _Figures, confidence: float) -> dict[str, Any]:
-    low, high = (np.clip(end, *figures.ends) for end in percentile_interval(figures.draws, confidence))
+    draws = figures.means.with_trainings(seed=1)
+    low, high = (np.clip(end, *figures.ends) for end in percentile_interval(draws, confidence))
     deviation = figures.deviation
     values = {
         name: {

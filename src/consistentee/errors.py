@@ -167,5 +167,7 @@ def checked_setting(key: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"{key} must be text, got {value!r}.")
         return value
+    if value is False and "no" in kinds:
+        value = "no"  # which YAML reads as false
     require_choice(key, value, kinds)
     return value

@@ -71,7 +71,7 @@ def test_parquet_parts_and_a_question_that_is_not_answered(tmp_path: Path) -> No
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     rows = [[*parts, {"role": "assistant", "content": " c "}, {"role": "user", "content": "and?"}]]
     data = loaded(written(tmp_path / "a.jsonl", [{"messages": rows[0]}]))
-    assert (data.instructions, data.references) == (["a\nb"], ["c"])
+    assert (data.instructions, data.references) == (["a\nb"], [" c "])  # as it is written
     pyarrow.parquet.write_table(pyarrow.table({"messages": [MESSAGES]}), tmp_path / "a.parquet")
     assert loaded(tmp_path / "a.parquet").references == ["One.", "Two."]
     datasets.Dataset.from_dict({"messages": [MESSAGES]}).save_to_disk(tmp_path / "folder")
@@ -305,3 +305,9 @@ def test_which_conversation_a_row_is_of_is_in_the_fingerprint() -> None:
     one, other = (replace(rows, conversations=numbers) for numbers in ([1, 1], [1, 2]))
     assert len({data.fingerprint() for data in (rows, one, other)}) == 3
     assert one.fingerprint() == replace(one).fingerprint()
+
+
+def test_a_role_that_is_no_string_is_named(tmp_path: Path) -> None:
+    turns = [{"role": ["user"], "content": "x"}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(DataError, match=r"Turn 1 in column \"messages\" has the role \['user'\]"):
+        loaded(written(tmp_path / "a.jsonl", [{"messages": turns}]))

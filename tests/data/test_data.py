@@ -16,8 +16,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.classification import NotedLabels, load_files, load_task
 from consistentee.data.files import read_texts
+from consistentee.data.labels import match_labels
 from consistentee.data.rows import TextDataset, stratified_split
 from consistentee.data.tasks import get_task
 from consistentee.errors import DataError
@@ -603,3 +605,22 @@ def test_real_data(shared_dir: Path, name: str) -> None:
     assert len(evaluation) == evaluation_rows
     assert Counter(evaluation.labels)[0] == first_class
     assert len(evaluation.texts[0]) == len(get_task(name).text_columns)
+
+
+def test_classes_with_outer_spaces_are_those_of_labels_without(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,no \nb,yes\nc, no\n", encoding="utf-8")
+    _, data = load_files(None, path, ["text"], "label", ["no ", "yes"])
+    assert data is not None
+    assert data.labels == [0, 1, 0]
+    assert match_labels(["no", "no ", " no"], {"no ": 0, "no": 1}) == {"no": 1, "no ": 0}
+    with pytest.raises(DataError, match=r'Label "no" is not known; .* or train on rows of this class, too'):
+        load_files(None, path, ["text"], "label", ["no ", " no"])
+
+
+@pytest.mark.parametrize("value", ["no", False])
+def test_no_is_a_choice_although_yaml_reads_it_as_false(value: object) -> None:
+    assert ClassificationTrainingConfig.from_dict({"mixed_precision": value}).mixed_precision == "no"
+    for other in (True, 0):
+        with pytest.raises(ValueError, match="mixed_precision must be one of auto, no"):
+            ClassificationTrainingConfig.from_dict({"mixed_precision": other})

@@ -410,3 +410,34 @@ def test_bytes_of_a_text_stream_that_are_not_utf8() -> None:
     stream = io.TextIOWrapper(io.BytesIO(b"ok\n\xff\n"), encoding="utf-8")
     with pytest.raises(DataError, match=r"the stream: .* not UTF-8"):
         list(read_texts(stream))
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ('text,label\n"a, b",x\nc,y\n', ["a, b", "c"]),
+        ("id\ttext\n1\ta\n", ["a"]),
+        ('"text","label"\r\na,x\r\n', ["a"]),
+        ("text\na\n", ["text", "a"]),  # a word
+        ("text, and more\na\n", ["text, and more", "a"]),  # a sentence
+        ("label,score\na,1\n", ["label,score", "a,1"]),  # nothing that is known
+        ("text,text\na,b\n", ["text,text", "a,b"]),
+    ],
+)
+def test_a_stream_that_begins_with_a_header_is_a_table(
+    content: str, expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else header and labels would be taken for texts, which a file of the same bytes is not."""
+    found = [texts[0] for texts in read_texts(io.StringIO(content), pairs=False)]
+    assert found == expected
+    is_table = len(expected) < len(content.splitlines())
+    assert any("is a table's header: read as" in message for message in caplog.messages) == is_table
+
+
+def test_so_does_one_of_prompts() -> None:
+    prompts = read_prompts(io.StringIO("prompt,category\nTell me.,x\n"))
+    assert list(prompts) == [{"prompt": "Tell me.", "input": ""}]
+    assert [row["prompt"] for row in read_prompts(io.StringIO("prompt, please\nb\n"))] == [
+        "prompt, please",
+        "b",
+    ]

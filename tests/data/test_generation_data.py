@@ -615,3 +615,22 @@ def test_real_data(shared_dir: Path, name: str) -> None:
         assert not any("Summarize the above article" in text for text in data.inputs)
         assert all(data.instructions)
         assert any(data.inputs)
+
+
+def test_texts_of_a_file_are_learnt_as_they_are_written(tmp_path: Path) -> None:
+    """Words would be glued together by `plain`, and code lose its indentation."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": "The sky is", "input": " now:", "completion": " blue."},
+        {"prompt": "def f(x):\n", "input": " ", "completion": "    return x\n"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data, _ = load_generation_files(path, None)
+    assert data is not None
+    assert data.instructions == [row["prompt"] for row in rows]
+    assert data.inputs == [" now:", ""]
+    assert data.references == [row["completion"] for row in rows]
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text(json.dumps({"prompt": "a", "completion": " \n"}), encoding="utf-8")
+    with pytest.raises(DataError, match='"completion" is empty'):
+        load_generation_files(blank, None)

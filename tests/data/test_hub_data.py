@@ -240,3 +240,31 @@ def test_errors_of_the_hub_are_one_line(
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1
+
+
+def test_a_folder_of_ones_own_says_what_its_files_say(tmp_path: Path) -> None:
+    """`datasets` takes "NA" and "null" for nothing, and "01" for 1; nor may rows be left out that one can correct."""
+    lines = [
+        "text,label",
+        *(f"row {row},{label}" for row, label in enumerate(("01", "NA", "x") * 8)),
+        "null,x",
+    ]
+    (tmp_path / "train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    columns = {"text_columns": ["text"], "label_column": "label"}
+    of_folder, _ = load_files(tmp_path, None, **columns)
+    of_file, _ = load_files(tmp_path / "train.csv", None, **columns)
+    assert of_folder is not None is not of_file
+    assert sorted(of_folder.label_names) == ["01", "NA", "x"]
+    assert (of_folder.texts, of_folder.labels) == (of_file.texts, of_file.labels)
+    (tmp_path / "train.csv").write_text("\n".join([*lines, "no label,"]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match='The label in column "label" is missing'):
+        load_files(tmp_path, None, **columns)
+
+
+def test_splits_of_a_configuration_are_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = datasets.DatasetDict({"other": datasets.Dataset.from_dict({"text": ["a"]})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: loaded)
+    with pytest.raises(DataError, match=r"Name one of them: hf:user/name/part:SPLIT\."):
+        open_table("hf:user/name/part")
+    with pytest.raises(DataError, match=r"Name one of them: hf:user/name:SPLIT\."):
+        open_table("hf:user/name")

@@ -238,7 +238,7 @@ def _labelled(
     index_of = match_labels(seen, written | classes)
     for number, label in zip(rows.numbers, labels, strict=True):
         if label not in index_of:
-            remedy = "Correct it, or add rows of this class to the training file."
+            remedy = "Correct it, leave its rows out, or train on rows of this class, too."
             raise rows.table.error(
                 number, f'Label "{label}" is not known; known labels: {quoted(names)}.', remedy
             )

@@ -85,13 +85,13 @@ def _turn(table: Table, row: int, column: str, number: int, turn: Any) -> Turn:
     for role_key, text_key in (("role", "content"), ("from", "value")):
         if isinstance(turn, Mapping) and role_key in turn and text_key in turn:
             role = turn[role_key]
-            if role not in ROLES:
+            if not isinstance(role, str) or role not in ROLES:
                 problem = f'Turn {number} in column "{column}" has the role {role!r}.'
                 remedy = f"Known roles: {quoted(ROLES)}. Leave the turn out, or give it one of these."
                 raise table.error(row, problem, remedy)
             name = f"{column}, turn {number}"
             (text,) = table.texts_of(row, {name: joined_parts(turn[text_key])}, (name,))
-            return ROLES[role], text.strip()
+            return ROLES[role], text
     problem = f'Turn {number} in column "{column}" has no role and content (or from and value).'
     raise table.error(row, problem, f"Write {_EXAMPLE}.")
 

@@ -29,6 +29,7 @@ Source = str | os.PathLike[str] | IO[str] | IO[bytes]
 
 _DESCRIPTOR = re.compile(r"/dev/stdin|/dev/fd/\d+|/proc/\w+/fd/\d+")  # they seem to be the file behind them
 _ARRAY_BEGINS = re.compile(r"\s*\[\s*(\{|$)")
+_COLUMN_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 KNOWN_TEXT_COLUMNS = (
     ("text_a", "text_b"),
@@ -93,6 +94,7 @@ def read_source(
     plain_too: bool = False,
     pairs: bool | None = None,
     splits: Sequence[str] = TO_ANSWER,
+    known: Sequence[Sequence[str]] = (),
 ) -> Iterator[T]:
     """What a function makes of the rows of an input, one after the other, without ever holding the whole input.
 
@@ -100,14 +102,16 @@ def read_source(
         source: A file, "-" for standard input, an open stream, a `datasets` folder, or `hf:user/name` (`hub_source`).
             Files go by their ending: `.csv` and `.tsv` with a header line, `.jsonl` and `.json` (objects, one a line or
             in one array), `.parquet`, anything else plain text. A stream, also a pipe or a device by its name, is JSON
-            lines if it starts with "{", an array if with "[{", else plain text, or, where columns are named, a table
-            with a header line (TSV if that has a tab). Plain text is one column, "text", or two, "text_a" and "text_b".
+            lines if it starts with "{", an array if with "[{", a table with a header line (TSV if that has a tab) where
+            columns are named or the first line is nothing but column names, known ones among them, else plain text.
+            Plain text is one column, "text", or two, "text_a" and "text_b".
         read: Takes the table.
         columns: Those that are named.
         plain_too: Whether a stream whose first line does not hold them all is plain text, rather than a table that
             lacks them.
         pairs: Whether a tab in plain text separates the two texts of a pair; None lets the first line decide.
         splits: Where there are several splits, the first of these that is there is read, and a warning says which.
+        known: Columns, one set of which the header of a table without named columns holds.
 
     Raises:
         DataError: A file that is missing, or columns of a file of plain text; others as they are read.
@@ -141,7 +145,14 @@ def read_source(
     def of_stream() -> Iterator[T]:
         first = list(itertools.islice(lines, 1))
         begin = first[0][1] if first else ""
-        file_format = _json_format(begin) or _line_format(begin, columns, plain_too)
+        file_format = _json_format(begin) or _line_format(begin, columns, plain_too, known)
+        if not columns and file_format in ("csv", "tsv"):
+            _log.warning(
+                'The first line of %s, "%.60s", is a table\'s header: read as %s.',
+                file,
+                begin.strip(),
+                file_format.upper(),
+            )
         rows = parse(itertools.chain(first, lines), file, file_format, pairs=pairs)
         unit = "row" if file_format == "json array" else "line"
         yield from read(Table(file, rows, unit, is_plain=file_format == "text"))
@@ -224,7 +235,13 @@ def read_texts(
         yield from (table if skip_broken else replace(table, skipped=None)).usable(usable)
 
     return read_source(
-        source, texts, columns=text_columns or (), plain_too=plain_too, pairs=pairs, splits=splits
+        source,
+        texts,
+        columns=text_columns or (),
+        plain_too=plain_too,
+        pairs=pairs,
+        splits=splits,
+        known=[names for names in KNOWN_TEXT_COLUMNS if pairs in (None, len(names) == 2)],
     )
 
 
@@ -235,19 +252,29 @@ def _json_format(begin: str) -> str | None:
     return "json array" if _ARRAY_BEGINS.match(begin) else None
 
 
-def _line_format(begin: str, columns: Sequence[str], plain_too: bool) -> str:
-    """The format of a text that is no JSON, by its first line: "tsv" or "csv" if columns are named, else "text"."""
-    if not columns:
-        return "text"
+def _line_format(
+    begin: str, columns: Sequence[str], plain_too: bool, known: Sequence[Sequence[str]] = ()
+) -> str:
+    """The format of a text that is no JSON, by its first line.
+
+    Args:
+        begin: the line.
+        columns: those that are named: with any it is "tsv" or "csv".
+        plain_too: whether it is "text" all the same where it does not hold them.
+        known: columns, one set of which a header holds beside others; without named columns any other line is "text".
+    """
     file_format = "tsv" if "\t" in begin else "csv"
-    if plain_too:
-        try:
-            (header,) = [begin.split("\t")] if file_format == "tsv" else csv.reader([begin])
-        except (ValueError, csv.Error):  # no header is that long
-            return "text"
-        if not set(columns) <= {name.strip() for name in header}:
-            return "text"
-    return file_format
+    if columns and not plain_too:
+        return file_format
+    try:
+        (header,) = [begin.split("\t")] if file_format == "tsv" else csv.reader([begin])
+    except (ValueError, csv.Error):  # no header is that long
+        return "text"
+    if columns:
+        return file_format if set(columns) <= {name.strip() for name in header} else "text"
+    names = [*header[:-1], header[-1].rstrip("\r\n")] if header else []
+    is_header = len(names) > 1 and len(set(names)) == len(names) and all(map(_COLUMN_NAME.fullmatch, names))
+    return file_format if is_header and any(set(some) <= set(names) for some in known) else "text"
 
 
 def _text_table(

@@ -48,7 +48,7 @@ def load_generation_task(
     """
     task = get_task(name, GenerationTask)
     sets = [
-        None if table is None else _read(table, task.layouts, task.instruction)
+        None if table is None else _read(table, task.layouts, task.instruction, clean=True)
         for table in task_tables(task, data_dir)
     ]
     train, evaluation = sets
@@ -157,7 +157,8 @@ def read_prompts(
     """
     prompts = partial(_prompts, prompt_column=prompt_column, input_column=input_column)
     columns = [column for column in (prompt_column, input_column) if column]
-    return read_source(source, prompts, columns=columns, pairs=False)
+    known = [(name,) for name in PROMPT_COLUMNS]
+    return read_source(source, prompts, columns=columns, pairs=False, known=known)
 
 
 def _prompts(table: Table, prompt_column: str | None, input_column: str | None) -> Iterator[dict[str, str]]:
@@ -206,13 +207,22 @@ def _optional_text(table: Table, row: int, values: Mapping[str, Any], column: st
     value = None if column is None else values.get(column)
     if column is None or value is None or (isinstance(value, str) and not value.strip()):
         return ""
-    return table.texts_of(row, values, (column,))[0].strip()
+    return table.texts_of(row, values, (column,))[0]
 
 
-def _read(table: Table, layouts: Sequence[PromptColumns], instruction: str) -> InstructionDataset:
-    """Every row of a table; broken ones raise, or are left out where the table collects them."""
+def _read(
+    table: Table, layouts: Sequence[PromptColumns], instruction: str, *, clean: bool = False
+) -> InstructionDataset:
+    """Every row of a table; broken ones raise, or are left out where the table collects them.
+
+    Args:
+        table: the rows.
+        layouts: which columns hold what; the first that fits.
+        instruction: of rows that have none.
+        clean: whether what published files have around their texts is taken off; else texts are as they are written.
+    """
     layout, table = table.with_layout(layouts)
-    rows = list(table.usable(lambda number, values: _row(table, number, values, layout)))
+    rows = list(table.usable(lambda number, values: _row(table, number, values, layout, clean)))
     if not rows:
         raise table.error(None, "No row of it can be used.", "Give a file with at least one whole row.")
     instructions, inputs, references = ([row[part] for row in rows] for part in range(3))
@@ -235,11 +245,14 @@ def _read_conversations(table: Table, column: str) -> InstructionDataset:
     return replace(data, history=history, conversations=conversations)
 
 
-def _row(table: Table, number: int, values: Mapping[str, Any], layout: PromptColumns) -> tuple[str, str, str]:
+def _row(
+    table: Table, number: int, values: Mapping[str, Any], layout: PromptColumns, clean: bool
+) -> tuple[str, str, str]:
     """Instruction ("" where the task has one for all rows), input and reference of a row."""
-    prompt, reference = (text.strip() for text in table.texts_of(number, values, layout.needed))
-    reference = reference.removesuffix(END_MARKER).rstrip()
-    if not reference:
+    prompt, reference = table.texts_of(number, values, layout.needed)
+    if clean:
+        prompt, reference = prompt.strip(), reference.strip().removesuffix(END_MARKER).rstrip()
+    if not reference.strip():
         problem = f'The text in column "{layout.response}" is empty.'
         raise table.error(number, problem, f"Fill it in or remove the {table.unit}.")
     if layout.instruction is None:
@@ -247,7 +260,8 @@ def _row(table: Table, number: int, values: Mapping[str, Any], layout: PromptCol
     if layout.split_prompt is not None:
         return *layout.split_prompt(prompt), reference
     context = layout.input or _usual_input([name for name in values if name not in layout.needed])
-    return prompt, _optional_text(table, number, values, context), reference
+    context_text = _optional_text(table, number, values, context)
+    return prompt, context_text.strip() if clean else context_text, reference
 
 
 def _without_last(

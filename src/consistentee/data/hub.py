@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -128,11 +129,15 @@ def datasets_folder(path: Path, splits: Sequence[str]) -> Table:
 
 
 def hub_table(source: HubSource, name: str, splits: Sequence[str]) -> Table:
-    """The rows of a data set on the hub, of the first of the splits that is there; `skipped` collects broken ones."""
+    """The rows of a data set on the hub, of the first of the splits that is there.
+
+    `skipped` collects broken ones, but for a folder by its own name: its rows can be corrected.
+    """
     import datasets
 
     try:
-        loaded: Any = datasets.load_dataset(source.repository, source.config, split=source.split)
+        options = _as_written(source) if Path(source.repository).is_dir() else {}
+        loaded: Any = datasets.load_dataset(source.repository, source.config, split=source.split, **options)
     except Exception as error:  # whatever the network, the hub, the cache or a file comes up with
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         is_folder = Path(source.repository).is_dir()
@@ -148,8 +153,27 @@ def hub_table(source: HubSource, name: str, splits: Sequence[str]) -> Table:
         raise DataError(f"{place} could not be loaded: {reason}.", file=name, remedy=remedy) from error
     if source.split is not None:
         splits = (source.split,)
-    table = _one_split(loaded, name, splits, f"Name one of them: hf:{source.repository}:SPLIT.")
-    return replace(table, skipped=[])  # nobody can correct the rows of the hub
+    place = "/".join(part for part in (source.repository, source.config) if part)
+    table = _one_split(loaded, name, splits, f"Name one of them: {HUB_PREFIX}{place}:SPLIT.")
+    own = Path(name).is_dir()  # without `hf:`, whose rows nobody can correct
+    return table if own else replace(table, skipped=[])
+
+
+def _as_written(source: HubSource) -> dict[str, Any]:
+    """What keeps a folder's CSV files from being guessed at: "NA" and "null" are texts, and "01" is not 1."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(source.repository, source.config)
+    if builder.name != "csv":
+        return {}
+    options: dict[str, Any] = {"keep_default_na": False}
+    config: Any = builder.config
+    file = Path(next(files for files in config.data_files.values() if files)[0])
+    if builder.info.features is None and file.suffix.lower() in FORMATS:  # else its README says what they are
+        with file.open(encoding=config.encoding or "utf-8-sig", newline="") as stream:
+            columns = next(csv.reader(stream, delimiter=config.sep), [])
+        options["features"] = datasets.Features({name: datasets.Value("string") for name in columns})
+    return options
 
 
 def _one_split(

@@ -43,6 +43,11 @@ def match_labels(labels: Iterable[str], classes: Mapping[str, int]) -> dict[str,
         {'us': 0, 'Uk': 1, '1.0': 2}
     """
     distinct = list(dict.fromkeys(labels))
+    bare = Counter(name.strip() for name in classes)  # labels of files are read without outer spaces
+    classes = {
+        **{name.strip(): index for name, index in classes.items() if bare[name.strip()] == 1},
+        **classes,
+    }
     by_number: dict[int | None, set[int]] = {}
     by_folded: dict[str, list[int]] = {}
     for name, index in classes.items():

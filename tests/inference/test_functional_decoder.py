@@ -138,6 +138,7 @@ def test_without_a_cache(model_type: str) -> None:
         ("gemma2", {"query_pre_attn_scalar": 3}),
         ("gemma3_text", {"query_pre_attn_scalar": 3, "final_logit_softcapping": 2.0}),
         ("gemma3_text", {"tie_word_embeddings": False}),
+        ("gemma3_text", {"attn_logit_softcapping": 0.5}),  # which Hugging Face's layer leaves aside
     ],
     ids=str,
 )
@@ -282,7 +283,7 @@ def test_one_number_written_through_data_is_seen() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_signature_reads_weights_of_any_size(dtype: torch.dtype) -> None:
-    assert weight_signature(nn.Module(), [torch.zeros(0, 3, dtype=dtype)])[-1:] == (0,)
+    assert weight_signature(nn.Module(), [torch.zeros(0, 3, dtype=dtype)])[-2:] == (0, 0)
     for shape in ((), (1,), (5,), (3, 4), (3, 5), (2, 3, 2)):
         for view in (
             torch.zeros(shape, dtype=dtype),
@@ -293,6 +294,55 @@ def test_a_signature_reads_weights_of_any_size(dtype: torch.dtype) -> None:
             assert weight_signature(module, [view]) == before
             view.view(-1)[-1] = 1
             assert weight_signature(module, [view]) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.roll(2, 1),
+        lambda weight: weight.roll(1, 0),
+        lambda weight: weight.flip(0),
+        lambda weight: weight.view(4, 4, 2).transpose(0, 1).reshape(4, 8),
+    ],
+)
+def test_a_signature_tells_where_a_weight_stands(change: Callable[[Tensor], Tensor]) -> None:
+    """Also where it was written through `.data`, which torch does not count."""
+    weight = torch.randn(4, 8)
+    before = weight_signature(nn.Module(), [weight])
+    weight.data.copy_(change(weight.data).clone())
+    assert weight_signature(nn.Module(), [weight]) != before
+
+
+def test_columns_that_change_places_are_seen() -> None:
+    model: Any = tiny_exit_model("llama")
+    before = generate(model, prompts_of((9, 9)), NEW, mode="full").sequences
+    weight = model.backbone.model.layers[0].self_attn.q_proj.weight
+    weight.data.copy_(weight.data.roll(2, 1))
+    after = generate(model, prompts_of((9, 9)), NEW, mode="full").sequences
+    assert torch.equal(after, generate(copy.deepcopy(model), prompts_of((9, 9)), NEW, mode="full").sequences)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"mode": "full"},
+        {"mode": "early-exit"},
+        {"mode": "lossless"},
+        {"mode": "full", "do_sample": True},
+        {"mode": "full", "repetition_penalty": 1.1},
+        {"mode": "lossless", "repetition_penalty": 1.1},
+    ],
+    ids=str,
+)
+def test_logits_that_are_no_numbers_give_no_text(how: dict[str, Any]) -> None:
+    model: Any = tiny_exit_model("llama")
+    with torch.no_grad():
+        model.backbone.model.layers[0].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(
+        FloatingPointError, match=r"logits must be numbers to take a token from, got NaN at layer \d"
+    ):
+        generate(model, prompts_of((5,)), NEW, **how)
 
 
 def test_one_key_projection_in_place_is_seen_by_skipped_layers() -> None:

@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from consistentee.backbones import decoders
 from consistentee.inference.decoder.functional_decoder import FunctionalDecoder
 from consistentee.models.causal_lm import EarlyExitForCausalLM
+from consistentee.models.generate import MOST_CLOCKS
 from tiny_decoders import LAYERS, generate, prompt, tiny_decoder, tiny_exit_model
 
 BATCHES = ((5,), (9,), (3, 7, 5), (7, 1, 7, 4))
@@ -333,3 +334,16 @@ def test_those_that_remember_are_served_without_drafts(
         ]
         assert output.drafted == output.accepted == 0
         assert output.exit_layers[output.exit_layers > 0].unique().tolist() == [LAYERS]
+
+
+def test_thresholds_without_end_do_not_fill_the_memory() -> None:
+    """A server's clients may send any; what was learnt of the last ones' speed is kept."""
+    model: Any = tiny_exit_model("llama")
+    options = {"mode": "lossless", "criterion": "softmax_margin"}
+    for number in range(MOST_CLOCKS + 5):
+        generate(model, prompts_of((3,)), 2, threshold=number / 1000, **options)
+    clocks = model.exit_weights().draft_clocks
+    assert len(clocks) == MOST_CLOCKS
+    last = list(clocks.values())[-1]
+    generate(model, prompts_of((3,)), 2, threshold=(MOST_CLOCKS + 4) / 1000, **options)
+    assert list(clocks.values())[-1] is last

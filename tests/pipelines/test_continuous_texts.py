@@ -172,7 +172,7 @@ def test_a_text_whose_logits_are_no_numbers_ends_alone(generator: TextGenerator)
             weight[broken] = kept
     for one in heard[3:]:
         assert [str(error) for error in one.errors] == [
-            "logits must be numbers to draw a token from, got NaN at layer 4. Check the model's weights, or load it "
+            "logits must be numbers to take a token from, got NaN at layer 4. Check the model's weights, or load it "
             "in float32."
         ]
         assert (one.pieces, one.reasons) == ([], [])

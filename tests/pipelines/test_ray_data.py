@@ -261,3 +261,9 @@ def test_finished_runs_need_no_cluster(engine: Engine, tmp_path: Path) -> None:
         ray_session("ray://head:10001"),
     ):
         pass
+
+
+@pytest.mark.parametrize("columns", [[], ["a", "b", "c"], ["a", "a"]])
+def test_text_columns_are_one_or_two(model: Path, columns: list[str]) -> None:
+    with pytest.raises(SettingError, match=r"text_columns must be the column of the text, or the two"):
+        RayPredictor(model, device="cpu", text_columns=columns)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from consistentee.inference.encoder.scheduler import ExitRule
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import AUDIT_CONFIDENCE, Auditor
 from consistentee.serving.classification import ClassifierService
@@ -196,6 +198,37 @@ def test_tokenizing_is_within_the_deadline(engine: Engine, monkeypatch: pytest.M
         free.set()
 
     run(service, work)
+
+
+def test_a_text_whose_logits_are_no_numbers_is_told_and_others_beside_it_are_answered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", layers=3))
+    whole = Engine.from_pretrained(folder, device="cpu")
+    saved = load_model(folder, LoadedClassifier)
+    with torch.no_grad():  # as numbers that are too large for a dtype are
+        saved.early_exit_model.get_input_embeddings().weight[saved.tokenizer("awful")["input_ids"][1]] = (
+            torch.nan
+        )
+    broken = Engine(saved)
+    texts = ["a good film", "awful film", "a fine plot"]
+    for batch_size in (None, 1):
+        with pytest.raises(FloatingPointError, match=r"got NaN or infinity at layer 3, for 1 of . texts"):
+            broken.predict(texts, batch_size=batch_size)
+    assert broken.predict(texts[::2]) == whole.predict(texts[::2])
+    service = ClassifierService(broken)
+
+    async def work() -> None:
+        answers = [service.predict(ask(text)) for text in texts]
+        good, refused, fine = await asyncio.gather(*answers, return_exceptions=True)
+        assert isinstance(refused, RefusedRequest)
+        assert (refused.status, refused.kind) == (424, "Backend")
+        assert not isinstance(good, BaseException)
+        assert not isinstance(fine, BaseException)
+        assert service._unanswered == 0
+
+    run(service, work)
+    assert "no numbers at layer 3" in caplog.text
 
 
 def test_a_batch_that_fails_is_told_and_the_next_goes_on(

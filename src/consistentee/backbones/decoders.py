@@ -46,6 +46,7 @@ class LayerParts:
         activation: the MLP's activation module.
         mlp_output_norm: norm of what the MLP adds.
         attention: the attention module itself, which knows its scaling.
+        attention_cap: its attribute that caps scores; "" where it has none, or has one and leaves it aside (gemma3).
     """
 
     input_norm: str
@@ -64,6 +65,7 @@ class LayerParts:
     attention_output_norm: str = ""
     gate: str = ""
     mlp_output_norm: str = ""
+    attention_cap: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,9 @@ _GEMMA2 = replace(
     attention_output_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
+    attention_cap="attn_logit_softcapping",
 )
-_GEMMA3 = replace(_GEMMA2, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
+_GEMMA3 = replace(_GEMMA2, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", attention_cap="")
 _GPT2 = LayerParts(
     input_norm="ln_1",
     attention="attn",

@@ -14,11 +14,8 @@ from consistentee.inference.decoder.draws import tokens_from
 from consistentee.inference.modes import inference_without_autocast
 from consistentee.models.generate import GenerationOptions, decoding_rule
 
-NO_TOKEN = -1
-"""In place of a token that cannot be drawn, as its logits are no numbers: the row cannot go on and is to be removed."""
-
 RowToken = tuple[int, int]
-"""A token (or `NO_TOKEN`), and the layer at which it exited, 1-based."""
+"""A token, and the layer at which it exited, 1-based; a row whose token is `NO_TOKEN` is to be removed."""
 
 
 class ContinuousTokens:
@@ -97,10 +94,7 @@ class ContinuousTokens:
         if self._processors or self._do_sample:
             logits = self._weights.logits(normed, exit_layers).float()
             logits = self._processors(torch.empty(len(logits), 0), logits)  # pyright: ignore[reportArgumentType]
-            broken = ~logits.amax(-1).isfinite()  # (rows,)
-            logits = logits.masked_fill(broken[:, None], 0.0)
             tokens = tokens_from(logits, do_sample=self._do_sample, generator=self._generator)
-            tokens = tokens.masked_fill(broken, NO_TOKEN)
         else:
             tokens = self._weights.greedy(normed, exit_layers)
         return list(zip(tokens.tolist(), exit_layers, strict=True))

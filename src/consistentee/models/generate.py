@@ -21,7 +21,7 @@ from consistentee.backbones.limits import longest_input
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice
 from consistentee.inference.decoder.decoding import Decoding
-from consistentee.inference.decoder.draws import drawing_from, tokens_from
+from consistentee.inference.decoder.draws import drawing_from, require_tokens, tokens_from
 from consistentee.inference.decoder.exit_rules import FixedExitRule, NeverExit, TokenExitRule
 from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.inference.decoder.known_processors import RecordedEnds, stateful
@@ -36,6 +36,9 @@ from consistentee.models.generation_checks import (
 )
 
 _log = logging.getLogger(__name__)
+MOST_CLOCKS = 64
+"""Ways of drafting whose speed is remembered: a server's clients may send any threshold."""
+
 CAPACITY_AHEAD = 512
 """New tokens that the cache has room for from the start, at most; it grows from there."""
 
@@ -169,7 +172,11 @@ def _clock(weights: ExitWeights, options: GenerationOptions, rows: int) -> Draft
         options.draft_tokens,
         rows,
     )
-    return weights.draft_clocks.setdefault(way, DraftClock())
+    clocks = weights.draft_clocks
+    clock = clocks[way] = clocks.pop(way, None) or DraftClock()  # the last one that was asked for is the last
+    for oldest in list(clocks)[:-MOST_CLOCKS]:
+        clocks.pop(oldest, None)
+    return clock
 
 
 def decoding_rule(model: Any, options: GenerationOptions, *, drafts: bool = False) -> TokenExitRule:
@@ -233,6 +240,7 @@ def _token_loop(
                 scores.append(_kept(logits))
             tokens = tokens_from(logits, do_sample=config.do_sample, generator=options.generator)
             tokens = tokens if rows is None else tokens[rows]
+        require_tokens(tokens, exit_layers)
         if rows is not None:
             tokens = torch.full((batch,), pad, device=device).index_copy_(0, rows, tokens)
         exited = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from consistentee.models.continuous import NO_TOKEN, ContinuousTokens, RowToken
+from consistentee.inference.decoder.draws import NO_TOKEN, no_numbers
+from consistentee.models.continuous import ContinuousTokens, RowToken
 from consistentee.models.loaded import LoadedGenerator
 from consistentee.pipelines.decoding_options import DecodingOptions, seeded_draws, warpers
 from consistentee.pipelines.row_streams import RowStream, text_ends
@@ -135,10 +136,7 @@ class ContinuousTexts:
             row, (token, layer) = self._rows[number], tokens[number - begun]
             try:
                 if token == NO_TOKEN:
-                    raise FloatingPointError(
-                        f"logits must be numbers to draw a token from, got NaN at layer {layer}. Check the model's "
-                        "weights, or load it in float32."
-                    )
+                    raise no_numbers(layer)
                 goes_on = row.stream.put(token, layer)
             except Exception as error:
                 row.prompt.on_error(error)

@@ -37,6 +37,7 @@ class RayPredictor:
 
     Raises:
         OSError: there is no such model.
+        SettingError: no text columns, or more than two.
         ValueError: it is not a model of this library, or does not run so, or an exit rule does not fit.
 
     Example:
@@ -65,6 +66,11 @@ class RayPredictor:
     ) -> None:
         self.engine = Engine.from_pretrained(model, device=device, dtype=dtype, backend=backend)
         self._text_columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
+        if len(self._text_columns) not in (1, 2) or len(set(self._text_columns)) < len(self._text_columns):
+            given = ", ".join(map(repr, self._text_columns)) or "none"
+            raise SettingError(
+                f"text_columns must be the column of the text, or the two columns of a pair, got {given}."
+            )
         self._added = [prefix + name for name in PREDICTED_COLUMNS]
         self._batch_size = batch_size
         self._rule = self.engine.rule(criterion, threshold, operating_point)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consistentee.data.tokenization import encode_texts
-from consistentee.inference.encoder.incremental_scores import log_softmax
+from consistentee.inference.encoder.incremental_scores import is_answer, log_softmax
 from consistentee.inference.encoder.layer_pool import Pool, PoolAnswer, PoolRow
 from consistentee.models.loaded import short_name
 from consistentee.models.operating_points import FULL_DEPTH_POINT
@@ -47,6 +47,7 @@ from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
 _log = logging.getLogger(__name__)
 
 COMPUTING_FAILED = "Computing failed. Try again."
+NO_NUMBERS = "Computing failed: the model's weights are broken, or its numbers too large for its dtype."
 
 WITHIN_DEADLINE = 0.75
 """Share of the deadline within which a text must be expected to be answered to be taken: the pace varies."""
@@ -342,6 +343,11 @@ class ClassifierService:
         for answer in answers:
             pending = self._pending.get(answer.key)
             if pending is None:
+                continue
+            if not is_answer(answer.logits[None])[0]:
+                _log.error("Logits of a text are no numbers at layer %d: %s", answer.exit_layer, NO_NUMBERS)
+                self.metrics.failures.inc()
+                self._refuse([answer.key], RefusedRequest(424, "Backend", NO_NUMBERS))
                 continue
             if answer.went_on:
                 del self._pending[answer.key]

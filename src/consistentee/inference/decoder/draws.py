@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+NO_TOKEN = -1
+"""In place of a token that cannot be taken, as its logits are no numbers: the row cannot go on."""
 
 _drawing = RLock()
 """Held by who draws from torch's generator as if it were another."""
@@ -26,10 +29,36 @@ if hasattr(os, "register_at_fork"):
 
 
 def tokens_from(logits: Tensor, *, do_sample: bool, generator: torch.Generator | None) -> Tensor:
-    """The likeliest token of each row, or one that is drawn: (rows, words) -> (rows,)."""
+    """The likeliest token of each row, or one that is drawn: (rows, words) -> (rows,); `NO_TOKEN` of no numbers."""
+    broken = ~logits.amax(-1).isfinite()  # (rows,)
+    logits = logits.masked_fill(broken[:, None], 0.0)
     if do_sample:
-        return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).squeeze(1)
-    return logits.argmax(-1)
+        tokens = torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).squeeze(1)
+    else:
+        tokens = logits.argmax(-1)
+    return tokens.masked_fill(broken, NO_TOKEN)
+
+
+def no_numbers(exit_layer: int) -> FloatingPointError:
+    """The error for a token that is none (`NO_TOKEN`), by the 1-based layer of its exit."""
+    return FloatingPointError(
+        f"logits must be numbers to take a token from, got NaN at layer {exit_layer}. Check the model's weights, or "
+        "load it in float32."
+    )
+
+
+def require_tokens(tokens: Tensor, exit_layers: Sequence[int]) -> None:
+    """Raise FloatingPointError where one of the tokens, (rows,), is `NO_TOKEN`; the layers are those of their exits."""
+    broken = (tokens == NO_TOKEN).nonzero()
+    if len(broken):
+        raise no_numbers(exit_layers[int(broken[0])])
+
+
+def require_numbers(normed: Tensor, exit_layers: Sequence[int]) -> None:
+    """Raise FloatingPointError where one of the states, (tokens, hidden), is no numbers, of which no token comes."""
+    broken = (~normed.isfinite().all(-1)).nonzero()
+    if len(broken):
+        raise no_numbers(exit_layers[int(broken[0])])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from consistentee.backbones import decoders
 from consistentee.heads.exit_heads import ExitHeads
+from consistentee.inference.decoder.draws import NO_TOKEN
 from consistentee.inference.decoder.exit_rules import TokenExitRule
 from consistentee.inference.decoder.functional_decoder import Affine, FunctionalDecoder
 from consistentee.inference.decoder.kv_cache import DecoderCache
@@ -96,7 +97,10 @@ class ExitWeights:
         )
 
     def greedy(self, normed: Tensor, exit_layers: Sequence[int]) -> Tensor:
-        """The most probable token of each exit, (tokens,); arguments as in `logits`."""
+        """The most probable token of each exit, (tokens,); `NO_TOKEN` of no numbers. Arguments as in `logits`."""
+        return self._greedy(normed, exit_layers).masked_fill(~normed.isfinite().all(-1), NO_TOKEN)
+
+    def _greedy(self, normed: Tensor, exit_layers: Sequence[int]) -> Tensor:
         backbone = self.model.backbone
         head = active_module(decoders.lm_head(backbone))
         if not self.heads.head_is_shared or type(head) is not nn.Linear:  # an adapter, or int8

@@ -78,7 +78,7 @@ class Layer:
         self.num_key_value_heads = int(getattr(config, "num_key_value_heads", None) or self.num_heads)
         self.head_size = int(getattr(attention, "head_dim", None) or attention.head_size)
         self.scaling = float(attention.scaling)
-        self.softcap: float | None = getattr(attention, "attn_logit_softcapping", None)
+        self.softcap: float | None = getattr(attention, parts.attention_cap) if parts.attention_cap else None
         self.qkv_width = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
         self._qkv_modules = [part(path) for path in (parts.query, parts.key, parts.value) if path]
         self._input_norm = part(parts.input_norm)

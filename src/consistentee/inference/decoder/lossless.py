@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from consistentee.inference.decoder.draws import require_numbers
 from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.inference.decoder.recompute import RecomputeDecoding
 
@@ -207,6 +208,7 @@ class LosslessDecoding:
 
     def _chosen(self, normed: Tensor, exit_layers: list[int], owners: list[int]) -> Chosen:
         """The tokens of a pass: at once where nothing depends on the text so far, else one by one when asked for."""
+        require_numbers(normed, exit_layers)
         if self._choose is None:
             tokens: list[int] = self._weights.greedy(normed, exit_layers).tolist()
             return lambda index, before: tokens[index]

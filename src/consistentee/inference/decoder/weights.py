@@ -103,7 +103,7 @@ def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[A
     Args:
         model: whose weights.
         copied: those of which there are copies. They are read, as torch does not count what is written through `.data`.
-            The 46 million of SmolLM2-135M take a third to a half of the time of one token at full depth.
+            The 46 million of SmolLM2-135M take about half of the time of one token at full depth.
     """
     masks = [mask for module in model.modules() for mask in masks_in(module)]
     counted = tuple(
@@ -111,7 +111,7 @@ def weight_signature(model: nn.Module, copied: Sequence[Tensor] = ()) -> tuple[A
         for weight in (*model.parameters(), *masks)
     )
     read = [*copied, *masks]
-    sums = torch.stack([_checksum(weight) for weight in read]).tolist() if read else []
+    sums = torch.cat([_checksum(weight) for weight in read]).tolist() if read else []
     return (*counted, *_adapter_states(model), *map(type, model.modules()), *sums)
 
 
@@ -126,7 +126,7 @@ def _adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _checksum(weight: Tensor) -> Tensor:
-    """A number, int64, that every changed bit changes; rows count by their position."""
+    """Two numbers, int64, each of which every changed bit changes: words count by their row, and by their column."""
     flat = weight.detach().reshape(-1)
     per_word = max(1, 8 // flat.element_size())
     if flat.storage_offset() % per_word:
@@ -135,9 +135,13 @@ def _checksum(weight: Tensor) -> Tensor:
     words = flat[:whole].view(torch.int64)
     in_rows = weight.ndim > 1 and len(flat) > 0 and not len(flat) % (len(weight) * per_word)
     rows = len(weight) if in_rows else len(words)
-    sums = words.view(rows, len(words) // max(1, rows)).sum(1)
-    weights = 2 * torch.arange(rows, device=flat.device) + 1  # odd: no bit is lost
-    return (sums * weights).sum() + flat[whole:].view(torch.uint8).sum()
+    table = words.view(rows, len(words) // max(1, rows))
+
+    def weighted(sums: Tensor) -> Tensor:
+        return (sums * (2 * torch.arange(len(sums), device=flat.device) + 1)).sum()  # odd: no bit is lost
+
+    rest = flat[whole:].view(torch.uint8).sum()
+    return torch.stack([weighted(table.sum(1)) + rest, weighted(table.sum(0)) + rest])
 
 
 def plain_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:

@@ -245,6 +245,33 @@ def log_softmax(logits: Floats) -> Floats:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
+def labels_and_scores(
+    logits: Floats, exit_layers: Sequence[int] | NDArray[np.int64]
+) -> tuple[NDArray[np.int64], Floats]:
+    """The likeliest class of each row and its probability: (rows, classes) to (rows,) twice.
+
+    Args:
+        logits: of the exit that each row takes.
+        exit_layers: which that is, from 1.
+
+    Raises:
+        FloatingPointError: logits that are no numbers, of which any class would be the likeliest.
+    """
+    broken = np.flatnonzero(~is_answer(logits))
+    if len(broken):
+        raise FloatingPointError(
+            f"logits must be numbers, got NaN or infinity at layer {exit_layers[broken[0]]}, for {len(broken)} of "
+            f"{len(logits)} texts. Check the model's weights, or load it in float32."
+        )
+    labels = logits.argmax(1)
+    return labels, np.exp(log_softmax(logits)[np.arange(len(logits)), labels])
+
+
+def is_answer(logits: Floats) -> NDArray[np.bool_]:
+    """Whether logits name a class: (rows, classes) to (rows,)."""
+    return np.isfinite(logits.max(1))
+
+
 def host_log_odds(logits: Floats) -> Floats:
     """Log-odds of the predicted class as `exits.log_odds` has them, (rows, classes) to (rows,)."""
     probability = np.reciprocal(np.exp(logits - logits.max(1, keepdims=True)).sum(1))

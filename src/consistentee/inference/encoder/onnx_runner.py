@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from consistentee.errors import require_extra
 from consistentee.inference.encoder.backend import Answers, EncoderParts, TokenRow
-from consistentee.inference.encoder.incremental_scores import Floats, log_softmax
+from consistentee.inference.encoder.incremental_scores import Floats, labels_and_scores
 from consistentee.inference.encoder.onnx_builder import GraphStyle
 from consistentee.inference.encoder.onnx_exits import EXIT_LAYERS, MASK, MOST_LAYERS, THRESHOLD, ExitGraph
 from consistentee.inference.encoder.onnx_graphs import IDS, TYPES
@@ -130,9 +130,8 @@ def run_graph(
     for part in _batches(order, lengths, batch_size):
         fixed = None if rule.exit_layers is None else [rule.exit_layers[row] for row in part]
         logits, layers = runner.run([rows[row] for row in part], rule.threshold, fixed)
-        found = logits.argmax(1)
-        labels[part], exits[part] = found, layers
-        scores[part] = np.exp(log_softmax(logits)[np.arange(len(part)), found])
+        labels[part], scores[part] = labels_and_scores(logits, layers)
+        exits[part] = layers
         for layer in range(1, int(layers.max()) + 1):
             still = lengths[part][layers >= layer]
             computed += len(still) * int(still.max())

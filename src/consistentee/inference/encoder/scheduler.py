@@ -18,7 +18,11 @@ from torch import Tensor
 
 from consistentee.functional.criteria import EXIT_CRITERIA
 from consistentee.inference.encoder.backend import Answers, Backend, TokenRow
-from consistentee.inference.encoder.incremental_scores import ExitHistory, IncrementalExitScores, log_softmax
+from consistentee.inference.encoder.incremental_scores import (
+    ExitHistory,
+    IncrementalExitScores,
+    labels_and_scores,
+)
 from consistentee.inference.modes import inference_only
 
 AHEAD = {"cpu": 0, "cuda": 1}
@@ -287,8 +291,7 @@ class _Run:
 
     def _write(self, rows: Sequence[int], logits: NDArray[np.float32], layer_index: int) -> None:
         """Note label, score and exit layer of rows that exit, by their logits (rows, classes)."""
-        labels = logits.argmax(1)
-        scores = np.exp(log_softmax(logits)[np.arange(len(logits)), labels])
+        labels, scores = labels_and_scores(logits, [layer_index + 1] * len(rows))
         for row, label, score in zip(rows, labels.tolist(), scores.tolist(), strict=True):
             self.labels[row], self.scores[row], self.exit_layers[row] = label, score, layer_index + 1
 

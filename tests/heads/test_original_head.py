@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from consistentee.backbones.encoders import SUPPORTED_MODEL_TYPES
 from consistentee.data.tokenization import encode_texts
 from consistentee.functional.criteria import CRITERIA, EXIT_CRITERIA, exit_scores
+from consistentee.inference.encoder.packing import similar_rows
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.models.configuration import EarlyExitConfig
 from consistentee.models.loaded import LoadedClassifier, load_model
@@ -80,6 +81,21 @@ def test_engines_exit_as_choosing_afterwards_does(original: Path, criterion: str
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "static"])
 def test_engines_do_so_under_every_criterion(deeper: Path, criterion: str) -> None:
     check_engines(deeper, criterion)
+
+
+@torch.no_grad()
+def test_a_long_text_among_short_ones_changes_none_of_them(original: Path) -> None:
+    """Rows of similar length are embedded, and go through the head, together."""
+    saved = LoadedClassifier(with_exits(original), AutoTokenizer.from_pretrained(original), {}, "retrofitted")
+    texts = ["good", "good " * 40, "bad film", "a bad plot", "plot " * 38, "it"]
+    rows, _ = encode_texts([(text,) for text in texts], saved.tokenizer, 64)
+    assert len(similar_rows([len(row["input_ids"]) for row in rows])) > 1
+    engine, rule = Engine(saved), ExitRule("confidence", 1.0)
+    together, alone = (engine.run(rows, batch_size=size, rule=rule) for size in (len(rows), 1))
+    assert (together.labels, together.exit_layers) == (alone.labels, alone.exit_layers)
+    torch.testing.assert_close(
+        torch.tensor(together.scores), torch.tensor(alone.scores), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consistentee.inference.encoder.packing import MAX_GROUP_WASTE, Layout, PackedBatch, pack, padded_count
+from consistentee.inference.encoder.packing import (
+    MAX_GROUP_WASTE,
+    MOST_PADDED,
+    Layout,
+    PackedBatch,
+    pack,
+    padded_count,
+    similar_rows,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=12)
@@ -23,6 +31,20 @@ def rows_of(batch: PackedBatch) -> list[list[tuple[int, ...]]]:
     flat = [tuple(int(value) for value in state) for state in batch.hidden_states.tolist()]
     starts = batch.layout.starts.tolist()
     return [flat[start : start + n] for start, n in zip(starts, batch.layout.lengths, strict=True)]
+
+
+@given(LENGTHS)
+def test_rows_that_are_padded_together_are_similar(lengths: list[int]) -> None:
+    groups = similar_rows(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    padded = sum(len(group) * max(lengths[row] for row in group) for group in groups)
+    assert padded <= MOST_PADDED * sum(lengths)
+    if len(lengths) * max(lengths) <= MOST_PADDED * sum(lengths):
+        assert groups == [list(range(len(lengths)))]
+
+
+def test_one_long_row_pads_no_other() -> None:
+    assert similar_rows([6, 512, 6, 6]) == [[0, 2, 3], [1]]
 
 
 @given(LENGTHS)

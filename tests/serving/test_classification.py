@@ -206,10 +206,9 @@ def test_a_text_whose_logits_are_no_numbers_is_told_and_others_beside_it_are_ans
     folder = tiny_model(tmp_path / "model", tiny_backbone(tmp_path / "backbone", layers=3))
     whole = Engine.from_pretrained(folder, device="cpu")
     saved = load_model(folder, LoadedClassifier)
+    weight: Any = saved.early_exit_model.get_input_embeddings().weight
     with torch.no_grad():  # as numbers that are too large for a dtype are
-        saved.early_exit_model.get_input_embeddings().weight[saved.tokenizer("awful")["input_ids"][1]] = (
-            torch.nan
-        )
+        weight[saved.tokenizer("awful")["input_ids"][1]] = torch.nan
     broken = Engine(saved)
     texts = ["a good film", "awful film", "a fine plot"]
     for batch_size in (None, 1):

@@ -18,7 +18,7 @@ from consistentee.heads.classifiers import InternalClassifiers
 from consistentee.heads.original_head import OriginalHead
 from consistentee.heads.policy import PolicyNetwork, exit_feature_map
 from consistentee.inference.encoder.packed_layers import storage_dtype
-from consistentee.inference.encoder.packing import Group, PackedBatch
+from consistentee.inference.encoder.packing import Group, PackedBatch, similar_rows
 from consistentee.inference.encoder.prepacked_linear import make_linear
 
 
@@ -72,8 +72,17 @@ class _Original:
     def __call__(self, batch: PackedBatch) -> Tensor:
         layout = batch.layout
         rows = batch.hidden_states[: layout.tokens].split(layout.lengths)
+        groups = similar_rows(layout.lengths)
+        logits = torch.cat([self._logits([rows[row] for row in group]) for group in groups])
+        if len(groups) > 1:
+            order = torch.tensor([row for group in groups for row in group], device=logits.device)
+            logits = torch.empty_like(logits).index_copy_(0, order, logits)
+        return logits
+
+    def _logits(self, rows: list[Tensor]) -> Tensor:
+        """(rows, classes) of the states of each row."""
         mask = pad_sequence([row.new_ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
-        return self._head(pad_sequence(list(rows), batch_first=True), mask)[1].float()
+        return self._head(pad_sequence(rows, batch_first=True), mask)[1].float()
 
 
 class _AttentionPooled:

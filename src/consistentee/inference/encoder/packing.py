@@ -19,6 +19,9 @@ from torch import Tensor
 MAX_GROUP_WASTE = 0.15
 """Share of padding that attention accepts inside a group of rows, before another group is begun."""
 
+MOST_PADDED = 1.5
+"""Positions for each token, up to which all rows of a batch are padded together where no layer is computed."""
+
 ROUNDING = ((64, 1), (1024, 16))
 """Up to so many tokens, they are rounded up to multiples of the second number; beyond to multiples of 64."""
 
@@ -115,6 +118,19 @@ class Layout:
         padding = (gather.reshape(-1), np.flatnonzero(mask), mask)
         found = tuple(torch.from_numpy(array).to(self.device) for array in padding)
         return Group(last - first, width, start, end, (found[0], found[1], found[2]))
+
+
+def similar_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """The rows, by index, in groups that can be padded together.
+
+    All of them in their order where that makes little padding, else by length: one long row would have every other
+    padded to its width.
+    """
+    if max(lengths) * len(lengths) <= MOST_PADDED * sum(lengths):
+        return [list(range(len(lengths)))]
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    bounds = [0, *_group_ends([lengths[row] for row in order])]
+    return [order[first:last] for first, last in pairwise(bounds)]
 
 
 def _group_ends(lengths: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ from consistentee.heads.policy import exit_feature_map
 from consistentee.inference.encoder.backend import EncoderParts, TokenRow, classifier_indices, policy_of
 from consistentee.inference.encoder.packed_heads import PackedClassifiers, exit_features
 from consistentee.inference.encoder.packed_layers import LAYER_PARTS, PackedLayers, storage_dtype
-from consistentee.inference.encoder.packing import PackedBatch, pack
+from consistentee.inference.encoder.packing import Layout, PackedBatch, pack, similar_rows
 from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16, has_int8
 
 WIDTH_STEP = 8
@@ -105,13 +106,24 @@ class PackedBackend:
     def start(self, rows: Sequence[TokenRow]) -> PackedBatch:
         """Embed the rows."""
         lengths = [len(row["input_ids"]) for row in rows]
+        parts = [(group, self._embedded([rows[row] for row in group])) for group in similar_rows(lengths)]
+        tokens = parts[0][1]
+        if len(parts) > 1:
+            order = [row for group, _ in parts for row in group]
+            layout = Layout([lengths[row] for row in order], self.device)
+            index = layout.tokens_of(np.argsort(order).tolist())
+            tokens = torch.cat([part for _, part in parts]).index_select(0, index)
+        return pack(tokens.to(storage_dtype(self.dtype)), lengths)
+
+    def _embedded(self, rows: Sequence[TokenRow]) -> Tensor:
+        """(tokens, hidden), the rows' tokens one after another."""
+        lengths = [len(row["input_ids"]) for row in rows]
         width = max(lengths)
         ids, mask, *types = token_tensors(rows, width, self.model.backbone, self.device)
-        hidden_states = backbones.embed_tokens(self.model.backbone, ids, *types)
-        tokens = hidden_states.flatten(0, 1)
-        if min(lengths) < width:
-            tokens = tokens.index_select(0, mask.flatten().nonzero().squeeze(1))
-        return pack(tokens.to(storage_dtype(self.dtype)), lengths)
+        tokens = backbones.embed_tokens(self.model.backbone, ids, *types).flatten(0, 1)
+        if min(lengths) == width:
+            return tokens
+        return tokens.index_select(0, mask.flatten().nonzero().squeeze(1))
 
     def run_layer(self, layer_index: int, batch: PackedBatch) -> PackedBatch:
         """The batch after one more layer."""

@@ -332,6 +332,15 @@ def test_one_file_of_settings_serves_comparisons_of_other_methods_too(
         _overrides(path, [], ["deebert"])
 
 
+def test_a_file_of_settings_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "methods.yaml"
+    from consistentee.cli.compare import _overrides
+
+    path.write_bytes("# f\u00fcr deebert".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"--settings .*methods\.yaml must be UTF-8"):
+        _overrides(path, [], ["deebert"])
+
+
 def test_cells_that_another_command_makes_come_last_and_are_taken_over(
     place: Place, interrupted: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -441,3 +441,22 @@ def test_so_does_one_of_prompts() -> None:
         "prompt, please",
         "b",
     ]
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"row {number} {'x' * 40}" for number in range(3000)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2048, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content[start + 40 : start + 400] = bytes(360)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: It is damaged behind row \d+: .* Write the file anew"):
+        list(open_table(path).rows)
+
+
+def test_a_column_that_is_there_twice_is_one_too_many_in_parquet_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(DataError, match='Column "text" is there twice'):
+        open_table(path)

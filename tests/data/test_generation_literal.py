@@ -233,3 +233,23 @@ def test_the_option_of_generate(option: list[str], tmp_path: Path, monkeypatch: 
     assert main(["generate", str(folder), *arguments]) == 0
     end = load_model(folder, LoadedGenerator, device="cpu").tokenizer.convert_tokens_to_ids("</s>")
     assert (end in seen) is bool(option)
+
+
+@pytest.mark.parametrize("user", ["hi there\n", "what is <|im_end|>?\n"])
+def test_a_template_that_strips_the_turns_of_some_roles_is_followed(user: str) -> None:
+    """Whether or not special tokens, which are kept as text, are spelled in one of them."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content.strip() }}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    template = PromptTemplate("chat", tokenizer=tokenizer)
+    history = [("system", "Rules:\n- be brief\n"), ("user", " a "), ("assistant", "  b")]
+    pieces = template.parts(user, "", history)
+    assert "".join(text for text, _ in pieces) == template.render(user, "", history)
+    assert [text for text, is_turn in pieces if is_turn] == [
+        "Rules:\n- be brief\n",
+        "a",
+        "  b",
+        user.strip(),
+    ]

@@ -250,7 +250,11 @@ def _overrides(path: Path | None, lines: Sequence[str], methods: Sequence[str]) 
     compared = {REFERENCE, *methods}
     found: dict[str, dict[str, Any]] = {}
     if path is not None:
-        values = _yaml(path.read_text(encoding="utf-8"), f"--settings {path}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--settings {path} must be UTF-8: {error}. Save it so.") from error
+        values = _yaml(text, f"--settings {path}")
         if not isinstance(values, dict) or not all(isinstance(inner, dict) for inner in values.values()):
             raise UsageError(f"--settings {path} must map methods to their settings, each a mapping.")
         labels = [str(label) for label in values]

@@ -94,15 +94,33 @@ def parquet_table(path: Path) -> Table:
         raise DataError(
             f"This is not a Parquet file: {error}.", file=path, remedy="Check the file."
         ) from None
+    columns: list[str] = file.schema_arrow.names
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f'Column "{twice}" is there twice.', file=path, remedy="Rename one of them.")
     schema = file.schema_arrow  # whose columns may have changed since `datasets` described them
     features = _stored_features(schema.metadata)
     indices = {field.name for field in schema if pyarrow.types.is_integer(field.type)}
     names = _declared_names({column: features[column] for column in features if column in indices})
 
     def rows() -> Numbered:
+        done = 0
         with file:
             batches = file.iter_batches(batch_size=1024)
-            yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
+            while True:
+                try:
+                    values = next(batches, None)
+                except OSError as error:  # pyarrow's errors of damaged pages are of this kind, too
+                    remedy = "Write the file anew."
+                    raise DataError(
+                        f"It is damaged behind row {done}: {error}".rstrip(".") + ".",
+                        file=path,
+                        remedy=remedy,
+                    ) from error
+                if values is None:
+                    return
+                yield from enumerate(values.to_pylist(), start=done + 1)
+                done += len(values)
 
     return Table(str(path), _named_classes(rows(), names, str(path)), "row", names)
 

@@ -144,16 +144,20 @@ class PromptTemplate:
                     remedy="Take them out, or take another prompt template.",
                 )
 
-        def filled(texts: Sequence[str]) -> list[tuple[str, bool]]:
-            pieces = [
-                (texts[int(piece)], True) if place % 2 else (piece, False)
-                for place, piece in enumerate(own_and_numbers)
-            ]
-            return [(text, is_turn) for text, is_turn in pieces if text]
-
-        as_given = filled(texts)
-        fits = "".join(text for text, _ in as_given) == rendered
-        return as_given if fits else filled([text.strip() for text in texts])
+        own, numbers = own_and_numbers[::2], [int(number) for number in own_and_numbers[1::2]]
+        pieces, place = [(own[0], False)], len(own[0])
+        for number, behind in zip(numbers, own[1:], strict=True):
+            text = texts[number]
+            forms = (
+                text,
+                text.strip(),
+                text.rstrip(),
+                text.lstrip(),
+            )  # some templates strip some roles' turns
+            form = next((form for form in forms if rendered.startswith(form + behind, place)), text.strip())
+            pieces += [(form, True), (behind, False)]
+            place += len(form) + len(behind)
+        return [(text, is_turn) for text, is_turn in pieces if text]
 
     def to_dict(self) -> dict[str, Any]:
         """The template as JSON values; a chat template stays with its tokenizer, which saves it."""

@@ -47,7 +47,10 @@ from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
 _log = logging.getLogger(__name__)
 
 COMPUTING_FAILED = "Computing failed. Try again."
-NO_NUMBERS = "Computing failed: the model's weights are broken, or its numbers too large for its dtype."
+NO_NUMBERS = (
+    "Computing failed: logits must be numbers. The model's weights are broken, or its numbers too large for its dtype: "
+    "serve it in float32."
+)
 
 WITHIN_DEADLINE = 0.75
 """Share of the deadline within which a text must be expected to be answered to be taken: the pace varies."""
@@ -345,7 +348,7 @@ class ClassifierService:
             if pending is None:
                 continue
             if not is_answer(answer.logits[None])[0]:
-                _log.error("Logits of a text are no numbers at layer %d: %s", answer.exit_layer, NO_NUMBERS)
+                _log.error("Logits of a text are no numbers at layer %d. %s", answer.exit_layer, NO_NUMBERS)
                 self.metrics.failures.inc()
                 self._refuse([answer.key], RefusedRequest(424, "Backend", NO_NUMBERS))
                 continue

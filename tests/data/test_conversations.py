@@ -178,6 +178,28 @@ def test_the_oldest_turns_are_left_out_first() -> None:
     assert tokenizer.decode(item["input_ids"]).replace("\n\n", "/") == "s/<new>n/<now>x</s>"
 
 
+@pytest.mark.parametrize("limit", [17, 40, 200, 203])
+def test_few_prompts_are_made_to_find_what_fits(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+    render = PromptTemplate.render
+
+    def counted(*args: Any, **values: Any) -> str:
+        rendered.append(render(*args, **values))
+        return rendered[-1]
+
+    template = PromptTemplate("t", "<{instruction}>")
+    history = tuple((("user", "assistant")[turn % 2], f"{turn}") for turn in range(400))
+    data = InstructionDataset(["now"], [""], ["x"], "here", [history], [1])
+    wanted = next(
+        text for pair in range(201) if len(text := render(template, "now", "", history[2 * pair :])) <= limit
+    )
+    monkeypatch.setattr(PromptTemplate, "render", counted)
+    tokenizer = byte_tokenizer()
+    (ids,) = encode_prompts(data, tokenizer, template, max_prompt_length=limit)[0]
+    assert tokenizer.decode(ids) == wanted
+    assert len(rendered) < 30  # not one for each pair of turns that is left out
+
+
 def test_answers_of_a_conversation_stay_together() -> None:
     rows = 40
     data = InstructionDataset(

@@ -18,6 +18,7 @@ from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import AUDIT_CONFIDENCE, Auditor
 from consistentee.serving.classification import ClassifierService
+from consistentee.serving.pace import Pace
 from consistentee.serving.points import ServedPoint, named_point, safer_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits
 from served import HeldPool, failing
@@ -130,6 +131,12 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(engine: Engine) -> Non
     run(service, work)
 
 
+def answered(pace: Pace, answers: int, *, seconds: float, load: int = 1) -> None:
+    """As if so many texts had been answered, so many seconds apart, while so many waited."""
+    pace._answers.extend([(seconds, load)] * answers)
+    pace._last = time.perf_counter()
+
+
 def test_what_would_be_too_late_is_refused_at_once(engine: Engine) -> None:
     held = HeldPool(engine.pool())
     service = ClassifierService(engine, limits=ServerLimits(deadline_ms=5000), pool=lambda: held)
@@ -137,13 +144,11 @@ def test_what_would_be_too_late_is_refused_at_once(engine: Engine) -> None:
     async def work() -> None:
         waiting = asyncio.ensure_future(service.predict(ask(TEXTS[0])))
         await asyncio.sleep(0)
-        service._answered_at.extend(
-            [time.perf_counter() - 128] * 64
-        )  # two seconds a text: four for two, of five
+        answered(service._pace, 64, seconds=2)  # four for two texts, of five
         with pytest.raises(RefusedRequest, match="more than it answers in time"):
             await service.predict(ask(TEXTS[1]))
-        service._answered_at.clear()
-        service._answered_at.extend([time.perf_counter() - 640] * 64)  # ten seconds a text
+        service._pace.rest()
+        answered(service._pace, 64, seconds=10)
         with pytest.raises(RefusedRequest, match="more than it answers in time") as caught:
             await service.predict(ask(TEXTS[1]))
         assert (caught.value.status, caught.value.retry_after) == (429, 11)
@@ -152,6 +157,43 @@ def test_what_would_be_too_late_is_refused_at_once(engine: Engine) -> None:
         assert len(await service.predict(ask(TEXTS[1]))) == 1  # nobody waits: the pace begins anew
 
     run(service, work)
+
+
+def test_a_pace_without_a_queue_says_nothing_about_one(engine: Engine) -> None:
+    held = HeldPool(engine.pool())
+    service = ClassifierService(engine, limits=ServerLimits(deadline_ms=5000), pool=lambda: held)
+
+    async def work() -> None:
+        waiting = asyncio.ensure_future(service.predict(ask(TEXTS[0])))
+        await asyncio.sleep(0)
+        answered(
+            service._pace, 256, seconds=0.5
+        )  # one client, that asks twice a second: 20 texts would take 10 s
+        held.let_go()
+        assert len(await service.predict(ask(*TEXTS[:2] * 10))) == 20
+        await waiting
+
+    run(service, work)
+
+
+def test_the_pace_is_that_of_similar_loads() -> None:
+    pace = Pace()
+    assert pace.seconds(1) == 0
+    answered(pace, 192, seconds=1.0, load=4)
+    assert pace.seconds(8) == pytest.approx(8, rel=0.01)
+    assert pace.seconds(9) == 0  # of such loads nothing is known
+    answered(pace, 63, seconds=0.1, load=100)
+    assert pace.seconds(100) == 0  # too few
+    answered(pace, 1, seconds=0.1, load=100)
+    assert pace.seconds(200) == pytest.approx(20, rel=0.01)
+    assert pace.seconds(8) == pytest.approx(8 * (192 + 6.4) / 256, rel=0.01)
+    pace._last = time.perf_counter() - 64  # nothing came since: the pace falls
+    assert pace.seconds(100) == pytest.approx(100 * (6.4 + 64) / 64, rel=0.01)
+    pace.rest()
+    assert pace.seconds(1) == 0
+    for _ in range(66):
+        pace.answered(3)
+    assert 0 < pace.seconds(6) < 6
 
 
 def test_deadlines_and_clients_that_go_away(engine: Engine) -> None:

@@ -281,6 +281,12 @@ def test_the_hubs_client(generator: TextGenerator, url: str, monkeypatch: pytest
         ("completions", {"prompt": "a", "best_off": 1}, 422, "best_off"),
         ("completions", {"prompt": [1, 2]}, 422, "prompt must be a string"),
         ("completions", {"prompt": ["a"] * 100}, 413, "at most 64 prompts"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}] * 16_385},
+            413,
+            "messages must be at most 16384, as many as tokens, got 16385.",
+        ),
         ("completions", {"prompt": "a", "max_tokens": 100_000}, 422, "must fit into 256 tokens"),
         ("completions", {"prompt": "a" * 300}, 422, "must fit into 256 tokens"),
         ("completions", {"prompt": ""}, 422, "no token|must"),

@@ -15,6 +15,7 @@ from consistentee.data.templates import PLAIN
 from consistentee.models.loaded import LoadedGenerator, load_model
 from consistentee.pipelines.generator import GeneratedText, TextGenerator
 from consistentee.serving.completions import generator_app
+from consistentee.serving.descriptions import describe_generator
 from consistentee.serving.generation import GeneratorService
 from playground_clicks import give_token, is_dark, start, tab_to, text_of, wait
 from saved_generators import TEMPLATE, generator_folder, plain_folder
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> TextGenerator:
-    folder = generator_folder(tmp_path_factory.mktemp("generator") / "exits")
+    folder = generator_folder(tmp_path_factory.mktemp("generator") / "exits", draft_threshold=0.835)
     return TextGenerator(load_model(folder, LoadedGenerator, device="cpu"), template=TEMPLATE)
 
 
@@ -112,6 +113,11 @@ def test_dial_instructions_and_lossless(browser: Browser, generator: TextGenerat
         write(browser, "instruction", 12)
         wanted = written(generator, plain=False, max_new_tokens=12, threshold=about["thresholds"][step])
         assert shown(browser, "exits") == (wanted.text, wanted.exit_layers)
+    dial = "Number(document.getElementById('threshold').value)"
+    put(browser, "mode", "lossless")
+    assert about["thresholds"][browser.value(dial)] == about["draft_threshold"] == 0.835
+    put(browser, "mode", "early-exit")
+    assert about["thresholds"][browser.value(dial)] == about["threshold"]
     put(browser, "mode", "lossless")
     write(browser, "text", 12)
     text, drafted = shown(browser, "exits")
@@ -119,6 +125,16 @@ def test_dial_instructions_and_lossless(browser: Browser, generator: TextGenerat
     assert max(drafted) <= generator.saved.num_hidden_layers
     assert "Full depth writes the same text." in text_of(browser, "lead")
     assert not browser.problems
+
+
+def test_drafts_begin_at_their_own_threshold(generator: TextGenerator, tmp_path: Path) -> None:
+    about = describe_generator(generator, name="a model")
+    assert (about["threshold"], about["draft_threshold"]) == (generator.saved.exit_rule()[1], 0.835)
+    assert {about["threshold"], about["draft_threshold"]} < set(about["thresholds"])
+    folder = generator_folder(tmp_path / "exits")
+    without = TextGenerator(load_model(folder, LoadedGenerator, device="cpu"), template=TEMPLATE)
+    about = describe_generator(without, name="a model")
+    assert about["draft_threshold"] == about["threshold"]
 
 
 def test_by_keyboard_and_stopped(browser: Browser, url: str) -> None:

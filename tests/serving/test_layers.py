@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import hashlib
 import re
 from collections.abc import Iterator
@@ -236,3 +237,26 @@ def test_the_page_runs_nothing_but_its_own(client: httpx.Client) -> None:
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert not re.search(r"\son\w+=|\sstyle=|https?://", found.text)
     assert "innerHTML" not in found.text
+
+
+@pytest.mark.parametrize("what, status", [("classifiers", 424), ("policy", 200)])
+def test_weights_that_are_no_numbers(engine: Engine, what: str, status: int) -> None:
+    broken = copy.deepcopy(engine.saved)
+    parts = getattr(broken.model, what).named_parameters()
+    weights = [weight for name, weight in parts if what == "policy" or ".3." in f".{name}."]
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(torch.nan)
+    service = ClassifierService(Engine(broken))
+    with running(classifier_app(service)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        whole = {"inputs": TEXTS[0], "operating_point": "full-depth"}
+        assert client.post("/predict", json=whole).status_code == status
+        answer = client.post("/layers", json={"inputs": TEXTS[0]})
+    assert answer.status_code == status, answer.text
+    if status == 424:
+        assert "logits must be numbers" in answer.json()["error"]
+        assert b"consistentee_failures_total 2.0" in service.metrics.text()
+    else:
+        layers = answer.json()["layers"]
+        assert [layer["exit_prob"] for layer in layers] == [None] * 4
+        assert answer.json()["exit_layer"] == 4

@@ -32,6 +32,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         (False, {"operating_point": "nope"}, 'has no operating point "nope"; it has: sure'),
         (False, {"dtype": "nope"}, "dtype must be one of float32, bfloat16, float16, int8"),
         (False, {"backend": "nope"}, "backend must be one of torch, onnxruntime"),
+        (
+            False,
+            {"dtype": "bfloat16", "backend": "onnxruntime"},
+            "runs .* in float32 on cpu or cuda, got .* in bfloat16",
+        ),
+        (False, {"dtype": "auto"}, "dtype and backend must be named"),
         (True, {"operating_point": "sure"}, "operating_point goes with classifiers"),
         (True, {"audit": 0.1}, "audit goes with classifiers"),
         (True, {"backend": "onnxruntime"}, "backend goes with classifiers"),

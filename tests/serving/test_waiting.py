@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from consistentee.serving.app import JsonRoute, Receive, Send, unless_gone
 from consistentee.serving.requests import JSON_TYPE, ServerLimits
+from consistentee.serving.tokenizing import TokenizingThread
 from consistentee.serving.waiting import within
 
 
@@ -101,3 +105,51 @@ def test_what_takes_too_long_is_cancelled(caplog: pytest.LogCaptureFixture) -> N
         asyncio.run(work())
     assert ended == ["endless"]
     assert not caplog.records
+
+
+def test_what_nobody_waits_for_does_not_keep_a_process() -> None:
+    code = (
+        "import asyncio, time\n"
+        "from consistentee.serving.tokenizing import TokenizingThread\n"
+        "async def work():\n"
+        "    thread = TokenizingThread()\n"
+        "    print(await thread.run(lambda: 7, 60))\n"
+        "    try:\n"
+        "        await thread.run(lambda: time.sleep(600), 0.05)\n"
+        "    except asyncio.TimeoutError:\n"
+        "        print('too late')\n"
+        "asyncio.run(work())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["7", "too late"]), done.stderr
+
+
+def test_texts_are_tokenized_in_turn_and_errors_reach_who_waits() -> None:
+    ended: list[str] = []
+    held = threading.Event()
+
+    def first() -> str:
+        held.wait(30)
+        ended.append("first")
+        return "first"
+
+    def broken() -> str:
+        raise ValueError("no such text")
+
+    async def work() -> None:
+        thread = TokenizingThread()
+        waiting = asyncio.ensure_future(thread.run(first, 60))
+        given_up = asyncio.ensure_future(thread.run(lambda: ended.append("given up"), 60))
+        failing = asyncio.ensure_future(thread.run(broken, 60))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        await asyncio.sleep(0)
+        held.set()
+        with pytest.raises(ValueError, match="no such text"):
+            await failing
+        assert await waiting == "first"
+        assert ended == ["first"]
+
+    asyncio.run(work())

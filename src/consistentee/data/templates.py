@@ -136,8 +136,9 @@ class PromptTemplate:
         slots = [(role, f"\ue000{number}\ue001") for number, (role, _) in enumerate(turns)]
         own_and_numbers = _SLOT.split(self._chat(slots))
         texts, rendered = [text for _, text in turns], self._chat(turns)
+        kept = {int(number) for number in own_and_numbers[1::2]}
         for number, text in enumerate(texts):
-            if str(number) not in own_and_numbers[1::2] and text.strip() in rendered:
+            if number not in kept and text.strip() in rendered:
                 raise DataError(
                     f"The tokenizer's chat template rewrites the text {text[:40]!r}, so that special tokens spelled in "
                     "it cannot be kept as text.",

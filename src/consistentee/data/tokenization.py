@@ -6,6 +6,7 @@ are learned. Special tokens that a text spells are text, see `literal`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -296,10 +297,16 @@ class _PromptEncoder:
         """As many of the last turns as fit, behind a system's, and the prompt, which may still be too long."""
         system = history[: sum(role == "system" for role, _ in history)]
         turns = history[len(system) :]
-        while turns and len(prompt) > limit:
-            turns = turns[2:]
-            (prompt,) = self.prompts([(instruction, context, (*system, *turns))])
-        return (*system, *turns), prompt
+        if not turns or len(prompt) <= limit:
+            return history, prompt
+
+        def without(pairs: int) -> list[int]:
+            (prompt,) = self.prompts([(instruction, context, (*system, *turns[2 * pairs :]))])
+            return prompt
+
+        some = range(1, (len(turns) + 1) // 2)  # fewer than all
+        pairs = 1 + bisect_left(some, True, key=lambda pairs: len(without(pairs)) <= limit)
+        return (*system, *turns[2 * pairs :]), without(pairs)
 
     def cut_input(
         self, instruction: str, context: str, history: tuple[Turn, ...], prompt: list[int], limit: int

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from consistentee.errors import SettingError
 from consistentee.inference.encoder.backend import Backend, EncoderParts
-from consistentee.inference.encoder.onnx_backend import onnx_backend
-from consistentee.inference.encoder.torch_backend import torch_backend
+from consistentee.inference.encoder.onnx_backend import onnx_backend, require_onnx
+from consistentee.inference.encoder.torch_backend import require_torch, torch_backend
 from consistentee.inference.other_weights import apply_masks, masks_in, weights_elsewhere
 from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import (
@@ -117,6 +117,24 @@ def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:
         MissingExtraError: onnxruntime is asked for and not installed.
         ValueError: there is no such backend or dtype, or the model does not run so.
     """
+    device = model.backbone.device
+    require_backend(model.backbone.config.model_type, dtype, backend, device.type)
+    return torch_backend(model, dtype) if backend == "torch" else onnx_backend(model, dtype)
+
+
+def require_backend(model_type: str, dtype: str, backend: str, device_type: str = "cpu") -> None:
+    """Raise unless there is such a backend, and it runs such models.
+
+    Args:
+        model_type: of the backbone.
+        dtype: of `ENGINE_DTYPES`.
+        backend: of `BACKENDS`.
+        device_type: as torch names it.
+
+    Raises:
+        MissingExtraError: onnxruntime is asked for and not installed.
+        SettingError: there is none, or it does not.
+    """
     if "auto" in (dtype, backend):
         raise SettingError(
             'dtype and backend must be named, got "auto". `consistentee benchmark MODEL --dtype auto --backend auto '
@@ -125,7 +143,8 @@ def make_backend(model: EncoderParts, dtype: str, backend: str) -> Backend[Any]:
     if dtype not in ENGINE_DTYPES:
         raise SettingError(f'dtype must be one of {", ".join(ENGINE_DTYPES)}, got "{dtype}".')
     if backend == "torch":
-        return torch_backend(model, dtype)
-    if backend == "onnxruntime":
-        return onnx_backend(model, dtype)
-    raise SettingError(f'backend must be one of {", ".join(BACKENDS)}, got "{backend}".')
+        require_torch(model_type, dtype)
+    elif backend == "onnxruntime":
+        require_onnx(model_type, dtype, device_type)
+    else:
+        raise SettingError(f'backend must be one of {", ".join(BACKENDS)}, got "{backend}".')

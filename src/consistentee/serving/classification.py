@@ -10,7 +10,6 @@ import copy
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -40,6 +39,7 @@ from consistentee.serving.computing import (
     WorkerRestarted,
 )
 from consistentee.serving.metrics import ServerMetrics
+from consistentee.serving.pace import Pace
 from consistentee.serving.points import ServedPoint, named_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse, shutting_down
 from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
@@ -54,9 +54,6 @@ NO_NUMBERS = (
 
 WITHIN_DEADLINE = 0.75
 """Share of the deadline within which a text must be expected to be answered to be taken: the pace varies."""
-
-RECENT, PACE_ANSWERS = 256, 64
-"""The last answers, by which the pace is told; fewer than the second number tell none."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class ClassifierService:
         self._keys = count()
         self._pending: dict[Hashable, _Pending] = {}
         self._unanswered = 0
-        self._answered_at: deque[float] = deque(maxlen=RECENT)
+        self._pace = Pace()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def warm_up(self) -> None:
@@ -210,7 +207,11 @@ class ClassifierService:
         if number > self.limits.max_queue:
             refuse(f"inputs must hold at most {self.limits.max_queue} texts, got {number}.", 413)
         is_full = self._unanswered + number > self.limits.max_queue
-        if is_full or self._expected_seconds(number) > WITHIN_DEADLINE * self.limits.deadline_ms / 1000:
+        if (
+            is_full
+            or self._pace.seconds(self._unanswered + number)
+            > WITHIN_DEADLINE * self.limits.deadline_ms / 1000
+        ):
             most = f"of at most {self.limits.max_queue}" if is_full else "more than it answers in time"
             message = f"The server is overloaded: {self._unanswered} texts wait, {most}."
             raise RefusedRequest(429, "Overloaded", message, self._retry_after())
@@ -238,8 +239,8 @@ class ClassifierService:
         """The end of `_take_place`, whether the texts were answered or not."""
         self._unanswered -= number
         self._drop(keys)
-        if not self._unanswered:  # the pace is that of a busy server
-            self._answered_at.clear()
+        if not self._unanswered:
+            self._pace.rest()
 
     def _point(self, request: PredictRequest) -> ServedPoint:
         """The operating point of a request."""
@@ -348,9 +349,7 @@ class ClassifierService:
             if pending is None:
                 continue
             if not is_answer(answer.logits[None])[0]:
-                _log.error("Logits of a text are no numbers at layer %d. %s", answer.exit_layer, NO_NUMBERS)
-                self.metrics.failures.inc()
-                self._refuse([answer.key], RefusedRequest(424, "Backend", NO_NUMBERS))
+                self._refuse([answer.key], self.no_numbers(answer.exit_layer))
                 continue
             if answer.went_on:
                 del self._pending[answer.key]
@@ -359,11 +358,17 @@ class ClassifierService:
             pending.label = int(answer.logits.argmax())
             if not pending.is_audited:
                 del self._pending[answer.key]
-            self._answered_at.append(now)
+            self._pace.answered(self._unanswered)
             self.metrics.waited.observe(now - pending.accepted)
             self.metrics.exit_layers.observe(answer.exit_layer)
             if not pending.future.done():
                 pending.future.set_result(answer)
+
+    def no_numbers(self, layer: int) -> RefusedRequest:
+        """What is said of a text whose logits are no numbers at a layer; it is logged and counted."""
+        _log.error("Logits of a text are no numbers at layer %d. %s", layer, NO_NUMBERS)
+        self.metrics.failures.inc()
+        return RefusedRequest(424, "Backend", NO_NUMBERS)
 
     def _audit(self, pending: _Pending, label: int) -> None:
         point, disagrees, allowed = pending.point, label != pending.label, self.auditor.allowed
@@ -396,16 +401,9 @@ class ClassifierService:
             self.metrics.lower.labels(name).set(bounds.lower)
             self.metrics.upper.labels(name).set(bounds.upper)
 
-    def _expected_seconds(self, more: int = 0) -> float:
-        """Until what waits, and so many texts more, is answered at the pace of the last ones; 0 where none is known."""
-        count = len(self._answered_at)
-        if count < PACE_ANSWERS:
-            return 0.0
-        return (self._unanswered + more) * (time.perf_counter() - self._answered_at[0]) / count
-
     def _retry_after(self) -> int:
         """Whole seconds until what waits now is answered, from 1 to 60."""
-        return max(1, min(60, math.ceil(self._expected_seconds())))
+        return max(1, min(60, math.ceil(self._pace.seconds(self._unanswered))))
 
     def _refuse(self, keys: Collection[Hashable], error: RefusedRequest) -> None:
         """Tell who waits for texts that no answer comes; who was answered is forgotten."""

@@ -120,7 +120,7 @@ async def read_text_request(
         refuse(told.replace("--threshold", "threshold"))
     try:
         if is_chat:
-            turns = _turns(values.get("messages"))
+            turns = _turns(values.get("messages"), service.limits.max_tokens)
             prompts = await service.encoded(
                 lambda generator: [generator.encode_conversation(turns)],
                 characters=[sum(len(text) for _, text in turns)],
@@ -221,10 +221,15 @@ def _prompts(prompt: object, most: int) -> list[str]:
     return cast("list[str]", prompts)
 
 
-def _turns(messages: object) -> list[Turn]:
-    """The turns of a conversation, of which the last is the user's."""
+def _turns(messages: object, most: int) -> list[Turn]:
+    """The turns of a conversation, of which the last is the user's; each has a token at least."""
     if not isinstance(messages, list) or not messages:
         refuse("messages must be a list of messages, and not empty.")
+    if len(cast("list[object]", messages)) > most:
+        refuse(
+            f"messages must be at most {most}, as many as tokens, got {len(cast('list[object]', messages))}.",
+            413,
+        )
     turns: list[Turn] = []
     for place, message in enumerate(cast("list[object]", messages), start=1):
         if not isinstance(message, dict):

@@ -106,13 +106,22 @@ def describe_generator(generator: TextGenerator, *, name: str) -> dict[str, Any]
         "mode": "full",
         "criterion": None,
         "threshold": None,
+        "draft_threshold": None,
         "thresholds": [],
     }
     if not saved.has_exits:
         return about
     criterion, threshold = saved.exit_rule()
-    steps = _steps(criterion, saved.num_hidden_layers, [ExitRule(criterion, threshold)])
-    rule = {"criterion": criterion, "threshold": threshold, "thresholds": steps["thresholds"]}
+    drafts = saved.exit_rule_of_mode("lossless")[1]
+    steps = _steps(
+        criterion, saved.num_hidden_layers, [ExitRule(criterion, at) for at in (threshold, drafts)]
+    )
+    rule = {
+        "criterion": criterion,
+        "threshold": threshold,
+        "draft_threshold": drafts,
+        "thresholds": steps["thresholds"],
+    }
     return {**about, **rule, "modes": list(get_args(GenerationMode)), "mode": options.mode}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
 
+from consistentee.inference.encoder.incremental_scores import is_answer
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.pipelines.layer_views import LayerView
 from consistentee.serving.app import Handler, Receive, Send, json_page, send_json, unless_gone
@@ -48,6 +50,9 @@ def layers_handler(service: ClassifierService) -> Handler:
     async def handle(body: bytes, receive: Receive, send: Send) -> None:
         request = read_layers(read_json(body))
         (rule, views), is_cut = await unless_gone(receive, service.look_at(request, view_at_point))
+        for view in views:
+            if not is_answer(view.probs[None])[0]:
+                raise service.no_numbers(view.layer)
         await send_json(send, _answer(labels, rule, views, is_cut))
 
     return handle
@@ -70,8 +75,8 @@ def _answer(labels: tuple[str, ...], rule: ExitRule, views: list[LayerView], is_
             "label": labels[int(view.probs.argmax())],
             "score": float(view.probs.max()),
             "scores": view.probs.tolist(),
-            "exit_score": view.exit_score,
-            "exit_prob": view.exit_prob,
+            "exit_score": _number(view.exit_score),
+            "exit_prob": _number(view.exit_prob),
             "elapsed_ms": round(view.elapsed_ms, 3),
         }
         for view in views
@@ -85,6 +90,11 @@ def _answer(labels: tuple[str, ...], rule: ExitRule, views: list[LayerView], is_
         "layers": layers,
         **({"truncated": True} if is_cut else {}),
     }
+
+
+def _number(score: float | None) -> float | None:
+    """A score, or None where nothing decides; a score that is no number exceeds no threshold."""
+    return score if score is not None and math.isfinite(score) else None
 
 
 def layers_description(service: ClassifierService) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def _generator(limits: ServerLimits) -> dict[str, Any]:
         "required": ["model", "messages"],
         "additionalProperties": _NULL,
         "properties": {
-            "messages": {"type": "array", "items": message, "minItems": 1},
+            "messages": {"type": "array", "items": message, "minItems": 1, "maxItems": limits.max_tokens},
             "max_completion_tokens": {"type": "integer", "minimum": 1},
             **common,
         },

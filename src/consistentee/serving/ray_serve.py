@@ -15,7 +15,7 @@ from consistentee.models.loaded import DTYPES, LoadedClassifier, LoadedGenerator
 from consistentee.models.operating_points import FULL_DEPTH_POINT, SAVED_POINT, rule_at
 from consistentee.pipelines.classifier import Engine
 from consistentee.pipelines.generator import TextGenerator
-from consistentee.pipelines.layouts import BACKENDS, ENGINE_DTYPES
+from consistentee.pipelines.layouts import require_backend
 from consistentee.serving.app import read_token
 from consistentee.serving.classification import ClassifierService
 from consistentee.serving.completions import generator_app
@@ -89,10 +89,13 @@ def _check(args: RayServeArgs) -> None:
             raise SettingError(
                 f'{name} goes with classifiers, and model "{args.model}" is a text generator. Leave it out.'
             )
-    require_choice("dtype", args.dtype, tuple(DTYPES) if is_generator else ENGINE_DTYPES)
-    require_choice("backend", args.backend, BACKENDS)
+    if is_generator:
+        require_choice("dtype", args.dtype, tuple(DTYPES))
+        return
+    config = read_config(args.model, "Model")
+    require_backend(config["encoder_config"]["model_type"], args.dtype, args.backend)
     if args.operating_point not in (None, FULL_DEPTH_POINT, SAVED_POINT):
-        rule_at(read_config(args.model, "Model").get("operating_points"), args.operating_point, args.model)
+        rule_at(config.get("operating_points"), args.operating_point, args.model)
 
 
 def _asgi_app(args: RayServeArgs, token: bytes | None) -> Any:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from consistentee.errors import SettingError, require_extra
+from consistentee.serving.connections import bounded_protocol, room_for_connections
 
 DRAIN_SECONDS = 30
 """Time that answers on their way have after SIGTERM."""
@@ -22,7 +23,6 @@ QUIET_SECONDS = 60.0
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 """Signals that ask a server to end; SIGHUP says that its terminal was closed."""
 
-MAX_CONNECTIONS = 4096
 BACKLOG = 2048
 
 
@@ -51,9 +51,9 @@ class HttpServer:
             log_level="warning",
             access_log=False,
             server_header=False,
+            http=bounded_protocol(room_for_connections()),
             ws="none",  # it has none, and old uvicorns import a deprecated part of websockets for it
             lifespan="on",
-            limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=drain_seconds,
             timeout_keep_alive=30,
         )

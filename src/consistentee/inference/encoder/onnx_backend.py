@@ -57,13 +57,29 @@ def onnx_backend(model: EncoderParts, dtype: str) -> OnnxBackend | BoundOnnxBack
         MissingExtraError: onnx or onnxruntime is not installed.
         ValueError: a type, dtype, device or activation that ONNX Runtime does not run here.
     """
-    model_type, device = model.backbone.config.model_type, model.backbone.device
-    if dtype != "float32" or device.type not in ("cpu", "cuda") or model_type not in LAYER_PARTS:
+    device = model.backbone.device
+    require_onnx(model.backbone.config.model_type, dtype, device.type)
+    return OnnxBackend(model) if device.type == "cpu" else BoundOnnxBackend(model)
+
+
+def require_onnx(model_type: str, dtype: str, device_type: str) -> None:
+    """Raise unless ONNX Runtime is there and runs such models so.
+
+    Args:
+        model_type: of the backbone.
+        dtype: `float32`.
+        device_type: `cpu` or `cuda`.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        SettingError: it does not run them so.
+    """
+    require_extra("onnx", "onnxruntime")
+    if dtype != "float32" or device_type not in ("cpu", "cuda") or model_type not in LAYER_PARTS:
         raise SettingError(
             f'backend "onnxruntime" runs {", ".join(LAYER_PARTS)} in float32 on cpu or cuda, got a model of type '
-            f'"{model_type}" in {dtype} on {device.type}. Take backend "torch".'
+            f'"{model_type}" in {dtype} on {device_type}. Take backend "torch".'
         )
-    return OnnxBackend(model) if device.type == "cpu" else BoundOnnxBackend(model)
 
 
 @dataclass(frozen=True)

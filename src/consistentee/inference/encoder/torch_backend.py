@@ -38,14 +38,17 @@ def torch_backend(model: EncoderParts, dtype: str) -> PackedBackend | PaddedBack
         ValueError: int8 for a type that runs padded, or on another device.
     """
     model_type = model.backbone.config.model_type
-    if model_type in LAYER_PARTS:
-        return PackedBackend(model, dtype)
-    if dtype == "int8":
+    require_torch(model_type, dtype)
+    return PackedBackend(model, dtype) if model_type in LAYER_PARTS else PaddedBackend(model, dtype)
+
+
+def require_torch(model_type: str, dtype: str) -> None:
+    """Raise SettingError unless models of a type run in a dtype, on CPU at least."""
+    if dtype == "int8" and model_type not in LAYER_PARTS:
         raise SettingError(
             f'dtype "int8" is there for {", ".join(LAYER_PARTS)}, got a model of type "{model_type}". '
             "Take float32 or bfloat16."
         )
-    return PaddedBackend(model, dtype)
 
 
 def torch_dtypes(model: EncoderParts) -> tuple[str, ...]:

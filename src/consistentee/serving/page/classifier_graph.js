@@ -113,6 +113,7 @@ const source = (() => {
     return Array.from({ length: count }, (_, index) => {
       const scores = softmax(all.slice(index * classes, (index + 1) * classes));
       const score = Math.max(...scores);
+      if (Number.isNaN(score)) throw new Error("The model's logits are no numbers: its weights are broken, or too large for its dtype.");
       return {
         layer: shown ? index + 1 : about.num_layers,
         label: about.labels[scores.indexOf(score)],

@@ -141,6 +141,14 @@ const compare = () => {
 
 const threshold = () => about.thresholds[Number(at("threshold").value)];
 
+/** The dial at what the model has saved for the chosen mode. */
+const resetDial = () => {
+  const saved = at("mode").value === "lossless" ? about.draft_threshold : about.threshold;
+  const known = about.thresholds.indexOf(saved); // one above all that matter is not among them
+  at("threshold").value = String(known < 0 ? about.thresholds.length - 1 : known);
+  showDial();
+};
+
 const showDial = () => {
   setText("threshold-value", short(threshold()));
   at("threshold").setAttribute("aria-valuetext", short(threshold()));
@@ -186,7 +194,7 @@ at("ask").addEventListener("submit", (event) => { event.preventDefault(); run();
 runsByKey(at("ask"), at("text"));
 at("stop").addEventListener("click", () => { stopping?.abort(); at("text").focus(); });
 at("threshold").addEventListener("input", showDial);
-at("mode").addEventListener("change", showDial);
+at("mode").addEventListener("change", resetDial);
 at("numbers").addEventListener("change", () => {
   for (const column of ["exits", "full"]) at(`${column}-text`).classList.toggle("numbered", at("numbers").checked);
 });
@@ -203,7 +211,5 @@ beginWithToken(async () => {
   at("mode").value = about.mode === "lossless" ? "lossless" : "early-exit";
   setText("criterion", about.criterion);
   at("threshold").max = String(about.thresholds.length - 1);
-  const known = about.thresholds.indexOf(about.threshold); // one above all that matter is not among them
-  at("threshold").value = String(known < 0 ? about.thresholds.length - 1 : known);
-  showDial();
+  resetDial();
 });

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,7 +30,8 @@ from consistentee.backbones.encoders import (
     build_backbone,
     load_backbone,
 )
-from consistentee.backbones.loading import load_pretrained, model_source
+from consistentee.backbones.loading import load_pretrained, load_tokenizer, model_source
+from tiny import tiny_backbone, tiny_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -256,3 +258,24 @@ def _load_until_after(folder: Path, done: Event, other: Thread) -> None:
         return architecture_of(model_type)
 
     load_pretrained(AutoModel, folder, row_of=row)
+
+
+@pytest.mark.parametrize("model_type", [*SUPPORTED_MODEL_TYPES, *SUPPORTED_DECODER_TYPES])
+@pytest.mark.parametrize("kept", ["nothing", "settings"])
+def test_a_tokenizer_that_was_not_saved(model_type: str, kept: str, tmp_path: Path) -> None:
+    config: Any = AutoConfig.for_model(model_type, **SIZES)
+    config.save_pretrained(tmp_path)
+    if kept == "settings":
+        settings = {"model_max_length": 128, "pad_token": "[PAD]", "unk_token": "[UNK]"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"has no tokenizer that knows any word: .*save_pretrained\(FOLDER\)"
+    ):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_a_tokenizer_that_was_saved(model_type: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_backbone(tmp_path, model_type))
+    assert tokenizer("a good film")["input_ids"] == tiny_tokenizer(model_type)("a good film")["input_ids"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -96,6 +98,26 @@ def test_bertscore_at_its_ends(encoder: Path) -> None:
 
 def test_bertscore_cuts_long_texts(encoder: Path) -> None:
     assert bertscore(["good " * 200], ["good " * 300], encoder) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "mpnet", "distilbert"])
+def test_bertscore_cuts_at_the_positions_that_there_are(model_type: str, tmp_path: Path) -> None:
+    encoder = tiny_backbone(tmp_path, model_type, max_position_embeddings=80)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for longest in (None, 80, 512):  # none: a tokenizer that names no length
+        settings["model_max_length"] = longest or 10**30
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        assert bertscore(["good " * 200], ["good " * 300], encoder) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_encoder_without_a_tokenizer_is_found_before_texts_are_written(
+    encoder: Path, tmp_path: Path
+) -> None:
+    check_text_metrics(encoder)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(encoder / name, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer that knows any word"):
+        check_text_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("num_layers", [0, 4])

@@ -38,6 +38,9 @@ BACKBONE_FILES = (
 )
 """What a backbone's folder is read for: weights, configuration and tokenizer."""
 
+VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json", "*.tiktoken")
+"""Where tokenizers have their words."""
+
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 """Options of opening a model that say where it is found."""
 
@@ -97,9 +100,30 @@ def load_pretrained(
 
 
 def load_tokenizer(name_or_path: str | Path, what: str = "Backbone") -> Any:
-    """The tokenizer of a model; arguments and errors as in `load_pretrained`, weights are not asked for."""
-    with _loading(name_or_path, what):
-        return AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()), trust_remote_code=False)
+    """The tokenizer of a model; arguments and errors as in `load_pretrained`, weights are not asked for.
+
+    Raises:
+        FileNotFoundError: there are no files of one; transformers makes one without words in their place.
+    """
+    folder = Path(name_or_path).expanduser()
+    has_files = not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
+    try:
+        with _loading(name_or_path, what):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except ValueError as error:
+        if not has_files:
+            raise _no_words(name_or_path, what) from error
+        raise
+    if {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens}:
+        raise _no_words(name_or_path, what)
+    return tokenizer
+
+
+def _no_words(name_or_path: str | Path, what: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f'{what} "{name_or_path}" has no tokenizer that knows any word: its files (tokenizer.json, or the vocabulary of '
+        "an older one) are missing. Save it beside the weights: tokenizer.save_pretrained(FOLDER)."
+    )
 
 
 def load_config(name_or_path: str | Path, what: str = "Backbone") -> PreTrainedConfig:

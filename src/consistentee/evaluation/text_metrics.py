@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer
 
 from consistentee.backbones.encoders import architecture_of, load_backbone
-from consistentee.backbones.loading import load_config
+from consistentee.backbones.limits import longest_input
+from consistentee.backbones.loading import load_config, load_tokenizer
 from consistentee.data.literal import take_literally
 from consistentee.errors import require_extra
 
@@ -33,6 +33,7 @@ def check_text_metrics(bertscore_model: str | Path | None = None) -> None:
         require_extra("generation", module)
     if bertscore_model is not None:
         architecture_of(load_config(bertscore_model))
+        load_tokenizer(bertscore_model)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -115,7 +116,7 @@ def bertscore(
         F = 2PR / (P + R), averaged over the rows, at most 1. Texts that have nothing in common score well above 0.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it lacks its config or its weights.
+        FileNotFoundError: there is no such folder, or it lacks its config, its weights or its tokenizer.
         OSError: the hub has no such model, or a file cannot be read.
         ValueError: the encoder is not supported or has fewer layers, or the lists are empty or of unequal length.
 
@@ -133,7 +134,7 @@ def bertscore(
             f'num_layers must be from 1 to {depth}, the layers of "{model}", got {num_layers}. '
             "Leave it out for the last layer."
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     take_literally(tokenizer)
     total = 0.0
     for start in range(0, len(predictions), batch_size):
@@ -186,7 +187,7 @@ def _states(texts: Sequence[str], encoder: Any, tokenizer: Any, layer: int) -> t
         list(texts),
         padding=True,
         truncation=True,
-        max_length=min(int(tokenizer.model_max_length), 512),
+        max_length=min(int(tokenizer.model_max_length), longest_input(encoder.config) or 512, 512),
         return_special_tokens_mask=True,
         return_tensors="pt",
     ).to(encoder.device)

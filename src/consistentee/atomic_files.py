@@ -40,6 +40,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         IsADirectoryError: the path is a folder.
         OSError: the folder cannot be written to.
     """
+    path = Path(path).expanduser()
     if not is_replaceable(path):
         with tempfile.TemporaryDirectory(prefix="consistentee-") as scratch:
             temporary = Path(scratch) / f"file{Path(path).suffix}"

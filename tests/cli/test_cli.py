@@ -20,10 +20,13 @@ import pytest
 import torch
 
 from consistentee import __version__
+from consistentee.cli.data import check_held_out, save_held_out
 from consistentee.cli.main import main
+from consistentee.cli.options import TrainingDataOptions
 from consistentee.config import ClassificationTrainingConfig
 from consistentee.data.rows import TextDataset
 from consistentee.models.record import RECORD_FILE
+from consistentee.training.checkpoints import claim
 from tiny import tiny_backbone, tiny_dataset, tiny_full_depth_model, tiny_model, write_csv
 
 COLUMNS = ("--text-columns", "text", "--label-column", "label")
@@ -474,7 +477,30 @@ class TestTrain:
         outcome = call("evaluate", tmp_path / "train", "--eval-file", held_out, *COLUMNS)
         assert outcome.code == 0, outcome.err
 
-    def test_really_trains(self, call: Call, files: Files, tmp_path: Path) -> None:
+    def test_rows_to_report_on_overwrite_no_file_of_others(
+        self, call: Call, files: Files, tmp_path: Path, training: list[dict[str, Any]]
+    ) -> None:
+        data = ["--train-file", files.train, *COLUMNS, "--backbone", files.backbone]
+        folder, file = tmp_path / "o", tmp_path / "o" / "held_out.jsonl"
+        claim(folder)  # as an unfinished run leaves it
+        file.write_text("my own notes", encoding="utf-8")
+        outcome = call("train", *data, "--output-dir", folder, "--resume")
+        assert outcome.code == 1
+        assert f"{file} is no file of these rows" in one_line(outcome)
+        assert not training
+        assert file.read_text(encoding="utf-8") == "my own notes"
+        file.unlink()
+        rows, options = tiny_dataset(5), TrainingDataOptions(text_columns=["text"], label_column="label")
+        assert not check_held_out(folder, rows, options)
+        assert save_held_out(folder, rows, options) == save_held_out(folder, rows, options) == file
+        assert check_held_out(folder, rows, options)
+
+    def test_really_trains(
+        self, call: Call, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))  # shells leave "~" where it stands behind "="
+        monkeypatch.setenv("USERPROFILE", str(tmp_path))
+        monkeypatch.chdir(files.train.parent)
         options = (
             "--warmup-epochs 1 --rounds 0 --policy-input log_odds --policy-epochs 1 --policy-min-steps 1"
         )
@@ -488,8 +514,10 @@ class TestTrain:
             files.backbone,
         ]
         options += " --policy-folds 2 --layer-costs 0.02 --mixed-precision no"
-        outcome = call("train", *data, "--output-dir", tmp_path / "o", *options.split())
+        outcome = call("train", *data, "--output-dir=~/o", *options.split())
         assert outcome.code == 0, outcome.err
+        assert (tmp_path / "o" / "config.json").is_file()
+        assert not Path("~").exists()
         outcome = call("train", *data, "--output-dir", tmp_path / "o", *options.split())
         assert outcome.code == 1
         assert "holds a finished model" in one_line(outcome)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from consistentee.cli.main import main
+from consistentee.atomic_files import atomic_path
+from consistentee.cli.main import at_home, main
+from consistentee.cli.options import RowOptions
 from consistentee.cli.terminal import check_outputs
 
 COMMANDS = {
@@ -62,3 +64,17 @@ def test_what_may_be_read_and_written(tmp_path: Path) -> None:
     check_outputs({"texts": [str(file)], "output": tmp_path / "new.jsonl", "json_file": None})
     check_outputs({"model": str(tmp_path), "output": file})  # it is replaced, and nothing else is read
     check_outputs({"text": "no file", "output": Path(os.devnull)})
+
+
+def test_the_users_folder_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert at_home(Path("~/runs")) == tmp_path / "runs"
+    assert at_home(RowOptions(data_dir=Path("~/data"), task="~/x")) == RowOptions(
+        data_dir=tmp_path / "data", task="~/x"
+    )
+    for value in (Path("runs/~"), "~/text", 3, None, RowOptions(), RowOptions):
+        assert at_home(value) == value
+    with atomic_path("~/runs/figures.json") as path:
+        path.write_text("{}", encoding="utf-8")
+    assert (tmp_path / "runs" / "figures.json").read_text() == "{}"

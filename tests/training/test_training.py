@@ -25,6 +25,7 @@ from consistentee.functional.criteria import CRITERIA
 from consistentee.functional.curves import effect_error, loss_error, trade_off_curve
 from consistentee.heads.policy import PolicyNetwork
 from consistentee.models import record as saved
+from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.models.sequence_classification import (
     EarlyExitForSequenceClassification,
     FullDepthForSequenceClassification,
@@ -82,6 +83,32 @@ def quick_train(backbone: Path, data: TextDataset, tmp_path: Path) -> Callable[.
         )
 
     return run
+
+
+def test_a_folder_of_the_users(
+    backbone: Path, data: TextDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def again(**how: Any) -> Path:
+        return train(
+            backbone=backbone,
+            train_data=data,
+            output_dir="~/model",
+            warm_up_dir="~/shared",
+            config=quick_config(rounds=0),
+            report=lambda message: None,
+            **how,
+        )
+
+    assert again() == again(resume=True) == tmp_path / "home" / "model"
+    assert load_model("~/model", LoadedClassifier) is not None
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"model", "shared"}
+    assert not any(here.iterdir())
 
 
 def run_for(backbone: Path, data: TextDataset, folder: Path, **changes: Any) -> Run:

@@ -121,8 +121,8 @@ def load_tokenizer(name_or_path: str | Path, what: str = "Backbone") -> Any:
 
 def _no_words(name_or_path: str | Path, what: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f'{what} "{name_or_path}" has no tokenizer that knows any word: its files (tokenizer.json, or the vocabulary of '
-        "an older one) are missing. Save it beside the weights: tokenizer.save_pretrained(FOLDER)."
+        f'{what} "{name_or_path}" has no tokenizer that knows any word: its files (tokenizer.json, or the vocabulary '
+        "of an older one) are missing. Save it beside the weights: tokenizer.save_pretrained(FOLDER)."
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consistentee.atomic_files import write_text
+from consistentee.atomic_files import GO_ON, write_text
 from consistentee.cli.kinds import GENERATORS, Kind
 from consistentee.cli.options import RowOptions, TrainingDataOptions, check_column_count
 from consistentee.data.files import TO_ANSWER, read_texts
@@ -167,15 +168,39 @@ def save_held_out(folder: Path, rows: AnyRows, options: TrainingDataOptions) -> 
     Returns:
         The file: JSON lines with the columns that were named, or of conversations ("messages"), or texts with a
         blank line before each.
+
+    Raises:
+        FileExistsError: as `check_held_out`.
     """
-    if isinstance(rows, InstructionDataset) and not any(rows.instructions) and not any(rows.inputs):
-        path = folder / HELD_OUT_TEXTS
-        write_text(path, "".join(f"\n{text}\n" for text in rows.references))
-        return path
-    path = folder / HELD_OUT_FILE
-    lines = (json.dumps(values, ensure_ascii=False) for values in _records(rows, options))
-    write_text(path, "".join(line + "\n" for line in lines))
+    path, text = _held_out(folder, rows, options)
+    if not check_held_out(folder, rows, options):
+        write_text(path, text)
     return path
+
+
+def check_held_out(folder: Path, rows: AnyRows, options: TrainingDataOptions) -> bool:
+    """Whether the file of `save_held_out` is there already.
+
+    Raises:
+        FileExistsError: something else is there under its name.
+    """
+    path, text = _held_out(folder, rows, options)
+    if not os.path.lexists(path):
+        return False
+    wanted = text.encode(errors="backslashreplace")
+    if not path.is_file() or path.read_bytes().replace(b"\r\n", b"\n") != wanted.replace(b"\r\n", b"\n"):
+        raise FileExistsError(
+            f"{path} is no file of these rows, and those to report on would overwrite it. Move it away, then {GO_ON}."
+        )
+    return True
+
+
+def _held_out(folder: Path, rows: AnyRows, options: TrainingDataOptions) -> tuple[Path, str]:
+    """The file of rows that were cut, and what it holds."""
+    if isinstance(rows, InstructionDataset) and not any(rows.instructions) and not any(rows.inputs):
+        return folder / HELD_OUT_TEXTS, "".join(f"\n{text}\n" for text in rows.references)
+    lines = (json.dumps(values, ensure_ascii=False) for values in _records(rows, options))
+    return folder / HELD_OUT_FILE, "".join(line + "\n" for line in lines)
 
 
 def _records(rows: AnyRows, options: TrainingDataOptions) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -130,6 +133,7 @@ def _run(arguments: list[str], debug: bool) -> None:
     name = next((name for name, known in COMMANDS.items() if known is command), None)
     if sys.stdout is None and name in ANSWERING and bound.arguments.get("output") is None:
         raise OSError("Standard output is closed, so the answers have nowhere to go. Give --output.")
+    bound.arguments.update((name, at_home(value)) for name, value in tuple(bound.arguments.items()))
     check_outputs(bound.arguments)
     with warnings.catch_warnings(), outlasting_readers() if name in OUTLASTING else nullcontext():
         if not debug and name:
@@ -156,6 +160,17 @@ def _quieten_libraries() -> None:
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def at_home(value: Any) -> Any:
+    """A value of an option, with the user's folder for "~" in paths: shells leave it in `--output-dir=~/runs`."""
+    if isinstance(value, Path):
+        return value.expanduser()
+    if is_dataclass(value) and not isinstance(value, type):
+        paths = {field.name: getattr(value, field.name) for field in fields(value)}
+        changed = {name: path.expanduser() for name, path in paths.items() if isinstance(path, Path)}
+        return replace(value, **changed) if changed else value
+    return value
 
 
 def place_hyphens(arguments: list[str]) -> list[str]:

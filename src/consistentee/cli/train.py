@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from consistentee.cli.data import num_copies, save_held_out, training_data
+from consistentee.cli.data import check_held_out, num_copies, save_held_out, training_data
 from consistentee.cli.effects import Command
 from consistentee.cli.kinds import CLASSIFIERS, GENERATORS
 from consistentee.cli.options import (
@@ -134,6 +134,8 @@ def _run(
 
         check_text_metrics()  # which the report at the end has
     rows = training_data(data, recipe, kind, config.seed)
+    if rows.held_out:
+        check_held_out(output_dir, rows.evaluation, data)
     from accelerate import PartialState
 
     from consistentee.functional.metrics import check_threshold_metric

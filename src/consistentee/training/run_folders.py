@@ -312,7 +312,7 @@ def _differences(
 
 def _check_apart(output_dir: Path, backbone: Path) -> None:
     """Raise if one of the folders lies in the other, by whatever names and links."""
-    output, source = output_dir.expanduser().resolve(), backbone.resolve()
+    output, source = output_dir.resolve(), backbone.resolve()
     place = None
     if _same(output, source):
         place = "is"

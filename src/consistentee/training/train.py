@@ -96,9 +96,9 @@ def train(
         task_name=task,
         resume=resume,
         report=report,
-        warm_up_dir=None if warm_up_dir is None else Path(warm_up_dir),
+        warm_up_dir=None if warm_up_dir is None else Path(warm_up_dir).expanduser(),
     )
-    return Path(output_dir) if run is None else _run_method(run, method)
+    return Path(output_dir).expanduser() if run is None else _run_method(run, method)
 
 
 def finetune(
@@ -189,7 +189,7 @@ def run_retrofit(
 ) -> Path:
     """Train what `retrofit_task` made; arguments as of `retrofit`."""
     run = start_retrofit(task, output_dir, resume=resume, report=report)
-    return Path(output_dir) if run is None else _run_method(run, "retrofit")
+    return Path(output_dir).expanduser() if run is None else _run_method(run, "retrofit")
 
 
 def start_retrofit(
@@ -256,7 +256,7 @@ def start_run(
 
     The run has its output folder to itself until `Run.let_go`.
     """
-    output_dir, config, exits = Path(output_dir), task.config, METHODS[method].exits
+    output_dir, config, exits = Path(output_dir).expanduser(), task.config, METHODS[method].exits
     kind = ("early_exit" if exits else "full_depth") + task.suffix
     texts = task.unlabelled if isinstance(task, UnlabelledTraining) else None
     identity = run_identity(

@@ -91,7 +91,7 @@ def ablate(
         DataError: a kept file is broken, or a study needs a model that was discarded.
         ValueError: a run's folder with other settings, backbone or data.
     """
-    output_dir, shared = Path(output_dir), dict(settings or {})
+    output_dir, shared = Path(output_dir).expanduser(), dict(settings or {})
     require_folder(output_dir)
     check_resamples(resamples)
     check_questions(questions)
@@ -177,8 +177,9 @@ def render_answers(
         SettingError: as of `kept_questions` and `write_answers`.
         DataError: a file is broken.
     """
-    asked = kept_questions(questions, read_cells(Path(output_dir)), settings or {})
-    return write_answers(Path(output_dir), asked, resamples=resamples)
+    folder = Path(output_dir).expanduser()
+    asked = kept_questions(questions, read_cells(folder), settings or {})
+    return write_answers(folder, asked, resamples=resamples)
 
 
 def write_answers(output_dir: Path, asked: Mapping[str, Question], *, resamples: int) -> dict[str, Any]:

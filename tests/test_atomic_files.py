@@ -393,3 +393,32 @@ def test_an_old_folder_stays_where_the_new_one_does_not_come(
         write_new(folder)
     assert is_new(folder)
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("stays", [False, True], ids=["replaced", "file by file"])
+@pytest.mark.parametrize("mode", [0o700, 0o2770, 0o555])
+def test_a_folder_keeps_its_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, stays: bool
+) -> None:
+    folder = tmp_path / "model"
+    (folder / "part").mkdir(parents=True)
+    for name in ("config.json", "part/weights"):
+        (folder / name).write_text("old", encoding="utf-8")
+        (folder / name).chmod(0o600)
+    if stays:
+        monkeypatch.chdir(folder)
+        (folder / "part" / "weights").unlink()  # such folders have no folders in them
+        (folder / "part").rmdir()
+    folder.chmod(mode if not stays else mode | 0o200)
+    with atomic.atomic_folder(folder, lambda folder: None, "config.json") as place:
+        for name in ("config.json", "more.json", *(["part/weights"] if not stays else [])):
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_text("new", encoding="utf-8")
+    assert folder.stat().st_mode & 0o7777 == (mode if not stays else mode | 0o200)
+    assert (folder / "config.json").read_text() == "new"
+    assert (folder / "config.json").stat().st_mode & 0o777 == 0o600
+    assert (folder / "more.json").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+    if not stays:
+        assert (folder / "part" / "weights").stat().st_mode & 0o777 == 0o600
+    assert not [path for path in tmp_path.iterdir() if path != folder]

@@ -124,7 +124,8 @@ def atomic_folder(
     not be written to), it stays, and the files take the places of those in it, one by one.
 
     Args:
-        folder: to be made or replaced; folders above it are made. A symbolic link keeps pointing where it points.
+        folder: to be made or replaced; folders above it are made. A symbolic link keeps pointing where it points. Who
+            may do what with the folder that is replaced, and with files of the same name, stays as it is.
         require_free: raises for a folder that is not to be replaced; asked before the block and after it.
         last: the file that says that the others are there.
 
@@ -141,11 +142,14 @@ def atomic_folder(
     if _has_to_stay(folder):
         place = inside
     place.mkdir()
+    if place != inside and folder.exists():
+        _take_over_permissions(place, folder, least=0o700)  # by now: files take the group of some folders
     try:
         with room_in(folder.parent, "Make room, or give a folder on another disk.", named=False):
             yield place
-            sync_tree(place)
             require_free(folder)
+            _take_over_all(place, folder, with_folder=place != inside)
+            sync_tree(place)
             if place != inside and not _replace_folder(folder, place, before):
                 shutil.copytree(place, inside)
                 sync_tree(inside)
@@ -178,6 +182,16 @@ def _has_to_stay(folder: Path) -> bool:
         or os.path.ismount(folder)
         or not os.access(folder.parent, os.W_OK)
     )
+
+
+def _take_over_all(place: Path, folder: Path, *, with_folder: bool) -> None:
+    """`_take_over_permissions` of the files in a folder that is replaced, and with the folder its own."""
+    for path in place.rglob("*"):
+        before = folder / path.relative_to(place)
+        if before.exists():
+            _take_over_permissions(path, before)
+    if with_folder and folder.exists():
+        _take_over_permissions(place, folder)
 
 
 def _replace_folder(folder: Path, place: Path, before: Path) -> bool:
@@ -343,8 +357,14 @@ def _own_output(found: os.stat_result) -> int | None:
     return None
 
 
-def _take_over_permissions(temporary: Path, target: Path) -> None:
-    """Those of the file that is replaced, its owner too where we may; else those of any new file."""
+def _take_over_permissions(temporary: Path, target: Path, *, least: int = 0) -> None:
+    """Those of what is replaced, its owner too where we may; else those of any new file.
+
+    Args:
+        temporary: what takes its place.
+        target: what is replaced.
+        least: permissions that are given in any case.
+    """
     if not target.exists():
         give_usual_permissions(temporary)
         return
@@ -353,7 +373,8 @@ def _take_over_permissions(temporary: Path, target: Path) -> None:
     if os.name == "posix" and (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
         with suppress(OSError):
             os.chown(temporary, before.st_uid, before.st_gid)
-    _give_permissions(temporary, before.st_mode & 0o777)
+    kept = 0o7777 if temporary.is_dir() else 0o777
+    _give_permissions(temporary, before.st_mode & kept | least)
 
 
 def give_usual_permissions(path: Path) -> None:

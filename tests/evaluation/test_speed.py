@@ -97,6 +97,17 @@ def test_distributions_that_are_none(text: str, message: str) -> None:
         exit_distribution_shares(text, 4)
 
 
+def test_distributions_over_the_layers_that_have_an_exit() -> None:
+    has_exit = [False, True, False, True]
+    assert exit_distribution_shares("even", 4, has_exit) == [0, 0.5, 0, 0.5]
+    assert exit_distribution_shares("last", 4, has_exit) == [0, 0, 0, 1]
+    assert exit_distribution_shares("0,0.25,0,0.75", 4, has_exit) == [0, 0.25, 0, 0.75]
+    with pytest.raises(
+        ValueError, match="exit-distribution must be shares of layers 2, 4, .* got one of layer 3"
+    ):
+        exit_distribution_shares("0,0.5,0.25,0.25", 4, has_exit)
+
+
 def test_exit_layers_follow_the_shares_and_the_seed() -> None:
     layers = fixed_exit_layers([0.5, 0.0, 0.3, 0.2], 100, seed=1)
     assert Counter(layers) == {1: 50, 3: 30, 4: 20}

@@ -236,7 +236,10 @@ def benchmark_classifier(
         )
     shares = None
     if distribution is not None:
-        shares = usage(lambda: exit_distribution_shares(distribution, work.engine.backend.num_layers))
+        has_exit = getattr(work.engine.saved.model.config, "has_exit", None)
+        shares = usage(
+            lambda: exit_distribution_shares(distribution, work.engine.backend.num_layers, has_exit)
+        )
     rule = usage(lambda: work.engine.rule(options.criterion, options.threshold))
     with announced() as (announce, tick):
         report = measure_speed(

@@ -249,14 +249,23 @@ def random_token_ids(count: int, length: int, vocab_size: int, seed: int) -> lis
     return rng.integers(min(1000, vocab_size // 2), vocab_size, (count, length)).tolist()
 
 
-def exit_distribution_shares(text: str, num_layers: int) -> list[float]:
+def exit_distribution_shares(
+    text: str, num_layers: int, has_exit: Sequence[bool] | None = None
+) -> list[float]:
     """The share of rows that exit at each layer, from `even`, `last` or `p1,p2,...`.
 
+    Args:
+        text: which.
+        num_layers: of the model.
+        has_exit: (layers,), which of them have an exit, the last one included; None for all.
+
     Raises:
-        ValueError: it is none of these, has another number of entries than there are layers, or does not sum to one.
+        ValueError: it is none of these, has another number of entries than there are layers, does not sum to one, or
+            has rows exit at a layer without an exit.
     """
+    exits = [True] * num_layers if has_exit is None else list(has_exit)
     if text == "even":
-        return [1 / num_layers] * num_layers
+        return [has_exit / sum(exits) for has_exit in exits]
     if text == "last":
         return [0.0] * (num_layers - 1) + [1.0]
     try:
@@ -272,6 +281,12 @@ def exit_distribution_shares(text: str, num_layers: int) -> list[float]:
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-3:
         raise ValueError(
             f"exit-distribution must be shares >= 0 that sum to 1, got a sum of {sum(shares):g}."
+        )
+    without = [layer for layer, share in enumerate(shares, start=1) if share > 0 and not exits[layer - 1]]
+    if without:
+        there = ", ".join(str(layer) for layer, has_exit in enumerate(exits, start=1) if has_exit)
+        raise ValueError(
+            f"exit-distribution must be shares of layers {there}, which have an exit, got one of layer {without[0]}."
         )
     return shares
 

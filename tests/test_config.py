@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -140,7 +141,17 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("layer_costs", (), r"layer_costs must hold at least one cost >= 0, got \[\]"),
     ("layer_costs", (0.1, -0.1), r"layer_costs must hold at least one cost >= 0, got \[0.1, -0.1\]"),
     ("layer_costs", (0.0, 0.1), r"layer_costs must be above 0 for a range of costs, got \[0.0, 0.1\]"),
-    ("layer_costs", (math.nan,), r"layer_costs must hold at least one cost >= 0, got \[nan\]"),
+    ("layer_costs", (math.nan,), r"each of layer_costs must be a finite number, got nan"),
+    ("layer_costs", (0.01, math.inf), r"each of layer_costs must be a finite number, got inf"),
+    *[
+        (name, value, f"{name} must be a finite number, got {value}. Give a large one for no bound")
+        for name in ("max_grad_norm", "max_cache_mb", "max_disk_mb", "policy_learning_rate", "ensemble_decay")
+        for value in (math.inf, math.nan)
+    ],
+    ("rounds", 1.5, "rounds must be a whole number, got 1.5"),
+    ("policy_folds", 2.5, "policy_folds must be a whole number, got 2.5"),
+    ("group_by_length", "no", "group_by_length must be true or false, got 'no'"),
+    ("batch_size", np.float32(2), "batch_size must be a whole number, got 2.0"),
     ("consistent_learning_rate", 0.0, "consistent_learning_rate must be above 0, got 0.0"),
     *[
         ("validation_fraction", v, f"validation_fraction must be between 0 and 1, got {v}")
@@ -149,7 +160,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     *[
         (name, value, rf"{name} must be in \[0, 1\), got {value}")
         for name in ("head_dropout", "ensemble_decay", "policy_dropout", "warmup_ratio", "layer_cost_warmup")
-        for value in (-0.1, 1.0, math.nan)
+        for value in (-0.1, 1.0)
     ],
     *[
         (name, value, rf"{name} must be in \[0, 1\], got {value}")
@@ -187,9 +198,23 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
             "entropy_bonus",
             "max_disk_mb",
         )
-        for value in (-1, math.nan)
+        for value in (-1, -3)
     ],
 ]
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = ClassificationTrainingConfig(
+        seed=np.int64(3),  # type: ignore[arg-type]
+        learning_rate=np.float32(0.5),
+        group_by_length=np.bool_(False),  # type: ignore[arg-type]
+        layer_costs=np.array([0.25, 0.5]),  # type: ignore[arg-type]
+        warmup_epochs=2,
+    )
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values == {**ClassificationTrainingConfig().to_dict(), **{
+        "seed": 3, "learning_rate": 0.5, "group_by_length": False, "layer_costs": [0.25, 0.5], "warmup_epochs": 2.0,
+    }}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value, message", BAD_VALUES)

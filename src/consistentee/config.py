@@ -9,11 +9,11 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from typing_extensions import Self
 
-from consistentee.errors import checked_setting, require_choice, require_range, require_seed
+from consistentee.errors import checked_setting, require_range, require_seed
 
 Head = Literal["attention", "shared_pooler"]
 Pooling = Literal["auto", "cls", "mean"]
@@ -185,8 +185,9 @@ class TrainingConfig:
     """Experiment tracker, through accelerate."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer_costs", tuple(float(cost) for cost in self.layer_costs))
-        self._check_choices_and_ranges()
+        for name, value in checked_settings(vars(self), type(self)).items():
+            object.__setattr__(self, name, value)
+        self._check_ranges()
         require_seed(self.seed)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}.")
@@ -203,12 +204,8 @@ class TrainingConfig:
                 f"and {self.gradient_accumulation_steps}."
             )
 
-    def _check_choices_and_ranges(self) -> None:
-        hints = get_type_hints(type(self))
-        for field_ in dataclasses.fields(self):
-            name, value, choices = field_.name, getattr(self, field_.name), get_args(hints[field_.name])
-            if choices and all(isinstance(choice, str) for choice in choices):
-                require_choice(name, value, choices)
+    def _check_ranges(self) -> None:
+        for name, value in vars(self).items():
             if value is None:
                 continue
             if name in _ABOVE_ZERO.split() and not value > 0:

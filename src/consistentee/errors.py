@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import numbers
 import os
 from collections.abc import Mapping
@@ -137,11 +138,13 @@ def require_range(name: str, value: float, low: float, high: float, open_end: bo
 
 
 def checked_setting(key: str, value: Any, hint: Any) -> Any:
-    """A setting in its field's type.
+    """A setting in its field's type, a plain value of Python's: records are JSON, which knows no other.
 
     Raises:
-        ValueError: it is of another one.
+        ValueError: it is of another type, or a number that is not finite.
     """
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+        value = value.tolist()
     if key == "layer_costs":
         costs = cast("list[Any]", value if isinstance(value, (list, tuple)) else [value])
         return tuple(checked_setting("each of layer_costs", cost, float) for cost in costs)
@@ -160,9 +163,12 @@ def checked_setting(key: str, value: Any, hint: Any) -> Any:
         try:
             if isinstance(value, bool) or not isinstance(value, (int, float, str)):
                 raise TypeError
-            return float(value)  # YAML reads 1e-5 as text
+            number = float(value)  # YAML reads 1e-5 as text
         except (TypeError, ValueError):
             raise ValueError(f"{key} must be a number, got {value!r}.") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{key} must be a finite number, got {number}. Give a large one for no bound.")
+        return number
     if str in kinds:
         if not isinstance(value, str):
             raise ValueError(f"{key} must be text, got {value!r}.")

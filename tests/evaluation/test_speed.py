@@ -103,7 +103,7 @@ def test_distributions_over_the_layers_that_have_an_exit() -> None:
     assert exit_distribution_shares("last", 4, has_exit) == [0, 0, 0, 1]
     assert exit_distribution_shares("0,0.25,0,0.75", 4, has_exit) == [0, 0.25, 0, 0.75]
     with pytest.raises(
-        ValueError, match="exit-distribution must be shares of layers 2, 4, .* got one of layer 3"
+        ValueError, match=r"exit-distribution must be shares of layers 2, 4, .* got one of layer 3"
     ):
         exit_distribution_shares("0,0.5,0.25,0.25", 4, has_exit)
 

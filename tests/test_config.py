@@ -212,9 +212,9 @@ def test_numbers_of_numpy_become_plain_ones():
         warmup_epochs=2,
     )
     values = json.loads(json.dumps(config.to_dict()))
-    assert values == {**ClassificationTrainingConfig().to_dict(), **{
-        "seed": 3, "learning_rate": 0.5, "group_by_length": False, "layer_costs": [0.25, 0.5], "warmup_epochs": 2.0,
-    }}  # fmt: skip
+    assert values == {**ClassificationTrainingConfig().to_dict(),
+        "seed": 3, "learning_rate": 0.5, "group_by_length": False, "layer_costs": [0.25, 0.5], "warmup_epochs": 2.0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value, message", BAD_VALUES)

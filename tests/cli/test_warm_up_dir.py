@@ -41,3 +41,9 @@ def test_a_method_without_a_warm_up_is_refused(tmp_path: Path, capsys: pytest.Ca
         in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder_of_warm_ups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "warm-ups").touch()
+    assert main(command(tmp_path, "model")) == 1  # before the data and the backbone are looked for
+    assert f"Folder of warm-ups {tmp_path / 'warm-ups'} is a file. Choose another." in capsys.readouterr().err

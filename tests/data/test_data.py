@@ -624,3 +624,9 @@ def test_no_is_a_choice_although_yaml_reads_it_as_false(value: object) -> None:
     for other in (True, 0):
         with pytest.raises(ValueError, match="mixed_precision must be one of auto, no"):
             ClassificationTrainingConfig.from_dict({"mixed_precision": other})
+
+
+@pytest.mark.parametrize("names", [("a", "a"), (0, 1), ("a", None)])
+def test_each_class_has_a_name_of_its_own(names: Any) -> None:
+    with pytest.raises(DataError, match=r"Each class must have a name of its own, and names are texts, got "):
+        TextDataset([("x",), ("y",)], [0, 1], names, "here")

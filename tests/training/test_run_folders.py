@@ -148,6 +148,16 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         check_output_dir(tmp_path / "file", None)
 
 
+def test_a_link_to_nowhere_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        FileExistsError, match=r"link is a link to .*gone, which does not exist\. Choose another"
+    ):
+        check_output_dir(tmp_path / "link", None)
+    (tmp_path / "gone").mkdir()
+    assert check_output_dir(tmp_path / "link", None) == "nothing"
+
+
 # A run's own folder, with something of others in it.
 
 

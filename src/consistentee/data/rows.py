@@ -135,7 +135,8 @@ class TextDataset(_Rows):
         source: Where the rows come from, for messages and records.
 
     Raises:
-        DataError: A text is none, single texts stand beside pairs, or a label is no class.
+        DataError: A text is none, single texts stand beside pairs, a label is no class, or a class has no name of its
+            own.
         ValueError: Texts and labels are not equally many, or the texts are one string or a table.
     """
 
@@ -151,6 +152,12 @@ class TextDataset(_Rows):
             raise ValueError(
                 f"texts and labels must be equally many, got {len(self.texts)} and {len(self.labels)}."
             )
+        for name in self.label_names:
+            if not isinstance(name, str) or self.label_names.count(name) > 1:
+                problem = f"Each class must have a name of its own, and names are texts, got {name!r:.60}."
+                raise DataError(
+                    problem, file=self.source, remedy="Give other label_names, one for each class."
+                )
         classes = len(self.label_names)
         for row, label in enumerate(self.labels, start=1):
             if not isinstance(label, SupportsIndex) or not 0 <= operator.index(label) < classes:

@@ -6,6 +6,7 @@ this library. A resumed run has the settings, backbone and data of the one befor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,9 @@ def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
     """
     if backbone is not None and Path(backbone).expanduser().is_dir():
         _check_apart(output_dir, Path(backbone).expanduser())
+    check_folder("Output folder", output_dir)
     if not output_dir.exists():
         return "nothing"
-    if not output_dir.is_dir():
-        raise FileExistsError(f"Output folder {output_dir} is a file. Choose another.")
     if _is_our_record(output_dir):
         return "finished"
     if checkpoints.is_claimed(output_dir) or checkpoints.is_earlier_run(output_dir):
@@ -56,6 +56,16 @@ def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
             "Choose a new or an empty folder."
         )
     return "nothing"
+
+
+def check_folder(what: str, path: Path) -> None:
+    """Raise FileExistsError for what is there and can be no folder: a file, or a link to nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(
+            f"{what} {path} is a link to {os.readlink(path)}, which does not exist. Choose another."
+        )
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{what} {path} is a file. Choose another.")
 
 
 @dataclass(frozen=True)

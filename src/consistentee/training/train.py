@@ -25,7 +25,7 @@ from consistentee.models.keeps_original import check_single_label
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.methods import METHODS, check_method, method_of
 from consistentee.training.run import Report, Run, TrainingTask
-from consistentee.training.run_folders import OpenedFolder, open_output, run_identity
+from consistentee.training.run_folders import OpenedFolder, check_folder, open_output, run_identity
 from consistentee.training.steps import OptimizerSteps, Rows, make_accelerator, parameter_groups
 from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.tasks.generation import GenerationTraining
@@ -86,6 +86,9 @@ def train(
     if warm_up_dir is not None and not row.begins_with:
         able = ", ".join(name for name, other in METHODS.items() if other.begins_with)
         raise SettingError(f'A folder of warm-ups goes with method {able}, got "{method}". Leave it out.')
+    shared = None if warm_up_dir is None else Path(warm_up_dir).expanduser()
+    if shared is not None:
+        check_folder("Folder of warm-ups", shared)
     trained = _task_of(train_data, config, unlabelled, backbone)
     check_method(method, trained.task, trained.config)
     run = start_run(
@@ -96,7 +99,7 @@ def train(
         task_name=task,
         resume=resume,
         report=report,
-        warm_up_dir=None if warm_up_dir is None else Path(warm_up_dir).expanduser(),
+        warm_up_dir=shared,
     )
     return Path(output_dir).expanduser() if run is None else _run_method(run, method)
 

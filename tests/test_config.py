@@ -205,10 +205,10 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
 
 def test_numbers_of_numpy_become_plain_ones():
     config = ClassificationTrainingConfig(
-        seed=np.int64(3),  # type: ignore[arg-type]
+        seed=np.int64(3),
         learning_rate=np.float32(0.5),
-        group_by_length=np.bool_(False),  # type: ignore[arg-type]
-        layer_costs=np.array([0.25, 0.5]),  # type: ignore[arg-type]
+        group_by_length=np.bool_(False),
+        layer_costs=np.array([0.25, 0.5]),
         warmup_epochs=2,
     )
     values = json.loads(json.dumps(config.to_dict()))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from consistentee.cli.main import main
+from consistentee.training.train import train
 from tiny import tiny_backbone, tiny_dataset, write_csv
 
 QUICK = (
@@ -45,5 +46,10 @@ def test_a_method_without_a_warm_up_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_file_is_no_folder_of_warm_ups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "warm-ups").touch()
-    assert main(command(tmp_path, "model")) == 1  # before the data and the backbone are looked for
-    assert f"Folder of warm-ups {tmp_path / 'warm-ups'} is a file. Choose another." in capsys.readouterr().err
+    assert main(command(tmp_path, "model")) == 2  # before the data and the backbone are looked for
+    place = tmp_path / "warm-ups"
+    assert f'--warm-up-dir must lie in a folder, and "{place}" is none.' in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match=r"Folder of warm-ups .*warm-ups is a file\. Choose another"):
+        train(
+            backbone="nowhere", train_data=tiny_dataset(8), output_dir=tmp_path / "model", warm_up_dir=place
+        )

@@ -18,7 +18,7 @@ from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.pipelines.classifier import Engine
 from consistentee.serving.audit import AUDIT_CONFIDENCE, Auditor
 from consistentee.serving.classification import ClassifierService
-from consistentee.serving.pace import Pace
+from consistentee.serving.pace import AnswerPace
 from consistentee.serving.points import ServedPoint, named_point, safer_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits
 from served import HeldPool, failing
@@ -131,7 +131,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(engine: Engine) -> Non
     run(service, work)
 
 
-def answered(pace: Pace, answers: int, *, seconds: float, load: int = 1) -> None:
+def answered(pace: AnswerPace, answers: int, *, seconds: float, load: int = 1) -> None:
     """As if so many texts had been answered, so many seconds apart, while so many waited."""
     pace._answers.extend([(seconds, load)] * answers)
     pace._last = time.perf_counter()
@@ -177,7 +177,7 @@ def test_a_pace_without_a_queue_says_nothing_about_one(engine: Engine) -> None:
 
 
 def test_the_pace_is_that_of_similar_loads() -> None:
-    pace = Pace()
+    pace = AnswerPace()
     assert pace.seconds(1) == 0
     answered(pace, 192, seconds=1.0, load=4)
     assert pace.seconds(8) == pytest.approx(8, rel=0.01)

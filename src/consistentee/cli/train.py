@@ -19,7 +19,15 @@ from consistentee.cli.options import (
     read_recipe,
     training_config,
 )
-from consistentee.cli.terminal import check_one_reader, console, is_first_process, say, say_reading, usage
+from consistentee.cli.terminal import (
+    check_folder,
+    check_one_reader,
+    console,
+    is_first_process,
+    say,
+    say_reading,
+    usage,
+)
 from consistentee.config import TrainingConfig
 from consistentee.errors import UsageError
 from consistentee.functional.tables import CLASSIFICATION, GENERATION
@@ -126,11 +134,11 @@ def _run(
         raise UsageError(f"--warm-up-dir goes with --method {able}, got {method}. Leave it out.")
     config = training_config(settings, recipe, kind, command, method, unlabelled=unlabelled_files is not None)
     usage(lambda: check_method(method, CLASSIFICATION if kind is CLASSIFIERS else GENERATION, config))
-    from consistentee.training.run_folders import check_folder, check_output_dir
+    from consistentee.training.run_folders import check_output_dir
 
     usage(lambda: check_output_dir(output_dir, backbone))  # before the data is read
     if warm_up_dir is not None:
-        check_folder("Folder of warm-ups", warm_up_dir)
+        check_folder("--warm-up-dir", warm_up_dir)
     if kind is GENERATORS:
         from consistentee.evaluation.text_metrics import check_text_metrics
 

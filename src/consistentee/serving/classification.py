@@ -39,7 +39,7 @@ from consistentee.serving.computing import (
     WorkerRestarted,
 )
 from consistentee.serving.metrics import ServerMetrics
-from consistentee.serving.pace import Pace
+from consistentee.serving.pace import AnswerPace
 from consistentee.serving.points import ServedPoint, named_point, served_points
 from consistentee.serving.requests import PredictRequest, RefusedRequest, ServerLimits, refuse, shutting_down
 from consistentee.serving.tokenizing import LONG_TEXTS, TokenizingThread
@@ -133,7 +133,7 @@ class ClassifierService:
         self._keys = count()
         self._pending: dict[Hashable, _Pending] = {}
         self._unanswered = 0
-        self._pace = Pace()
+        self._pace = AnswerPace()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def warm_up(self) -> None:

@@ -9,7 +9,7 @@ RECENT, PACE_ANSWERS = 256, 64
 """The last answers, by which the pace is told; fewer than the second number tell none."""
 
 
-class Pace:
+class AnswerPace:
     """What the last answers say about how long texts will wait.
 
     Only those count that were given under a similar load: a server with little to do answers as slowly as it is asked.

@@ -42,7 +42,7 @@ def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
     """
     if backbone is not None and Path(backbone).expanduser().is_dir():
         _check_apart(output_dir, Path(backbone).expanduser())
-    check_folder("Output folder", output_dir)
+    must_be_folder("Output folder", output_dir)
     if not output_dir.exists():
         return "nothing"
     if _is_our_record(output_dir):
@@ -58,7 +58,7 @@ def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
     return "nothing"
 
 
-def check_folder(what: str, path: Path) -> None:
+def must_be_folder(what: str, path: Path) -> None:
     """Raise FileExistsError for what is there and can be no folder: a file, or a link to nowhere."""
     if path.is_symlink() and not path.exists():
         raise FileExistsError(

@@ -25,7 +25,7 @@ from consistentee.models.keeps_original import check_single_label
 from consistentee.models.loaded import LoadedClassifier, load_model
 from consistentee.training.methods import METHODS, check_method, method_of
 from consistentee.training.run import Report, Run, TrainingTask
-from consistentee.training.run_folders import OpenedFolder, check_folder, open_output, run_identity
+from consistentee.training.run_folders import OpenedFolder, must_be_folder, open_output, run_identity
 from consistentee.training.steps import OptimizerSteps, Rows, make_accelerator, parameter_groups
 from consistentee.training.tasks.classification import ClassificationTraining
 from consistentee.training.tasks.generation import GenerationTraining
@@ -88,7 +88,7 @@ def train(
         raise SettingError(f'A folder of warm-ups goes with method {able}, got "{method}". Leave it out.')
     shared = None if warm_up_dir is None else Path(warm_up_dir).expanduser()
     if shared is not None:
-        check_folder("Folder of warm-ups", shared)
+        must_be_folder("Folder of warm-ups", shared)
     trained = _task_of(train_data, config, unlabelled, backbone)
     check_method(method, trained.task, trained.config)
     run = start_run(

@@ -242,6 +242,7 @@ def test_errors_of_the_hub_are_one_line(
     assert printed.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of older versions of pandas
 def test_a_folder_of_ones_own_says_what_its_files_say(tmp_path: Path) -> None:
     """`datasets` takes "NA" and "null" for nothing, and "01" for 1; nor may rows be left out that one can correct."""
     lines = [

@@ -110,6 +110,7 @@ class TestHeads:
 
     @pytest.mark.parametrize("exit_head", ["shared", "low_rank", "separate"])
     @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")  # of older pefts
     def test_an_adapter_on_the_head(self, exit_head: str, tied: bool) -> None:
         model = tiny_exit_model("llama", exit_head, tie_word_embeddings=tied)
         before = full_depth(model)

@@ -135,6 +135,7 @@ def test_layers_of_another_make_are_seen() -> None:
     assert found == model.backbone.generate(prompt, **options).tolist() != before
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # of older transformers
 def test_weights_that_lie_elsewhere_are_refused() -> None:
     model: Any = tiny_exit_model("llama")
     prompt = torch.tensor([[3, 4, 5]])

@@ -13,10 +13,10 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
-from consistentee.backbones.decoders import CACHES
+from consistentee.backbones.decoders import CACHE, CACHES
 from consistentee.backbones.limits import longest_input
 from consistentee.config import GenerationMode, SkippedStates
 from consistentee.errors import require_choice
@@ -77,6 +77,8 @@ class EarlyExitGenerateOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences, scores, logits: as in Hugging Face.
+        cache: an empty one (`past_key_values` before transformers 5.24): skipped layers fill another. By it assisted
+            decoding knows, where such a model drafts for another one, that masks of its prompts have to grow.
         exit_layers: (batch, new tokens) int64, the layer at which each token exited, 1-based; 0 for padding. In
             `lossless` mode the layer at which a token was drafted, or the last one where it came from a verification.
         drafted, accepted: of `lossless` mode: drafts that were verified, and those that stayed.
@@ -159,6 +161,7 @@ def generate_tokens(
         output = loop(model, input_ids, mask, logits_processor, stopping_criteria, values, options, streamer)
     if streamer is not None:
         streamer.end()
+    setattr(output, CACHE, DynamicCache())
     return output if values.return_dict_in_generate else output.sequences
 
 

@@ -348,14 +348,15 @@ def test_settings_of_the_models_own_have_no_effect(monkeypatch: pytest.MonkeyPat
     processor = "transformers.RepetitionPenaltyLogitsProcessor.__call__"
     monkeypatch.setattr(processor, lambda *_: pytest.fail("logits were changed"))
     model = shape_generator("tiny", seed=1)
+    own = {"repetition_penalty": 1.1, "num_beams": 2, "use_cache": False, "cache_implementation": "quantized"}
     for config in (model.generation_config, model.backbone.generation_config):
-        for name, value in {"repetition_penalty": 1.1, "num_beams": 2, "use_cache": False}.items():
+        for name, value in own.items():
             setattr(config, name, value)
     options: dict[str, Any] = {"name": "tiny", "batch_sizes": [1], "new_tokens": 4, "repeats": 1}
     report = measure_generation_speed(model, random_token_ids(1, 5, 300, 0), lossless=True, **options)
     assert len(report.rows) == 6
     for config in (model.generation_config, model.backbone.generation_config):
-        assert (config.repetition_penalty, config.num_beams, config.use_cache) == (1.1, 2, False)
+        assert {name: getattr(config, name) for name in own} == own
 
 
 def test_a_time_to_keep_to_in_generation() -> None:

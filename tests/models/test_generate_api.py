@@ -372,6 +372,25 @@ def test_what_exits_cannot_serve_is_refused(options: dict[str, Any], message: st
     assert str(raised.value).startswith(message)
 
 
+@pytest.mark.parametrize("saved", ["quantized", "offloaded", "offloaded_static", "paged"])
+def test_caches_of_the_models_own_settings_are_refused(saved: str) -> None:
+    model = tiny_exit_model("llama")
+    wanted = generate(model, PROMPTS, 4).sequences
+    model.generation_config.cache_implementation = saved
+    message = (
+        f"^cache_implementation must be dynamic or static with exits, got {saved}: .* give .*=None where"
+    )
+    for options in ({}, {"generation_config": GenerationConfig()}):
+        with pytest.raises(ValueError, match=message):
+            generate(model, PROMPTS, 4, **options)
+    assert torch.equal(generate(model, PROMPTS, 4, cache_implementation=None).sequences, wanted)
+    assert torch.equal(generate(model, PROMPTS, 4, cache_implementation="static").sequences, wanted)
+    own = GenerationConfig(cache_implementation="dynamic")
+    input_ids, mask = left_padded_batch(PROMPTS)
+    found = model.generate(input_ids, own, attention_mask=mask, max_new_tokens=4, pad_token_id=PAD)
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
 def test_inputs_that_exits_cannot_serve_are_refused(mode: str) -> None:

@@ -241,7 +241,9 @@ class TestGenerateTexts:
             "output_attentions": True,
             "output_hidden_states": True,
             "assistant_early_exit": 2,
+            "use_mtp": True,
             "force_words_ids": [[5]],
+            "cache_implementation": "quantized",
         }.items():
             setattr(config, name, value)
             again = list(generator.generate_texts(PROMPTS[:3], **values))

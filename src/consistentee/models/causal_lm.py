@@ -348,8 +348,9 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             **kwargs: as in Hugging Face.
 
         Raises:
-            ValueError: beams, assistants and other ways to search that exits cannot serve; caches that save memory;
-                sampling in `lossless` mode; options that make no sense, or have no effect in the mode.
+            ValueError: beams, assistants and other ways to search that exits cannot serve; caches that save memory, of
+                the call or of the model's own `generation_config`; sampling in `lossless` mode; options that make no
+                sense, or have no effect in the mode.
         """
         options = self.generation_options(
             mode=mode,
@@ -369,9 +370,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
                 raise ValueError(
                     f'{name} does not go with exits. Leave it out; mode="lossless" drafts with the model\'s own exits.'
                 )
-        check_cache(
-            kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
-        )
+        check_cache(kwargs, generation_config, self.generation_config)
         return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
             inputs, generation_config, custom_generate=partial(generate_tokens, options=options), **kwargs
         )

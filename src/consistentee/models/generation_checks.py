@@ -48,12 +48,22 @@ def check_fixed_exits(fixed: Sequence[Sequence[int]] | None, rows: int, num_laye
             )
 
 
-def check_cache(implementation: str | None) -> None:
-    """Raise ValueError for a cache that is asked for to save memory (or, `paged`, another loop), which is not used."""
+def check_cache(given: Mapping[str, Any], *configs: Any) -> None:
+    """Raise ValueError for a cache that is asked for to save memory (or, `paged`, another loop), which is not used.
+
+    Args:
+        given: keywords of the call. What they say counts, None too.
+        *configs: generation configs of the call and of the model: the first that says something counts, else.
+    """
+    name = "cache_implementation"
+    if name in given:
+        implementation = given[name]
+    else:
+        implementation = next((found for config in configs if (found := getattr(config, name, None))), None)
     if implementation == "quantized" or (implementation or "").startswith(("paged", "offloaded")):
         raise ValueError(
-            f"cache_implementation must be dynamic or static with exits, got {implementation}: skipped layers fill a "
-            "cache of their own. Leave it out."
+            f"{name} must be dynamic or static with exits, got {implementation}: skipped layers fill a cache of their "
+            f"own. Leave it out; give {name}=None where the model's generation_config has it."
         )
 
 

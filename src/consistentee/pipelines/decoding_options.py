@@ -47,6 +47,7 @@ SHAPING = (
     "dola_layers",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
+    "use_mtp",
     "constraints",
     "force_words_ids",
 )
@@ -57,6 +58,7 @@ ONE_TEXT: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "use_cache": True,
+    "cache_implementation": None,
     "token_healing": False,
     "return_dict_in_generate": True,
     "output_scores": False,
@@ -64,7 +66,8 @@ ONE_TEXT: dict[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
-"""Settings of transformers for one text a prompt, with a cache and nothing told beside it, whatever a model has."""
+"""Settings of transformers for one text a prompt, with the usual cache and nothing told beside it, whatever a model
+has."""
 
 LEAST_TEMPERATURE = 1e-5
 """The lowest temperature; what is drawn at it is as good as always the likeliest token."""

@@ -59,6 +59,9 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     },
 }
+MIXED_LAYERS = ["full_attention", "sliding_attention"] * 2
+"""`layer_types` that no type has by itself; some types' models do not read them."""
+MIXED_WINDOWS: dict[str, Any] = {"layer_types": MIXED_LAYERS, "sliding_window": 3, "use_sliding_window": True}
 
 
 @contextmanager
@@ -258,8 +261,8 @@ def naive_layer(backbone: PreTrainedModel, layer_index: int, states: Sequence[Te
     layers = base.h if hasattr(base, "h") else base.layers
     count = len(states)
     hidden = torch.stack(list(states))[None]
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[layer_index] if kinds else "full_attention"
+    reads_kinds = config.model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text")
+    kind = config.layer_types[layer_index] if reads_kinds else "full_attention"
     slides = kind == "sliding_attention" or (config.model_type == "mistral" and config.sliding_window)
     distance = torch.arange(count)[:, None] - torch.arange(count)
     visible = distance >= 0

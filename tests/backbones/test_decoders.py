@@ -29,7 +29,15 @@ from consistentee.backbones.decoders import (
     sliding_window,
     soften_logits,
 )
-from tiny_decoders import EVERY_TYPE, LAYERS, left_padded_batch, prompt, tiny_decoder
+from tiny_decoders import (
+    EVERY_TYPE,
+    LAYERS,
+    MIXED_LAYERS,
+    MIXED_WINDOWS,
+    left_padded_batch,
+    prompt,
+    tiny_decoder,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,6 +143,19 @@ def test_states_equal_huggingface(model_type: str, side: str) -> None:
 
 
 @EVERY_TYPE
+@torch.no_grad()
+def test_layers_slide_where_huggingfaces_do(model_type: str) -> None:
+    model = tiny_decoder(model_type, **MIXED_WINDOWS)
+    input_ids = torch.tensor([prompt(9)])
+    expected = model(input_ids, output_hidden_states=True, use_cache=False).hidden_states
+    state = decoder_state(model, input_ids)
+    for index in range(LAYERS):
+        state.hidden_states = run_decoder_layer(model, index, state)
+        ours = state.hidden_states if index < LAYERS - 1 else final_norm(model)(state.hidden_states)
+        torch.testing.assert_close(ours, expected[index + 1], rtol=1e-5, atol=1e-5)
+
+
+@EVERY_TYPE
 def test_checkpointed_layers_give_the_same_gradients(model_type: str) -> None:
     model = tiny_decoder(model_type)
     input_ids, mask = left_padded_batch([prompt(6), prompt(3)])
@@ -173,7 +194,14 @@ def test_positions_count_real_tokens() -> None:
         ("llama", {}, "ffff", None),
         ("mistral", {"sliding_window": 7}, "ssss", 7),
         ("mistral", {"sliding_window": None}, "ffff", None),
+        # Hugging Face's models of these types do not read `layer_types`:
+        ("mistral", {"sliding_window": 7, "layer_types": MIXED_LAYERS}, "ssss", 7),
+        ("mistral", {"sliding_window": None, "layer_types": MIXED_LAYERS}, "ffff", None),
+        ("llama", {"sliding_window": 7, "layer_types": MIXED_LAYERS}, "ffff", None),
+        ("gpt2", {"sliding_window": 7, "layer_types": MIXED_LAYERS}, "ffff", None),
+        ("gpt_neox", {"sliding_window": 7, "layer_types": MIXED_LAYERS}, "ffff", None),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, "ffss", 5),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED_LAYERS}, "fsfs", 5),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 2}, "ffff", None),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}, "fffs", 5),
         ("gpt2", {}, "ffff", None),

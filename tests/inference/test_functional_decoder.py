@@ -26,6 +26,7 @@ from consistentee.inference.decoder.weights import weight_signature
 from consistentee.models.causal_lm import EarlyExitForCausalLM
 from tiny_decoders import (
     EVERY_TYPE,
+    MIXED_WINDOWS,
     generate,
     left_padded_batch,
     naive_decide,
@@ -164,6 +165,21 @@ def test_a_window_of_the_token_itself() -> None:
     model = tiny_exit_model("mistral", sliding_window=1)
     expected = generate(model.backbone, prompts_of((8, 3)), NEW, use_cache=False)
     assert torch.equal(generate(model, prompts_of((8, 3)), NEW, mode="full").sequences, expected.sequences)
+
+
+@EVERY_TYPE
+def test_layers_slide_where_huggingfaces_do(model_type: str) -> None:
+    """The cache of transformers follows `layer_types` of any config, the models of some types do not read them."""
+    model = tiny_exit_model(model_type, **MIXED_WINDOWS)
+    prompts = prompts_of((8, 3))
+    expected = generate(model.backbone, prompts, NEW, use_cache=False, output_logits=True)
+    for options in ({"mode": "full", "output_logits": True}, {"mode": "lossless", "threshold": 0.4}):
+        found = generate(model, prompts, NEW, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        if options["mode"] == "full":
+            torch.testing.assert_close(
+                torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_windows_and_caps_matter() -> None:  # or equality above would show nothing

@@ -79,6 +79,9 @@ class DecoderArchitecture:
         layers, embeddings, final_norm: paths inside the base model.
         norm: kind of the norms: `rms`, `rms_plus_one` (weights are stored minus one) or `layer`.
         positions: path of a table of learned positions, "" where positions are rotary.
+        sliding: which layers attend to a window alone: none, all where the config has a `sliding_window`, or those that
+            the config's `layer_types` name (`by_layer`); where Hugging Face's model does not read them, they stand in
+            the config without effect.
         rotary_per_layer_type: sliding and full layers rotate by different angles.
         load_options: what transformers' Auto classes are told.
     """
@@ -91,6 +94,7 @@ class DecoderArchitecture:
     final_norm: str = "norm"
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     positions: str = ""
+    sliding: Literal["none", "all", "by_layer"] = "none"
     rotary_per_layer_type: bool = False
     load_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -142,9 +146,9 @@ _GPT_NEOX = LayerParts(
 
 _ROWS = (
     DecoderArchitecture("llama", _LLAMA),
-    DecoderArchitecture("mistral", _LLAMA),
-    DecoderArchitecture("qwen2", _LLAMA),
-    DecoderArchitecture("qwen3", _QWEN3),
+    DecoderArchitecture("mistral", _LLAMA, sliding="all"),
+    DecoderArchitecture("qwen2", _LLAMA, sliding="by_layer"),
+    DecoderArchitecture("qwen3", _QWEN3, sliding="by_layer"),
     DecoderArchitecture(
         "gpt2",
         _GPT2,
@@ -163,8 +167,10 @@ _ROWS = (
         final_norm="final_layer_norm",
         norm="layer",
     ),
-    DecoderArchitecture("gemma2", _GEMMA2, norm="rms_plus_one"),
-    DecoderArchitecture("gemma3_text", _GEMMA3, norm="rms_plus_one", rotary_per_layer_type=True),
+    DecoderArchitecture("gemma2", _GEMMA2, norm="rms_plus_one", sliding="by_layer"),
+    DecoderArchitecture(
+        "gemma3_text", _GEMMA3, norm="rms_plus_one", sliding="by_layer", rotary_per_layer_type=True
+    ),
 )
 DECODERS: dict[str, DecoderArchitecture] = {row.model_type: row for row in _ROWS}
 SUPPORTED_DECODER_TYPES: tuple[str, ...] = tuple(DECODERS)
@@ -227,14 +233,14 @@ def keep_soft_cap(model: PreTrainedModel) -> None:
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
-    """Attention type of every layer, `full_attention` or `sliding_attention`."""
+    """Attention type of every layer, `full_attention` or `sliding_attention`, as Hugging Face's model has it."""
     values: Any = config
     depth = int(values.num_hidden_layers)
-    types = getattr(values, "layer_types", None)
-    if types is not None:
-        return [str(kind) for kind in types[:depth]]
-    sliding = values.model_type == "mistral" and getattr(values, "sliding_window", None) is not None
-    return [SLIDING if sliding else FULL] * depth
+    sliding = DECODERS[values.model_type].sliding
+    if sliding == "by_layer":
+        return [str(kind) for kind in values.layer_types[:depth]]
+    slides = sliding == "all" and values.sliding_window is not None
+    return [SLIDING if slides else FULL] * depth
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

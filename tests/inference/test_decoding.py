@@ -59,7 +59,7 @@ def assert_equals_oracle(
     threshold: float = 0.5,
     full_depth_first_token: bool = True,
     skipped_states: str = "copy",
-    min_exit_layer: int = 1,
+    min_exit_layer: int | None = None,
     eos_token_id: int | None = None,
 ) -> Any:
     """Generate in one batch and compare every row with the oracle's; returns the output."""
@@ -77,7 +77,7 @@ def assert_equals_oracle(
         min_exit_layer=min_exit_layer,
         **options,
     )
-    decide = naive_decide(model, criterion, threshold, min_exit_layer)
+    decide = naive_decide(model, criterion, threshold, min_exit_layer or model.config.min_exit_layer)
     texts, layers = zip(
         *(
             naive_generate(
@@ -124,12 +124,14 @@ def test_nobody_leaves_before_the_first_exit_layer(
     lengths: tuple[int, ...], criterion: str, skipped_states: str
 ) -> None:
     options: dict[str, Any] = {"criterion": criterion, "skipped_states": skipped_states}
-    everywhere = assert_equals_oracle(
-        exit_model("llama"), lengths, threshold=CRITERIA[criterion], min_exit_layer=1, **options
+    options["threshold"] = CRITERIA[criterion]
+    everywhere = assert_equals_oracle(exit_model("llama"), lengths, **options)
+    saved = assert_equals_oracle(
+        tiny_exit_model("llama", exit_values={"min_exit_layer": 3}), lengths, **options
     )
-    later = assert_equals_oracle(
-        exit_model("llama"), lengths, threshold=CRITERIA[criterion], min_exit_layer=3, **options
-    )
+    told = {} if criterion == "static" else {"min_exit_layer": 3}
+    later = assert_equals_oracle(exit_model("llama"), lengths, **told, **options)
+    assert torch.equal(later.exit_layers, saved.exit_layers)
     assert int(everywhere.exit_layers.min()) < 3
     assert int(later.exit_layers.min()) == (2 if criterion == "static" else 3)
     at_last = generate(exit_model("llama"), prompts_of(lengths), 4, min_exit_layer=LAYERS)

@@ -363,6 +363,45 @@ def test_as_an_assistant_of_another_model() -> None:
         ({"mode": "full", "criterion": "policy"}, 'criterion has no effect in mode "full", got policy. '),
         ({"mode": "lossless", "skipped_states": "copy"}, 'skipped_states has no effect in mode "lossless", '),
         ({"draft_tokens": 3}, 'draft_tokens has no effect in mode "early-exit", got 3. '),
+        ({"mode": "full", "min_exit_layer": 99}, 'min_exit_layer has no effect in mode "full", got 99. '),
+        (
+            {"mode": "full", "full_depth_first_token": False},
+            'full_depth_first_token has no effect in mode "full", got False. ',
+        ),
+        (
+            {"mode": "lossless", "full_depth_first_token": True},
+            'full_depth_first_token has no effect in mode "lossless", got True. ',
+        ),
+        (
+            {"mode": "full", "adaptive_drafts": False},
+            'adaptive_drafts has no effect in mode "full", got False. ',
+        ),
+        ({"adaptive_drafts": True}, 'adaptive_drafts has no effect in mode "early-exit", got True. '),
+        (
+            {"criterion": "static", "threshold": 2, "min_exit_layer": 3},
+            'min_exit_layer has no effect with criterion "static", got 3: its threshold is the layer. Leave it out, ',
+        ),
+        (
+            {"mode": "lossless", "criterion": "static", "threshold": 2, "min_exit_layer": 3},
+            'min_exit_layer has no effect with criterion "static", got 3: ',
+        ),
+        (
+            {"fixed_exit_layers": [[1]], "min_exit_layer": 3},
+            "min_exit_layer has no effect beside fixed_exit_layers, got 3. Leave out one of them.",
+        ),
+        (
+            {"mode": "lossless", "criterion": "softmax_margin", "draft_threshold": 0.5},
+            'draft_threshold has no effect with criterion "softmax_margin", got 0.5: it is the policy\'s. Give ',
+        ),
+        (
+            {"mode": "lossless", "threshold": 0.5, "draft_threshold": 7.0},
+            "draft_threshold has no effect beside threshold, got 7.0 and 0.5. Leave out one of them.",
+        ),
+        (
+            {"mode": "lossless", "draft_threshold": 7.0},
+            "draft_threshold must be in [0, 1], got 7.0.",
+        ),
+        ({"min_exit_layer": LAYERS + 1}, f"min_exit_layer must be from 1 to {LAYERS}, got {LAYERS + 1}."),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -370,6 +409,36 @@ def test_what_exits_cannot_serve_is_refused(options: dict[str, Any], message: st
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         generate(exit_model(), PROMPTS[:1], 4, **options)
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("values", [{"draft_threshold": 7.0}, {"min_exit_layer": 0}])
+def test_ranges_hold_where_nothing_is_drafted(values: dict[str, Any]) -> None:
+    """Before the text: with a processor that may remember what it saw, `lossless` asks no exit."""
+    options: dict[str, Any] = {
+        "mode": "lossless",
+        "prefix_allowed_tokens_fn": lambda *_: list(range(VOCABULARY)),
+    }
+    with pytest.raises(ValueError, match=f"^{next(iter(values))} must be "):
+        generate(exit_model(), PROMPTS[:1], 4, **values, **options)
+
+
+@pytest.mark.parametrize("mode", ["early-exit", "full", "lossless"])
+@pytest.mark.parametrize("criterion", ["policy", "static"])
+def test_saved_options_without_effect_are_not_refused(mode: str, criterion: str) -> None:
+    values: dict[str, Any] = {
+        "skipped_states": "recompute",
+        "full_depth_first_token": False,
+        "min_exit_layer": 3,
+        "draft_tokens": 2,
+        "draft_threshold": 0.5,
+        "thresholds": {"static": 2},
+    }
+    model = tiny_exit_model("llama", exit_values=values)
+    told = {} if mode == "full" else {"criterion": criterion}
+    assert generate(model, PROMPTS, 4, mode=mode, **told).exit_layers.shape == (2, 4)
+    if told:  # the threshold of the call counts, and the saved one of drafts does not
+        told["threshold"] = 1.0
+        assert generate(model, PROMPTS, 4, mode=mode, **told).exit_layers.shape == (2, 4)
 
 
 @pytest.mark.parametrize("saved", ["quantized", "offloaded", "offloaded_static", "paged"])

@@ -21,6 +21,7 @@ from typing_extensions import Self
 
 from consistentee.backbones import decoders
 from consistentee.backbones.precision import cast_parameters
+from consistentee.errors import require_range
 from consistentee.functional.tables import GENERATION
 from consistentee.heads.exit_heads import ConfidenceClassifier, ExitHeads
 from consistentee.inference.decoder import exit_rules
@@ -28,7 +29,7 @@ from consistentee.inference.decoder.exit_weights import ExitWeights
 from consistentee.models.backbone_model import BackboneModel, WithExits
 from consistentee.models.configuration import EarlyExitCausalLMConfig, opening_and_fields
 from consistentee.models.generate import GenerationOptions, generate_tokens
-from consistentee.models.generation_checks import check_cache, check_idle_options
+from consistentee.models.generation_checks import check_cache, check_first_exit_layer, check_idle_options
 
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, states before the layer, after it, and behind the exit's norm) -> which tokens exit, bool."""
@@ -262,8 +263,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         """
         rule, limit = self.criterion_and_threshold(criterion, threshold)
         first = self.config.min_exit_layer if min_exit_layer is None else min_exit_layer
-        if not 1 <= first <= self.num_layers:
-            raise ValueError(f"min_exit_layer must be from 1 to {self.num_layers}, got {first}.")
+        check_first_exit_layer(first, self.num_layers)
         return exit_rules.exit_rule(
             rule,
             limit,
@@ -278,7 +278,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         """How `generate` goes about: its own arguments by name, the saved values for those that are None or missing.
 
         Raises:
-            ValueError: a value that makes no sense.
+            ValueError: a value that makes no sense, or that has no effect beside the others.
         """
         names = (
             "mode",
@@ -294,7 +294,11 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         options = GenerationOptions(
             **values | {name: value for name, value in given.items() if value is not None}
         )
-        check_idle_options(options.mode, given)
+        check_idle_options(options.mode, options.criterion, given)
+        if given.get("min_exit_layer") is not None:
+            check_first_exit_layer(options.min_exit_layer, self.num_layers)
+        if given.get("draft_threshold") is not None:
+            require_range("draft_threshold", given["draft_threshold"], 0, 1)
         return options
 
     def exit_weights(self) -> ExitWeights:
@@ -319,7 +323,7 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
         min_exit_layer: int | None = None,
         draft_tokens: int | None = None,
         draft_threshold: float | None = None,
-        adaptive_drafts: bool = True,
+        adaptive_drafts: bool | None = None,
         fixed_exit_layers: list[list[int]] | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Any,
@@ -341,8 +345,8 @@ class EarlyExitForCausalLM(BackboneModel, WithExits, GenerationMixin):
             skipped_states: `copy` or `recompute`, see `EarlyExitCausalLMConfig`.
             full_depth_first_token, min_exit_layer: see `EarlyExitCausalLMConfig`.
             draft_tokens: of `lossless`: drafts before a verification, at most.
-            draft_threshold: of `lossless`: the policy's threshold while drafting.
-            adaptive_drafts: of `lossless`: pause drafting where it does not pay on the clock.
+            draft_threshold: of `lossless` with the policy: its threshold while drafting.
+            adaptive_drafts: of `lossless`: pause drafting where it does not pay on the clock; None does.
             fixed_exit_layers: exits given in advance, for measuring speed: for every new token the layer of each row.
             generator: that tokens are drawn from, on the model's device; None takes torch's own.
             **kwargs: as in Hugging Face.

@@ -22,20 +22,61 @@ OTHER_SEARCHES = (
 """Settings of transformers that ask for a way to search of their own."""
 
 IDLE_OPTIONS = {
-    "full": ("criterion", "threshold", "skipped_states", "draft_tokens", "draft_threshold"),
-    "early-exit": ("draft_tokens", "draft_threshold"),
-    "lossless": ("skipped_states",),
+    "full": (
+        "criterion",
+        "threshold",
+        "skipped_states",
+        "full_depth_first_token",
+        "min_exit_layer",
+        "draft_tokens",
+        "draft_threshold",
+        "adaptive_drafts",
+    ),
+    "early-exit": ("draft_tokens", "draft_threshold", "adaptive_drafts"),
+    "lossless": ("skipped_states", "full_depth_first_token"),
 }
 """Options that change nothing, by mode."""
 
 
-def check_idle_options(mode: str, given: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option, given in place of the saved one, that has no effect in this mode."""
+def check_idle_options(mode: str, criterion: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option, given in place of the saved one, that has no effect beside the others.
+
+    Args:
+        mode, criterion: in use, given or saved.
+        given: options of the call by name; None where the saved ones count.
+    """
+    told = {name: value for name, value in given.items() if value is not None}
     for name in IDLE_OPTIONS[mode]:
-        if given.get(name) is not None:
+        if name in told:
             raise ValueError(
-                f'{name} has no effect in mode "{mode}", got {given[name]}. Leave it out, or take another mode.'
+                f'{name} has no effect in mode "{mode}", got {told[name]}. Leave it out, or take another mode.'
             )
+    if "min_exit_layer" in told and criterion == "static":
+        raise ValueError(
+            f'min_exit_layer has no effect with criterion "static", got {told["min_exit_layer"]}: its threshold is the '
+            "layer. Leave it out, or take another criterion."
+        )
+    if "min_exit_layer" in told and "fixed_exit_layers" in told:
+        raise ValueError(
+            f"min_exit_layer has no effect beside fixed_exit_layers, got {told['min_exit_layer']}. Leave out one of "
+            "them."
+        )
+    if "draft_threshold" in told and criterion != "policy":
+        raise ValueError(
+            f'draft_threshold has no effect with criterion "{criterion}", got {told["draft_threshold"]}: it is the '
+            "policy's. Give threshold instead."
+        )
+    if "draft_threshold" in told and "threshold" in told:
+        raise ValueError(
+            f"draft_threshold has no effect beside threshold, got {told['draft_threshold']} and {told['threshold']}. "
+            "Leave out one of them."
+        )
+
+
+def check_first_exit_layer(min_exit_layer: int, num_layers: int) -> None:
+    """Raise ValueError for a `min_exit_layer` that the model does not have."""
+    if not 1 <= min_exit_layer <= num_layers:
+        raise ValueError(f"min_exit_layer must be from 1 to {num_layers}, got {min_exit_layer}.")
 
 
 def check_fixed_exits(fixed: Sequence[Sequence[int]] | None, rows: int, num_layers: int) -> None:

@@ -149,7 +149,7 @@ class TextGenerator:
                 )
             return DecodingOptions(**{**values, "mode": "full"})
         mode = options.mode or saved.early_exit_model.config.mode
-        check_idle_options(mode, values)
+        check_idle_options(mode, options.criterion or saved.early_exit_model.config.criterion, values)
         if mode != "full":
             rule = saved.exit_rule_of_mode(mode, options.criterion, options.threshold)
             values["criterion"], values["threshold"] = rule

@@ -218,9 +218,13 @@ def test_states_that_half_precision_cannot_hold_are_clamped(
     assert cache(model)[0]["states"].isfinite().all()
 
 
-def test_the_model_stays_in_its_mode(model: EarlyExitForSequenceClassification, tmp_path: Path) -> None:
-    model.train()
-    cache(model)[0]
-    assert model.training
-    assert not model.classifiers.layers[-1].training
+def test_every_part_of_the_model_stays_in_its_mode(model: EarlyExitForSequenceClassification) -> None:
+    for whole, exits in ((True, True), (False, True), (True, False), (False, False)):
+        model.train(whole)
+        model.classifiers.train(exits)
+        before = {name: module.training for name, module in model.named_modules()}
+        cache(model)[0]
+        assert {name: module.training for name, module in model.named_modules()} == before
+        assert before["classifiers.layers.0"] == exits
+        assert not before["classifiers.layers.2"]  # the original's
     model.eval()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -14,7 +15,7 @@ from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.agreement import evaluate_agreement
 from consistentee.functional.bounds import binomial_interval
 from consistentee.models.loaded import LoadedClassifier, load_model
-from consistentee.training.cached_states import CachedStates
+from consistentee.training.cached_states import CachedStates, ExitsOnStates
 from consistentee.training.states import run_all_layers
 from consistentee.training.steps import OptimizerSteps
 from consistentee.training.tasks import retrofit as retrofit_task
@@ -200,6 +201,36 @@ def test_a_run_that_stops_goes_on_to_the_same_end(
     with pytest.raises(ValueError, match="has data fingerprint"):
         retrofit(**{**values, "texts": TEXTS[:-1]}, config=config, resume=True)
     assert weight_bytes(retrofit(**values, config=config, resume=True)) == weight_bytes(retrofitted)
+
+
+def test_every_step_has_dropout_and_a_run_goes_on_from_the_end_of_a_chunk(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step behind it loads the next chunk in its middle, that of a resumed run finds it loaded."""
+    config = quick_retrofit(head_dropout=0.1, checkpoint_every=1)
+    task = exits_task(plain, TEXTS, config, source="texts")
+    batches = task.prepare(plain, None, exits=True).train_rows.batches
+    ends = np.cumsum([batches._passes * len(part) for part in batches._batches])
+    assert len(ends) > 2
+    values = {"model": plain, "texts": TEXTS, "config": config}
+    modes, forward = list[bool](), ExitsOnStates.forward
+
+    def followed(self: ExitsOnStates, **inputs: Any) -> Any:
+        modes.append(self.classifiers.layers[0].training)
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(ExitsOnStates, "forward", followed)
+    whole = retrofit(**values, output_dir=tmp_path / "whole")
+    assert modes == [True] * int(ends[-1])
+    monkeypatch.undo()
+    stop_at(monkeypatch, OptimizerSteps, "_step", int(ends[0]) + 1)
+    with pytest.raises(KeyboardInterrupt):
+        retrofit(**values, output_dir=tmp_path / "cut")
+    monkeypatch.undo()
+    said: list[str] = []
+    cut = retrofit(**values, output_dir=tmp_path / "cut", resume=True, report=said.append)
+    assert f"Resumed at step {ends[0]} of {ends[-1]}." in said
+    assert weight_bytes(cut) == weight_bytes(whole)
 
 
 def test_a_file_is_as_good_as_memory_for_all_texts(

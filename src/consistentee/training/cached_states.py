@@ -213,7 +213,9 @@ class CachedStates:
         """Run a chunk through the backbone, rows of similar length together; where its states are."""
         store = self._store = self._store or self._room()
         model, device = self._model, self._model.device
-        was_training = model.training
+        modes = [
+            (module, module.training) for module in model.modules()
+        ]  # steps set those of the exits alone
         model.eval()
         chunk = self.chunks[number]
         chunk = chunk[np.argsort(-self.lengths[chunk], kind="stable")]
@@ -237,7 +239,8 @@ class CachedStates:
                     store.write(first, states[place, :length])
                 bar.update(len(part))
         self._loaded = number
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         return store
 
 

@@ -24,6 +24,8 @@ from consistentee.training import run as runs
 from consistentee.training.adapters import add_adapters
 from consistentee.training.methods import consistent
 from consistentee.training.steps import OptimizerSteps
+from consistentee.training.tasks import generation
+from consistentee.training.tasks.token_states import TokenStates
 from consistentee.training.train import finetune, train
 from quick import read_record, read_weights, weight_bytes
 from tiny_decoders import tiny_exit_model
@@ -201,6 +203,28 @@ def test_fine_tuning_leaves_a_plain_model(how: str, backbone: Path, tmp_path: Pa
 
 
 # --- What is trained ---
+
+
+@pytest.mark.parametrize("how", [train, finetune])
+def test_a_model_that_the_last_step_broke_is_not_saved(
+    how: Train, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = {"warmup_epochs": 0.01, "rounds": 0}
+    with pytest.raises(FloatingPointError, match=r"^weights must be finite, got .* at step 1\. Lower"):
+        run(how, backbone, tmp_path / "weights", learning_rate=1e38, head_learning_rate=1e38, **one_step)
+    states = generation.run_token_states
+
+    def overflowing(*inputs: Any, **how: Any) -> TokenStates:
+        found = states(*inputs, **how)
+        found.losses[-1, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(generation, "run_token_states", overflowing)
+    with pytest.raises(
+        FloatingPointError, match=r"^loss must be finite, got nan after the last step\. Lower"
+    ):
+        run(how, backbone, tmp_path / "loss", **one_step)
+    assert not list(tmp_path.glob("*/*.safetensors"))
 
 
 def of_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:

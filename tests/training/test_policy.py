@@ -325,6 +325,17 @@ def test_a_network_learns_to_foretell():
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_networks_that_a_fit_broke_are_no_result() -> None:
+    instances, _ = telling()
+    how = {**FIT, "learning_rate": 1e20, "weight_decay": 1e20, "seed": 0}
+    message = r"^a policy's weights must be finite, got .* after its fit\. Lower policy_learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
+        fit_policy(new_policy(), instances, layer_cost=0.1, **how)
+    network = ConfidenceClassifier(LAYERS, HIDDEN)
+    with pytest.raises(FloatingPointError, match=message):
+        fit_foretelling(network, instances.kept_states, instances.correct, **how)
+
+
 def test_missing_states_are_an_error():
     instances = replace(telling(10)[0], states=None)
     message = r"states must be kept to fit on them, got None\. Run with keep_pooled=True"

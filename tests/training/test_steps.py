@@ -132,6 +132,39 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
     assert at == [2, 4]  # the end of a phase has one of its own
 
 
+def flat(model: Any, batch: Any, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss that is a number, with gradients that are."""
+    return model(**batch).logits.sum(1), {}
+
+
+def steep(model: Any, batch: Any, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss that is a number, with gradients that are none."""
+    return (model(**batch).logits.sum(1) * 0).sqrt(), {}
+
+
+@pytest.mark.parametrize("until", [1, 2])
+def test_weights_beyond_all_numbers_are_neither_kept_nor_measured(until: int, tmp_path: Path) -> None:
+    """The loss, of before the update, was one; at the end of a phase or before a checkpoint."""
+    run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m", checkpoint_every=1)
+    run.steps.checkpoint = lambda: pytest.fail("they were kept")
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^weights must be finite, got (-?inf|nan) at step 1\. Lower learning_rate or",
+    ):
+        run.steps.run(until, flat, phase="any", learning_rate=1e38)
+
+
+def test_gradients_that_are_no_numbers_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m")
+    with pytest.raises(FloatingPointError, match=r"^gradient norm must be finite, got nan at step 1\. Lower"):
+        run.steps.run(2, steep, phase="any", learning_rate=1e-5)
+    run = new_run(tmp_path / "backbone", tmp_path / "scaled")
+    monkeypatch.setattr(run.steps.optimizer, "step", lambda: None)  # what a scaler makes of such a step
+    monkeypatch.setattr(run.accelerator, "scaler", SimpleNamespace(scale=lambda loss: loss))
+    run.steps.run(2, steep, phase="any", learning_rate=1e-5)
+    assert run.steps.step == 2
+
+
 def test_more_steps_than_there_are_batches_are_refused(tmp_path: Path) -> None:
     run = new_run(tiny_backbone(tmp_path / "backbone", layers=2), tmp_path / "m")
     lengths = np.full(len(run.parts.train_rows), 5)

@@ -635,6 +635,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(quick_train: Callable[..., Path
         quick_train(learning_rate=1e30, warmup_epochs=4)
 
 
+@pytest.mark.parametrize("method", ["consistent", "plain"])
+@pytest.mark.parametrize(
+    "rate, message",
+    [(1e38, "weights must be finite, got .* at step 1"), (1e20, "logits must be finite, got nan")],
+)
+def test_a_model_that_the_last_step_broke_is_not_saved(
+    method: str, rate: float, message: str, quick_train: Callable[..., Path], tmp_path: Path
+) -> None:
+    broken = {"learning_rate": rate, "head_learning_rate": rate, "warmup_epochs": 0.01, "rounds": 0}
+    with pytest.raises(
+        FloatingPointError, match=rf"^{message}.*\. Lower learning_rate or head_learning_rate"
+    ):
+        quick_train(method=method, **broken)
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
 def test_the_tensorboard_tracker_writes_events(quick_train: Callable[..., Path]) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -16,6 +16,7 @@ from torch.nn import functional
 from consistentee.functional.losses import exact_policy_loss, policy_entropy, sampled_policy_loss
 from consistentee.functional.rewards import rewards
 from consistentee.heads.policy import PolicyNetwork
+from consistentee.training.finite import require_finite
 from consistentee.training.instances import Instances
 
 COST_SLOPE = 2.0  # of the exit logits in the logarithm of the layer cost; 1, 2, 4 and a learned one: as good
@@ -75,6 +76,7 @@ def fit_policy(
         The policy, in evaluation mode, on the CPU.
 
     Raises:
+        FloatingPointError: its weights are infinite or not a number at the end.
         ValueError: the instances have no states.
     """
     states, device = instances.kept_states, torch.device(device)
@@ -109,6 +111,7 @@ def fit_policy(
             torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # a model's steps would count them when they clip gradients
+    _check_fit(policy)
     return policy.cpu().eval()
 
 
@@ -139,6 +142,9 @@ def fit_foretelling(
     Returns:
         The network, in evaluation mode, on the CPU.
 
+    Raises:
+        FloatingPointError: as in `fit_policy`.
+
     Source: CALM (arXiv:2207.07061), section 3.5, trained independently per layer.
     """
     rows = torch.arange(len(states)) if rows is None else rows
@@ -152,7 +158,13 @@ def fit_foretelling(
         loss.backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    _check_fit(network)
     return network.cpu().eval()
+
+
+def _check_fit(network: nn.Module) -> None:
+    remedy = "Lower policy_learning_rate, or learning_rate and head_learning_rate."
+    require_finite("a policy's weights", "after its fit", network.parameters(), remedy)
 
 
 def _batches(

@@ -32,6 +32,7 @@ from consistentee.errors import SettingError, require_extra
 from consistentee.heads.original_head import OriginalHead
 from consistentee.inference.encoder.prepacked_linear import has_fast_bfloat16
 from consistentee.progress import show_progress
+from consistentee.training.finite import require_finite
 
 PATIENCE_OF_PROCESSES = timedelta(days=1)  # the others wait while the main process fits policies
 
@@ -256,7 +257,7 @@ class OptimizerSteps:
             before_step: called with the model in training mode, to put parts of it into another.
 
         Raises:
-            FloatingPointError: the loss is infinite or not a number.
+            FloatingPointError: the loss, the gradients or the weights are infinite or not a number.
             ValueError: there are no batches left for so many steps.
         """
         self.figures.clear()
@@ -281,11 +282,13 @@ class OptimizerSteps:
                             step=self.steps_before + self.step,
                         )
                     if self.step % self.checkpoint_every == 0 and self.step < until:
+                        self._check_weights()
                         self.checkpoint()
                 if self.step == before:
                     raise ValueError(
                         f"Steps must be at most {before}, as many as there are batches, got {until}. Plan fewer epochs."
                     )
+        self._check_weights()
 
     def _step(
         self,
@@ -328,7 +331,7 @@ class OptimizerSteps:
                 known_values = values if name == "loss" else values.nan_to_num()
                 sums = torch.stack([(known_values * weights).sum(), (known * weights).sum()])
                 totals[name] = totals[name] + sums if name in totals else sums
-        accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -338,12 +341,18 @@ class OptimizerSteps:
                 continue
             value = float(total / weight)
             self.figures[name] = 0.95 * self.figures.get(name, value) + 0.05 * value  # smoothed, for reading
-        scaled = accelerator.scaler is not None  # a scaler leaves out steps that overflow
-        if not scaled and not math.isfinite(self.figures.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"loss must be finite, got {self.figures['loss']} at step {self.step}. Lower learning_rate or "
-                "head_learning_rate, or take mixed_precision no."
-            )
+        if accelerator.scaler is None:  # a scaler leaves out steps that overflow
+            self._require_finite("loss", [torch.tensor(self.figures.get("loss", 0.0))])
+            self._require_finite("gradient norm", [cast(Tensor, norm)])
+
+    def _check_weights(self) -> None:
+        """Look at all of them, before they are kept or measured: a step's loss is from before its update."""
+        self._require_finite(
+            "weights", [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        )
+
+    def _require_finite(self, what: str, values: Sequence[Tensor]) -> None:
+        require_finite(what, f"at step {self.step}", values)
 
 
 def step_seed(seed: int, step: int, process_index: int) -> int:

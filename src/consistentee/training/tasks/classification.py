@@ -41,6 +41,7 @@ from consistentee.training.criterion_fits import (
     temperature_calibration,
 )
 from consistentee.training.exit_objective import exit_objective
+from consistentee.training.finite import require_finite
 from consistentee.training.instances import Instances
 from consistentee.training.policy_choice import PolicyChoice, PolicySearch
 from consistentee.training.run import Parts, PolicyInstances, Run
@@ -240,7 +241,7 @@ class ClassificationTraining:
     def _states(
         self, run: Run, rows: TokenizedDataset, description: str, *, keep_pooled: bool = False
     ) -> LayerStates:
-        return run_all_layers(
+        states = run_all_layers(
             run.model,
             rows,
             collate=run.parts.collate,
@@ -250,6 +251,8 @@ class ClassificationTraining:
             scratch_dir=run.scratch_dir,
             description=description,
         )
+        require_finite("logits", "after the last step", [states.classifier_logits])
+        return states
 
     def _qualities(
         self, states: LayerStates
@@ -318,6 +321,7 @@ class ClassificationTraining:
             accelerator=run.accelerator,
             description="validation",
         )
+        require_finite("logits", "after the last step", [logits])
         return {
             "accuracy": float((logits.argmax(-1) == rows.labels).double().mean()),
             "num_examples": len(rows),

@@ -28,6 +28,7 @@ from consistentee.heads.policy import PolicyNetwork
 from consistentee.models.causal_lm import EarlyExitForCausalLM, PublishedGenerationConfig
 from consistentee.training.adapters import Adapters, add_adapters
 from consistentee.training.criterion_fits import CriterionFit, foretelling
+from consistentee.training.finite import require_finite
 from consistentee.training.instances import Instances
 from consistentee.training.policy_choice import PolicyChoice, PolicySearch
 from consistentee.training.run import Parts, PolicyInstances, Run
@@ -199,7 +200,7 @@ class GenerationTraining:
 
     def _states(self, run: Run, rows: TokenizedPrompts, description: str, **how: Any) -> TokenStates:
         """Exits' outputs for response tokens, the same tokens every time; `how` as of `run_token_states`."""
-        return run_token_states(
+        states = run_token_states(
             run.model,
             rows,
             collate=run.parts.collate,
@@ -209,6 +210,8 @@ class GenerationTraining:
             description=description,
             **how,
         )
+        require_finite("loss", "after the last step", [states.losses])
+        return states
 
     def new_policy(self, model: Any, policy_input: str) -> PolicyNetwork:
         """As `TrainingTask` says."""

@@ -28,6 +28,7 @@ from consistentee.models.loaded import LoadedClassifier
 from consistentee.models.sequence_classification import EarlyExitForSequenceClassification
 from consistentee.training.adapters import Adapters, add_adapters
 from consistentee.training.cached_states import CachedStates, ChunkedBatches, ExitsOnStates, collate_states
+from consistentee.training.finite import require_finite
 from consistentee.training.instances import Instances
 from consistentee.training.policy_choice import PolicyChoice
 from consistentee.training.run import Parts, PolicyInstances, Run
@@ -267,6 +268,7 @@ class RetrofitTraining(ClassificationTraining):
             scratch_dir=run.scratch_dir,
             description=description,
         )
+        require_finite("logits", "after the last step", [states.classifier_logits])
         answers = teacher_logits(self.original, rows) if self.is_tuned else states.layer_logits[:, -1]
         return replace(states, labels=answers.argmax(-1))
 

@@ -65,7 +65,7 @@ TokenHardness = Literal["memorized_layer", "final_loss", "uniform"]
 _ABOVE_ZERO = (
     "max_length num_layers num_queries classifier_hidden_size policy_hidden_size max_prompt_length exit_head_rank "
     "lora_rank lora_alpha batch_size gradient_accumulation_steps learning_rate consistent_learning_rate "
-    "head_learning_rate max_grad_norm warmup_epochs layers_per_step policy_tokens policy_epochs policy_min_steps "
+    "head_learning_rate max_grad_norm warmup_epochs layers_per_step policy_epochs policy_min_steps "
     "exit_min_steps policy_batch_size policy_learning_rate patience checkpoint_every max_cache_mb logit_rows "
     "passes policy_texts calibration_texts report_texts"
 )
@@ -74,7 +74,7 @@ _NOT_NEGATIVE = (
 )
 _SHARES = "weighted_sum_share max_accuracy_loss last_layer_share exit_gradient_scale"
 _SHARES_BELOW_ONE = "head_dropout ensemble_decay policy_dropout lora_dropout warmup_ratio layer_cost_warmup"
-_AT_LEAST = {"num_rollouts": 1, "policy_folds": 2, "min_exit_layer": 1}
+_AT_LEAST = {"num_rollouts": 1, "policy_folds": 2, "policy_tokens": 2, "min_exit_layer": 1}
 _REMOVED = {"distillation": 0.0}
 """Settings of earlier versions, with the value that had no effect: recipes and records may still have that."""
 RENAMED = {"prices": "layer_cost_mode", "price_warmup": "layer_cost_warmup"}

@@ -534,6 +534,10 @@ def test_missing_peft_is_named(backbone: Path, tmp_path: Path, monkeypatch: pyte
         ({"reward_loss": "hinge"}, "reward_loss must be one of regret, error, cross_entropy"),
         ({"policy_data": "seen"}, "policy_data must be one of held_out, filled"),
         ({"min_exit_layer": 0}, "min_exit_layer must be at least 1, got 0"),
+        (
+            {"policy_tokens": 1},
+            "policy_tokens must be at least 2, got 1",
+        ),  # half of them judge the other half's
         ({"num_rollouts": 0}, "num_rollouts must be at least 1, got 0"),
         ({"logit_rows": 0}, "logit_rows must be above 0, got 0"),
     ],

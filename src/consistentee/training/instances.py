@@ -117,7 +117,7 @@ def group_folds(
     if len(names) < 2:
         raise ValueError(
             f"validation rows to learn from must be at least 2, got {len(names)}. "
-            "Give more rows, or a higher validation_fraction."
+            "Give more rows, a higher validation_fraction, or for a text generator more policy_tokens."
         )
     pairs: list[tuple[Tensor, Tensor]] = []
     for _, judged in cross_fitting(len(names), folds, seed):

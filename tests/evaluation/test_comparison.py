@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -386,6 +387,50 @@ def test_methods_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         compared_methods(labels, {}, overrides)
+
+
+@pytest.mark.parametrize(
+    "method, own, message",
+    [
+        (
+            "sweet",
+            {"exit_gradient_scale": 0.3},
+            "exit_gradient_scale is about layers .*, which sweet has not",
+        ),
+        (
+            "palbert",
+            {"policy_epochs": 3},
+            "policy_epochs is about fits of the policy, which palbert does not",
+        ),
+        ("plain", {"ensemble_decay": 0.1}, "ensemble_decay is about exits, which plain does not train"),
+        ("deebert", {"patience": 2}, "patience goes with the method consistent and has no effect here"),
+        ("consistent", {"passes": 2}, "passes goes with texts without labels and has no effect here"),
+        ("deebert", {"pooling": "cls"}, "pooling goes with head shared_pooler and has no effect here"),
+        (
+            "consistent",
+            {"price_warmup": 0.1, "layer_costs": [0.0]},
+            "layer_cost_warmup goes with layer_costs above",
+        ),
+    ],
+)
+def test_settings_of_one_method_without_effect_are_refused(
+    method: str, own: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match=rf"^{method}: {message}.*\. Leave it out\.$"):
+        compared_methods([method], {}, {method: own})
+    (tmp_path / f"{method}_x.yaml").write_text(json.dumps(own))  # a recipe is read by more commands
+    compared_methods([f"{method}:x"], {}, {}, tmp_path)
+    # Theirs may be for some methods alone, and what all share is nobody's own.
+    compared_methods(
+        [method], {"exit_gradient_scale": 0.3, "patience": 2}, {method: {"max_accuracy_loss": 0.005}}
+    )
+
+
+def test_the_shipped_variants_fit_a_comparison_of_the_defaults() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "compare_variants.yaml"
+    variants = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert variants
+    compared_methods(list(variants), {}, variants)
 
 
 def test_recipes_of_another_method_or_from_nowhere_are_refused(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from consistentee.config import ClassificationTrainingConfig
+from consistentee.config import ClassificationTrainingConfig, checked_settings
 from consistentee.data.recipes import load_recipe
 from consistentee.data.rows import TextDataset
 from consistentee.errors import SettingError, require_seed
 from consistentee.functional.metrics import check_threshold_metric
 from consistentee.functional.tables import CLASSIFICATION
+from consistentee.training.idle_settings import idle_among
 from consistentee.training.methods import METHODS, check_method, method_of
 from consistentee.training.warm_ups import warm_up_settings
 
@@ -138,7 +139,7 @@ def compared_methods(
 
     Raises:
         SettingError: no such method, the same one twice, a variant that nothing describes, overrides of a method that
-            is not compared, or settings that all methods must share.
+            is not compared or without effect there, or settings that all methods must share.
     """
     if len(set(labels)) < len(labels):
         raise SettingError(f"methods must differ, got {', '.join(labels)}.")
@@ -170,6 +171,7 @@ def _compared_method(
         common = ClassificationTrainingConfig.from_dict(dict(shared))
         config = ClassificationTrainingConfig.from_dict({**shared, **settings})
         check_method(name, CLASSIFICATION, config)
+        _check_effects(name, own or {}, config)
     except ValueError as error:
         raise SettingError(f"{label}: {error}") from error
     for setting in SHARED:
@@ -184,6 +186,18 @@ def _compared_method(
             f"({_epochs(common):g}), got {_epochs(config):g}. One budget for all: change it for all, or split it."
         )
     return ComparedMethod(label, name, settings)
+
+
+def _check_effects(method: str, own: Mapping[str, Any], config: Any) -> None:
+    """Raise ValueError where settings that were given for this method change nothing; a recipe's may."""
+    words = {name: name for name in config.to_dict()} | {
+        "method": method,
+        "consistent": f"the method {OUR_METHOD}",
+        "texts": "texts without labels",
+    }
+    given = [name for name in checked_settings(own, ClassificationTrainingConfig) if name not in SHARED]
+    for name, why in idle_among(given, config, method, classifier=True):
+        raise ValueError(f"{name} {why.format(**words)}. Leave it out.")
 
 
 def _variant_settings(name: str, variant: str, recipes: Path | None) -> dict[str, Any]:

@@ -148,6 +148,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
         for name in ("max_grad_norm", "max_cache_mb", "max_disk_mb", "policy_learning_rate", "ensemble_decay")
         for value in (math.inf, math.nan)
     ],
+    ("learning_rate", 10**400, "learning_rate must be a number, got 1000"),
     ("rounds", 1.5, "rounds must be a whole number, got 1.5"),
     ("policy_folds", 2.5, "policy_folds must be a whole number, got 2.5"),
     ("group_by_length", "no", "group_by_length must be true or false, got 'no'"),

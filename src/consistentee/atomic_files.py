@@ -40,7 +40,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         IsADirectoryError: the path is a folder.
         OSError: the folder cannot be written to.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not is_replaceable(path):
         with tempfile.TemporaryDirectory(prefix="consistentee-") as scratch:
             temporary = Path(scratch) / f"file{Path(path).suffix}"
@@ -67,6 +67,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path with the user's folder in place of a "~" that it begins with; "~name" of nobody is a name as any other."""
+    return Path(os.path.expanduser(path))
 
 
 def is_replaceable(path: str | os.PathLike[str]) -> bool:
@@ -133,7 +138,7 @@ def atomic_folder(
         FullDiskError: there is no room.
         OSError: the folder cannot be written to.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = user_path(folder).resolve()
     require_free(folder)
     make_folder(folder.parent)
     token = secrets.token_hex(6)

@@ -164,7 +164,7 @@ def checked_setting(key: str, value: Any, hint: Any) -> Any:
             if isinstance(value, bool) or not isinstance(value, (int, float, str)):
                 raise TypeError
             number = float(value)  # YAML reads 1e-5 as text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{key} must be a number, got {value!r}.") from None
         if not math.isfinite(number):
             raise ValueError(f"{key} must be a finite number, got {number}. Give a large one for no bound.")

@@ -73,7 +73,15 @@ def test_the_users_folder_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert at_home(RowOptions(data_dir=Path("~/data"), task="~/x")) == RowOptions(
         data_dir=tmp_path / "data", task="~/x"
     )
-    for value in (Path("runs/~"), "~/text", 3, None, RowOptions(), RowOptions):
+    for value in (
+        Path("runs/~"),
+        Path("~nobody-of-that-name.csv"),
+        "~/text",
+        3,
+        None,
+        RowOptions(),
+        RowOptions,
+    ):
         assert at_home(value) == value
     with atomic_path("~/runs/figures.json") as path:
         path.write_text("{}", encoding="utf-8")

@@ -20,6 +20,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, Parameter
 
 from consistentee import __version__
+from consistentee.atomic_files import user_path
 from consistentee.cli.ablate import ablate_command
 from consistentee.cli.benchmark import benchmark
 from consistentee.cli.calibrate import calibrate
@@ -165,10 +166,10 @@ def _quieten_libraries() -> None:
 def at_home(value: Any) -> Any:
     """A value of an option, with the user's folder for "~" in paths: shells leave it in `--output-dir=~/runs`."""
     if isinstance(value, Path):
-        return value.expanduser()
+        return user_path(value)
     if is_dataclass(value) and not isinstance(value, type):
         paths = {field.name: getattr(value, field.name) for field in fields(value)}
-        changed = {name: path.expanduser() for name, path in paths.items() if isinstance(path, Path)}
+        changed = {name: user_path(path) for name, path in paths.items() if isinstance(path, Path)}
         return replace(value, **changed) if changed else value
     return value
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers.trainer_utils import set_seed
 
+from consistentee.atomic_files import user_path
 from consistentee.backbones.limits import LONGER_TRAINING, say_cuts
 from consistentee.config import (
     ClassificationTrainingConfig,
@@ -86,7 +87,7 @@ def train(
     if warm_up_dir is not None and not row.begins_with:
         able = ", ".join(name for name, other in METHODS.items() if other.begins_with)
         raise SettingError(f'A folder of warm-ups goes with method {able}, got "{method}". Leave it out.')
-    shared = None if warm_up_dir is None else Path(warm_up_dir).expanduser()
+    shared = None if warm_up_dir is None else user_path(warm_up_dir)
     if shared is not None:
         must_be_folder("Folder of warm-ups", shared)
     trained = _task_of(train_data, config, unlabelled, backbone)
@@ -101,7 +102,7 @@ def train(
         report=report,
         warm_up_dir=shared,
     )
-    return Path(output_dir).expanduser() if run is None else _run_method(run, method)
+    return user_path(output_dir) if run is None else _run_method(run, method)
 
 
 def finetune(
@@ -192,7 +193,7 @@ def run_retrofit(
 ) -> Path:
     """Train what `retrofit_task` made; arguments as of `retrofit`."""
     run = start_retrofit(task, output_dir, resume=resume, report=report)
-    return Path(output_dir).expanduser() if run is None else _run_method(run, "retrofit")
+    return user_path(output_dir) if run is None else _run_method(run, "retrofit")
 
 
 def start_retrofit(
@@ -259,7 +260,7 @@ def start_run(
 
     The run has its output folder to itself until `Run.let_go`.
     """
-    output_dir, config, exits = Path(output_dir).expanduser(), task.config, METHODS[method].exits
+    output_dir, config, exits = user_path(output_dir), task.config, METHODS[method].exits
     kind = ("early_exit" if exits else "full_depth") + task.suffix
     texts = task.unlabelled if isinstance(task, UnlabelledTraining) else None
     identity = run_identity(

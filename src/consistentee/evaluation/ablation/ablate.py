@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from consistentee.atomic_files import make_folder, write_text
+from consistentee.atomic_files import make_folder, user_path, write_text
 from consistentee.errors import DataError, SettingError
 from consistentee.evaluation.ablation.answers import answer
 from consistentee.evaluation.ablation.kept import kept_questions
@@ -91,7 +91,7 @@ def ablate(
         DataError: a kept file is broken, or a study needs a model that was discarded.
         ValueError: a run's folder with other settings, backbone or data.
     """
-    output_dir, shared = Path(output_dir).expanduser(), dict(settings or {})
+    output_dir, shared = user_path(output_dir), dict(settings or {})
     require_folder(output_dir)
     check_resamples(resamples)
     check_questions(questions)
@@ -177,7 +177,7 @@ def render_answers(
         SettingError: as of `kept_questions` and `write_answers`.
         DataError: a file is broken.
     """
-    folder = Path(output_dir).expanduser()
+    folder = user_path(output_dir)
     asked = kept_questions(questions, read_cells(folder), settings or {})
     return write_answers(folder, asked, resamples=resamples)
 

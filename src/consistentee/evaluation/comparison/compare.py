@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from consistentee.atomic_files import write_text
+from consistentee.atomic_files import user_path, write_text
 from consistentee.errors import SettingError
 from consistentee.evaluation.comparison.cells import (
     CELLS,
@@ -103,7 +103,7 @@ def compare(
             criterion or method of `also` that no cell will have, or an output folder that is none.
         ValueError: a run's folder with other settings, backbone or data.
     """
-    output_dir, shared = Path(output_dir).expanduser(), dict(settings or {})
+    output_dir, shared = user_path(output_dir), dict(settings or {})
     require_folder(output_dir)
     described = compared_methods(methods, shared, overrides or {}, None if recipes is None else Path(recipes))
     cells = planned_cells(backbones, sets, described, seeds, shared)
@@ -215,7 +215,7 @@ def render(
         DataError: a file is no cell, or cells cannot be compared.
         SettingError: there is no cell, or none of a method, of the baseline or of a criterion.
     """
-    output_dir = Path(output_dir).expanduser()
+    output_dir = user_path(output_dir)
     cells = read_cells(output_dir)
     missing = sorted(set(methods) - {cell["label"] for cell in cells})
     if cells and missing:

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from consistentee.atomic_files import user_path
+
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 BACKBONE_FILES = (
     "config.json",
@@ -105,7 +107,7 @@ def load_tokenizer(name_or_path: str | Path, what: str = "Backbone") -> Any:
     Raises:
         FileNotFoundError: there are no files of one; transformers makes one without words in their place.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = user_path(name_or_path)
     has_files = not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
     try:
         with _loading(name_or_path, what):
@@ -153,7 +155,7 @@ def model_source(name_or_path: str | Path, what: str = "Backbone", subfolder: st
         PermissionError: this user may not read the weights.
         ValueError: the weights are pickled.
     """
-    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    path, name = user_path(name_or_path), str(name_or_path)
     if path.is_dir():
         _check_files(path / subfolder, what)
         return str(path)
@@ -173,7 +175,7 @@ def model_source(name_or_path: str | Path, what: str = "Backbone", subfolder: st
 
 def backbone_fingerprint(backbone: str | Path) -> str | None:
     """Hash of a local backbone's weights, configuration and tokenizer; None for a name on the hub."""
-    folder = Path(backbone).expanduser()
+    folder = user_path(backbone)
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
@@ -250,7 +252,7 @@ def _loading(name_or_path: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         kind = OSError if isinstance(error, OSError | SafetensorError) else ValueError
-        is_folder = Path(name_or_path).expanduser().is_dir()
+        is_folder = user_path(name_or_path).is_dir()
         place = "" if is_folder else " (there is no such folder, so the hub was asked)"
         raise kind(f'{what} "{name_or_path}" could not be loaded{place}: {_problem(error)}') from error
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from consistentee.atomic_files import user_path
 from consistentee.cli.data import evaluation_data, read_all_texts
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import Flag, RowOptions, check_one_or_two
@@ -101,7 +102,7 @@ def calibrate(
 
     usage(lambda: check_point_name(name))
     saved = CLASSIFIERS.load(model)
-    network, folder = saved.early_exit_model, Path(model).expanduser()
+    network, folder = saved.early_exit_model, user_path(model)
     usage(lambda: check_fitted(criterion or network.config.criterion, network.config))
     if not folder.is_dir():
         raise UsageError(f'Model "{model}" is not a folder here, so that it cannot keep an operating point.')
@@ -164,7 +165,7 @@ def calibrate(
 
         layers = judged.early_exit_model.config.exit_layers
         save_with_exit_layers(folder, output_dir, layers, name, found.operating_point())
-        folder = output_dir.expanduser()
+        folder = user_path(output_dir)
         model = str(folder)
     else:
         save_operating_point(folder, name, found.operating_point(), overwrite=overwrite)
@@ -206,7 +207,7 @@ def _exit_layers(
         return None
     from consistentee.models.exit_subsets import require_new_folder
 
-    usage(lambda: require_new_folder(output_dir.expanduser()))
+    usage(lambda: require_new_folder(user_path(output_dir)))
     check_folder("--output-dir", output_dir)
     if text == "auto":
         if goal == "min_speedup":

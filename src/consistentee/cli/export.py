@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from consistentee.atomic_files import user_path
 from consistentee.cli.kinds import CLASSIFIERS, kind_of_model
 from consistentee.cli.options import Columns, Flag, check_one_or_two
 from consistentee.cli.terminal import at_least_one, say, usage
@@ -68,7 +69,7 @@ def export_command(
     from consistentee.pipelines.export import export_onnx, require_replaceable
     from consistentee.serving.web_folder import export_web
 
-    require_replaceable(output.expanduser())
+    require_replaceable(user_path(output))
     if kind_of_model(model) is not CLASSIFIERS:
         raise UsageError(
             f'export goes with classifiers, and model "{model}" is a text generator, whose tokens exit one by one.'

@@ -17,7 +17,7 @@ from typing import Any, TextIO, TypeVar, cast
 from rich.console import Console, Group
 from rich.table import Table
 
-from consistentee.atomic_files import atomic_path, is_replaceable, open_in_place
+from consistentee.atomic_files import atomic_path, is_replaceable, open_in_place, user_path
 from consistentee.errors import UsageError
 
 T = TypeVar("T")
@@ -321,7 +321,7 @@ def _values(arguments: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 def check_folder(option: str, path: Path) -> None:
     """Raise UsageError unless a folder may be made there, or filled; folders above it are made."""
-    place = Path(os.path.realpath(path.expanduser()))
+    place = Path(os.path.realpath(user_path(path)))
     _check_written(option, next(one for one in (place, *place.parents) if os.path.exists(one)), "folder")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from consistentee.atomic_files import locked_folder, write_text
+from consistentee.atomic_files import locked_folder, user_path, write_text
 from consistentee.functional.bounds import at_most
 from consistentee.functional.criteria import EXIT_CRITERIA, digits
 from consistentee.models.operating_points import (
@@ -376,7 +376,7 @@ def _is_hub_name(backbone: str) -> bool:
 
 def license_of(name_or_path: str | Path) -> str | None:
     """The licence that a folder's model card names; None where there is none, and for names on the hub."""
-    path = Path(name_or_path).expanduser() / CARD_FILE
+    path = user_path(name_or_path) / CARD_FILE
     if not path.is_file():
         return None
     try:

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from typing_extensions import TypeVar
 
+from consistentee.atomic_files import user_path
 from consistentee.backbones.decoders import keep_soft_cap
 from consistentee.backbones.limits import ROTARY, check_tokenizer, longest_input
 from consistentee.backbones.loading import load_pretrained, load_tokenizer, read_config
@@ -373,7 +374,7 @@ def load_model(
     )
     keep_soft_cap(model)
     tokenizer = load_tokenizer(name_or_path, "Model")
-    return opens(model.to(device).eval(), tokenizer, read_record(Path(name_or_path).expanduser()), name)
+    return opens(model.to(device).eval(), tokenizer, read_record(user_path(name_or_path)), name)
 
 
 def short_name(name: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from consistentee.atomic_files import user_path
 from consistentee.errors import SettingError
 from consistentee.inference.encoder.scheduler import ExitRule
 from consistentee.models.loaded import LoadedClassifier, short_name
@@ -62,7 +63,7 @@ def export_web(
         SettingError: as `export_onnx`; the packages are not there, or the weights are too many for a browser.
         MissingExtraError: onnx or onnxruntime is not installed.
     """
-    require_replaceable(Path(folder).expanduser())
+    require_replaceable(user_path(folder))
     with npm_packages(npm) as packages:
 
         def add_files(place: Path, config: Mapping[str, Any]) -> None:
@@ -107,7 +108,7 @@ def npm_packages(npm: str | Path | None) -> Iterator[Path]:
         SettingError: they are not there, and npm cannot fetch them.
     """
     if npm is not None:
-        given = Path(npm).expanduser()
+        given = user_path(npm)
         inside = given / "node_modules"
         yield _checked(inside if inside.is_dir() else given)
         return

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from consistentee.atomic_files import user_path
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import RENAMED
 from consistentee.functional.tables import GENERATION
@@ -40,8 +41,8 @@ def check_output_dir(output_dir: Path, backbone: str | Path | None) -> Contents:
         FileExistsError: something that no run of ours has left, or no folder at all.
         ValueError: the backbone's folder, one above it, or one in it.
     """
-    if backbone is not None and Path(backbone).expanduser().is_dir():
-        _check_apart(output_dir, Path(backbone).expanduser())
+    if backbone is not None and user_path(backbone).is_dir():
+        _check_apart(output_dir, user_path(backbone))
     must_be_folder("Output folder", output_dir)
     if not output_dir.exists():
         return "nothing"

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consistentee.atomic_files import user_path
 from consistentee.backbones.limits import check_depth
 from consistentee.backbones.loading import backbone_fingerprint
 from consistentee.config import RetrofitConfig
@@ -131,7 +132,7 @@ class RetrofitTraining(ClassificationTraining):
     def prepare(self, backbone: str | Path, task_name: str | None, *, exits: bool) -> Parts:
         """As `TrainingTask` says."""
         config, tokenizer = self.config, self.original.tokenizer
-        is_local = Path(backbone).expanduser().is_dir()
+        is_local = user_path(backbone).is_dir()
         model = EarlyExitForSequenceClassification.from_classifier(
             backbone,
             num_queries=config.num_queries,
@@ -147,7 +148,7 @@ class RetrofitTraining(ClassificationTraining):
             text_pairs=self.data.text_pairs,
             exits_only=config.exits_only,
             original={
-                "name": str(Path(backbone).expanduser().resolve()) if is_local else str(backbone),
+                "name": str(user_path(backbone).resolve()) if is_local else str(backbone),
                 "fingerprint": backbone_fingerprint(backbone),
                 "revision": getattr(self.original.model.config, "_commit_hash", None),
                 "license": license_of(backbone),
